@@ -1,0 +1,233 @@
+"""How a merged FlexOlmo model lies on disk, as data.
+
+The names are those of Hugging Face's ``flex_olmo`` layout: one tensor per expert and projection, one router matrix per layer whose row ``n``
+belongs to expert ``n``. Templates use ``{layer}`` and ``{expert}``.
+
+Shapes: E experts, H hidden, F expert intermediate, V vocabulary, Q query width (heads * head size), K key/value width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model.embed_tokens.weight": ("V", "H"),
+    "model.norm.weight": ("H",),
+    "lm_head.weight": ("V", "H"),
+}
+LAYER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model.layers.{layer}.self_attn.q_proj.weight": ("Q", "H"),
+    "model.layers.{layer}.self_attn.k_proj.weight": ("K", "H"),
+    "model.layers.{layer}.self_attn.v_proj.weight": ("K", "H"),
+    "model.layers.{layer}.self_attn.o_proj.weight": ("H", "Q"),
+    "model.layers.{layer}.self_attn.q_norm.weight": ("Q",),
+    "model.layers.{layer}.self_attn.k_norm.weight": ("K",),
+    "model.layers.{layer}.post_attention_layernorm.weight": ("H",),
+    "model.layers.{layer}.post_feedforward_layernorm.weight": ("H",),
+}
+EXPERT_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": ("F", "H"),
+    "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": ("F", "H"),
+    "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight": ("H", "F"),
+}
+ROUTER_KEY: Final = "model.layers.{layer}.mlp.gate.weight"
+ROUTER_BIAS_KEY: Final = "model.layers.{layer}.mlp.gate.bias"
+"""Optional ``[E]``: an extension of this project that transformers ignores (the paper's negative bias)."""
+
+WEIGHTS_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+CONFIG_NAME: Final = "config.json"
+
+
+class LayoutError(ValueError):
+    """A checkpoint does not follow the layout; the message names the tensor or file."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of ``config.json`` that decide shapes and arithmetic; field names are Hugging Face's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_experts: int
+    num_experts_per_tok: int
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    norm_topk_prob: bool = False
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The shape letters of this module with their values."""
+        return {
+            "V": self.vocab_size,
+            "H": self.hidden_size,
+            "F": self.intermediate_size,
+            "E": self.num_experts,
+            "Q": self.num_attention_heads * self.head_size,
+            "K": self.num_key_value_heads * self.head_size,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Architecture:
+        """Read a ``config.json`` mapping, old (``rope_theta``) or new (``rope_parameters``)."""
+        if config.get("model_type") != "flex_olmo":
+            raise LayoutError(f"config.json names model_type {config.get('model_type')!r}, expected 'flex_olmo'")
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in config.items() if name in known and value is not None}
+        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        rope = config.get("rope_parameters")
+        if isinstance(rope, Mapping):
+            values["rope_theta"] = rope.get("rope_theta", 500000.0)
+        return cls(**values)
+
+    def to_config(self, *, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
+        """The ``config.json`` mapping that transformers loads as ``FlexOlmoForCausalLM``."""
+        values = asdict(self)
+        theta = values.pop("rope_theta")
+        return {
+            "architectures": ["FlexOlmoForCausalLM"],
+            "model_type": "flex_olmo",
+            **values,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "dtype": dtype,
+        }
+
+
+def expert_keys(architecture: Architecture, expert: int) -> list[str]:
+    """Names of one expert's FFN tensors, layer by layer."""
+    layers = range(architecture.num_hidden_layers)
+    return [key.format(layer=layer, expert=expert) for layer in layers for key in EXPERT_KEYS]
+
+
+def router_keys(architecture: Architecture) -> list[str]:
+    """Names of the router matrices, layer by layer."""
+    return [ROUTER_KEY.format(layer=layer) for layer in range(architecture.num_hidden_layers)]
+
+
+def shared_keys(architecture: Architecture) -> list[str]:
+    """Names of all tensors that belong to the public anchor and to no expert."""
+    layers = range(architecture.num_hidden_layers)
+    return [*SHARED_KEYS, *(key.format(layer=layer) for layer in layers for key in LAYER_KEYS)]
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint without router bias, with its shape."""
+    sizes = architecture.sizes
+    templates: dict[str, tuple[str, ...]] = {**SHARED_KEYS}
+    for layer in range(architecture.num_hidden_layers):
+        templates |= {key.format(layer=layer): shape for key, shape in LAYER_KEYS.items()}
+        templates[ROUTER_KEY.format(layer=layer)] = ("E", "H")
+        for expert in range(architecture.num_experts):
+            templates |= {key.format(layer=layer, expert=expert): shape for key, shape in EXPERT_KEYS.items()}
+    return {key: tuple(sizes[letter] for letter in shape) for key, shape in templates.items()}
+
+
+def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ``LayoutError`` unless names and shapes are exactly those of ``architecture`` (router biases may be added)."""
+    expected = expected_shapes(architecture)
+    biases = {ROUTER_BIAS_KEY.format(layer=layer) for layer in range(architecture.num_hidden_layers)}
+    for key in tensors.keys() & biases:
+        expected[key] = (architecture.num_experts,)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise LayoutError(f"checkpoint lacks {len(missing)} tensors, first {missing[0]!r}")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise LayoutError(f"checkpoint has {len(extra)} unknown tensors, first {extra[0]!r}")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise LayoutError(f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}")
+
+
+def write_checkpoint(
+    directory: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    eos_token_id: int,
+    pad_token_id: int,
+    shard_bytes: int | None = None,
+) -> None:
+    """Write ``config.json`` and the weights, in one file or in shards of at most ``shard_bytes`` with an index."""
+    check_tensors(architecture, tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    stored = {key: tensors[key].detach().to(dtype).contiguous() for key in sorted(tensors)}
+    config = architecture.to_config(
+        eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype=str(dtype).removeprefix("torch.")
+    )
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    if shard_bytes is None:
+        save_file(stored, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        return
+    _write_shards(directory, list(_shards(stored, shard_bytes)))
+
+
+def read_checkpoint(directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
+    """Architecture and all tensors of a checkpoint directory, sharded or not, in the stored dtype."""
+    config_path = directory / CONFIG_NAME
+    if not config_path.is_file():
+        raise LayoutError(f"{directory} has no {CONFIG_NAME}")
+    architecture = Architecture.from_config(json.loads(config_path.read_text()))
+    tensors: dict[str, Tensor] = {}
+    for name in _weight_files(directory):
+        with safe_open(directory / name, framework="pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    check_tensors(architecture, tensors)
+    return architecture, tensors
+
+
+def _weight_files(directory: Path) -> list[str]:
+    if (directory / WEIGHTS_NAME).is_file():
+        return [WEIGHTS_NAME]
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        raise LayoutError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    used = 0
+    for key, tensor in tensors.items():
+        if shard and used + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, used = {}, 0
+        shard[key] = tensor
+        used += tensor.nbytes
+    yield shard
+
+
+def _write_shards(directory: Path, shards: list[dict[str, Tensor]]) -> None:
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
