@@ -1,0 +1,61 @@
+"""`gated_topk` on every device: one operator, `torch.ops.flexgate.gated_topk`, opaque to torch.compile.
+
+Registered through `torch.library.define` rather than the `custom_op` decorator: the schema, the mutation and the fake
+implementation are the same, and the decorator's bookkeeping costs more than the whole routing of a decode step.
+
+Shape suffixes: T tokens, E expert slots, K chosen experts.
+"""
+
+import torch
+from torch import Tensor
+
+from flexgate.kernels.gated_topk.contract import Fill, check_arguments, encode_fill
+from flexgate.kernels.gated_topk.cpu import gated_topk_cpu
+
+_LIBRARY = torch.library.Library("flexgate", "FRAGMENT")
+_LIBRARY.define(
+    "gated_topk(Tensor router_logits_TE, Tensor gate_T, Tensor? bias_E, Tensor(a!) mass_TE, Tensor(b!) chosen_T, "
+    "int top_k, bool renormalize, int fill) -> (Tensor weights_TK, Tensor ids_TK)"
+)
+
+
+def gated_topk(
+    router_logits_TE: Tensor,
+    gate_T: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool,
+    bias_E: Tensor | None,
+    mass_TE: Tensor,
+    chosen_T: Tensor,
+    fill: Fill,
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts among those its gate allows: weights_TK fp32, ids_TK int32.
+
+    `gated_topk_reference` says what every argument means and is the specification. For inference: no gradient flows,
+    and inputs that require one are refused. Nothing here reads a value back from the device.
+    """
+    check_arguments(router_logits_TE, gate_T, bias_E, mass_TE, chosen_T, top_k)
+    filler = encode_fill(fill, router_logits_TE.shape[1])
+    weights_TK, ids_TK = _OPERATOR(router_logits_TE, gate_T, bias_E, mass_TE, chosen_T, top_k, renormalize, filler)
+    return weights_TK, ids_TK
+
+
+def _fake(
+    router_logits_TE: Tensor,
+    gate_T: Tensor,  # noqa: ARG001 - the schema's argument names
+    bias_E: Tensor | None,  # noqa: ARG001
+    mass_TE: Tensor,  # noqa: ARG001
+    chosen_T: Tensor,  # noqa: ARG001
+    top_k: int,
+    renormalize: bool,  # noqa: ARG001
+    fill: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    tokens = router_logits_TE.shape[0]
+    weights_TK = router_logits_TE.new_empty((tokens, top_k))
+    return weights_TK, torch.empty_like(weights_TK, dtype=torch.int32)
+
+
+_LIBRARY.impl("gated_topk", gated_topk_cpu, "CPU")
+torch.library.register_fake("flexgate::gated_topk", _fake, lib=_LIBRARY)
+_OPERATOR = torch.ops.flexgate.gated_topk.default
