@@ -1,0 +1,58 @@
+"""The engine core's own check: no request enters without a gate sealed for it.
+
+Runs in the engine core process, so that whatever reaches it (a stock vLLM handler that
+forgot ``extra_args``, a beam search, a second front end) is refused there, alone, while
+the engine lives on.
+"""
+
+import logging
+import os
+import time
+
+from flexgate.server.engine.gates import GATE_ARG, Gate, GateError, SealKey, check, open_seal
+from flexgate.server.engine.seam import EngineCoreRequest
+from flexgate.server.engine.slots import SlotTable
+
+SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"
+
+logger = logging.getLogger(__name__)
+
+
+def seal_key_from_environment() -> SealKey:
+    """The key that the launcher handed to this process tree.
+
+    Raises:
+        GateError: there is none, so nothing could be verified.
+    """
+    try:
+        return SealKey(bytes.fromhex(os.environ[SEAL_KEY_VARIABLE]))
+    except (KeyError, ValueError) as error:
+        raise GateError(f"{SEAL_KEY_VARIABLE} is missing or malformed") from error
+
+
+class EngineGuard:
+    """Verifies sealed gates and forces the prefix-cache salt that they name."""
+
+    def __init__(self, key: SealKey, table: SlotTable) -> None:
+        """``table`` says which slots are live in this engine."""
+        self.key = key
+        self.table = table
+
+    def __call__(self, request: EngineCoreRequest) -> Gate:
+        """Return the request's verified gate.
+
+        Raises:
+            GateError: the request has no gate, or one that is broken, expired, stale or
+                another request's.
+        """
+        params = request.sampling_params
+        sealed = (params.extra_args or {}).get(GATE_ARG) if params is not None else None
+        try:
+            gate = open_seal(sealed, self.key)
+            check(gate, request_id=request.external_req_id or "", now=time.time())
+            self.table.admit(gate)
+        except GateError as error:
+            logger.warning("refused request %s: %s", request.request_id, error)
+            raise
+        request.cache_salt = gate.cache_salt
+        return gate

@@ -1,0 +1,90 @@
+"""What every rank must prove before the server may say that it is ready."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import vllm
+
+from flexgate.server.engine.slots import SlotTable
+
+
+class HandshakeError(RuntimeError):
+    """A rank does not run the gated model, hook and key that it should."""
+
+
+class RankReport(TypedDict):
+    """One rank's answer; plain data, since it crosses a process boundary."""
+
+    rank: int
+    vllm_version: str
+    model: str
+    hook: str
+    moe_layers: int
+    monolithic: bool
+    slots: dict[str, Any]
+    key_digest: str
+
+
+def report_rank(worker: Any) -> RankReport:
+    """Look at what ``worker`` really holds, not at what it was asked to hold."""
+    model = worker.model_runner.get_model()
+    layers = model.moe_layers()
+    if worker.use_v2_model_runner:
+        hook = type(worker.model_runner.model_state).__name__
+    else:
+        hook = type(worker.model_runner).__name__
+    return RankReport(
+        rank=worker.rank,
+        vllm_version=vllm.__version__,
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        hook=hook,
+        moe_layers=len(layers),
+        monolithic=any(layer.is_monolithic for layer in layers),
+        slots=model.gates.table.to_config(),
+        key_digest=key_digest(model.gates.key),
+    )
+
+
+def key_digest(key: bytes) -> str:
+    """Name a seal key without showing it."""
+    return hashlib.sha256(b"seal-key\0" + key).hexdigest()
+
+
+def verify(
+    reports: Sequence[object], *, world_size: int, table: SlotTable, layers: int, key: bytes
+) -> None:
+    """Compare every rank's report with what the launcher asked for.
+
+    Raises:
+        HandshakeError: naming the rank and what is wrong with it.
+    """
+    if len(reports) != world_size:
+        raise HandshakeError(f"{len(reports)} of {world_size} ranks answered the handshake")
+    expected = {
+        "model": "flexgate.server.engine.model.GatedFlexOlmoForCausalLM",
+        "moe_layers": layers,
+        "monolithic": False,
+        "slots": table.to_config(),
+        "key_digest": key_digest(key),
+        "vllm_version": vllm.__version__,
+    }
+    for rank, report in enumerate(reports):
+        if not isinstance(report, dict):
+            raise HandshakeError(f"rank {rank} gave no report")
+        for name, value in expected.items():
+            if _plain(report.get(name)) != _plain(value):
+                raise HandshakeError(
+                    f"rank {rank}: {name} is {report.get(name)!r}, expected {value!r}"
+                )
+        if not str(report.get("hook")).startswith("Gated"):
+            raise HandshakeError(f"rank {rank}: gates are not hooked into {report.get('hook')!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists on the way through a message queue."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

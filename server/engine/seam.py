@@ -1,0 +1,122 @@
+"""Every private name of vLLM that flexgate relies on, and why. Written for vLLM 0.32.0.
+
+vLLM documents plugins, ``--worker-cls``, ``--scheduler-cls``, ``additional_config`` and a
+model's ``get_model_state_cls()``. What follows is not documented and may change with any
+release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
+
+``Request.from_engine_core_request`` (vllm/v1/request.py)
+    The one place where every request, whichever client it came from, becomes the
+    engine core's own object: before its blocks are hashed for the prefix cache and
+    before it is queued. An exception there ends this request alone.
+``GPUModelRunner._preprocess / _dummy_run`` (vllm/v1/worker/gpu_model_runner.py)
+    Model Runner V1: the order of requests in the batch is final; dummy batches.
+``Scheduler.schedule / update_from_output / add_request`` (vllm/v1/core/sched/scheduler.py)
+    Expiry before a step; attribution with every output.
+``AsyncLLM.output_processor.process_outputs`` (vllm/v1/engine/output_processor.py)
+    Where outputs of the engine core reach the API process, one per request and step.
+``EngineCoreOutput.kv_transfer_params`` (vllm/v1/engine/__init__.py)
+    A free-form dictionary that rides on each output; flexgate refuses KV connectors, whose it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+TESTED_VERSIONS = frozenset({"0.32.0"})
+
+__all__ = [
+    "AsyncModelRunnerOutput",
+    "AsyncScheduler",
+    "BaseRouter",
+    "DefaultModelState",
+    "EngineCoreOutput",
+    "EngineCoreOutputs",
+    "EngineCoreRequest",
+    "FinishReason",
+    "FusedMoEFactory",
+    "ModelRunnerOutput",
+    "Request",
+    "RequestStatus",
+    "RoutingMethodType",
+    "Scheduler",
+    "SchedulerOutput",
+    "TESTED_VERSIONS",
+    "UntestedVersionError",
+    "guard_requests",
+    "require_tested_version",
+    "take_output_extras",
+]
+
+RequestGuard = Callable[[EngineCoreRequest], Any]
+
+
+class UntestedVersionError(RuntimeError):
+    """The installed vLLM is not one whose private names were checked."""
+
+
+def require_tested_version() -> None:
+    """Refuse to go on with a vLLM that this seam was not written for.
+
+    Raises:
+        UntestedVersionError: naming the version found and the ones tested.
+    """
+    if vllm.__version__.partition("+")[0] not in TESTED_VERSIONS:
+        tested = ", ".join(sorted(TESTED_VERSIONS))
+        raise UntestedVersionError(
+            f"vLLM {vllm.__version__} is installed; flexgate was tested with {tested} only"
+        )
+
+
+def guard_requests(guard: RequestGuard) -> None:
+    """Run ``guard`` on every request before the engine core makes it its own.
+
+    ``guard`` may change the request and raises to refuse it; its return value is kept
+    as ``flexgate_gate`` on the resulting :class:`Request`. A second call replaces the
+    first guard.
+    """
+    create = Request.__dict__["from_engine_core_request"].__func__
+    create = getattr(create, "flexgate_unguarded", create)
+
+    def from_engine_core_request(
+        cls: type[Request], request: EngineCoreRequest, block_hasher: Any
+    ) -> Request:
+        gate = guard(request)
+        created = create(cls, request, block_hasher)
+        created.flexgate_gate = gate
+        return created
+
+    from_engine_core_request.flexgate_unguarded = create  # type: ignore[attr-defined]
+    Request.from_engine_core_request = classmethod(from_engine_core_request)  # type: ignore[assignment]
+
+
+def take_output_extras(
+    engine: Any, take: Callable[[EngineCoreOutput, str | None], None]
+) -> None:
+    """Show ``take`` every engine-core output, with its external request id, before vLLM sees it.
+
+    Args:
+        engine: an ``AsyncLLM`` or ``LLMEngine``.
+        take: gets the output and the id that the request was submitted under, or None
+            for a request that has ended.
+    """
+    processor = engine.output_processor
+    process = processor.process_outputs
+
+    def process_outputs(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            state = processor.request_states.get(output.request_id)
+            take(output, state.external_req_id if state is not None else None)
+        return process(outputs, *args, **kwargs)
+
+    processor.process_outputs = process_outputs

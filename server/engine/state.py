@@ -1,0 +1,195 @@
+"""Per-request gates turned into the fixed-address buffers that the MoE layers read.
+
+Legend: T tokens, E expert slots, R requests of the step.
+
+The hooks call, in this order and once per engine step: :meth:`GateState.begin_step`
+with the scheduler's output, :meth:`GateState.fill` once the runner has fixed the
+order of requests in the batch, the forward pass, and :meth:`GateState.collect`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, open_seal
+from flexgate.server.engine.seam import SchedulerOutput
+from flexgate.server.engine.slots import ANCHOR_SLOT, SlotTable
+from flexgate.server.engine.usage import StepUsage
+
+CLOSED_GATE = 1 << ANCHOR_SLOT  # padding and dummy batches: the public expert only
+
+
+@dataclass(slots=True)
+class _Tenancy:
+    """One live request: its gate as a bitmask and the positions already counted."""
+
+    bitmask: int
+    counted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheduled:
+    """One request of the step: ``skip`` leading tokens were counted before."""
+
+    bitmask: int
+    first: int
+    count: int
+    skip: int
+
+
+class GateState(torch.nn.Module):
+    """The gate and attribution buffers of one model replica on one rank.
+
+    Buffers (addresses never change, for CUDA graphs and torch.compile):
+        gate_T: int64 bitmask of allowed slots per token.
+        mass_TE: int64 routing weight per token, summed over layers, in 1/2**32.
+        chosen_T: int64 bitmask of slots chosen in at least one layer.
+    """
+
+    gate_T: torch.Tensor
+    mass_TE: torch.Tensor
+    chosen_T: torch.Tensor
+
+    def __init__(self, table: SlotTable, max_tokens: int, key: SealKey) -> None:
+        """Allocate for at most ``max_tokens`` tokens a step, everything closed."""
+        super().__init__()
+        self.table = table
+        self.key = key
+        self.requests: dict[str, _Tenancy] = {}
+        self._step: dict[str, _Scheduled] = {}
+        self._order: Sequence[str] = ()
+        self._num_tokens = 0
+        closed = torch.full((max_tokens,), CLOSED_GATE, dtype=torch.int64)
+        self.register_buffer("gate_T", closed, persistent=False)
+        mass = torch.zeros(max_tokens, table.total, dtype=torch.int64)
+        self.register_buffer("mass_TE", mass, persistent=False)
+        chosen = torch.zeros(max_tokens, dtype=torch.int64)
+        self.register_buffer("chosen_T", chosen, persistent=False)
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Drop finished requests, admit new ones, and note what each may count.
+
+        Raises:
+            GateError: a new request has no genuine gate. The guard in the engine core
+                refuses such a request before it gets here, so this stops the engine.
+        """
+        for request_id in scheduled.finished_req_ids:
+            self.requests.pop(request_id, None)
+        starts = dict(
+            zip(
+                scheduled.scheduled_cached_reqs.req_ids,
+                scheduled.scheduled_cached_reqs.num_computed_tokens,
+                strict=True,
+            )
+        )
+        for new in scheduled.scheduled_new_reqs:
+            starts[new.req_id] = new.num_computed_tokens
+            if new.req_id not in self.requests:
+                params = new.sampling_params
+                self._admit(new.req_id, params.extra_args if params else None)
+        self._step = {
+            request_id: self._schedule(request_id, starts[request_id], count)
+            for request_id, count in scheduled.num_scheduled_tokens.items()
+        }
+        self._num_tokens = 0
+
+    def expects(self, order: Sequence[str]) -> bool:
+        """Whether ``order`` names exactly the requests of this step."""
+        return len(order) == len(self._step) and all(name in self._step for name in order)
+
+    def fill(self, order: Sequence[str], num_padded: int) -> None:
+        """Write the step's per-token gates in the batch's order; close the padding.
+
+        Args:
+            order: request ids in batch order; each occupies its scheduled tokens, contiguously.
+            num_padded: tokens of the forward pass, padding included.
+        """
+        step = [self._step[request_id] for request_id in order]
+        counts = [entry.count for entry in step]
+        total = sum(counts)
+        gates = np.full(num_padded, CLOSED_GATE, np.int64)
+        masks = np.array([entry.bitmask for entry in step], np.uint64).view(np.int64)
+        gates[:total] = np.repeat(masks, counts)
+        self._order, self._num_tokens = order, total
+        self.gate_T[:num_padded].copy_(_staged(gates, self.gate_T.device), non_blocking=True)
+        self.mass_TE[:num_padded].zero_()
+        self.chosen_T[:num_padded].zero_()
+
+    def close(self) -> None:
+        """Close every token, for profiling, warm-up, capture and dummy batches."""
+        self._step, self._order, self._num_tokens = {}, (), 0
+        self.gate_T.fill_(CLOSED_GATE)
+
+    def collect(self) -> "PendingUsage | None":
+        """Reduce the forward pass's attribution to one row per request."""
+        if not self._num_tokens:
+            return None
+        step = [self._step[request_id] for request_id in self._order]
+        rows = np.full(self._num_tokens, len(step), np.int64)  # row R: counted before
+        start = 0
+        for row, entry in enumerate(step):
+            rows[start + entry.skip : start + entry.count] = row
+            start += entry.count
+        device, num_slots = self.gate_T.device, self.table.total
+        rows_T = _staged(rows, device)
+        bits_E = torch.arange(num_slots, device=device)
+        chosen_TE = (self.chosen_T[: self._num_tokens, None] >> bits_E) & 1
+        both_T2E = torch.cat((self.mass_TE[: self._num_tokens], chosen_TE), dim=1)
+        both_R2E = torch.zeros(len(step) + 1, 2 * num_slots, dtype=torch.int64, device=device)
+        both_R2E.index_add_(0, rows_T, both_T2E)
+        return PendingUsage(
+            list(self._order),
+            [entry.first + entry.skip for entry in step],
+            [entry.count - entry.skip for entry in step],
+            both_R2E[:-1].to("cpu", non_blocking=True),
+            _record_event(device),
+        )
+
+    def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
+        gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
+        bitmask = gate.bitmask & self.table.live_mask
+        if not bitmask:
+            raise GateError("no slot of the gate holds an expert")
+        self.requests[request_id] = _Tenancy(bitmask)
+
+    def _schedule(self, request_id: str, first: int, count: int) -> _Scheduled:
+        tenancy = self.requests[request_id]
+        skip = min(max(tenancy.counted - first, 0), count)
+        tenancy.counted = max(tenancy.counted, first + count)
+        return _Scheduled(tenancy.bitmask, first, count, skip)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingUsage:
+    """A step's attribution on its way from the device: [R, mass E + tokens E]."""
+
+    request_ids: list[str]
+    first_R: list[int]
+    count_R: list[int]
+    both_R2E: torch.Tensor
+    copied: "torch.cuda.Event | None"
+
+    def get(self) -> StepUsage:
+        """Wait for the copy and split it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        mass_RE, tokens_RE = np.split(self.both_R2E.numpy(), 2, axis=1)
+        return StepUsage(self.request_ids, self.first_R, self.count_R, mass_RE, tokens_RE)
+
+
+def _staged(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor on ``device``; on CUDA through fresh pinned memory, never a reused buffer."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _record_event(device: torch.device) -> "torch.cuda.Event | None":
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -1,0 +1,126 @@
+"""The worker that fills gates before every forward pass and reports attribution after it.
+
+Model Runner V2 asks the model for its state class, :class:`GatedModelState`. Model
+Runner V1 has no such place, so :class:`GatedWorker` puts a subclass under its runner.
+"""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+
+from flexgate.server.engine.handshake import RankReport, report_rank
+from flexgate.server.engine.seam import (
+    AsyncModelRunnerOutput,
+    DefaultModelState,
+    ModelRunnerOutput,
+    SchedulerOutput,
+)
+from flexgate.server.engine.state import GateState, PendingUsage
+from flexgate.server.engine.usage import StepUsage
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+
+
+@dataclass
+class GatedModelRunnerOutput(ModelRunnerOutput):
+    """A step's output with the attribution of its requests."""
+
+    expert_usage: StepUsage | None = None
+
+
+class _AsyncOutput(AsyncModelRunnerOutput):
+    """An asynchronous output that adds the attribution when it is waited for."""
+
+    def __init__(self, inner: AsyncModelRunnerOutput, usage: PendingUsage) -> None:
+        self.inner = inner
+        self.usage = usage
+
+    def get_output(self) -> ModelRunnerOutput:
+        """Wait for both copies."""
+        return _with_usage(self.inner.get_output(), self.usage)
+
+
+def _with_usage(output: ModelRunnerOutput, usage: PendingUsage) -> GatedModelRunnerOutput:
+    values = {f.name: getattr(output, f.name) for f in fields(ModelRunnerOutput)}
+    return GatedModelRunnerOutput(**values, expert_usage=usage.get())
+
+
+def gated_runner(runner_cls: type[Any]) -> type[Any]:
+    """Subclass a V1 model runner so that every forward pass sees filled gates."""
+
+    class GatedModelRunner(runner_cls):  # type: ignore[misc]
+        """V1 runner: gates are filled once the batch's order is final."""
+
+        def _preprocess(
+            self, scheduler_output: SchedulerOutput, num_input_tokens: int, *args: Any, **kw: Any
+        ) -> Any:
+            gates: GateState = self.get_model().gates
+            gates.fill(self.input_batch.req_ids, num_input_tokens)
+            return super()._preprocess(scheduler_output, num_input_tokens, *args, **kw)
+
+        def _dummy_run(self, *args: Any, **kw: Any) -> Any:
+            self.get_model().gates.close()
+            return super()._dummy_run(*args, **kw)
+
+    GatedModelRunner.__name__ = f"Gated{runner_cls.__name__}"
+    return GatedModelRunner
+
+
+class GatedModelState(DefaultModelState):
+    """V2 runner: the same two moments, through vLLM's model-state interface."""
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Fill gates for a real batch; a dummy batch names no live request and stays closed."""
+        gates: GateState = self.model.gates
+        if gates.expects(input_batch.req_ids):
+            gates.fill(input_batch.req_ids, input_batch.num_tokens_after_padding)
+        else:
+            gates.close()
+        inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
+        return inputs
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Close everything for capture."""
+        self.model.gates.close()
+        inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return inputs
+
+
+class GatedWorker(_Worker):
+    """vLLM's worker with gates around each step; selected with ``--worker-cls``."""
+
+    _usage: PendingUsage | None = None
+
+    def init_device(self) -> None:
+        """Build vLLM's model runner and put the gated one in its place."""
+        super().init_device()
+        if not self.use_v2_model_runner:
+            self.model_runner.__class__ = gated_runner(type(self.model_runner))
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Run one forward pass under this step's gates."""
+        gates: GateState = self.model_runner.get_model().gates
+        gates.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        self._usage = gates.collect()
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample, and attach the attribution of the forward pass just run."""
+        output = super().sample_tokens(grammar_output)
+        usage, self._usage = self._usage, None
+        if usage is None or output is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _AsyncOutput(output, usage)
+        return _with_usage(output, usage)
+
+    def flexgate_handshake(self) -> RankReport:
+        """Prove to the launcher what this rank runs."""
+        return report_rank(self)

@@ -1,0 +1,85 @@
+"""Random FlexOlmo checkpoints written by transformers, and surgery on them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a random checkpoint."""
+
+    hidden: int = 128
+    intermediate: int = 96
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 4
+    experts: int = 4
+    top_k: int = 2
+    renormalize: bool = False
+    vocab: int = 512
+    seed: int = 0
+
+
+def write_random(directory: Path, shape: Shape = Shape()) -> Path:
+    """A float32 checkpoint with routers sharp enough that gates change the answer."""
+    torch.manual_seed(shape.seed)
+    config = FlexOlmoConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=shape.renormalize,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.08,
+    )
+    model = FlexOlmoForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                parameter.normal_(std=0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(directory)
+    return directory
+
+
+def rewrite(
+    source: Path, target: Path, keep: list[int], poison: dict[int, float] | None = None
+) -> Path:
+    """Copy a checkpoint with only ``keep`` experts, in that order; fill ``poison`` ones."""
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            head, _, tail = name.partition(".experts.")
+            index, _, rest = tail.partition(".")
+            if int(index) in keep:
+                value = tensor.clone()
+                if poison and int(index) in poison:
+                    value.fill_(poison[int(index)])
+                out[f"{head}.experts.{keep.index(int(index))}.{rest}"] = value
+        elif name.endswith("mlp.gate.weight"):
+            rows = tensor[keep].clone()
+            for index, value in (poison or {}).items():
+                rows[keep.index(index)] = value
+            out[name] = rows
+        else:
+            out[name] = tensor
+    config["num_experts"] = len(keep)
+    config["num_experts_per_tok"] = min(config["num_experts_per_tok"], len(keep))
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(out, target / "model.safetensors", {"format": "pt"})
+    return target
