@@ -1,24 +1,44 @@
-"""`gated_topk` for CPU tensors: the reference's arithmetic in as few calls as it takes.
+"""`gated_topk` for CPU tensors: compiled C around torch's exponential, or NumPy where nothing can be compiled.
 
-A decode step has a few tokens and fewer than ten slots, so the cost is the number of calls, not the arithmetic; NumPy's
-calls cost a fraction of torch's and share the tensors' memory. The exponential alone comes from torch, so that the
-results equal the reference's to the last bit.
+Both equal the reference bit for bit, so which one runs is a matter of speed alone. The library is built once, by the
+machinery that Triton uses for its own launchers: its choice of compiler, its cache directory, its trust in that.
 
 Shape suffixes: T tokens, E expert slots, K chosen experts.
 """
 
-import numpy as np
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_topk.contract import FILL_FIRST, MASS_SCALE, MAX_SLOTS
+from flexgate.kernels.gated_topk.vectorised import gated_topk_vectorised
 
-_MINUS_INF = np.float32(-np.inf)
-_ZERO = np.float32(0)
-_MASS_SCALE = np.float32(MASS_SCALE)
-_BIT_E = np.left_shift(np.int64(1), np.arange(MAX_SLOTS, dtype=np.int64))
-# Index −1, the id of an unused pick, finds the last entry: no bit.
-_BIT_OF_ID = np.append(_BIT_E, np.int64(0))
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("native.c")
+# Contraction would fuse a product and a sum into one rounding, and the bits would depend on the processor.
+_FLAGS = ["-ffp-contract=off"]
+
+
+@functools.cache
+def native_library() -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """The compiled steps before and after the exponential, or None where they cannot be had (logged once)."""
+    try:
+        from triton.runtime.build import compile_so_from_file
+
+        library = ctypes.CDLL(compile_so_from_file(str(_SOURCE), "flexgate_gated_topk", ccflags=_FLAGS))
+    # No compiler, an unwritable cache, a Triton without this entry: whatever it is, NumPy gives the same bits.
+    except Exception as error:
+        _log.warning("gated_topk runs on NumPy, several times slower per call: %s", error)
+        return None
+    shift, pick = library.flexgate_gated_shift, library.flexgate_gated_pick
+    shift.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
+    pick.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5
+    shift.restype = pick.restype = None
+    return shift, pick
 
 
 def gated_topk_cpu(
@@ -32,43 +52,23 @@ def gated_topk_cpu(
     fill: int,
 ) -> tuple[Tensor, Tensor]:
     """See `gated_topk_reference`; equal to it bit for bit, attribution included."""
-    prob = router_logits_TE.clone() if bias_E is None else router_logits_TE + bias_E
-    prob_TE = prob.numpy()
-    tokens, slots = prob_TE.shape
-    excluded_TE = np.equal(gate_T.numpy()[:, None] & _BIT_E[:slots], 0)
-
-    # NaN arises from a corrupt allowed expert or a token with nothing allowed; both are defined, neither is news.
-    with np.errstate(invalid="ignore"):
-        np.putmask(prob_TE, excluded_TE, _MINUS_INF)
-        prob_TE -= np.maximum.reduce(prob_TE, axis=1, keepdims=True)
-        prob.exp_()
-        # `accumulate` is a left fold by definition; `sum` is pairwise.
-        prob_TE /= np.add.accumulate(prob_TE, axis=1)[:, -1:]
-
-        key_TE = np.fmax(prob_TE, _ZERO)
-        np.putmask(key_TE, excluded_TE, np.float32(-1))
-        order_TK = np.negative(key_TE, out=key_TE).argsort(axis=1, kind="stable")[:, :top_k]
-        pick_TK = order_TK + np.arange(0, tokens * slots, slots)[:, None]
-        unused_TK = excluded_TE.take(pick_TK)
-        weights_TK = prob_TE.take(pick_TK)
-        np.putmask(weights_TK, unused_TK, _ZERO)
-        if renormalize:
-            weights_TK /= np.add.accumulate(weights_TK, axis=1)[:, -1:]
-            np.putmask(weights_TK, unused_TK, _ZERO)
-        ids_TK = order_TK.astype(np.int32)
-        np.putmask(ids_TK, unused_TK, np.int32(-1))
-
-        # A token's ranks name distinct slots, so the buffered indexed addition loses nothing; an unused one adds 0.
-        mass = mass_TE.numpy().reshape(-1)
-        mass[pick_TK] += np.rint(np.fmax(weights_TK, _ZERO) * _MASS_SCALE).astype(np.int64)
-        chosen_T.numpy()[:tokens] |= np.bitwise_or.reduce(_BIT_OF_ID.take(ids_TK), axis=1)
-
-    if top_k > slots:
-        beyond = ((0, 0), (0, top_k - slots))
-        weights_TK = np.pad(weights_TK, beyond)
-        ids_TK = np.pad(ids_TK, beyond, constant_values=-1)
-    if fill == FILL_FIRST:
-        np.copyto(ids_TK, np.maximum(ids_TK[:, :1], 0), where=ids_TK < 0)
-    elif fill >= 0:
-        np.putmask(ids_TK, ids_TK < 0, np.int32(fill))
-    return torch.from_numpy(weights_TK), torch.from_numpy(ids_TK)
+    library = native_library()
+    if library is None:
+        return gated_topk_vectorised(router_logits_TE, gate_T, bias_E, mass_TE, chosen_T, top_k, renormalize, fill)
+    shift, pick = library
+    tokens, slots = router_logits_TE.shape
+    logits_TE, gate_T = router_logits_TE.contiguous(), gate_T.contiguous()
+    # The name keeps a copy alive for as long as its address is in use.
+    bias_E = None if bias_E is None else bias_E.contiguous()
+    prob_TE = torch.empty_like(logits_TE)
+    weights_TK = logits_TE.new_empty((tokens, top_k))
+    ids_TK = torch.empty_like(weights_TK, dtype=torch.int32)
+    gate, prob = gate_T.data_ptr(), prob_TE.data_ptr()
+    bias = None if bias_E is None else bias_E.data_ptr()
+    shift(logits_TE.data_ptr(), gate, bias, prob, tokens, slots)
+    prob_TE.exp_()
+    pick(
+        prob, gate, mass_TE.data_ptr(), chosen_T.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(),
+        tokens, slots, top_k, renormalize, fill,
+    )  # fmt: skip
+    return weights_TK, ids_TK
