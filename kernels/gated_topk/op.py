@@ -6,6 +6,8 @@ implementation are the same, and the decorator's bookkeeping costs more than the
 Shape suffixes: T tokens, E expert slots, K chosen experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,13 @@ def gated_topk(
     return weights_TK, ids_TK
 
 
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # A process that serves from the CPU never pays for importing Triton's front end.
+    from flexgate.kernels.gated_topk.kernel import gated_topk_cuda
+
+    return gated_topk_cuda(*arguments)
+
+
 def _fake(
     router_logits_TE: Tensor,
     gate_T: Tensor,  # noqa: ARG001 - the schema's argument names
@@ -57,5 +66,6 @@ def _fake(
 
 
 _LIBRARY.impl("gated_topk", gated_topk_cpu, "CPU")
+_LIBRARY.impl("gated_topk", _cuda, "CUDA")
 torch.library.register_fake("flexgate::gated_topk", _fake, lib=_LIBRARY)
 _OPERATOR = torch.ops.flexgate.gated_topk.default

@@ -1,0 +1,144 @@
+"""Every implementation of gated_topk behind one signature, and inputs to feed it.
+
+Shape suffixes: T tokens, E expert slots, K chosen experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flexgate.kernels.gated_topk import gated_topk_reference, reference
+from flexgate.kernels.gated_topk.contract import Fill, check_arguments, encode_fill
+from flexgate.kernels.gated_topk.cpu import gated_topk_cpu, native_library
+from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
+from flexgate.kernels.gated_topk.vectorised import gated_topk_vectorised
+from flexgate.kernels.testing.interpreter import Interpreted
+from torch import Tensor
+
+SENTINEL = -7_777_777
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What one call returned and accumulated; the buffers without their sentinel rows."""
+
+    weights_TK: Tensor
+    ids_TK: Tensor
+    mass_TE: Tensor
+    chosen_T: Tensor
+
+    def same_bits(self, other: "Routed") -> bool:
+        return all(_same_bits(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # NaN never equals NaN, and −0.0 equals 0.0: compare what is stored.
+    view = torch.int32 if one.dtype is torch.float32 else one.dtype
+    both_nan = one.isnan() & other.isnan()
+    return one.dtype is other.dtype and bool(((one.view(view) == other.view(view)) | both_nan).all())
+
+
+class Router:
+    """One implementation; every call gets fresh attribution buffers with sentinels behind the last token."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self._function = function
+
+    def __call__(
+        self,
+        logits_TE: Tensor,
+        gate_T: Tensor,
+        *,
+        top_k: int = 2,
+        renormalize: bool = False,
+        bias_E: Tensor | None = None,
+        fill: Fill = "first",
+    ) -> Routed:
+        tokens, slots = logits_TE.shape
+        mass_TE = torch.full((tokens + 3, slots), SENTINEL)
+        chosen_T = torch.full((tokens + 3,), SENTINEL)
+        mass_TE[:tokens], chosen_T[:tokens] = 0, 0
+        weights_TK, ids_TK = self._function(
+            logits_TE,
+            gate_T,
+            bias_E=bias_E,
+            mass_TE=mass_TE,
+            chosen_T=chosen_T,
+            top_k=top_k,
+            renormalize=renormalize,
+            fill=fill,
+        )
+        assert bool((mass_TE[tokens:] == SENTINEL).all() and (chosen_T[tokens:] == SENTINEL).all())
+        return Routed(weights_TK, ids_TK, mass_TE[:tokens], chosen_T[:tokens])
+
+
+_CHECKED = ("bias_E", "mass_TE", "chosen_T", "top_k")
+
+
+def _checked(implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def call(logits_TE: Tensor, gate_T: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
+        fill = encode_fill(named.pop("fill"), logits_TE.shape[1])
+        check_arguments(logits_TE, gate_T, **{name: named[name] for name in _CHECKED})
+        return implementation(router_logits_TE=logits_TE, gate_T=gate_T, fill=fill, **named)
+
+    return call
+
+
+def _interpreted(**named: Any) -> tuple[Tensor, Tensor]:
+    return launch_gated_topk(Interpreted(gated_topk_kernel), **named)
+
+
+IMPLEMENTATIONS = {"native": gated_topk_cpu, "numpy": gated_topk_vectorised, "kernel": _interpreted}
+
+
+@pytest.fixture(autouse=True)
+def _poison_new_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output element that nobody writes must show."""
+    empty_like, new_empty = torch.empty_like, Tensor.new_empty
+
+    def poisoned(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else SENTINEL)
+
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poisoned(new_empty(*args, **kwargs)))
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and native_library() is None:
+        pytest.fail("no C compiler: the native implementation would go untested")
+    return str(request.param)
+
+
+@pytest.fixture
+def route(implementation: str) -> Router:
+    return Router(_checked(IMPLEMENTATIONS[implementation]))
+
+
+@pytest.fixture(scope="session")
+def routers() -> dict[str, Router]:
+    """All of them by name, for property tests, which take no function-scoped fixture."""
+    return {name: Router(_checked(function)) for name, function in IMPLEMENTATIONS.items()}
+
+
+@pytest.fixture
+def specified(implementation: str, monkeypatch: pytest.MonkeyPatch) -> Router:
+    """The reference; for the kernel with NumPy's exponential, which is what the interpreter computes with."""
+    if implementation == "kernel":
+        monkeypatch.setattr(reference, "exp", lambda tensor: torch.from_numpy(np.exp(tensor.numpy())))
+    return Router(gated_topk_reference)
+
+
+@pytest.fixture
+def random_gate() -> Callable[[int, int], Tensor]:
+    """gate_T over T tokens and E slots: sizes from one allowed slot to all of them, never none."""
+
+    def draw(tokens: int, slots: int) -> Tensor:
+        allowed_TE = torch.rand(tokens, slots) < torch.rand(tokens, 1)
+        allowed_TE[torch.arange(tokens), torch.randint(slots, (tokens,))] = True
+        return (allowed_TE.long() << torch.arange(slots)).sum(dim=1)
+
+    return draw
