@@ -1,0 +1,191 @@
+"""Decide which experts one request may use. Pure: no clock, no database, no environment.
+
+    gate = (some agreement in force permits expert → tenant, and none prohibits)
+           ∩ the tenant's mode ∩ the request's narrowing ∩ live experts
+
+A request only narrows. A hidden expert is treated like a name that does not exist: both raise the
+same `UnknownExpert`. Repeated work can be spared with `flexgate.policies.cache.DecisionCache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from flexgate.policies import reasons
+from flexgate.policies.decision import Decision, DecisionRequest, Reason, admit
+from flexgate.policies.errors import (
+    AnchorRequired,
+    ContextRefused,
+    EmptyGate,
+    ExpertDenied,
+    InvalidName,
+    TenantArchived,
+    UnknownExpert,
+    UnknownTenant,
+)
+from flexgate.policies.grants import Context, Grant, grant
+from flexgate.policies.snapshot import Snapshot, TenantRules
+from flexgate.policies.terms import PUBLIC, ExpertId, SetId, TenantId
+from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
+
+ONLY: Final = "flexgate.experts.only"
+IGNORE: Final = "flexgate.experts.ignore"
+
+
+def decide(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> Decision:
+    """The decision for one request at `now` (Unix seconds); raises a `DecisionRefused`."""
+    tenant = find_tenant(snapshot, tenant_id)
+    context = declared_context(tenant, request.purpose, request.region)
+    return narrow(snapshot, tenant, grant(snapshot, tenant, context, now), context, request)
+
+
+def find_tenant(snapshot: Snapshot, tenant_id: str) -> TenantRules:
+    """The tenant's rules; raises `UnknownTenant` or `TenantArchived`."""
+    tenant = snapshot.tenants.get(TenantId(tenant_id))
+    if tenant is None:
+        raise UnknownTenant(f"There is no project '{tenant_id}'. Check the id.")
+    if tenant.archived:
+        raise TenantArchived(f"Project '{tenant_id}' is archived. Use a key of another project.")
+    return tenant
+
+
+def declared_context(tenant: TenantRules, purpose: str | None, region: str | None) -> Context:
+    """The purpose and region, checked against what the tenant may declare."""
+    return Context.of(_purpose(tenant, purpose), _region(tenant, region))
+
+
+def _purpose(tenant: TenantRules, text: str | None) -> Purpose | None:
+    if text is None:
+        return None
+    param = "flexgate.purpose"
+    try:
+        purpose = parse_purpose(text)
+    except InvalidName as error:
+        raise ContextRefused(f"{error}.", param=param) from None
+    if purpose not in tenant.purposes:
+        raise ContextRefused(_not_registered("purpose", purpose, tenant.purposes), param=param)
+    return purpose
+
+
+def _region(tenant: TenantRules, text: str | None) -> Region | None:
+    if text is None:
+        return None
+    param = "flexgate.region"
+    try:
+        region = parse_region(text)
+    except InvalidName as error:
+        raise ContextRefused(f"{error}.", param=param) from None
+    if region not in tenant.regions:
+        raise ContextRefused(_not_registered("region", region, tenant.regions), param=param)
+    return region
+
+
+def _not_registered(kind: str, word: str, registered: frozenset[str]) -> str:
+    may = ", ".join(sorted(registered)) or "none"
+    return (
+        f"This project may not declare the {kind} '{word}' (registered: {may}). "
+        "An administrator registering it would change this."
+    )
+
+
+def narrow(
+    snapshot: Snapshot,
+    tenant: TenantRules,
+    granted: Grant,
+    context: Context,
+    request: DecisionRequest,
+) -> Decision:
+    """Cut a grant down to what the request asks for; raises a `DecisionRefused`."""
+    only = None if request.only is None else _named(snapshot, granted, request.only, ONLY)
+    ignore = _named(snapshot, granted, request.ignore, IGNORE)
+    _check_anchor(tenant, granted, ignore)
+    _check_allowed(granted, only or frozenset())
+    left_out = _left_out(granted, only, tenant.standing, ignore)
+    allowed = admit(expert for expert in granted.lost_at if expert not in left_out)
+    if not allowed:
+        raise EmptyGate(
+            "No expert is left for this request. Asking for an allowed expert would change this.",
+            param="flexgate.experts",
+        )
+    return Decision(
+        decision_id=request.decision_id,
+        tenant_id=tenant.id,
+        policy_version=snapshot.policy_version,
+        allowed=allowed,
+        excluded=_excluded(snapshot, granted, left_out),
+        valid_until=min(granted.lost_at[expert] for expert in allowed),
+        purpose=context.purpose,
+        region=context.region,
+    )
+
+
+def _named(
+    snapshot: Snapshot, granted: Grant, names: tuple[str, ...], param: str
+) -> frozenset[ExpertId]:
+    """The listed experts that `names` stands for; a set stands for its listed members."""
+    found: set[ExpertId] = set()
+    for position, name in enumerate(names):
+        members = snapshot.sets.get(SetId(name), (ExpertId(name),))
+        listed = {m for m in members if m in granted.lost_at or m in granted.refused}
+        if not listed:
+            raise UnknownExpert(
+                f"'{param}[{position}]' names no expert that is listed for this project. "
+                "GET /v1/experts shows those that are.",
+                param=f"{param}[{position}]",
+            )
+        found |= listed
+    return frozenset(found)
+
+
+def _check_anchor(tenant: TenantRules, granted: Grant, ignore: frozenset[ExpertId]) -> None:
+    if PUBLIC not in granted.lost_at and PUBLIC not in ignore:
+        raise AnchorRequired(
+            "'public' takes part in every request, and it is not being served. "
+            "Loading it into the server would change this."
+        )
+    if PUBLIC in ignore and not tenant.anchor_optional:
+        raise AnchorRequired(
+            "'public' takes part in every request of this project. "
+            "An administrator making the anchor optional would change this.",
+            param=IGNORE,
+        )
+
+
+def _check_allowed(granted: Grant, only: frozenset[ExpertId]) -> None:
+    denied = [reason for expert, reason in granted.refused.items() if expert in only]
+    if denied:
+        names = ", ".join(f"'{reason.expert}'" for reason in denied)
+        raise ExpertDenied(
+            f"The policy does not allow {names}. " + " ".join(r.message for r in denied),
+            reasons=denied,
+            param=ONLY,
+        )
+
+
+def _left_out(
+    granted: Grant,
+    only: frozenset[ExpertId] | None,
+    standing: frozenset[ExpertId] | None,
+    ignore: frozenset[ExpertId],
+) -> Mapping[ExpertId, Reason]:
+    """The allowed experts that the request leaves out, each with its reason."""
+    wanted, because = (
+        (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
+    )
+    left_out: dict[ExpertId, Reason] = {}
+    for expert in granted.lost_at:
+        if expert in ignore:
+            left_out[expert] = reasons.ignored(expert)
+        elif wanted is not None and expert not in wanted and expert != PUBLIC:
+            left_out[expert] = because(expert)
+    return left_out
+
+
+def _excluded(
+    snapshot: Snapshot, granted: Grant, left_out: Mapping[ExpertId, Reason]
+) -> tuple[Reason, ...]:
+    if not left_out:
+        return tuple(granted.refused.values())
+    both = {**granted.refused, **left_out}
+    return tuple(both[expert] for expert in snapshot.experts if expert in both)

@@ -1,0 +1,86 @@
+"""What a decision is: the allowed experts, one reason per excluded one, and until when it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from flexgate.policies.terms import ExpertId, TenantId
+from flexgate.policies.words import Purpose, Region
+
+_MAKER: Final = object()
+
+
+class AllowedExperts(tuple[ExpertId, ...]):
+    """Experts that passed the policy, in catalogue order. Only the decision code makes one.
+
+    Slicing or adding gives a plain tuple, which does not fit where this type is asked for.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, experts: Iterable[ExpertId] = (), *, maker: object = None) -> AllowedExperts:
+        if maker is not _MAKER:
+            raise TypeError("AllowedExperts comes out of flexgate.policies.decide only")
+        return super().__new__(cls, experts)
+
+
+def admit(experts: Iterable[ExpertId]) -> AllowedExperts:
+    """For `flexgate.policies.decide`: turn experts that passed every rule into the sealed type."""
+    return AllowedExperts(experts, maker=_MAKER)
+
+
+class Reason(NamedTuple):
+    """Why one expert takes no part. `message` names the rule and what would change it."""
+
+    expert: ExpertId
+    code: str
+    rule: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionRequest:
+    """What one request asks of the policy. Narrowing names experts or sets, unchecked.
+
+    `decision_id` is made by the caller (it must be unique; the decision does not use it).
+    `only` of None means no narrowing (the tenant's standing set applies), `()` means just `public`.
+    """
+
+    decision_id: str
+    purpose: str | None = None
+    region: str | None = None
+    only: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The outcome for one request. `valid_until` is Unix seconds, or `math.inf`.
+
+    At `valid_until` the first allowed expert stops being allowed. `excluded` has one reason for
+    each listed expert outside the gate, in catalogue order; hidden experts are not in it.
+    """
+
+    decision_id: str
+    tenant_id: TenantId
+    policy_version: int
+    allowed: AllowedExperts
+    excluded: tuple[Reason, ...]
+    valid_until: float
+    purpose: Purpose | None
+    region: Region | None
+
+    def renamed(self, decision_id: str) -> Decision:
+        """The same outcome for another request."""
+        return Decision(
+            decision_id=decision_id,
+            tenant_id=self.tenant_id,
+            policy_version=self.policy_version,
+            allowed=self.allowed,
+            excluded=self.excluded,
+            valid_until=self.valid_until,
+            purpose=self.purpose,
+            region=self.region,
+        )

@@ -1,0 +1,104 @@
+"""Errors of the policy package. HTTP status codes are chosen in `flexgate.server` alone.
+
+PolicyError
+├── InvalidName            an id or a word that the vocabulary does not know
+├── SnapshotInvalid        documents that do not fit together
+├── SnapshotStale          the snapshot was not confirmed within its lease
+├── DecisionRefused        a request that gets no gate; `param` names the field at fault
+│   ├── UnknownTenant
+│   ├── TenantArchived
+│   ├── ContextRefused     a purpose or region that the tenant may not declare
+│   ├── UnknownExpert      unknown and hidden alike, byte for byte
+│   ├── ExpertDenied       listed, but not allowed; carries `reasons`
+│   ├── AnchorRequired     `public` ignored by a tenant that may not
+│   └── EmptyGate          nothing left; never widened
+└── StoreError
+    ├── StoreUnavailable   no connection, locked, not a database
+    ├── StoreFromNewerVersion
+    ├── StoreDamaged       rows that no longer parse
+    └── ChangeRefused      a change that would not make sense
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexgate.policies.decision import Reason
+
+
+class PolicyError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class InvalidName(PolicyError, ValueError):
+    """An id or word outside its vocabulary; a ValueError so that pydantic reports its place."""
+
+
+class SnapshotInvalid(PolicyError):
+    """Tenants, agreements, experts and keys that contradict each other."""
+
+
+class SnapshotStale(PolicyError):
+    """No snapshot was confirmed within the lease: nothing may be decided from it."""
+
+
+class DecisionRefused(PolicyError):
+    """No gate for this request. `str(error)` is the sentence for the caller."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UnknownTenant(DecisionRefused):
+    """No tenant of that id is in the snapshot."""
+
+
+class TenantArchived(DecisionRefused):
+    """The tenant exists, but is archived."""
+
+
+class ContextRefused(DecisionRefused):
+    """The purpose or region is no known word, or not registered for the tenant."""
+
+
+class UnknownExpert(DecisionRefused):
+    """The request names an expert or set that is not listed for the tenant."""
+
+
+class ExpertDenied(DecisionRefused):
+    """The request asks for listed experts that the policy does not allow."""
+
+    def __init__(self, message: str, *, reasons: Sequence[Reason], param: str) -> None:
+        super().__init__(message, param=param)
+        self.reasons = tuple(reasons)
+
+
+class AnchorRequired(DecisionRefused):
+    """The request ignores `public`, and the tenant's policy does not allow that."""
+
+
+class EmptyGate(DecisionRefused):
+    """Narrowing left no expert at all."""
+
+
+class StoreError(PolicyError):
+    """The store could not do what was asked; nothing was changed."""
+
+
+class StoreUnavailable(StoreError):
+    """The database cannot be reached, is locked, or is not a database."""
+
+
+class StoreFromNewerVersion(StoreError):
+    """The schema was migrated by a newer flexgate."""
+
+
+class StoreDamaged(StoreError):
+    """A stored document no longer parses, or the documents do not fit together."""
+
+
+class ChangeRefused(StoreError):
+    """The change names things that do not exist, or contradicts what is there."""

@@ -1,0 +1,156 @@
+"""The sentence for every rule that can exclude an expert: which rule, and what would change it."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+from flexgate.policies.decision import Reason
+from flexgate.policies.snapshot import Clause
+from flexgate.policies.tenants import Expert
+from flexgate.policies.terms import ExpertId
+
+
+def prohibited(expert: Expert, clause: Clause) -> Reason:
+    scope = "".join(
+        f" {preposition} {_words(words)}"
+        for preposition, words in (("for", clause.purposes), ("in", clause.regions))
+        if words is not None
+    )
+    changes = f"Its owner, {expert.owner}, withdrawing it"
+    if scope:
+        changes += ", or the request declaring a purpose or region outside of it,"
+    if clause.ends < math.inf:
+        changes += f" or waiting until {_utc(clause.ends)}"
+    return Reason(
+        expert.id,
+        "prohibited",
+        clause.rule,
+        f"{_agreement(clause)} prohibits expert '{expert.id}' to this project{scope}. "
+        f"{changes} would change this.",
+    )
+
+
+def no_agreement(expert: Expert) -> Reason:
+    return Reason(
+        expert.id,
+        "no_agreement",
+        "default_deny",
+        f"No agreement permits expert '{expert.id}' to this project. "
+        f"An agreement with its owner, {expert.owner}, would change this.",
+    )
+
+
+def purpose_not_permitted(expert: Expert, clause: Clause, purpose: str | None) -> Reason:
+    return Reason(
+        expert.id,
+        "purpose_not_permitted",
+        clause.rule,
+        f"{_agreement(clause)} permits expert '{expert.id}' for {_words(clause.purposes)} only, "
+        f"and the request declares {_declared('purpose', purpose)}. "
+        "Declaring a permitted purpose would change this.",
+    )
+
+
+def region_not_permitted(expert: Expert, clause: Clause, region: str | None) -> Reason:
+    return Reason(
+        expert.id,
+        "region_not_permitted",
+        clause.rule,
+        f"{_agreement(clause)} permits expert '{expert.id}' in {_words(clause.regions)} only, "
+        f"and the request declares {_declared('region', region)}. "
+        "Declaring a permitted region would change this.",
+    )
+
+
+def not_started(expert: Expert, clause: Clause) -> Reason:
+    return Reason(
+        expert.id,
+        "agreement_not_started",
+        clause.rule,
+        f"{_agreement(clause)} permits expert '{expert.id}' from {_utc(clause.starts)} on. "
+        "Waiting until then would change this.",
+    )
+
+
+def ended(expert: Expert, clause: Clause) -> Reason:
+    return Reason(
+        expert.id,
+        "agreement_ended",
+        clause.rule,
+        f"{_agreement(clause)} permitted expert '{expert.id}' until {_utc(clause.ends)}. "
+        f"A new agreement with its owner, {expert.owner}, would change this.",
+    )
+
+
+def not_on_allow_list(expert: ExpertId) -> Reason:
+    return Reason(
+        expert,
+        "not_in_allow_list",
+        "project/allow_list",
+        f"Expert '{expert}' is not on this project's allow list. "
+        "An administrator adding it would change this.",
+    )
+
+
+def on_deny_list(expert: ExpertId) -> Reason:
+    return Reason(
+        expert,
+        "in_deny_list",
+        "project/deny_list",
+        f"Expert '{expert}' is on this project's deny list. "
+        "An administrator removing it would change this.",
+    )
+
+
+def not_live(expert: ExpertId) -> Reason:
+    return Reason(
+        expert,
+        "not_live",
+        "expert/live",
+        f"Expert '{expert}' is not being served. Loading it into the server would change this.",
+    )
+
+
+def outside_standing_set(expert: ExpertId) -> Reason:
+    return Reason(
+        expert,
+        "not_in_standing_set",
+        "project/standing",
+        f"Expert '{expert}' is not in this project's standing set. "
+        "Naming it in the request's 'only' would change this.",
+    )
+
+
+def outside_only(expert: ExpertId) -> Reason:
+    return Reason(
+        expert,
+        "not_requested",
+        "request/only",
+        f"The request's 'only' does not name expert '{expert}'. Naming it would change this.",
+    )
+
+
+def ignored(expert: ExpertId) -> Reason:
+    return Reason(
+        expert,
+        "ignored",
+        "request/ignore",
+        f"The request's 'ignore' names expert '{expert}'. Leaving it out would change this.",
+    )
+
+
+def _agreement(clause: Clause) -> str:
+    return f"Agreement '{clause.agreement_id}' (version {clause.version})"
+
+
+def _words(words: frozenset[str] | None) -> str:
+    return ", ".join(sorted(words)) if words is not None else "any"
+
+
+def _declared(kind: str, word: str | None) -> str:
+    return f"no {kind}" if word is None else f"'{word}'"
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,161 @@
+"""One change of the policy, in one transaction: documents put or removed, keys made or revoked."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, replace
+from typing import Any
+
+from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.store import checks, schema
+from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
+from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret
+from flexgate.policies.store.revisions import ObjectChange, Revision, append, current_version
+from flexgate.policies.tenants import KeyRecord, Role, Tenant
+from flexgate.policies.terms import OwnerId, TenantId
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+
+class Change:
+    """Made by `Store.change`; every method raises `ChangeRefused` rather than store nonsense."""
+
+    def __init__(self, connection: Connection, *, actor: str, note: str, at: float) -> None:
+        self._connection = connection
+        self._revision = Revision(current_version(connection) + 1, at, actor, note)
+        self._changes: list[ObjectChange] = []
+
+    @property
+    def policy_version(self) -> int:
+        """The version that holds once this change is committed."""
+        return self._revision.version if self._changes else self._revision.version - 1
+
+    def get(self, kind: type[D], id_: str) -> D | None:
+        """The document as this transaction sees it."""
+        return read_one(self._connection, kind, id_)
+
+    def all(self, kind: type[D]) -> list[D]:
+        """Every document of a kind as this transaction sees them."""
+        return read_all(self._connection, kind)
+
+    def put(self, document: PolicyDocument) -> None:
+        """Store a document, new or instead of the one with its id."""
+        kind, table = KINDS[type(document)]
+        before = read_one(self._connection, type(document), document.id)
+        if before == document:
+            return
+        checks.check_put(self._connection, document, before)
+        values = to_json(document)
+        if before is None:
+            position = select(func.coalesce(func.max(table.c.position), 0) + 1).scalar_subquery()
+            self._connection.execute(
+                insert(table).values(id=document.id, position=position, document=values)
+            )
+        else:
+            self._connection.execute(
+                update(table).where(table.c.id == document.id).values(document=values)
+            )
+        old = None if before is None else to_json(before)
+        self._changes.append(ObjectChange(kind, document.id, old, values))
+
+    def remove(self, kind: type[D], id_: str) -> None:
+        """Remove a document. Tenants are archived, not removed."""
+        name, table = KINDS[kind]
+        before = read_one(self._connection, kind, id_)
+        if before is None:
+            raise ChangeRefused(f"there is no {name} {id_!r}")
+        checks.check_remove(self._connection, kind, id_)
+        self._connection.execute(delete(table).where(table.c.id == id_))
+        self._changes.append(ObjectChange(name, id_, to_json(before), None))
+
+    def has_key(self, secret: str) -> bool:
+        """Whether this very key is stored, revoked or not."""
+        query = select(schema.api_keys.c.id).where(schema.api_keys.c.sha256 == digest(secret))
+        return self._connection.execute(query).one_or_none() is not None
+
+    def mint_key(
+        self,
+        role: Role,
+        *,
+        tenant_id: str | None = None,
+        owner_id: str | None = None,
+        expires: float | None = None,
+    ) -> MintedKey:
+        """A new random key. The secret is in the return value and nowhere else."""
+        prefix, secret = new_secret()
+        record = self.add_key(
+            secret,
+            prefix=prefix,
+            role=role,
+            tenant_id=tenant_id,
+            owner_id=owner_id,
+            expires=expires,
+        )
+        return MintedKey(secret, record)
+
+    def add_key(
+        self,
+        secret: str,
+        *,
+        prefix: str,
+        role: Role,
+        tenant_id: str | None = None,
+        owner_id: str | None = None,
+        expires: float | None = None,
+    ) -> KeyRecord:
+        """Store a key whose secret exists already (the demo's); others are minted."""
+        record = KeyRecord(
+            key_id=f"key_{secrets.token_hex(8)}",
+            sha256=digest(secret),
+            prefix=prefix,
+            role=role,
+            tenant_id=None if tenant_id is None else TenantId(tenant_id),
+            owner_id=None if owner_id is None else OwnerId(owner_id),
+            created=self._revision.at,
+            expires=expires,
+        )
+        self._check_key(record)
+        values = {**asdict(record), "id": record.key_id}
+        del values["key_id"]
+        self._connection.execute(insert(schema.api_keys).values(values))
+        self._changes.append(ObjectChange("api_key", record.key_id, None, _public(record)))
+        return record
+
+    def revoke_key(self, key_id: str) -> KeyRecord:
+        """Revoke a key for good, at this change's time. Revoking twice changes nothing."""
+        table = schema.api_keys
+        row = self._connection.execute(select(table).where(table.c.id == key_id)).one_or_none()
+        if row is None:
+            raise ChangeRefused(f"there is no key {key_id!r}")
+        before = key_from_row(row)
+        if before.revoked is not None:
+            return before
+        after = replace(before, revoked=self._revision.at)
+        self._connection.execute(
+            update(table).where(table.c.id == key_id).values(revoked=after.revoked)
+        )
+        self._changes.append(ObjectChange("api_key", key_id, _public(before), _public(after)))
+        return after
+
+    def finish(self) -> None:
+        """Append the revision. `Store.change` calls it before it commits."""
+        if self._changes:
+            append(self._connection, self._revision, self._changes)
+
+    def _check_key(self, record: KeyRecord) -> None:
+        if (record.role is Role.TENANT) != (record.tenant_id is not None):
+            raise ChangeRefused("exactly a tenant's key names a tenant")
+        if (record.role is Role.OWNER) != (record.owner_id is not None):
+            raise ChangeRefused("exactly an owner's key names an owner")
+        if record.expires is not None and record.expires <= record.created:
+            raise ChangeRefused("a key must expire later than it is created")
+        if record.tenant_id is not None:
+            tenant = self.get(Tenant, record.tenant_id)
+            if tenant is None or tenant.archived:
+                raise ChangeRefused(f"there is no active tenant {record.tenant_id!r}")
+
+
+def _public(record: KeyRecord) -> dict[str, Any]:
+    """A key as revisions record it: without its digest."""
+    values = asdict(record)
+    del values["sha256"]
+    return values

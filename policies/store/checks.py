@@ -1,0 +1,98 @@
+"""What a change must respect, so that the stored policy always fits together."""
+
+from __future__ import annotations
+
+from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
+from flexgate.policies.tenants import Expert, ExpertSet, Tenant
+from flexgate.policies.terms import PUBLIC, Agreement, Document
+from sqlalchemy import Connection
+
+
+def check_put(
+    connection: Connection, document: PolicyDocument, before: PolicyDocument | None
+) -> None:
+    """Raise `ChangeRefused` unless everything the document names exists and fits."""
+    if isinstance(document, Agreement):
+        _check_agreement(connection, document, before)
+    elif isinstance(document, Expert):
+        _check_expert(connection, document, before)
+    elif isinstance(document, ExpertSet):
+        for expert in sorted(document.experts):
+            _owner(connection, expert)
+    else:
+        for reference in _references(document):
+            _owners(connection, reference)
+
+
+def check_remove(connection: Connection, kind: type[Document], id_: str) -> None:
+    """Raise `ChangeRefused` if something still names the document."""
+    if kind is Tenant:
+        raise ChangeRefused("a tenant is archived, not removed")
+    if kind is Agreement:
+        return
+    if id_ == PUBLIC:
+        raise ChangeRefused("'public' is every model's anchor and cannot be removed")
+    for user in _users(connection, id_):
+        raise ChangeRefused(f"{user} still names {id_!r}: change it first")
+
+
+def _check_agreement(
+    connection: Connection, agreement: Agreement, before: PolicyDocument | None
+) -> None:
+    for reference in sorted(agreement.experts):
+        foreign = _owners(connection, reference) - {agreement.owner}
+        if foreign:
+            raise ChangeRefused(
+                f"agreement {agreement.id!r} is {agreement.owner!r}'s, and {reference!r} belongs "
+                f"to {min(foreign)!r}: an owner gives terms for its own experts only"
+            )
+    kind, _, name = agreement.assignee.partition(":")
+    if kind == "tenant" and read_one(connection, Tenant, name) is None:
+        raise ChangeRefused(f"agreement {agreement.id!r} names the unknown tenant {name!r}")
+    if isinstance(before, Agreement) and agreement.version <= before.version:
+        raise ChangeRefused(
+            f"agreement {agreement.id!r} is stored as version {before.version}: "
+            "different terms need a higher version"
+        )
+
+
+def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None) -> None:
+    if expert.id == PUBLIC and expert.visibility == "hidden":
+        raise ChangeRefused("'public' is every model's anchor and cannot be hidden")
+    if isinstance(before, Expert) and before.owner != expert.owner:
+        for user in _users(connection, expert.id):
+            raise ChangeRefused(f"{user} names {expert.id!r} under its present owner")
+
+
+def _references(tenant: Tenant) -> list[str]:
+    named = tenant.expert_ids | tenant.hidden | tenant.listed | (tenant.standing or frozenset())
+    return sorted(named)
+
+
+def _owners(connection: Connection, reference: str) -> set[str]:
+    if not reference.startswith("set:"):
+        return {_owner(connection, reference)}
+    members = read_one(connection, ExpertSet, reference)
+    if members is None:
+        raise ChangeRefused(f"there is no set {reference!r}")
+    return {_owner(connection, expert) for expert in members.experts}
+
+
+def _owner(connection: Connection, expert_id: str) -> str:
+    expert = read_one(connection, Expert, expert_id)
+    if expert is None:
+        raise ChangeRefused(f"there is no expert {expert_id!r}")
+    return expert.owner
+
+
+def _users(connection: Connection, reference: str) -> list[str]:
+    """The documents that name an expert or a set, in words."""
+    agreements = [
+        f"agreement {a.id!r}" for a in read_all(connection, Agreement) if reference in a.experts
+    ]
+    tenants = [
+        f"tenant {t.id!r}" for t in read_all(connection, Tenant) if reference in _references(t)
+    ]
+    sets = [f"set {s.id!r}" for s in read_all(connection, ExpertSet) if reference in s.experts]
+    return agreements + tenants + sets

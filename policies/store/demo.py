@@ -1,0 +1,71 @@
+"""The demo's tenants, agreements and well-known keys. Their secrets are public: never serve them
+beyond loopback, and refuse a normal start on a store for which `holds_demo_keys` is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from flexgate.policies.store import schema
+from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
+from flexgate.policies.store.change import Change
+from flexgate.policies.store.engine import reading
+from flexgate.policies.store.keys import digest
+from flexgate.policies.store.store import Store
+from flexgate.policies.tenants import Expert, Role, Tenant
+from flexgate.policies.terms import PUBLIC, Agreement
+from sqlalchemy import select
+
+_ACTOR: Final = "demo"
+_CONTEXT: Final = {"purposes": ["ai-input", "search"], "regions": ["DE", "US"]}
+_TENANTS: Final[dict[str, dict[str, Any]]] = {
+    "sk-demo-all": {"id": "proj_demo_all", "name": "Demo: all", "mode": "deny_list"},
+    "sk-demo-press": {"id": "proj_demo_press", "name": "Demo: press", "expert_ids": ["news"]},
+    "sk-demo-public": {"id": "proj_demo_public", "name": "Demo: public"},
+}
+_ADMIN_KEY: Final = "sk-demo-admin"
+DEMO_KEYS: Final = (*_TENANTS, _ADMIN_KEY)
+
+
+def seed(store: Store, experts: Iterable[ManifestExpert], *, at: float) -> None:
+    """Put the demo and the checkpoint's experts into a migrated store. `at` is Unix seconds.
+
+    `experts` come in slot order; they include `public` and `news`. On a store that has the demo
+    already only the catalogue is brought up to date, so that what an administrator changed stays
+    changed, and an expert that is new gets no agreement.
+    """
+    with store.change(actor=_ACTOR, note="demo", at=at) as change:
+        catalogue = put_catalogue(change, experts)
+        if not change.has_key(_ADMIN_KEY):
+            _put_first(change, catalogue)
+
+
+def _put_first(change: Change, catalogue: list[Expert]) -> None:
+    for owner in sorted({expert.owner for expert in catalogue if expert.id != PUBLIC}):
+        change.put(_open_terms(owner, catalogue))
+    for secret, values in _TENANTS.items():
+        tenant = Tenant.model_validate(values | _CONTEXT)
+        change.put(tenant)
+        change.add_key(secret, prefix=secret, role=Role.TENANT, tenant_id=tenant.id)
+    change.add_key(_ADMIN_KEY, prefix=_ADMIN_KEY, role=Role.ADMIN)
+
+
+def _open_terms(owner: str, catalogue: list[Expert]) -> Agreement:
+    return Agreement.model_validate(
+        {
+            "id": f"demo-{owner}",
+            "owner": owner,
+            "experts": [e.id for e in catalogue if e.owner == owner and e.id != PUBLIC],
+            "assignee": "everyone",
+            "effect": "permit",
+        }
+    )
+
+
+def holds_demo_keys(store: Store) -> bool:
+    """Whether any well-known demo key was ever put into the store."""
+    digests = [digest(secret) for secret in DEMO_KEYS]
+    query = select(schema.api_keys.c.id).where(schema.api_keys.c.sha256.in_(digests)).limit(1)
+    with reading(store.engine) as connection:
+        return connection.execute(query).one_or_none() is not None

@@ -1,0 +1,53 @@
+"""The four kinds of policy documents: their tables, and their one JSON form."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+from flexgate.policies.errors import StoreDamaged
+from flexgate.policies.store import schema
+from flexgate.policies.tenants import Expert, ExpertSet, Tenant
+from flexgate.policies.terms import Agreement, Document
+from pydantic import ValidationError
+from sqlalchemy import Connection, Table, select
+
+D = TypeVar("D", bound=Document)
+PolicyDocument = Tenant | Expert | ExpertSet | Agreement
+
+KINDS: Final[dict[type[Document], tuple[str, Table]]] = {
+    Tenant: ("tenant", schema.tenants),
+    Expert: ("expert", schema.experts),
+    ExpertSet: ("expert_set", schema.expert_sets),
+    Agreement: ("agreement", schema.agreements),
+}
+
+
+def to_json(document: Document) -> dict[str, Any]:
+    """The document as JSON values; sets sorted, so that equal documents are equal JSON."""
+    values = document.model_dump(mode="json")
+    for name in type(document).model_fields:
+        if isinstance(getattr(document, name), frozenset):
+            values[name] = sorted(values[name])
+    return values
+
+
+def from_json(kind: type[D], values: Any) -> D:
+    """The document behind stored JSON; raises `StoreDamaged`."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise StoreDamaged(f"a stored {KINDS[kind][0]} does not parse: {error}") from error
+
+
+def read_all(connection: Connection, kind: type[D]) -> list[D]:
+    """Every document of a kind, in the order in which they were first stored."""
+    table = KINDS[kind][1]
+    rows = connection.execute(select(table.c.document).order_by(table.c.position))
+    return [from_json(kind, row.document) for row in rows]
+
+
+def read_one(connection: Connection, kind: type[D], id_: str) -> D | None:
+    """One document by id."""
+    table = KINDS[kind][1]
+    row = connection.execute(select(table.c.document).where(table.c.id == id_)).one_or_none()
+    return None if row is None else from_json(kind, row.document)

@@ -1,0 +1,50 @@
+"""API keys: `sk-<id>-<secret>`, where the secret is 256 random bits in base64url.
+
+Only the SHA-256 of the whole key is kept. A slow password hash is not needed: 256 random bits
+cannot be guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+
+from flexgate.policies.tenants import KeyRecord, Role
+from flexgate.policies.terms import OwnerId, TenantId
+from sqlalchemy import Row
+
+
+@dataclass(frozen=True, slots=True)
+class MintedKey:
+    """A new key. `secret` exists here only: show it once, keep it nowhere."""
+
+    secret: str = field(repr=False)
+    record: KeyRecord
+
+
+def new_secret() -> tuple[str, str]:
+    """The visible prefix and the whole key."""
+    prefix = f"sk-{secrets.token_hex(4)}"
+    return prefix, f"{prefix}-{secrets.token_urlsafe(32)}"
+
+
+def digest(secret: str) -> bytes:
+    """What is kept of a key."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def key_from_row(row: Row[tuple[object, ...]]) -> KeyRecord:
+    """A row of `api_keys` as a record."""
+    values = row._mapping
+    return KeyRecord(
+        key_id=values["id"],
+        sha256=bytes(values["sha256"]),
+        prefix=values["prefix"],
+        role=Role(values["role"]),
+        tenant_id=None if values["tenant_id"] is None else TenantId(values["tenant_id"]),
+        owner_id=None if values["owner_id"] is None else OwnerId(values["owner_id"]),
+        created=values["created"],
+        expires=values["expires"],
+        revoked=values["revoked"],
+    )

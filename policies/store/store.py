@@ -1,0 +1,78 @@
+"""The store: open, migrate, read one snapshot, change in one attributed transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flexgate.policies.errors import SnapshotInvalid, StoreDamaged
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.store import schema
+from flexgate.policies.store.change import Change
+from flexgate.policies.store.documents import read_all
+from flexgate.policies.store.engine import open_engine, reading, writing
+from flexgate.policies.store.keys import key_from_row
+from flexgate.policies.store.migrate import migrate
+from flexgate.policies.store.revisions import current_version
+from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
+from flexgate.policies.terms import Agreement
+from sqlalchemy import Engine, select
+
+
+class Store:
+    """A policy database. Not for the hot path: requests are decided from a `Snapshot`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """The store behind an SQLAlchemy URL, for example `sqlite:////var/lib/flexgate.db`."""
+        return cls(open_engine(url))
+
+    def migrate(self) -> None:
+        """Bring the tables to this version; raises `StoreFromNewerVersion`. Run it at start."""
+        migrate(self.engine)
+
+    def version(self) -> int:
+        """The newest policy version; 0 before the first change."""
+        with reading(self.engine) as connection:
+            return current_version(connection)
+
+    def snapshot(self) -> Snapshot:
+        """Everything, read in one transaction; raises `StoreDamaged` when it does not fit."""
+        with reading(self.engine) as connection:
+            try:
+                return Snapshot.build(
+                    policy_version=current_version(connection),
+                    experts=read_all(connection, Expert),
+                    tenants=read_all(connection, Tenant),
+                    agreements=read_all(connection, Agreement),
+                    sets=read_all(connection, ExpertSet),
+                    keys=map(key_from_row, connection.execute(select(schema.api_keys))),
+                )
+            except SnapshotInvalid as error:
+                raise StoreDamaged(f"the stored policy does not fit together: {error}") from error
+
+    def keys(self) -> list[KeyRecord]:
+        """Every key's record, revoked ones too, oldest first."""
+        order = (schema.api_keys.c.created, schema.api_keys.c.id)
+        with reading(self.engine) as connection:
+            rows = connection.execute(select(schema.api_keys).order_by(*order))
+            return [key_from_row(row) for row in rows]
+
+    @contextmanager
+    def change(self, *, actor: str, note: str = "", at: float) -> Iterator[Change]:
+        """One transaction and at most one new revision, committed when the block ends well.
+
+        `actor` names who asked, `at` is Unix seconds. Raises `ChangeRefused` and changes nothing
+        when the result would not fit together. A block that changes nothing makes no revision.
+        """
+        with writing(self.engine) as connection:
+            change = Change(connection, actor=actor, note=note, at=at)
+            yield change
+            change.finish()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.dispose()

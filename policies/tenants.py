@@ -1,0 +1,103 @@
+"""Tenants (OpenAI's projects), experts, sets of experts and keys, as they are written down."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from flexgate.policies.errors import InvalidName
+from flexgate.policies.terms import (
+    PUBLIC,
+    Document,
+    ExpertIdField,
+    ExpertReference,
+    GroupIdField,
+    OwnerId,
+    OwnerIdField,
+    PurposeField,
+    RegionField,
+    SetIdField,
+    TenantId,
+    TenantIdField,
+)
+from pydantic import AfterValidator, Field, StringConstraints
+
+
+def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
+    if PUBLIC in references:
+        raise InvalidName("'public' is always listed and follows anchor_optional, not this list")
+    return references
+
+
+Title = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+References = Annotated[frozenset[ExpertReference], AfterValidator(_leaves_public_alone)]
+
+
+class Tenant(Document):
+    """Who calls the API. A new one is `allow_list` with nothing on it, and gets `public`.
+
+    `purposes` and `regions` are what its requests may declare; a request that declares none stands
+    for all of them, which limited permissions do not reach. `standing` is used as `only` by
+    requests without one. `hidden` and `listed` override the catalogue's visibility.
+    """
+
+    id: TenantIdField
+    name: Title
+    mode: Literal["allow_list", "deny_list"] = "allow_list"
+    expert_ids: References = frozenset()
+    hidden: References = frozenset()
+    listed: References = frozenset()
+    standing: frozenset[ExpertReference] | None = None
+    anchor_optional: bool = False
+    groups: frozenset[GroupIdField] = frozenset()
+    purposes: frozenset[PurposeField] = frozenset()
+    regions: frozenset[RegionField] = frozenset()
+    archived: bool = False
+
+
+class Expert(Document):
+    """One expert of the catalogue. `live` says that the engine serves it now."""
+
+    id: ExpertIdField
+    owner: OwnerIdField
+    domain: Annotated[str, Field(max_length=200)] = ""
+    live: bool = True
+    visibility: Literal["listed", "hidden"] = "listed"
+
+
+class ExpertSet(Document):
+    """A named set of experts, usable wherever an expert may be named."""
+
+    id: SetIdField
+    experts: Annotated[
+        frozenset[ExpertIdField], Field(min_length=1), AfterValidator(_leaves_public_alone)
+    ]
+
+
+class Role(enum.StrEnum):
+    """What a key is for. Only `TENANT` keys infer, and they do nothing else."""
+
+    TENANT = "tenant"
+    ADMIN = "admin"
+    AUDITOR = "auditor"
+    OWNER = "owner"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRecord:
+    """What is kept of an API key: its SHA-256 and what it stands for, never the key.
+
+    A tenant's key carries `tenant_id`, an owner's key `owner_id`, the others neither. Times are
+    Unix seconds; `expires` and `revoked` take effect at that second.
+    """
+
+    key_id: str
+    sha256: bytes
+    prefix: str
+    role: Role
+    tenant_id: TenantId | None = None
+    owner_id: OwnerId | None = None
+    created: float
+    expires: float | None = None
+    revoked: float | None = None

@@ -1,0 +1,164 @@
+"""Agreements: the terms on which an owner lets tenants use experts. Closed and typed.
+
+An unknown field or word is refused, not ignored: a term that nobody enforces is worse than none.
+Times are half-open, `not_before <= now < not_after`, in whole seconds with a time zone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Final, Literal, NewType
+
+from flexgate.policies.errors import InvalidName
+from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+ExpertId = NewType("ExpertId", str)
+SetId = NewType("SetId", str)
+OwnerId = NewType("OwnerId", str)
+TenantId = NewType("TenantId", str)
+GroupId = NewType("GroupId", str)
+AgreementId = NewType("AgreementId", str)
+
+PUBLIC: Final = ExpertId("public")
+
+_EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_SPDX_EXPRESSION: Final = r"^[A-Za-z0-9][A-Za-z0-9.+:() -]{0,199}$"
+
+
+def parse_expert_id(text: str) -> ExpertId:
+    """`text` as an expert id; raises `InvalidName`."""
+    if _EXPERT_ID.fullmatch(text):
+        return ExpertId(text)
+    raise InvalidName(f"{text!r} is not an expert id: it must match [a-z0-9][a-z0-9-]{{0,62}}")
+
+
+def parse_set_id(text: str) -> SetId:
+    """`text` as the name of a set of experts (`set:…`); raises `InvalidName`."""
+    if text.startswith("set:") and _EXPERT_ID.fullmatch(text[4:]):
+        return SetId(text)
+    raise InvalidName(f"{text!r} is not a set: it must match set:[a-z0-9][a-z0-9-]{{0,62}}")
+
+
+def _parse_reference(text: str) -> str:
+    return parse_set_id(text) if text.startswith("set:") else parse_expert_id(text)
+
+
+def _parse_assignee(text: str) -> str:
+    kind, _, name = text.partition(":")
+    if text == "everyone" or (
+        kind in ("tenant", "group") and re.fullmatch(_NAME_PATTERN[1:-1], name)
+    ):
+        return text
+    raise InvalidName(f"{text!r} is not an assignee: use 'everyone', 'tenant:ID' or 'group:ID'")
+
+
+def _without_public(references: frozenset[str]) -> frozenset[str]:
+    if PUBLIC in references:
+        raise InvalidName("'public' is every model's anchor: no agreement permits or prohibits it")
+    return references
+
+
+def _whole_second(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise InvalidName("a time needs a time zone, for example 2026-11-23T00:00:00Z")
+    if moment.microsecond:
+        raise InvalidName("terms take effect at whole seconds")
+    return moment.astimezone(UTC)
+
+
+ExpertIdField = Annotated[ExpertId, AfterValidator(parse_expert_id)]
+SetIdField = Annotated[SetId, AfterValidator(parse_set_id)]
+Name = Annotated[str, StringConstraints(pattern=_NAME_PATTERN)]
+OwnerIdField = Annotated[OwnerId, StringConstraints(pattern=_NAME_PATTERN)]
+TenantIdField = Annotated[TenantId, StringConstraints(pattern=_NAME_PATTERN)]
+GroupIdField = Annotated[GroupId, StringConstraints(pattern=_NAME_PATTERN)]
+AgreementIdField = Annotated[AgreementId, StringConstraints(pattern=_NAME_PATTERN)]
+ExpertReference = Annotated[str, AfterValidator(_parse_reference)]
+Assignee = Annotated[str, AfterValidator(_parse_assignee)]
+PurposeField = Annotated[Purpose, AfterValidator(parse_purpose)]
+RegionField = Annotated[Region, AfterValidator(parse_region)]
+Moment = Annotated[datetime, AfterValidator(_whole_second)]
+
+
+class Document(BaseModel):
+    """Base of everything an operator or owner writes: frozen, and closed to unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Attribute(Document):
+    """The answer names the expert's owner."""
+
+    kind: Literal["attribute"]
+
+
+class Report(Document):
+    """Use is reported to the owner once per period."""
+
+    kind: Literal["report"]
+    period: Literal["day", "month"]
+
+
+class Compensate(Document):
+    """Use is paid: `rate` of `currency` per `unit`."""
+
+    kind: Literal["compensate"]
+    rate: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9)]
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
+    unit: Literal["request", "million_tokens", "million_share_weighted_tokens"]
+
+
+Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
+
+
+class Agreement(Document):
+    """One set of terms between an owner and tenants.
+
+    `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
+    could be read either way.
+    """
+
+    id: AgreementIdField
+    version: Annotated[int, Field(ge=1)] = 1
+    owner: OwnerIdField
+    experts: Annotated[
+        frozenset[ExpertReference], Field(min_length=1), AfterValidator(_without_public)
+    ]
+    assignee: Assignee
+    effect: Literal["permit", "prohibit"]
+    purposes: Annotated[frozenset[PurposeField], Field(min_length=1)] | None = None
+    regions: Annotated[frozenset[RegionField], Field(min_length=1)] | None = None
+    not_before: Moment | None = None
+    not_after: Moment | None = None
+    duties: tuple[Duty, ...] = ()
+    license_expression: Annotated[str, StringConstraints(pattern=_SPDX_EXPRESSION)] | None = None
+    terms_uri: Annotated[str, StringConstraints(pattern=r"^https://\S{1,2000}$")] | None = None
+    terms_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _ends_after_it_starts(self) -> Agreement:
+        if self.starts >= self.ends:
+            raise InvalidName("not_after must be later than not_before")
+        return self
+
+    @property
+    def starts(self) -> float:
+        """Unix seconds of the first moment in force; -inf without `not_before`."""
+        return self.not_before.timestamp() if self.not_before else -math.inf
+
+    @property
+    def ends(self) -> float:
+        """Unix seconds of the first moment no longer in force; inf without `not_after`."""
+        return self.not_after.timestamp() if self.not_after else math.inf

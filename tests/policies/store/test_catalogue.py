@@ -1,0 +1,58 @@
+"""The catalogue follows the checkpoint, and gives nobody anything by that."""
+
+from __future__ import annotations
+
+import pytest
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
+from flexgate.policies.tenants import Expert, Tenant
+from flexgate.policies.terms import Agreement
+
+PUBLIC = ManifestExpert("public", "commons", "general")
+NEWS = ManifestExpert("news", "wire", "press")
+
+
+def test_first_start_fills_an_empty_store(empty):
+    sync_catalogue(empty, [PUBLIC, NEWS], at=1.0)
+    assert list(empty.snapshot().experts) == ["public", "news"]
+
+
+def test_second_start_with_the_same_checkpoint_makes_no_revision(empty):
+    for at in (1.0, 2.0):
+        sync_catalogue(empty, [PUBLIC, NEWS], at=at)
+    assert empty.version() == 1
+
+
+def test_expert_that_the_checkpoint_lacks_is_not_live_until_it_is_back(store):
+    sync_catalogue(store, [PUBLIC, NEWS], at=2.0)
+    live = {e.id for e in store.snapshot().experts.values() if e.live}
+    assert live == {"public", "news"}
+    sync_catalogue(store, [PUBLIC, NEWS, ManifestExpert("math", "institute", "")], at=3.0)
+    assert store.snapshot().experts["math"].live
+
+
+def test_hidden_expert_stays_hidden(store):
+    with store.change(actor="t", at=2.0) as change:
+        change.put(Expert(id="news", owner="wire", visibility="hidden"))
+    sync_catalogue(store, [PUBLIC, NEWS], at=3.0)
+    assert store.snapshot().experts["news"].visibility == "hidden"
+
+
+def test_new_expert_is_in_nobodys_gate(store):
+    with store.change(actor="t", at=2.0) as change:
+        change.put(Tenant(id="acme", name="Acme", mode="deny_list"))
+    sync_catalogue(store, [PUBLIC, NEWS, ManifestExpert("medical", "clinic", "")], at=3.0)
+    decision = decide(store.snapshot(), "acme", DecisionRequest(decision_id="d"), 5.0)
+    assert decision.allowed == ("public",)
+
+
+def test_expert_does_not_change_owner_under_existing_terms(store):
+    terms = Agreement(
+        id="a", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit"
+    )
+    with store.change(actor="t", at=2.0) as change:
+        change.put(terms)
+    with pytest.raises(ChangeRefused):
+        sync_catalogue(store, [PUBLIC, ManifestExpert("news", "thief", "")], at=3.0)
