@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
@@ -30,7 +31,8 @@ class Interpreted:
         """A launcher over `grid`; options that only the compiler reads are accepted and ignored."""
 
         def launch(*arguments: Any, **constants: Any) -> None:
-            with _interpreted_functions(self._kernel.fn.__globals__):
+            # NaN and infinity are inputs like any other; NumPy would warn about each.
+            with np.errstate(all="ignore"), _interpreted_functions(self._kernel.fn.__globals__):
                 _twin(self._kernel)[grid](*arguments, **constants)
 
         return launch

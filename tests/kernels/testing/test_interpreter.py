@@ -1,0 +1,32 @@
+"""Interpreting one launch leaves Triton able to compile the next."""
+
+import pytest
+import torch
+import triton.language as tl
+from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
+from flexgate.kernels.testing.interpreter import Interpreted
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+
+def _launch(gate_T: torch.Tensor) -> torch.Tensor:
+    tokens = len(gate_T)
+    mass_TE, chosen_T = torch.zeros(tokens, 7, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
+    weights_TK, _ = launch_gated_topk(
+        Interpreted(gated_topk_kernel), torch.zeros(tokens, 7), gate_T, None, mass_TE, chosen_T, 2, False, -1
+    )
+    return weights_TK
+
+
+def test_triton_is_put_back_after_a_launch() -> None:
+    before = {holder: dict(vars(holder)) for holder in (tl, tl.core, tl.standard, tl.math, tl.tensor)}
+    assert _launch(torch.tensor([1, 3])).tolist() == [[1.0, 0.0], [0.5, 0.5]]
+    for holder, attributes in before.items():
+        assert all(vars(holder)[name] is value for name, value in attributes.items())
+    assert isinstance(tl.max, JITFunction) and not knobs.runtime.interpret
+
+
+def test_triton_is_put_back_after_a_launch_that_failed() -> None:
+    with pytest.raises(TypeError, match="gate_ptr"):
+        Interpreted(gated_topk_kernel)[(1,)](None)
+    assert isinstance(tl.max, JITFunction) and not knobs.runtime.interpret
