@@ -1,0 +1,83 @@
+"""The composition root of the HTTP side: every route that exists is listed here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flexgate.server.context import context_of
+from flexgate.server.errors import ApiError
+from flexgate.server.experts.endpoints import Experts
+from flexgate.server.gateway import Gateway
+from flexgate.server.openai import chat, completions, responses
+from flexgate.server.openai.generation import Generation
+from flexgate.server.openai.models import Models
+from flexgate.server.openai.tokenization import Tokenization
+from flexgate.server.operations import Operations
+from flexgate.server.services import Services
+
+Answer = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(services: Services, *, hosts: Collection[str] | None = None) -> FastAPI:
+    """The server's application. `hosts` restricts the Host header."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for method, path, endpoint in _endpoints(services):
+        app.add_route(path, _named(path, endpoint), [method])
+    app.add_middleware(Gateway, hosts=hosts)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
+    yield "POST", "/v1/chat/completions", Generation(services, chat.ENDPOINT).answer
+    yield "POST", "/v1/completions", Generation(services, completions.ENDPOINT).answer
+    yield "POST", "/v1/responses", Generation(services, responses.ENDPOINT).answer
+    tokenization = Tokenization(services)
+    yield "POST", "/tokenize", tokenization.tokenize
+    yield "POST", "/detokenize", tokenization.detokenize
+    models = Models(services)
+    yield "GET", "/v1/models", models.list
+    yield "GET", "/v1/models/{model:path}", models.retrieve
+    experts = Experts(services)
+    yield "GET", "/v1/experts", experts.list
+    yield "GET", "/v1/experts/{expert}", experts.retrieve
+    operations = Operations(services)
+    yield "GET", "/health", operations.health
+    yield "GET", "/ready", operations.ready
+    yield "GET", "/metrics", operations.metrics
+
+
+def _named(path: str, endpoint: Answer) -> Answer:
+    """The endpoint, which tells the log and the metrics its route's template."""
+
+    async def answer(request: Request) -> Response:
+        context_of(request).route = path
+        return await endpoint(request)
+
+    return answer
+
+
+async def _api_error(request: Request, error: Any) -> Response:
+    context_of(request).noted["code"] = error.code
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _http_error(request: Request, error: Any) -> Response:
+    messages = {
+        HTTPStatus.NOT_FOUND: ("There is nothing at this path.", "unknown_path"),
+        HTTPStatus.METHOD_NOT_ALLOWED: ("This path has no such method.", "method_not_allowed"),
+    }
+    status = error.status_code
+    message, code = messages.get(status, ("The request cannot be served.", "http_error"))
+    headers = dict(error.headers or {})
+    return await _api_error(
+        request, ApiError(message, status=status, code=code, headers=headers)
+    )

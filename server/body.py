@@ -1,0 +1,93 @@
+"""Read one JSON object from a request, within limits that hold while it is read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from flexgate.server.errors import ApiError, Invalid, TooLarge
+
+
+async def read_json(
+    chunks: AsyncIterator[bytes], headers: Mapping[str, str], *, limit: int, seconds: float
+) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Args:
+        chunks: the body as it arrives.
+        headers: with lower-case names.
+        limit: bytes; more are refused without being kept.
+        seconds: how long the whole body may take.
+
+    Raises:
+        Invalid: not JSON, not UTF-8, not an object, compressed or of another media type.
+        TooLarge: more than `limit` bytes are announced or arrive.
+        ApiError: 408 when the body does not arrive in time.
+    """
+    _check_headers(headers, limit)
+    try:
+        async with asyncio.timeout(seconds):
+            raw = await _read(chunks, limit)
+    except TimeoutError:
+        raise ApiError(
+            f"The body did not arrive within {seconds:g} seconds.",
+            status=HTTPStatus.REQUEST_TIMEOUT,
+            code="request_timeout",
+        ) from None
+    return parse_object(raw)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """`raw` as a JSON object of strings that can be tokenized."""
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        _refuse("The body has half of a surrogate pair in a string.")
+    except UnicodeDecodeError:
+        _refuse("The body is not UTF-8.")
+    except RecursionError:
+        _refuse("The body is nested too deeply.")
+    except ValueError:
+        _refuse("The body is not valid JSON.")
+    if not isinstance(value, dict):
+        _refuse("The body must be a JSON object.")
+    return value
+
+
+def _check_headers(headers: Mapping[str, str], limit: int) -> None:
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        _refuse("Send the body as 'Content-Type: application/json'.")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        _refuse("Send the body without 'Content-Encoding'.")
+    announced = headers.get("content-length", "")
+    if announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
+        raise _too_large(limit)
+
+
+async def _read(chunks: AsyncIterator[bytes], limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is larger than the limit of {limit} bytes.")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise Invalid(message, param=None, code="invalid_body")

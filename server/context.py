@@ -1,0 +1,46 @@
+"""Who calls: the request's own id, its principal, and what its log line will say."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from starlette.requests import Request
+
+from flexgate.policies.errors import PolicyError
+from flexgate.policies.snapshot import Snapshot
+from flexgate.server.auth import AuthError, Principal, authenticate
+from flexgate.server.refusals import from_auth, from_policy
+from flexgate.server.services import Services
+
+STATE = "flexgate"
+
+
+class Context:
+    """Kept in a request's scope by the outermost layer; `noted` becomes part of the log line."""
+
+    __slots__ = ("noted", "request_id", "route")
+
+    def __init__(self) -> None:
+        self.request_id = f"req_{uuid.uuid4().hex}"
+        self.route = "unmatched"
+        self.noted: dict[str, Any] = {}
+
+
+def context_of(request: Request) -> Context:
+    """The context of a request."""
+    context: Context = request.scope[STATE]
+    return context
+
+
+async def identify(request: Request, services: Services) -> tuple[Principal, Snapshot]:
+    """The caller by its key, and the snapshot that knows it; raises `ApiError`."""
+    try:
+        snapshot = await services.policy.current()
+        principal = authenticate(snapshot, request.headers.get("authorization"), services.clock())
+    except AuthError as error:
+        raise from_auth(error) from error
+    except PolicyError as error:
+        raise from_policy(error) from error
+    context_of(request).noted |= {"key": principal.key_id, "tenant": principal.tenant_id}
+    return principal, snapshot

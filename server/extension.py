@@ -1,0 +1,63 @@
+"""The request extension `{"flexgate": {…}}`: closed, so that a misspelt narrowing is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flexgate.policies.decision import DecisionRequest
+from flexgate.server.errors import Invalid, path_of
+
+FIELD: Final = "flexgate"
+MAX_NAMES: Final = 256
+
+_Name = Annotated[str, Field(max_length=80)]
+_Names = Annotated[tuple[_Name, ...], Field(max_length=MAX_NAMES)]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Narrowing(_Closed):
+    """`only` never drops `public`; `ignore` may, where the tenant's policy allows it."""
+
+    only: _Names | None = None
+    ignore: _Names = ()
+
+
+class Extension(_Closed):
+    """What a request may ask of the gate. It only ever narrows."""
+
+    experts: Narrowing = Narrowing()
+    purpose: Annotated[str, Field(max_length=80)] | None = None
+    region: Annotated[str, Field(max_length=80)] | None = None
+    min_policy_version: Annotated[int, Field(ge=0)] | None = None
+    explain: Literal["none", "reasons"] = "reasons"
+
+    def decision_request(self, decision_id: str) -> DecisionRequest:
+        """The question that this request asks of the policy."""
+        return DecisionRequest(
+            decision_id=decision_id,
+            purpose=self.purpose,
+            region=self.region,
+            only=self.experts.only,
+            ignore=self.experts.ignore,
+        )
+
+
+def parse_extension(value: Any) -> Extension:
+    """`value` as an extension; None stands for an empty one. Raises `Invalid` naming the key."""
+    if value is None:
+        return Extension()
+    try:
+        return Extension.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    param = path_of((FIELD, *first["loc"]))
+    if first["type"] == "extra_forbidden":
+        message = f"'{param}' is not a known field of the request extension."
+        raise Invalid(message, param=param, code="unknown_parameter")
+    raise Invalid(f"'{param}': {first['msg']}.", param=param, code="invalid_value")

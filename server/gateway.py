@@ -1,0 +1,109 @@
+"""The outermost layer: request id, allowed hosts, one error body, one log line. Pure ASGI."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flexgate.server import metrics
+from flexgate.server.context import STATE, Context
+from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid
+from flexgate.server.logs import FIELDS
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Wraps the routes. Nothing that a route raises leaves it."""
+
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str] | None = None) -> None:
+        """`hosts` are the only names that a Host header may have; None allows all."""
+        self._app = app
+        self._hosts = None if hosts is None else frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = scope[STATE] = Context()
+        exchange = _Exchange(scope, context, send)
+        try:
+            self._check_host(scope)
+            await self._app(scope, receive, exchange.send)
+        except ApiError as error:
+            await exchange.fail(error, receive)
+        except ClientDisconnect:
+            context.noted["code"] = "client_gone"
+        except Exception as error:
+            logger.error("a request failed", exc_info=error, extra=_fields(context))
+            failure = ApiError(INTERNAL_MESSAGE, code="internal_error")
+            await exchange.fail(failure, receive)
+        finally:
+            exchange.log()
+
+    def _check_host(self, scope: Scope) -> None:
+        if self._hosts is None:
+            return
+        host = Headers(scope=scope).get("host", "")
+        if _without_port(host) not in self._hosts:
+            raise Invalid("The Host header names another server.", param=None, code="wrong_host")
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, context: Context, send: Send) -> None:
+        self._scope = scope
+        self._context = context
+        self._send = send
+        self._status = 0
+        self._began = time.perf_counter()
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; the first one gets the request's id."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._context.request_id
+            headers["x-content-type-options"] = "nosniff"
+        await self._send(message)
+
+    async def fail(self, error: ApiError, receive: Receive) -> None:
+        """Answer with an error, unless an answer has begun: then the connection breaks off."""
+        self._context.noted["code"] = error.code
+        if self._status:
+            raise ConnectionAbortedError("an answer broke off")
+        response = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+        await response(self._scope, receive, self.send)
+
+    def log(self) -> None:
+        """One line and one count per request."""
+        route = self._context.route
+        metrics.answered(route, self._status)
+        if self._status >= 400:
+            metrics.refused(self._context.noted.get("code"))
+        elapsed = round((time.perf_counter() - self._began) * 1000, 1)
+        said = {"route": route, "status": self._status, "ms": elapsed}
+        logger.info("request", extra=_fields(self._context, **said))
+
+
+def _fields(context: Context, **more: Any) -> dict[str, Any]:
+    return {FIELDS: {"request": context.request_id, **more, **context.noted}}
+
+
+def _without_port(host: str) -> str:
+    name, separator, port = host.rpartition(":")
+    return name if separator and port.isdigit() else host

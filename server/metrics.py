@@ -1,0 +1,43 @@
+"""Prometheus metrics: what this server counts, next to what vLLM counts. No text, no key, no id."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, generate_latest
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+
+_REQUESTS: Final = Counter(
+    "flexgate_requests", "Answered requests.", ["route", "status"], registry=REGISTRY
+)
+_REFUSALS: Final = Counter(
+    "flexgate_refusals", "Refused requests by error code.", ["code"], registry=REGISTRY
+)
+_POLICY_VERSION: Final = Gauge(
+    "flexgate_policy_version", "Version of the policy in use.", registry=REGISTRY
+)
+_WEIGHTS_EPOCH: Final = Gauge(
+    "flexgate_weights_epoch", "Epoch of the experts being served.", registry=REGISTRY
+)
+
+
+def answered(route: str, status: int) -> None:
+    """Count one answer; `route` is a route's template, never a client's path."""
+    _REQUESTS.labels(route=route, status=str(status)).inc()
+
+
+def refused(code: str | None) -> None:
+    """Count one error answer."""
+    _REFUSALS.labels(code=code or "none").inc()
+
+
+def epochs(policy_version: int, weights_epoch: int) -> None:
+    """Note which policy and weights are in use."""
+    _POLICY_VERSION.set(policy_version)
+    _WEIGHTS_EPOCH.set(weights_epoch)
+
+
+def render() -> bytes:
+    """Everything in Prometheus' text format."""
+    return generate_latest(REGISTRY)

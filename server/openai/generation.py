@@ -1,0 +1,231 @@
+"""The path of a generating request, the same for chat, completions and responses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from flexgate.policies.decision import Decision
+from flexgate.server import report
+from flexgate.server.admission import Admitted, Kind, admit, honoured_body
+from flexgate.server.auth import AuthError, require_tenant
+from flexgate.server.body import read_json
+from flexgate.server.context import context_of, identify
+from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
+from flexgate.server.errors import ApiError, NotFound, Unavailable
+from flexgate.server.openai import vllm_errors
+from flexgate.server.refusals import from_auth
+from flexgate.server.services import Services
+
+CLIENT_GONE: Final = 499
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One admitted request on its way through a handler."""
+
+    services: Services
+    admitted: Admitted
+    call: GatedCall
+    weights_epoch: int
+    request_id: str
+
+    def answer_object(self) -> dict[str, Any]:
+        """The `flexgate` object, once the engine is done with the call."""
+        used = self.call.attribution()
+        attribution = report.attribution_object(
+            self.admitted.snapshot, self.admitted.decision, used.experts, used.cached_prompt_tokens
+        )
+        return report.answer_object(
+            self.admitted.decision,
+            weights_epoch=self.weights_epoch,
+            explain=self.admitted.explain,
+            attribution=attribution,
+        )
+
+    def headers(self) -> dict[str, str]:
+        """The `x-flexgate-*` headers."""
+        return report.headers(self.admitted.decision, self.weights_epoch)
+
+    def error(self, error: ApiError) -> ApiError:
+        """`error`, unless the gate is the real cause."""
+        return vllm_errors.ended_early(self.call) or error
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What differs between the generating endpoints.
+
+    `start` gives vLLM's answer, or its stream; `plain` and `stream` turn those into ours.
+    """
+
+    kind: Kind
+    needs_chat_template: bool
+    start: Callable[[Run], Awaitable[Any]]
+    plain: Callable[[Run, Any], dict[str, Any]]
+    stream: Callable[[Run, Any], AsyncIterator[str]]
+
+
+class Generation:
+    """A generating route."""
+
+    def __init__(self, services: Services, endpoint: Endpoint) -> None:
+        self._services = services
+        self._endpoint = endpoint
+
+    async def answer(self, request: Request) -> Response:
+        """Authenticate, admit, generate, report."""
+        run = await self._admit(request)
+        token = CURRENT_CALL.set(run.call)
+        try:
+            result = await until_gone(request, self._endpoint.start(run))
+        except ApiError:
+            raise
+        except Exception as error:
+            raise run.error(_translate(error, run.admitted.body)) from error
+        finally:
+            CURRENT_CALL.reset(token)
+        if result is None:
+            return Response(status_code=CLIENT_GONE)
+        if isinstance(result, ErrorResponse):
+            raise run.error(vllm_errors.from_response(result))
+        if hasattr(result, "__aiter__"):
+            return EventStream(self._events(run, result), headers=run.headers())
+        answer = {**self._endpoint.plain(run, result), "flexgate": run.answer_object()}
+        return JSONResponse(answer, headers=run.headers())
+
+    async def _admit(self, request: Request) -> Run:
+        services = self._services
+        context = context_of(request)
+        principal, _ = await identify(request, services)
+        try:
+            tenant = require_tenant(principal)
+        except AuthError as error:
+            raise from_auth(error) from error
+        raw = await read_request(request, services)
+        body = honoured_body(self._endpoint.kind, raw, services.limits)
+        check_model(body, services)
+        if self._endpoint.needs_chat_template:
+            check_chat_template(services)
+        admitted = await admit(
+            body,
+            tenant=tenant,
+            decision_id=f"dec_{uuid.uuid4().hex}",
+            policy=services.policy,
+            cache=services.decisions,
+            now=services.clock(),
+        )
+        decision = admitted.decision
+        context.noted |= {
+            "decision": decision.decision_id,
+            "policy_version": decision.policy_version,
+        }
+        call = GatedCall(grant(decision, services), admitted.client_salt)
+        epoch = services.client.weights_epoch
+        return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"))
+
+    async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
+        CURRENT_CALL.set(run.call)
+        try:
+            async for event in self._endpoint.stream(run, result):
+                yield event
+        finally:
+            CURRENT_CALL.set(None)
+            await result.aclose()
+
+
+class EventStream(StreamingResponse):
+    """A stream whose source is closed however the response ends, so that generation stops."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            close = getattr(self.body_iterator, "aclose", None)
+            if close is not None:
+                await close()
+
+
+def grant(decision: Decision, services: Services) -> GateGrant:
+    """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
+    leases = [services.client.lease(expert) for expert in decision.allowed]
+    held = tuple(lease for lease in leases if lease is not None)
+    if len(held) != len(leases):
+        raise Unavailable(
+            "An expert of this request is being changed. Try again.", code="experts_changing"
+        )
+    return GateGrant(decision.tenant_id, held, decision.valid_until)
+
+
+async def read_request(request: Request, services: Services) -> dict[str, Any]:
+    """The JSON body of a request."""
+    return await read_json(
+        request.stream(),
+        request.headers,
+        limit=services.body_bytes,
+        seconds=services.body_seconds,
+    )
+
+
+def check_model(body: Mapping[str, Any], services: Services) -> None:
+    """Refuse a model that is none of this server's names."""
+    model = body.get("model")
+    if model is not None and model not in services.model_names:
+        raise NotFound(
+            f"The model does not exist. This server has: {', '.join(services.model_names)}.",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def check_chat_template(services: Services) -> None:
+    """Refuse chat on a checkpoint that cannot chat."""
+    if not services.handlers.has_chat_template:
+        raise ApiError(
+            "The served checkpoint has no chat template. "
+            "Start the server with --chat-template, or use /v1/completions.",
+            status=400,
+            code="no_chat_template",
+        )
+
+
+async def until_gone(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None when the client leaves first; `work` is cancelled then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _translate(error: Exception, body: dict[str, Any]) -> ApiError:
+    translated = vllm_errors.from_exception(error, body)
+    if translated.status >= 500:
+        logger.error("a handler failed", exc_info=error)
+    return translated
+

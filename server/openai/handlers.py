@@ -1,0 +1,96 @@
+"""vLLM's own OpenAI handlers, built around the gated client and nothing else of vLLM's server.
+
+vLLM's FastAPI app, its routes, its middleware and its state are not used: what is served is what
+`flexgate.server.app` lists. The handlers get no HTTP request, so that no header reaches them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.renderers.chat_utils import load_chat_template
+from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.tool_parsers import ToolParserManager
+from vllm.tool_parsers.abstract_tool_parser import ToolParser
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.client import GatedEngineClient
+
+CONSTRAINED_PARSER: Final = "flexgate_constrained"
+
+
+class ConstrainedToolParser(ToolParser):
+    """Reads the calls of `required` and named choices, whose JSON constrained decoding ensures.
+
+    vLLM serves those choices only where some parser is configured; this one has no format of its
+    own, so it fits every model. `auto` is refused before a handler could ask it.
+    """
+
+    supports_required_and_named = True
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """vLLM's handlers, and what admission must know about them."""
+
+    chat: OpenAIServingChat
+    completion: OpenAIServingCompletion
+    responses: OpenAIServingResponses
+    tokenization: ServingTokenization
+    has_chat_template: bool
+    has_tool_parser: bool
+
+
+def build_handlers(
+    client: GatedEngineClient,
+    *,
+    model_names: Sequence[str],
+    chat_template: str | None,
+    tool_call_parser: str | None,
+) -> Handlers:
+    """Handlers that reach the engine through `client` only.
+
+    Args:
+        chat_template: a path or a template that replaces the tokenizer's own.
+        tool_call_parser: vLLM's name of a parser, which lets requests choose tools by 'auto'.
+
+    Raises:
+        KeyError: vLLM has no such tool parser.
+    """
+    ToolParserManager.register_module(CONSTRAINED_PARSER, module=ConstrainedToolParser)
+    parser = tool_call_parser or CONSTRAINED_PARSER
+    ToolParserManager.get_tool_parser(parser)
+    template = load_chat_template(chat_template)
+    engine: Any = client
+    models = OpenAIServingModels(engine, [BaseModelPath(name, name) for name in model_names])
+    shown: dict[str, Any] = {
+        "chat_template": template,
+        "chat_template_content_format": "auto",
+    }
+    tools: dict[str, Any] = {"enable_auto_tools": True, "tool_parser": parser}
+    renderer = OnlineRenderer(
+        engine.model_config, engine.renderer, request_logger=None, **shown, **tools
+    )
+    served: dict[str, Any] = {"online_renderer": renderer, "request_logger": None}
+    return Handlers(
+        chat=OpenAIServingChat(engine, models, "assistant", **served, **shown, **tools),
+        completion=OpenAIServingCompletion(engine, models, **served),
+        responses=OpenAIServingResponses(
+            engine, models, renderer, request_logger=None, tool_server=None, **shown, **tools
+        ),
+        tokenization=ServingTokenization(models, renderer, request_logger=None, **shown),
+        has_chat_template=template is not None or _has_template(engine.renderer.tokenizer),
+        has_tool_parser=tool_call_parser is not None,
+    )
+
+
+def _has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))

@@ -1,0 +1,181 @@
+"""What one request may ask for, per endpoint, checked on the JSON before vLLM sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from flexgate.server.openai import fields
+from flexgate.server.openai.contents import check_input, check_messages, check_tools
+from flexgate.server.openai.grammars import check_pattern, check_schema, check_size
+from flexgate.server.openai.values import boolean, integer, invalid, sized, text, too_much
+
+MAX_CACHE_SALT: Final = 128
+_LISTS: Final = {
+    "stop_token_ids": 256,
+    "bad_words": 256,
+    "logit_bias": 1024,
+    "allowed_token_ids": 4096,
+}
+_FLAGS: Final = (
+    "stream echo ignore_eos skip_special_tokens spaces_between_special_tokens "
+    "include_stop_str_in_output add_special_tokens add_generation_prompt continue_final_message "
+    "return_tokens_as_token_ids return_token_ids return_prompt_text parallel_tool_calls "
+    "return_token_strs"
+).split()
+
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The configurable ones; `grammar_bytes` holds for each schema, pattern and grammar."""
+
+    n: int = 8
+    prompts: int = 16
+    logprobs: int = 20
+    grammar_bytes: int = 16 * 1024
+
+
+def check_chat(body: Body, limits: Limits) -> None:
+    """Refuse a chat request over its limits, or with something to fetch."""
+    _check_generation(body, limits)
+    integer(body, "max_completion_tokens", 1)
+    integer(body, "max_tokens", 1)
+    if boolean(body, "logprobs") is None and body.get("top_logprobs"):
+        invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+    integer(body, "top_logprobs", 0, limits.logprobs)
+    check_messages(body.get("messages"))
+    _check_tools(body, limits, flat=False)
+
+
+def check_completion(body: Body, limits: Limits) -> None:
+    """Refuse a completion request over its limits."""
+    _check_generation(body, limits)
+    integer(body, "max_tokens", 0 if body.get("echo") else 1)
+    integer(body, "logprobs", 0, limits.logprobs)
+    if (count := prompt_count(body)) > limits.prompts:
+        too_much(f"'prompt' may have at most {limits.prompts} prompts, not {count}.", "prompt")
+
+
+def check_responses(body: Body, limits: Limits) -> None:
+    """Refuse a Responses request over its limits, or with something to fetch."""
+    _check_sampling(body, limits)
+    integer(body, "max_output_tokens", 1)
+    integer(body, "top_logprobs", 0, limits.logprobs)
+    check_input(body.get("input"))
+    _check_tools(body, limits, flat=True)
+    form = body.get("text")
+    if isinstance(form, Mapping) and isinstance(form.get("format"), Mapping):
+        _check_format(form["format"], form["format"], "text.format", limits)
+
+
+def check_tokenize(body: Body, limits: Limits) -> None:
+    """Refuse a tokenize request with something to fetch."""
+    _check_flags(body)
+    if "messages" in body:
+        check_messages(body["messages"])
+        _check_tools(body, limits, flat=False)
+    elif not isinstance(body.get("prompt"), str):
+        invalid("'prompt' must be a string.", "prompt")
+
+
+def check_detokenize(body: Body, limits: Limits) -> None:  # noqa: ARG001 - one shape for all
+    """Refuse tokens that are no list."""
+    if not isinstance(body.get("tokens"), list):
+        invalid("'tokens' must be a list of token ids.", "tokens")
+
+
+def prompt_count(body: Mapping[str, Any]) -> int:
+    """How many prompts a completion request has: a list of ids is one prompt."""
+    prompt = body.get("prompt")
+    if prompt is None or prompt in ("", []):
+        invalid("'prompt' must not be empty.", "prompt")
+    if isinstance(prompt, str) or (isinstance(prompt, list) and type(prompt[0]) is int):
+        return 1
+    if not isinstance(prompt, list):
+        invalid("'prompt' must be a string, a list of strings, or token ids.", "prompt")
+    return len(prompt)
+
+
+def _check_generation(body: Body, limits: Limits) -> None:
+    _check_sampling(body, limits)
+    integer(body, "n", 1, limits.n)
+    integer(body, "prompt_logprobs", 0, limits.logprobs)
+    integer(body, "min_tokens", 0)
+    integer(body, "stream_interval", 1)
+    sized(body, "logprob_token_ids", most=limits.logprobs)
+    form = body.get("response_format")
+    if isinstance(form, Mapping):
+        _check_format(form, form.get("json_schema"), "response_format", limits)
+    options = body.get("stream_options")
+    if isinstance(options, Mapping):
+        under = "stream_options"
+        body[under] = fields.keep_honoured(options, fields.STREAM_OPTIONS, under=under)
+
+
+def _check_sampling(body: Body, limits: Limits) -> None:
+    _check_flags(body)
+    text(body, "model", longest=256)
+    text(body, "cache_salt", longest=MAX_CACHE_SALT)
+    for name, most in _LISTS.items():
+        sized(body, name, most=most)
+    constraint = body.get("structured_outputs")
+    if constraint is not None:
+        body["structured_outputs"] = _constraint(constraint, limits)
+
+
+def _check_flags(body: Body) -> None:
+    for name in _FLAGS:
+        boolean(body, name)
+
+
+def _constraint(value: Any, limits: Limits) -> Body:
+    name = "structured_outputs"
+    if not isinstance(value, dict):
+        invalid(f"'{name}' must be an object.", name)
+    kept = fields.keep_honoured(value, fields.STRUCTURED_OUTPUTS, under=name)
+    longest = limits.grammar_bytes
+    for key, item in kept.items():
+        param = f"{name}.{key}"
+        if key == "json":
+            check_schema(item, param, longest=longest)
+        elif key == "json_object":
+            boolean(kept, key)
+        elif key == "choice":
+            _check_choices(item, param, longest)
+        elif isinstance(item, str):
+            check_pattern(item, param, longest=longest)
+        else:
+            invalid(f"'{param}' must be a string.", param)
+    return kept
+
+
+def _check_choices(choices: Any, param: str, longest: int) -> None:
+    if not isinstance(choices, list) or not all(isinstance(item, str) for item in choices):
+        invalid(f"'{param}' must be a list of strings.", param)
+    check_size("".join(choices), param, longest=longest)
+
+
+def _check_format(form: Mapping[str, Any], holder: Any, param: str, limits: Limits) -> None:
+    kind = form.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        invalid(f"'{param}.type' must be 'text', 'json_object' or 'json_schema'.", f"{param}.type")
+    if kind == "json_schema":
+        schema = holder.get("schema") if isinstance(holder, Mapping) else None
+        check_schema(schema, param, longest=limits.grammar_bytes)
+
+
+def _check_tools(body: Body, limits: Limits, *, flat: bool) -> None:
+    tools = body.get("tools")
+    if tools is None:
+        return
+    check_tools(tools, flat=flat)
+    total = 0
+    for tool in tools:
+        schema = (tool if flat else tool["function"]).get("parameters") or {}
+        check_schema(schema, "tools", longest=limits.grammar_bytes)
+        total += len(str(schema))
+    if total > limits.grammar_bytes:
+        too_much(f"'tools' may have at most {limits.grammar_bytes} bytes of schemas.", "tools")

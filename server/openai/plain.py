@@ -1,0 +1,39 @@
+"""Chat and completion answers as they leave: vLLM's, without what only vLLM's own peers read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from pydantic import BaseModel
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from flexgate.server.openai import sse, vllm_errors
+from flexgate.server.openai.generation import Run
+
+PEER_FIELDS: Final = ("kv_transfer_params", "ec_transfer_params")
+
+
+def plain_answer(run: Run, result: BaseModel) -> dict[str, Any]:  # noqa: ARG001 - one shape for all
+    """The body of an answer that is not streamed."""
+    answer = result.model_dump()
+    for name in PEER_FIELDS:
+        answer.pop(name, None)
+    return answer
+
+
+def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> AsyncIterator[str]:
+    """The events of a streamed answer."""
+    options = run.admitted.body.get("stream_options") or {}
+
+    def reshape(payload: dict[str, Any]) -> dict[str, Any]:
+        error = vllm_errors.from_response(ErrorResponse.model_validate(payload))
+        return run.error(error).body()
+
+    return sse.with_report(
+        result,
+        choices=choices,
+        include_usage=bool(options.get("include_usage")),
+        report=run.answer_object,
+        reshape_error=reshape,
+    )

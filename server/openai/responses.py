@@ -1,0 +1,76 @@
+"""`POST /v1/responses`, stateless: nothing is stored, so nothing can be asked for later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from pydantic import BaseModel
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+from flexgate.server.admission import Kind
+from flexgate.server.errors import ApiError
+from flexgate.server.openai import fields, limits, sse, vllm_errors
+from flexgate.server.openai.generation import Endpoint, Run
+from flexgate.server.openai.plain import PEER_FIELDS
+from flexgate.server.openai.tools import check_tool_choice
+
+KIND = Kind("responses", fields.RESPONSES, limits.check_responses)
+TERMINAL: Final = "response.completed"
+INCOMPLETE: Final = "response.incomplete"
+_HIDDEN: Final = (*PEER_FIELDS, "input_messages", "output_messages")
+
+logger = logging.getLogger(__name__)
+
+
+async def _start(run: Run) -> Any:
+    body = run.admitted.body
+    check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
+    ours = {"request_id": f"resp_{run.request_id}", "store": False}
+    request = ResponsesRequest.model_validate({**body, **ours})
+    return await run.services.handlers.responses.create_responses(request)
+
+
+def _plain(run: Run, result: BaseModel) -> dict[str, Any]:  # noqa: ARG001 - one shape for all
+    return _without_hidden(result.model_dump(mode="json", by_alias=True))
+
+
+async def _stream(run: Run, result: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+    """vLLM's events by name, and its failures as the `error` event that clients expect."""
+    sequence = 0
+    try:
+        async for event in result:
+            payload = event.model_dump(mode="json", by_alias=True)
+            sequence = payload.get("sequence_number", sequence)
+            if "response" in payload:
+                _without_hidden(payload["response"])
+            if payload["type"] == TERMINAL:
+                if payload["response"]["status"] == "incomplete":
+                    payload["type"] = INCOMPLETE
+                payload["response"]["flexgate"] = run.answer_object()
+            yield sse.encode_named(payload)
+    except Exception as error:
+        logger.error("a Responses stream failed", exc_info=error)
+        failed = run.error(vllm_errors.from_exception(error, run.admitted.body))
+        yield sse.encode_named(_error_event(failed, sequence + 1))
+
+
+def _error_event(error: ApiError, sequence: int) -> dict[str, Any]:
+    told = error.body()["error"]
+    return {
+        "type": "error",
+        "code": told["code"],
+        "message": told["message"],
+        "param": told["param"],
+        "sequence_number": sequence,
+    }
+
+
+def _without_hidden(answer: dict[str, Any]) -> dict[str, Any]:
+    for name in _HIDDEN:
+        answer.pop(name, None)
+    return answer
+
+
+ENDPOINT = Endpoint(KIND, needs_chat_template=True, start=_start, plain=_plain, stream=_stream)

@@ -1,0 +1,79 @@
+"""Add to a stream that vLLM wrote, without adding an event: clients parse each one as a chunk.
+
+The object goes onto the usage chunk when the request asked for one, else onto the last chunk with
+a `finish_reason` (with several choices the last choice's). Chunks that vLLM writes for an error
+are given this server's error shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+DATA: Final = "data: "
+END: Final = "\n\n"
+DONE: Final = "data: [DONE]\n\n"
+_USAGE_CHUNK: Final = '"choices":[]'
+_FINISHED: Final = '"finish_reason":"'
+_ERROR: Final = '{"error"'
+
+Report = Callable[[], dict[str, Any]]
+Reshape = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+async def with_report(
+    events: AsyncIterator[str],
+    *,
+    choices: int,
+    include_usage: bool,
+    report: Report,
+    reshape_error: Reshape,
+) -> AsyncIterator[str]:
+    """`events` with `{"flexgate": report()}` on one of them.
+
+    Args:
+        choices: how many choices the stream has, over all prompts.
+        report: called once, when the chunk that carries it is there.
+        reshape_error: a vLLM error chunk as this server's error body.
+    """
+    position = _Position(choices, include_usage)
+    async for event in events:
+        data = event.removeprefix(DATA)
+        if data.startswith(_ERROR):
+            yield encode(reshape_error(json.loads(data)))
+        elif position.is_here(data):
+            yield encode({**json.loads(data), "flexgate": report()})
+        else:
+            yield event
+
+
+class _Position:
+    """Recognises the one chunk that carries the object."""
+
+    def __init__(self, choices: int, include_usage: bool) -> None:
+        self._missing = set(range(choices))
+        self._include_usage = include_usage
+        self._found = False
+
+    def is_here(self, data: str) -> bool:
+        if self._found:
+            return False
+        if self._include_usage:
+            # Text inside a chunk has its quotes escaped, so that this finds the key alone.
+            self._found = _USAGE_CHUNK in data
+        elif _FINISHED in data:
+            chunk = json.loads(data)
+            self._missing -= {c["index"] for c in chunk["choices"] if c.get("finish_reason")}
+            self._found = not self._missing
+        return self._found
+
+
+def encode(payload: dict[str, Any]) -> str:
+    """One event of an OpenAI stream."""
+    return DATA + json.dumps(payload, ensure_ascii=False, separators=(",", ":")) + END
+
+
+def encode_named(payload: dict[str, Any]) -> str:
+    """One event of a Responses stream, whose name is its type."""
+    return f"event: {payload['type']}\n{encode(payload)}"

@@ -1,0 +1,69 @@
+"""vLLM's errors in this server's shape: its exceptions, its error objects, its error chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import ValidationError
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+from flexgate.server.engine.client import GatedCall
+from flexgate.server.engine.scheduler import GATE_EXPIRED
+from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
+
+
+def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
+    """What a handler or vLLM's request type raised; `body` is what they were given."""
+    if isinstance(error, ValidationError):
+        return _from_validation(error, body)
+    return from_info(create_error_response(error).error)
+
+
+def from_response(response: ErrorResponse) -> ApiError:
+    """What a handler returned instead of an answer."""
+    return from_info(response.error)
+
+
+def from_info(info: ErrorInfo) -> ApiError:
+    """vLLM's error object. What went wrong inside the server is not told."""
+    if info.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if info.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return Unavailable(info.message, code="engine_overloaded")
+        return ApiError(INTERNAL_MESSAGE, code="internal_error")
+    code = "model_not_found" if info.param == "model" and info.code == 404 else None
+    return ApiError(info.message, status=info.code, code=code, param=info.param)
+
+
+def ended_early(call: GatedCall) -> ApiError | None:
+    """Why the engine ended a call's request, if the gate was the cause."""
+    if call.failed != GATE_EXPIRED:
+        return None
+    return ApiError(
+        "The permission to use an expert of this request ended while it ran. "
+        "Sending the request again uses what is permitted now.",
+        status=HTTPStatus.FORBIDDEN,
+        code="expert_permission_ended",
+    )
+
+
+def _from_validation(error: ValidationError, body: dict[str, Any]) -> ApiError:
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    param = path_of(_known_place(first["loc"], body))
+    message = first["msg"].removeprefix("Value error, ")
+    return Invalid(f"'{param}': {message}." if param else message, param=param, code="invalid_value")
+
+
+def _known_place(place: Sequence[str | int], body: Any) -> list[str | int]:
+    """The steps of `place` that lead into `body`: pydantic adds names of its own types."""
+    known: list[str | int] = []
+    for step in place:
+        if isinstance(step, str) and isinstance(body, dict) and (step in body or not known):
+            known.append(step)
+            body = body.get(step)
+        elif isinstance(step, int) and isinstance(body, list) and step < len(body):
+            known.append(step)
+            body = body[step]
+    return known

@@ -1,0 +1,41 @@
+"""`/health`, `/ready` and `/metrics`: what operators' machines ask."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flexgate.policies.tenants import Role
+from flexgate.server import metrics
+from flexgate.server.auth import AuthError, require_role
+from flexgate.server.context import identify
+from flexgate.server.refusals import from_auth
+from flexgate.server.services import Services
+
+
+class Operations:
+    """The three routes. Health and readiness say a status and nothing else."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002 - a route's signature
+        """Whether the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:  # noqa: ARG002 - a route's signature
+        """Whether a request would be served: engine proved, policy confirmed, not stopping."""
+        services = self._services
+        ready = services.client.ready() and services.policy.fresh() and not services.draining
+        status = "ready" if ready else "not_ready"
+        return JSONResponse({"status": status}, status_code=200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics, for auditors and administrators."""
+        principal, snapshot = await identify(request, self._services)
+        try:
+            require_role(principal, Role.AUDITOR, Role.ADMIN)
+        except AuthError as error:
+            raise from_auth(error) from error
+        metrics.epochs(snapshot.policy_version, self._services.client.weights_epoch)
+        return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)

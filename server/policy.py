@@ -1,0 +1,120 @@
+"""The policy that this process decides from: one immutable snapshot, confirmed again and again.
+
+The store is asked for its version every poll; a new version is read as a whole and swapped in. A
+snapshot that was not confirmed within its lease is not used: the request asks the store itself,
+and when that fails, nothing is decided. What the engine really serves overrides the catalogue's
+`live`, so that a decision never allows an expert without a slot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final, Protocol
+
+from flexgate.policies.errors import PolicyError, SnapshotStale
+from flexgate.policies.snapshot import Snapshot
+
+WAIT_FOR_VERSION_S: Final = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Versions(Protocol):
+    """What is asked of a policy store."""
+
+    def version(self) -> int: ...
+    def snapshot(self) -> Snapshot: ...
+
+
+def with_live(snapshot: Snapshot, live: frozenset[str]) -> Snapshot:
+    """`snapshot` with exactly the experts in `live` being served."""
+    if all(expert.live == (expert.id in live) for expert in snapshot.experts.values()):
+        return snapshot
+    experts = {
+        id_: expert.model_copy(update={"live": id_ in live})
+        for id_, expert in snapshot.experts.items()
+    }
+    return replace(snapshot, experts=MappingProxyType(experts))
+
+
+class PolicySource:
+    """Holds the current snapshot; `run` keeps it fresh."""
+
+    def __init__(
+        self,
+        store: Versions,
+        live: Callable[[], Iterable[str]],
+        *,
+        lease_s: float,
+        poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`live` names the experts that the engine serves now."""
+        self._store = store
+        self._live = live
+        self._lease_s = lease_s
+        self._poll_s = poll_s
+        self._clock = clock
+        self._stored: Snapshot | None = None
+        self._served: Snapshot | None = None
+        self._confirmed = -float("inf")
+
+    def confirm(self) -> Snapshot:
+        """Ask the store for its version, and read it when it is new. Blocks on the store."""
+        asked = self._clock()
+        if self._stored is None or self._store.version() != self._stored.policy_version:
+            self._stored = self._store.snapshot()
+        self._confirmed = asked
+        return self._serve(self._stored)
+
+    async def current(self) -> Snapshot:
+        """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed."""
+        if self._stored is not None and self._clock() - self._confirmed < self._lease_s:
+            return self._serve(self._stored)
+        try:
+            return await asyncio.to_thread(self.confirm)
+        except PolicyError as error:
+            raise SnapshotStale("the policy store cannot be asked") from error
+
+    async def at_least(self, version: int) -> Snapshot:
+        """A snapshot of at least `version`, waited for up to a second; raises `SnapshotStale`."""
+        deadline = self._clock() + WAIT_FOR_VERSION_S
+        while True:
+            snapshot = await self.current()
+            if snapshot.policy_version >= version:
+                return snapshot
+            if self._clock() >= deadline:
+                raise SnapshotStale(f"policy version {version} did not arrive in time")
+            await asyncio.sleep(min(self._poll_s, 0.05))
+
+    def fresh(self) -> bool:
+        """Whether the last confirmation is within its lease."""
+        return self._clock() - self._confirmed < self._lease_s
+
+    async def run(self) -> None:
+        """Confirm at every poll, for ever. A store that fails is asked again."""
+        failing = False
+        while True:
+            try:
+                await asyncio.to_thread(self.confirm)
+                failing = False
+            except PolicyError as error:
+                if not failing:
+                    logger.error("the policy store fails: %s", type(error).__name__)
+                failing = True
+            await asyncio.sleep(self._poll_s)
+
+    def _serve(self, stored: Snapshot) -> Snapshot:
+        live = frozenset(self._live())
+        served = self._served
+        if served is None or served.policy_version != stored.policy_version:
+            served = with_live(stored, live)
+        else:
+            served = with_live(served, live)
+        self._served = served
+        return served

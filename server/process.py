@@ -1,0 +1,221 @@
+"""The running server process: start in the right order, drain on a signal, leave no orphan.
+
+The address is bound first, so that a taken port fails at once; it is listened on last, so that
+nothing answers before the engine has proved itself. uvicorn's own signal handling would end the
+process before the engine's processes are stopped, so it is not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvicorn
+
+from flexgate.policies.store.store import Store
+from flexgate.server import tenancy
+from flexgate.server.app import build_app
+from flexgate.server.engine.client import GatedEngineClient
+from flexgate.server.engine.launch import EngineSettings, LaunchPlan, launch, plan
+from flexgate.server.openai.handlers import build_handlers
+from flexgate.server.policy import PolicySource
+from flexgate.server.services import Services
+from flexgate.server.settings import Settings, SettingsError
+
+Stage = Callable[[str, int, int], None]
+Ready = Callable[[LaunchPlan, GatedEngineClient, str, str | None], None]
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        model: the checkpoint's directory.
+        stage: told what is happening at start.
+        ready: told the plan, the client, the address and a first admin key, once all is well.
+
+    Raises:
+        Exception: whatever stops the start; nothing was listening then.
+    """
+    engine_settings = _engine_settings(settings, model)
+    planned = plan(engine_settings)
+    _require_tokenizer(model)
+    with _bound(settings.host, settings.port) as sock, _store(settings) as store:
+        secret = _prepare(settings, store, planned)
+        with _interruptible():
+            engine = launch(engine_settings, stage)
+            client = await engine.__aenter__()
+        try:
+            services = _services(settings, model, client, store)
+            services.policy.confirm()
+            host, port = sock.getsockname()[:2]
+            ready(planned, client, _url(host, port), secret)
+            await _run(settings, services, sock)
+        finally:
+            await engine.__aexit__(None, None, None)
+
+
+def _services(
+    settings: Settings, model: Path, client: GatedEngineClient, store: Store
+) -> Services:
+    names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
+    policy = PolicySource(
+        store,
+        lambda: (info.id for info in client.experts() if info.live),
+        lease_s=settings.policy_lease_seconds,
+        poll_s=settings.policy_poll_seconds,
+    )
+    handlers = build_handlers(
+        client,
+        model_names=names,
+        chat_template=settings.chat_template,
+        tool_call_parser=settings.tool_call_parser,
+    )
+    return Services(
+        client=client,
+        handlers=handlers,
+        policy=policy,
+        model_names=names,
+        started=time.time(),
+        limits=settings.limits,
+        body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_seconds,
+    )
+
+
+async def _run(settings: Settings, services: Services, sock: socket.socket) -> None:
+    config = uvicorn.Config(
+        build_app(services, hosts=settings.hosts),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        lifespan="off",
+    )
+    server = _Server(config, services)
+    polling = asyncio.create_task(services.policy.run())
+    watching = asyncio.create_task(_stop_with_engine(server, services.client))
+    try:
+        with server.stopped_by_signals():
+            await server.serve(sockets=[sock])
+    finally:
+        for task in (polling, watching):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: the first signal drains, the second cuts off."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Stop on SIGINT and SIGTERM while the block runs."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Take no more requests and finish the running ones; the second time, at once."""
+        logger.info("stopping")
+        self.force_exit = self._services.draining
+        self._services.draining = True
+        self.should_exit = True
+
+
+async def _stop_with_engine(server: _Server, client: GatedEngineClient) -> None:
+    while not client.errored:
+        await asyncio.sleep(1.0)
+    logger.error("the engine has died; stopping")
+    server.stop()
+
+
+@contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    with sock:
+        yield sock
+
+
+@contextmanager
+def _store(settings: Settings) -> Iterator[Store]:
+    store = Store.open(settings.database())
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """While vLLM starts, it holds the event loop: let a signal end the start as an exception."""
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepare(settings: Settings, store: Store, planned: LaunchPlan) -> str | None:
+    experts = planned.checkpoint.experts
+    if settings.demo:
+        tenancy.prepare_demo(store, experts, at=time.time())
+        return None
+    return tenancy.prepare(store, experts, at=time.time())
+
+
+def _engine_settings(settings: Settings, model: Path) -> EngineSettings:
+    return EngineSettings(
+        model=model,
+        max_experts=settings.max_experts,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        enforce_eager=settings.enforce_eager,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        shutdown_timeout=settings.drain_seconds,
+    )
+
+
+def _require_tokenizer(model: Path) -> None:
+    if not (model / "tokenizer_config.json").is_file():
+        raise SettingsError(f"{model} has no tokenizer: tokenizer_config.json is missing")
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

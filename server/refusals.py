@@ -1,0 +1,78 @@
+"""Which status and code each refusal of another package becomes."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from flexgate.policies.decision import Reason
+from flexgate.policies.errors import (
+    AnchorRequired,
+    ContextRefused,
+    DecisionRefused,
+    EmptyGate,
+    ExpertDenied,
+    PolicyError,
+    TenantArchived,
+    UnknownExpert,
+    UnknownTenant,
+)
+from flexgate.server.auth import AuthError, Unauthenticated
+from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
+
+UNKNOWN_EXPERT = "expert_not_found"
+
+
+def from_auth(error: AuthError) -> ApiError:
+    """401 when it is not known who calls, 403 for a good key of another role."""
+    if isinstance(error, Unauthenticated):
+        return ApiError(
+            str(error),
+            status=HTTPStatus.UNAUTHORIZED,
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+    return ApiError(str(error), status=HTTPStatus.FORBIDDEN, code="wrong_key_role")
+
+
+def from_policy(error: PolicyError) -> ApiError:
+    """What a client is told when it gets no gate."""
+    if isinstance(error, DecisionRefused):
+        return _from_decision(error)
+    return Unavailable(
+        "The policy cannot be confirmed right now. Try again.", code="policy_unavailable"
+    )
+
+
+def _from_decision(error: DecisionRefused) -> ApiError:
+    message = str(error)
+    if isinstance(error, ExpertDenied):
+        return ApiError(
+            message,
+            status=HTTPStatus.FORBIDDEN,
+            code="expert_policy_denied",
+            param=error.param,
+            details={"flexgate": {"excluded": [reason_json(r) for r in error.reasons]}},
+        )
+    if isinstance(error, UnknownExpert):
+        return NotFound(message, code=UNKNOWN_EXPERT, param=error.param)
+    if isinstance(error, UnknownTenant | TenantArchived):
+        return ApiError(message, status=HTTPStatus.FORBIDDEN, code="project_not_active")
+    if isinstance(error, AnchorRequired) and error.param is None:
+        return Unavailable(message, code="anchor_not_served")
+    codes: dict[type[DecisionRefused], str] = {
+        AnchorRequired: "anchor_required",
+        ContextRefused: "context_refused",
+        EmptyGate: "empty_gate",
+    }
+    return Invalid(message, param=error.param, code=codes.get(type(error), "policy_refused"))
+
+
+def reason_json(reason: Reason) -> dict[str, Any]:
+    """Why one expert takes no part, as every answer shows it."""
+    return {
+        "expert": reason.expert,
+        "code": reason.code,
+        "rule": reason.rule,
+        "message": reason.message,
+    }

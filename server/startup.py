@@ -1,0 +1,109 @@
+"""What an operator sees at start: progress, then a summary, or one sentence."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, Group
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.client import GatedEngineClient
+    from flexgate.server.engine.launch import LaunchPlan
+
+
+class Progress:
+    """A line that says what is happening; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._status = self._console.status("starting")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Show a step, with how much of it is done when that is known."""
+        share = f" {done * 100 // total} %" if total else ""
+        if self._status is not None:
+            self._status.update(f"{what}{share}")
+        elif what != self._last:
+            self._console.print(f"{what} ...", highlight=False)
+        self._last = what
+
+    def ready(
+        self, planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None
+    ) -> None:
+        """Show the summary instead."""
+        self.stop()
+        self._console.print(summary(planned, client, address, admin_key))
+
+    def stop(self) -> None:
+        """Take the line away."""
+        if self._status is not None:
+            self._status.stop()
+
+
+def summary(
+    planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None
+) -> Group:
+    """Model, experts, slots and their memory, kernels, address; a first admin key, once."""
+    from flexgate.server.engine.memory import human
+
+    slots, a = planned.slots, planned.checkpoint.architecture
+    rows = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("model", f"{planned.checkpoint.path} ({a.num_hidden_layers} layers, {planned.dtype})"),
+        ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
+        (
+            "slots",
+            f"{slots.slots} of {human(slots.slot_bytes)} "
+            f"= {human(slots.slots * slots.slot_bytes)}, "
+            f"KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}",
+        ),
+        ("kernels", kernels()),
+        ("address", address),
+    ):
+        rows.add_row(Text(name, style="bold"), Text(value))
+    if admin_key is None:
+        return Group(rows)
+    return Group(rows, Text(f"first admin key, shown only now: {admin_key}", style="bold yellow"))
+
+
+def kernels() -> str:
+    """Which kernels compute the gate here."""
+    import torch
+
+    return "Triton" if torch.cuda.is_available() else "CPU"
+
+
+def expected_failures() -> tuple[type[Exception], ...]:
+    """Errors that are answers to the operator: one sentence, no traceback."""
+    from flexgate.policies.errors import PolicyError
+    from flexgate.server.engine.capabilities import RefusedConfigurationError
+    from flexgate.server.engine.checkpoint import CheckpointError
+    from flexgate.server.settings import SettingsError
+    from flexgate.server.tenancy import DemoKeysFound
+
+    return (
+        CheckpointError,
+        DemoKeysFound,
+        PolicyError,
+        RefusedConfigurationError,
+        SettingsError,
+    )
