@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from flexgate.policies.decide import declared_context, find_tenant, narrow
-from flexgate.policies.decision import Decision, DecisionRequest
+from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
 from flexgate.policies.grants import grant
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.terms import TenantId
+from flexgate.policies.words import Purpose, Region
 
 _Question = tuple[str, str | None, str | None, tuple[str, ...] | None, tuple[str, ...]]
+_Outcome = tuple[
+    TenantId, int, AllowedExperts, tuple[Reason, ...], float, Purpose | None, Region | None
+]
 MAX_ENTRIES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    decision: Decision
+    outcome: _Outcome
     since: float
     until: float
 
@@ -47,12 +52,12 @@ class DecisionCache:
         question = (tenant_id, request.purpose, request.region, request.only, request.ignore)
         found = kept.get(question)
         if found is not None and found.since <= now < found.until:
-            return found.decision.renamed(request.decision_id)
+            return Decision(request.decision_id, *found.outcome)
         tenant = find_tenant(snapshot, tenant_id)
         context = declared_context(tenant, request.purpose, request.region)
         granted = grant(snapshot, tenant, context, now)
         decision = narrow(snapshot, tenant, granted, context, request)
         if len(kept) >= self._max_entries:
             kept.clear()
-        kept[question] = _Kept(decision, granted.since, granted.until)
+        kept[question] = _Kept(decision[1:], granted.since, granted.until)
         return decision

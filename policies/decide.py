@@ -102,8 +102,10 @@ def narrow(
     _check_anchor(tenant, granted, ignore)
     _check_allowed(granted, only or frozenset())
     left_out = _left_out(granted, only, tenant.standing, ignore)
-    allowed = admit(expert for expert in granted.lost_at if expert not in left_out)
-    if not allowed:
+    kept = granted.lost_at
+    if left_out:
+        kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
+    if not kept:
         raise EmptyGate(
             "No expert is left for this request. Asking for an allowed expert would change this.",
             param="flexgate.experts",
@@ -112,9 +114,9 @@ def narrow(
         decision_id=request.decision_id,
         tenant_id=tenant.id,
         policy_version=snapshot.policy_version,
-        allowed=allowed,
+        allowed=admit(kept),
         excluded=_excluded(snapshot, granted, left_out),
-        valid_until=min(granted.lost_at[expert] for expert in allowed),
+        valid_until=min(kept.values()),
         purpose=context.purpose,
         region=context.region,
     )
@@ -170,6 +172,8 @@ def _left_out(
     ignore: frozenset[ExpertId],
 ) -> Mapping[ExpertId, Reason]:
     """The allowed experts that the request leaves out, each with its reason."""
+    if only is None and standing is None and not ignore:
+        return {}
     wanted, because = (
         (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
     )

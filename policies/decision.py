@@ -55,12 +55,12 @@ class DecisionRequest:
     ignore: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(NamedTuple):
     """The outcome for one request. `valid_until` is Unix seconds, or `math.inf`.
 
     At `valid_until` the first allowed expert stops being allowed. `excluded` has one reason for
     each listed expert outside the gate, in catalogue order; hidden experts are not in it.
+    (A NamedTuple, because one is made per request, and a frozen dataclass costs three times that.)
     """
 
     decision_id: str
@@ -71,16 +71,3 @@ class Decision:
     valid_until: float
     purpose: Purpose | None
     region: Region | None
-
-    def renamed(self, decision_id: str) -> Decision:
-        """The same outcome for another request."""
-        return Decision(
-            decision_id=decision_id,
-            tenant_id=self.tenant_id,
-            policy_version=self.policy_version,
-            allowed=self.allowed,
-            excluded=self.excluded,
-            valid_until=self.valid_until,
-            purpose=self.purpose,
-            region=self.region,
-        )

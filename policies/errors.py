@@ -44,6 +44,10 @@ class SnapshotStale(PolicyError):
     """No snapshot was confirmed within the lease: nothing may be decided from it."""
 
 
+class ClockInvalid(PolicyError):
+    """Nothing is in force at a time that is not a number."""
+
+
 class DecisionRefused(PolicyError):
     """No gate for this request. `str(error)` is the sentence for the caller."""
 

@@ -1,14 +1,20 @@
-"""The sentence for every rule that can exclude an expert: which rule, and what would change it."""
+"""The sentence for every rule that can exclude an expert: which rule, and what would change it.
+
+Sentences that depend on the expert alone are made once, because every decision needs many.
+"""
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from flexgate.policies.decision import Reason
 from flexgate.policies.snapshot import Clause
 from flexgate.policies.tenants import Expert
-from flexgate.policies.terms import ExpertId
+from flexgate.policies.terms import ExpertId, OwnerId
+
+_once = lru_cache(maxsize=16_384)
 
 
 def prohibited(expert: Expert, clause: Clause) -> Reason:
@@ -31,13 +37,14 @@ def prohibited(expert: Expert, clause: Clause) -> Reason:
     )
 
 
-def no_agreement(expert: Expert) -> Reason:
+@_once
+def no_agreement(expert: ExpertId, owner: OwnerId) -> Reason:
     return Reason(
-        expert.id,
+        expert,
         "no_agreement",
         "default_deny",
-        f"No agreement permits expert '{expert.id}' to this project. "
-        f"An agreement with its owner, {expert.owner}, would change this.",
+        f"No agreement permits expert '{expert}' to this project. "
+        f"An agreement with its owner, {owner}, would change this.",
     )
 
 
@@ -83,6 +90,7 @@ def ended(expert: Expert, clause: Clause) -> Reason:
     )
 
 
+@_once
 def not_on_allow_list(expert: ExpertId) -> Reason:
     return Reason(
         expert,
@@ -93,6 +101,7 @@ def not_on_allow_list(expert: ExpertId) -> Reason:
     )
 
 
+@_once
 def on_deny_list(expert: ExpertId) -> Reason:
     return Reason(
         expert,
@@ -103,6 +112,7 @@ def on_deny_list(expert: ExpertId) -> Reason:
     )
 
 
+@_once
 def not_live(expert: ExpertId) -> Reason:
     return Reason(
         expert,
@@ -112,6 +122,7 @@ def not_live(expert: ExpertId) -> Reason:
     )
 
 
+@_once
 def outside_standing_set(expert: ExpertId) -> Reason:
     return Reason(
         expert,
@@ -122,6 +133,7 @@ def outside_standing_set(expert: ExpertId) -> Reason:
     )
 
 
+@_once
 def outside_only(expert: ExpertId) -> Reason:
     return Reason(
         expert,
@@ -131,6 +143,7 @@ def outside_only(expert: ExpertId) -> Reason:
     )
 
 
+@_once
 def ignored(expert: ExpertId) -> Reason:
     return Reason(
         expert,

@@ -7,6 +7,7 @@ an agreement is cut down to experts that its owner owns, and its times become Un
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -37,8 +38,22 @@ class Clause:
     ends: float
 
     @property
+    def unlimited(self) -> bool:
+        """Whether it permits at any time, for any purpose, anywhere."""
+        whenever = self.starts == -math.inf and self.ends == math.inf
+        return self.permits and whenever and self.purposes is None and self.regions is None
+
+    @property
     def rule(self) -> str:
         return f"agreement/{self.agreement_id}@{self.version}"
+
+
+def by_start(clause: Clause) -> tuple[float, str]:
+    """The order in which clauses are kept."""
+    return clause.starts, clause.agreement_id
+
+
+ClauseTable = Mapping[str, Mapping[ExpertId, tuple[Clause, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +77,18 @@ class TenantRules:
 class Snapshot:
     """Build with `Snapshot.build`; every collection in it is read-only.
 
-    `clauses[assignee][expert]` are the agreements between one assignee and one expert.
+    Both `unlimited[assignee][expert]` and `limited[assignee][expert]` are agreements between one
+    assignee and one expert: those that permit whatever a request declares, and all others, by
+    start. `dates[assignee]` are the moments at which any of them starts or ends, in order.
     """
 
     policy_version: int
     experts: Mapping[ExpertId, Expert]
     sets: Mapping[SetId, frozenset[ExpertId]]
     tenants: Mapping[TenantId, TenantRules]
-    clauses: Mapping[str, Mapping[ExpertId, tuple[Clause, ...]]]
+    unlimited: ClauseTable
+    limited: ClauseTable
+    dates: Mapping[str, tuple[float, ...]]
     keys: Mapping[bytes, KeyRecord]
 
     @classmethod
@@ -99,12 +118,15 @@ class Snapshot:
         known_tenants = _by_id("tenant", ((t.id, t) for t in tenants))
         rules = {id_: scope.rules(tenant) for id_, tenant in known_tenants.items()}
         terms = _by_id("agreement", ((a.id, a) for a in agreements))
+        unlimited, limited = scope.clauses(terms.values())
         return cls(
             policy_version=policy_version,
             experts=MappingProxyType(catalogue),
             sets=MappingProxyType(expanded),
             tenants=MappingProxyType(rules),
-            clauses=scope.clauses(terms.values()),
+            unlimited=unlimited,
+            limited=limited,
+            dates=MappingProxyType({name: _dates(row) for name, row in limited.items()}),
             keys=MappingProxyType(_keys_by_digest(keys, rules)),
         )
 
@@ -149,17 +171,27 @@ class _Scope:
             archived=tenant.archived,
         )
 
-    def clauses(
-        self, agreements: Iterable[Agreement]
-    ) -> Mapping[str, Mapping[ExpertId, tuple[Clause, ...]]]:
-        index: dict[str, dict[ExpertId, tuple[Clause, ...]]] = {}
-        for agreement in sorted(agreements, key=lambda a: a.id):
+    def clauses(self, agreements: Iterable[Agreement]) -> tuple[ClauseTable, ClauseTable]:
+        """The unlimited and the limited ones."""
+        unlimited: dict[str, dict[ExpertId, tuple[Clause, ...]]] = {}
+        limited: dict[str, dict[ExpertId, tuple[Clause, ...]]] = {}
+        for agreement in sorted(agreements, key=lambda a: (a.starts, a.id)):
             clause = _compile(agreement)
+            index = unlimited if clause.unlimited else limited
             by_expert = index.setdefault(agreement.assignee, {})
             for expert in self.expand(f"agreement {agreement.id}", agreement.experts):
                 if self.catalogue[expert].owner == agreement.owner:
                     by_expert[expert] = (*by_expert.get(expert, ()), clause)
-        return MappingProxyType({name: MappingProxyType(row) for name, row in index.items()})
+        return _read_only(unlimited), _read_only(limited)
+
+
+def _read_only(index: dict[str, dict[ExpertId, tuple[Clause, ...]]]) -> ClauseTable:
+    return MappingProxyType({name: MappingProxyType(row) for name, row in index.items()})
+
+
+def _dates(row: Mapping[ExpertId, tuple[Clause, ...]]) -> tuple[float, ...]:
+    edges = {edge for clauses in row.values() for c in clauses for edge in (c.starts, c.ends)}
+    return tuple(sorted(edges - {-math.inf, math.inf}))
 
 
 def _compile(agreement: Agreement) -> Clause:

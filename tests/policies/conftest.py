@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -90,3 +93,20 @@ def iso() -> Callable[[float], str]:
     from datetime import UTC, datetime
 
     return lambda seconds: datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"policy_tests_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    return _load(Path(__file__).parents[1] / "oracle" / "policies.py")
+
+
+@pytest.fixture(scope="session")
+def worlds() -> ModuleType:
+    return _load(Path(__file__).parent / "worlds.py")

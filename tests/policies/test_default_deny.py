@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from flexgate.policies.errors import AnchorRequired, EmptyGate, TenantArchived, UnknownTenant
+from flexgate.policies.errors import (
+    AnchorRequired,
+    ClockInvalid,
+    EmptyGate,
+    TenantArchived,
+    UnknownTenant,
+)
 from flexgate.policies.tenants import Tenant
 
 
@@ -111,6 +117,7 @@ def test_empty_gate_is_refused_not_widened(world):
         world.ask(snapshot, ignore=("public",))
 
 
-def test_a_time_that_is_not_a_number_allows_public_only(world):
+def test_nothing_is_decided_at_a_time_that_is_not_a_number(world):
     snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list")])
-    assert world.ask(snapshot, now=math.nan).allowed == ("public",)
+    with pytest.raises(ClockInvalid):
+        world.ask(snapshot, now=math.nan)

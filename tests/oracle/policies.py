@@ -1,0 +1,110 @@
+"""Brute-force reference for policy decisions: plain documents, plain sets, no index, no shortcuts.
+
+Purposes and regions are sets of points, so that "covers" is ⊆ and "touches" is ∩. Written from the
+words of the design, not from the code under test; slow on purpose.
+"""
+
+import math
+
+AI = {"ai-train", "ai-input", "ai-index", "other ai"}
+PURPOSES = {
+    **{word: {word} for word in ("ai-train", "ai-input", "ai-index", "search", "x-lab")},
+    "ai-all": AI,
+    "all": AI | {"search", "x-lab", "anything else"},
+}
+EU = {"DE-BY", "rest of DE", "FR", "rest of EU"}
+REGIONS = {
+    "DE-BY": {"DE-BY"},
+    "DE": {"DE-BY", "rest of DE"},
+    "FR": {"FR"},
+    "EU": EU,
+    "NO": {"NO"},
+    "EEA": EU | {"NO", "rest of EEA"},
+    "US": {"US"},
+}
+WORLD = REGIONS["EEA"] | {"US", "rest of the world"}
+
+
+def points(words, meaning, everything):
+    return everything if words is None else set().union(*(meaning[word] for word in words))
+
+
+def expand(names, sets):
+    return {member for name in names for member in sets.get(name, {name})}
+
+
+def applies(terms, tenant, expert, sets):
+    to = {"everyone", f"tenant:{tenant['id']}", *(f"group:{g}" for g in tenant["groups"])}
+    mine = expert["owner"] == terms["owner"] and expert["id"] in expand(terms["experts"], sets)
+    return mine and terms["assignee"] in to
+
+
+def hidden(expert, tenant, sets):
+    if expert["id"] in expand(tenant["hidden"], sets):
+        return True
+    return expert["visibility"] == "hidden" and expert["id"] not in expand(tenant["listed"], sets)
+
+
+def granted(world, tenant, purpose, region, now):
+    """The experts that the tenant may use before narrowing."""
+    asked_p = points(None if purpose is None else [purpose], PURPOSES, PURPOSES["all"])
+    asked_r = points(None if region is None else [region], REGIONS, WORLD)
+    gate = set()
+    for expert in world["experts"]:
+        permits = forbids = False
+        for terms in world["agreements"]:
+            if (
+                applies(terms, tenant, expert, world["sets"])
+                and terms["starts"] <= now < terms["ends"]
+            ):
+                p = points(terms["purposes"], PURPOSES, PURPOSES["all"])
+                r = points(terms["regions"], REGIONS, WORLD)
+                permits |= terms["effect"] == "permit" and asked_p <= p and asked_r <= r
+                forbids |= terms["effect"] == "prohibit" and bool(asked_p & p) and bool(asked_r & r)
+        named = expert["id"] in expand(tenant["expert_ids"], world["sets"])
+        admitted = named == (tenant["mode"] == "allow_list")
+        anchor = expert["id"] == "public"
+        licensed = anchor or (permits and not forbids and admitted)
+        if licensed and expert["live"] and not hidden(expert, tenant, world["sets"]):
+            gate.add(expert["id"])
+    return gate
+
+
+def decide(world, tenant_id, request, now):
+    """`(allowed, excluded)` as sets of ids, or the name of the refusal."""
+    tenant = next((t for t in world["tenants"] if t["id"] == tenant_id), None)
+    if tenant is None:
+        return "UnknownTenant"
+    if tenant["archived"]:
+        return "TenantArchived"
+    for field, declared in (("purposes", request["purpose"]), ("regions", request["region"])):
+        if declared is not None and declared not in tenant[field]:
+            return "ContextRefused"
+    listed = {e["id"] for e in world["experts"] if not hidden(e, tenant, world["sets"])}
+    for name in [*(request["only"] or []), *request["ignore"]]:
+        if not expand([name], world["sets"]) & listed:
+            return "UnknownExpert"
+    grant = granted(world, tenant, request["purpose"], request["region"], now)
+    ignore = expand(request["ignore"], world["sets"])
+    if "public" in ignore and not tenant["anchor_optional"]:
+        return "AnchorRequired"
+    if "public" not in grant | ignore:
+        return "AnchorRequired"
+    only = expand(request["only"] or [], world["sets"]) & listed
+    if only - grant:
+        return "ExpertDenied"
+    wanted = tenant["standing"] if request["only"] is None else request["only"]
+    kept = grant if wanted is None else grant & (expand(wanted, world["sets"]) | {"public"})
+    kept = kept - ignore
+    return (kept, listed - kept) if kept else "EmptyGate"
+
+
+def valid_until(world, tenant_id, request, now):
+    """The first later moment at which something allowed now is not granted any more."""
+    tenant = next(t for t in world["tenants"] if t["id"] == tenant_id)
+    allowed, _ = decide(world, tenant_id, request, now)
+    edges = {t[edge] for t in world["agreements"] for edge in ("starts", "ends")}
+    for moment in sorted(m for m in edges if now < m < math.inf):
+        if not allowed <= granted(world, tenant, request["purpose"], request["region"], moment):
+            return moment
+    return math.inf

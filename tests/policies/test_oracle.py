@@ -1,0 +1,173 @@
+"""Decisions agree with a brute-force oracle: at random, and exhaustively in small worlds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+
+import pytest
+from flexgate.policies.cache import DecisionCache
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import DecisionRefused
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.tenants import Expert, Tenant
+from flexgate.policies.terms import Agreement
+
+
+def _answer(make, *arguments):
+    try:
+        decision = make(*arguments)
+    except DecisionRefused as error:
+        return type(error).__name__, None
+    excluded = [reason.expert for reason in decision.excluded]
+    assert len(excluded) == len(set(excluded))
+    return (set(decision.allowed), set(excluded)), decision.valid_until
+
+
+def _compare(oracle, worlds, rng, decisions, per_world):
+    """Compare that many decisions; returns how often each outcome came up."""
+    outcomes = Counter()
+    cache = DecisionCache()
+    while outcomes.total() < decisions:
+        world = worlds.random_world(rng)
+        snapshot = worlds.snapshot_of(world)
+        for _ in range(per_world):
+            who = rng.choice(["t0", "t0", "t1", "t2"])
+            request, now = worlds.random_request(rng), rng.choice(worlds.NOWS)
+            expected = oracle.decide(world, who, request, now)
+            question = (snapshot, who, worlds.request_of(request), now)
+            answer, until = _answer(decide, *question)
+            assert answer == expected, (world, who, request, now)
+            assert _answer(cache.decide, *question) == (answer, until)
+            if until is None:
+                outcomes[answer] += 1
+            else:
+                assert until == oracle.valid_until(world, who, request, now)
+                outcomes["finite" if until < math.inf else "lasting"] += 1
+    return outcomes
+
+
+def _check(oracle, worlds, seed, decisions):
+    outcomes = _compare(oracle, worlds, random.Random(seed), decisions, per_world=25)
+    for kind in (
+        "finite",
+        "lasting",
+        "UnknownTenant",
+        "TenantArchived",
+        "ContextRefused",
+        "UnknownExpert",
+        "ExpertDenied",
+        "AnchorRequired",
+        "EmptyGate",
+    ):
+        assert outcomes[kind] > decisions / 2000, (kind, outcomes)
+
+
+def test_random_decisions_agree_with_the_oracle(oracle, worlds):
+    _check(oracle, worlds, seed=20_261_123, decisions=10_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_million_random_decisions_agree_with_the_oracle(oracle, worlds, seed):
+    _check(oracle, worlds, seed, decisions=100_000)
+
+
+SMALL_EXPERTS = [
+    {"id": id_, "owner": "ann", "live": True, "visibility": "listed"}
+    for id_ in ("public", "a", "b", "c")
+]
+SMALL_TENANTS = [
+    {
+        "id": id_,
+        "mode": mode,
+        "expert_ids": names,
+        "hidden": [],
+        "listed": [],
+        "standing": None,
+        "anchor_optional": False,
+        "groups": [],
+        "purposes": [],
+        "regions": [],
+        "archived": False,
+    }
+    for id_, mode, names in (
+        ("x", "allow_list", ["a", "b"]),
+        ("y", "deny_list", ["b"]),
+        ("z", "deny_list", []),
+    )
+]
+ASKED = {"purpose": None, "region": None, "only": None, "ignore": []}
+
+
+def _every_kind(experts):
+    """Each effect with each assignee and each non-empty choice of `experts`."""
+    choices = [
+        list(chosen)
+        for size in range(1, len(experts) + 1)
+        for chosen in itertools.combinations(experts, size)
+    ]
+    assignees = ["everyone", "tenant:x", "tenant:y", "tenant:z"]
+    return list(itertools.product(["permit", "prohibit"], assignees, choices))
+
+
+def _exhaust(oracle, experts, most):
+    """Every combination of up to `most` agreements; returns how many decisions were compared."""
+    kinds = _every_kind(experts)
+    terms = [
+        [
+            {
+                "id": f"g{n}",
+                "owner": "ann",
+                "experts": chosen,
+                "assignee": assignee,
+                "effect": effect,
+                "purposes": None,
+                "regions": None,
+                "starts": -math.inf,
+                "ends": math.inf,
+            }
+            for effect, assignee, chosen in kinds
+        ]
+        for n in range(most)
+    ]
+    edges = ("starts", "ends")
+    compiled = [
+        [Agreement.model_validate({k: v for k, v in t.items() if k not in edges}) for t in row]
+        for row in terms
+    ]
+    catalogue = [Expert.model_validate(e) for e in SMALL_EXPERTS]
+    tenants = [Tenant.model_validate({"name": "T", **t}) for t in SMALL_TENANTS]
+    request = DecisionRequest(decision_id="d")
+    compared = 0
+    for size in range(most + 1):
+        for chosen in itertools.combinations_with_replacement(range(len(kinds)), size):
+            world = {
+                "experts": SMALL_EXPERTS,
+                "sets": {},
+                "tenants": SMALL_TENANTS,
+                "agreements": [terms[n][kind] for n, kind in enumerate(chosen)],
+            }
+            snapshot = Snapshot.build(
+                policy_version=1,
+                experts=catalogue,
+                tenants=tenants,
+                agreements=[compiled[n][kind] for n, kind in enumerate(chosen)],
+            )
+            for who in ("x", "y", "z"):
+                expected = oracle.decide(world, who, ASKED, 0.0)
+                assert _answer(decide, snapshot, who, request, 0.0)[0] == expected, world
+                compared += 1
+    return compared
+
+
+def test_every_small_policy_agrees_with_the_oracle(oracle):
+    assert _exhaust(oracle, ["a", "b"], most=2) == 3 * (1 + 24 + 300)
+
+
+@pytest.mark.slow
+def test_every_policy_of_three_tenants_four_experts_and_four_agreements(oracle):
+    assert _exhaust(oracle, ["a", "b", "c"], most=4) == 3 * math.comb(56 + 4, 4)
