@@ -40,12 +40,12 @@ def random_world(rng: random.Random) -> World:
         for id_ in IDS
     ]
     sets = {name: set(rng.sample(IDS[1:], rng.randint(1, 3))) for name in SETS}
-    tenants = [_tenant(rng, f"t{n}") for n in range(rng.randint(1, 3))]
-    agreements = [_agreement(rng, f"g{n}") for n in range(rng.randint(0, 8))]
+    tenants = [tenant(rng, f"t{n}") for n in range(rng.randint(1, 3))]
+    agreements = [agreement(rng, f"g{n}", experts) for n in range(rng.choice([0, 2, 5, 9, 12]))]
     return {"experts": experts, "sets": sets, "tenants": tenants, "agreements": agreements}
 
 
-def _tenant(rng: random.Random, id_: str) -> dict[str, Any]:
+def tenant(rng: random.Random, id_: str) -> dict[str, Any]:
     names = IDS[1:] + SETS
     return {
         "id": id_,
@@ -62,18 +62,22 @@ def _tenant(rng: random.Random, id_: str) -> dict[str, Any]:
     }
 
 
-def _agreement(rng: random.Random, id_: str) -> dict[str, Any]:
+def agreement(rng: random.Random, id_: str, experts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mostly about experts of its owner; an owner without any names what is not its own."""
+    owner = rng.choice(OWNERS)
+    own = [e["id"] for e in experts if e["owner"] == owner and e["id"] != "public"]
+    pool = own if own and rng.random() < 0.8 else IDS[1:] + SETS
     starts, ends = rng.choice([-math.inf, *TIMES]), rng.choice([*TIMES, math.inf, math.inf])
     if starts >= ends:
         starts, ends = (ends, starts) if ends < starts and starts < math.inf else (starts, math.inf)
     return {
         "id": id_,
-        "owner": rng.choice(OWNERS),
-        "experts": rng.sample(IDS[1:] + SETS, rng.randint(1, 4)),
+        "owner": owner,
+        "experts": rng.sample(pool, rng.randint(1, min(4, len(pool)))),
         "assignee": rng.choice(["everyone", "everyone", "tenant:t0", "tenant:t1", "group:red"]),
-        "effect": rng.choice(["permit", "permit", "permit", "prohibit"]),
-        "purposes": rng.sample(PURPOSES, rng.randint(1, 3)) if rng.random() < 0.4 else None,
-        "regions": rng.sample(REGIONS, rng.randint(1, 3)) if rng.random() < 0.4 else None,
+        "effect": rng.choice(["permit"] * 5 + ["prohibit"]),
+        "purposes": rng.sample(PURPOSES, rng.randint(1, 3)) if rng.random() < 0.3 else None,
+        "regions": rng.sample(REGIONS, rng.randint(1, 3)) if rng.random() < 0.3 else None,
         "starts": starts,
         "ends": ends,
     }
@@ -84,8 +88,8 @@ def random_request(rng: random.Random) -> Request:
     return {
         "purpose": rng.choice([None, None, *PURPOSES]),
         "region": rng.choice([None, None, *REGIONS]),
-        "only": some(rng, names, 3) if rng.random() < 0.4 else None,
-        "ignore": some(rng, names, 2) if rng.random() < 0.4 else [],
+        "only": some(rng, names, 3) if rng.random() < 0.3 else None,
+        "ignore": some(rng, names, 2) if rng.random() < 0.3 else [],
     }
 
 

@@ -1,0 +1,150 @@
+"""Mutation testing of the decision code: `python tests/policies/mutate.py [file …]`.
+
+Each mutant changes one place of one module; the fast decision tests must fail on it. Prints the
+survivors and exits with 1 if fewer than 95 % die. Mutants live in a temporary copy of the package.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parents[1] / "policies"
+MODULES = ["decide.py", "grants.py", "snapshot.py", "words.py"]
+KILLERS = [
+    "test_decide.py",
+    "test_default_deny.py",
+    "test_messages.py",
+    "test_snapshot.py",
+    "test_cache.py",
+    "test_oracle.py",
+    "test_properties.py",
+]
+COMPARISONS = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+OPERATORS = {ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.Sub: ast.BitOr, ast.Add: ast.Sub}
+CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+def mutants(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
+    """Line, what was done, and the changed tree, for every single change."""
+    for index, node in enumerate(ast.walk(tree)):
+        for variant in range(_variants(node)):
+            changed = copy.deepcopy(tree)
+            target = next(n for i, n in enumerate(ast.walk(changed)) if i == index)
+            before = ast.unparse(target).splitlines()[0]
+            _change(target, variant)
+            yield getattr(target, "lineno", 0), f"{before} -> {ast.unparse(target)}", changed
+
+
+def _variants(node: ast.AST) -> int:
+    """In how many ways `_change` can change the node."""
+    match node:
+        case ast.Compare():
+            return sum(type(op) in COMPARISONS for op in node.ops)
+        case ast.BoolOp():
+            return 1
+        case ast.BinOp() | ast.AugAssign():
+            return int(type(node.op) in OPERATORS)
+        case ast.Call(func=ast.Name(id=name)):
+            return int(name in CALLS)
+        case ast.If() | ast.IfExp():
+            return 2
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            return 1
+        case ast.Continue():
+            return 1
+        case ast.Constant(value=bool() | int() | float()):
+            return 1
+    return 0
+
+
+def _change(node: ast.AST, variant: int) -> None:
+    match node:
+        case ast.Compare():
+            node.ops[variant] = COMPARISONS[type(node.ops[variant])]()
+        case ast.BoolOp():
+            node.op = ast.And() if isinstance(node.op, ast.Or) else ast.Or()
+        case ast.BinOp() | ast.AugAssign():
+            node.op = OPERATORS[type(node.op)]()
+        case ast.Call(func=ast.Name() as function):
+            function.id = CALLS[function.id]
+        case ast.If() | ast.IfExp():
+            node.test = ast.Constant(value=bool(variant))
+        case ast.UnaryOp():
+            node.op = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Invert()
+            if isinstance(node.op, ast.Invert):
+                node.op, node.operand = ast.Not(), ast.UnaryOp(ast.Not(), node.operand)
+        case ast.Continue():
+            node.__class__ = ast.Pass
+        case ast.Constant(value=bool(value)):
+            node.value = not value
+        case ast.Constant(value=value):
+            node.value = value + 1
+
+
+def survives(package: Path) -> bool:
+    """Whether the fast tests pass with the package under `package`."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--import-mode=importlib"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *(str(TESTS / name) for name in KILLERS),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=TESTS.parents[1],
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
+    return done.returncode == 0
+
+
+def main(modules: list[str]) -> int:
+    """Try every mutant; returns the exit status."""
+    total, survivors = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "flexgate" / "policies"
+        shutil.copytree(SOURCE, package)
+        if not survives(Path(folder)):
+            sys.exit("the tests fail without a mutation")
+        for name in modules:
+            original = (SOURCE / name).read_text()
+            for line, what, tree in mutants(ast.parse(original)):
+                (package / name).write_text(ast.unparse(ast.fix_missing_locations(tree)))
+                total += 1
+                if survives(Path(folder)):
+                    survivors.append(f"{name}:{line}: {what}")
+                    sys.stdout.write(f"survived  {survivors[-1]}\n")
+                    sys.stdout.flush()
+            (package / name).write_text(original)
+    killed = total - len(survivors)
+    sys.stdout.write(f"{killed} of {total} mutants killed\n")
+    return 0 if killed >= 0.95 * total else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or MODULES))
