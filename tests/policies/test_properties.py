@@ -1,4 +1,4 @@
-"""What must hold in every world: default deny, prohibitions win, order and repetition change nothing,
+"""What must hold in every world: default deny, prohibitions win, order and repetition are nothing,
 changes that restrict never widen, and hidden means absent.
 """
 
@@ -67,7 +67,7 @@ def test_the_worlds_are_worth_asking(case, outcome):
     decisions = [r for r in results if hasattr(r, "allowed")]
     assert len(decisions) > 100
     assert sum(len(r.allowed) > 1 for r in decisions) > 30
-    assert sum(r.valid_until < float("inf") for r in decisions) > 20
+    assert sum(r.valid_until < float("inf") for r in decisions) > 10
 
 
 @in_many_worlds
