@@ -100,6 +100,10 @@ class StoreFromNewerVersion(StoreError):
     """The schema was migrated by a newer flexgate."""
 
 
+class StoreRolledBack(StoreError):
+    """The store's version went back: somebody put an old copy in its place."""
+
+
 class StoreDamaged(StoreError):
     """A stored document no longer parses, or the documents do not fit together."""
 

@@ -10,7 +10,13 @@ from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import checks, schema
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
 from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret
-from flexgate.policies.store.revisions import ObjectChange, Revision, append, current_version
+from flexgate.policies.store.revisions import (
+    ObjectChange,
+    Revision,
+    agreement_versions,
+    append,
+    current_version,
+)
 from flexgate.policies.tenants import KeyRecord, Role, Tenant
 from flexgate.policies.terms import OwnerId, TenantId
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -36,6 +42,11 @@ class Change:
     def all(self, kind: type[D]) -> list[D]:
         """Every document of a kind as this transaction sees them."""
         return read_all(self._connection, kind)
+
+    def next_agreement_version(self, id_: str) -> int:
+        """One more than the highest version ever stored under this id."""
+        versions = agreement_versions(self._connection, id_)
+        return 1 + max((agreement.version for agreement in versions), default=0)
 
     def put(self, document: PolicyDocument) -> None:
         """Store a document, new or instead of the one with its id."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
+from flexgate.policies.store.revisions import agreement_versions
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement, Document
 from sqlalchemy import Connection
@@ -14,7 +15,7 @@ def check_put(
 ) -> None:
     """Raise `ChangeRefused` unless everything the document names exists and fits."""
     if isinstance(document, Agreement):
-        _check_agreement(connection, document, before)
+        _check_agreement(connection, document)
     elif isinstance(document, Expert):
         _check_expert(connection, document, before)
     elif isinstance(document, ExpertSet):
@@ -37,9 +38,7 @@ def check_remove(connection: Connection, kind: type[Document], id_: str) -> None
         raise ChangeRefused(f"{user} still names {id_!r}: change it first")
 
 
-def _check_agreement(
-    connection: Connection, agreement: Agreement, before: PolicyDocument | None
-) -> None:
+def _check_agreement(connection: Connection, agreement: Agreement) -> None:
     for reference in sorted(agreement.experts):
         foreign = _owners(connection, reference) - {agreement.owner}
         if foreign:
@@ -50,11 +49,12 @@ def _check_agreement(
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
         raise ChangeRefused(f"agreement {agreement.id!r} names the unknown tenant {name!r}")
-    if isinstance(before, Agreement) and agreement.version <= before.version:
-        raise ChangeRefused(
-            f"agreement {agreement.id!r} is stored as version {before.version}: "
-            "different terms need a higher version"
-        )
+    for stored in agreement_versions(connection, agreement.id):
+        if stored.version >= agreement.version and stored != agreement:
+            raise ChangeRefused(
+                f"agreement {agreement.id!r} was stored as version {stored.version}: "
+                "different terms need a higher version"
+            )
 
 
 def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None) -> None:

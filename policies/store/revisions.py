@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flexgate.policies.store.documents import from_json
 from flexgate.policies.store.schema import policy_changes, policy_revisions
+from flexgate.policies.terms import Agreement
 from sqlalchemy import Connection, func, insert, select
 
 
@@ -33,6 +35,32 @@ def current_version(connection: Connection) -> int:
     """The newest policy version; 0 before the first change."""
     newest: int | None = connection.scalar(select(func.max(policy_revisions.c.version)))
     return newest or 0
+
+
+def read_revisions(connection: Connection, after: int, limit: int) -> list[Revision]:
+    """Revisions newer than `after`, oldest first."""
+    table = policy_revisions
+    query = select(table).where(table.c.version > after).order_by(table.c.version).limit(limit)
+    return [Revision(**row._mapping) for row in connection.execute(query)]
+
+
+def read_changes(connection: Connection, after: int, until: int) -> list[ObjectChange]:
+    """What the revisions `after < version <= until` changed, in order."""
+    table = policy_changes
+    query = (
+        select(table.c.kind, table.c.object_id, table.c.before, table.c.after)
+        .where(table.c.version > after, table.c.version <= until)
+        .order_by(table.c.version, table.c.ordinal)
+    )
+    return [ObjectChange(**row._mapping) for row in connection.execute(query)]
+
+
+def agreement_versions(connection: Connection, id_: str) -> list[Agreement]:
+    """Every version of an agreement that was ever stored, withdrawn ones too."""
+    table = policy_changes
+    query = select(table.c.after).where(table.c.kind == "agreement", table.c.object_id == id_)
+    stored = [row.after for row in connection.execute(query)]
+    return [from_json(Agreement, values) for values in stored if values is not None]
 
 
 def append(connection: Connection, revision: Revision, changes: list[ObjectChange]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flexgate.policies.errors import SnapshotInvalid, StoreDamaged
+from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import schema
 from flexgate.policies.store.change import Change
@@ -53,6 +53,22 @@ class Store:
                 )
             except SnapshotInvalid as error:
                 raise StoreDamaged(f"the stored policy does not fit together: {error}") from error
+
+    def confirm(self, known: Snapshot | None) -> Snapshot:
+        """`known` itself if nothing changed since, else the newest snapshot. Cheap to poll.
+
+        Raises `StoreRolledBack` when the store is older than `known`: what was revoked since may
+        be permitted in it, so nothing may be decided from it until somebody has looked.
+        """
+        version = self.version()
+        if known is None or version > known.policy_version:
+            return self.snapshot()
+        if version < known.policy_version:
+            raise StoreRolledBack(
+                f"the store is at policy version {version}, and version {known.policy_version} was "
+                "read from it before: put the newer copy back, or restart to accept the older one"
+            )
+        return known
 
     def keys(self) -> list[KeyRecord]:
         """Every key's record, revoked ones too, oldest first."""

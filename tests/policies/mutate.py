@@ -46,13 +46,23 @@ CALLS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 def mutants(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
     """Line, what was done, and the changed tree, for every single change."""
+    annotations = {id(node) for note in _annotations(tree) for node in ast.walk(note)}
     for index, node in enumerate(ast.walk(tree)):
+        if id(node) in annotations:
+            continue
         for variant in range(_variants(node)):
             changed = copy.deepcopy(tree)
             target = next(n for i, n in enumerate(ast.walk(changed)) if i == index)
             before = ast.unparse(target).splitlines()[0]
             _change(target, variant)
             yield getattr(target, "lineno", 0), f"{before} -> {ast.unparse(target)}", changed
+
+
+def _annotations(tree: ast.Module) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if note is not None:
+                yield note
 
 
 def _variants(node: ast.AST) -> int:

@@ -1,0 +1,141 @@
+"""The past of the policy: list revisions, read what one changed, compare two, go back to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from flexgate.policies.errors import ChangeRefused, SnapshotInvalid, StoreDamaged
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.store.change import Change
+from flexgate.policies.store.documents import KINDS, D, from_json, read_all, to_json
+from flexgate.policies.store.engine import reading
+from flexgate.policies.store.revisions import (
+    ObjectChange,
+    Revision,
+    current_version,
+    read_changes,
+    read_revisions,
+)
+from flexgate.policies.store.store import Store
+from flexgate.policies.tenants import Expert, ExpertSet, Tenant
+from flexgate.policies.terms import Agreement
+from sqlalchemy import Connection
+
+_BEFORE_USERS: Final = (Expert, ExpertSet, Tenant, Agreement)
+
+
+def list_revisions(store: Store, *, after: int = 0, limit: int = 100) -> list[Revision]:
+    """Revisions newer than `after`, oldest first, at most `limit`."""
+    with reading(store.engine) as connection:
+        return read_revisions(connection, after, limit)
+
+
+def diff(store: Store, old: int, new: int) -> list[ObjectChange]:
+    """What differs between two policy versions: one entry per object, from `old` to `new`.
+
+    `old` may be the later one. Raises `ChangeRefused` for a version that never was.
+    """
+    with reading(store.engine) as connection:
+        _check_versions(connection, old, new)
+        return _net(connection, old, new)
+
+
+def snapshot_at(store: Store, version: int) -> Snapshot:
+    """The policy as it was at a version, without keys."""
+    with reading(store.engine) as connection:
+        newest = current_version(connection)
+        _check_versions(connection, version)
+        changes = _net(connection, newest, version)
+        try:
+            return Snapshot.build(
+                policy_version=version,
+                experts=_as_of(connection, Expert, changes),
+                tenants=_as_of(connection, Tenant, changes),
+                agreements=_as_of(connection, Agreement, changes),
+                sets=_as_of(connection, ExpertSet, changes),
+            )
+        except SnapshotInvalid as error:
+            raise StoreDamaged(
+                f"policy version {version} does not fit together: {error}"
+            ) from error
+
+
+def roll_back(store: Store, to: int, *, actor: str, at: float) -> int:
+    """Make the policy say what it said at version `to`, as a new revision; returns its version.
+
+    What cannot be undone stays: keys (a revoked key stays revoked), the catalogue (it follows the
+    checkpoint; only visibility goes back), and that a tenant existed (it is archived). An
+    agreement whose terms come back gets a new, higher version.
+    """
+    with store.change(actor=actor, note=f"roll back to {to}", at=at) as change:
+        changes = diff(store, change.policy_version, to)
+        for kind in _BEFORE_USERS:
+            for entry in _of(kind, changes):
+                if entry.after is not None:
+                    change.put(_restored(change, entry))
+        for kind in reversed(_BEFORE_USERS):
+            for entry in _of(kind, changes):
+                if entry.after is None:
+                    _undo_creation(change, kind, entry)
+    return change.policy_version
+
+
+def _restored(change: Change, entry: ObjectChange) -> Expert | ExpertSet | Tenant | Agreement:
+    match entry.kind:
+        case "expert":
+            then, now = from_json(Expert, entry.after), change.get(Expert, entry.object_id)
+            return then if now is None else now.model_copy(update={"visibility": then.visibility})
+        case "expert_set":
+            return from_json(ExpertSet, entry.after)
+        case "tenant":
+            return from_json(Tenant, entry.after)
+        case _:
+            terms = from_json(Agreement, entry.after)
+            version = change.next_agreement_version(terms.id)
+            return terms.model_copy(update={"version": version})
+
+
+def _undo_creation(change: Change, kind: type[D], entry: ObjectChange) -> None:
+    if kind is Tenant:
+        created = from_json(Tenant, entry.before)
+        change.put(created.model_copy(update={"archived": True}))
+    elif kind is not Expert:
+        change.remove(kind, entry.object_id)
+
+
+def _of(kind: type[D], changes: Iterable[ObjectChange]) -> list[ObjectChange]:
+    return [entry for entry in changes if entry.kind == KINDS[kind][0]]
+
+
+def _net(connection: Connection, old: int, new: int) -> list[ObjectChange]:
+    steps = read_changes(connection, min(old, new), max(old, new))
+    ends: dict[tuple[str, str], tuple[dict[str, Any] | None, dict[str, Any] | None]] = {}
+    for step in steps:
+        key = (step.kind, step.object_id)
+        first = ends[key][0] if key in ends else step.before
+        ends[key] = (first, step.after)
+    if old > new:
+        ends = {key: (after, before) for key, (before, after) in ends.items()}
+    return [
+        ObjectChange(kind, id_, before, after)
+        for (kind, id_), (before, after) in sorted(ends.items(), key=lambda item: item[0])
+        if before != after
+    ]
+
+
+def _as_of(connection: Connection, kind: type[D], changes: list[ObjectChange]) -> list[D]:
+    documents = {str(to_json(d)["id"]): d for d in read_all(connection, kind)}
+    for entry in _of(kind, changes):
+        if entry.after is None:
+            del documents[entry.object_id]
+        else:
+            documents[entry.object_id] = from_json(kind, entry.after)
+    return list(documents.values())
+
+
+def _check_versions(connection: Connection, *versions: int) -> None:
+    newest = current_version(connection)
+    for version in versions:
+        if not 0 <= version <= newest:
+            raise ChangeRefused(f"there is no policy version {version}: the newest is {newest}")

@@ -1,0 +1,146 @@
+"""Revisions can be listed, read, compared and gone back to; what must stay, stays."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import ChangeRefused, StoreRolledBack
+from flexgate.policies.store import Store
+from flexgate.policies.store.history import diff, list_revisions, roll_back, snapshot_at
+from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
+from flexgate.policies.terms import Agreement
+
+ACME = Tenant(id="acme", name="Acme", mode="deny_list")
+NEWS = Agreement(
+    id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit"
+)
+REQUEST = DecisionRequest(decision_id="d")
+
+
+def _do(store, at, *steps):
+    with store.change(actor=f"actor-{at}", note=f"note-{at}", at=at) as change:
+        for name, *arguments in steps:
+            getattr(change, name)(*arguments)
+    return change.policy_version
+
+
+def _allowed(snapshot):
+    return decide(snapshot, "acme", REQUEST, 100.0).allowed
+
+
+@pytest.fixture
+def past(store):
+    """Version 2: tenant. 3: news permitted. 4: news prohibited. 5: withdrawn. 6: renamed."""
+    _do(store, 2.0, ("put", ACME))
+    _do(store, 3.0, ("put", NEWS))
+    _do(store, 4.0, ("put", NEWS.model_copy(update={"effect": "prohibit", "version": 2})))
+    _do(store, 5.0, ("remove", Agreement, "a1"))
+    _do(store, 6.0, ("put", ACME.model_copy(update={"name": "Acme 2"})))
+    return store
+
+
+def test_revisions_are_numbered_and_attributed(past):
+    listed = list_revisions(past)
+    assert [r.version for r in listed] == [1, 2, 3, 4, 5, 6]
+    assert (listed[2].actor, listed[2].note, listed[2].at) == ("actor-3.0", "note-3.0", 3.0)
+    assert [r.version for r in list_revisions(past, after=2, limit=2)] == [3, 4]
+
+
+def test_old_versions_can_be_read(past):
+    answers = {version: _allowed(snapshot_at(past, version)) for version in range(2, 7)}
+    only_news = ("public", "news")
+    assert answers == {2: ("public",), 3: only_news, 4: ("public",), 5: ("public",), 6: ("public",)}
+    assert snapshot_at(past, 5).tenants["acme"].name == "Acme"
+    assert "acme" not in snapshot_at(past, 1).tenants
+    assert snapshot_at(past, 6) == past.snapshot()
+
+
+def test_diff_is_net_and_turns_round(past):
+    assert diff(past, 2, 5) == []
+    (forth,) = diff(past, 3, 5)
+    (back,) = diff(past, 5, 3)
+    assert (forth.kind, forth.object_id, forth.after) == ("agreement", "a1", None)
+    assert (back.before, back.after) == (forth.after, forth.before)
+    assert [c.object_id for c in diff(past, 1, 6)] == ["acme"]
+
+
+def test_rolling_back_is_a_new_revision_with_the_old_meaning(past):
+    assert roll_back(past, 3, actor="admin", at=9.0) == 7
+    snapshot = past.snapshot()
+    assert _allowed(snapshot) == ("public", "news")
+    assert snapshot.tenants["acme"].name == "Acme"
+    assert list_revisions(past, after=6)[0].note == "roll back to 3"
+    (clause,) = snapshot.unlimited["everyone"]["news"]
+    assert clause.version == 3
+
+
+def test_rolling_back_to_the_present_changes_nothing(past):
+    assert roll_back(past, 6, actor="admin", at=9.0) == 6
+
+
+def test_rolling_back_archives_tenants_and_removes_what_came_later(past):
+    two = ExpertSet(id="set:two", experts=frozenset({"code", "legal"}))
+    terms = NEWS.model_copy(
+        update={"id": "later", "owner": "forge", "experts": frozenset({"set:two"})}
+    )
+    _do(past, 7.0, ("put", two), ("put", Tenant(id="new", name="N")), ("put", terms))
+    roll_back(past, 6, actor="admin", at=9.0)
+    snapshot = past.snapshot()
+    assert snapshot.tenants["new"].archived
+    assert "set:two" not in snapshot.sets
+    assert not snapshot.unlimited
+
+
+def test_rolling_back_revives_no_key_and_no_expert(past):
+    with past.change(actor="t", at=7.0) as change:
+        key = change.mint_key(Role.TENANT, tenant_id="acme").record
+    _do(past, 8.0, ("revoke_key", key.key_id))
+    _do(past, 9.0, ("put", Expert(id="news", owner="wire", live=False, visibility="hidden")))
+    _do(past, 10.0, ("put", Expert(id="extra", owner="wire")))
+    roll_back(past, 7, actor="admin", at=11.0)
+    snapshot = past.snapshot()
+    assert snapshot.keys[key.sha256].revoked == 8.0
+    assert not snapshot.experts["news"].live
+    assert snapshot.experts["news"].visibility == "listed"
+    assert "extra" in snapshot.experts
+
+
+@pytest.mark.parametrize("version", [-1, 7])
+def test_version_that_never_was_is_refused(past, version):
+    for call in (
+        lambda: diff(past, 1, version),
+        lambda: diff(past, version, 1),
+        lambda: snapshot_at(past, version),
+        lambda: roll_back(past, version, actor="a", at=9.0),
+    ):
+        with pytest.raises(ChangeRefused):
+            call()
+    assert past.version() == 6
+
+
+def test_an_agreements_version_is_never_used_for_other_terms_even_once_withdrawn(past):
+    with pytest.raises(ChangeRefused):
+        _do(past, 7.0, ("put", NEWS.model_copy(update={"version": 2})))
+    _do(past, 7.0, ("put", NEWS.model_copy(update={"version": 3})))
+
+
+def test_confirm_returns_the_same_snapshot_until_something_changes(store):
+    first = store.confirm(None)
+    assert store.confirm(first) is first
+    _do(store, 2.0, ("put", ACME))
+    assert store.confirm(first).policy_version == 2
+
+
+def test_yesterdays_file_is_refused(store, tmp_path):
+    with sqlite3.connect(f"{tmp_path}/yesterday.db") as copy:
+        sqlite3.connect(store.engine.url.database).backup(copy)
+    known_version = _do(store, 2.0, ("put", ACME))
+    known = store.confirm(None)
+    assert known.policy_version == known_version
+    yesterday = Store.open(f"sqlite:///{tmp_path}/yesterday.db")
+    with pytest.raises(StoreRolledBack, match="version 1, and version 2"):
+        yesterday.confirm(known)
+    yesterday.close()
