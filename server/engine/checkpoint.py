@@ -1,0 +1,198 @@
+"""Reading a checkpoint directory far enough to refuse a bad one before vLLM starts."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flexgate.experts.layout import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    ROUTER_BIAS_KEY,
+    WEIGHTS_NAME,
+    Architecture,
+    LayoutError,
+    expected_shapes,
+)
+from flexgate.server.engine.gates import MAX_SLOTS
+
+MANIFEST_NAME = "flexgate.json"
+PUBLIC_EXPERT = "public"
+
+
+class CheckpointError(ValueError):
+    """The model directory cannot be served; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertEntry:
+    """Who is behind one index of the checkpoint."""
+
+    id: str
+    owner: str
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model directory that may be loaded."""
+
+    path: Path
+    architecture: Architecture
+    experts: tuple[ExpertEntry, ...]
+    files: tuple[Path, ...]
+    stored_dtype: str
+
+    @property
+    def parameters_per_expert(self) -> int:
+        """FFN and router parameters of one expert over all layers."""
+        a = self.architecture
+        return a.num_hidden_layers * (3 * a.hidden_size * a.intermediate_size + a.hidden_size)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Check configuration, manifest, tensor names, shapes and dtypes from the headers alone.
+
+    Raises:
+        CheckpointError: the directory is missing, incomplete, truncated, of another
+            architecture, quantised, or has mismatched shapes or too many experts.
+    """
+    config = _read_json(path / CONFIG_NAME)
+    if "quantization_config" in config:
+        raise CheckpointError(f"{path} is quantised; flexgate serves float32 and bfloat16 only")
+    try:
+        architecture = Architecture.from_config(config)
+    except (LayoutError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a FlexOlmo checkpoint: {error}") from error
+    if architecture.num_experts > MAX_SLOTS:
+        raise CheckpointError(
+            f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}"
+        )
+    files = _weight_files(path)
+    stored_dtype = _check_headers(files, architecture)
+    return Checkpoint(path, architecture, _experts(path, architecture), files, stored_dtype)
+
+
+def require_finite(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Read every tensor once, one at a time, and refuse NaN and infinity.
+
+    Args:
+        progress: called with bytes read and bytes in all.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not finite.
+    """
+    total = sum(file.stat().st_size for file in checkpoint.files)
+    done = 0
+    for name, tensor in _tensors(checkpoint.files):
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinite values")
+        done += tensor.nbytes
+        progress(done, total)
+
+
+def _tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (not a mapping)
+                yield name, reader.get_tensor(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is not a model directory: {path.name} is missing")
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if (path / WEIGHTS_NAME).is_file():
+        return (path / WEIGHTS_NAME,)
+    if not (path / INDEX_NAME).is_file():
+        raise CheckpointError(f"{path} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+    weight_map = _read_json(path / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX_NAME} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / INDEX_NAME} names a file outside its folder: {name!r}")
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} lacks the shard {name}")
+    return tuple(path / name for name in names)
+
+
+def _check_headers(files: tuple[Path, ...], architecture: Architecture) -> str:
+    expected = expected_shapes(architecture)
+    optional = {
+        ROUTER_BIAS_KEY.format(layer=layer): (architecture.num_experts,)
+        for layer in range(architecture.num_hidden_layers)
+    }
+    found: set[str] = set()
+    dtypes: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118 (not a mapping)
+                    part = reader.get_slice(name)
+                    _check_shape(file, name, tuple(part.get_shape()), expected | optional)
+                    found.add(name)
+                    dtypes.add(part.get_dtype())
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is truncated or not safetensors: {error}") from error
+    if missing := sorted(expected.keys() - found):
+        raise CheckpointError(
+            f"{files[0].parent} lacks {len(missing)} tensors, the first is {missing[0]}"
+        )
+    if dtypes - {"F32", "BF16"}:
+        raise CheckpointError(
+            f"{files[0].parent} stores {', '.join(sorted(dtypes))}; "
+            "flexgate serves float32 (F32) and bfloat16 (BF16) checkpoints"
+        )
+    return "float32" if "F32" in dtypes else "bfloat16"
+
+
+def _check_shape(
+    file: Path, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]
+) -> None:
+    if name not in expected:
+        raise CheckpointError(f"{file} holds an unknown tensor {name}")
+    if shape != expected[name]:
+        raise CheckpointError(
+            f"{file}: {name} has shape {list(shape)}, config.json asks for {list(expected[name])}"
+        )
+
+
+def _experts(path: Path, architecture: Architecture) -> tuple[ExpertEntry, ...]:
+    """The manifest's experts; without one, ``public`` and ``expert-1``, ``expert-2``, …"""
+    count = architecture.num_experts
+    if not (path / MANIFEST_NAME).is_file():
+        names = [PUBLIC_EXPERT, *(f"expert-{index}" for index in range(1, count))]
+        return tuple(ExpertEntry(name, "unknown", "unknown") for name in names)
+    entries = _read_json(path / MANIFEST_NAME).get("experts")
+    if not isinstance(entries, list) or len(entries) != count:
+        raise CheckpointError(f"{path / MANIFEST_NAME} must list the checkpoint's {count} experts")
+    try:
+        experts = tuple(
+            ExpertEntry(str(e["id"]), str(e["owner"]), str(e["domain"])) for e in entries
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST_NAME}: every expert needs id, owner and domain"
+        ) from error
+    if experts[0].id != PUBLIC_EXPERT:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: expert 0 must be {PUBLIC_EXPERT!r}")
+    if len({expert.id for expert in experts}) != count:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: expert ids must be distinct")
+    return experts

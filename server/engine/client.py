@@ -1,0 +1,292 @@
+"""The only engine handle that request handlers get: an explicit list, no pass-through.
+
+vLLM's handlers call :meth:`GatedEngineClient.generate`. Whatever they pass, the request
+goes out under our own id, with the gate of the call that is current, sealed for that id.
+Without a current call nothing goes out.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flexgate.server.engine.gates import (
+    GATE_ARG,
+    Gate,
+    GateError,
+    SealKey,
+    SlotLease,
+    cache_salt,
+    seal,
+)
+from flexgate.server.engine.scheduler import GATE_EXPIRED, USAGE_KEY
+from flexgate.server.engine.seam import EngineCoreOutput, take_output_extras
+from flexgate.server.engine.usage import MASS_SCALE
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """A loaded expert, as operators see it."""
+
+    id: str
+    owner: str
+    domain: str
+    slot: int
+    generation: int
+    live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLease:
+    """One tenancy of a slot by a named expert."""
+
+    expert: str
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class GateGrant:
+    """What a decision allows, in the engine's terms. ``valid_until`` is Unix seconds or inf."""
+
+    tenant: str
+    experts: tuple[ExpertLease, ...]
+    valid_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertUse:
+    """One expert's part in a call.
+
+    ``gate_mass``: routing weight summed over positions, averaged over layers.
+    ``tokens``: positions where the expert was chosen in at least one layer.
+    """
+
+    expert: str
+    gate_mass: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """All loaded experts' parts in a call, over all its prompts and choices."""
+
+    experts: tuple[ExpertUse, ...]
+    cached_prompt_tokens: int
+
+
+@dataclass(slots=True)
+class GatedCall:
+    """One API call: the gate all its engine requests share, and what they used.
+
+    Attributes:
+        failed: why the engine ended a request of this call early, if it did.
+    """
+
+    grant: GateGrant
+    client_salt: str | None = None
+    failed: str | None = None
+    _usage: dict[str, list[Any]] = field(default_factory=dict)
+    _names: tuple[str | None, ...] = ()
+    _layers: int = 1
+
+    def attribution(self) -> Attribution:
+        """Totals so far; complete once every output of the call has been seen."""
+        masses = [0] * len(self._names)
+        tokens = [0] * len(self._names)
+        cached = 0
+        for request_cached, request_masses, request_tokens in self._usage.values():
+            cached += request_cached
+            for slot in range(len(self._names)):
+                masses[slot] += request_masses[slot]
+                tokens[slot] += request_tokens[slot]
+        scale = MASS_SCALE * self._layers
+        uses = (
+            ExpertUse(name, masses[slot] / scale, tokens[slot])
+            for slot, name in enumerate(self._names)
+            if name is not None
+        )
+        return Attribution(tuple(uses), cached)
+
+
+CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call", default=None)
+
+
+class GatedEngineClient:
+    """Generation under a sealed gate, and the read-only facts that handlers need."""
+
+    def __init__(
+        self, engine: Any, *, key: SealKey, experts: tuple[ExpertInfo, ...], slots: int
+    ) -> None:
+        """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`."""
+        self._engine = engine
+        self._key = key
+        self._experts = experts
+        self._calls: dict[str, GatedCall] = {}
+        by_slot = {expert.slot: expert.id for expert in experts}
+        self._names = tuple(by_slot.get(slot) for slot in range(slots))
+        self._layers = int(engine.model_config.hf_config.num_hidden_layers)
+        self._ready = False
+        self.weights_epoch = 1
+        take_output_extras(engine, self._take)
+
+    # What flexgate's own routes ask.
+
+    def experts(self) -> tuple[ExpertInfo, ...]:
+        """Loaded experts in slot order."""
+        return self._experts
+
+    def ready(self) -> bool:
+        """Whether the handshake and the canary passed and the engine lives."""
+        return self._ready and not self._engine.errored
+
+    def mark_ready(self) -> None:
+        """Called by the launcher once every rank has proved itself."""
+        self._ready = True
+
+    def lease(self, expert: str) -> ExpertLease | None:
+        """The present tenancy of a live expert, or None."""
+        for info in self._experts:
+            if info.id == expert and info.live:
+                return ExpertLease(info.id, info.slot, info.generation)
+        return None
+
+    # What vLLM's handlers ask.
+
+    @property
+    def vllm_config(self) -> Any:
+        """vLLM's configuration."""
+        return self._engine.vllm_config
+
+    @property
+    def model_config(self) -> Any:
+        """vLLM's model configuration."""
+        return self._engine.model_config
+
+    @property
+    def renderer(self) -> Any:
+        """vLLM's prompt renderer."""
+        return self._engine.renderer
+
+    @property
+    def input_processor(self) -> Any:
+        """vLLM's input processor."""
+        return self._engine.input_processor
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine core runs."""
+        return bool(self._engine.is_running)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the engine core has stopped."""
+        return bool(self._engine.is_stopped)
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine core died."""
+        return bool(self._engine.errored)
+
+    @property
+    def dead_error(self) -> BaseException:
+        """Why the engine core died."""
+        error: BaseException = self._engine.dead_error
+        return error
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """vLLM's queue limits."""
+        self._engine.check_admission(n, request_id)
+
+    async def check_health(self) -> None:
+        """Raise if the engine core died."""
+        await self._engine.check_health()
+
+    async def do_log_stats(self) -> None:
+        """Let vLLM write its statistics."""
+        await self._engine.do_log_stats()
+
+    async def is_tracing_enabled(self) -> bool:
+        """Never: traces could carry prompts."""
+        return False
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        """Generation only."""
+        return ("generate",)
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: "SamplingParams",
+        request_id: str,  # noqa: ARG002 - replaced by our own
+        *,
+        prompt_text: str | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+        **_ignored: Any,
+    ) -> "AsyncGenerator[RequestOutput, None]":
+        """Generate under the current call's gate.
+
+        LoRA adapters, priorities, data-parallel ranks, sessions, traces and cache hints
+        that a handler may pass are dropped.
+
+        Raises:
+            GateError: no call is current in this context.
+        """
+        call = CURRENT_CALL.get()
+        if call is None:
+            raise GateError("a handler asked for tokens outside of an admitted call")
+        return self._generate(
+            call,
+            prompt,
+            sampling_params,
+            prompt_text=prompt_text,
+            tokenization_kwargs=tokenization_kwargs,
+            reasoning_ended=reasoning_ended,
+            reasoning_parser_kwargs=reasoning_parser_kwargs,
+        )
+
+    async def _generate(
+        self, call: GatedCall, prompt: Any, sampling_params: "SamplingParams", **options: Any
+    ) -> "AsyncGenerator[RequestOutput, None]":
+        request_id = f"flexgate-{uuid.uuid4().hex}"
+        params = sampling_params.clone()
+        params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
+        call._names, call._layers = self._names, self._layers
+        self._calls[request_id] = call
+        outputs = self._engine.generate(prompt, params, request_id, **options)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+            del self._calls[request_id]
+
+    def _gate(self, call: GatedCall, request_id: str) -> Gate:
+        grant = call.grant
+        leases = tuple(sorted(SlotLease(e.slot, e.generation) for e in grant.experts))
+        salt = cache_salt(
+            self._key,
+            tenant=grant.tenant,
+            experts=[(e.expert, e.generation) for e in grant.experts],
+            client_salt=call.client_salt,
+        )
+        return Gate(request_id, grant.tenant, leases, grant.valid_until, salt)
+
+    def _take(self, output: EngineCoreOutput, request_id: str | None) -> None:
+        extras, output.kv_transfer_params = output.kv_transfer_params, None
+        call = self._calls.get(request_id) if request_id is not None else None
+        if call is None:
+            return
+        if extras is not None:
+            call._usage[output.request_id] = extras[USAGE_KEY]
+        if output.stop_reason == GATE_EXPIRED:
+            call.failed = GATE_EXPIRED
+
+

@@ -1,0 +1,233 @@
+"""Starting vLLM so that nothing is served before every rank has proved that it gates."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexgate.server.engine.capabilities import refuse_environment, refuse_untried
+from flexgate.server.engine.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+    require_finite,
+)
+from flexgate.server.engine.gates import SealKey, new_seal_key
+from flexgate.server.engine.memory import SlotPlan, plan_slots
+from flexgate.server.engine.slots import SlotTable
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.client import ExpertInfo, GatedEngineClient
+
+CPU_KV_BYTES = 1 << 30
+SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"
+
+Stage = Callable[[str, int, int], None]  # (what is happening, done, total); total 0: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to run the engine; everything else is decided here or refused.
+
+    Attributes:
+        dtype: ``auto`` is bfloat16, also for a checkpoint stored in float32; float16 is refused.
+        max_experts: expert slots; None for the checkpoint's experts + 2, as far as they fit.
+        kv_cache_memory_bytes: None for 1 GiB on CPU and vLLM's choice on CUDA.
+        max_model_len: tokens per request; None for the model's own limit.
+        enforce_eager: no torch.compile and no CUDA graphs.
+        check_weights: read every tensor once and refuse NaN and infinity.
+    """
+
+    model: Path
+    max_experts: int | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True
+    check_weights: bool = True
+    shutdown_timeout: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What a start will do, known before vLLM is loaded."""
+
+    settings: EngineSettings
+    checkpoint: Checkpoint
+    slots: SlotPlan
+    dtype: str
+
+    @property
+    def table(self) -> SlotTable:
+        """Which slot holds which expert at start."""
+        return SlotTable.of_checkpoint(self.checkpoint.architecture.num_experts, self.slots.slots)
+
+
+def plan(settings: EngineSettings) -> LaunchPlan:
+    """Check the environment, the checkpoint and the memory; start nothing.
+
+    Raises:
+        CheckpointError: the model directory cannot be served, in one sentence.
+        RefusedConfigurationError: the environment would open the engine.
+    """
+    refuse_environment()
+    if not settings.model.is_dir():
+        raise CheckpointError(f"{settings.model} is not a directory")
+    checkpoint = read_checkpoint(settings.model)
+    if settings.dtype not in ("auto", "float32", "bfloat16"):
+        raise CheckpointError(
+            f"--dtype {settings.dtype}: use auto, bfloat16 or float32 (float16 overflows)"
+        )
+    dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
+    slots = plan_slots(
+        checkpoint,
+        dtype=dtype,
+        kv_bytes=settings.kv_cache_memory_bytes or CPU_KV_BYTES,
+        available_bytes=_available_bytes(settings),
+        max_experts=settings.max_experts,
+        ranks=settings.tensor_parallel_size,
+    )
+    return LaunchPlan(settings, checkpoint, slots, dtype)
+
+
+@asynccontextmanager
+async def launch(
+    settings: EngineSettings, stage: Stage = lambda what, done, total: None
+) -> "AsyncIterator[GatedEngineClient]":
+    """Start the engine, prove the gate on every rank, yield the client, stop the engine.
+
+    Args:
+        stage: told what is happening, for a progress display.
+
+    Raises:
+        CheckpointError, RefusedConfigurationError: before vLLM is loaded.
+        UntestedVersionError: another vLLM than the ones tested is installed.
+        HandshakeError, CanaryError: a rank does not gate; nothing was served.
+    """
+    planned = plan(settings)
+    if settings.check_weights:
+        require_finite(planned.checkpoint, lambda done, total: stage("checking weights", done, total))
+    key = new_seal_key()
+    prepare_environment(key, settings)
+    stage("loading vLLM", 0, 0)
+    from flexgate.server.engine.seam import require_tested_version
+
+    require_tested_version()
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    config = engine_config(planned)
+    refuse_untried(config)
+    stage("starting the engine", 0, 0)
+    engine = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
+    try:
+        stage("proving the gate", 0, 0)
+        client = await _prove(engine, planned, key)
+        yield client
+    finally:
+        await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
+
+
+def prepare_environment(key: SealKey, settings: EngineSettings) -> None:
+    """Set what vLLM's processes read when they start: no telemetry, no hub, our plugin only."""
+    os.environ[SEAL_KEY_VARIABLE] = key.hex()
+    os.environ["VLLM_PLUGINS"] = "flexgate"
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
+        os.environ[name] = "1"
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if settings.enforce_eager:
+        # vLLM compiles one sampling function at the first request with logprobs: 16 s on CPU.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if on_cpu():
+        # vLLM binds one OpenMP thread per core, next to the API process: steps then wait for
+        # each other's threads. Leave the API process a core.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def engine_config(planned: LaunchPlan) -> Any:
+    """The ``VllmConfig`` of a plan."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    settings = planned.settings
+    scheduler = "GatedAsyncScheduler" if settings.async_scheduling else "GatedScheduler"
+    model = str(settings.model.resolve())
+    kv_bytes = settings.kv_cache_memory_bytes or (CPU_KV_BYTES if on_cpu() else None)
+    has_tokenizer = (settings.model / "tokenizer_config.json").is_file()
+    return AsyncEngineArgs(
+        model=model,
+        served_model_name=settings.model.name,
+        dtype=planned.dtype,
+        skip_tokenizer_init=not has_tokenizer,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_cache_memory_bytes=kv_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else "mp",
+        enable_prefix_caching=settings.enable_prefix_caching,
+        async_scheduling=settings.async_scheduling,
+        trust_remote_code=False,
+        enable_log_requests=False,
+        worker_cls="flexgate.server.engine.worker.GatedWorker",
+        scheduler_cls=f"flexgate.server.engine.scheduler.{scheduler}",
+        additional_config=planned.table.to_config(),
+    ).create_engine_config()
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _available_bytes(settings: EngineSettings) -> int:
+    import torch
+
+    if not on_cpu():
+        return int(torch.cuda.mem_get_info()[0] * settings.gpu_memory_utilization)
+    import psutil
+
+    return int(psutil.virtual_memory().available * settings.gpu_memory_utilization)
+
+
+async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngineClient":
+    from flexgate.server.engine.canary import sing
+    from flexgate.server.engine.client import GatedEngineClient
+    from flexgate.server.engine.handshake import verify
+
+    reports = await engine.collective_rpc("flexgate_handshake")
+    verify(
+        reports,
+        world_size=planned.settings.tensor_parallel_size,
+        table=planned.table,
+        layers=planned.checkpoint.architecture.num_hidden_layers,
+        key=key,
+    )
+    client = GatedEngineClient(
+        engine, key=key, experts=_expert_infos(planned), slots=planned.slots.slots
+    )
+    await sing(engine, client)
+    client.mark_ready()
+    return client
+
+
+def _expert_infos(planned: LaunchPlan) -> "tuple[ExpertInfo, ...]":
+    from flexgate.server.engine.client import ExpertInfo
+
+    live = planned.table.live
+    return tuple(
+        ExpertInfo(entry.id, entry.owner, entry.domain, slot, live[slot], live=True)
+        for slot, entry in enumerate(planned.checkpoint.experts)
+    )

@@ -1,0 +1,88 @@
+"""How many expert slots fit beside the KV cache; arithmetic only.
+
+All sizes are in bytes per rank.
+"""
+
+from dataclasses import dataclass
+
+from flexgate.server.engine.checkpoint import Checkpoint, CheckpointError
+from flexgate.server.engine.gates import MAX_SLOTS
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+SPARE_SLOTS = 2  # free slots that a default start leaves for experts to be added
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """The engine's expert slots and what they cost.
+
+    Attributes:
+        slots: number of slots.
+        slot_bytes: one slot over all layers.
+        other_bytes: everything that is not an expert (attention, embeddings, norms, head).
+        kv_bytes: KV cache.
+    """
+
+    slots: int
+    slot_bytes: int
+    other_bytes: int
+    kv_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, slots and KV cache together."""
+        return self.slots * self.slot_bytes + self.other_bytes + self.kv_bytes
+
+
+def plan_slots(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    kv_bytes: int,
+    available_bytes: int,
+    max_experts: int | None = None,
+    ranks: int = 1,
+) -> SlotPlan:
+    """Choose the number of slots, or say with the arithmetic why the model does not fit.
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``, as served.
+        max_experts: slots asked for; by default the checkpoint's experts + 2, or as many
+            of those as fit.
+        ranks: tensor-parallel ranks that share every slot.
+
+    Raises:
+        CheckpointError: fewer slots asked for than the checkpoint has experts, more than
+            64, or more than fit.
+    """
+    a = checkpoint.architecture
+    width = DTYPE_BYTES[dtype]
+    slot_bytes = checkpoint.parameters_per_expert * width // ranks
+    attention = 2 * a.hidden_size * (a.sizes["Q"] + a.sizes["K"])
+    other = a.num_hidden_layers * attention + 2 * a.vocab_size * a.hidden_size
+    other_bytes = other * width // ranks
+    room = (available_bytes - other_bytes - kv_bytes) // slot_bytes
+    wanted = max_experts if max_experts is not None else a.num_experts + SPARE_SLOTS
+    if not a.num_experts <= wanted <= MAX_SLOTS:
+        raise CheckpointError(
+            f"--max-experts {wanted}: the checkpoint has {a.num_experts} experts "
+            f"and flexgate serves at most {MAX_SLOTS}"
+        )
+    slots = wanted if max_experts is not None else max(min(wanted, room), a.num_experts)
+    if slots > room:
+        needed = slots * slot_bytes + other_bytes + kv_bytes
+        raise CheckpointError(
+            f"{slots} expert slots of {human(slot_bytes)} + {human(other_bytes)} of shared weights "
+            f"+ {human(kv_bytes)} of KV cache = {human(needed)} do not fit into "
+            f"{human(available_bytes)}"
+        )
+    return SlotPlan(slots, slot_bytes, other_bytes, kv_bytes)
+
+
+def human(size: float) -> str:
+    """``8.7 GB``: decimal units, as model sizes are quoted."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
