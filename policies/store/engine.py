@@ -1,4 +1,9 @@
-"""Connections: SQLite made safe for several processes, and driver errors turned into ours."""
+"""Connections: SQLite and PostgreSQL set up alike, and driver errors turned into ours.
+
+Writers take turns, so that policy versions are committed in their order: SQLite by `BEGIN
+IMMEDIATE`, PostgreSQL by one advisory lock. Nothing waits for ever: not for a lock, and not for a
+PostgreSQL server that does not answer.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from flexgate.policies.errors import StoreUnavailable
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 BUSY_TIMEOUT_MS: Final = 5_000
+ANSWER_TIMEOUT_S: Final = 2
 _WRITE_LOCK: Final = 0x666C6578
 
 
@@ -19,13 +25,19 @@ def open_engine(url: str) -> Engine:
     """An engine for `url`; connects lazily. Raises `StoreUnavailable` for a URL it cannot use."""
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed)
+        engine = create_engine(parsed, pool_pre_ping=True, connect_args=_connect_args(parsed))
     except (ArgumentError, ImportError) as error:
         raise StoreUnavailable(f"the store's URL cannot be used: {error}") from error
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _connect_args(url: URL) -> dict[str, int]:
+    if url.get_backend_name() != "postgresql":
+        return {}
+    return {"connect_timeout": ANSWER_TIMEOUT_S, "tcp_user_timeout": ANSWER_TIMEOUT_S * 1000}
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -63,6 +75,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
         connection = connection.execution_options(flexgate_writes=True)
         with connection.begin():
             if engine.dialect.name == "postgresql":
+                connection.execute(text(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}"))
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITE_LOCK})"))
             yield connection
 

@@ -134,9 +134,9 @@ def test_confirm_returns_the_same_snapshot_until_something_changes(store):
     assert store.confirm(first).policy_version == 2
 
 
-def test_yesterdays_file_is_refused(store, tmp_path):
+def test_yesterdays_file_is_refused(store, sqlite_file, tmp_path):
     with sqlite3.connect(f"{tmp_path}/yesterday.db") as copy:
-        sqlite3.connect(store.engine.url.database).backup(copy)
+        sqlite3.connect(sqlite_file).backup(copy)
     known_version = _do(store, 2.0, ("put", ACME))
     known = store.confirm(None)
     assert known.policy_version == known_version
