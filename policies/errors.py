@@ -48,6 +48,10 @@ class ClockInvalid(PolicyError):
     """Nothing is in force at a time that is not a number."""
 
 
+class AuditBroken(PolicyError):
+    """The audit log is not what was written."""
+
+
 class DecisionRefused(PolicyError):
     """No gate for this request. `str(error)` is the sentence for the caller."""
 

@@ -6,8 +6,9 @@ import secrets
 from dataclasses import asdict, replace
 from typing import Any
 
+from flexgate.policies.audit import Event
 from flexgate.policies.errors import ChangeRefused
-from flexgate.policies.store import checks, schema
+from flexgate.policies.store import audit, checks, schema
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
 from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret
 from flexgate.policies.store.revisions import (
@@ -148,9 +149,24 @@ class Change:
         return after
 
     def finish(self) -> None:
-        """Append the revision. `Store.change` calls it before it commits."""
+        """Append the revision and the audit entries. `Store.change` calls it before it commits."""
         if self._changes:
             append(self._connection, self._revision, self._changes)
+            audit.append(self._connection, [self._event(change) for change in self._changes])
+
+    def _event(self, change: ObjectChange) -> Event:
+        return Event(
+            at=self._revision.at,
+            actor=self._revision.actor,
+            action=f"{change.kind}.{_verb(change)}",
+            detail={
+                "policy_version": self._revision.version,
+                "note": self._revision.note,
+                "id": change.object_id,
+                "before": change.before,
+                "after": change.after,
+            },
+        )
 
     def _check_key(self, record: KeyRecord) -> None:
         if (record.role is Role.TENANT) != (record.tenant_id is not None):
@@ -170,3 +186,9 @@ def _public(record: KeyRecord) -> dict[str, Any]:
     values = asdict(record)
     del values["sha256"]
     return values
+
+
+def _verb(change: ObjectChange) -> str:
+    if change.before is None:
+        return "created"
+    return "deleted" if change.after is None else "updated"

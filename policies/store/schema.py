@@ -1,7 +1,8 @@
 """Tables. Policy objects are kept as JSON documents, so that every revision can be read and diffed.
 
 `policy_changes` holds, for each revision, what every changed object was before and after; with it
-any old revision can be rebuilt from the current tables. Both revision tables are only appended to.
+any old revision can be rebuilt from the current tables. Both revision tables and the audit log are
+only appended to.
 """
 
 from __future__ import annotations
@@ -80,4 +81,16 @@ policy_changes: Final = Table(
     Column("object_id", String(80), nullable=False),
     Column("before", JSON(none_as_null=True)),
     Column("after", JSON(none_as_null=True)),
+)
+
+audit_log: Final = Table(
+    "audit_log",
+    metadata,
+    Column("sequence", _Version, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("action", String(80), nullable=False),
+    Column("detail", JSON, nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from flexgate.policies.audit import Entry, Event, Head
 from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.store import schema
+from flexgate.policies.store import audit, schema
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import read_all
 from flexgate.policies.store.engine import open_engine, reading, writing
@@ -88,6 +89,22 @@ class Store:
             change = Change(connection, actor=actor, note=note, at=at)
             yield change
             change.finish()
+
+    def record(self, events: Iterable[Event]) -> Head:
+        """Append events (denied requests, for example) to the audit log; returns its new head."""
+        return audit.record(self.engine, events)
+
+    def audit_head(self) -> Head:
+        """The audit log's newest entry: keep it outside, `verify_audit` checks against it."""
+        return audit.read_head(self.engine)
+
+    def audit_log(self, *, after: int = 0, limit: int = 100) -> list[Entry]:
+        """Entries of the audit log after a sequence number, oldest first."""
+        return audit.read_log(self.engine, after=after, limit=limit)
+
+    def verify_audit(self, *, outside: Head | None = None) -> Head:
+        """Check the whole audit log; returns its head, or raises `AuditBroken`."""
+        return audit.verify_log(self.engine, outside=outside)
 
     def close(self) -> None:
         """Close the connections."""

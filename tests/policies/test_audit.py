@@ -1,0 +1,157 @@
+"""Whatever is done to an audit log after it was written is noticed."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+from flexgate.policies.audit import (
+    START,
+    Entry,
+    Event,
+    Head,
+    chain,
+    from_line,
+    to_line,
+    verify,
+)
+from flexgate.policies.errors import AuditBroken
+
+
+def _log(length: int) -> list[Entry]:
+    entries: list[Entry] = []
+    head = START
+    for number in range(length):
+        event = Event(
+            at=1000.0 + number / 3,
+            actor=f"key_{number % 3}",
+            action="tenant.updated",
+            detail={
+                "id": "acmé\u2028",
+                "before": None,
+                "after": {"mode": "deny_list", "expert_ids": ["news", number], "on": True},
+            },
+        )
+        entries.append(chain(head, event))
+        head = Head(entries[-1].sequence, entries[-1].hash)
+    return entries
+
+
+def _edited_detail(rng, detail):
+    detail = copy.deepcopy(detail)
+    change = rng.choice(["value", "nested", "type", "missing", "extra"])
+    if change == "value":
+        detail["id"] = "other"
+    elif change == "nested":
+        detail["after"]["expert_ids"].append("math")
+    elif change == "type":
+        detail["after"]["on"] = 1
+    elif change == "missing":
+        del detail["before"]
+    else:
+        detail["more"] = None
+    return detail
+
+
+def _edit(rng, log):
+    place = rng.randrange(len(log))
+    entry = log[place]
+    field = rng.choice(["at", "actor", "action", "detail", "sequence", "previous", "hash"])
+    new = {
+        "at": entry.at + rng.choice([-1, 1e-6, 1]),
+        "actor": entry.actor + "x",
+        "action": "tenant.deleted",
+        "detail": _edited_detail(rng, entry.detail),
+        "sequence": entry.sequence + rng.choice([-1, 1]),
+        "previous": "f" * 64,
+        "hash": "f" * 64,
+    }[field]
+    return [*log[:place], replace(entry, **{field: new}), *log[place + 1 :]]
+
+
+def _forge(rng, log):
+    """An edit whose own hash is made to fit again."""
+    place = rng.randrange(len(log))
+    entry = log[place]
+    forged = chain(
+        Head(entry.sequence - 1, entry.previous),
+        Event(at=entry.at, actor="somebody else", action=entry.action, detail=entry.detail),
+    )
+    return [*log[:place], forged, *log[place + 1 :]]
+
+
+def _delete(rng, log):
+    place = rng.randrange(len(log))
+    return log[:place] + log[place + 1 :]
+
+
+def _reorder(rng, log):
+    one, two = rng.sample(range(len(log)), 2)
+    swapped = list(log)
+    swapped[one], swapped[two] = swapped[two], swapped[one]
+    return swapped
+
+
+def _truncate(rng, log):
+    return log[: rng.randrange(len(log))]
+
+
+def _repeat(rng, log):
+    place = rng.randrange(len(log))
+    return [*log[: place + 1], *log[place:]]
+
+
+TAMPERINGS = [_edit, _forge, _delete, _reorder, _truncate, _repeat]
+
+
+def _all_detected(times):
+    rng = random.Random(5)
+    log = _log(30)
+    head = verify(log)
+    for number in range(times):
+        tampered = TAMPERINGS[number % len(TAMPERINGS)](rng, log)
+        assert repr(tampered) != repr(log)
+        with pytest.raises(AuditBroken):
+            verify(tampered, outside=head)
+
+
+def test_single_tamperings_are_detected():
+    _all_detected(1_200)
+
+
+@pytest.mark.slow
+def test_twelve_thousand_single_tamperings_are_detected():
+    _all_detected(12_000)
+
+
+def test_log_as_written_verifies():
+    log = _log(10)
+    assert verify(log) == (10, log[-1].hash)
+    assert verify([]) == START
+    assert verify([], outside=START) == START
+
+
+def test_log_that_went_on_still_contains_an_older_head():
+    log = _log(10)
+    for entry in log:
+        assert verify(log, outside=Head(entry.sequence, entry.hash)).sequence == 10
+
+
+def test_log_written_anew_is_told_by_a_head_from_outside():
+    head = verify(_log(10))
+    other = [chain(START, Event(at=1.0, actor="mallory", action="nothing.happened", detail={}))]
+    verify(other)
+    with pytest.raises(AuditBroken, match="cut off or rewritten"):
+        verify(other, outside=head)
+
+
+def test_export_round_trip():
+    log = _log(3)
+    lines = [to_line(entry) for entry in log]
+    assert all("\n" not in line for line in lines)
+    assert [from_line(line) for line in lines] == log
+    for bad in ("", "[]", "{}", '{"sequence": 1}'):
+        with pytest.raises(AuditBroken):
+            from_line(bad)
