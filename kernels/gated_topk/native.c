@@ -17,7 +17,7 @@
 
 static int allowed(int64_t gate, int64_t slot) { return (int)((uint64_t)gate >> slot & 1); }
 
-/* prob[t, e] = logits[t, e] + bias[e] - max over the gate, -inf outside it; a NaN inside the gate spreads over it. */
+/* prob[t, e] = logits[t, e] + bias[e] - max over the gate, -inf outside it. */
 void flexgate_gated_shift(const float *logits, const int64_t *gate, const float *bias, float *prob, int64_t tokens,
                           int64_t slots) {
     for (int64_t t = 0; t < tokens; t++, logits += slots, prob += slots) {
@@ -25,7 +25,7 @@ void flexgate_gated_shift(const float *logits, const int64_t *gate, const float 
         for (int64_t e = 0; e < slots; e++) {
             if (!allowed(gate[t], e)) continue;
             prob[e] = bias ? logits[e] + bias[e] : logits[e];
-            if (prob[e] > max || prob[e] != prob[e]) max = prob[e];
+            if (prob[e] > max) max = prob[e];
         }
         for (int64_t e = 0; e < slots; e++) prob[e] = allowed(gate[t], e) ? prob[e] - max : -INFINITY;
     }
@@ -47,12 +47,10 @@ void flexgate_gated_pick(float *prob, const int64_t *gate, int64_t *mass, int64_
         int64_t picks = 0;
         float total = 0;
         for (; picks < top_k && left; picks++) {
+            /* A NaN is greater than nothing: a corrupt token's picks are its lowest slots. */
             int64_t best = -1;
-            float best_key = 0;
-            for (int64_t e = 0; e < slots; e++) {
-                float key = prob[e] == prob[e] ? prob[e] : 0;
-                if (left >> e & 1 && (best < 0 || key > best_key)) best = e, best_key = key;
-            }
+            for (int64_t e = 0; e < slots; e++)
+                if (left >> e & 1 && (best < 0 || prob[e] > prob[best])) best = e;
             left &= ~((uint64_t)1 << best);
             ids[picks] = (int32_t)best;
             weights[picks] = prob[best];

@@ -4,6 +4,11 @@ Triton reads TRITON_INTERPRET once, when it is imported, and every `@triton.jit`
 library included, becomes one or the other. Here the choice is made per launch: for the length of a launch the jitted
 functions that the kernel can reach are replaced by interpreted ones, and afterwards everything is put back, also what
 the interpreter itself leaves behind in `triton.language`.
+
+Two of the interpreter's operations are replaced, so that it computes what the kernels' contract says:
+- `tl.dot` adds its products one after another in fp32. Its own calls a BLAS, whose order of additions depends on the
+  shape, so that no statement about bits would mean anything; and it multiplies bfloat16 by bit pattern.
+- fp32 → bfloat16 rounds half to even, as the hardware does; its own truncates.
 """
 
 import functools
@@ -12,13 +17,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import triton.language as tl
 from triton import knobs
-from triton.runtime.interpreter import InterpretedFunction
+from triton.language import core
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _patch_lang
 from triton.runtime.jit import JITFunction
 
-_MODULES = (tl, tl.core, tl.standard, tl.math, tl.random)
-_CLASSES = (tl.tensor, tl.core.tensor_descriptor_base)
+from flexgate.kernels.gated_experts import kernel
+from flexgate.kernels.gated_experts.launch import Kernels
+
+_MODULES = (tl, core, tl.standard, tl.math, tl.random)
+_CLASSES = (tl.tensor, core.tensor_descriptor_base, InterpreterBuilder)
 
 
 class Interpreted:
@@ -38,23 +48,51 @@ class Interpreted:
         return launch
 
 
+def interpreted_experts() -> Kernels:
+    """The kernels of `gated_experts` for tensors in CPU memory: few programs, weights through descriptors."""
+    return Kernels(
+        Interpreted(kernel.plan_kernel),
+        Interpreted(kernel.gate_up_kernel),
+        Interpreted(kernel.down_kernel),
+        Interpreted(kernel.combine_kernel),
+        programs=3,
+        use_tma=True,
+    )
+
+
+class _Twin(InterpretedFunction):  # type: ignore[misc,type-arg]
+    """Called from a running kernel: everything is patched by then, and doing so again would be most of the work."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.rewrite()(*arguments, **named)
+
+
 @functools.cache
-def _twin(function: Any) -> Any:
-    return InterpretedFunction(function.fn)
+def _twin(function: Any) -> _Twin:
+    twin = _Twin(function.fn)
+    twin.rewrite()
+    return twin
 
 
 @contextmanager
 def _interpreted_functions(kernel_globals: dict[str, Any]) -> Iterator[None]:
-    jitted = {name: value for name, value in kernel_globals.items() if isinstance(value, JITFunction)}
+    namespaces = (kernel_globals, *(vars(module) for module in _MODULES))
+    # Made before anything is patched: making one looks through everything that its function refers to.
+    twins = [
+        {name: _twin(value) for name, value in namespace.items() if isinstance(value, JITFunction)}
+        for namespace in map(dict, namespaces)
+    ]
     originals = [(holder, dict(vars(holder))) for holder in (*_MODULES, *_CLASSES)]
+    jitted = {name: kernel_globals[name] for name in twins[0]}
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
         try:
-            kernel_globals.update({name: _twin(function) for name, function in jitted.items()})
-            for module in _MODULES:
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, JITFunction):
-                        setattr(module, name, _twin(value))
+            # Patches the modules that a function can see by name; here `tl` and `core`.
+            _patch_lang(_ordered_dot)
+            InterpreterBuilder.create_dot = _ordered_dot
+            InterpreterBuilder.cast_impl = _rounding_cast(InterpreterBuilder.cast_impl)
+            for namespace, interpreted in zip(namespaces, twins, strict=True):
+                namespace.update(interpreted)
             yield
         finally:
             kernel_globals.update(jitted)
@@ -62,3 +100,31 @@ def _interpreted_functions(kernel_globals: dict[str, Any]) -> Iterator[None]:
                 for name, value in attributes.items():
                     if vars(holder).get(name) is not value:
                         setattr(holder, name, value)
+
+
+def _ordered_dot(
+    _builder: InterpreterBuilder, left: TensorHandle, right: TensorHandle, total: TensorHandle, *_precision: Any
+) -> TensorHandle:
+    left_MK, right_KN, total_MN = _as_fp32(left), _as_fp32(right), _as_fp32(total).copy()
+    for k in range(left_MK.shape[1]):
+        total_MN += left_MK[:, k, None] * right_KN[None, k, :]
+    return TensorHandle(total_MN, tl.float32)
+
+
+def _as_fp32(handle: TensorHandle) -> npt.NDArray[np.float32]:
+    # The interpreter stores bfloat16 as the upper half of an fp32.
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(handle.data, dtype=np.float32)
+
+
+def _rounding_cast(cast: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def rounding(builder: InterpreterBuilder, source: TensorHandle, target: Any) -> TensorHandle:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(builder, source, target)
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        upper = np.where(np.isnan(source.data), np.uint32(0x7FC0), rounded).astype(np.uint16)
+        return TensorHandle(upper.reshape(source.data.shape), tl.bfloat16)
+
+    return rounding

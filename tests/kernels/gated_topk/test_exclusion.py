@@ -78,6 +78,16 @@ def test_poisoned_bias_of_an_excluded_slot_changes_no_bit(route: Any, poison: fl
     assert clean.same_bits(route(logits_TE, torch.full((7,), 0b1011011), bias_E=bias_E))
 
 
+@pytest.mark.parametrize("slots", [1, 7, 63])
+def test_gate_bits_beyond_the_slots_are_ignored(route: Any, random_gate: Any, slots: int) -> None:
+    torch.manual_seed(slots)
+    logits_TE, gate_T = torch.randn(7, slots), random_gate(7, slots)
+    beyond = -1 << slots
+    for fill in ("none", "first"):
+        plain = route(logits_TE, gate_T, top_k=5, fill=fill)
+        assert plain.same_bits(route(logits_TE, gate_T | beyond, top_k=5, fill=fill))
+
+
 def test_all_but_one_masked_gives_that_one_the_whole_weight(route: Any) -> None:
     torch.manual_seed(1)
     for slot in range(9):

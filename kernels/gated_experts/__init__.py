@@ -1,0 +1,5 @@
+from flexgate.kernels.gated_experts.op import gated_experts
+from flexgate.kernels.gated_experts.plan import RoutingPlan, routing_plan_reference
+from flexgate.kernels.gated_experts.reference import gated_experts_reference
+
+__all__ = ["RoutingPlan", "gated_experts", "gated_experts_reference", "routing_plan_reference"]

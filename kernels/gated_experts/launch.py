@@ -1,0 +1,149 @@
+"""Launches the four kernels of one gated expert layer, on a device or in the interpreter.
+
+Shape suffixes: T tokens, E expert slots, K chosen experts, H hidden, F expert intermediate, G = 2F, P picks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flexgate.kernels.gated_experts import kernel
+from flexgate.kernels.gated_experts.plan import RoutingPlan, empty_plan
+from flexgate.kernels.gated_experts.tiles import ProductTile, Tiles
+
+_COMBINE_BLOCK_H = 1024
+_PLAN_CELLS = 8192
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The four kernels as something to launch, and what the place where they run needs."""
+
+    plan: Any
+    gate_up: Any
+    down: Any
+    combine: Any
+    programs: int
+    """Programs of the persistent grids: about the number of multiprocessors."""
+    use_tma: bool
+
+
+def device_kernels(device: torch.device) -> Kernels:
+    """The compiled kernels for one CUDA device; weights go through TMA from Hopper on."""
+    properties = torch.cuda.get_device_properties(device)
+    return Kernels(
+        kernel.plan_kernel,
+        kernel.gate_up_kernel,
+        kernel.down_kernel,
+        kernel.combine_kernel,
+        programs=properties.multi_processor_count,
+        use_tma=properties.major >= 9,
+    )
+
+
+def launch_plan(kernels: Kernels, weights_TK: Tensor, ids_TK: Tensor, slots: int, block_t: int) -> RoutingPlan:
+    """One program per slot; equal to `routing_plan_reference` wherever that specifies an entry."""
+    plan = empty_plan(ids_TK, slots, block_t)
+    block_E = triton.next_power_of_2(slots)
+    kernels.plan[(slots,)](
+        ids_TK,
+        weights_TK,
+        plan.order_P,
+        plan.position_P,
+        plan.offsets_E1,
+        plan.tile_slot_M,
+        plan.tile_row_M,
+        plan.tiles_1,
+        ids_TK.numel(),
+        SLOTS=slots,
+        BLOCK_T=block_t,
+        BLOCK_P=max(16, min(1024, _PLAN_CELLS // block_E)),
+        BLOCK_E=block_E,
+        num_warps=8,
+    )
+    return plan
+
+
+def launch_gated_experts(
+    kernels: Kernels,
+    tiles: Tiles,
+    x_TH: Tensor,
+    w13_EGH: Tensor,
+    w2_EHF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    out_TH: Tensor,
+) -> None:
+    """Write the layer's output into out_TH: four launches, no synchronisation."""
+    tokens, top_k = ids_TK.shape
+    if tokens == 0:
+        return
+    slots, hidden, intermediate = w2_EHF.shape
+    x_TH, weights_TK, ids_TK = x_TH.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
+    plan = launch_plan(kernels, weights_TK, ids_TK, slots, tiles.block_t)
+    tile_list = (plan.offsets_E1, plan.tile_slot_M, plan.tile_row_M, plan.tiles_1)
+    shape = {"HIDDEN": hidden, "INTERMEDIATE": intermediate}
+
+    hidden_PF = x_TH.new_empty(tokens * top_k, intermediate)
+    w13, use_tma = _weights(kernels, w13_EGH.view(slots * 2, intermediate, hidden), tiles.gate_up)
+    kernels.gate_up[(kernels.programs,)](
+        x_TH,
+        w13,
+        hidden_PF,
+        plan.order_P,
+        *tile_list,
+        TOP_K=top_k,
+        USE_TMA=use_tma,
+        **shape,
+        **_options(kernels, tiles.block_t, tiles.gate_up),
+    )
+    expert_PH = x_TH.new_empty(tokens * top_k, hidden, dtype=torch.float32)
+    w2, use_tma = _weights(kernels, w2_EHF, tiles.down)
+    kernels.down[(kernels.programs,)](
+        hidden_PF,
+        w2,
+        expert_PH,
+        *tile_list,
+        USE_TMA=use_tma,
+        **shape,
+        **_options(kernels, tiles.block_t, tiles.down),
+    )
+    block_H = min(_COMBINE_BLOCK_H, triton.next_power_of_2(hidden))
+    kernels.combine[(tokens, triton.cdiv(hidden, block_H))](
+        expert_PH,
+        weights_TK,
+        plan.position_P,
+        out_TH,
+        HIDDEN=hidden,
+        TOP_K=top_k,
+        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_H=block_H,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def _options(kernels: Kernels, block_t: int, product: ProductTile) -> dict[str, Any]:
+    return {
+        "BLOCK_T": block_t,
+        "BLOCK_N": product.block_n,
+        "BLOCK_D": product.block_d,
+        "GROUP": product.group,
+        "PROGRAMS": kernels.programs,
+        "num_warps": product.warps,
+        "num_stages": product.stages,
+        "enable_fp_fusion": False,
+    }
+
+
+def _weights(kernels: Kernels, planes: Tensor, product: ProductTile) -> tuple[Any, bool]:
+    """A [planes, rows, columns] array as the kernels take it: a descriptor where TMA can address it, else itself."""
+    aligned = planes.shape[2] * planes.element_size() % 16 == 0 and planes.data_ptr() % 16 == 0
+    if not (kernels.use_tma and aligned):
+        return planes, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(planes, [1, product.block_n, product.block_d]), True

@@ -1,0 +1,74 @@
+"""`gated_experts` on every device: one operator, `torch.ops.flexgate.gated_experts`, opaque to torch.compile.
+
+Shape suffixes: T tokens, E expert slots, K chosen experts, H hidden, F expert intermediate, G = 2F.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexgate.kernels.errors import KernelArgumentError
+from flexgate.kernels.gated_experts.contract import check_arguments
+from flexgate.kernels.gated_experts.reference import gated_experts_reference
+
+_LIBRARY = torch.library.Library("flexgate", "FRAGMENT")
+_LIBRARY.define(
+    "gated_experts(Tensor x_TH, Tensor w13_EGH, Tensor w2_EHF, Tensor weights_TK, Tensor ids_TK, Tensor(a!) out_TH) -> ()"
+)
+
+
+def gated_experts(
+    x_TH: Tensor,
+    w13_EGH: Tensor,
+    w2_EHF: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    *,
+    out_TH: Tensor | None = None,
+) -> Tensor:
+    """The chosen experts' SwiGLU networks, weighted and added up; `gated_experts_reference` is the specification.
+
+    Takes routing as `gated_topk` or any other router gives it, and the experts in vLLM's layout: w13_EGH holds the F
+    gate rows and then the F up rows of each slot. Writes into out_TH where it is given. For inference only.
+    """
+    check_arguments(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK)
+    if out_TH is None:
+        out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
+    elif out_TH.shape != x_TH.shape or out_TH.dtype is not x_TH.dtype or not out_TH.is_contiguous():
+        raise KernelArgumentError(f"out_TH must be contiguous {x_TH.dtype} {list(x_TH.shape)}")
+    _OPERATOR(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK, out_TH)
+    return out_TH
+
+
+def _cpu(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: Tensor, ids_TK: Tensor, out_TH: Tensor) -> None:
+    out_TH.copy_(gated_experts_reference(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK))
+
+
+def _cuda(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: Tensor, ids_TK: Tensor, out_TH: Tensor) -> None:
+    # A process that serves from the CPU never pays for importing Triton's front end.
+    from flexgate.kernels.gated_experts.launch import launch_gated_experts
+
+    _, hidden, intermediate = w2_EHF.shape
+    kernels, table = _device(x_TH.device, hidden, intermediate, str(x_TH.dtype).removeprefix("torch."))
+    launch_gated_experts(kernels, table.choose(len(x_TH)), x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK, out_TH)
+
+
+@functools.cache
+def _device(device: torch.device, hidden: int, intermediate: int, dtype: str) -> Any:
+    from flexgate.kernels.gated_experts.launch import device_kernels
+    from flexgate.kernels.gated_experts.tiles import tile_table
+
+    name = torch.cuda.get_device_name(device).replace(" ", "_")
+    return device_kernels(device), tile_table(hidden, intermediate, dtype, name)
+
+
+def _fake(*arguments: Tensor) -> None:
+    """Nothing to say about shapes: the only result is written into an argument."""
+
+
+_LIBRARY.impl("gated_experts", _cpu, "CPU")
+_LIBRARY.impl("gated_experts", _cuda, "CUDA")
+torch.library.register_fake("flexgate::gated_experts", _fake, lib=_LIBRARY)
+_OPERATOR = torch.ops.flexgate.gated_experts.default
