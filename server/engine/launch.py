@@ -153,8 +153,8 @@ def prepare_environment(key: SealKey, settings: EngineSettings) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def engine_config(planned: LaunchPlan) -> Any:
-    """The ``VllmConfig`` of a plan."""
+def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
+    """The ``VllmConfig`` of a plan; ``tuning`` overrides engine arguments (tests, benchmarks)."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     settings = planned.settings
@@ -162,7 +162,7 @@ def engine_config(planned: LaunchPlan) -> Any:
     model = str(settings.model.resolve())
     kv_bytes = settings.kv_cache_memory_bytes or (CPU_KV_BYTES if on_cpu() else None)
     has_tokenizer = (settings.model / "tokenizer_config.json").is_file()
-    return AsyncEngineArgs(
+    arguments: dict[str, Any] = dict(
         model=model,
         served_model_name=settings.model.name,
         dtype=planned.dtype,
@@ -182,7 +182,8 @@ def engine_config(planned: LaunchPlan) -> Any:
         worker_cls="flexgate.server.engine.worker.GatedWorker",
         scheduler_cls=f"flexgate.server.engine.scheduler.{scheduler}",
         additional_config=planned.table.to_config(),
-    ).create_engine_config()
+    )
+    return AsyncEngineArgs(**(arguments | tuning)).create_engine_config()
 
 
 def on_cpu() -> bool:

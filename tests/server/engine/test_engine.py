@@ -1,0 +1,207 @@
+"""Promises of the running engine, on random checkpoints, bit for bit where that is promised."""
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from enginekit.checkpoints import rewrite
+from enginekit.scripted import Answer, Ask, EngineScript, ScriptedEngine, scripted_engine
+from transformers import FlexOlmoForCausalLM
+
+pytestmark = pytest.mark.engine
+
+EXPERTS = 4
+PROMPT = tuple(range(10, 40))
+ALL = tuple(range(EXPERTS))
+GATES = [gate for size in range(1, EXPERTS + 1) for gate in combinations(ALL, size)]
+
+
+def same_bits(one: Answer, other: Answer) -> bool:
+    return (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+
+
+def reference(checkpoint: Path) -> FlexOlmoForCausalLM:
+    return FlexOlmoForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def worst_difference(model: FlexOlmoForCausalLM, prompt: tuple[int, ...], answer: Answer) -> float:
+    """Largest gap between the engine's log-probabilities and transformers' on the same tokens."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer.tokens])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 :]
+    return max(
+        abs(expected[position, token].item() - value)
+        for position, tokens in enumerate(answer.logprobs)
+        for token, value in tokens
+    )
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_a_gate_equals_transformers_on_the_reduced_checkpoint(
+    engine: ScriptedEngine, checkpoint: Path, tmp_path: Path, gate: tuple[int, ...]
+) -> None:
+    answer = engine.solo(Ask(PROMPT, gate))
+    reduced = checkpoint if gate == ALL else rewrite(checkpoint, tmp_path, list(gate))
+    assert worst_difference(reference(reduced), PROMPT, answer) <= 2e-5
+
+
+def mixed_script() -> list[Ask]:
+    """Gates of every size in one batch, arriving over several steps."""
+    return [
+        Ask(tuple(range(20 + 7 * i, 45 + 7 * i + i)), gate, max_tokens=6 + i % 4, at_step=i // 3)
+        for i, gate in enumerate(GATES)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["nan", "1e30", "-1e30", "random", "zero"])
+def test_what_excluded_experts_and_free_slots_hold_changes_no_bit(
+    engine: ScriptedEngine, kind: str
+) -> None:
+    script = [replace(ask, gate=ask.gate) for ask in mixed_script() if 1 not in ask.gate]
+    assert {len(ask.gate) for ask in script} == {1, 2, 3}
+    engine.reset_cache()
+    before = engine.run(script)
+    engine.overwrite([1, 4, 5], kind)
+    try:
+        engine.reset_cache()
+        after = engine.run(script)
+    finally:
+        engine.restore()
+    assert all(same_bits(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_an_allowed_expert_does_change_the_answer(engine: ScriptedEngine) -> None:
+    """The substitution above would be seen if the gate let it through."""
+    ask = Ask(PROMPT, (0, 1))
+    engine.reset_cache()
+    before = engine.solo(ask)
+    engine.overwrite([1], "random")
+    try:
+        engine.reset_cache()
+        after = engine.solo(ask)
+    finally:
+        engine.restore()
+    assert not same_bits(before, after)
+
+
+def test_exclusion_equals_removal_with_slots_compacted(
+    engine: ScriptedEngine, checkpoint: Path, tmp_path: Path
+) -> None:
+    kept = [0, 2, 3]
+    script = [ask for ask in mixed_script() if 1 not in ask.gate]
+    compact = [replace(ask, gate=tuple(kept.index(slot) for slot in ask.gate)) for ask in script]
+    engine.reset_cache()
+    masked = engine.run(script)
+    reduced = rewrite(checkpoint, tmp_path, kept)
+    with scripted_engine(EngineScript(reduced, max_experts=3)) as other:
+        removed = other.run(compact)
+    assert all(same_bits(one, two) for one, two in zip(masked, removed, strict=True))
+
+
+def agree(reference_run: Answer, run: Answer) -> bool:
+    """DESIGN's meaning across schedules: 2e-5, and equal tokens up to the first near-tie."""
+    for want, got, want_token, got_token in zip(
+        reference_run.logprobs, run.logprobs, reference_run.tokens, run.tokens, strict=True
+    ):
+        top = sorted((value for _, value in want), reverse=True)
+        if want_token != got_token:
+            return top[0] - top[1] <= 1e-3
+        common = dict(want).keys() & dict(got).keys()
+        if max(abs(dict(want)[token] - dict(got)[token]) for token in common) > 2e-5:
+            return False
+    return True
+
+
+def test_a_mixed_batch_equals_solo_runs(engine: ScriptedEngine) -> None:
+    script = mixed_script()
+    engine.reset_cache()
+    together = engine.run(script)
+    for ask, answer in zip(script, together, strict=True):
+        engine.reset_cache()
+        assert agree(engine.solo(replace(ask, at_step=0)), answer)
+
+
+def test_attribution_is_the_routing_that_transformers_computes(
+    engine: ScriptedEngine, checkpoint: Path
+) -> None:
+    model = reference(checkpoint)
+    engine.reset_cache()
+    answer = engine.solo(Ask(PROMPT, ALL))
+    with torch.no_grad():
+        ids = torch.tensor([PROMPT + answer.tokens[:-1]])
+        logits = model(ids, output_router_logits=True).router_logits
+    mass = torch.zeros(EXPERTS, dtype=torch.float64)
+    chosen = torch.zeros(ids.shape[1], EXPERTS, dtype=torch.bool)
+    for layer in logits:
+        weights, picks = torch.softmax(layer.float(), dim=-1).topk(2, dim=-1)
+        mass.scatter_add_(0, picks.flatten(), weights.double().flatten())
+        chosen.scatter_(1, picks, True)
+    got = torch.tensor(answer.mass[:EXPERTS], dtype=torch.float64) / 2**32
+    assert torch.allclose(got, mass, rtol=1e-4, atol=0)
+    assert list(answer.chosen[:EXPERTS]) == chosen.sum(0).tolist()
+
+
+@pytest.mark.parametrize("gate", [(0,), (0, 2), (1, 3), (0, 1, 3)], ids=str)
+def test_an_excluded_expert_is_attributed_exactly_nothing(
+    engine: ScriptedEngine, gate: tuple[int, ...]
+) -> None:
+    answer = engine.solo(Ask(PROMPT, gate, client_salt=f"attribution-{gate}"))
+    assert all(answer.mass[slot] == 0 and answer.chosen[slot] == 0 for slot in set(range(6)) - set(gate))
+    assert max(answer.chosen) <= len(PROMPT) + len(answer.tokens) - 1
+    assert sum(answer.chosen) > 0
+
+
+LONG = tuple(2 + (7 * i) % 400 for i in range(300))
+
+
+def test_a_prefix_is_shared_within_tenant_and_gate_and_never_across(engine: ScriptedEngine) -> None:
+    engine.reset_cache()
+    first = engine.solo(Ask(LONG, ALL))
+    assert first.cached == 0
+    again = engine.solo(Ask(LONG, ALL))
+    assert again.cached >= 128
+    assert again.tokens == first.tokens
+    assert sum(again.chosen) < sum(first.chosen)  # cached positions are not attributed
+    for stranger in (
+        Ask(LONG, (0, 1)),
+        Ask(LONG, ALL, tenant="other"),
+        Ask(LONG, ALL, client_salt="mine"),
+    ):
+        assert engine.solo(stranger).cached == 0
+    masked = engine.solo(Ask(LONG, (0, 1)))
+    engine.reset_cache()
+    assert agree(engine.solo(Ask(LONG, (0, 1))), masked)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("none", "request without a gate"),
+        ("forged", "the gate's seal is broken"),
+        ("another", "the gate was sealed for another request"),
+        ("expired", "the gate has expired"),
+        ("stale", "the gate names an expert that is no longer loaded"),
+        ("free-slot", "the gate names an expert that is no longer loaded"),
+    ],
+)
+def test_a_request_without_a_valid_gate_is_refused_and_the_engine_lives_on(
+    engine: ScriptedEngine, how: str, reason: str
+) -> None:
+    assert engine.refusal(Ask(PROMPT, (0, 1)), how) == reason
+    assert len(engine.solo(Ask(PROMPT, (0, 1))).tokens) == 8
+
+
+def test_a_gate_that_expires_in_mid_stream_ends_its_request_alone(engine: ScriptedEngine) -> None:
+    short, other = engine.run(
+        [Ask(PROMPT, ALL, max_tokens=400, valid_for=0.2), Ask(PROMPT, (0,), max_tokens=20)]
+    )
+    assert (short.finish_reason, short.stop_reason) == ("error", "gate_expired")
+    assert len(short.tokens) < 400
+    assert (other.finish_reason, len(other.tokens)) == ("length", 20)
+
+
+def test_nothing_is_held_for_requests_that_have_ended(engine: ScriptedEngine) -> None:
+    engine.run(mixed_script())
+    assert engine.call("leftovers") == (0, 0)

@@ -1,0 +1,317 @@
+"""A real engine in a child process, driven step by step under a scripted schedule.
+
+One vLLM engine fits into a process, so every configuration gets a child of its own; the
+parent sends it commands over a pipe. Requests arrive at given steps, so two runs of the
+same script have the same batches, and bits can be compared.
+"""
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ANY_BITS = 3  # log-probabilities returned per position
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a script."""
+
+    prompt: tuple[int, ...]
+    gate: tuple[int, ...]
+    max_tokens: int = 8
+    at_step: int = 0
+    tenant: str = "tenant"
+    client_salt: str | None = None
+    prompt_logprobs: bool = False
+    valid_for: float = math.inf
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: exact token ids and exact log-probabilities."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[tuple[tuple[int, float], ...], ...]
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...]
+    cached: int
+    mass: tuple[int, ...]
+    chosen: tuple[int, ...]
+    preemptions: int
+    finish_reason: str | None
+    stop_reason: Any
+
+
+@dataclass
+class EngineScript:
+    """How the child builds its engine."""
+
+    model: Path
+    max_experts: int | None = None
+    tuning: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class ScriptedEngine:
+    """The parent's handle on a child with one engine."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def call(self, name: str, *args: Any) -> Any:
+        self._connection.send((name, args))
+        ok, value = self._connection.recv()
+        if not ok:
+            raise RuntimeError(value)
+        return value
+
+    def run(self, script: Sequence[Ask]) -> list[Answer]:
+        """Run a script to its end and return the answers in order."""
+        answers: list[Answer] = self.call("run", list(script))
+        return answers
+
+    def solo(self, ask: Ask) -> Answer:
+        """Run one request alone."""
+        (answer,) = self.run([ask])
+        return answer
+
+    def overwrite(self, slots: Sequence[int], kind: str) -> None:
+        """Fill slots' FFN and router row with ``nan``, ``1e30``, ``-1e30``, ``random`` or ``zero``."""
+        self.call("overwrite", list(slots), kind)
+
+    def restore(self) -> None:
+        """Undo every overwrite."""
+        self.call("restore")
+
+    def reset_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.call("reset_cache")
+
+    def refusal(self, ask: Ask, how: str) -> str:
+        """Submit ``ask`` with a gate spoiled as ``how`` says; return the refusal's text."""
+        text: str = self.call("refusal", ask, how)
+        return text
+
+
+@contextmanager
+def scripted_engine(script: EngineScript) -> Iterator[ScriptedEngine]:
+    """Start a child with one engine, and end it."""
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    process = context.Process(target=_child, args=(child, script))
+    process.start()
+    child.close()
+    try:
+        ok, value = parent.recv()
+        if not ok:
+            raise RuntimeError(value)
+        yield ScriptedEngine(parent)
+        parent.send(("stop", ()))
+        process.join(60)
+    finally:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def _child(connection: Any, script: EngineScript) -> None:
+    import traceback
+
+    os.environ.update(script.environment)
+    try:
+        engine = _Engine(script)
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+        return
+    connection.send((True, None))
+    while True:
+        name, args = connection.recv()
+        if name == "stop":
+            os._exit(0)
+        try:
+            connection.send((True, getattr(engine, name)(*args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class _Engine:
+    def __init__(self, script: EngineScript) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        from flexgate.server.engine import launch
+        from flexgate.server.engine.gates import new_seal_key
+
+        options: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 512,
+        }
+        settings = launch.EngineSettings(
+            model=script.model, max_experts=script.max_experts, **(options | script.settings)
+        )
+        planned = launch.plan(settings)
+        self.key = new_seal_key()
+        launch.prepare_environment(self.key, settings)
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        config = launch.engine_config(planned, **script.tuning)
+        self.engine = LLMEngine.from_vllm_config(config)
+        self.table = planned.table
+        self.count = 0
+        self.saved: list[tuple[Any, Any]] = []
+
+    def run(self, script: list[Ask]) -> list[Answer]:
+        ids: dict[int, str] = {}
+        finished: dict[str, Any] = {}
+        step = 0
+        while len(finished) < len(script):
+            for index, ask in enumerate(script):
+                if ask.at_step == step:
+                    ids[index] = self._submit(ask)
+            for output in self.engine.step() if self.engine.has_unfinished_requests() else []:
+                if output.finished:
+                    finished[output.request_id] = output
+            step += 1
+        return [self._answer(finished[ids[index]]) for index in range(len(script))]
+
+    def overwrite(self, slots: list[int], kind: str) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(7)
+        for tensor in self._slot_tensors():
+            for slot in slots:
+                part = tensor[slot]
+                self.saved.append((part, part.clone()))
+                if kind == "random":
+                    part.copy_(torch.randn(part.shape, generator=generator))
+                else:
+                    part.fill_({"nan": math.nan, "1e30": 1e30, "-1e30": -1e30, "zero": 0.0}[kind])
+
+    def restore(self) -> None:
+        for part, original in reversed(self.saved):
+            part.copy_(original)
+        self.saved = []
+
+    def reset_cache(self) -> None:
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache was in use")
+
+    def handshake(self) -> Any:
+        return self.engine.collective_rpc("flexgate_handshake")
+
+    def leftovers(self) -> tuple[int, int]:
+        """Requests that gates and ledger still hold when nothing runs."""
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        return len(scheduler._ledger.totals), len(scheduler._deadlines)
+
+    def refusal(self, ask: Ask, how: str) -> str:
+        import time
+
+        from flexgate.server.engine import gates
+
+        request_id = self._new_id()
+        gate = self._gate(ask, request_id)
+        sealed: Any = gates.seal(gate, self.key)
+        if how == "none":
+            sealed = None
+        elif how == "forged":
+            sealed = gates.seal(gate, gates.new_seal_key())
+        elif how == "another":
+            sealed = gates.seal(self._gate(ask, "another-request"), self.key)
+        elif how == "expired":
+            late = Ask(ask.prompt, ask.gate, valid_for=-1.0)
+            sealed = gates.seal(self._gate(late, request_id), self.key)
+        elif how == "stale":
+            leases = tuple(gates.SlotLease(s, 99) for s in ask.gate)
+            sealed = gates.seal(
+                gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key
+            )
+        elif how == "free-slot":
+            leases = (gates.SlotLease(self.table.total - 1, 1),)
+            sealed = gates.seal(
+                gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key
+            )
+        try:
+            self._add(request_id, ask, sealed)
+        except gates.GateError as error:
+            # The front end has registered what the engine core refused.
+            self.engine.output_processor.abort_requests([request_id], internal=False)
+            return str(error)
+        raise RuntimeError(f"a request with a gate spoiled as {how!r} was accepted")
+
+    def _slot_tensors(self) -> Iterator[Any]:
+        worker = self.engine.model_executor.driver_worker.worker
+        for layer in worker.model_runner.get_model().moe_layers():
+            experts = layer.experts.routed_experts
+            yield from (layer.gate.weight.data, experts.w13_weight.data, experts.w2_weight.data)
+
+    def _submit(self, ask: Ask) -> str:
+        from flexgate.server.engine import gates
+
+        request_id = self._new_id()
+        self._add(request_id, ask, gates.seal(self._gate(ask, request_id), self.key))
+        return request_id
+
+    def _add(self, request_id: str, ask: Ask, sealed: Any) -> None:
+        from vllm.sampling_params import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=ask.max_tokens,
+            logprobs=ANY_BITS,
+            prompt_logprobs=ANY_BITS if ask.prompt_logprobs else None,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"flexgate": sealed} if sealed is not None else None,
+        )
+        self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, params)
+
+    def _gate(self, ask: Ask, request_id: str) -> Any:
+        import time
+
+        from flexgate.server.engine import gates
+
+        leases = tuple(gates.SlotLease(slot, self.table.live.get(slot, 1)) for slot in ask.gate)
+        salt = gates.cache_salt(
+            self.key,
+            tenant=ask.tenant,
+            experts=[(str(lease.slot), lease.generation) for lease in leases],
+            client_salt=ask.client_salt,
+        )
+        until = time.time() + ask.valid_for
+        return gates.Gate(request_id, ask.tenant, leases, until, salt)
+
+    def _new_id(self) -> str:
+        self.count += 1
+        return f"request-{self.count}"
+
+    def _answer(self, output: Any) -> Answer:
+        completion = output.outputs[0]
+        extras = (output.kv_transfer_params or {}).get("flexgate", [0, [], []])
+        return Answer(
+            tokens=tuple(completion.token_ids),
+            logprobs=_exact(completion.logprobs),
+            prompt_logprobs=_exact(output.prompt_logprobs),
+            cached=extras[0],
+            mass=tuple(extras[1]),
+            chosen=tuple(extras[2]),
+            preemptions=0,
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+        )
+
+
+def _exact(positions: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
+    return tuple(
+        tuple(sorted((token, value.logprob) for token, value in position.items()))
+        for position in positions or ()
+        if position is not None
+    )
