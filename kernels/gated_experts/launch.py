@@ -14,7 +14,7 @@ from flexgate.kernels.gated_experts import kernel
 from flexgate.kernels.gated_experts.plan import RoutingPlan, empty_plan
 from flexgate.kernels.gated_experts.tiles import ProductTile, Tiles
 
-_COMBINE_BLOCK_H = 1024
+COMBINE_BLOCK_H = 1024
 _PLAN_CELLS = 8192
 
 
@@ -111,7 +111,7 @@ def launch_gated_experts(
         **shape,
         **_options(kernels, tiles.block_t, tiles.down),
     )
-    block_H = min(_COMBINE_BLOCK_H, triton.next_power_of_2(hidden))
+    block_H = min(COMBINE_BLOCK_H, triton.next_power_of_2(hidden))
     kernels.combine[(tokens, triton.cdiv(hidden, block_H))](
         expert_PH,
         weights_TK,

@@ -28,7 +28,6 @@ from flexgate.kernels.gated_experts import kernel
 from flexgate.kernels.gated_experts.launch import Kernels
 
 _MODULES = (tl, core, tl.standard, tl.math, tl.random)
-_CLASSES = (tl.tensor, core.tensor_descriptor_base, InterpreterBuilder)
 
 
 class Interpreted:
@@ -77,29 +76,28 @@ def _twin(function: Any) -> _Twin:
 @contextmanager
 def _interpreted_functions(kernel_globals: dict[str, Any]) -> Iterator[None]:
     namespaces = (kernel_globals, *(vars(module) for module in _MODULES))
-    # Made before anything is patched: making one looks through everything that its function refers to.
-    twins = [
-        {name: _twin(value) for name, value in namespace.items() if isinstance(value, JITFunction)}
-        for namespace in map(dict, namespaces)
+    jitted = [
+        {name: value for name, value in list(namespace.items()) if isinstance(value, JITFunction)}
+        for namespace in namespaces
     ]
-    originals = [(holder, dict(vars(holder))) for holder in (*_MODULES, *_CLASSES)]
-    jitted = {name: kernel_globals[name] for name in twins[0]}
+    # Made before anything is patched: making one looks through everything that its function refers to.
+    twins = [{name: _twin(function) for name, function in functions.items()} for functions in jitted]
+    builtin_dot, builtin_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
+        # Patches the modules that a function can see by name; here `tl` and `core`.
+        scope = _patch_lang(_ordered_dot)
         try:
-            # Patches the modules that a function can see by name; here `tl` and `core`.
-            _patch_lang(_ordered_dot)
             InterpreterBuilder.create_dot = _ordered_dot
-            InterpreterBuilder.cast_impl = _rounding_cast(InterpreterBuilder.cast_impl)
+            InterpreterBuilder.cast_impl = _rounding_cast(builtin_cast)
             for namespace, interpreted in zip(namespaces, twins, strict=True):
                 namespace.update(interpreted)
             yield
         finally:
-            kernel_globals.update(jitted)
-            for holder, attributes in originals:
-                for name, value in attributes.items():
-                    if vars(holder).get(name) is not value:
-                        setattr(holder, name, value)
+            for namespace, functions in zip(namespaces, jitted, strict=True):
+                namespace.update(functions)
+            InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = builtin_dot, builtin_cast
+            scope.restore()
 
 
 def _ordered_dot(

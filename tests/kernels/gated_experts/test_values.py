@@ -24,15 +24,15 @@ def assert_close(ours_TH: Tensor, specified_TH: Tensor, *, maximum: float, rms: 
     assert float(error_TH.square().mean().sqrt()) <= rms * scale
 
 
-@pytest.mark.parametrize(("tokens", "slots"), [(1, 7), (7, 9), (7, 64), (13, 1)])
-@pytest.mark.parametrize(("hidden", "intermediate"), [(64, 96), (80, 352)])
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 7), (7, 9), (5, 64), (13, 1)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 96), (80, 352)])
 def test_fp32_values(run: Any, layer: Any, tokens: int, slots: int, hidden: int, intermediate: int) -> None:
     gated = layer(tokens, slots, hidden=hidden, intermediate=intermediate)
     assert_close(run(gated), gated.reference(), maximum=5e-6, rms=1e-6)
 
 
 def test_fp32_values_of_many_tokens(run: Any, layer: Any) -> None:
-    gated = layer(300, 7, hidden=32, intermediate=32, top_k=5)
+    gated = layer(300, 4, hidden=32, intermediate=32, top_k=2)
     assert_close(run(gated), gated.reference(), maximum=5e-6, rms=1e-6)
 
 
