@@ -100,7 +100,8 @@ def narrow(
     only = None if request.only is None else _named(snapshot, granted, request.only, ONLY)
     ignore = _named(snapshot, granted, request.ignore, IGNORE)
     _check_anchor(tenant, granted, ignore)
-    _check_allowed(granted, only or frozenset())
+    if only:
+        _check_allowed(granted, only)
     left_out = _left_out(granted, only, tenant.standing, ignore)
     kept = granted.lost_at
     if left_out:

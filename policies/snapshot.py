@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Role, Tenant
@@ -114,7 +114,8 @@ class Snapshot:
             set_id: _known(f"set {set_id}", document.experts, catalogue)
             for set_id, document in _by_id("set", ((s.id, s) for s in sets)).items()
         }
-        scope = _Scope(catalogue, expanded)
+        hidden = frozenset(e.id for e in catalogue.values() if e.visibility == "hidden")
+        scope = _Scope(catalogue, hidden, expanded)
         known_tenants = _by_id("tenant", ((t.id, t) for t in tenants))
         rules = {id_: scope.rules(tenant) for id_, tenant in known_tenants.items()}
         terms = _by_id("agreement", ((a.id, a) for a in agreements))
@@ -134,11 +135,14 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class _Scope:
     catalogue: Mapping[ExpertId, Expert]
+    hidden: frozenset[ExpertId]
     sets: Mapping[SetId, frozenset[ExpertId]]
 
     def expand(self, where: str, references: frozenset[str]) -> frozenset[ExpertId]:
         if not references:
             return _NOBODY
+        if references <= self.catalogue.keys():
+            return cast(frozenset[ExpertId], references)
         plain = {ExpertId(name) for name in references if not name.startswith("set:")}
         members = set(_known(where, plain, self.catalogue))
         for name in references:
@@ -151,19 +155,18 @@ class _Scope:
     def rules(self, tenant: Tenant) -> TenantRules:
         where = f"tenant {tenant.id}"
         listed = self.expand(where, tenant.listed)
-        by_default = {e.id for e in self.catalogue.values() if e.visibility == "hidden"}
-        hidden = (by_default - listed) | self.expand(where, tenant.hidden)
+        hidden = (self.hidden - listed) | self.expand(where, tenant.hidden)
         return TenantRules(
             id=tenant.id,
             name=tenant.name,
             deny_list=tenant.mode == "deny_list",
             named=self.expand(where, tenant.expert_ids),
-            hidden=frozenset(hidden) if hidden else _NOBODY,
+            hidden=hidden or _NOBODY,
             standing=None if tenant.standing is None else self.expand(where, tenant.standing),
             anchor_optional=tenant.anchor_optional,
             assignees=(
                 "everyone",
-                *(f"group:{g}" for g in sorted(tenant.groups)),
+                *(f"group:{group}" for group in sorted(tenant.groups)),
                 f"tenant:{tenant.id}",
             ),
             purposes=tenant.purposes,
@@ -212,7 +215,8 @@ def _compile(agreement: Agreement) -> Clause:
 def _by_id(kind: str, pairs: Iterable[tuple[_Id, _Document]]) -> dict[_Id, _Document]:
     found: dict[_Id, _Document] = {}
     for id_, document in pairs:
-        if found.setdefault(id_, document) != document:
+        known = found.setdefault(id_, document)
+        if known is not document and known != document:
             raise SnapshotInvalid(f"two different versions of {kind} {id_!r}")
     return found
 
@@ -238,6 +242,7 @@ def _keys_by_digest(
             raise SnapshotInvalid(f"key {key.key_id!r} names the unknown tenant {key.tenant_id!r}")
         if (key.role is Role.OWNER) != (key.owner_id is not None):
             raise SnapshotInvalid(f"key {key.key_id!r}: exactly the owners' keys name an owner")
-        if found.setdefault(key.sha256, key) != key:
+        known = found.setdefault(key.sha256, key)
+        if known is not key and known != key:
             raise SnapshotInvalid(f"key {key.key_id!r} has the digest of another key")
     return found
