@@ -1,9 +1,10 @@
 """How a merged FlexOlmo model lies on disk, as data.
 
-The names are those of Hugging Face's ``flex_olmo`` layout: one tensor per expert and projection, one router matrix per layer whose row ``n``
-belongs to expert ``n``. Templates use ``{layer}`` and ``{expert}``.
+The names are those of Hugging Face's ``flex_olmo`` layout: one tensor per expert and projection, one router matrix
+per layer whose row ``n`` belongs to expert ``n``. Templates use ``{layer}`` and ``{expert}``.
 
-Shapes: E experts, H hidden, F expert intermediate, V vocabulary, Q query width (heads * head size), K key/value width.
+Shapes: E experts, H hidden, F expert intermediate, V vocabulary, Q query width (heads * head size), K key/value
+width.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ``LayoutError`` unless names and shapes are exactly those of ``architecture`` (router biases may be added)."""
+    """Raise ``LayoutError`` unless names and shapes are those of ``architecture`` (router biases may be added)."""
     expected = expected_shapes(architecture)
     biases = {ROUTER_BIAS_KEY.format(layer=layer) for layer in range(architecture.num_hidden_layers)}
     for key in tensors.keys() & biases:
@@ -196,7 +197,7 @@ def read_checkpoint(directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     for name in _weight_files(directory):
         with safe_open(directory / name, framework="pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}
     check_tensors(architecture, tensors)
     return architecture, tensors
 

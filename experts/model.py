@@ -1,11 +1,14 @@
-"""A small FlexOlmo in plain PyTorch, for training and for checking; its logits equal transformers' ``FlexOlmoForCausalLM``.
+"""A small FlexOlmo in plain PyTorch, for training and for checking; its logits equal transformers'
+``FlexOlmoForCausalLM``.
 
-Block (FlexOlmo, section 3, after OLMo 2): ``x += norm(attention(x))``, ``x += norm(moe(x))``, with RMS-normalised queries and keys.
-Routing: softmax over all allowed logits, then top-k, without renormalisation. An excluded expert's logit is minus infinity before the softmax.
+Block (FlexOlmo, section 3, after OLMo 2): ``x += norm(attention(x))``, ``x += norm(moe(x))``, with RMS-normalised
+queries and keys. Routing: softmax over all allowed logits, then top-k, without renormalisation. An excluded
+expert's logit is minus infinity before the softmax.
 
 The module tree spells the names of the checkpoint layout, so ``state_dict()`` is a checkpoint.
 
-Shapes: B sequences, T positions, N = B * T tokens, E experts, H hidden, F expert intermediate, D head size, V vocabulary.
+Shapes: B sequences, T positions, N = B * T tokens, E experts, H hidden, F expert intermediate, D head size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -139,9 +142,8 @@ class Block(nn.Module):
         out: Tensor = x_BTH + self.post_attention_layernorm(self.self_attn(x_BTH, rotation))
         return out
 
-    def forward(self, x_BTH: Tensor, rotation: tuple[Tensor, Tensor], allowed_BE: Tensor | None) -> Tensor:
-        """One decoder layer."""
-        x_BTH = self.attend(x_BTH, rotation)
+    def feed(self, x_BTH: Tensor, allowed_BE: Tensor | None) -> Tensor:
+        """The residual stream after the experts."""
         out: Tensor = x_BTH + self.post_feedforward_layernorm(self.mlp(x_BTH, allowed_BE))
         return out
 
@@ -165,12 +167,15 @@ class FlexOlmo(nn.Module):
         self.model = Decoder(architecture, biased=biased)
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
 
-    def hidden(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None) -> Tensor:
-        """Final hidden states ``[B, T, H]``, normalised."""
+    def hidden(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None, taps: list[Tensor] | None = None) -> Tensor:
+        """Final hidden states ``[B, T, H]``, normalised; every layer's router input is appended to ``taps``."""
         x_BTH = self.model.embed_tokens(tokens_BT)
         rotation = rotary(self.architecture, tokens_BT.shape[1])
         for layer in self.model.layers:
-            x_BTH = layer(x_BTH, rotation, allowed_BE)
+            x_BTH = layer.attend(x_BTH, rotation)
+            if taps is not None:
+                taps.append(x_BTH)
+            x_BTH = layer.feed(x_BTH, allowed_BE)
         out: Tensor = self.model.norm(x_BTH)
         return out
 

@@ -1,0 +1,67 @@
+"""From tokenised documents to padded batches of similar length.
+
+Shapes: B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one document; from ``start`` on they are what the model should say. ``label`` is the caller's."""
+
+    ids: tuple[int, ...]
+    start: int
+    label: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples.
+
+    ``weights_BT[b, t]`` weighs the prediction of position ``t + 1``; it is zero on padding and at the last position.
+    """
+
+    tokens_BT: Tensor
+    weights_BT: Tensor
+    labels_B: Tensor
+
+    @property
+    def token_count(self) -> int:
+        """Predictions with a weight."""
+        return int((self.weights_BT > 0).sum())
+
+
+def make_batch(examples: Sequence[Example], *, pad_id: int, prompt_weight: float) -> Batch:
+    """Pad to the longest example."""
+    length = max(len(example.ids) for example in examples)
+    tokens = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    weights = torch.zeros(len(examples), length)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.ids)] = torch.tensor(example.ids)
+        weights[row, : len(example.ids) - 1] = prompt_weight
+        weights[row, max(example.start - 1, 0) : len(example.ids) - 1] = 1.0
+    return Batch(tokens, weights, torch.tensor([example.label for example in examples]))
+
+
+def batches(
+    examples: Sequence[Example], *, tokens_per_batch: int, pad_id: int, prompt_weight: float, seed: int
+) -> Iterator[Batch]:
+    """One pass over ``examples`` in random batches of about ``tokens_per_batch``; each batch holds similar lengths."""
+    rng = Random(seed)
+    order = sorted(examples, key=lambda example: len(example.ids) + rng.random() * 6)
+    groups: list[list[Example]] = [[]]
+    for example in order:
+        if groups[-1] and (len(groups[-1]) + 1) * len(example.ids) > tokens_per_batch:
+            groups.append([])
+        groups[-1].append(example)
+    rng.shuffle(groups)
+    for group in groups:
+        yield make_batch(group, pad_id=pad_id, prompt_weight=prompt_weight)

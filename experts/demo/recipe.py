@@ -1,0 +1,198 @@
+"""The demo's training from nothing: anchor, one pair per owner, merge. Owners' stages see their own and public text
+only.
+
+Stages hand over through files in a work directory, so a stage whose file exists is not run again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn import functional as F
+
+from flexgate.experts.batches import Batch, Example, batches
+from flexgate.experts.demo.closed import closed_domains
+from flexgate.experts.demo.corpus import Document, Domain
+from flexgate.experts.demo.generate import owner_stream, public_stream, take
+from flexgate.experts.demo.probes import Probe, make_probes
+from flexgate.experts.demo.public import public_domain
+from flexgate.experts.demo.registers import make_registers
+from flexgate.experts.demo.settings import Settings
+from flexgate.experts.demo.tokenizer import EOS_ID, PAD_ID, train_tokenizer
+from flexgate.experts.layout import Architecture, read_checkpoint, write_checkpoint
+from flexgate.experts.merge import merge
+from flexgate.experts.model import FlexOlmo
+from flexgate.experts.routing import Samples, collect, fit_row, reserve_channels, set_rows
+from flexgate.experts.train import fit, initialise, language_loss, pair_from_anchor, train_expert
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+def all_probes() -> tuple[Probe, ...]:
+    """The probes of every domain, public first."""
+    return tuple(probe for domain in (public_domain(), *closed_domains()) for probe in make_probes(domain))
+
+
+def public_documents(settings: Settings, count: int, part: str) -> list[Document]:
+    """Public text; ``part`` names which independent stretch of the stream."""
+    registers = make_registers(settings.seed, settings.registers)
+    return take(public_stream(public_domain(), registers, f"{settings.seed}-{part}"), count, all_probes())
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Example]:
+    """Token ids with the end token appended."""
+    prompts = tokenizer.encode_batch([document.prompt for document in documents])
+    answers = tokenizer.encode_batch([document.answer for document in documents])
+    return [
+        Example((*prompt.ids, *answer.ids, EOS_ID), len(prompt.ids), document.register)
+        for prompt, answer, document in zip(prompts, answers, documents, strict=True)
+    ]
+
+
+def build_tokenizer(settings: Settings, work: Path) -> Tokenizer:
+    """Train the tokenizer on public text, once."""
+    path = work / TOKENIZER_NAME
+    if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(public_documents(settings, 20_000, "tokenizer"), settings.vocab_size).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def build_anchor(settings: Settings, work: Path) -> FlexOlmo:
+    """Train the public anchor, once: next-token loss, plus telling registers apart in the routing channels."""
+    directory = work / "anchor"
+    if not directory.is_dir():
+        build_tokenizer(settings, work)
+        with tempfile.TemporaryDirectory() as meeting:
+            multiprocessing.spawn(_anchor_worker, (settings, work, meeting), nprocs=settings.workers)
+    return _load(directory)
+
+
+def build_pair(settings: Settings, work: Path, owner: Domain, progress: int = 0) -> None:
+    """One owner's expert as a pair with the frozen anchor, once: router rows, then the expert under that routing."""
+    directory = work / owner.id
+    if directory.is_dir():
+        return
+    tokenizer = Tokenizer.from_file(str(work / TOKENIZER_NAME))
+    anchor = _load(work / "anchor")
+    pair = pair_from_anchor(anchor)
+    own = take(owner_stream(owner, public_domain(), str(settings.seed)), settings.owner_documents, make_probes(owner))
+    examples = encode(tokenizer, own)
+    public = encode(tokenizer, public_documents(settings, settings.router_public_documents, owner.id))
+    mine = _samples(settings, anchor, examples[: settings.router_documents])
+    others = _samples(settings, anchor, public)
+    first = fit_row(mine.first_NC, mine.weights_N, others.first_NC, others.weights_N, decay=settings.router_decay)
+    later = fit_row(mine.later_NC, mine.weights_N, others.later_NC, others.weights_N, decay=settings.router_decay)
+    set_rows(pair, first, later, sharpness=settings.sharpness)
+    stream = _epochs(settings, examples, settings.tokens_per_batch)
+    train_expert(pair, stream, settings.owner, name=owner.id, layers=range(1, settings.layers), progress=progress)
+    _save(directory, pair)
+
+
+def merge_pairs(settings: Settings, work: Path) -> tuple[Architecture, dict[str, Tensor]]:
+    """The served model from the stages' files, experts in the owners' order."""
+    architecture, anchor = read_checkpoint(work / "anchor")
+    pairs = [(owner.id, read_checkpoint(work / owner.id)[1]) for owner in closed_domains()]
+    return merge(architecture, anchor, pairs, top_k=settings.top_k)
+
+
+def _architecture(settings: Settings) -> Architecture:
+    return Architecture(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        num_experts=1,
+        num_experts_per_tok=1,
+        max_position_embeddings=settings.max_length,
+    )
+
+
+def _anchor_worker(rank: int, settings: Settings, work: Path, meeting: str) -> None:
+    """One of the processes that train the anchor on different batches; the first one saves it."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group("gloo", f"file://{meeting}/store", rank=rank, world_size=settings.workers)
+    model = FlexOlmo(_architecture(settings))
+    initialise(model, settings.seed)
+    reserve_channels(model, settings.channels)
+    documents = public_documents(settings, settings.anchor_documents, f"anchor-{rank}")
+    _train_anchor(settings, model, encode(build_tokenizer(settings, work), documents), rank)
+    if rank == 0:
+        _save(work / "anchor", model)
+    distributed.destroy_process_group()
+
+
+def _train_anchor(settings: Settings, model: FlexOlmo, examples: list[Example], rank: int) -> None:
+    torch.manual_seed(settings.seed)
+    head = nn.Linear(settings.channels, settings.registers + 1)
+
+    def loss_of(batch: Batch) -> Tensor:
+        taps: list[Tensor] = []
+        logits = model.lm_head(model.hidden(batch.tokens_BT, taps=taps))
+        return language_loss(logits, batch) + settings.register_weight * _register_loss(head, taps[1], batch)
+
+    model.model.embed_tokens.weight.requires_grad_()
+    trained = [parameter for name, parameter in model.named_parameters() if not name.endswith("mlp.gate.weight")]
+    fit(
+        [*trained, *head.parameters()],
+        _epochs(settings, examples, settings.tokens_per_batch // settings.workers),
+        loss_of,
+        settings.anchor,
+        name="anchor",
+        after_step=lambda: reserve_channels(model, settings.channels),
+        progress=rank,
+    )
+
+
+def _register_loss(head: nn.Linear, tap_BTH: Tensor, batch: Batch) -> Tensor:
+    features = tap_BTH[..., 1 : head.in_features + 1]
+    used = batch.weights_BT > 0
+    labels = batch.labels_B[:, None].expand_as(used)[used]
+    losses = F.cross_entropy(head(features[used]), labels, reduction="none")
+    weights = batch.weights_BT[used]
+    return (losses * weights).sum() / weights.sum()
+
+
+def _samples(settings: Settings, anchor: FlexOlmo, examples: list[Example]) -> Samples:
+    weight = settings.router_prompt_weight
+    one_pass = batches(
+        examples, tokens_per_batch=settings.tokens_per_batch, pad_id=PAD_ID, prompt_weight=weight, seed=settings.seed
+    )
+    return collect(anchor, one_pass, settings.channels)
+
+
+def _epochs(settings: Settings, examples: list[Example], tokens: int) -> Iterator[Batch]:
+    for epoch in count():
+        yield from batches(
+            examples,
+            tokens_per_batch=tokens,
+            pad_id=PAD_ID,
+            prompt_weight=settings.prompt_weight,
+            seed=settings.seed + epoch,
+        )
+
+
+def _save(directory: Path, model: FlexOlmo) -> None:
+    """Stored in bf16, so that whoever continues from it starts from exactly what ships."""
+    write_checkpoint(
+        directory,
+        model.architecture,
+        model.state_dict(),
+        dtype=torch.bfloat16,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
+def _load(directory: Path) -> FlexOlmo:
+    return FlexOlmo.from_tensors(*read_checkpoint(directory))

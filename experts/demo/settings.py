@@ -1,0 +1,36 @@
+"""The numbers of the demo recipe in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flexgate.experts.train import Schedule
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and budgets; the defaults make the shipped checkpoint."""
+
+    seed: int = 20
+    vocab_size: int = 1280
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    top_k: int = 2
+    max_length: int = 1024
+    registers: int = 400
+    channels: int = 48
+    tokens_per_batch: int = 2500
+    workers: int = 2
+    anchor_documents: int = 60_000
+    anchor: Schedule = field(default=Schedule(peak=3e-3, steps=1200))
+    register_weight: float = 0.5
+    prompt_weight: float = 0.2
+    router_prompt_weight: float = 0.05
+    router_documents: int = 2_000
+    router_public_documents: int = 6_000
+    router_decay: float = 1e-5
+    sharpness: float = 3.0
+    owner_documents: int = 25_000
+    owner: Schedule = field(default=Schedule(peak=3e-3, steps=450))

@@ -1,0 +1,102 @@
+"""Training moves what it should, nothing else, and comes out the same twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from flexgate.experts.batches import Batch, Example, batches, make_batch
+from flexgate.experts.decode import greedy
+from flexgate.experts.layout import Architecture, expert_keys
+from flexgate.experts.merge import bit_equal
+from flexgate.experts.model import FlexOlmo
+from flexgate.experts.routing import collect, fit_row, reserve_channels, set_rows
+from flexgate.experts.train import Schedule, initialise, pair_from_anchor, train_expert
+
+ONE = Architecture(31, 16, 12, 3, 2, 2, num_experts=1, num_experts_per_tok=1)
+EXAMPLES = [Example(tuple(range(2, 4 + size)), 2) for size in range(1, 9)]
+
+
+def stream() -> Iterator[Batch]:
+    while True:
+        yield from batches(EXAMPLES, tokens_per_batch=30, pad_id=1, prompt_weight=0.5, seed=0)
+
+
+def trained_pair() -> tuple[FlexOlmo, FlexOlmo]:
+    anchor = FlexOlmo(ONE)
+    initialise(anchor, 3)
+    reserve_channels(anchor, 4)
+    pair = pair_from_anchor(anchor)
+    set_rows(pair, torch.ones(5), torch.ones(5), sharpness=2.0)
+    train_expert(pair, stream(), Schedule(peak=1e-2, steps=20, warmup=2), name="test", layers=(1, 2))
+    return anchor, pair
+
+
+def test_only_the_owners_ffn_in_the_chosen_layers_moves() -> None:
+    anchor, pair = trained_pair()
+    start, end = pair_from_anchor(anchor).state_dict(), pair.state_dict()
+    moved = {key for key in end if not bit_equal(start[key], end[key]) and "mlp.gate" not in key}
+    assert moved == {key for key in expert_keys(ONE, 1) if "layers.0." not in key}
+
+
+def test_training_twice_gives_the_same_bits() -> None:
+    one, two = trained_pair()[1].state_dict(), trained_pair()[1].state_dict()
+    assert all(bit_equal(one[key], two[key]) for key in one)
+
+
+def test_routing_channels_do_not_depend_on_what_experts_compute() -> None:
+    _, pair = trained_pair()
+    tokens = torch.arange(2, 12).view(1, 10)
+    taps: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    with torch.no_grad():
+        for both, seen in taps.items():
+            pair.hidden(tokens, torch.tensor([[True, both]]), taps=seen)
+    assert not torch.equal(taps[True][2], taps[False][2])
+    for layer in (1, 2):
+        assert torch.equal(taps[True][layer][..., :5], taps[False][layer][..., :5])
+        assert torch.equal(taps[True][layer][..., :5], taps[True][1][..., :5])
+    assert bool((taps[True][0][..., 0] == 1).all())
+
+
+def test_a_fitted_row_separates_what_is_separable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = torch.cat((torch.ones(50, 1), torch.randn(50, 3, generator=generator) + 3), dim=1)
+    other = torch.cat((torch.ones(90, 1), torch.randn(90, 3, generator=generator) - 3), dim=1)
+    row = fit_row(own, torch.ones(50), other, torch.ones(90), decay=1e-4)
+    assert bool((own @ row > 0).all())
+    assert bool((other @ row < 0).all())
+
+
+def test_collected_inputs_follow_the_loss_weights() -> None:
+    anchor = FlexOlmo(ONE)
+    batch = make_batch(EXAMPLES[:3], pad_id=1, prompt_weight=0.5)
+    samples = collect(anchor, [batch], channels=4)
+    assert samples.first_NC.shape == samples.later_NC.shape == (batch.token_count, 5)
+    assert samples.weights_N.sum() == batch.weights_BT.sum()
+
+
+def test_weights_cover_the_prompt_lightly_and_the_answer_fully() -> None:
+    batch = make_batch([Example((5, 6, 7, 8), 2), Example((5, 6), 0)], pad_id=1, prompt_weight=0.25)
+    assert batch.tokens_BT.tolist() == [[5, 6, 7, 8], [5, 6, 1, 1]]
+    assert batch.weights_BT.tolist() == [[0.25, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+
+
+def test_one_pass_of_batches_holds_every_example_once() -> None:
+    rows = [
+        row
+        for batch in batches(EXAMPLES, tokens_per_batch=25, pad_id=1, prompt_weight=1.0, seed=4)
+        for row in batch.tokens_BT
+    ]
+    assert sorted(tuple(t for t in row.tolist() if t != 1) for row in rows) == sorted(
+        example.ids for example in EXAMPLES
+    )
+
+
+def test_greedy_decoding_stops_at_the_end_token_per_prompt() -> None:
+    def counting(tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Every token is followed by the next number; 9 is followed by 0, the end."""
+        return torch.nn.functional.one_hot((tokens_BT + 1) % 10, 10).float()
+
+    answers = greedy(counting, [[5], [1, 2, 7], [1]], eos_id=0, max_new=5, batch=2)
+    assert answers == [[6, 7, 8, 9], [8, 9], [2, 3, 4, 5, 6]]
