@@ -1,0 +1,64 @@
+# flexgate: `make serve` and `make test` need nothing but Python 3.11 and this checkout.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+# The checkout's folders share names with other projects' packages: keep it off sys.path.
+export PYTHONSAFEPATH := 1
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help serve test test-slow lint bench demo-model defects lock clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+serve: $(VENV)/.runtime ## Serve the demo model on 127.0.0.1:$(PORT) with three demo tenants.
+	$(BIN)/flexgate serve --demo --port $(PORT)
+
+test: $(VENV)/.dev ## Run the test suite.
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev ## Run the slow tests, which CI runs too.
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/typed $(BIN)/mypy -p flexgate
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## Measure serving against vLLM; writes docs/results/.
+	$(BIN)/python -m flexgate.server.bench
+
+demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
+	$(BIN)/python -m flexgate.experts.demo
+
+defects: $(VENV)/.dev ## Apply every planted defect; fail if a test survives one.
+	$(BIN)/python tests/defects/run.py
+
+lock: ## Pin and hash what locks/*.in name (needs uv).
+	for part in cpu dev; do uv pip compile --no-deps --generate-hashes --universal \
+	  --python-version 3.11 --no-header --no-annotate -q locks/$$part.in -o locks/$$part.txt; done
+
+clean: ## Remove the environment and caches.
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Everything is installed from hashed locks without dependency resolution: vLLM's own
+# requirements pull CUDA builds of torchvision that break transformers on CPU.
+$(VENV)/.runtime: locks/cpu.txt locks/torch-cpu.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "flexgate needs Python 3.11 or 3.12; run: make PYTHON=python3.11 …")'
+	@echo "installing about 3.5 GB into $(VENV); this takes a minute or more"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r locks/cpu.txt -r locks/torch-cpu.txt
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	for place in "$$site" build/typed; do mkdir -p "$$place/flexgate"; \
+	  for package in policies kernels experts server; do \
+	    ln -sfn "$(CURDIR)/$$package" "$$place/flexgate/$$package"; done; done
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime locks/dev.txt
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r locks/dev.txt
+	touch $@
