@@ -112,5 +112,9 @@ class StoreDamaged(StoreError):
     """A stored document no longer parses, or the documents do not fit together."""
 
 
+class ObjectUnknown(StoreError):
+    """There is no such object, or it is not the caller's to see."""
+
+
 class ChangeRefused(StoreError):
     """The change names things that do not exist, or contradicts what is there."""

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import AfterValidator, Field, StringConstraints
+
 from flexgate.policies.errors import InvalidName
 from flexgate.policies.terms import (
     PUBLIC,
@@ -21,7 +23,6 @@ from flexgate.policies.terms import (
     TenantId,
     TenantIdField,
 )
-from pydantic import AfterValidator, Field, StringConstraints
 
 
 def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
@@ -101,3 +102,4 @@ class KeyRecord:
     created: float
     expires: float | None = None
     revoked: float | None = None
+    name: str = ""

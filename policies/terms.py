@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Final, Literal, NewType
 
-from flexgate.policies.errors import InvalidName
-from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,6 +20,9 @@ from pydantic import (
     StringConstraints,
     model_validator,
 )
+
+from flexgate.policies.errors import InvalidName
+from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
 
 ExpertId = NewType("ExpertId", str)
 SetId = NewType("SetId", str)

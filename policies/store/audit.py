@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from sqlalchemy import Connection, Engine, insert, select
+
 from flexgate.policies.audit import START, Entry, Event, Head, chain, verify
 from flexgate.policies.store.engine import reading, writing
 from flexgate.policies.store.schema import audit_log
-from sqlalchemy import Connection, Engine, insert, select
 
 
 def record(engine: Engine, events: Iterable[Event]) -> Head:

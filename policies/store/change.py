@@ -6,6 +6,8 @@ import secrets
 from dataclasses import asdict, replace
 from typing import Any
 
+from sqlalchemy import Connection, delete, func, insert, select, update
+
 from flexgate.policies.audit import Event
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import audit, checks, schema
@@ -20,7 +22,6 @@ from flexgate.policies.store.revisions import (
 )
 from flexgate.policies.tenants import KeyRecord, Role, Tenant
 from flexgate.policies.terms import OwnerId, TenantId
-from sqlalchemy import Connection, delete, func, insert, select, update
 
 
 class Change:
@@ -79,6 +80,10 @@ class Change:
         self._connection.execute(delete(table).where(table.c.id == id_))
         self._changes.append(ObjectChange(name, id_, to_json(before), None))
 
+    def keys(self) -> list[KeyRecord]:
+        """Every key's record as this transaction sees them."""
+        return [key_from_row(row) for row in self._connection.execute(select(schema.api_keys))]
+
     def has_key(self, secret: str) -> bool:
         """Whether this very key is stored, revoked or not."""
         query = select(schema.api_keys.c.id).where(schema.api_keys.c.sha256 == digest(secret))
@@ -90,6 +95,7 @@ class Change:
         *,
         tenant_id: str | None = None,
         owner_id: str | None = None,
+        name: str = "",
         expires: float | None = None,
     ) -> MintedKey:
         """A new random key. The secret is in the return value and nowhere else."""
@@ -100,6 +106,7 @@ class Change:
             role=role,
             tenant_id=tenant_id,
             owner_id=owner_id,
+            name=name,
             expires=expires,
         )
         return MintedKey(secret, record)
@@ -112,6 +119,7 @@ class Change:
         role: Role,
         tenant_id: str | None = None,
         owner_id: str | None = None,
+        name: str = "",
         expires: float | None = None,
     ) -> KeyRecord:
         """Store a key whose secret exists already (the demo's); others are minted."""
@@ -124,6 +132,7 @@ class Change:
             owner_id=None if owner_id is None else OwnerId(owner_id),
             created=self._revision.at,
             expires=expires,
+            name=name,
         )
         self._check_key(record)
         values = {**asdict(record), "id": record.key_id}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from sqlalchemy import Connection
+
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
 from flexgate.policies.store.revisions import agreement_versions
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement, Document
-from sqlalchemy import Connection
 
 
 def check_put(

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
+from sqlalchemy import select
+
 from flexgate.policies.store import schema
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.change import Change
@@ -15,7 +17,6 @@ from flexgate.policies.store.keys import digest
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, Role, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement
-from sqlalchemy import select
 
 _ACTOR: Final = "demo"
 _CONTEXT: Final = {"purposes": ["ai-input", "search"], "regions": ["DE", "US"]}

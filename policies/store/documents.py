@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final, TypeVar
 
+from pydantic import ValidationError
+from sqlalchemy import Connection, Table, select
+
 from flexgate.policies.errors import StoreDamaged
 from flexgate.policies.store import schema
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement, Document
-from pydantic import ValidationError
-from sqlalchemy import Connection, Table, select
 
 D = TypeVar("D", bound=Document)
 PolicyDocument = Tenant | Expert | ExpertSet | Agreement

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from flexgate.policies.errors import StoreUnavailable
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from flexgate.policies.errors import StoreUnavailable
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2

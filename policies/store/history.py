@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
+from sqlalchemy import Connection
+
 from flexgate.policies.errors import ChangeRefused, SnapshotInvalid, StoreDamaged
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.change import Change
@@ -20,7 +22,6 @@ from flexgate.policies.store.revisions import (
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement
-from sqlalchemy import Connection
 
 _BEFORE_USERS: Final = (Expert, ExpertSet, Tenant, Agreement)
 

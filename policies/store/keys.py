@@ -10,9 +10,10 @@ import hashlib
 import secrets
 from dataclasses import dataclass, field
 
+from sqlalchemy import Row
+
 from flexgate.policies.tenants import KeyRecord, Role
 from flexgate.policies.terms import OwnerId, TenantId
-from sqlalchemy import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +48,5 @@ def key_from_row(row: Row[tuple[object, ...]]) -> KeyRecord:
         created=values["created"],
         expires=values["expires"],
         revoked=values["revoked"],
+        name=values["name"],
     )

@@ -8,9 +8,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine
+
 from flexgate.policies.errors import StoreFromNewerVersion
 from flexgate.policies.store.engine import writing
-from sqlalchemy import Connection, Engine
 
 
 def migrate(engine: Engine) -> None:

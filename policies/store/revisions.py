@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import Connection, func, insert, select
+
 from flexgate.policies.store.documents import from_json
 from flexgate.policies.store.schema import policy_changes, policy_revisions
 from flexgate.policies.terms import Agreement
-from sqlalchemy import Connection, func, insert, select
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ api_keys: Final = Table(
     Column("created", Double, nullable=False),
     Column("expires", Double),
     Column("revoked", Double),
+    Column("name", String(200), nullable=False, server_default=""),
 )
 
 policy_revisions: Final = Table(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from sqlalchemy import Engine, select
+
 from flexgate.policies.audit import Entry, Event, Head
 from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
@@ -17,7 +19,6 @@ from flexgate.policies.store.migrate import migrate
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.terms import Agreement
-from sqlalchemy import Engine, select
 
 
 class Store:

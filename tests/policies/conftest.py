@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.snapshot import Snapshot

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
+
 from flexgate.policies.audit import (
     START,
     Entry,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flexgate.policies import cache as cache_module
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide

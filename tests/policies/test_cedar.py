@@ -11,6 +11,7 @@ import random
 
 import cedarpy
 import pytest
+
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.grants import grant
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flexgate.policies.errors import DecisionRefused
 
 CHANGE = "An agreement with its owner, wire, would change this."

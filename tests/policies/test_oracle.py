@@ -8,6 +8,7 @@ import random
 from collections import Counter
 
 import pytest
+
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest

@@ -8,10 +8,11 @@ import copy
 import random
 
 import pytest
-from flexgate.policies.decide import decide
-from flexgate.policies.errors import DecisionRefused, ExpertDenied
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from flexgate.policies.decide import decide
+from flexgate.policies.errors import DecisionRefused, ExpertDenied
 
 EVERYTHING = {"purposes": None, "regions": None, "starts": float("-inf"), "ends": float("inf")}
 

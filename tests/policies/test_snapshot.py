@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert, KeyRecord, Role

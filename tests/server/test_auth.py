@@ -6,6 +6,7 @@ import hashlib
 import hmac
 
 import pytest
+
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.server import auth

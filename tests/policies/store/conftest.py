@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+
 from flexgate.policies.store import Store
 from flexgate.policies.tenants import Expert
 

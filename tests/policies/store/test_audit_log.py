@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sqlalchemy as sa
+
 from flexgate.policies.audit import Event, verify
 from flexgate.policies.errors import AuditBroken, StoreUnavailable
 from flexgate.policies.store import schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import ChangeRefused

@@ -1,0 +1,176 @@
+"""Projects, service accounts, admin keys and agreements, as administrators and owners use them."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import ChangeRefused, ObjectUnknown
+from flexgate.policies.store import accounts, licences, projects
+from flexgate.policies.tenants import Role
+from flexgate.policies.terms import Agreement
+from flexgate.server.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
+
+ADMIN = {"actor": "admin", "at": 2.0}
+NEWS = Agreement(
+    id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit"
+)
+
+
+@pytest.fixture
+def project(store):
+    return projects.create_project(store, "Acme", **ADMIN)
+
+
+def _allowed(store, secret):
+    snapshot = store.snapshot()
+    tenant = require_tenant(authenticate(snapshot, f"Bearer {secret}", 5.0))
+    return decide(snapshot, tenant, DecisionRequest(decision_id="d"), 5.0).allowed
+
+
+def test_a_whole_tenant_life(store):
+    project = projects.create_project(store, "Acme", **ADMIN)
+    account, minted = accounts.create_service_account(store, project.id, "robot", **ADMIN)
+    assert _allowed(store, minted.secret) == ("public",)
+    licences.put_agreement(store, NEWS, **ADMIN)
+    assert _allowed(store, minted.secret) == ("public",)
+    permissions = {"mode": "allow_list", "expert_ids": ["news"]}
+    projects.update_project(store, project.id, permissions, **ADMIN)
+    assert _allowed(store, minted.secret) == ("public", "news")
+    licences.withdraw_agreement(store, "a1", owner_id="wire", actor="wire", at=3.0)
+    assert _allowed(store, minted.secret) == ("public",)
+    accounts.delete_service_account(store, project.id, account.id, actor="admin", at=4.0)
+    with pytest.raises(KeyRevoked):
+        _allowed(store, minted.secret)
+    projects.archive_project(store, project.id, **ADMIN)
+    assert projects.list_projects(store) == []
+    assert projects.get_project(store, project.id).archived
+
+
+def test_new_project_is_empty_allow_list(store, project):
+    assert projects.list_projects(store) == [project]
+    assert (project.mode, project.expert_ids) == ("allow_list", frozenset())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "everything"},
+        {"expert_ids": ["nonsense"]},
+        {"expert_ids": ["public"]},
+        {"admin": True},
+        {"id": "other"},
+        {"archived": True},
+        {"name": ""},
+    ],
+)
+def test_project_field_that_cannot_be_is_refused(store, project, fields):
+    with pytest.raises(ChangeRefused):
+        projects.update_project(store, project.id, fields, **ADMIN)
+    assert projects.get_project(store, project.id) == project
+
+
+def test_archived_project_cannot_be_used_or_changed(store, project):
+    minted = accounts.create_service_account(store, project.id, "robot", **ADMIN)[1]
+    for _ in range(2):
+        projects.archive_project(store, project.id, **ADMIN)
+    with pytest.raises(KeyWrong):
+        _allowed(store, minted.secret)
+    assert store.keys()[0].revoked == 2.0
+    with pytest.raises(ChangeRefused):
+        projects.update_project(store, project.id, {"name": "Back"}, **ADMIN)
+    with pytest.raises(ChangeRefused):
+        accounts.create_service_account(store, project.id, "again", **ADMIN)
+
+
+def test_unknown_project(store):
+    for call in (
+        lambda: projects.get_project(store, "x"),
+        lambda: projects.update_project(store, "x", {}, **ADMIN),
+        lambda: projects.archive_project(store, "x", **ADMIN),
+        lambda: accounts.create_service_account(store, "x", "robot", **ADMIN),
+        lambda: accounts.list_service_accounts(store, "x"),
+    ):
+        with pytest.raises(ObjectUnknown, match=r"^there is no project 'x'$"):
+            call()
+
+
+def test_two_keys_live_side_by_side_for_rotation(store, project):
+    old_account, old = accounts.create_service_account(store, project.id, "old", **ADMIN)
+    new = accounts.create_service_account(store, project.id, "new", expires=99.0, **ADMIN)[1]
+    assert _allowed(store, old.secret) == _allowed(store, new.secret)
+    names = [account.name for account in accounts.list_service_accounts(store, project.id)]
+    assert sorted(names) == ["new", "old"]
+    accounts.delete_service_account(store, project.id, old_account.id, **ADMIN)
+    (left,) = accounts.list_service_accounts(store, project.id)
+    assert left.name == "new"
+    assert _allowed(store, new.secret) == ("public",)
+
+
+def test_another_projects_keys_are_as_unknown_as_none(store, project):
+    other = projects.create_project(store, "Other", **ADMIN)
+    account, minted = accounts.create_service_account(store, other.id, "robot", **ADMIN)
+    messages = []
+    for key_id in (minted.record.key_id, "key_nonsense"):
+        with pytest.raises(ObjectUnknown) as caught:
+            accounts.revoke_project_key(store, project.id, key_id, **ADMIN)
+        messages.append(str(caught.value).replace(key_id, "ID"))
+    for account_id in (account.id, "svc_acct_nonsense"):
+        with pytest.raises(ObjectUnknown) as caught:
+            accounts.delete_service_account(store, project.id, account_id, **ADMIN)
+        messages.append(str(caught.value).replace(account_id, "ID"))
+    assert len(set(messages)) == 2
+    assert _allowed(store, minted.secret) == ("public",)
+
+
+def test_admin_keys_of_every_role_cannot_infer(store):
+    for role, owner in ((Role.ADMIN, None), (Role.AUDITOR, None), (Role.OWNER, "wire")):
+        minted = accounts.create_admin_key(store, "boss", role=role, owner_id=owner, **ADMIN)
+        with pytest.raises(WrongRole):
+            _allowed(store, minted.secret)
+    assert [key.name for key in accounts.list_admin_keys(store)] == ["boss"] * 3
+    with pytest.raises(ChangeRefused):
+        accounts.create_admin_key(store, "sneaky", role=Role.TENANT, **ADMIN)
+
+
+def test_last_lasting_admin_key_is_kept(store, project):
+    first = accounts.create_admin_key(store, "first", **ADMIN).record
+    accounts.create_admin_key(store, "short", expires=9.0, **ADMIN)
+    tenant_key = accounts.create_service_account(store, project.id, "robot", **ADMIN)[1].record
+    with pytest.raises(ChangeRefused):
+        accounts.revoke_admin_key(store, first.key_id, **ADMIN)
+    accounts.create_admin_key(store, "second", **ADMIN)
+    assert accounts.revoke_admin_key(store, first.key_id, **ADMIN).revoked == 2.0
+    for key_id in (tenant_key.key_id, "key_nonsense"):
+        with pytest.raises(ObjectUnknown):
+            accounts.revoke_admin_key(store, key_id, **ADMIN)
+
+
+def test_owner_sees_and_changes_its_own_agreements_only(store):
+    licences.put_agreement(store, NEWS, owner_id="wire", actor="wire", at=2.0)
+    code = NEWS.model_copy(update={"id": "a2", "owner": "forge", "experts": frozenset({"code"})})
+    licences.put_agreement(store, code, owner_id="forge", actor="forge", at=2.0)
+    assert licences.list_agreements(store, owner_id="wire") == [NEWS]
+    assert licences.list_agreements(store) == [NEWS, code]
+    for agreement_id in ("a2", "a9"):
+        pattern = rf"^there is no agreement '{agreement_id}'$"
+        with pytest.raises(ObjectUnknown, match=pattern):
+            licences.get_agreement(store, agreement_id, owner_id="wire")
+        with pytest.raises(ObjectUnknown, match=pattern):
+            licences.withdraw_agreement(store, agreement_id, owner_id="wire", **ADMIN)
+    with pytest.raises(ChangeRefused):
+        licences.put_agreement(store, code, owner_id="wire", **ADMIN)
+    stolen = NEWS.model_copy(update={"id": "a2", "version": 9})
+    with pytest.raises(ChangeRefused):
+        licences.put_agreement(store, stolen, owner_id="wire", **ADMIN)
+    assert licences.get_agreement(store, "a2") == code
+
+
+def test_changed_terms_need_a_higher_version(store):
+    first = licences.put_agreement(store, NEWS, **ADMIN)
+    ban = NEWS.model_copy(update={"effect": "prohibit"})
+    with pytest.raises(ChangeRefused):
+        licences.put_agreement(store, ban, **ADMIN)
+    version_2 = ban.model_copy(update={"version": 2})
+    assert licences.put_agreement(store, version_2, **ADMIN) == first + 1
