@@ -37,6 +37,11 @@ class Change:
         """The version that holds once this change is committed."""
         return self._revision.version if self._changes else self._revision.version - 1
 
+    @property
+    def changes(self) -> list[ObjectChange]:
+        """What was changed so far, in order."""
+        return list(self._changes)
+
     def get(self, kind: type[D], id_: str) -> D | None:
         """The document as this transaction sees it."""
         return read_one(self._connection, kind, id_)

@@ -1,0 +1,134 @@
+"""The policy as one file: export it, see what applying one would change, apply it.
+
+A file names tenants, sets, agreements and the visibility of experts. Experts themselves come from
+the checkpoint, and keys are never in a file. What a file does not name is left alone, unless it is
+applied with `prune`: then agreements and sets are removed, and tenants archived.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ValidationError
+
+from flexgate.policies.errors import ChangeRefused, InvalidName
+from flexgate.policies.store.change import Change
+from flexgate.policies.store.documents import read_all, to_json
+from flexgate.policies.store.engine import reading
+from flexgate.policies.store.revisions import ObjectChange
+from flexgate.policies.store.store import Store
+from flexgate.policies.tenants import Expert, ExpertSet, Tenant
+from flexgate.policies.terms import Agreement, Document, ExpertIdField
+
+
+def _once_each(documents: tuple[Any, ...]) -> tuple[Any, ...]:
+    seen: set[str] = set()
+    for document in documents:
+        if document.id in seen:
+            raise InvalidName(f"{document.id!r} is there twice")
+        seen.add(document.id)
+    return documents
+
+
+class PolicyFile(Document):
+    """The file's content. Its JSON schema is `PolicyFile.model_json_schema()`."""
+
+    format: Literal["flexgate-policy/v1"]
+    hidden_experts: frozenset[ExpertIdField] | None = None
+    expert_sets: Annotated[tuple[ExpertSet, ...], AfterValidator(_once_each)] = ()
+    tenants: Annotated[tuple[Tenant, ...], AfterValidator(_once_each)] = ()
+    agreements: Annotated[tuple[Agreement, ...], AfterValidator(_once_each)] = ()
+
+
+class _DryRun(Exception):
+    """Ends a transaction whose changes are only to be looked at."""
+
+
+def parse_file(content: object) -> PolicyFile:
+    """Parsed YAML or JSON as a policy file; raises `ChangeRefused` that names the first mistake."""
+    try:
+        return PolicyFile.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ChangeRefused(f"{where}: {first['msg']}") from None
+
+
+def export(store: Store) -> dict[str, Any]:
+    """The stored policy as a file's content, in the same order every time, without defaults."""
+    with reading(store.engine) as connection:
+        experts = read_all(connection, Expert)
+        return {
+            "format": "flexgate-policy/v1",
+            "hidden_experts": sorted(e.id for e in experts if e.visibility == "hidden"),
+            "expert_sets": _sparse(read_all(connection, ExpertSet)),
+            "tenants": _sparse(read_all(connection, Tenant)),
+            "agreements": _sparse(read_all(connection, Agreement)),
+        }
+
+
+def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> list[ObjectChange]:
+    """What `apply` would change: everything is checked, and nothing kept."""
+    changes: list[ObjectChange] = []
+    try:
+        with store.change(actor="plan", at=0.0) as change:
+            _put_all(change, file, prune=prune)
+            changes = change.changes
+            raise _DryRun
+    except _DryRun:
+        return changes
+
+
+def apply(
+    store: Store, file: PolicyFile, *, actor: str, at: float, prune: bool = False
+) -> list[ObjectChange]:
+    """Make the store say what the file says, in one revision; returns what changed."""
+    with store.change(actor=actor, note="apply file", at=at) as change:
+        _put_all(change, file, prune=prune)
+    return change.changes
+
+
+def _put_all(change: Change, file: PolicyFile, *, prune: bool) -> None:
+    if file.hidden_experts is not None:
+        _set_visibility(change, file.hidden_experts)
+    for expert_set in file.expert_sets:
+        change.put(expert_set)
+    for tenant in file.tenants:
+        change.put(tenant)
+    for agreement in file.agreements:
+        change.put(agreement)
+    if prune:
+        _prune(change, file)
+
+
+def _set_visibility(change: Change, hidden: frozenset[ExpertIdField]) -> None:
+    experts = change.all(Expert)
+    unknown = hidden - {expert.id for expert in experts}
+    if unknown:
+        raise ChangeRefused(f"there is no expert {min(unknown)!r}")
+    for expert in experts:
+        visibility = "hidden" if expert.id in hidden else "listed"
+        change.put(expert.model_copy(update={"visibility": visibility}))
+
+
+def _prune(change: Change, file: PolicyFile) -> None:
+    agreements = {agreement.id for agreement in file.agreements}
+    for agreement in change.all(Agreement):
+        if agreement.id not in agreements:
+            change.remove(Agreement, agreement.id)
+    tenants = {tenant.id for tenant in file.tenants}
+    for tenant in change.all(Tenant):
+        if tenant.id not in tenants:
+            change.put(Tenant(id=tenant.id, name=tenant.name, archived=True))
+    sets = {expert_set.id for expert_set in file.expert_sets}
+    for expert_set in change.all(ExpertSet):
+        if expert_set.id not in sets:
+            change.remove(ExpertSet, expert_set.id)
+
+
+def _sparse(documents: list[Any]) -> list[dict[str, Any]]:
+    rows = []
+    for document in sorted(documents, key=lambda d: str(d.id)):
+        set_fields = document.model_dump(mode="json", exclude_defaults=True)
+        rows.append({name: v for name, v in to_json(document).items() if name in set_fields})
+    return rows
