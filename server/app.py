@@ -78,6 +78,4 @@ async def _http_error(request: Request, error: Any) -> Response:
     status = error.status_code
     message, code = messages.get(status, ("The request cannot be served.", "http_error"))
     headers = dict(error.headers or {})
-    return await _api_error(
-        request, ApiError(message, status=status, code=code, headers=headers)
-    )
+    return await _api_error(request, ApiError(message, status=status, code=code, headers=headers))

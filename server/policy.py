@@ -1,9 +1,9 @@
 """The policy that this process decides from: one immutable snapshot, confirmed again and again.
 
-The store is asked for its version every poll; a new version is read as a whole and swapped in. A
-snapshot that was not confirmed within its lease is not used: the request asks the store itself,
-and when that fails, nothing is decided. What the engine really serves overrides the catalogue's
-`live`, so that a decision never allows an expert without a slot.
+The store is asked at every poll; a new version is read as a whole and swapped in. A snapshot that
+was not confirmed within its lease is not used: the request asks the store itself, and when that
+fails, nothing is decided. What the engine really serves overrides the catalogue's `live`, so that
+a decision never allows an expert without a slot.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ WAIT_FOR_VERSION_S: Final = 1.0
 logger = logging.getLogger(__name__)
 
 
-class Versions(Protocol):
-    """What is asked of a policy store."""
+class Confirms(Protocol):
+    """What is asked of a policy store: `known` again, or a newer snapshot, never an older one."""
 
-    def version(self) -> int: ...
-    def snapshot(self) -> Snapshot: ...
+    def confirm(self, known: Snapshot | None) -> Snapshot: ...
 
 
 def with_live(snapshot: Snapshot, live: frozenset[str]) -> Snapshot:
@@ -47,7 +46,7 @@ class PolicySource:
 
     def __init__(
         self,
-        store: Versions,
+        store: Confirms,
         live: Callable[[], Iterable[str]],
         *,
         lease_s: float,
@@ -65,10 +64,9 @@ class PolicySource:
         self._confirmed = -float("inf")
 
     def confirm(self) -> Snapshot:
-        """Ask the store for its version, and read it when it is new. Blocks on the store."""
+        """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
         asked = self._clock()
-        if self._stored is None or self._store.version() != self._stored.policy_version:
-            self._stored = self._store.snapshot()
+        self._stored = self._store.confirm(self._stored)
         self._confirmed = asked
         return self._serve(self._stored)
 

@@ -64,9 +64,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             await engine.__aexit__(None, None, None)
 
 
-def _services(
-    settings: Settings, model: Path, client: GatedEngineClient, store: Store
-) -> Services:
+def _services(settings: Settings, model: Path, client: GatedEngineClient, store: Store) -> Services:
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
         store,

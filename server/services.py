@@ -25,7 +25,7 @@ class Services:
     policy: PolicySource
     model_names: tuple[str, ...]
     started: float
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     decisions: DecisionCache = field(default_factory=DecisionCache)

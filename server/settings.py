@@ -34,9 +34,9 @@ class Settings(BaseSettings):
         bool,
         Field(description="Allow an address other than loopback. There is no TLS here."),
     ] = False
-    state_dir: Annotated[
-        Path | None, Field(description="Where the policy database is kept.")
-    ] = None
+    state_dir: Annotated[Path | None, Field(description="Where the policy database is kept.")] = (
+        None
+    )
     database_url: Annotated[
         str | None, Field(description="Policy database, as an SQLAlchemy URL.")
     ] = None
@@ -66,9 +66,7 @@ class Settings(BaseSettings):
     enforce_eager: Annotated[
         bool, Field(description="Do not compile: starts sooner, decodes slower.")
     ] = False
-    max_body_bytes: Annotated[
-        int, Field(ge=1024, description="Largest request body.")
-    ] = 1 << 20
+    max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8
     max_prompts: Annotated[int, Field(ge=1, description="Most prompts of one request.")] = 16
     max_logprobs: Annotated[int, Field(ge=0, le=20, description="Most log-probabilities.")] = 20

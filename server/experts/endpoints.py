@@ -12,13 +12,13 @@ from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.grants import grant
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.tenants import Role
 from flexgate.policies.terms import TenantId
 from flexgate.server.auth import AuthError, Principal, require_role
 from flexgate.server.context import identify
 from flexgate.server.errors import NotFound
 from flexgate.server.refusals import UNKNOWN_EXPERT, from_auth, from_policy, reason_json
 from flexgate.server.services import Services
-from flexgate.policies.tenants import Role
 
 
 class Experts:

@@ -15,10 +15,11 @@ from flexgate.server.openai.values import invalid
 Place = tuple[str | int, ...]
 
 _MESSAGE_KEYS: Final = frozenset(
-    "role content name refusal tool_calls tool_call_id annotations audio function_call".split()
+    ["role", "content", "name", "refusal", "tool_calls", "tool_call_id", "annotations"]
+    + ["audio", "function_call"]
 )
-_CHAT_ROLES: Final = frozenset("system developer user assistant tool".split())
-_ITEM_ROLES: Final = frozenset("system developer user assistant".split())
+_CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "tool"])
+_ITEM_ROLES: Final = frozenset(["system", "developer", "user", "assistant"])
 _TEXT_PARTS: Final[Mapping[str, str]] = {"text": "text", "refusal": "refusal"}
 _ITEM_PARTS: Final[Mapping[str, str]] = {
     "input_text": "text",
@@ -27,8 +28,8 @@ _ITEM_PARTS: Final[Mapping[str, str]] = {
     "refusal": "refusal",
 }
 _CALL_ITEMS: Final[Mapping[str, frozenset[str]]] = {
-    "function_call": frozenset("type id call_id name arguments status".split()),
-    "function_call_output": frozenset("type id call_id output status".split()),
+    "function_call": frozenset(["type", "id", "call_id", "name", "arguments", "status"]),
+    "function_call_output": frozenset(["type", "id", "call_id", "output", "status"]),
 }
 
 
@@ -106,7 +107,7 @@ def _check_item(item: Any, place: Place) -> None:
         _unsupported("only messages and function calls are served", (*place, "type"))
     if item.get("role") not in _ITEM_ROLES:
         _bad(f"must be one of {', '.join(sorted(_ITEM_ROLES))}", (*place, "role"))
-    _check_keys(item, frozenset("type role content id status".split()), place)
+    _check_keys(item, frozenset(["type", "role", "content", "id", "status"]), place)
     _check_content(item.get("content"), _ITEM_PARTS, (*place, "content"))
 
 

@@ -7,6 +7,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
@@ -60,8 +61,11 @@ class Run:
         return report.headers(self.admitted.decision, self.weights_epoch)
 
     def error(self, error: ApiError) -> ApiError:
-        """`error`, unless the gate is the real cause."""
-        return vllm_errors.ended_early(self.call) or error
+        """`error`, unless its gate or its constraint is the real cause."""
+        if error.status < HTTPStatus.INTERNAL_SERVER_ERROR or self.services.client.errored:
+            return error
+        refused = vllm_errors.ended_early(self.call)
+        return refused or vllm_errors.not_generated(self.admitted.body) or error
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,7 @@ def check_chat_template(services: Services) -> None:
         raise ApiError(
             "The served checkpoint has no chat template. "
             "Start the server with --chat-template, or use /v1/completions.",
-            status=400,
+            status=HTTPStatus.BAD_REQUEST,
             code="no_chat_template",
         )
 
@@ -225,7 +229,6 @@ async def _gone(request: Request) -> None:
 
 def _translate(error: Exception, body: dict[str, Any]) -> ApiError:
     translated = vllm_errors.from_exception(error, body)
-    if translated.status >= 500:
+    if translated.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         logger.error("a handler failed", exc_info=error)
     return translated
-

@@ -13,17 +13,23 @@ from flexgate.server.openai.values import boolean, integer, invalid, sized, text
 
 MAX_CACHE_SALT: Final = 128
 _LISTS: Final = {
+    "stop": 4,
     "stop_token_ids": 256,
     "bad_words": 256,
     "logit_bias": 1024,
     "allowed_token_ids": 4096,
 }
-_FLAGS: Final = (
-    "stream echo ignore_eos skip_special_tokens spaces_between_special_tokens "
-    "include_stop_str_in_output add_special_tokens add_generation_prompt continue_final_message "
-    "return_tokens_as_token_ids return_token_ids return_prompt_text parallel_tool_calls "
-    "return_token_strs"
-).split()
+_FLAGS: Final = tuple(
+    name
+    for line in (
+        "stream echo ignore_eos skip_special_tokens spaces_between_special_tokens",
+        "include_stop_str_in_output add_special_tokens add_generation_prompt",
+        "continue_final_message return_tokens_as_token_ids return_token_ids",
+        "return_prompt_text parallel_tool_calls return_token_strs",
+    )
+    for name in line.split()
+)
+
 
 Body = dict[str, Any]
 

@@ -18,7 +18,6 @@ from flexgate.server.openai.tools import check_tool_choice
 
 KIND = Kind("responses", fields.RESPONSES, limits.check_responses)
 TERMINAL: Final = "response.completed"
-INCOMPLETE: Final = "response.incomplete"
 _HIDDEN: Final = (*PEER_FIELDS, "input_messages", "output_messages")
 
 logger = logging.getLogger(__name__)
@@ -46,8 +45,6 @@ async def _stream(run: Run, result: AsyncIterator[BaseModel]) -> AsyncIterator[s
             if "response" in payload:
                 _without_hidden(payload["response"])
             if payload["type"] == TERMINAL:
-                if payload["response"]["status"] == "incomplete":
-                    payload["type"] = INCOMPLETE
                 payload["response"]["flexgate"] = run.answer_object()
             yield sse.encode_named(payload)
     except Exception as error:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import VLLMValidationError
 
 from flexgate.server.engine.client import GatedCall
 from flexgate.server.engine.scheduler import GATE_EXPIRED
 from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
+
+_CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
+_PLACES: Final[Mapping[str, str | None]] = {"input_tokens": None, "max_model_len": None}
 
 
 def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
     """What a handler or vLLM's request type raised; `body` is what they were given."""
     if isinstance(error, ValidationError):
         return _from_validation(error, body)
+    if isinstance(error, VLLMValidationError):
+        param = _PLACES.get(error.parameter or "", error.parameter) or constraint_of(body)
+        return Invalid(str(error.args[0]), param=param, code="invalid_value")
     return from_info(create_error_response(error).error)
 
 
@@ -37,6 +44,23 @@ def from_info(info: ErrorInfo) -> ApiError:
     return ApiError(info.message, status=info.code, code=code, param=info.param)
 
 
+def constraint_of(body: Mapping[str, Any]) -> str | None:
+    """The field that constrains the answer, if one does."""
+    return next((name for name in _CONSTRAINTS if body.get(name) is not None), None)
+
+
+def not_generated(body: Mapping[str, Any]) -> ApiError | None:
+    """Why a living engine gave no answer, if the request's constraint is the likely cause."""
+    param = constraint_of(body)
+    if param is None:
+        return None
+    return Invalid(
+        f"No answer could be generated under the constraint in '{param}'.",
+        param=param,
+        code="constraint_failed",
+    )
+
+
 def ended_early(call: GatedCall) -> ApiError | None:
     """Why the engine ended a call's request, if the gate was the cause."""
     if call.failed != GATE_EXPIRED:
@@ -53,7 +77,8 @@ def _from_validation(error: ValidationError, body: dict[str, Any]) -> ApiError:
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     param = path_of(_known_place(first["loc"], body))
     message = first["msg"].removeprefix("Value error, ")
-    return Invalid(f"'{param}': {message}." if param else message, param=param, code="invalid_value")
+    told = f"'{param}': {message}." if param else message
+    return Invalid(told, param=param, code="invalid_value")
 
 
 def _known_place(place: Sequence[str | int], body: Any) -> list[str | int]:

@@ -1,0 +1,181 @@
+"""Nothing that a client can write changes a gate, another tenant's state or a request's id.
+
+Whatever is refused is refused before a handler; whatever is served is served under the gate that
+the policy gives a request that says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexgate.server.openai import fields
+
+BASE: dict[str, tuple[fields.Table, dict[str, Any]]] = {
+    "/v1/chat/completions": (fields.CHAT, {"messages": [{"role": "user", "content": "x"}]}),
+    "/v1/completions": (fields.COMPLETION, {"prompt": "x"}),
+    "/v1/responses": (fields.RESPONSES, {"input": "x"}),
+}
+SEALED = "WyJyIl0.bWFj"
+WISHES: list[Any] = [
+    {"flexgate": SEALED},
+    {"flexgate": {"experts": {"only": ["math", "secret"]}}},
+    {"extra_args": {"flexgate": SEALED}},
+    {"cache_salt": "other-tenant"},
+    {"tenant": "other", "allowed": ["math", "secret"]},
+    ["math", "secret"],
+    "math",
+    "sk-admin",
+    SEALED,
+    True,
+    1,
+    -1,
+    {},
+    [],
+]
+HEADERS = [
+    "x-flexgate-experts",
+    "x-flexgate-tenant",
+    "x-flexgate-gate",
+    "x-request-id",
+    "x-session-id",
+    "x-vllm-priority",
+    "x-data-parallel-rank",
+    "x-forwarded-for",
+    "x-original-url",
+    "x-http-method-override",
+    "openai-organization",
+    "openai-project",
+    "cookie",
+    "x-api-key",
+    "api-key",
+    "endpoint-load-metrics-format",
+    "traceparent",
+]
+ALLOWED = ["public", "news"]
+TOP_LEVEL = [
+    "extra_args",
+    "sampling_params",
+    "gate",
+    "experts",
+    "only",
+    "tenant",
+    "leases",
+    "slots",
+]
+TOP_LEVEL += ["__class__", "constructor", "extra_body", "lora_request", "data_parallel_rank"]
+
+
+def corpus() -> Iterator[tuple[str, str, Any]]:
+    for path, (table, _) in BASE.items():
+        for name in [*table, *fields.STRUCTURED_OUTPUTS, *TOP_LEVEL]:
+            for wish in WISHES:
+                yield path, name, wish
+
+
+def unchanged(handler: Any) -> None:
+    """Every call that reached a handler has the tenant's own gate, narrowed at most."""
+    for request, call in zip(handler.seen, handler.calls, strict=True):
+        experts = [lease.expert for lease in call.grant.experts]
+        assert set(experts) <= set(ALLOWED) and experts
+        assert call.grant.tenant == "t"
+        for name in ("vllm_xargs", "kv_transfer_params", "ec_transfer_params", "cache_salt"):
+            assert getattr(request, name, None) is None
+        assert not request.priority and not request.session_id
+        assert not request.model_extra
+        assert len(request.request_id.removeprefix("resp_")) == 32
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("path", BASE)
+async def test_no_field_changes_a_gate(client: httpx.AsyncClient, handler: Any, path: str) -> None:
+    handler.result = ValueError("reached")
+    table, base = BASE[path]
+    statuses: set[int] = set()
+    for _, name, wish in (case for case in corpus() if case[0] == path):
+        if name in base:
+            continue
+        response = await client.post(path, json={**base, name: wish})
+        statuses.add(response.status_code)
+        if name not in table:
+            assert response.status_code == 400 and response.json()["error"]["param"] == name
+    assert statuses <= {400, 403, 404}
+    assert handler.seen, "the corpus reached no handler: it proves nothing"
+    unchanged(handler)
+
+
+@pytest.mark.asyncio
+async def test_no_header_changes_a_gate_or_an_id(client: httpx.AsyncClient, handler: Any) -> None:
+    handler.result = ValueError("reached")
+    for name in HEADERS:
+        for value in ("math,secret", "sk-admin", SEALED, "1", "../../x", "mine"):
+            for path, (_, base) in BASE.items():
+                await client.post(path, json=base, headers={name: value})
+    assert len(handler.seen) == len(HEADERS) * 6 * len(BASE)
+    unchanged(handler)
+    assert all([e.expert for e in call.grant.experts] == ALLOWED for call in handler.calls)
+    assert len({request.request_id for request in handler.seen}) == len(handler.seen)
+
+
+@pytest.mark.asyncio
+async def test_no_query_and_no_second_authorization_changes_a_gate(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    handler.result = ValueError("reached")
+    for query in ("experts=math", "api_key=sk-admin", "flexgate=%7B%7D", "model=x&tenant=other"):
+        await client.post(f"/v1/completions?{query}", json={"prompt": "x"})
+    assert len(handler.seen) == 4
+    unchanged(handler)
+
+
+@pytest.mark.asyncio
+async def test_the_last_of_two_equal_keys_is_the_one_that_is_checked(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    handler.result = ValueError("reached")
+    inner = '{"experts": {"only": ["math"]}}'
+    for first, second in ((inner, "null"), ("null", inner)):
+        body = f'{{"prompt": "x", "flexgate": {first}, "flexgate": {second}}}'
+        headers = {"content-type": "application/json"}
+        await client.post("/v1/completions", content=body, headers=headers)
+    unchanged(handler)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+NAMES = sorted({name for table, _ in BASE.values() for name in table} | set(TOP_LEVEL))
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(path=st.sampled_from(sorted(BASE)), extra=st.dictionaries(st.sampled_from(NAMES), JSON))
+@pytest.mark.asyncio
+async def test_no_body_does_more_than_be_refused(
+    make_client: Callable[..., httpx.AsyncClient], handler: Any, path: str, extra: dict[str, Any]
+) -> None:
+    handler.result = ValueError("reached")
+    handler.seen.clear()
+    handler.calls.clear()
+    try:
+        body = json.dumps({**BASE[path][1], **extra}).encode()
+    except (ValueError, OverflowError):
+        return
+    async with make_client() as http:
+        response = await http.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 403, 404, 503), response.text
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+    unchanged(handler)

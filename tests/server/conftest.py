@@ -1,0 +1,197 @@
+"""A small policy world, an application without an engine, and one real server per session."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
+from flexgate.policies.terms import Agreement, OwnerId, TenantId
+
+HERE = Path(__file__).parent
+EXPERTS = {"public": "commons", "news": "gazette", "math": "academy", "secret": "vault"}
+
+
+def load(name: str) -> ModuleType:
+    """A helper module next to this file, once per session."""
+    full = f"flexgate_tests_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[full]
+
+
+def key(secret: str, role: Role = Role.TENANT, **values: Any) -> KeyRecord:
+    """A key record as the store keeps it."""
+    digest = hashlib.sha256(secret.encode()).digest()
+    fields = {"key_id": f"key_{secret}", "prefix": secret, "created": 0.0} | values
+    return KeyRecord(sha256=digest, role=role, **fields)
+
+
+def build_snapshot(version: int = 7) -> Snapshot:
+    """Tenant `t` may use news; math is listed and not allowed; secret is hidden."""
+    return Snapshot.build(
+        policy_version=version,
+        experts=[
+            Expert(id=id_, owner=owner, visibility="hidden" if id_ == "secret" else "listed")
+            for id_, owner in EXPERTS.items()
+        ],
+        tenants=[Tenant(id="t", name="t", expert_ids=frozenset({"news", "secret"}))],
+        agreements=[
+            Agreement.model_validate(
+                {
+                    "id": f"a-{id_}",
+                    "owner": owner,
+                    "experts": [id_],
+                    "assignee": "everyone",
+                    "effect": "permit",
+                }
+            )
+            for id_, owner in EXPERTS.items()
+            if id_ != "public"
+        ],
+        keys=[
+            key("sk-t", tenant_id=TenantId("t")),
+            key("sk-revoked", tenant_id=TenantId("t"), revoked=1.0),
+            key("sk-expired", tenant_id=TenantId("t"), expires=1.0),
+            key("sk-admin", Role.ADMIN),
+            key("sk-auditor", Role.AUDITOR),
+            key("sk-owner", Role.OWNER, owner_id=OwnerId("gazette")),
+        ],
+    )
+
+
+@pytest.fixture
+def snapshot() -> Snapshot:
+    return build_snapshot()
+
+
+class FakeStore:
+    """A store whose answers a test sets; an exception is raised instead."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.answer: Snapshot | Exception = snapshot
+        self.asked = 0
+
+    def confirm(self, known: Snapshot | None) -> Snapshot:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def store(snapshot: Snapshot) -> FakeStore:
+    return FakeStore(snapshot)
+
+
+class Handler:
+    """Stands for vLLM's handlers: keeps what arrives, answers what a test sets."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.calls: list[Any] = []
+        self.result: Any = None
+
+    async def __call__(self, request: Any, raw_request: Any = None) -> Any:
+        from flexgate.server.engine.client import CURRENT_CALL
+
+        assert raw_request is None
+        self.seen.append(request)
+        self.calls.append(CURRENT_CALL.get())
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result() if callable(self.result) else self.result
+
+
+@pytest.fixture
+def handler() -> Handler:
+    return Handler()
+
+
+@pytest.fixture
+def services(store: FakeStore, handler: Handler) -> Any:
+    """The application's parts around a client without an engine."""
+    from flexgate.server.engine.client import ExpertInfo, ExpertLease
+    from flexgate.server.policy import PolicySource
+    from flexgate.server.services import Services
+
+    infos = tuple(
+        ExpertInfo(id_, owner, "", slot, 1, True)
+        for slot, (id_, owner) in enumerate(EXPERTS.items())
+    )
+    client = SimpleNamespace(
+        weights_epoch=3,
+        errored=False,
+        ready=lambda: True,
+        experts=lambda: infos,
+        lease=lambda id_: next((ExpertLease(i.id, i.slot, 1) for i in infos if i.id == id_), None),
+    )
+    one = SimpleNamespace
+    handlers = SimpleNamespace(
+        chat=one(create_chat_completion=handler),
+        completion=one(create_completion=handler),
+        responses=one(create_responses=handler),
+        tokenization=one(create_tokenize=handler, create_detokenize=handler),
+        has_chat_template=True,
+        has_tool_parser=False,
+    )
+    policy = PolicySource(store, lambda: EXPERTS, lease_s=2.0, poll_s=0.01)
+    policy.confirm()
+    return Services(
+        client=client,  # type: ignore[arg-type]
+        handlers=handlers,  # type: ignore[arg-type]
+        policy=policy,
+        model_names=("tiny", "alias"),
+        started=time.time(),
+    )
+
+
+@pytest.fixture
+def make_client(services: Any) -> Callable[..., httpx.AsyncClient]:
+    """An HTTP client of the application; `hosts` and the key can be chosen."""
+    from flexgate.server.app import build_app
+
+    def make(key: str | None = "sk-t", hosts: Any = None) -> httpx.AsyncClient:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        transport = httpx.ASGITransport(
+            build_app(services, hosts=hosts), raise_app_exceptions=False
+        )
+        return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
+
+    return make
+
+
+@pytest_asyncio.fixture
+async def client(make_client: Callable[..., httpx.AsyncClient]) -> AsyncIterator[httpx.AsyncClient]:
+    async with make_client() as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model directory that can be served."""
+    path: Path = load("text_checkpoint").write_checkpoint(tmp_path_factory.mktemp("model"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The one real server of the session."""
+    live = load("live_server")
+    running = live.start(text_checkpoint, tmp_path_factory.mktemp("server"))
+    yield running
+    live.stop(running)

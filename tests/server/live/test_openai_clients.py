@@ -1,0 +1,222 @@
+"""Clients that know nothing of flexgate: the openai package, LangChain, curl."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.engine
+
+HELLO: Any = [{"role": "user", "content": "the quick brown fox"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes", "no"]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "decide", "parameters": SCHEMA}}
+ENOUGH = 400
+
+
+@pytest.fixture(scope="module")
+def ai(server: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key("all")) as client:
+        yield client
+
+
+def gate_of(answer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = answer.model_extra["flexgate"]
+    return found
+
+
+def test_chat(ai: openai.OpenAI) -> None:
+    answer = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None and answer.usage.completion_tokens == 4
+    attribution = gate_of(answer)["attribution"]
+    assert sum(e["share_ppm"] for e in attribution["experts"]) == 1_000_000
+    assert [e["id"] for e in attribution["experts"]] == ["public", "news", "math", "code", "secret"]
+
+
+def test_streamed_chat_with_and_without_usage(ai: openai.OpenAI) -> None:
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        chunks = list(
+            ai.chat.completions.create(
+                model="tiny", messages=HELLO, max_tokens=5, n=3, stream=True, **options
+            )
+        )
+        carriers = [c for c in chunks if "flexgate" in (c.model_extra or {})]
+        assert len(carriers) == 1
+        if options:
+            assert carriers[0] is chunks[-1] and carriers[0].usage is not None
+        else:
+            finished = [c for c in chunks if c.choices and c.choices[0].finish_reason]
+            assert len(finished) == 3 and carriers[0] is finished[-1]
+
+
+def test_a_stream_says_the_same_as_an_answer(ai: openai.OpenAI) -> None:
+    """Same prompt, same gate, greedy: same text and the same attribution."""
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "the lazy dog", "max_tokens": 8}
+    ask |= {"temperature": 0, "extra_body": {"cache_salt": "alone", "ignore_eos": True}}
+    whole = ai.completions.create(**ask)
+    ask["extra_body"] = {"cache_salt": "alone-too", "ignore_eos": True}
+    chunks = list(ai.completions.create(**ask, stream=True))
+    assert "".join(c.choices[0].text for c in chunks) == whole.choices[0].text
+    last = next(c for c in chunks if "flexgate" in (c.model_extra or {}))
+    assert gate_of(last)["attribution"] == gate_of(whole)["attribution"]
+
+
+def test_completions_with_echo_logprobs_and_token_ids(ai: openai.OpenAI, server: Any) -> None:
+    with server.client() as http:
+        ids = http.post("/tokenize", json={"prompt": "the quick fox"}).json()["tokens"]
+        assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "the quick fox"}
+    answer = ai.completions.create(model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None
+    assert len(logprobs.token_logprobs) == len(ids) + 1
+    assert answer.choices[0].text.startswith("the quick fox")
+    scored = ai.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
+    assert scored.choices[0].text == "the quick fox"
+
+
+def test_several_prompts_and_choices(ai: openai.OpenAI) -> None:
+    answer = ai.completions.create(model="tiny", prompt=["the", "dog"], n=2, max_tokens=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    chunks = list(
+        ai.completions.create(model="tiny", prompt=["the", "dog"], n=2, max_tokens=2, stream=True)
+    )
+    assert sum("flexgate" in (c.model_extra or {}) for c in chunks) == 1
+
+
+def test_chat_logprobs(ai: openai.OpenAI) -> None:
+    answer = ai.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=2, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs and answer.choices[0].logprobs.content
+    assert content and all(len(token.top_logprobs) == 3 for token in content)
+
+
+def test_structured_output(ai: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+    answer = ai.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=ENOUGH, response_format=form, seed=1
+    )
+    if answer.choices[0].finish_reason == "stop":
+        assert json.loads(answer.choices[0].message.content or "")["answer"] in ("yes", "no")
+    chosen = ai.completions.create(
+        model="tiny",
+        prompt="the",
+        max_tokens=20,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert chosen.choices[0].text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "decide"}}]
+)
+def test_tools_by_constrained_decoding(ai: openai.OpenAI, choice: Any) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [TOOL]}
+    ask |= {"tool_choice": choice, "max_tokens": ENOUGH, "seed": 3}
+    answer = ai.chat.completions.create(**ask)
+    if answer.choices[0].finish_reason == "length":
+        pytest.skip("the random model filled the answer with white space")
+    (call,) = (answer.choices[0].message.tool_calls or [])[:1]
+    assert call.function.name == "decide"
+    assert json.loads(call.function.arguments)["answer"] in ("yes", "no")
+
+
+def test_streamed_tools(ai: openai.OpenAI) -> None:
+    chunks = list(
+        ai.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            tools=[TOOL],
+            tool_choice={"type": "function", "function": {"name": "decide"}},
+            max_tokens=ENOUGH,
+            stream=True,
+        )
+    )
+    calls = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
+    assert calls[0] and calls[0][0].function and calls[0][0].function.name == "decide"
+    assert "flexgate" in (chunks[-1].model_extra or {})
+
+
+def test_responses_plain_and_streamed(ai: openai.OpenAI) -> None:
+    answer = ai.responses.create(model="tiny", input="the fox", max_output_tokens=4)
+    assert answer.id.startswith("resp_")
+    assert gate_of(answer)["allowed"][0] == "public"
+    with ai.responses.stream(model="tiny", input="the fox", max_output_tokens=4) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert gate_of(final)["attribution"]["method"] == "gate_mass/v1"
+    kinds = [event.type for event in events]
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    earlier = [getattr(event, "response", None) for event in events[:-1]]
+    assert not [r for r in earlier if r is not None and "flexgate" in (r.model_extra or {})]
+
+
+def test_models(ai: openai.OpenAI) -> None:
+    assert [model.id for model in ai.models.list()] == ["tiny", "alias"]
+    assert ai.models.retrieve("alias").owned_by == "flexgate"
+    with pytest.raises(openai.NotFoundError):
+        ai.models.retrieve("/etc/passwd")
+
+
+def test_errors_are_the_openai_packages_own(ai: openai.OpenAI, server: Any) -> None:
+    press = ai.with_options(api_key=server.key("press"), max_retries=0)
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    with pytest.raises(openai.AuthenticationError) as unknown_key:
+        ai.with_options(api_key="sk-nobody").completions.create(**ask)
+    assert unknown_key.value.code == "invalid_api_key"
+    narrowing = {"flexgate": {"experts": {"only": ["math"]}}}
+    with pytest.raises(openai.PermissionDeniedError) as denied:
+        press.completions.create(**ask, extra_body=narrowing)
+    assert denied.value.code == "expert_policy_denied"
+    assert "allow list" in denied.value.message
+    with pytest.raises(openai.BadRequestError) as refused:
+        press.completions.create(**ask, extra_body={"vllm_xargs": {"a": "b"}})
+    assert refused.value.param == "vllm_xargs"
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        press.completions.create(model="tiny", prompt="the " * 2000)
+    with pytest.raises(openai.BadRequestError) as hopeless:
+        press.completions.create(**ask, extra_body={"structured_outputs": {"grammar": "root ::= "}})
+    assert hopeless.value.param == "structured_outputs"
+
+
+def test_langchain(server: Any) -> None:
+    chat_models = pytest.importorskip("langchain_openai")
+    model = chat_models.ChatOpenAI(
+        model="tiny", base_url=f"{server.url}/v1", api_key=server.key("press"), max_tokens=5
+    )
+    assert model.invoke("the fox").response_metadata["model_name"] == "tiny"
+    assert list(model.stream("the fox"))
+    denied = model.bind(extra_body={"flexgate": {"experts": {"only": ["math"]}}})
+    with pytest.raises(openai.PermissionDeniedError):
+        denied.invoke("the fox")
+    tools = model.bind_tools([TOOL], tool_choice="decide").bind(max_tokens=ENOUGH)
+    called = tools.invoke("the fox")
+    if called.response_metadata["finish_reason"] != "length":
+        assert called.tool_calls[0]["name"] == "decide"
+
+
+def test_curl(server: Any) -> None:
+    def curl(body: str, *more: str) -> str:
+        command = ["curl", "-sS", f"{server.url}/v1/chat/completions", "-d", body, *more]
+        command += ["-H", "content-type: application/json"]
+        command += ["-H", f"authorization: Bearer {server.key('public')}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    body = {"messages": HELLO, "max_tokens": 3}
+    plain = json.loads(curl(json.dumps(body)))
+    assert plain["flexgate"]["allowed"] == ["public"]
+    stream = curl(json.dumps({**body, "stream": True}), "-N")
+    assert stream.rstrip().endswith("data: [DONE]")
+    assert stream.count('"flexgate":') == 1
+    head = curl(json.dumps(body), "-i")
+    assert "x-flexgate-experts: public\r\n" in head.replace("\n", "\r\n").replace("\r\r", "\r")

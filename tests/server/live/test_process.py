@@ -1,0 +1,156 @@
+"""Starting and stopping the process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def live() -> ModuleType:
+    name = "flexgate_tests_live_server"
+    if name not in sys.modules:
+        path = Path(__file__).parent.parent / "live_server.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def test_a_signal_drains_and_leaves_no_process(
+    live: ModuleType, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    running = live.start(text_checkpoint, tmp_path)
+    family = live.family(running)
+    assert family, "the engine has a process of its own"
+    answers: list[Any] = []
+
+    def long_request() -> None:
+        with running.client() as http:
+            body = {"prompt": "the", "max_tokens": 600, "ignore_eos": True}
+            answers.append(http.post("/v1/completions", json=body))
+
+    thread = threading.Thread(target=long_request)
+    thread.start()
+    time.sleep(0.5)
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{running.url}/health")
+    thread.join(60)
+    assert running.process.wait(60) == 0
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 600
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
+def refused(directory: Path, *arguments: str, **environment: str) -> tuple[int, str, int]:
+    """Exit status, standard error, and the port that was asked for."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("flexgate")), "serve", *arguments]
+    done = subprocess.run(
+        [*command, f"--port={port}", "--enforce-eager", "--kv-cache-memory-bytes=67108864"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=directory,
+        env={**os.environ, "XDG_STATE_HOME": str(directory), **environment},
+    )
+    with socket.socket() as sock:
+        assert sock.connect_ex(("127.0.0.1", port)) != 0
+    return done.returncode, done.stderr, port
+
+
+def broken(source: Path, target: Path, how: str) -> Path:
+    shutil.copytree(source, target)
+    weights = target / "model.safetensors"
+    config = json.loads((target / "config.json").read_text())
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "another architecture":
+        config["model_type"] = "llama"
+    elif how == "other shapes":
+        config["intermediate_size"] = 96
+    elif how == "no tokenizer":
+        (target / "tokenizer_config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "no weights", "another architecture", "other shapes", "no tokenizer", "missing"],
+)
+def test_a_bad_checkpoint_is_one_sentence_and_nothing_listens(
+    text_checkpoint: Path, tmp_path: Path, how: str
+) -> None:
+    target = tmp_path / "bad"
+    if how != "missing":
+        broken(text_checkpoint, target, how)
+    status, said, _ = refused(tmp_path, str(target))
+    assert status != 0
+    sentence = said.strip().splitlines()[-1]
+    assert sentence.startswith("flexgate: ") and str(target) in sentence
+    assert "Traceback" not in said
+
+
+def test_a_taken_port_is_one_sentence(text_checkpoint: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [str(Path(sys.executable).with_name("flexgate")), "serve", str(text_checkpoint)]
+        done = subprocess.run(
+            [*command, f"--port={taken.getsockname()[1]}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+        )
+    assert done.returncode == 1
+    assert "cannot listen on 127.0.0.1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--host=0.0.0.0", "--demo"), "loopback only"),
+        (("/models/x", "--host=0.0.0.0"), "--allow-remote"),
+        ((), "name a model directory"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    status, said, _ = refused(tmp_path, *arguments)
+    assert status == 2
+    assert message in said and "Traceback" not in said
+
+
+def test_development_mode_is_refused(text_checkpoint: Path, tmp_path: Path) -> None:
+    status, said, _ = refused(tmp_path, str(text_checkpoint), VLLM_SERVER_DEV_MODE="1")
+    assert status == 1
+    assert "VLLM_SERVER_DEV_MODE" in said

@@ -1,0 +1,268 @@
+"""The path of a generating request, with handlers that stand for vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionRequest,
+    CompletionResponse,
+    CompletionResponseChoice,
+)
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
+
+from flexgate.server.engine.client import CURRENT_CALL, ExpertUse, GateGrant
+from flexgate.server.engine.scheduler import GATE_EXPIRED
+
+PATH = "/v1/completions"
+
+
+def answer() -> CompletionResponse:
+    return CompletionResponse(
+        model="tiny",
+        choices=[CompletionResponseChoice(index=0, text="hi")],
+        usage=UsageInfo(),
+        kv_transfer_params={"flexgate": [1, 2, 3]},
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_handler_gets_honoured_fields_and_the_gate(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    handler.result = answer
+    response = await client.post(
+        PATH,
+        json={
+            "prompt": "x",
+            "model": "alias",
+            "n": 2,
+            "user": "u",
+            "cache_salt": "pepper",
+            "flexgate": {"experts": {"ignore": ["news"]}},
+        },
+        headers={"x-vllm-priority": "-9", "x-data-parallel-rank": "3", "x-session-id": "s"},
+    )
+    assert response.status_code == 200
+    (request,), (call,) = handler.seen, handler.calls
+    assert isinstance(request, CompletionRequest)
+    assert (request.n, request.user, request.cache_salt, request.priority) == (2, None, None, 0)
+    assert not request.model_extra
+    assert request.request_id == response.headers["x-request-id"].removeprefix("req_")
+    assert call.client_salt == "pepper"
+    assert isinstance(call.grant, GateGrant)
+    assert [lease.expert for lease in call.grant.experts] == ["public"]
+    assert call.grant.tenant == "t"
+    assert CURRENT_CALL.get() is None
+
+
+@pytest.mark.asyncio
+async def test_an_answer_has_the_object_the_headers_and_no_peer_fields(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    handler.result = answer
+    response = await client.post(PATH, json={"prompt": "x"})
+    body = response.json()
+    assert body["flexgate"]["allowed"] == ["public", "news"]
+    assert body["flexgate"]["decision_id"].startswith("dec_")
+    assert response.headers["x-flexgate-experts"] == "public,news"
+    assert "kv_transfer_params" not in body and "ec_transfer_params" not in body
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_used_an_excluded_expert_is_withheld(
+    client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexgate.server.engine.client import Attribution, GatedCall
+
+    forbidden = Attribution((ExpertUse("math", 0.5, 1),), 0)
+    monkeypatch.setattr(GatedCall, "attribution", lambda self: forbidden)
+    handler.result = answer
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert response.status_code == 500
+    assert "choices" not in response.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("error", "status", "param"),
+    [
+        (VLLMValidationError("bad", parameter="top_p", value="secret"), 400, "top_p"),
+        (ValueError("bad"), 400, None),
+        (QueueOverflowError(), 503, None),
+        (GenerationError(), 500, None),
+        (RuntimeError("inside"), 500, None),
+        (create_error_response("bad", param="prompt"), 400, "prompt"),
+        (
+            create_error_response("inside", status_code=__import__("http").HTTPStatus(500)),
+            500,
+            None,
+        ),
+    ],
+)
+async def test_vllms_errors_have_this_servers_shape(
+    client: httpx.AsyncClient, handler: Any, error: Any, status: int, param: str | None
+) -> None:
+    handler.result = error
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert response.status_code == status
+    said = response.json()["error"]
+    assert said.keys() == {"message", "type", "param", "code"}
+    assert said["param"] == param
+    assert said["code"] is None or isinstance(said["code"], str)
+    assert "inside" not in said["message"] and "secret" not in said["message"]
+
+
+@pytest.mark.asyncio
+async def test_a_constraint_that_cannot_be_met_is_the_callers_mistake(
+    client: httpx.AsyncClient, handler: Any, services: Any
+) -> None:
+    handler.result = GenerationError()
+    body = {"prompt": "x", "structured_outputs": {"grammar": "root ::="}}
+    response = await client.post(PATH, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "structured_outputs")
+    services.client.errored = True
+    assert (await client.post(PATH, json=body)).status_code == 500
+
+
+@pytest.mark.asyncio
+async def test_a_gate_that_ended_meanwhile_is_told(client: httpx.AsyncClient, handler: Any) -> None:
+    def expire() -> None:
+        handler.calls[-1].failed = GATE_EXPIRED
+        raise GenerationError
+
+    handler.result = expire
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "expert_permission_ended"
+
+
+@pytest.mark.asyncio
+async def test_a_stream_is_generated_under_its_call_and_closed(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    seen: list[Any] = []
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            seen.append(CURRENT_CALL.get())
+            yield 'data: {"choices":[{"index":0,"finish_reason":"stop"}]}\n\n'
+            yield "data: [DONE]\n\n"
+        finally:
+            seen.append("closed")
+
+    handler.result = events
+    response = await client.post(PATH, json={"prompt": "x", "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    first = json.loads(response.text.split("\n\n")[0].removeprefix("data: "))
+    assert first["flexgate"]["allowed"] == ["public", "news"]
+    assert seen == [handler.calls[0], "closed"]
+    assert CURRENT_CALL.get() is None
+
+
+@pytest.mark.asyncio
+async def test_an_error_in_a_stream_has_this_servers_shape(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    error = json.dumps(create_error_response(RuntimeError("inside")).model_dump())
+
+    async def events() -> AsyncIterator[str]:
+        yield f"data: {error}\n\n"
+        yield "data: [DONE]\n\n"
+
+    handler.result = events
+    response = await client.post(PATH, json={"prompt": "x", "stream": True})
+    first = json.loads(response.text.split("\n\n")[0].removeprefix("data: "))
+    assert first["error"].keys() == {"message", "type", "param", "code"}
+    assert first["error"]["type"] == "server_error"
+    assert "inside" not in response.text
+
+
+@pytest.mark.asyncio
+async def test_a_failed_responses_stream_ends_with_an_error_event(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    async def events() -> AsyncIterator[Any]:
+        raise GenerationError
+        yield
+
+    handler.result = events
+    response = await client.post("/v1/responses", json={"input": "x", "stream": True})
+    name, data = response.text.strip().split("\n")
+    assert name == "event: error"
+    payload = json.loads(data.removeprefix("data: "))
+    assert (payload["type"], payload["code"]) == ("error", "internal_error")
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_leaves_ends_generation(services: Any, handler: Any) -> None:
+    from flexgate.server.app import build_app
+
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: Any, raw_request: Any = None) -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    services.handlers.completion.create_completion = wait
+    body = b'{"prompt": "x"}'
+    arrived: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    await arrived.put({"type": "http.request", "body": body, "more_body": False})
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": PATH,
+        "raw_path": PATH.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"authorization", b"Bearer sk-t")],
+    }
+
+    async def send(message: Any) -> None:
+        pass
+
+    task = asyncio.create_task(build_app(services)(scope, arrived.get, send))
+    await asyncio.wait_for(started.wait(), 5)
+    await arrived.put({"type": "http.disconnect"})
+    await asyncio.wait_for(cancelled.wait(), 5)
+    await asyncio.wait_for(task, 5)
+
+
+@pytest.mark.asyncio
+async def test_an_expert_that_has_just_gone_is_no_reason_to_serve_without_it(
+    client: httpx.AsyncClient, services: Any, handler: Any
+) -> None:
+    before = services.client.lease
+    services.client.lease = lambda id_: None if id_ == "news" else before(id_)
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "experts_changing")
+    assert not handler.seen
+
+
+@pytest.mark.asyncio
+async def test_tools_reach_the_handler_when_a_choice_can_be_kept(
+    client: httpx.AsyncClient, handler: Any, services: Any
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": tools}
+    named = {"type": "function", "function": {"name": "f"}}
+    handler.result = ValueError("reached")
+    for choice in ("required", "none", named):
+        await client.post("/v1/chat/completions", json={**body, "tool_choice": choice})
+    assert len(handler.seen) == 3
+    services.handlers.has_tool_parser = True
+    await client.post("/v1/chat/completions", json={**body, "tool_choice": "auto"})
+    await client.post("/v1/chat/completions", json=body)
+    assert len(handler.seen) == 5
+    assert all(isinstance(request, ChatCompletionRequest) for request in handler.seen)

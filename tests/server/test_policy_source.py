@@ -1,0 +1,143 @@
+"""The snapshot that decisions are made from."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flexgate.policies.errors import SnapshotStale, StoreUnavailable
+from flexgate.policies.snapshot import Snapshot
+from flexgate.server.policy import PolicySource, with_live
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def live() -> set[str]:
+    return {"public", "news", "math", "secret"}
+
+
+@pytest.fixture
+def source(store: Any, clock: Clock, live: set[str]) -> PolicySource:
+    return PolicySource(store, lambda: live, lease_s=2.0, poll_s=0.01, clock=clock)
+
+
+@pytest.mark.asyncio
+async def test_a_confirmed_snapshot_is_used_without_asking(
+    source: PolicySource, store: Any
+) -> None:
+    source.confirm()
+    asked = store.asked
+    assert (await source.current()).policy_version == 7
+    assert store.asked == asked
+
+
+@pytest.mark.asyncio
+async def test_a_stale_snapshot_is_confirmed_by_the_request(
+    source: PolicySource, store: Any, clock: Clock, snapshot: Snapshot
+) -> None:
+    source.confirm()
+    store.answer = replace(snapshot, policy_version=8)
+    clock.now = 2.0
+    assert not source.fresh()
+    assert (await source.current()).policy_version == 8
+
+
+@pytest.mark.asyncio
+async def test_a_stale_snapshot_is_never_used_when_the_store_fails(
+    source: PolicySource, store: Any, clock: Clock
+) -> None:
+    source.confirm()
+    store.answer = StoreUnavailable("locked")
+    clock.now = 1.99
+    assert (await source.current()).policy_version == 7
+    clock.now = 2.0
+    with pytest.raises(SnapshotStale):
+        await source.current()
+
+
+@pytest.mark.asyncio
+async def test_without_a_first_snapshot_nothing_is_decided(
+    source: PolicySource, store: Any
+) -> None:
+    store.answer = StoreUnavailable("gone")
+    with pytest.raises(SnapshotStale):
+        await source.current()
+
+
+@pytest.mark.asyncio
+async def test_polling_swaps_a_new_version_in_and_survives_failures(
+    source: PolicySource, store: Any, snapshot: Snapshot
+) -> None:
+    task = asyncio.create_task(source.run())
+    try:
+        await asyncio.sleep(0.05)
+        store.answer = StoreUnavailable("locked")
+        await asyncio.sleep(0.05)
+        store.answer = replace(snapshot, policy_version=9)
+        await asyncio.sleep(0.1)
+        assert (await source.current()).policy_version == 9
+    finally:
+        task.cancel()
+
+
+@pytest.mark.asyncio
+async def test_a_wanted_version_is_waited_for(
+    source: PolicySource, store: Any, clock: Clock, snapshot: Snapshot
+) -> None:
+    source.confirm()
+
+    async def arrive() -> None:
+        await asyncio.sleep(0.03)
+        store.answer = replace(snapshot, policy_version=8)
+        source.confirm()
+
+    arriving = asyncio.create_task(arrive())
+    assert (await source.at_least(8)).policy_version == 8
+    await arriving
+
+
+@pytest.mark.asyncio
+async def test_a_version_that_does_not_arrive_is_given_up(store: Any) -> None:
+    source = PolicySource(store, lambda: (), lease_s=2.0, poll_s=0.01)
+    with pytest.raises(SnapshotStale, match="version 99"):
+        await source.at_least(99)
+
+
+@pytest.mark.asyncio
+async def test_what_the_engine_serves_overrides_the_catalogue(
+    source: PolicySource, live: set[str]
+) -> None:
+    source.confirm()
+    live.discard("news")
+    snapshot = await source.current()
+    assert [e.id for e in snapshot.experts.values() if not e.live] == ["news"]
+    live.add("news")
+    assert all(e.live for e in (await source.current()).experts.values())
+
+
+@pytest.mark.asyncio
+async def test_an_unchanged_world_keeps_one_snapshot_object(source: PolicySource) -> None:
+    """Decision caches are kept per object."""
+    source.confirm()
+    assert await source.current() is await source.current()
+
+
+def test_liveness_is_all_that_changes(snapshot: Snapshot) -> None:
+    served = with_live(snapshot, frozenset({"public"}))
+    assert served.keys is snapshot.keys
+    assert [e.id for e in served.experts.values()] == [e.id for e in snapshot.experts.values()]

@@ -1,0 +1,59 @@
+"""The policy store at start."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from flexgate.policies.store.store import Store
+from flexgate.policies.tenants import Role
+from flexgate.server.auth import authenticate
+from flexgate.server.tenancy import DemoKeysFound, prepare, prepare_demo
+
+
+class Entry(NamedTuple):
+    id: str
+    owner: str
+    domain: str
+
+
+EXPERTS = [Entry("public", "commons", "all"), Entry("news", "gazette", "news")]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(f"sqlite:///{tmp_path / 'x.db'}")
+
+
+def test_a_first_start_makes_one_admin_key_and_no_grant(store: Store) -> None:
+    secret = prepare(store, EXPERTS, at=time.time())
+    assert secret is not None
+    snapshot = store.snapshot()
+    assert authenticate(snapshot, f"Bearer {secret}", time.time()).role is Role.ADMIN
+    assert not snapshot.tenants
+    assert list(snapshot.experts) == ["public", "news"]
+
+
+def test_a_second_start_shows_no_key(store: Store) -> None:
+    prepare(store, EXPERTS, at=time.time())
+    assert prepare(store, EXPERTS, at=time.time()) is None
+
+
+def test_a_normal_start_refuses_a_store_with_demo_keys(store: Store) -> None:
+    prepare_demo(store, EXPERTS, at=time.time())
+    version = store.version()
+    with pytest.raises(DemoKeysFound, match="--demo"):
+        prepare(store, EXPERTS, at=time.time())
+    assert store.version() == version
+
+
+def test_the_demo_store_has_the_demo_tenants(store: Store) -> None:
+    prepare_demo(store, EXPERTS, at=time.time())
+    snapshot = store.snapshot()
+    now = time.time()
+    for secret in ("sk-demo-all", "sk-demo-press", "sk-demo-public"):
+        assert authenticate(snapshot, f"Bearer {secret}", now).tenant_id in snapshot.tenants
+    assert authenticate(snapshot, "Bearer sk-demo-admin", now).role is Role.ADMIN
