@@ -33,11 +33,11 @@ def _speculative(config: Any) -> bool:
 
 CAPABILITIES: tuple[Capability, ...] = (
     Capability("CPU, Model Runner V1", "tested", "every engine test"),
-    Capability("CPU, Model Runner V2 (Triton interpreter)", "unverified", "hook written, not run"),
+    Capability("CPU, Model Runner V2 (Triton interpreter)", "tested", "slow engine test"),
     Capability("prefix caching, chunked prefill, preemption", "tested", "engine tests"),
     Capability("asynchronous scheduling", "tested", "engine tests"),
     Capability("torch.compile", "unverified", "one opaque operator for routing"),
-    Capability("tensor parallelism", "unverified", "sharded as vLLM does"),
+    Capability("tensor parallelism on CPU", "tested", "slow engine test with two ranks"),
     Capability("CUDA", "unverified", "no GPU was at hand"),
     Capability(
         "expert parallelism",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from enginekit.checkpoints import rewrite
-from enginekit.scripted import Answer, Ask, EngineScript, ScriptedEngine, scripted_engine
-from transformers import FlexOlmoForCausalLM
+from enginekit.compare import agree, reference, same_bits, worst_difference
+from enginekit.scripted import Ask, EngineScript, ScriptedEngine, scripted_engine
 
 pytestmark = pytest.mark.engine
 
@@ -16,26 +16,6 @@ EXPERTS = 4
 PROMPT = tuple(range(10, 40))
 ALL = tuple(range(EXPERTS))
 GATES = [gate for size in range(1, EXPERTS + 1) for gate in combinations(ALL, size)]
-
-
-def same_bits(one: Answer, other: Answer) -> bool:
-    return (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
-
-
-def reference(checkpoint: Path) -> FlexOlmoForCausalLM:
-    return FlexOlmoForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-
-
-def worst_difference(model: FlexOlmoForCausalLM, prompt: tuple[int, ...], answer: Answer) -> float:
-    """Largest gap between the engine's log-probabilities and transformers' on the same tokens."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer.tokens])).logits[0]
-    expected = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 :]
-    return max(
-        abs(expected[position, token].item() - value)
-        for position, tokens in enumerate(answer.logprobs)
-        for token, value in tokens
-    )
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
@@ -98,20 +78,6 @@ def test_exclusion_equals_removal_with_slots_compacted(
     with scripted_engine(EngineScript(reduced, max_experts=3)) as other:
         removed = other.run(compact)
     assert all(same_bits(one, two) for one, two in zip(masked, removed, strict=True))
-
-
-def agree(reference_run: Answer, run: Answer) -> bool:
-    """DESIGN's meaning across schedules: 2e-5, and equal tokens up to the first near-tie."""
-    for want, got, want_token, got_token in zip(
-        reference_run.logprobs, run.logprobs, reference_run.tokens, run.tokens, strict=True
-    ):
-        top = sorted((value for _, value in want), reverse=True)
-        if want_token != got_token:
-            return top[0] - top[1] <= 1e-3
-        common = dict(want).keys() & dict(got).keys()
-        if max(abs(dict(want)[token] - dict(got)[token]) for token in common) > 2e-5:
-            return False
-    return True
 
 
 def test_a_mixed_batch_equals_solo_runs(engine: ScriptedEngine) -> None:

@@ -41,7 +41,6 @@ class Answer:
     cached: int
     mass: tuple[int, ...]
     chosen: tuple[int, ...]
-    preemptions: int
     finish_reason: str | None
     stop_reason: Any
 
@@ -55,6 +54,7 @@ class EngineScript:
     tuning: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    interpret_triton: bool = False  # lets Model Runner V2 run on CPU
 
 
 class ScriptedEngine:
@@ -124,6 +124,8 @@ def _child(connection: Any, script: EngineScript) -> None:
 
     os.environ.update(script.environment)
     try:
+        if script.interpret_triton:
+            _stand_in_for_a_triton_device()
         engine = _Engine(script)
     except BaseException:
         connection.send((False, traceback.format_exc()))
@@ -137,6 +139,18 @@ def _child(connection: Any, script: EngineScript) -> None:
             connection.send((True, getattr(engine, name)(*args)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+
+
+def _stand_in_for_a_triton_device() -> None:
+    """Make Triton report one active driver, and interpret its kernels."""
+    import types
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    import triton.backends
+
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 
 
 class _Engine:
@@ -167,6 +181,15 @@ class _Engine:
         self.table = planned.table
         self.count = 0
         self.saved: list[tuple[Any, Any]] = []
+        self.preempted = 0
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.preempted += 1
+            return preempt(*args, **kwargs)
+
+        scheduler._preempt_request = counted
 
     def run(self, script: list[Ask]) -> list[Answer]:
         ids: dict[int, str] = {}
@@ -206,6 +229,10 @@ class _Engine:
 
     def handshake(self) -> Any:
         return self.engine.collective_rpc("flexgate_handshake")
+
+    def preemptions(self) -> int:
+        """Preemptions since the engine started."""
+        return self.preempted
 
     def leftovers(self) -> tuple[int, int]:
         """Requests that gates and ledger still hold when nothing runs."""
@@ -303,7 +330,6 @@ class _Engine:
             cached=extras[0],
             mass=tuple(extras[1]),
             chosen=tuple(extras[2]),
-            preemptions=0,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )

@@ -1,0 +1,124 @@
+"""The same promises on other engines: little memory, other dimensions, Model Runner V2, two ranks."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from enginekit.checkpoints import Shape, rewrite, write_random
+from enginekit.compare import TOLERANCE, agree, reference, worst_difference
+from enginekit.scripted import Answer, Ask, EngineScript, ScriptedEngine, scripted_engine
+
+pytestmark = pytest.mark.engine
+
+GATES = [(0,), (0, 2), (1, 3), (0, 1, 2, 3), (3,), (0, 1, 3), (2, 3), (0, 3)]
+
+
+def crowd() -> list[Ask]:
+    """More tokens than a small KV cache holds, prompts longer than a step takes."""
+    return [
+        Ask(
+            tuple(2 + (i * 37 + 5 * t) % 500 for t in range(40 + 11 * i)),
+            GATES[i % len(GATES)],
+            max_tokens=20 + 5 * (i % 5),
+            at_step=i // 2,
+            tenant=f"tenant-{i % 3}",
+        )
+        for i in range(12)
+    ]
+
+
+TIGHT = EngineScript(
+    Path(),
+    max_experts=6,
+    tuning={"block_size": 32, "max_model_len": 256},
+    settings={"kv_cache_memory_bytes": 2 << 20, "max_num_batched_tokens": 64, "max_num_seqs": 8},
+)
+
+
+def assert_crowd_equals_solo(tight: ScriptedEngine, roomy: ScriptedEngine) -> None:
+    together = tight.run(crowd())
+    assert tight.call("preemptions") > 0
+    for ask, answer in zip(crowd(), together, strict=True):
+        roomy.reset_cache()
+        alone = roomy.solo(replace(ask, at_step=0))
+        assert agree(alone, answer)
+        assert_counted_once(ask, answer)
+        if alone.tokens == answer.tokens:
+            assert answer.cached == 0
+            assert answer.chosen == alone.chosen
+            assert all(abs(a - b) <= 1e-4 * 2**32 for a, b in zip(answer.mass, alone.mass, strict=True))
+    assert tight.call("leftovers") == (0, 0)
+
+
+def assert_counted_once(ask: Ask, answer: Answer) -> None:
+    """Routing weights of a position sum to at most one per layer, so a double count shows."""
+    positions = len(ask.prompt) + len(answer.tokens) - 1 - answer.cached
+    assert max(answer.chosen) <= positions
+    if len(ask.gate) <= 2:  # every allowed expert is chosen everywhere
+        assert sum(answer.mass) == pytest.approx(positions * 3 * 2**32, rel=1e-6)
+        assert [count for count in answer.chosen if count] == [positions] * len(ask.gate)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
+    engine: ScriptedEngine, checkpoint: Path, asynchronous: bool
+) -> None:
+    script = replace(TIGHT, model=checkpoint)
+    script = replace(script, settings=script.settings | {"async_scheduling": asynchronous})
+    with scripted_engine(script) as tight:
+        assert_crowd_equals_solo(tight, engine)
+
+
+SHAPES = {
+    "grouped-heads-top-1": Shape(hidden=128, heads=4, kv_heads=2, intermediate=352, experts=6, top_k=1, seed=1),
+    "renormalised-top-3": Shape(hidden=256, heads=8, kv_heads=4, intermediate=88, experts=6, top_k=3,
+                                renormalize=True, layers=2, seed=2),
+    "all-experts": Shape(hidden=128, heads=2, kv_heads=1, intermediate=160, experts=6, top_k=6, layers=2, seed=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_other_dimensions_equal_transformers_under_every_kind_of_gate(tmp_path: Path, shape: Shape) -> None:
+    source = write_random(tmp_path / "whole", shape)
+    prompt = tuple(range(30, 60))
+    gates = [tuple(range(6)), (0,), (0, 5), (1, 2, 4), (0, 2, 3, 4, 5)]
+    with scripted_engine(EngineScript(source)) as engine:
+        answers = engine.run([Ask(prompt, gate) for gate in gates])
+    for gate, answer in zip(gates, answers, strict=True):
+        reduced = rewrite(source, tmp_path / "reduced", list(gate)) if len(gate) < 6 else source
+        assert worst_difference(reference(reduced), prompt, answer) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def runner_v2(checkpoint: Path) -> Iterator[ScriptedEngine]:
+    script = replace(TIGHT, model=checkpoint, interpret_triton=True)
+    with scripted_engine(script) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_model_runner_v2_gates_and_counts_like_v1(runner_v2: ScriptedEngine, engine: ScriptedEngine) -> None:
+    (report,) = runner_v2.call("handshake")
+    assert report["hook"] == "GatedModelState"
+    assert_crowd_equals_solo(runner_v2, engine)
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: ScriptedEngine) -> None:
+    script = EngineScript(
+        checkpoint,
+        max_experts=6,
+        settings={"tensor_parallel_size": 2},
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    asks = [Ask(tuple(range(10 + i, 40 + i)), gate) for i, gate in enumerate(GATES)]
+    with scripted_engine(script) as ranks:
+        reports = ranks.call("handshake")
+        answers = ranks.run(asks)
+    assert [report["rank"] for report in reports] == [0, 1]
+    engine.reset_cache()
+    for want, got in zip(engine.run(asks), answers, strict=True):
+        assert agree(want, got)
+        assert want.chosen == got.chosen

@@ -1,0 +1,47 @@
+"""What "equal" means: bits under one schedule, DESIGN's tolerance across schedules."""
+
+from pathlib import Path
+
+import torch
+from transformers import FlexOlmoForCausalLM
+
+from enginekit.scripted import Answer
+
+TOLERANCE = 2e-5  # of a log-probability, in float32
+NEAR_TIE = 1e-3  # top-2 gap under which another schedule may choose the other token
+
+
+def same_bits(one: Answer, other: Answer) -> bool:
+    """Whether two answers are identical to the last bit."""
+    return (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+
+
+def agree(want: Answer, got: Answer) -> bool:
+    """Equal within tolerance, up to the first near-tie that went the other way."""
+    for want_top, got_top, want_token, got_token in zip(
+        want.logprobs, got.logprobs, want.tokens, got.tokens, strict=True
+    ):
+        first, second = sorted((value for _, value in want_top), reverse=True)[:2]
+        if want_token != got_token:
+            return first - second <= NEAR_TIE
+        common = dict(want_top).keys() & dict(got_top).keys()
+        if max(abs(dict(want_top)[token] - dict(got_top)[token]) for token in common) > TOLERANCE:
+            return False
+    return True
+
+
+def reference(checkpoint: Path) -> FlexOlmoForCausalLM:
+    """The same checkpoint in transformers."""
+    return FlexOlmoForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def worst_difference(model: FlexOlmoForCausalLM, prompt: tuple[int, ...], answer: Answer) -> float:
+    """Largest gap between the engine's log-probabilities and transformers' on the same tokens."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer.tokens])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 :]
+    return max(
+        abs(expected[position, token].item() - value)
+        for position, tokens in enumerate(answer.logprobs)
+        for token, value in tokens
+    )
