@@ -15,7 +15,8 @@ from flexgate.kernels.gated_experts.reference import gated_experts_reference
 
 _LIBRARY = torch.library.Library("flexgate", "FRAGMENT")
 _LIBRARY.define(
-    "gated_experts(Tensor x_TH, Tensor w13_EGH, Tensor w2_EHF, Tensor weights_TK, Tensor ids_TK, Tensor(a!) out_TH) -> ()"
+    "gated_experts(Tensor x_TH, Tensor w13_EGH, Tensor w2_EHF, Tensor weights_TK, Tensor ids_TK, "
+    "Tensor(a!) out_TH) -> ()"
 )
 
 

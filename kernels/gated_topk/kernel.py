@@ -8,6 +8,9 @@ bit; it depends on its argument alone, never on its place, which is all that exc
 Shape suffixes: B tokens of one program, S slots padded to a power of two, T tokens, E expert slots, K chosen experts.
 """
 
+# A kernel's parameters are pointers and compile-time constants of another language; annotations would say nothing.
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any
 
 import torch
@@ -77,10 +80,7 @@ def gated_topk_kernel(
         total_B += tl.sum(tl.where(picked_BS, prob_BS, 0.0), axis=1)
         if rank == 0:
             first_B = tl.where(key_B >= 0.0, id_B, 0)
-        if FILL == _FILL_FIRST:
-            id_B = tl.where(key_B >= 0.0, id_B, first_B)
-        else:
-            id_B = tl.where(key_B >= 0.0, id_B, FILL)
+        id_B = tl.where(key_B >= 0.0, id_B, first_B) if FILL == _FILL_FIRST else tl.where(key_B >= 0.0, id_B, FILL)
         tl.store(ids_ptr + token_B * TOP_K + rank, id_B, mask=live_B)
         key_BS = tl.where(picked_BS, -2.0, key_BS)
 

@@ -11,7 +11,7 @@ from flexgate.kernels.gated_experts.tiles import ProductTile
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel
 from flexgate.kernels.testing.compiled import Binary, compile_kernel
 
-_PLAN = {name: "*i32" for name in ("order_ptr", "offsets_ptr", "tile_slot_ptr", "tile_row_ptr", "tiles_ptr")}
+_PLAN = dict.fromkeys(("order_ptr", "offsets_ptr", "tile_slot_ptr", "tile_row_ptr", "tiles_ptr"), "*i32")
 _H200_MULTIPROCESSORS = 132
 
 

@@ -59,7 +59,7 @@ def interpreted_experts() -> Kernels:
     )
 
 
-class _Twin(InterpretedFunction):  # type: ignore[misc,type-arg]
+class _Twin(InterpretedFunction):
     """Called from a running kernel: everything is patched by then, and doing so again would be most of the work."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

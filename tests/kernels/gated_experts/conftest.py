@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from flexgate.kernels.gated_experts import gated_experts_reference
 from flexgate.kernels.gated_experts.launch import Kernels, launch_gated_experts
 from flexgate.kernels.gated_experts.tiles import ProductTile, Tiles
 from flexgate.kernels.gated_topk import gated_topk
 from flexgate.kernels.testing.interpreter import interpreted_experts
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,7 @@ class Layer:
         )
 
     def with_tokens(self, tokens: list[int]) -> "Layer":
-        return replace(
-            self, x_TH=self.x_TH[tokens], weights_TK=self.weights_TK[tokens], ids_TK=self.ids_TK[tokens]
-        )
+        return replace(self, x_TH=self.x_TH[tokens], weights_TK=self.weights_TK[tokens], ids_TK=self.ids_TK[tokens])
 
 
 def make_layer(

@@ -6,12 +6,13 @@ Shape suffixes: T tokens, E expert slots, K chosen experts, H hidden, F expert i
 import re
 from typing import Any
 
-import flexgate.kernels.gated_experts as package
 import pytest
 import torch
+from torch import Tensor
+
+import flexgate.kernels.gated_experts as package
 from flexgate.kernels.errors import KernelArgumentError
 from flexgate.kernels.gated_experts import gated_experts, gated_experts_reference
-from torch import Tensor
 
 NAMES = ("x_TH", "w13_EGH", "w2_EHF", "weights_TK", "ids_TK")
 
@@ -59,9 +60,7 @@ def test_compiled_equals_eager(layer: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("function", [gated_experts, gated_experts_reference])
-def test_wrong_arguments_are_refused_by_name(
-    layer: Any, function: Any, name: str, value: Tensor, message: str
-) -> None:
+def test_wrong_arguments_are_refused_by_name(layer: Any, function: Any, name: str, value: Tensor, message: str) -> None:
     operands = dict(zip(NAMES, layer(5, 3, hidden=8, intermediate=6, top_k=2).operands(), strict=True))
     with pytest.raises(KernelArgumentError, match=re.escape(message)):
         function(*{**operands, name: value}.values())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from flexgate.kernels.gated_experts import routing_plan_reference
 from flexgate.kernels.gated_experts.launch import Kernels, launch_plan
 from flexgate.kernels.gated_experts.plan import max_tiles
@@ -17,9 +18,7 @@ from flexgate.kernels.gated_experts.plan import max_tiles
     [(1, 1), (1, 7), (7, 9), (13, 64), (300, 1), (300, 9), pytest.param(300, 64, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("block_t", [16, 64])
-def test_plan_equals_its_specification(
-    kernels: Kernels, layer: Any, tokens: int, slots: int, block_t: int
-) -> None:
+def test_plan_equals_its_specification(kernels: Kernels, layer: Any, tokens: int, slots: int, block_t: int) -> None:
     routed = layer(tokens, slots, hidden=1, intermediate=1, top_k=5)
     ours = launch_plan(kernels, routed.weights_TK, routed.ids_TK, slots, block_t)
     specified = routing_plan_reference(routed.weights_TK, routed.ids_TK, slots=slots, block_t=block_t)
@@ -52,7 +51,8 @@ def test_fillers_are_in_no_experts_rows_whatever_id_they_carry(kernels: Kernels)
 def test_nothing_chosen_is_an_empty_plan(kernels: Kernels) -> None:
     ids_TK = torch.full((7, 5), -1, dtype=torch.int32)
     plan = launch_plan(kernels, torch.zeros(7, 5), ids_TK, 7, 16)
-    assert int(plan.tiles_1) == 0 and plan.offsets_E1.tolist() == [0] * 8
+    assert int(plan.tiles_1) == 0
+    assert plan.offsets_E1.tolist() == [0] * 8
     assert bool((plan.position_P == -1).all())
 
 

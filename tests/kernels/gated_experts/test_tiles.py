@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from flexgate.kernels.errors import KernelConfigError
 from flexgate.kernels.gated_experts import tiles
 from flexgate.kernels.gated_experts.tiles import TUNING, read_tile_table, tile_table
@@ -16,7 +17,8 @@ FILES = sorted(TUNING.glob("*.json"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_tables_are_valid_and_say_where_they_come_from(path: Path) -> None:
     table = read_tile_table(path)
-    assert table.name == path.stem and table.origin in ("seed", "measured")
+    assert table.name == path.stem
+    assert table.origin in ("seed", "measured")
 
 
 def test_the_most_specific_table_is_chosen() -> None:
@@ -55,9 +57,7 @@ def test_a_missing_table_is_an_error_that_says_what_was_looked_for(
         (["buckets", 0, "gate_up"], {}, "missing 5 required"),
     ],
 )
-def test_a_table_that_breaks_the_contract_is_refused(
-    tmp_path: Path, path: list[Any], value: Any, message: str
-) -> None:
+def test_a_table_that_breaks_the_contract_is_refused(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
     stored = copy.deepcopy(json.loads((TUNING / "default,NVIDIA_H200.json").read_text(encoding="utf-8")))
     parent = stored
     for step in path[:-1]:

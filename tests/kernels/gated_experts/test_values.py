@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flexgate.kernels.gated_experts import gated_experts_reference, reference
 from torch import Tensor
+
+from flexgate.kernels.gated_experts import gated_experts_reference, reference
 
 
 def assert_close(ours_TH: Tensor, specified_TH: Tensor, *, maximum: float, rms: float) -> None:
@@ -65,7 +66,9 @@ def test_values_equal_the_reference_bit_for_bit(
 
 
 @pytest.mark.parametrize(("hidden", "intermediate"), [(7, 33), (65, 1)])
-def test_sizes_that_no_tile_divides_and_tma_cannot_address(run: Any, layer: Any, hidden: int, intermediate: int) -> None:
+def test_sizes_that_no_tile_divides_and_tma_cannot_address(
+    run: Any, layer: Any, hidden: int, intermediate: int
+) -> None:
     gated = layer(5, 3, hidden=hidden, intermediate=intermediate, top_k=2)
     assert_close(run(gated), gated.reference(), maximum=5e-6, rms=1e-6)
 

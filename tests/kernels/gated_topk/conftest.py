@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from flexgate.kernels.gated_topk import gated_topk_reference, reference
 from flexgate.kernels.gated_topk.contract import Fill, check_arguments, encode_fill
 from flexgate.kernels.gated_topk.cpu import gated_topk_cpu, native_library
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
 from flexgate.kernels.gated_topk.vectorised import gated_topk_vectorised
 from flexgate.kernels.testing.interpreter import Interpreted
-from torch import Tensor
 
 SENTINEL = -7_777_777
 

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E expert slots, K chosen experts.
 from typing import Any
 
 import torch
+
 from flexgate.kernels.gated_topk import MASS_SCALE, gated_topk
 
 
@@ -69,5 +70,6 @@ def test_layers_accumulate_in_any_order() -> None:
                 fill="first",
             )
         totals.append((mass_TE, chosen_T))
-    assert torch.equal(totals[0][0], totals[1][0]) and torch.equal(totals[0][1], totals[1][1])
+    assert torch.equal(totals[0][0], totals[1][0])
+    assert torch.equal(totals[0][1], totals[1][1])
     assert bool(((totals[0][0] > 0) == ((totals[0][1][:, None] >> torch.arange(9)) & 1).bool()).all())

@@ -37,12 +37,12 @@ def assert_exclusion_equals_removal(route: Any, logits_E: Tensor, gate: int, **a
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_exclusion_equals_removal(route: Any, random_gate: Any, slots: int, renormalize: bool) -> None:
     torch.manual_seed(slots)
-    for gate in random_gate(12, slots).tolist():
+    for gate in random_gate(5, slots).tolist():
         arguments = {"top_k": min(5, slots), "renormalize": renormalize, "fill": "none"}
         assert_exclusion_equals_removal(route, torch.randn(slots) * 4, gate, **arguments)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     logits=st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=12),
     gate=st.integers(1, 2**12 - 1),
@@ -121,7 +121,8 @@ def test_a_token_that_is_allowed_nothing_gets_no_weight(route: Any, fill: Any, e
     routed = route(logits_TE, torch.tensor([0b101, 0, 0b1111111]), top_k=3, renormalize=True, fill=fill)
     assert routed.ids_TK[1].tolist() == [expected] * 3
     assert routed.weights_TK[1].tolist() == [0.0] * 3
-    assert routed.mass_TE[1].tolist() == [0] * 7 and int(routed.chosen_T[1]) == 0
+    assert routed.mass_TE[1].tolist() == [0] * 7
+    assert int(routed.chosen_T[1]) == 0
     neighbours = route(logits_TE[::2], torch.tensor([0b101, 0b1111111]), top_k=3, renormalize=True, fill=fill)
     assert torch.equal(routed.weights_TK[::2], neighbours.weights_TK)
 

@@ -6,12 +6,13 @@ Shape suffixes: T tokens, E expert slots, K chosen experts.
 import re
 from typing import Any
 
-import flexgate.kernels.gated_topk as package
 import pytest
 import torch
+from torch import Tensor
+
+import flexgate.kernels.gated_topk as package
 from flexgate.kernels.errors import KernelArgumentError, KernelError
 from flexgate.kernels.gated_topk import cpu, gated_topk, gated_topk_reference
-from torch import Tensor
 
 
 def arguments(tokens: int = 5, slots: int = 7) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def test_numpy_takes_over_where_nothing_can_be_compiled(
         cpu.native_library.cache_clear()
     assert "gated_topk runs on NumPy" in caplog.text
     expected = gated_topk_reference(**arguments())
-    assert torch.equal(without[0], expected[0]) and torch.equal(without[1], expected[1])
+    assert torch.equal(without[0], expected[0])
+    assert torch.equal(without[1], expected[1])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,8 @@ def test_numpy_takes_over_where_nothing_can_be_compiled(
 def test_wrong_arguments_are_refused_by_name(function: Any, name: str, value: Any, message: str) -> None:
     with pytest.raises(KernelArgumentError, match=re.escape(message)) as raised:
         function(**{**arguments(), name: value})
-    assert isinstance(raised.value, KernelError) and isinstance(raised.value, ValueError)
+    assert isinstance(raised.value, KernelError)
+    assert isinstance(raised.value, ValueError)
 
 
 def test_the_checked_reference_refuses_to_fill_from_an_empty_gate() -> None:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import triton.language as tl
-from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
-from flexgate.kernels.testing.interpreter import Interpreted
-from flexgate.kernels.testing.configurations import Shape, compile_combine
 from triton import knobs
 from triton.runtime.jit import JITFunction
+
+from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
+from flexgate.kernels.testing.configurations import Shape, compile_combine
+from flexgate.kernels.testing.interpreter import Interpreted
 
 
 def _launch(gate_T: torch.Tensor) -> torch.Tensor:
@@ -25,7 +26,8 @@ def test_triton_is_put_back_after_a_launch() -> None:
     # Modules keep names that the interpreter's rewritten functions refer to; nothing that was there has changed.
     for holder, attributes in before.items():
         assert all(vars(holder)[name] is value for name, value in attributes.items())
-    assert isinstance(tl.max, JITFunction) and not knobs.runtime.interpret
+    assert isinstance(tl.max, JITFunction)
+    assert not knobs.runtime.interpret
 
 
 def test_a_kernel_compiles_after_one_was_interpreted() -> None:
@@ -36,4 +38,5 @@ def test_a_kernel_compiles_after_one_was_interpreted() -> None:
 def test_triton_is_put_back_after_a_launch_that_failed() -> None:
     with pytest.raises(TypeError, match="gate_ptr"):
         Interpreted(gated_topk_kernel)[(1,)](None)
-    assert isinstance(tl.max, JITFunction) and not knobs.runtime.interpret
+    assert isinstance(tl.max, JITFunction)
+    assert not knobs.runtime.interpret
