@@ -32,9 +32,7 @@ def _option(name: str) -> Any:
 
 @app.command()
 def serve(
-    model: Annotated[
-        Path | None, typer.Argument(help=Settings.model_fields["model"].description)
-    ] = None,
+    model: Annotated[Path | None, typer.Argument(help=Settings.model_fields["model"].description)] = None,
     demo: Annotated[bool | None, _option("demo")] = None,
     host: Annotated[str | None, _option("host")] = None,
     port: Annotated[int | None, _option("port")] = None,

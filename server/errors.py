@@ -45,9 +45,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        return error_body(
-            str(self), status=self.status, code=self.code, param=self.param, details=self.details
-        )
+        return error_body(str(self), status=self.status, code=self.code, param=self.param, details=self.details)
 
 
 class Invalid(ApiError):

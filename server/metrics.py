@@ -8,18 +8,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, gen
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
-_REQUESTS: Final = Counter(
-    "flexgate_requests", "Answered requests.", ["route", "status"], registry=REGISTRY
-)
-_REFUSALS: Final = Counter(
-    "flexgate_refusals", "Refused requests by error code.", ["code"], registry=REGISTRY
-)
-_POLICY_VERSION: Final = Gauge(
-    "flexgate_policy_version", "Version of the policy in use.", registry=REGISTRY
-)
-_WEIGHTS_EPOCH: Final = Gauge(
-    "flexgate_weights_epoch", "Epoch of the experts being served.", registry=REGISTRY
-)
+_REQUESTS: Final = Counter("flexgate_requests", "Answered requests.", ["route", "status"], registry=REGISTRY)
+_REFUSALS: Final = Counter("flexgate_refusals", "Refused requests by error code.", ["code"], registry=REGISTRY)
+_POLICY_VERSION: Final = Gauge("flexgate_policy_version", "Version of the policy in use.", registry=REGISTRY)
+_WEIGHTS_EPOCH: Final = Gauge("flexgate_weights_epoch", "Epoch of the experts being served.", registry=REGISTRY)
 
 
 def answered(route: str, status: int) -> None:

@@ -34,10 +34,7 @@ def with_live(snapshot: Snapshot, live: frozenset[str]) -> Snapshot:
     """`snapshot` with exactly the experts in `live` being served."""
     if all(expert.live == (expert.id in live) for expert in snapshot.experts.values()):
         return snapshot
-    experts = {
-        id_: expert.model_copy(update={"live": id_ in live})
-        for id_, expert in snapshot.experts.items()
-    }
+    experts = {id_: expert.model_copy(update={"live": id_ in live}) for id_, expert in snapshot.experts.items()}
     return replace(snapshot, experts=MappingProxyType(experts))
 
 

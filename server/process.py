@@ -110,6 +110,12 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+    if services.client.errored:
+        raise EngineDied("the engine has died; the log says where")
+
+
+class EngineDied(Exception):
+    """The engine ended by itself; nothing can be served without it."""
 
 
 class _Server(uvicorn.Server):
@@ -147,7 +153,7 @@ class _Server(uvicorn.Server):
 async def _stop_with_engine(server: _Server, client: GatedEngineClient) -> None:
     while not client.errored:
         await asyncio.sleep(1.0)
-    logger.error("the engine has died; stopping")
+    logger.error("the engine has died")
     server.stop()
 
 

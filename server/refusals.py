@@ -39,9 +39,7 @@ def from_policy(error: PolicyError) -> ApiError:
     """What a client is told when it gets no gate."""
     if isinstance(error, DecisionRefused):
         return _from_decision(error)
-    return Unavailable(
-        "The policy cannot be confirmed right now. Try again.", code="policy_unavailable"
-    )
+    return Unavailable("The policy cannot be confirmed right now. Try again.", code="policy_unavailable")
 
 
 def _from_decision(error: DecisionRefused) -> ApiError:

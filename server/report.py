@@ -84,9 +84,7 @@ def attribution_object(
     }
 
 
-def _part(
-    snapshot: Snapshot, expert: ExpertId, use: Use | None, mass: float, share: int
-) -> dict[str, Any]:
+def _part(snapshot: Snapshot, expert: ExpertId, use: Use | None, mass: float, share: int) -> dict[str, Any]:
     return {
         "id": expert,
         "owner": snapshot.experts[expert].owner,

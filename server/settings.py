@@ -25,67 +25,45 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore")
 
     model: Annotated[Path | None, Field(description="Directory of a FlexOlmo checkpoint.")] = None
-    demo: Annotated[
-        bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")
-    ] = False
+    demo: Annotated[bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")] = False
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
     allow_remote: Annotated[
         bool,
         Field(description="Allow an address other than loopback. There is no TLS here."),
     ] = False
-    state_dir: Annotated[Path | None, Field(description="Where the policy database is kept.")] = (
-        None
-    )
-    database_url: Annotated[
-        str | None, Field(description="Policy database, as an SQLAlchemy URL.")
-    ] = None
-    served_model_name: Annotated[
-        tuple[str, ...], Field(description="Names that requests may give the model.")
-    ] = ()
+    state_dir: Annotated[Path | None, Field(description="Where the policy database is kept.")] = None
+    database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
+    served_model_name: Annotated[tuple[str, ...], Field(description="Names that requests may give the model.")] = ()
     chat_template: Annotated[
         str | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
     ] = None
-    tool_call_parser: Annotated[
-        str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")
-    ] = None
-    max_experts: Annotated[
-        int | None, Field(ge=1, description="Expert slots; by default two more than experts.")
-    ] = None
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], Field(description="How weights are served.")
-    ] = "auto"
+    tool_call_parser: Annotated[str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")] = None
+    max_experts: Annotated[int | None, Field(ge=1, description="Expert slots; by default two more than experts.")] = (
+        None
+    )
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], Field(description="How weights are served.")] = "auto"
     max_model_len: Annotated[
         int | None, Field(ge=1, description="Tokens per request; by default the model's limit.")
     ] = None
     max_num_seqs: Annotated[int, Field(ge=1, description="Requests in one batch.")] = 64
-    kv_cache_memory_bytes: Annotated[
-        int | None, Field(ge=1, description="KV cache; by default 1 GiB on CPU.")
-    ] = None
+    kv_cache_memory_bytes: Annotated[int | None, Field(ge=1, description="KV cache; by default 1 GiB on CPU.")] = None
     tensor_parallel_size: Annotated[int, Field(ge=1, description="Ranks per model.")] = 1
-    enforce_eager: Annotated[
-        bool, Field(description="Do not compile: starts sooner, decodes slower.")
-    ] = False
+    enforce_eager: Annotated[bool, Field(description="Do not compile: starts sooner, decodes slower.")] = False
     max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8
     max_prompts: Annotated[int, Field(ge=1, description="Most prompts of one request.")] = 16
     max_logprobs: Annotated[int, Field(ge=0, le=20, description="Most log-probabilities.")] = 20
-    max_grammar_bytes: Annotated[
-        int, Field(ge=1, description="Largest schema, pattern or grammar.")
-    ] = 16 * 1024
+    max_grammar_bytes: Annotated[int, Field(ge=1, description="Largest schema, pattern or grammar.")] = 16 * 1024
     body_seconds: Annotated[float, Field(gt=0, description="Time for a body to arrive.")] = 30.0
-    drain_seconds: Annotated[
-        int, Field(ge=0, description="Time for running requests at shutdown.")
-    ] = 30
+    drain_seconds: Annotated[int, Field(ge=0, description="Time for running requests at shutdown.")] = 30
     policy_poll_seconds: Annotated[
         float, Field(gt=0, description="How often the policy database is asked for changes.")
     ] = 0.25
-    policy_lease_seconds: Annotated[
-        float, Field(gt=0, description="How long a confirmed policy may be used.")
-    ] = 2.0
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Field(description="Least level logged.")
-    ] = "info"
+    policy_lease_seconds: Annotated[float, Field(gt=0, description="How long a confirmed policy may be used.")] = 2.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="Least level logged.")] = (
+        "info"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -99,8 +77,7 @@ class Settings(BaseSettings):
             raise ValueError("--demo keeps its own database; leave --database-url out")
         if not is_loopback(self.host) and not self.allow_remote:
             raise ValueError(
-                f"{self.host} is not a loopback address; "
-                "--allow-remote allows it, behind a proxy with TLS"
+                f"{self.host} is not a loopback address; --allow-remote allows it, behind a proxy with TLS"
             )
         return self
 

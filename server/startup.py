@@ -46,9 +46,7 @@ class Progress:
             self._console.print(f"{what} ...", highlight=False)
         self._last = what
 
-    def ready(
-        self, planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None
-    ) -> None:
+    def ready(self, planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None) -> None:
         """Show the summary instead."""
         self.stop()
         self._console.print(summary(planned, client, address, admin_key))
@@ -59,9 +57,7 @@ class Progress:
             self._status.stop()
 
 
-def summary(
-    planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None
-) -> Group:
+def summary(planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None) -> Group:
     """Model, experts, slots and their memory, kernels, address; a first admin key, once."""
     from flexgate.server.engine.memory import human
 

@@ -45,10 +45,7 @@ def prepare(store: Store, experts: Iterable[Loaded], *, at: float) -> str | None
     """
     store.migrate()
     if demo.holds_demo_keys(store):
-        raise DemoKeysFound(
-            "the policy database holds the demo's public keys; "
-            "use another one, or start with --demo"
-        )
+        raise DemoKeysFound("the policy database holds the demo's public keys; use another one, or start with --demo")
     has_admin = any(key.role is Role.ADMIN for key in store.keys())  # noqa: SIM118 (not a mapping)
     with store.change(actor=_ACTOR, note="start", at=at) as change:
         put_catalogue(change, _manifest(experts))

@@ -27,6 +27,4 @@ def _stream(run: Run, result: Any) -> AsyncIterator[str]:
     return stream_answer(run, result, choices=run.admitted.body.get("n", 1))
 
 
-ENDPOINT = Endpoint(
-    KIND, needs_chat_template=True, start=_start, plain=plain_answer, stream=_stream
-)
+ENDPOINT = Endpoint(KIND, needs_chat_template=True, start=_start, plain=plain_answer, stream=_stream)

@@ -26,6 +26,4 @@ def _stream(run: Run, result: Any) -> AsyncIterator[str]:
     return stream_answer(run, result, choices=body.get("n", 1) * limits.prompt_count(body))
 
 
-ENDPOINT = Endpoint(
-    KIND, needs_chat_template=False, start=_start, plain=plain_answer, stream=_stream
-)
+ENDPOINT = Endpoint(KIND, needs_chat_template=False, start=_start, plain=plain_answer, stream=_stream)

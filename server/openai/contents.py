@@ -15,8 +15,7 @@ from flexgate.server.openai.values import invalid
 Place = tuple[str | int, ...]
 
 _MESSAGE_KEYS: Final = frozenset(
-    ["role", "content", "name", "refusal", "tool_calls", "tool_call_id", "annotations"]
-    + ["audio", "function_call"]
+    ["role", "content", "name", "refusal", "tool_calls", "tool_call_id", "annotations", "audio", "function_call"]
 )
 _CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "tool"])
 _ITEM_ROLES: Final = frozenset(["system", "developer", "user", "assistant"])

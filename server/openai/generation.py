@@ -170,9 +170,7 @@ def grant(decision: Decision, services: Services) -> GateGrant:
     leases = [services.client.lease(expert) for expert in decision.allowed]
     held = tuple(lease for lease in leases if lease is not None)
     if len(held) != len(leases):
-        raise Unavailable(
-            "An expert of this request is being changed. Try again.", code="experts_changing"
-        )
+        raise Unavailable("An expert of this request is being changed. Try again.", code="experts_changing")
     return GateGrant(decision.tenant_id, held, decision.valid_until)
 
 

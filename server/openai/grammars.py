@@ -15,9 +15,7 @@ from flexgate.server.openai.values import invalid, too_much
 
 MAX_DEPTH: Final = 32
 MAX_REPEAT: Final = 1024
-_COUNTS: Final = frozenset(
-    ["minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"]
-)
+_COUNTS: Final = frozenset(["minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"])
 _QUANTIFIER: Final = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
 

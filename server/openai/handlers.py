@@ -76,9 +76,7 @@ def build_handlers(
         "chat_template_content_format": "auto",
     }
     tools: dict[str, Any] = {"enable_auto_tools": True, "tool_parser": parser}
-    renderer = OnlineRenderer(
-        engine.model_config, engine.renderer, request_logger=None, **shown, **tools
-    )
+    renderer = OnlineRenderer(engine.model_config, engine.renderer, request_logger=None, **shown, **tools)
     served: dict[str, Any] = {"online_renderer": renderer, "request_logger": None}
     return Handlers(
         chat=OpenAIServingChat(engine, models, "assistant", **served, **shown, **tools),

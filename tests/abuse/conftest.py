@@ -11,7 +11,8 @@ _NAME = "flexgate_tests_server_conftest"
 def _server_conftest():  # type: ignore[no-untyped-def]
     if _NAME not in sys.modules:
         spec = importlib.util.spec_from_file_location(_NAME, _PATH)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[_NAME] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[_NAME])
     return sys.modules[_NAME]

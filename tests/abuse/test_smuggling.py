@@ -83,11 +83,13 @@ def unchanged(handler: Any) -> None:
     """Every call that reached a handler has the tenant's own gate, narrowed at most."""
     for request, call in zip(handler.seen, handler.calls, strict=True):
         experts = [lease.expert for lease in call.grant.experts]
-        assert set(experts) <= set(ALLOWED) and experts
+        assert set(experts) <= set(ALLOWED)
+        assert experts
         assert call.grant.tenant == "t"
         for name in ("vllm_xargs", "kv_transfer_params", "ec_transfer_params", "cache_salt"):
             assert getattr(request, name, None) is None
-        assert not request.priority and not request.session_id
+        assert not request.priority
+        assert not request.session_id
         assert not request.model_extra
         assert len(request.request_id.removeprefix("resp_")) == 32
 
@@ -104,7 +106,8 @@ async def test_no_field_changes_a_gate(client: httpx.AsyncClient, handler: Any, 
         response = await client.post(path, json={**base, name: wish})
         statuses.add(response.status_code)
         if name not in table:
-            assert response.status_code == 400 and response.json()["error"]["param"] == name
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == name
     assert statuses <= {400, 403, 404}
     assert handler.seen, "the corpus reached no handler: it proves nothing"
     unchanged(handler)
@@ -124,9 +127,7 @@ async def test_no_header_changes_a_gate_or_an_id(client: httpx.AsyncClient, hand
 
 
 @pytest.mark.asyncio
-async def test_no_query_and_no_second_authorization_changes_a_gate(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_no_query_and_no_second_authorization_changes_a_gate(client: httpx.AsyncClient, handler: Any) -> None:
     handler.result = ValueError("reached")
     for query in ("experts=math", "api_key=sk-admin", "flexgate=%7B%7D", "model=x&tenant=other"):
         await client.post(f"/v1/completions?{query}", json={"prompt": "x"})
@@ -135,9 +136,7 @@ async def test_no_query_and_no_second_authorization_changes_a_gate(
 
 
 @pytest.mark.asyncio
-async def test_the_last_of_two_equal_keys_is_the_one_that_is_checked(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_the_last_of_two_equal_keys_is_the_one_that_is_checked(client: httpx.AsyncClient, handler: Any) -> None:
     handler.result = ValueError("reached")
     inner = '{"experts": {"only": ["math"]}}'
     for first, second in ((inner, "null"), ("null", inner)):
@@ -149,9 +148,7 @@ async def test_the_last_of_two_equal_keys_is_the_one_that_is_checked(
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
 NAMES = sorted({name for table, _ in BASE.values() for name in table} | set(TOP_LEVEL))

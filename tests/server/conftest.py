@@ -28,7 +28,8 @@ def load(name: str) -> ModuleType:
     full = f"flexgate_tests_{name}"
     if full not in sys.modules:
         spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = sys.modules[full] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules[full]
@@ -129,10 +130,7 @@ def services(store: FakeStore, handler: Handler) -> Any:
     from flexgate.server.policy import PolicySource
     from flexgate.server.services import Services
 
-    infos = tuple(
-        ExpertInfo(id_, owner, "", slot, 1, True)
-        for slot, (id_, owner) in enumerate(EXPERTS.items())
-    )
+    infos = tuple(ExpertInfo(id_, owner, "", slot, 1, True) for slot, (id_, owner) in enumerate(EXPERTS.items()))
     client = SimpleNamespace(
         weights_epoch=3,
         errored=False,
@@ -167,9 +165,7 @@ def make_client(services: Any) -> Callable[..., httpx.AsyncClient]:
 
     def make(key: str | None = "sk-t", hosts: Any = None) -> httpx.AsyncClient:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        transport = httpx.ASGITransport(
-            build_app(services, hosts=hosts), raise_app_exceptions=False
-        )
+        transport = httpx.ASGITransport(build_app(services, hosts=hosts), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
     return make

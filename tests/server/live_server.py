@@ -93,7 +93,7 @@ def start(model: Path, directory: Path, *options: str) -> LiveServer:
     """Start a server and wait until it is ready."""
     database = directory / "flexgate.db"
     if not database.exists():
-        from_manifest = {e: v for e, v in _experts(model).items()}
+        from_manifest = dict(_experts(model).items())
         seed_store(database, from_manifest)
     port = free_port()
     log = directory / "server.log"

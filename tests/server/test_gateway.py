@@ -71,9 +71,7 @@ async def test_a_failure_inside_is_told_without_its_words(
 
 
 @pytest.mark.asyncio
-async def test_a_failure_of_the_policy_store_is_503(
-    client: httpx.AsyncClient, services: Any, store: Any
-) -> None:
+async def test_a_failure_of_the_policy_store_is_503(client: httpx.AsyncClient, services: Any, store: Any) -> None:
     from flexgate.policies.errors import StoreUnavailable
 
     store.answer = StoreUnavailable("locked")
@@ -85,9 +83,7 @@ async def test_a_failure_of_the_policy_store_is_503(
 
 
 @pytest.mark.asyncio
-async def test_readiness_says_a_status_and_nothing_else(
-    client: httpx.AsyncClient, services: Any
-) -> None:
+async def test_readiness_says_a_status_and_nothing_else(client: httpx.AsyncClient, services: Any) -> None:
     assert (await client.get("/ready")).json() == {"status": "ready"}
     services.draining = True
     stopped = await client.get("/ready")
@@ -96,9 +92,7 @@ async def test_readiness_says_a_status_and_nothing_else(
 
 
 @pytest.mark.asyncio
-async def test_an_engine_that_is_not_proved_is_not_ready(
-    client: httpx.AsyncClient, services: Any
-) -> None:
+async def test_an_engine_that_is_not_proved_is_not_ready(client: httpx.AsyncClient, services: Any) -> None:
     services.client.ready = lambda: False
     assert (await client.get("/ready")).status_code == 503
 
@@ -108,22 +102,19 @@ async def test_one_line_says_who_asked_what_and_nothing_of_the_text(
     client: httpx.AsyncClient, handler: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "flexgate"):
-        await client.post(
-            f"/{CANARY}?{CANARY}", json={"prompt": CANARY}, headers={"x-canary": CANARY}
-        )
+        await client.post(f"/{CANARY}?{CANARY}", json={"prompt": CANARY}, headers={"x-canary": CANARY})
         await client.post("/v1/completions", json={"prompt": CANARY, CANARY: 1, "n": CANARY})
         await client.post("/v1/completions", json={"prompt": CANARY, "model": CANARY})
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     assert [line["route"] for line in lines] == ["unmatched", *["/v1/completions"] * 2]
     assert [line["code"] for line in lines][1:] == ["unknown_parameter", "model_not_found"]
-    assert lines[1]["tenant"] == "t" and lines[1]["key"] == "key_sk-t"
+    assert lines[1]["tenant"] == "t"
+    assert lines[1]["key"] == "key_sk-t"
     assert CANARY not in json.dumps(lines)
 
 
 @pytest.mark.asyncio
-async def test_metrics_have_no_client_text(
-    make_client: Callable[..., httpx.AsyncClient], handler: Any
-) -> None:
+async def test_metrics_have_no_client_text(make_client: Callable[..., httpx.AsyncClient], handler: Any) -> None:
     async with make_client() as http:
         await http.get(f"/{CANARY}")
         await http.get(f"/v1/models/{CANARY}")

@@ -36,7 +36,8 @@ def test_an_exception_is_its_type_and_places_never_its_words() -> None:
     except ValueError:
         found = line(exc_info=sys.exc_info())
     assert found["exception"] == "ValueError"
-    assert found["at"] and "test_logs.py" in str(found["at"])
+    assert found["at"]
+    assert "test_logs.py" in str(found["at"])
     assert "the prompt" not in json.dumps(found)
 
 

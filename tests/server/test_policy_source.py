@@ -37,9 +37,7 @@ def source(store: Any, clock: Clock, live: set[str]) -> PolicySource:
 
 
 @pytest.mark.asyncio
-async def test_a_confirmed_snapshot_is_used_without_asking(
-    source: PolicySource, store: Any
-) -> None:
+async def test_a_confirmed_snapshot_is_used_without_asking(source: PolicySource, store: Any) -> None:
     source.confirm()
     asked = store.asked
     assert (await source.current()).policy_version == 7
@@ -71,9 +69,7 @@ async def test_a_stale_snapshot_is_never_used_when_the_store_fails(
 
 
 @pytest.mark.asyncio
-async def test_without_a_first_snapshot_nothing_is_decided(
-    source: PolicySource, store: Any
-) -> None:
+async def test_without_a_first_snapshot_nothing_is_decided(source: PolicySource, store: Any) -> None:
     store.answer = StoreUnavailable("gone")
     with pytest.raises(SnapshotStale):
         await source.current()
@@ -119,9 +115,7 @@ async def test_a_version_that_does_not_arrive_is_given_up(store: Any) -> None:
 
 
 @pytest.mark.asyncio
-async def test_what_the_engine_serves_overrides_the_catalogue(
-    source: PolicySource, live: set[str]
-) -> None:
+async def test_what_the_engine_serves_overrides_the_catalogue(source: PolicySource, live: set[str]) -> None:
     source.confirm()
     live.discard("news")
     snapshot = await source.current()

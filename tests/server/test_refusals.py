@@ -156,11 +156,7 @@ CASES: dict[str, tuple[str | None, str, Any]] = {
     "large tools": (
         "sk-t",
         CHAT,
-        chat(
-            tools=[
-                {"type": "function", "function": {"name": "f", "parameters": {"a": "x" * 17_000}}}
-            ]
-        ),
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"a": "x" * 17_000}}}]),
     ),
     "extension as text": ("sk-t", COMPLETIONS, completion(flexgate="all")),
     "unknown extension key": ("sk-t", COMPLETIONS, gate(expert=["math"])),
@@ -226,7 +222,8 @@ def test_every_refusal_has_the_one_shape(golden: dict[str, Any]) -> None:
         body = dict(said["body"])
         error = body.pop("error")
         assert error.keys() == {"message", "type", "param", "code"}, name
-        assert isinstance(error["message"], str) and error["message"], name
+        assert isinstance(error["message"], str), name
+        assert error["message"], name
         assert error["code"] is None or isinstance(error["code"], str), name
         assert error["type"] in ("invalid_request_error", "request_forbidden", "server_error")
         assert not body or name == "listed and not allowed"

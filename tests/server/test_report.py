@@ -24,9 +24,7 @@ def decision(snapshot: Snapshot) -> Decision:
     return decide(snapshot, "t", DecisionRequest(decision_id="dec_1"), 100.0)
 
 
-def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(
-    snapshot: Snapshot, decision: Decision
-) -> None:
+def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(snapshot: Snapshot, decision: Decision) -> None:
     uses = [Use("public", 3.0, 4), Use("news", 1.0, 2), Use("math", 0.0, 0), Use("secret", 0.0, 0)]
     assert attribution_object(snapshot, decision, uses, 5) == {
         "method": "gate_mass/v1",
@@ -45,17 +43,13 @@ def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(
     }
 
 
-def test_an_expert_that_the_engine_does_not_name_has_zeros(
-    snapshot: Snapshot, decision: Decision
-) -> None:
+def test_an_expert_that_the_engine_does_not_name_has_zeros(snapshot: Snapshot, decision: Decision) -> None:
     parts = attribution_object(snapshot, decision, [], 0)["experts"]
     assert [(p["gate_mass"], p["share_ppm"], p["tokens"]) for p in parts] == [(0.0, 0, 0)] * 3
 
 
 @pytest.mark.parametrize("use", [Use("math", 1e-9, 0), Use("secret", 0.0, 1), Use("ghost", 1, 1)])
-def test_an_answer_that_used_another_expert_is_withheld(
-    snapshot: Snapshot, decision: Decision, use: Use
-) -> None:
+def test_an_answer_that_used_another_expert_is_withheld(snapshot: Snapshot, decision: Decision, use: Use) -> None:
     with pytest.raises(GateViolated):
         attribution_object(snapshot, decision, [use], 0)
 

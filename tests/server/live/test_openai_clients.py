@@ -37,7 +37,8 @@ def gate_of(answer: Any) -> dict[str, Any]:
 def test_chat(ai: openai.OpenAI) -> None:
     answer = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
     assert answer.choices[0].message.role == "assistant"
-    assert answer.usage is not None and answer.usage.completion_tokens == 4
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 4
     attribution = gate_of(answer)["attribution"]
     assert sum(e["share_ppm"] for e in attribution["experts"]) == 1_000_000
     assert [e["id"] for e in attribution["experts"]] == ["public", "news", "math", "code", "secret"]
@@ -46,17 +47,17 @@ def test_chat(ai: openai.OpenAI) -> None:
 def test_streamed_chat_with_and_without_usage(ai: openai.OpenAI) -> None:
     for options in ({}, {"stream_options": {"include_usage": True}}):
         chunks = list(
-            ai.chat.completions.create(
-                model="tiny", messages=HELLO, max_tokens=5, n=3, stream=True, **options
-            )
+            ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, n=3, stream=True, **options)
         )
         carriers = [c for c in chunks if "flexgate" in (c.model_extra or {})]
         assert len(carriers) == 1
         if options:
-            assert carriers[0] is chunks[-1] and carriers[0].usage is not None
+            assert carriers[0] is chunks[-1]
+            assert carriers[0].usage is not None
         else:
             finished = [c for c in chunks if c.choices and c.choices[0].finish_reason]
-            assert len(finished) == 3 and carriers[0] is finished[-1]
+            assert len(finished) == 3
+            assert carriers[0] is finished[-1]
 
 
 def test_a_stream_says_the_same_as_an_answer(ai: openai.OpenAI) -> None:
@@ -77,7 +78,8 @@ def test_completions_with_echo_logprobs_and_token_ids(ai: openai.OpenAI, server:
         assert http.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "the quick fox"}
     answer = ai.completions.create(model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=1)
     logprobs = answer.choices[0].logprobs
-    assert logprobs is not None and logprobs.token_logprobs is not None
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
     assert len(logprobs.token_logprobs) == len(ids) + 1
     assert answer.choices[0].text.startswith("the quick fox")
     scored = ai.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
@@ -87,25 +89,20 @@ def test_completions_with_echo_logprobs_and_token_ids(ai: openai.OpenAI, server:
 def test_several_prompts_and_choices(ai: openai.OpenAI) -> None:
     answer = ai.completions.create(model="tiny", prompt=["the", "dog"], n=2, max_tokens=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    chunks = list(
-        ai.completions.create(model="tiny", prompt=["the", "dog"], n=2, max_tokens=2, stream=True)
-    )
+    chunks = list(ai.completions.create(model="tiny", prompt=["the", "dog"], n=2, max_tokens=2, stream=True))
     assert sum("flexgate" in (c.model_extra or {}) for c in chunks) == 1
 
 
 def test_chat_logprobs(ai: openai.OpenAI) -> None:
-    answer = ai.chat.completions.create(
-        model="tiny", messages=HELLO, max_tokens=2, logprobs=True, top_logprobs=3
-    )
+    answer = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2, logprobs=True, top_logprobs=3)
     content = answer.choices[0].logprobs and answer.choices[0].logprobs.content
-    assert content and all(len(token.top_logprobs) == 3 for token in content)
+    assert content
+    assert all(len(token.top_logprobs) == 3 for token in content)
 
 
 def test_structured_output(ai: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
-    answer = ai.chat.completions.create(
-        model="tiny", messages=HELLO, max_tokens=ENOUGH, response_format=form, seed=1
-    )
+    answer = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=ENOUGH, response_format=form, seed=1)
     if answer.choices[0].finish_reason == "stop":
         assert json.loads(answer.choices[0].message.content or "")["answer"] in ("yes", "no")
     chosen = ai.completions.create(
@@ -117,9 +114,7 @@ def test_structured_output(ai: openai.OpenAI) -> None:
     assert chosen.choices[0].text in ("yes", "no")
 
 
-@pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "decide"}}]
-)
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "decide"}}])
 def test_tools_by_constrained_decoding(ai: openai.OpenAI, choice: Any) -> None:
     ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [TOOL]}
     ask |= {"tool_choice": choice, "max_tokens": ENOUGH, "seed": 3}
@@ -143,7 +138,9 @@ def test_streamed_tools(ai: openai.OpenAI) -> None:
         )
     )
     calls = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
-    assert calls[0] and calls[0][0].function and calls[0][0].function.name == "decide"
+    assert calls[0]
+    assert calls[0][0].function
+    assert calls[0][0].function.name == "decide"
     assert "flexgate" in (chunks[-1].model_extra or {})
 
 
@@ -156,7 +153,8 @@ def test_responses_plain_and_streamed(ai: openai.OpenAI) -> None:
         final = stream.get_final_response()
     assert gate_of(final)["attribution"]["method"] == "gate_mass/v1"
     kinds = [event.type for event in events]
-    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
     earlier = [getattr(event, "response", None) for event in events[:-1]]
     assert not [r for r in earlier if r is not None and "flexgate" in (r.model_extra or {})]
 
@@ -191,9 +189,7 @@ def test_errors_are_the_openai_packages_own(ai: openai.OpenAI, server: Any) -> N
 
 def test_langchain(server: Any) -> None:
     chat_models = pytest.importorskip("langchain_openai")
-    model = chat_models.ChatOpenAI(
-        model="tiny", base_url=f"{server.url}/v1", api_key=server.key("press"), max_tokens=5
-    )
+    model = chat_models.ChatOpenAI(model="tiny", base_url=f"{server.url}/v1", api_key=server.key("press"), max_tokens=5)
     assert model.invoke("the fox").response_metadata["model_name"] == "tiny"
     assert list(model.stream("the fox"))
     denied = model.bind(extra_body={"flexgate": {"experts": {"only": ["math"]}}})

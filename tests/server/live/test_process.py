@@ -29,15 +29,14 @@ def live() -> ModuleType:
     if name not in sys.modules:
         path = Path(__file__).parent.parent / "live_server.py"
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
-def test_a_signal_drains_and_leaves_no_process(
-    live: ModuleType, text_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_signal_drains_and_leaves_no_process(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
     running = live.start(text_checkpoint, tmp_path)
     family = live.family(running)
     assert family, "the engine has a process of its own"
@@ -59,6 +58,18 @@ def test_a_signal_drains_and_leaves_no_process(
     assert running.process.wait(60) == 0
     assert answers[0].status_code == 200
     assert answers[0].json()["usage"]["completion_tokens"] == 600
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
+def test_a_dead_engine_ends_the_server_with_a_failure(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
+    running = live.start(text_checkpoint, tmp_path)
+    family = live.family(running)
+    for process in family:
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            process.kill()
+    assert running.process.wait(60) == 1
+    assert "the engine has died" in running.log.read_text()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
 
@@ -104,16 +115,15 @@ def broken(source: Path, target: Path, how: str) -> Path:
     "how",
     ["truncated", "no weights", "another architecture", "other shapes", "no tokenizer", "missing"],
 )
-def test_a_bad_checkpoint_is_one_sentence_and_nothing_listens(
-    text_checkpoint: Path, tmp_path: Path, how: str
-) -> None:
+def test_a_bad_checkpoint_is_one_sentence_and_nothing_listens(text_checkpoint: Path, tmp_path: Path, how: str) -> None:
     target = tmp_path / "bad"
     if how != "missing":
         broken(text_checkpoint, target, how)
     status, said, _ = refused(tmp_path, str(target))
     assert status != 0
     sentence = said.strip().splitlines()[-1]
-    assert sentence.startswith("flexgate: ") and str(target) in sentence
+    assert sentence.startswith("flexgate: ")
+    assert str(target) in sentence
     assert "Traceback" not in said
 
 
@@ -142,12 +152,11 @@ def test_a_taken_port_is_one_sentence(text_checkpoint: Path, tmp_path: Path) -> 
         ((), "name a model directory"),
     ],
 )
-def test_a_bad_option_is_one_sentence(
-    tmp_path: Path, arguments: tuple[str, ...], message: str
-) -> None:
+def test_a_bad_option_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     status, said, _ = refused(tmp_path, *arguments)
     assert status == 2
-    assert message in said and "Traceback" not in said
+    assert message in said
+    assert "Traceback" not in said
 
 
 def test_development_mode_is_refused(text_checkpoint: Path, tmp_path: Path) -> None:

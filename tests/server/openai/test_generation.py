@@ -35,9 +35,7 @@ def answer() -> CompletionResponse:
 
 
 @pytest.mark.asyncio
-async def test_a_handler_gets_honoured_fields_and_the_gate(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_a_handler_gets_honoured_fields_and_the_gate(client: httpx.AsyncClient, handler: Any) -> None:
     handler.result = answer
     response = await client.post(
         PATH,
@@ -65,16 +63,15 @@ async def test_a_handler_gets_honoured_fields_and_the_gate(
 
 
 @pytest.mark.asyncio
-async def test_an_answer_has_the_object_the_headers_and_no_peer_fields(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_an_answer_has_the_object_the_headers_and_no_peer_fields(client: httpx.AsyncClient, handler: Any) -> None:
     handler.result = answer
     response = await client.post(PATH, json={"prompt": "x"})
     body = response.json()
     assert body["flexgate"]["allowed"] == ["public", "news"]
     assert body["flexgate"]["decision_id"].startswith("dec_")
     assert response.headers["x-flexgate-experts"] == "public,news"
-    assert "kv_transfer_params" not in body and "ec_transfer_params" not in body
+    assert "kv_transfer_params" not in body
+    assert "ec_transfer_params" not in body
 
 
 @pytest.mark.asyncio
@@ -118,7 +115,8 @@ async def test_vllms_errors_have_this_servers_shape(
     assert said.keys() == {"message", "type", "param", "code"}
     assert said["param"] == param
     assert said["code"] is None or isinstance(said["code"], str)
-    assert "inside" not in said["message"] and "secret" not in said["message"]
+    assert "inside" not in said["message"]
+    assert "secret" not in said["message"]
 
 
 @pytest.mark.asyncio
@@ -146,9 +144,7 @@ async def test_a_gate_that_ended_meanwhile_is_told(client: httpx.AsyncClient, ha
 
 
 @pytest.mark.asyncio
-async def test_a_stream_is_generated_under_its_call_and_closed(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_a_stream_is_generated_under_its_call_and_closed(client: httpx.AsyncClient, handler: Any) -> None:
     seen: list[Any] = []
 
     async def events() -> AsyncIterator[str]:
@@ -169,9 +165,7 @@ async def test_a_stream_is_generated_under_its_call_and_closed(
 
 
 @pytest.mark.asyncio
-async def test_an_error_in_a_stream_has_this_servers_shape(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_an_error_in_a_stream_has_this_servers_shape(client: httpx.AsyncClient, handler: Any) -> None:
     error = json.dumps(create_error_response(RuntimeError("inside")).model_dump())
 
     async def events() -> AsyncIterator[str]:
@@ -187,9 +181,7 @@ async def test_an_error_in_a_stream_has_this_servers_shape(
 
 
 @pytest.mark.asyncio
-async def test_a_failed_responses_stream_ends_with_an_error_event(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
+async def test_a_failed_responses_stream_ends_with_an_error_event(client: httpx.AsyncClient, handler: Any) -> None:
     async def events() -> AsyncIterator[Any]:
         raise GenerationError
         yield

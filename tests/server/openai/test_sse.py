@@ -114,9 +114,7 @@ async def test_any_interleaving_carries_it_exactly_once(data: st.DataObject) -> 
     events: list[str] = []
     for index in finishes:
         noise = data.draw(st.lists(st.integers(0, choices - 1), max_size=3))
-        events += [
-            chunk(i, text=data.draw(st.sampled_from(["", "x", '"choices":[]']))) for i in noise
-        ]
+        events += [chunk(i, text=data.draw(st.sampled_from(["", "x", '"choices":[]']))) for i in noise]
         events.append(chunk(index, "stop"))
     ((position, payload),) = await added([*events, DONE], choices=choices)
     assert position == len(events) - 1
@@ -124,6 +122,4 @@ async def test_any_interleaving_carries_it_exactly_once(data: st.DataObject) -> 
 
 
 def test_a_named_event_has_its_type_as_name() -> None:
-    assert encode_named({"type": "error", "code": None}) == (
-        'event: error\ndata: {"type":"error","code":null}\n\n'
-    )
+    assert encode_named({"type": "error", "code": None}) == ('event: error\ndata: {"type":"error","code":null}\n\n')

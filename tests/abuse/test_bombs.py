@@ -1,0 +1,71 @@
+"""Short constraints that stand for huge automata: each is answered soon, and the engine lives on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+SECONDS = 20
+
+
+def nested_arrays(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "minItems": 512, "maxItems": 1024, "items": schema}
+    return schema
+
+
+def wide_object(width: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(width)}}
+
+
+BOMBS: dict[str, dict[str, Any]] = {
+    "arrays in arrays": {"json": nested_arrays(20)},
+    "long string": {"json": {"type": "string", "minLength": 1024, "maxLength": 1024}},
+    "wide object": {"json": wide_object(300)},
+    "many objects": {"json": {"anyOf": [wide_object(20)] * 20}},
+    "endless reference": {"json": {"$ref": "#"}},
+    "reference to elsewhere": {"json": {"$ref": "http://127.0.0.1:9/schema"}},
+    "backtracking pattern": {"json": {"patternProperties": {"^(a+)+$": {"type": "integer"}}}},
+    "repeats in repeats": {"regex": "((a{1,1000}){1,1000}){1,1000}"},
+    "choices in repeats": {"regex": "(a|b|ab)*c{500}(x|y){500}"},
+    "long window": {"regex": ".*a.{500}"},
+    "grammar repeats": {"grammar": 'root ::= a{1,1000}\na ::= b{1,1000}\nb ::= "x"{1,1000}'},
+    "left recursion": {"grammar": 'root ::= root "a" | "b"'},
+    "ambiguity": {"grammar": 'root ::= a a a a a a\na ::= "x" | a a | ""'},
+    "many choices": {"choice": [str(number) for number in range(3000)]},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_answered_soon_and_the_next_request_too(server: Any, name: str) -> None:
+    body = {"prompt": "a", "max_tokens": 3, "structured_outputs": BOMBS[name]}
+    with server.client() as http:
+        began = time.monotonic()
+        assert http.post("/v1/completions", json=body).status_code in (200, 400)
+        after = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert after.status_code == 200
+    assert time.monotonic() - began < SECONDS
+
+
+def test_a_client_that_leaves_a_stream_stops_its_generation(server: Any) -> None:
+    body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with server.client() as http, http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + SECONDS
+    while running(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running(server) == 0
+
+
+def running(server: Any) -> float:
+    """Requests in the engine, as vLLM counts them."""
+    with server.client("auditor") as http:
+        http.get("/health")
+        lines = http.get("/metrics").text.splitlines()
+    gauges = [line for line in lines if line.startswith("vllm:num_requests_running{")]
+    return sum(float(line.split()[-1]) for line in gauges)
