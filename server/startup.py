@@ -94,11 +94,12 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.engine.capabilities import RefusedConfigurationError
     from flexgate.server.engine.checkpoint import CheckpointError
     from flexgate.server.settings import SettingsError
-    from flexgate.server.tenancy import DemoKeysFound
+    from flexgate.server.tenancy import DemoKeysFound, ManifestRefused
 
     return (
         CheckpointError,
         DemoKeysFound,
+        ManifestRefused,
         PolicyError,
         RefusedConfigurationError,
         SettingsError,

@@ -1,7 +1,13 @@
-"""The policy store at start: migrated, with the checkpoint's experts and a first key in it."""
+"""The policy store at start: migrated, with the checkpoint's experts and a first key in it.
+
+A manifest names an expert's owner as people write it ("Tarnholm Gazette"); agreements name owners
+by id. A name that is no id becomes one here ("tarnholm-gazette"), and two names that would become
+the same id are refused, because one owner's agreements would then hold for the other's experts.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final, Protocol
 
@@ -10,11 +16,16 @@ from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
 
+_OWNER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ACTOR: Final = "flexgate serve"
 
 
 class DemoKeysFound(Exception):
     """The store holds the demo's well-known keys, and this is no demo."""
+
+
+class ManifestRefused(Exception):
+    """The checkpoint's manifest names owners that the policy cannot tell apart."""
 
 
 class Loaded(Protocol):
@@ -52,5 +63,22 @@ def prepare(store: Store, experts: Iterable[Loaded], *, at: float) -> str | None
         return None if has_admin else change.mint_key(Role.ADMIN).secret
 
 
+def owner_id(name: str) -> str:
+    """The id of the owner that a manifest names; raises `ManifestRefused` when there is none."""
+    if _OWNER_ID.fullmatch(name):
+        return name
+    id_ = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:63].rstrip("-")
+    if not id_:
+        raise ManifestRefused(f"the manifest's owner {name!r} has no letters to make an id of")
+    return id_
+
+
 def _manifest(experts: Iterable[Loaded]) -> list[ManifestExpert]:
-    return [ManifestExpert(e.id, e.owner, e.domain) for e in experts]
+    names: dict[str, str] = {}
+    entries = []
+    for expert in experts:
+        id_ = owner_id(expert.owner)
+        if names.setdefault(id_, expert.owner) != expert.owner:
+            raise ManifestRefused(f"the manifest's owners {names[id_]!r} and {expert.owner!r} have the same id {id_!r}")
+        entries.append(ManifestExpert(expert.id, id_, expert.domain))
+    return entries

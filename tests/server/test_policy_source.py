@@ -10,6 +10,7 @@ import pytest
 
 from flexgate.policies.errors import SnapshotStale, StoreUnavailable
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.terms import ExpertId
 from flexgate.server.policy import PolicySource, with_live
 
 
@@ -116,8 +117,8 @@ async def test_a_version_that_does_not_arrive_is_given_up(store: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_what_the_engine_serves_overrides_the_catalogue(source: PolicySource, live: set[str]) -> None:
-    source.confirm()
     live.discard("news")
+    assert not source.confirm().experts[ExpertId("news")].live
     snapshot = await source.current()
     assert [e.id for e in snapshot.experts.values() if not e.live] == ["news"]
     live.add("news")

@@ -11,7 +11,7 @@ import pytest
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
 from flexgate.server.auth import authenticate
-from flexgate.server.tenancy import DemoKeysFound, prepare, prepare_demo
+from flexgate.server.tenancy import DemoKeysFound, ManifestRefused, owner_id, prepare, prepare_demo
 
 
 class Entry(NamedTuple):
@@ -57,3 +57,26 @@ def test_the_demo_store_has_the_demo_tenants(store: Store) -> None:
     for secret in ("sk-demo-all", "sk-demo-press", "sk-demo-public"):
         assert authenticate(snapshot, f"Bearer {secret}", now).tenant_id in snapshot.tenants
     assert authenticate(snapshot, "Bearer sk-demo-admin", now).role is Role.ADMIN
+
+
+@pytest.mark.parametrize(
+    ("name", "id_"),
+    [
+        ("gazette", "gazette"),
+        ("Gazette_1.x", "Gazette_1.x"),
+        ("Tarnholm Gazette", "tarnholm-gazette"),
+        ("  Ó & Söhne!  ", "s-hne"),
+        ("x" * 80, "x" * 63),
+    ],
+)
+def test_an_owners_name_becomes_an_id(name: str, id_: str) -> None:
+    assert owner_id(name) == id_
+
+
+@pytest.mark.parametrize("owners", [("The Press", "the press"), ("the-press", "The Press"), ("!", "x")])
+def test_owners_that_cannot_be_told_apart_are_refused(store: Store, owners: tuple[str, str]) -> None:
+    experts = [EXPERTS[0], Entry("news", owners[0], ""), Entry("math", owners[1], "")]
+    with pytest.raises(ManifestRefused):
+        prepare(store, experts, at=time.time())
+    with pytest.raises(ManifestRefused):
+        prepare_demo(store, experts, at=time.time())
