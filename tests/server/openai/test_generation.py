@@ -258,3 +258,41 @@ async def test_tools_reach_the_handler_when_a_choice_can_be_kept(
     await client.post("/v1/chat/completions", json=body)
     assert len(handler.seen) == 5
     assert all(isinstance(request, ChatCompletionRequest) for request in handler.seen)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_nobody_reads_any_more_is_closed(services: Any, handler: Any) -> None:
+    """The client leaves while an event waits to be sent, not while one is waited for."""
+    from flexgate.server.app import build_app
+
+    closed, sending = asyncio.Event(), asyncio.Event()
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield 'data: {"choices":[{"index":0,"finish_reason":null}]}\n\n'
+        finally:
+            closed.set()
+
+    handler.result = events
+    arrived: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    await arrived.put({"type": "http.request", "body": b'{"prompt": "x", "stream": true}'})
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            sending.set()
+            await asyncio.sleep(60)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": PATH,
+        "raw_path": PATH.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"authorization", b"Bearer sk-t")],
+    }
+    task = asyncio.create_task(build_app(services)(scope, arrived.get, send))
+    await asyncio.wait_for(sending.wait(), 5)
+    await arrived.put({"type": "http.disconnect"})
+    await asyncio.wait_for(task, 5)
+    assert closed.is_set()
