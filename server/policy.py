@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -59,13 +60,15 @@ class PolicySource:
         self._stored: Snapshot | None = None
         self._served: Snapshot | None = None
         self._confirmed = -float("inf")
+        self._confirming = threading.Lock()
 
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
-        asked = self._clock()
-        self._stored = self._store.confirm(self._stored)
-        self._confirmed = asked
-        return self._serve(self._stored)
+        with self._confirming:  # else a slow answer could replace a newer one
+            asked = self._clock()
+            self._stored = self._store.confirm(self._stored)
+            self._confirmed = asked
+            return self._serve(self._stored)
 
     async def current(self) -> Snapshot:
         """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed."""

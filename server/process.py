@@ -96,6 +96,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=settings.drain_seconds,
         lifespan="off",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +91,32 @@ async def test_polling_swaps_a_new_version_in_and_survives_failures(
         assert (await source.current()).policy_version == 9
     finally:
         task.cancel()
+
+
+@pytest.mark.asyncio
+async def test_a_slow_answer_never_replaces_a_newer_snapshot(snapshot: Snapshot, clock: Clock) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        answer = snapshot
+
+        def confirm(self, known: Snapshot | None) -> Snapshot:
+            answer = self.answer
+            if not asked.is_set():
+                asked.set()
+                go_on.wait(5)
+            return answer
+
+    store = Slow()
+    source = PolicySource(store, lambda: (), lease_s=2.0, poll_s=0.01, clock=clock)
+    first = asyncio.create_task(asyncio.to_thread(source.confirm))
+    await asyncio.to_thread(asked.wait, 5)
+    store.answer = replace(snapshot, policy_version=8)
+    second = asyncio.create_task(asyncio.to_thread(source.confirm))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert (await source.current()).policy_version == 8
 
 
 @pytest.mark.asyncio
