@@ -10,6 +10,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from flexgate.policies.audit import Event
 from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, checks, schema
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
 from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret
@@ -20,6 +21,7 @@ from flexgate.policies.store.revisions import (
     append,
     current_version,
 )
+from flexgate.policies.store.snapshots import read_snapshot
 from flexgate.policies.tenants import KeyRecord, Role, Tenant
 from flexgate.policies.terms import OwnerId, TenantId
 
@@ -84,6 +86,10 @@ class Change:
         checks.check_remove(self._connection, kind, id_)
         self._connection.execute(delete(table).where(table.c.id == id_))
         self._changes.append(ObjectChange(name, id_, to_json(before), None))
+
+    def snapshot(self) -> Snapshot:
+        """The policy as it would be with this change, still under the version before it."""
+        return read_snapshot(self._connection)
 
     def keys(self) -> list[KeyRecord]:
         """Every key's record as this transaction sees them."""

@@ -7,11 +7,13 @@ applied with `prune`: then agreements and sets are removed, and tenants archived
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError
 
 from flexgate.policies.errors import ChangeRefused, InvalidName
+from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import read_all, to_json
 from flexgate.policies.store.engine import reading
@@ -43,6 +45,10 @@ class PolicyFile(Document):
 class _DryRun(Exception):
     """Ends a transaction whose changes are only to be looked at."""
 
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
 
 def parse_file(content: object) -> PolicyFile:
     """Parsed YAML or JSON as a policy file; raises `ChangeRefused` that names the first mistake."""
@@ -67,16 +73,22 @@ def export(store: Store) -> dict[str, Any]:
         }
 
 
-def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> list[ObjectChange]:
-    """What `apply` would change: everything is checked, and nothing kept."""
-    changes: list[ObjectChange] = []
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What applying a file would do: the changes, and the policy that would result."""
+
+    changes: list[ObjectChange]
+    proposed: Snapshot
+
+
+def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> Plan:
+    """What `apply` would do: everything is checked, and nothing kept."""
     try:
         with store.change(actor="plan", at=0.0) as change:
             _put_all(change, file, prune=prune)
-            changes = change.changes
-            raise _DryRun
-    except _DryRun:
-        return changes
+            raise _DryRun(Plan(change.changes, change.snapshot()))
+    except _DryRun as dry_run:
+        return dry_run.plan
 
 
 def apply(

@@ -8,17 +8,16 @@ from contextlib import contextmanager
 from sqlalchemy import Engine, select
 
 from flexgate.policies.audit import Entry, Event, Head
-from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
+from flexgate.policies.errors import StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, schema
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import read_all
 from flexgate.policies.store.engine import open_engine, reading, writing
 from flexgate.policies.store.keys import key_from_row
 from flexgate.policies.store.migrate import migrate
 from flexgate.policies.store.revisions import current_version
-from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
-from flexgate.policies.terms import Agreement
+from flexgate.policies.store.snapshots import read_snapshot
+from flexgate.policies.tenants import KeyRecord
 
 
 class Store:
@@ -44,17 +43,7 @@ class Store:
     def snapshot(self) -> Snapshot:
         """Everything, read in one transaction; raises `StoreDamaged` when it does not fit."""
         with reading(self.engine) as connection:
-            try:
-                return Snapshot.build(
-                    policy_version=current_version(connection),
-                    experts=read_all(connection, Expert),
-                    tenants=read_all(connection, Tenant),
-                    agreements=read_all(connection, Agreement),
-                    sets=read_all(connection, ExpertSet),
-                    keys=map(key_from_row, connection.execute(select(schema.api_keys))),
-                )
-            except SnapshotInvalid as error:
-                raise StoreDamaged(f"the stored policy does not fit together: {error}") from error
+            return read_snapshot(connection)
 
     def confirm(self, known: Snapshot | None) -> Snapshot:
         """`known` itself if nothing changed since, else the newest snapshot. Cheap to poll.

@@ -50,14 +50,15 @@ def test_plan_is_what_apply_does_and_keeps_nothing(store):
     version, head = store.version(), store.audit_head()
     planned = plan(store, FILE)
     assert (store.version(), store.audit_head()) == (version, head)
-    assert apply(store, FILE, **ADMIN) == planned
-    assert plan(store, FILE) == []
+    assert "acme" in planned.proposed.tenants
+    assert apply(store, FILE, **ADMIN) == planned.changes
+    assert plan(store, FILE).changes == []
 
 
 def test_what_the_file_does_not_name_is_left_alone_unless_pruned(store):
     apply(store, FILE, **ADMIN)
     smaller = parse_file({"format": "flexgate-policy/v1", "tenants": CONTENT["tenants"][1:]})
-    assert plan(store, smaller) == []
+    assert plan(store, smaller).changes == []
     apply(store, smaller, prune=True, **ADMIN)
     snapshot = store.snapshot()
     assert snapshot.tenants["acme"].archived

@@ -1,0 +1,60 @@
+"""Why a tenant gets what it gets: every listed expert, with the rules for or against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgate.policies.decide import declared_context, find_tenant
+from flexgate.policies.decision import DecisionRequest, Reason
+from flexgate.policies.grants import Context, grant
+from flexgate.policies.snapshot import Clause, Snapshot, TenantRules
+from flexgate.policies.terms import PUBLIC, ExpertId
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One expert. Allowed: `permitted_by` names the agreements (for `public` the anchor rule) and
+    `until` when it ends (Unix seconds or `math.inf`). Not allowed: `refused` says why.
+    """
+
+    expert: ExpertId
+    permitted_by: tuple[str, ...]
+    until: float | None
+    refused: Reason | None
+
+
+def explain(
+    snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float
+) -> tuple[Explanation, ...]:
+    """Explain what the tenant may use before narrowing, in catalogue order.
+
+    Hidden experts do not appear. Raises `UnknownTenant`, `TenantArchived` or `ContextRefused`.
+    """
+    tenant = find_tenant(snapshot, tenant_id)
+    context = declared_context(tenant, request.purpose, request.region)
+    granted = grant(snapshot, tenant, context, now)
+    return tuple(
+        Explanation(
+            expert,
+            _permitting(snapshot, tenant, context, expert, now)
+            if expert in granted.lost_at
+            else (),
+            granted.lost_at.get(expert),
+            granted.refused.get(expert),
+        )
+        for expert in snapshot.experts
+        if expert not in tenant.hidden
+    )
+
+
+def _permitting(
+    snapshot: Snapshot, tenant: TenantRules, context: Context, expert: ExpertId, now: float
+) -> tuple[str, ...]:
+    if expert == PUBLIC:
+        return ("anchor",)
+    clauses: list[Clause] = []
+    for table in (snapshot.unlimited, snapshot.limited):
+        for name in tenant.assignees:
+            clauses += table.get(name, {}).get(expert, ())
+    in_force = [c for c in clauses if c.permits and c.starts <= now < c.ends]
+    return tuple(sorted(c.rule for c in in_force if context.covered_by(c)))

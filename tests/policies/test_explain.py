@@ -1,0 +1,89 @@
+"""Explanations and simulations say what decisions do."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import DecisionRefused, UnknownTenant
+from flexgate.policies.explain import explain
+from flexgate.policies.simulate import Replay, simulate
+
+REQUEST = DecisionRequest(decision_id="d")
+
+
+def test_allowed_experts_name_their_agreements_and_others_their_reason(world, iso):
+    snapshot = world.build(
+        [
+            world.agreement("two", not_after=iso(2000.0)),
+            world.agreement("one", not_after=iso(1500.0)),
+            world.agreement("early", not_after=iso(900.0)),
+            world.agreement("lab", purposes=["x-lab"]),
+        ],
+        [world.tenant(mode="deny_list", hidden=["legal"])],
+    )
+    explained = {e.expert: e for e in explain(snapshot, "acme", REQUEST, 1000.0)}
+    assert list(explained) == ["public", "news", "math", "code"]
+    assert explained["public"].permitted_by == ("anchor",)
+    assert explained["news"].permitted_by == ("agreement/one@1", "agreement/two@1")
+    assert (explained["news"].until, explained["public"].until) == (2000.0, math.inf)
+    assert explained["math"].refused.code == "no_agreement"
+    assert (explained["math"].until, explained["math"].permitted_by) == (None, ())
+
+
+def test_explaining_an_unknown_tenant_is_refused(world):
+    with pytest.raises(UnknownTenant):
+        explain(world.build(), "nobody", REQUEST, 1.0)
+
+
+def test_explanations_agree_with_decisions(worlds):
+    rng = random.Random(3)
+    compared = 0
+    while compared < 300:
+        random_world = worlds.random_world(rng)
+        random_world["tenants"][0]["standing"] = None
+        snapshot, now = worlds.snapshot_of(random_world), rng.choice(worlds.NOWS)
+        try:
+            decision = decide(snapshot, "t0", REQUEST, now)
+        except DecisionRefused:
+            continue
+        explained = explain(snapshot, "t0", REQUEST, now)
+        assert tuple(e.expert for e in explained if e.refused is None) == decision.allowed
+        assert all(e.permitted_by for e in explained if e.refused is None)
+        assert tuple(e.refused for e in explained if e.refused) == decision.excluded
+        compared += 1
+
+
+def test_simulation_lists_who_gains_and_who_loses(world):
+    tenants = [
+        world.tenant(mode="deny_list"),
+        world.tenant(id="beta", expert_ids=["math"]),
+        world.tenant(id="same"),
+    ]
+    before = world.build([world.agreement()], tenants)
+    after = world.build(
+        [world.agreement("m", owner="institute", experts=["math"])],
+        [*tenants[:1], *tenants[1:], world.tenant(id="late")],
+    )
+    asked = [
+        Replay("acme", REQUEST, 1.0),
+        Replay("beta", REQUEST, 1.0),
+        Replay("same", REQUEST, 1.0),
+        Replay("acme", DecisionRequest(decision_id="d", only=("news",)), 1.0),
+        Replay("late", REQUEST, 1.0),
+    ]
+    found = [
+        (d.replay.tenant_id, d.gained, d.lost, d.refused_before, d.refused_after)
+        for d in simulate(before, after, asked)
+    ]
+    assert found == [
+        ("acme", ("math",), ("news",), None, None),
+        ("beta", ("math",), (), None, None),
+        ("acme", (), ("public", "news"), None, "ExpertDenied"),
+        ("late", ("public",), (), "UnknownTenant", None),
+    ]
+    assert simulate(before, before, asked) == []
