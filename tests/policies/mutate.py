@@ -59,7 +59,9 @@ def mutants(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
 
 
 def _annotations(tree: ast.Module) -> Iterator[ast.expr]:
+    """Annotations and decorators: they decide no request."""
     for node in ast.walk(tree):
+        yield from getattr(node, "decorator_list", ())
         for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if note is not None:
                 yield note

@@ -220,3 +220,39 @@ def test_anchor_that_is_not_live(world):
         "'public' takes part in every request, and it is not being served. "
         "Loading it into the server would change this."
     )
+
+
+WHICH = [
+    ("prohibited", [("b", {"effect": "prohibit"}), ("a", {"effect": "prohibit"})], "a"),
+    ("purpose_not_permitted", [("b", {"purposes": ["search"]}), ("a", {"purposes": ["x-l"]})], "a"),
+    ("region_not_permitted", [("b", {"regions": ["DE"]}), ("a", {"regions": ["FR"]})], "a"),
+    (
+        "purpose_not_permitted",
+        [("b", {"purposes": ["search"]}), ("a", {"purposes": ["search"], "regions": ["DE"]})],
+        "b",
+    ),
+    ("agreement_not_started", [("a", {"not_before": 3000.0}), ("b", {"not_before": 2500.0})], "b"),
+    ("agreement_not_started", [("b", {"not_before": 3000.0}), ("a", {"not_before": 3000.0})], "a"),
+    ("agreement_ended", [("a", {"not_after": 500.0}), ("b", {"not_after": 900.0})], "b"),
+    ("agreement_ended", [("b", {"not_after": 900.0}), ("a", {"not_after": 900.0})], "a"),
+    ("agreement_ended", [("a", {"not_after": 1000.0})], "a"),
+    ("agreement_not_started", [("a", {"not_before": 2000.0}), ("b", {"not_after": 900.0})], "a"),
+    ("purpose_not_permitted", [("a", {"not_before": 1000.0, "purposes": ["search"]})], "a"),
+    ("no_agreement", [("a", {"not_before": 3000.0, "purposes": ["search"]})], None),
+]
+
+
+@pytest.mark.parametrize(("code", "terms", "named"), WHICH)
+def test_of_several_agreements_the_reason_names_the_nearest_then_the_first(
+    world, iso, code, terms, named
+):
+    dated = [
+        (id_, {k: iso(v) if isinstance(v, float) else v for k, v in fields.items()})
+        for id_, fields in terms
+    ]
+    documents = [world.agreement(id_, **fields) for id_, fields in dated]
+    for order in (documents, documents[::-1]):
+        snapshot = world.build(order, [world.tenant(mode="deny_list")])
+        reason = world.ask(snapshot, now=1000.0).excluded[0]
+        expected = "default_deny" if named is None else f"agreement/{named}@1"
+        assert (reason.code, reason.rule) == (code, expected)

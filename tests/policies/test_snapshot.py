@@ -8,7 +8,7 @@ import pytest
 
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Expert, KeyRecord, Role
+from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 
 KEY = KeyRecord(
     key_id="k", sha256=b"1" * 32, prefix="sk-1", role=Role.TENANT, tenant_id="acme", created=0.0
@@ -85,3 +85,39 @@ def test_snapshot_is_immutable(world):
             getattr(snapshot, collection)["x"] = None
     with pytest.raises(FrozenInstanceError):
         snapshot.policy_version = 8
+
+
+def test_keys_that_fit_are_found_by_their_digest(world):
+    snapshot = world.build()
+    keys = [
+        KEY,
+        replace(KEY, key_id="a", sha256=b"2" * 32, role=Role.ADMIN, tenant_id=None),
+        replace(
+            KEY, key_id="o", sha256=b"3" * 32, role=Role.OWNER, tenant_id=None, owner_id="wire"
+        ),
+    ]
+    built = Snapshot.build(
+        policy_version=1,
+        experts=snapshot.experts.values(),
+        tenants=[Tenant.model_validate(world.tenant())],
+        keys=[*keys, KEY],
+    )
+    assert built.keys == {key.sha256: key for key in keys}
+
+
+def test_agreements_are_kept_apart_by_what_limits_them(world):
+    snapshot = world.build(
+        [
+            world.agreement("free"),
+            world.agreement("all", purposes=["all"]),
+            world.agreement("ban", effect="prohibit"),
+            world.agreement("where", regions=["DE"]),
+            world.agreement("until", not_after="2030-01-01T00:00:00Z"),
+            world.agreement("from", not_before="2020-01-01T00:00:00Z"),
+        ]
+    )
+    unlimited = [clause.agreement_id for clause in snapshot.unlimited["everyone"]["news"]]
+    limited = [clause.agreement_id for clause in snapshot.limited["everyone"]["news"]]
+    assert unlimited == ["all", "free"]
+    assert limited == ["ban", "until", "where", "from"]
+    assert snapshot.dates["everyone"] == (1577836800.0, 1893456000.0)
