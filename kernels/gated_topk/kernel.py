@@ -79,7 +79,7 @@ def gated_topk_kernel(
         rank_BS = tl.where(picked_BS, rank, rank_BS)
         total_B += tl.sum(tl.where(picked_BS, prob_BS, 0.0), axis=1)
         if rank == 0:
-            first_B = tl.where(key_B >= 0.0, id_B, 0)
+            first_B = id_B
         id_B = tl.where(key_B >= 0.0, id_B, first_B) if FILL == _FILL_FIRST else tl.where(key_B >= 0.0, id_B, FILL)
         tl.store(ids_ptr + token_B * TOP_K + rank, id_B, mask=live_B)
         key_BS = tl.where(picked_BS, -2.0, key_BS)

@@ -85,6 +85,8 @@ def test_fillers_add_nothing_whatever_id_they_carry(run: Any, layer: Any, device
         spoiled = replace(gated, w2_EHF=gated.w2_EHF.clone(), ids_TK=torch.where(unused_TK, filler, gated.ids_TK))
         spoiled.w2_EHF[[0, 3, 6]] = float("nan")
         assert same_bits(function(spoiled), clean)
+    nan = replace(gated, weights_TK=torch.where(unused_TK, float("nan"), gated.weights_TK))
+    assert same_bits(function(nan), clean)
     first = replace(gated, ids_TK=torch.where(unused_TK, gated.ids_TK[:, :1], gated.ids_TK))
     assert same_bits(function(first), clean)
 

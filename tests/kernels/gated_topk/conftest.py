@@ -48,6 +48,25 @@ class Router:
     def __init__(self, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._function = function
 
+    def layers(self, layers: list[Tensor], gate_T: Tensor, *, top_k: int) -> Routed:
+        """Several layers one after another into one pair of buffers; the last layer's weights and ids."""
+        tokens, slots = layers[0].shape
+        mass_TE, chosen_T = torch.zeros(tokens, slots, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
+        outputs = [
+            self._function(
+                logits_TE,
+                gate_T,
+                bias_E=None,
+                mass_TE=mass_TE,
+                chosen_T=chosen_T,
+                top_k=top_k,
+                renormalize=False,
+                fill="first",
+            )
+            for logits_TE in layers
+        ]
+        return Routed(*outputs[-1], mass_TE, chosen_T)
+
     def __call__(
         self,
         logits_TE: Tensor,

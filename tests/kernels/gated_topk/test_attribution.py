@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexgate.kernels.gated_topk import MASS_SCALE, gated_topk
+from flexgate.kernels.gated_topk import MASS_SCALE
 
 
 def test_mass_is_the_rounded_weight_of_each_real_pick(route: Any, random_gate: Any) -> None:
@@ -51,25 +51,14 @@ def test_fillers_never_count(route: Any) -> None:
         assert routed.chosen_T.tolist() == [0b0001000] * 7
 
 
-def test_layers_accumulate_in_any_order() -> None:
+def test_layers_accumulate_in_any_order(route: Any) -> None:
     torch.manual_seed(2)
     layers = [torch.randn(7, 9) for _ in range(5)]
     gate_T = torch.full((7,), 0b101110111)
-    totals = []
-    for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
-        mass_TE, chosen_T = torch.zeros(8, 9, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
-        for layer in order:
-            gated_topk(
-                layers[layer],
-                gate_T,
-                top_k=2,
-                renormalize=False,
-                bias_E=None,
-                mass_TE=mass_TE,
-                chosen_T=chosen_T,
-                fill="first",
-            )
-        totals.append((mass_TE, chosen_T))
-    assert torch.equal(totals[0][0], totals[1][0])
-    assert torch.equal(totals[0][1], totals[1][1])
-    assert bool(((totals[0][0] > 0) == ((totals[0][1][:, None] >> torch.arange(9)) & 1).bool()).all())
+    together = route.layers(layers, gate_T, top_k=2)
+    turned = route.layers([layers[layer] for layer in (3, 1, 4, 0, 2)], gate_T, top_k=2)
+    alone = [route(logits_TE, gate_T, top_k=2) for logits_TE in layers]
+    assert torch.equal(together.mass_TE, sum(routed.mass_TE for routed in alone))
+    assert torch.equal(together.mass_TE, turned.mass_TE)
+    assert torch.equal(together.chosen_T, turned.chosen_T)
+    assert torch.equal(together.mass_TE > 0, ((together.chosen_T[:, None] >> torch.arange(9)) & 1).bool())
