@@ -1,7 +1,7 @@
 # Two targets: `docker build --target cpu .` and `docker build --target cuda .`
 # Installs what CI installs: hashed locks, no dependency resolution, then our wheel.
 # First start of a server that is not the demo (prints one admin key, once, and grants nothing):
-#   docker run -v models:/models:ro -v state:/state IMAGE serve /models/NAME --store sqlite:////state/flexgate.sqlite
+#   docker run -v models:/models:ro -v state:/state IMAGE serve /models/NAME --database-url sqlite:////state/flexgate.db
 
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src

@@ -211,7 +211,7 @@ def _engine_settings(settings: Settings, model: Path) -> EngineSettings:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
-        enforce_eager=settings.enforce_eager,
+        enforce_eager=settings.enforce_eager or settings.demo,
         tensor_parallel_size=settings.tensor_parallel_size,
         shutdown_timeout=settings.drain_seconds,
     )
