@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgate.kernels.gated_experts import gated_experts
+from flexgate.kernels.gated_experts.launch import Kernels, launch_gated_experts
 from flexgate.kernels.gated_experts.tiles import ProductTile, Tiles
 
 
@@ -36,6 +37,33 @@ def test_masked_equals_poisoned_equals_absent(run: Any, layer: Any, dtype: torch
     assert same_bits(run(poisoned), masked)
     assert same_bits(run(gated.with_slots(kept)), masked)
     assert bool(masked.isfinite().all())
+
+
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_a_tile_that_overhangs_its_expert_takes_nothing_from_the_next(run: Any, layer: Any, use_tma: bool) -> None:
+    gated = layer(3, 3, hidden=36, intermediate=44, top_k=2, gate_T=torch.full((3,), 0b101))
+    clean = run(gated, use_tma=use_tma)
+    poisoned = replace(gated, w13_EGH=gated.w13_EGH.clone(), w2_EHF=gated.w2_EHF.clone())
+    poisoned.w13_EGH[1], poisoned.w2_EHF[1] = float("nan"), float("nan")
+    assert same_bits(run(poisoned, use_tma=use_tma), clean)
+
+
+class Recorder:
+    """Launches nothing and remembers with what it was launched."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **constants: self.constants.update(constants)
+
+
+def test_products_and_sums_are_launched_without_contraction(layer: Any, small_tiles: Tiles) -> None:
+    launched = Kernels(Recorder(), Recorder(), Recorder(), Recorder(), programs=3, use_tma=False)
+    gated = layer(3, 3)
+    launch_gated_experts(launched, small_tiles, *gated.operands(), torch.empty_like(gated.x_TH))
+    for recorder in (launched.gate_up, launched.down, launched.combine):
+        assert recorder.constants["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
