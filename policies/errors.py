@@ -4,6 +4,8 @@ PolicyError
 ├── InvalidName            an id or a word that the vocabulary does not know
 ├── SnapshotInvalid        documents that do not fit together
 ├── SnapshotStale          the snapshot was not confirmed within its lease
+├── ClockInvalid           the time given is not a number
+├── AuditBroken            the audit log was edited, reordered or cut off
 ├── DecisionRefused        a request that gets no gate; `param` names the field at fault
 │   ├── UnknownTenant
 │   ├── TenantArchived
@@ -15,7 +17,9 @@ PolicyError
 └── StoreError
     ├── StoreUnavailable   no connection, locked, not a database
     ├── StoreFromNewerVersion
+    ├── StoreRolledBack    older than what was read from it before
     ├── StoreDamaged       rows that no longer parse
+    ├── ObjectUnknown      absent and not the caller's alike
     └── ChangeRefused      a change that would not make sense
 """
 

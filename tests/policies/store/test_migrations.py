@@ -1,0 +1,54 @@
+"""A store from any earlier version comes to the present with everything in it."""
+
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+
+from flexgate.policies.store import Store
+from flexgate.policies.store.engine import writing
+from flexgate.policies.store.migrate import _config
+
+ROWS = [
+    'INSERT INTO experts VALUES (\'public\', 1, \'{"id": "public", "owner": "commons"}\')',
+    'INSERT INTO tenants VALUES (\'acme\', 1, \'{"id": "acme", "name": "Acme"}\')',
+    "INSERT INTO policy_revisions VALUES (1, 1.0, 'admin', '')",
+    "INSERT INTO api_keys (id, sha256, prefix, role, tenant_id, created) "
+    "VALUES ('key_1', :digest, 'sk-1', 'tenant', 'acme', 1.0)",
+]
+
+
+@pytest.mark.parametrize("earlier", ["0001", "0002"])
+def test_earlier_store_keeps_its_tenants_and_keys(url, earlier):
+    store = Store.open(url)
+    with writing(store.engine) as connection:
+        command.upgrade(_config(connection), earlier)
+        for row in ROWS:
+            connection.execute(sa.text(row), {"digest": b"1" * 32} if ":digest" in row else {})
+    store.migrate()
+    snapshot = store.snapshot()
+    assert snapshot.policy_version == 1
+    assert snapshot.tenants["acme"].name == "Acme"
+    assert snapshot.keys[b"1" * 32].tenant_id == "acme"
+    assert snapshot.keys[b"1" * 32].name == ""
+    store.close()
+
+
+def test_interrupted_migration_leaves_the_old_schema(url, monkeypatch):
+    store = Store.open(url)
+
+    upgrade = command.upgrade
+
+    def fail(*arguments: object) -> None:
+        upgrade(*arguments)
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("flexgate.policies.store.migrate.command.upgrade", fail)
+    with pytest.raises(RuntimeError):
+        store.migrate()
+    monkeypatch.undo()
+    assert sa.inspect(store.engine).get_table_names() == []
+    store.migrate()
+    assert store.version() == 0
+    store.close()
