@@ -34,12 +34,10 @@ _PURPOSE_PARENTS: Final = {
 _PURPOSE_ALIASES: Final = {"train-ai": "ai-train"}
 _LOCAL_PURPOSE: Final = re.compile(r"x-[a-z0-9][a-z0-9-]{0,60}")
 
-EU: Final = frozenset(
-    "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK".split()
-)
+_EU_CODES: Final = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
+EU: Final = frozenset(_EU_CODES.split())
 EEA: Final = EU | {"IS", "LI", "NO"}
-COUNTRIES: Final = frozenset(
-    """
+_COUNTRY_CODES: Final = """
     AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS
     BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE
     EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM
@@ -48,8 +46,8 @@ COUNTRIES: Final = frozenset(
     NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO RS RU RW
     SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO
     TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW
-    """.split()
-)
+"""
+COUNTRIES: Final = frozenset(_COUNTRY_CODES.split())
 _SUBDIVISION: Final = re.compile(r"([A-Z]{2})-[A-Z0-9]{1,3}")
 
 
@@ -70,8 +68,7 @@ def parse_region(text: str) -> Region:
     if subdivision and subdivision[1] in COUNTRIES:
         return Region(text)
     raise InvalidName(
-        f"{text!r} is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), "
-        "'EU' or 'EEA'"
+        f"{text!r} is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'"
     )
 
 
