@@ -86,10 +86,7 @@ def authenticate(snapshot: Snapshot, authorization_header: str | None, now: floa
 def require_tenant(principal: Principal) -> TenantId:
     """The tenant that may infer with this key; raises `WrongRole`."""
     if principal.tenant_id is None:
-        raise WrongRole(
-            f"A key with the role '{principal.role}' cannot be used for inference. "
-            "Use a key of a project."
-        )
+        raise WrongRole(f"A key with the role '{principal.role}' cannot be used for inference. Use a key of a project.")
     return principal.tenant_id
 
 
@@ -97,9 +94,7 @@ def require_role(principal: Principal, *roles: Role) -> None:
     """Refuse a key whose role is not among `roles`; raises `WrongRole`."""
     if principal.role not in roles:
         wanted = " or ".join(f"'{role}'" for role in roles)
-        raise WrongRole(
-            f"A key with the role '{principal.role}' cannot be used here. Use one with {wanted}."
-        )
+        raise WrongRole(f"A key with the role '{principal.role}' cannot be used here. Use one with {wanted}.")
 
 
 def _bearer(header: str | None) -> str:

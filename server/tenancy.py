@@ -57,7 +57,7 @@ def prepare(store: Store, experts: Iterable[Loaded], *, at: float) -> str | None
     store.migrate()
     if demo.holds_demo_keys(store):
         raise DemoKeysFound("the policy database holds the demo's public keys; use another one, or start with --demo")
-    has_admin = any(key.role is Role.ADMIN for key in store.keys())  # noqa: SIM118 (not a mapping)
+    has_admin = any(key.role is Role.ADMIN for key in store.keys())
     with store.change(actor=_ACTOR, note="start", at=at) as change:
         put_catalogue(change, _manifest(experts))
         return None if has_admin else change.mint_key(Role.ADMIN).secret

@@ -30,9 +30,7 @@ async def sing(engine: Any, client: GatedEngineClient) -> None:
     await _must_refuse(engine, "a request without a gate", None)
     await _must_refuse(engine, "a forged gate", {GATE_ARG: "e30.e30"})
     public = client.experts()[0]
-    grant = GateGrant(
-        TENANT, (ExpertLease(public.id, public.slot, public.generation),), math.inf
-    )
+    grant = GateGrant(TENANT, (ExpertLease(public.id, public.slot, public.generation),), math.inf)
     call = GatedCall(grant)
     token = CURRENT_CALL.set(call)
     try:

@@ -124,6 +124,4 @@ def refuse_untried(config: Any) -> None:
     """
     for capability in CAPABILITIES:
         if capability.present is not None and capability.present(config):
-            raise RefusedConfigurationError(
-                f"{capability.name} is refused: {capability.why}"
-            )
+            raise RefusedConfigurationError(f"{capability.name} is refused: {capability.why}")

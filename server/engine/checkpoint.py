@@ -69,17 +69,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (LayoutError, TypeError) as error:
         raise CheckpointError(f"{path} is not a FlexOlmo checkpoint: {error}") from error
     if architecture.num_experts > MAX_SLOTS:
-        raise CheckpointError(
-            f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}"
-        )
+        raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}")
     files = _weight_files(path)
     stored_dtype = _check_headers(files, architecture)
     return Checkpoint(path, architecture, _experts(path, architecture), files, stored_dtype)
 
 
-def require_finite(
-    checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
-) -> None:
+def require_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
     """Read every tensor once, one at a time, and refuse NaN and infinity.
 
     Args:
@@ -94,13 +90,14 @@ def require_finite(
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinite values")
         done += tensor.nbytes
-        progress(done, total)
+        if progress is not None:
+            progress(done, total)
 
 
 def _tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
         with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 (not a mapping)
+            for name in reader.keys():
                 yield name, reader.get_tensor(name)
 
 
@@ -144,7 +141,7 @@ def _check_headers(files: tuple[Path, ...], architecture: Architecture) -> str:
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (not a mapping)
+                for name in reader.keys():
                     part = reader.get_slice(name)
                     _check_shape(file, name, tuple(part.get_shape()), expected | optional)
                     found.add(name)
@@ -152,9 +149,7 @@ def _check_headers(files: tuple[Path, ...], architecture: Architecture) -> str:
         except SafetensorError as error:
             raise CheckpointError(f"{file} is truncated or not safetensors: {error}") from error
     if missing := sorted(expected.keys() - found):
-        raise CheckpointError(
-            f"{files[0].parent} lacks {len(missing)} tensors, the first is {missing[0]}"
-        )
+        raise CheckpointError(f"{files[0].parent} lacks {len(missing)} tensors, the first is {missing[0]}")
     if dtypes - {"F32", "BF16"}:
         raise CheckpointError(
             f"{files[0].parent} stores {', '.join(sorted(dtypes))}; "
@@ -163,15 +158,11 @@ def _check_headers(files: tuple[Path, ...], architecture: Architecture) -> str:
     return "float32" if "F32" in dtypes else "bfloat16"
 
 
-def _check_shape(
-    file: Path, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]
-) -> None:
+def _check_shape(file: Path, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> None:
     if name not in expected:
         raise CheckpointError(f"{file} holds an unknown tensor {name}")
     if shape != expected[name]:
-        raise CheckpointError(
-            f"{file}: {name} has shape {list(shape)}, config.json asks for {list(expected[name])}"
-        )
+        raise CheckpointError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(expected[name])}")
 
 
 def _experts(path: Path, architecture: Architecture) -> tuple[ExpertEntry, ...]:
@@ -184,13 +175,9 @@ def _experts(path: Path, architecture: Architecture) -> tuple[ExpertEntry, ...]:
     if not isinstance(entries, list) or len(entries) != count:
         raise CheckpointError(f"{path / MANIFEST_NAME} must list the checkpoint's {count} experts")
     try:
-        experts = tuple(
-            ExpertEntry(str(e["id"]), str(e["owner"]), str(e["domain"])) for e in entries
-        )
+        experts = tuple(ExpertEntry(str(e["id"]), str(e["owner"]), str(e["domain"])) for e in entries)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / MANIFEST_NAME}: every expert needs id, owner and domain"
-        ) from error
+        raise CheckpointError(f"{path / MANIFEST_NAME}: every expert needs id, owner and domain") from error
     if experts[0].id != PUBLIC_EXPERT:
         raise CheckpointError(f"{path / MANIFEST_NAME}: expert 0 must be {PUBLIC_EXPERT!r}")
     if len({expert.id for expert in experts}) != count:

@@ -120,9 +120,7 @@ CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call",
 class GatedEngineClient:
     """Generation under a sealed gate, and the read-only facts that handlers need."""
 
-    def __init__(
-        self, engine: Any, *, key: SealKey, experts: tuple[ExpertInfo, ...], slots: int
-    ) -> None:
+    def __init__(self, engine: Any, *, key: SealKey, experts: tuple[ExpertInfo, ...], slots: int) -> None:
         """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`."""
         self._engine = engine
         self._key = key
@@ -288,5 +286,3 @@ class GatedEngineClient:
             call._usage[output.request_id] = extras[USAGE_KEY]
         if output.stop_reason == GATE_EXPIRED:
             call.failed = GATE_EXPIRED
-
-

@@ -132,9 +132,7 @@ def check(gate: Gate, *, request_id: str, now: float) -> None:
         raise GateError("the gate has expired")
 
 
-def cache_salt(
-    key: SealKey, *, tenant: str, experts: Iterable[tuple[str, int]], client_salt: str | None
-) -> str:
+def cache_salt(key: SealKey, *, tenant: str, experts: Iterable[tuple[str, int]], client_salt: str | None) -> str:
     """Name the KV cache that this tenant, gate and client salt may share.
 
     ``experts`` are (expert id, generation) of this gate alone: slots may move

@@ -51,9 +51,7 @@ def key_digest(key: bytes) -> str:
     return hashlib.sha256(b"seal-key\0" + key).hexdigest()
 
 
-def verify(
-    reports: Sequence[object], *, world_size: int, table: SlotTable, layers: int, key: bytes
-) -> None:
+def verify(reports: Sequence[object], *, world_size: int, table: SlotTable, layers: int, key: bytes) -> None:
     """Compare every rank's report with what the launcher asked for.
 
     Raises:
@@ -74,9 +72,7 @@ def verify(
             raise HandshakeError(f"rank {rank} gave no report")
         for name, value in expected.items():
             if _plain(report.get(name)) != _plain(value):
-                raise HandshakeError(
-                    f"rank {rank}: {name} is {report.get(name)!r}, expected {value!r}"
-                )
+                raise HandshakeError(f"rank {rank}: {name} is {report.get(name)!r}, expected {value!r}")
         if not str(report.get("hook")).startswith("Gated"):
             raise HandshakeError(f"rank {rank}: gates are not hooked into {report.get('hook')!r}")
 

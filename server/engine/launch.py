@@ -28,6 +28,10 @@ SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"
 Stage = Callable[[str, int, int], None]  # (what is happening, done, total); total 0: unknown
 
 
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How to run the engine; everything else is decided here or refused.
@@ -84,9 +88,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         raise CheckpointError(f"{settings.model} is not a directory")
     checkpoint = read_checkpoint(settings.model)
     if settings.dtype not in ("auto", "float32", "bfloat16"):
-        raise CheckpointError(
-            f"--dtype {settings.dtype}: use auto, bfloat16 or float32 (float16 overflows)"
-        )
+        raise CheckpointError(f"--dtype {settings.dtype}: use auto, bfloat16 or float32 (float16 overflows)")
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     slots = plan_slots(
         checkpoint,
@@ -100,9 +102,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
 
 
 @asynccontextmanager
-async def launch(
-    settings: EngineSettings, stage: Stage = lambda what, done, total: None
-) -> "AsyncIterator[GatedEngineClient]":
+async def launch(settings: EngineSettings, stage: Stage = _silent) -> "AsyncIterator[GatedEngineClient]":
     """Start the engine, prove the gate on every rank, yield the client, stop the engine.
 
     Args:
@@ -162,27 +162,27 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
     model = str(settings.model.resolve())
     kv_bytes = settings.kv_cache_memory_bytes or (CPU_KV_BYTES if on_cpu() else None)
     has_tokenizer = (settings.model / "tokenizer_config.json").is_file()
-    arguments: dict[str, Any] = dict(
-        model=model,
-        served_model_name=settings.model.name,
-        dtype=planned.dtype,
-        skip_tokenizer_init=not has_tokenizer,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        kv_cache_memory_bytes=kv_bytes,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else "mp",
-        enable_prefix_caching=settings.enable_prefix_caching,
-        async_scheduling=settings.async_scheduling,
-        trust_remote_code=False,
-        enable_log_requests=False,
-        worker_cls="flexgate.server.engine.worker.GatedWorker",
-        scheduler_cls=f"flexgate.server.engine.scheduler.{scheduler}",
-        additional_config=planned.table.to_config(),
-    )
+    arguments: dict[str, Any] = {
+        "model": model,
+        "served_model_name": settings.model.name,
+        "dtype": planned.dtype,
+        "skip_tokenizer_init": not has_tokenizer,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "kv_cache_memory_bytes": kv_bytes,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "enforce_eager": settings.enforce_eager,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else "mp",
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "async_scheduling": settings.async_scheduling,
+        "trust_remote_code": False,
+        "enable_log_requests": False,
+        "worker_cls": "flexgate.server.engine.worker.GatedWorker",
+        "scheduler_cls": f"flexgate.server.engine.scheduler.{scheduler}",
+        "additional_config": planned.table.to_config(),
+    }
     return AsyncEngineArgs(**(arguments | tuning)).create_engine_config()
 
 
@@ -216,9 +216,7 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngine
         layers=planned.checkpoint.architecture.num_hidden_layers,
         key=key,
     )
-    client = GatedEngineClient(
-        engine, key=key, experts=_expert_infos(planned), slots=planned.slots.slots
-    )
+    client = GatedEngineClient(engine, key=key, experts=_expert_infos(planned), slots=planned.slots.slots)
     await sing(engine, client)
     client.mark_ready()
     return client

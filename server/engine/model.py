@@ -9,7 +9,7 @@ Legend: T tokens, H hidden size.
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -160,7 +160,7 @@ class FlexOlmoModel(nn.Module):
 class GatedFlexOlmoForCausalLM(nn.Module):
     """What vLLM instantiates for the architecture ``FlexOlmoForCausalLM``."""
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
             ".q_proj": (".qkv_proj", "q"),
@@ -174,9 +174,7 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.model = FlexOlmoModel(vllm_config=vllm_config, prefix=f"{prefix}model")
-        self.lm_head = ParallelLMHead(
-            self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}lm_head"
-        )
+        self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}lm_head")
         if self.config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
@@ -195,7 +193,8 @@ class GatedFlexOlmoForCausalLM(nn.Module):
 
     def moe_layers(self) -> list[GatedMoE]:
         """The gated blocks, first layer first."""
-        return [layer.mlp for layer in self.model.layers]
+        layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
+        return [layer.mlp for layer in layers]
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, [T, H]."""
@@ -209,9 +208,7 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states, [T, H]."""
-        hidden: torch.Tensor = self.model(
-            input_ids, positions, intermediate_tensors, inputs_embeds
-        )
+        hidden: torch.Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
         return hidden
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -29,7 +29,12 @@ GATE_EXPIRED = "gate_expired"  # stop reason of a request whose gate ran out
 logger = logging.getLogger(__name__)
 
 
-_Base = Scheduler if TYPE_CHECKING else object
+if TYPE_CHECKING:
+
+    class _Base(Scheduler):
+        """What the mixin may call."""
+else:
+    _Base = object
 
 
 class _Gated(_Base):

@@ -36,6 +36,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 TESTED_VERSIONS = frozenset({"0.32.0"})
 
 __all__ = [
+    "TESTED_VERSIONS",
     "AsyncModelRunnerOutput",
     "AsyncScheduler",
     "BaseRouter",
@@ -51,7 +52,6 @@ __all__ = [
     "RoutingMethodType",
     "Scheduler",
     "SchedulerOutput",
-    "TESTED_VERSIONS",
     "UntestedVersionError",
     "guard_requests",
     "require_tested_version",
@@ -73,9 +73,7 @@ def require_tested_version() -> None:
     """
     if vllm.__version__.partition("+")[0] not in TESTED_VERSIONS:
         tested = ", ".join(sorted(TESTED_VERSIONS))
-        raise UntestedVersionError(
-            f"vLLM {vllm.__version__} is installed; flexgate was tested with {tested} only"
-        )
+        raise UntestedVersionError(f"vLLM {vllm.__version__} is installed; flexgate was tested with {tested} only")
 
 
 def guard_requests(guard: RequestGuard) -> None:
@@ -88,21 +86,17 @@ def guard_requests(guard: RequestGuard) -> None:
     create = Request.__dict__["from_engine_core_request"].__func__
     create = getattr(create, "flexgate_unguarded", create)
 
-    def from_engine_core_request(
-        cls: type[Request], request: EngineCoreRequest, block_hasher: Any
-    ) -> Request:
+    def from_engine_core_request(cls: type[Request], request: EngineCoreRequest, block_hasher: Any) -> Request:
         gate = guard(request)
         created = create(cls, request, block_hasher)
         created.flexgate_gate = gate
         return created
 
     from_engine_core_request.flexgate_unguarded = create  # type: ignore[attr-defined]
-    Request.from_engine_core_request = classmethod(from_engine_core_request)  # type: ignore[assignment]
+    Request.from_engine_core_request = classmethod(from_engine_core_request)
 
 
-def take_output_extras(
-    engine: Any, take: Callable[[EngineCoreOutput, str | None], None]
-) -> None:
+def take_output_extras(engine: Any, take: Callable[[EngineCoreOutput, str | None], None]) -> None:
     """Show ``take`` every engine-core output, with its external request id, before vLLM sees it.
 
     Args:

@@ -24,7 +24,7 @@ class SlotTable:
     @classmethod
     def of_checkpoint(cls, num_experts: int, total: int) -> "SlotTable":
         """Expert *i* of a checkpoint takes slot *i*, generation 1; the rest is free."""
-        return cls(total, {slot: 1 for slot in range(num_experts)})
+        return cls(total, dict.fromkeys(range(num_experts), 1))
 
     def to_config(self) -> dict[str, Any]:
         """Plain data for vLLM's ``additional_config`` (JSON, no integer keys)."""

@@ -53,12 +53,10 @@ def _with_usage(output: ModelRunnerOutput, usage: PendingUsage) -> GatedModelRun
 def gated_runner(runner_cls: type[Any]) -> type[Any]:
     """Subclass a V1 model runner so that every forward pass sees filled gates."""
 
-    class GatedModelRunner(runner_cls):  # type: ignore[misc]
+    class GatedModelRunner(runner_cls):
         """V1 runner: gates are filled once the batch's order is final."""
 
-        def _preprocess(
-            self, scheduler_output: SchedulerOutput, num_input_tokens: int, *args: Any, **kw: Any
-        ) -> Any:
+        def _preprocess(self, scheduler_output: SchedulerOutput, num_input_tokens: int, *args: Any, **kw: Any) -> Any:
             gates: GateState = self.get_model().gates
             gates.fill(self.input_batch.req_ids, num_input_tokens)
             return super()._preprocess(scheduler_output, num_input_tokens, *args, **kw)

@@ -21,8 +21,10 @@ def target(name: str) -> str:
 
 
 def test_the_cpu_image_installs_the_locks_that_make_installs() -> None:
-    assert lock_step(target("cpu")) == lock_step(MAKEFILE) == (
-        {"--no-deps", "--require-hashes"}, "locks/cpu.txt", "locks/torch-cpu.txt"
+    assert (
+        lock_step(target("cpu"))
+        == lock_step(MAKEFILE)
+        == ({"--no-deps", "--require-hashes"}, "locks/cpu.txt", "locks/torch-cpu.txt")
     )
 
 

@@ -2,7 +2,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from enginekit.checkpoints import write_random
 from enginekit.scripted import EngineScript, ScriptedEngine, scripted_engine
 

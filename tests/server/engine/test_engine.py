@@ -36,9 +36,7 @@ def mixed_script() -> list[Ask]:
 
 
 @pytest.mark.parametrize("kind", ["nan", "1e30", "-1e30", "random", "zero"])
-def test_what_excluded_experts_and_free_slots_hold_changes_no_bit(
-    engine: ScriptedEngine, kind: str
-) -> None:
+def test_what_excluded_experts_and_free_slots_hold_changes_no_bit(engine: ScriptedEngine, kind: str) -> None:
     script = [replace(ask, gate=ask.gate) for ask in mixed_script() if 1 not in ask.gate]
     assert {len(ask.gate) for ask in script} == {1, 2, 3}
     engine.reset_cache()
@@ -89,9 +87,7 @@ def test_a_mixed_batch_equals_solo_runs(engine: ScriptedEngine) -> None:
         assert agree(engine.solo(replace(ask, at_step=0)), answer)
 
 
-def test_attribution_is_the_routing_that_transformers_computes(
-    engine: ScriptedEngine, checkpoint: Path
-) -> None:
+def test_attribution_is_the_routing_that_transformers_computes(engine: ScriptedEngine, checkpoint: Path) -> None:
     model = reference(checkpoint)
     engine.reset_cache()
     answer = engine.solo(Ask(PROMPT, ALL))
@@ -110,9 +106,7 @@ def test_attribution_is_the_routing_that_transformers_computes(
 
 
 @pytest.mark.parametrize("gate", [(0,), (0, 2), (1, 3), (0, 1, 3)], ids=str)
-def test_an_excluded_expert_is_attributed_exactly_nothing(
-    engine: ScriptedEngine, gate: tuple[int, ...]
-) -> None:
+def test_an_excluded_expert_is_attributed_exactly_nothing(engine: ScriptedEngine, gate: tuple[int, ...]) -> None:
     answer = engine.solo(Ask(PROMPT, gate, client_salt=f"attribution-{gate}"))
     assert all(answer.mass[slot] == 0 and answer.chosen[slot] == 0 for slot in set(range(6)) - set(gate))
     assert max(answer.chosen) <= len(PROMPT) + len(answer.tokens) - 1
@@ -160,9 +154,7 @@ def test_a_request_without_a_valid_gate_is_refused_and_the_engine_lives_on(
 
 
 def test_a_gate_that_expires_in_mid_stream_ends_its_request_alone(engine: ScriptedEngine) -> None:
-    short, other = engine.run(
-        [Ask(PROMPT, ALL, max_tokens=400, valid_for=0.2), Ask(PROMPT, (0,), max_tokens=20)]
-    )
+    short, other = engine.run([Ask(PROMPT, ALL, max_tokens=400, valid_for=0.2), Ask(PROMPT, (0,), max_tokens=20)])
     assert (short.finish_reason, short.stop_reason) == ("error", "gate_expired")
     assert len(short.tokens) < 400
     assert (other.finish_reason, len(other.tokens)) == ("length", 20)

@@ -72,8 +72,9 @@ def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
 
 SHAPES = {
     "grouped-heads-top-1": Shape(hidden=128, heads=4, kv_heads=2, intermediate=352, experts=6, top_k=1, seed=1),
-    "renormalised-top-3": Shape(hidden=256, heads=8, kv_heads=4, intermediate=88, experts=6, top_k=3,
-                                renormalize=True, layers=2, seed=2),
+    "renormalised-top-3": Shape(
+        hidden=256, heads=8, kv_heads=4, intermediate=88, experts=6, top_k=3, renormalize=True, layers=2, seed=2
+    ),
     "all-experts": Shape(hidden=128, heads=2, kv_heads=1, intermediate=160, experts=6, top_k=6, layers=2, seed=3),
 }
 

@@ -3,6 +3,9 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flexgate.server.engine.gates import (
     Gate,
     GateError,
@@ -14,8 +17,6 @@ from flexgate.server.engine.gates import (
     seal,
 )
 from flexgate.server.engine.slots import SlotTable
-from hypothesis import given
-from hypothesis import strategies as st
 
 KEY = new_seal_key()
 LEASES = (SlotLease(0, 1), SlotLease(3, 7))
@@ -120,8 +121,12 @@ def test_a_gate_must_name_its_request_tenant_and_cache(field: str) -> None:
 
 
 def test_the_cache_salt_tells_tenants_gates_generations_and_client_salts_apart() -> None:
-    def salt(tenant: str = "t", experts: tuple[tuple[str, int], ...] = (("a", 1), ("b", 1)),
-             client: str | None = None, key: bytes = KEY) -> str:
+    def salt(
+        tenant: str = "t",
+        experts: tuple[tuple[str, int], ...] = (("a", 1), ("b", 1)),
+        client: str | None = None,
+        key: bytes = KEY,
+    ) -> str:
         return cache_salt(key, tenant=tenant, experts=experts, client_salt=client)  # type: ignore[arg-type]
 
     variants = {

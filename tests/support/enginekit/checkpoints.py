@@ -54,9 +54,7 @@ def write_random(directory: Path, shape: Shape = Shape()) -> Path:
     return directory
 
 
-def rewrite(
-    source: Path, target: Path, keep: list[int], poison: dict[int, float] | None = None
-) -> Path:
+def rewrite(source: Path, target: Path, keep: list[int], poison: dict[int, float] | None = None) -> Path:
     """Copy a checkpoint with only ``keep`` experts, in that order; fill ``poison`` ones."""
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")

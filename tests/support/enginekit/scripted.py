@@ -258,14 +258,10 @@ class _Engine:
             sealed = gates.seal(self._gate(late, request_id), self.key)
         elif how == "stale":
             leases = tuple(gates.SlotLease(s, 99) for s in ask.gate)
-            sealed = gates.seal(
-                gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key
-            )
+            sealed = gates.seal(gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key)
         elif how == "free-slot":
             leases = (gates.SlotLease(self.table.total - 1, 1),)
-            sealed = gates.seal(
-                gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key
-            )
+            sealed = gates.seal(gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key)
         try:
             self._add(request_id, ask, sealed)
         except gates.GateError as error:

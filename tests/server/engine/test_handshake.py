@@ -1,0 +1,102 @@
+"""Every rank proves what it runs; one that cannot stops the start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgate.server.engine.gates import new_seal_key
+from flexgate.server.engine.handshake import HandshakeError, key_digest, verify
+from flexgate.server.engine.slots import SlotTable
+
+KEY = new_seal_key()
+TABLE = SlotTable.of_checkpoint(4, 6)
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    import vllm
+
+    good = {
+        "rank": 0,
+        "vllm_version": vllm.__version__,
+        "model": "flexgate.server.engine.model.GatedFlexOlmoForCausalLM",
+        "hook": "GatedCPUModelRunner",
+        "moe_layers": 3,
+        "monolithic": False,
+        "slots": TABLE.to_config(),
+        "key_digest": key_digest(KEY),
+    }
+    return good | changes
+
+
+def check(*reports: object, world_size: int = 2) -> None:
+    verify(reports, world_size=world_size, table=TABLE, layers=3, key=KEY)
+
+
+def test_ranks_that_all_gate_pass() -> None:
+    check(report(), report(rank=1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "vllm.model_executor.models.transformers.TransformersMoEForCausalLM"},
+        {"hook": "CPUModelRunner"},
+        {"moe_layers": 2},
+        {"monolithic": True},
+        {"slots": SlotTable.of_checkpoint(5, 6).to_config()},
+        {"key_digest": key_digest(new_seal_key())},
+        {"vllm_version": "0.31.0"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_rank_that_differs_is_named_with_what_is_wrong(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with pytest.raises(HandshakeError, match=f"^rank 1: .*{changes[name] if name == 'hook' else name}"):
+        check(report(), report(rank=1, **changes))
+
+
+@pytest.mark.parametrize("reports", [(), (report(),), (report(), None), (report(), {})])
+def test_a_rank_that_does_not_answer_is_missed(reports: tuple[object, ...]) -> None:
+    with pytest.raises(HandshakeError):
+        check(*reports)
+
+
+START_WITHOUT_PLUGIN = """
+import asyncio, os, sys
+from pathlib import Path
+from flexgate.server.engine import launch
+
+prepare = launch.prepare_environment
+
+def without_plugin(key, settings):
+    prepare(key, settings)
+    os.environ["VLLM_PLUGINS"] = "none"
+
+launch.prepare_environment = without_plugin
+
+async def start():
+    settings = launch.EngineSettings(
+        Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20
+    )
+    async with launch.launch(settings):
+        print("SERVED")
+
+if __name__ == "__main__":
+    asyncio.run(start())
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_an_engine_whose_plugin_is_missing_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(START_WITHOUT_PLUGIN)
+    run = subprocess.run(
+        [sys.executable, script, checkpoint], capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    assert run.returncode != 0
+    assert "SERVED" not in run.stdout
