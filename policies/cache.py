@@ -18,9 +18,7 @@ from flexgate.policies.terms import TenantId
 from flexgate.policies.words import Purpose, Region
 
 _Question = tuple[str, str | None, str | None, tuple[str, ...] | None, tuple[str, ...]]
-_Outcome = tuple[
-    TenantId, int, AllowedExperts, tuple[Reason, ...], float, Purpose | None, Region | None
-]
+_Outcome = tuple[TenantId, int, AllowedExperts, tuple[Reason, ...], float, Purpose | None, Region | None]
 MAX_ENTRIES: Final = 65_536
 
 
@@ -41,9 +39,7 @@ class DecisionCache:
     def __len__(self) -> int:
         return len(self._memory[1])
 
-    def decide(
-        self, snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float
-    ) -> Decision:
+    def decide(self, snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> Decision:
         """Same values and same errors as `flexgate.policies.decide.decide`."""
         holder, kept = self._memory
         if holder is not snapshot:

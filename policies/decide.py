@@ -123,9 +123,7 @@ def narrow(
     )
 
 
-def _named(
-    snapshot: Snapshot, granted: Grant, names: tuple[str, ...], param: str
-) -> frozenset[ExpertId]:
+def _named(snapshot: Snapshot, granted: Grant, names: tuple[str, ...], param: str) -> frozenset[ExpertId]:
     """The listed experts that `names` stands for; a set stands for its listed members."""
     found: set[ExpertId] = set()
     for position, name in enumerate(names):
@@ -175,9 +173,7 @@ def _left_out(
     """The allowed experts that the request leaves out, each with its reason."""
     if only is None and standing is None and not ignore:
         return {}
-    wanted, because = (
-        (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
-    )
+    wanted, because = (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
     left_out: dict[ExpertId, Reason] = {}
     for expert in granted.lost_at:
         if expert in ignore:
@@ -187,9 +183,7 @@ def _left_out(
     return left_out
 
 
-def _excluded(
-    snapshot: Snapshot, granted: Grant, left_out: Mapping[ExpertId, Reason]
-) -> tuple[Reason, ...]:
+def _excluded(snapshot: Snapshot, granted: Grant, left_out: Mapping[ExpertId, Reason]) -> tuple[Reason, ...]:
     if not left_out:
         return tuple(granted.refused.values())
     both = {**granted.refused, **left_out}

@@ -23,9 +23,7 @@ class Explanation:
     refused: Reason | None
 
 
-def explain(
-    snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float
-) -> tuple[Explanation, ...]:
+def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> tuple[Explanation, ...]:
     """Explain what the tenant may use before narrowing, in catalogue order.
 
     Hidden experts do not appear. Raises `UnknownTenant`, `TenantArchived` or `ContextRefused`.
@@ -36,9 +34,7 @@ def explain(
     return tuple(
         Explanation(
             expert,
-            _permitting(snapshot, tenant, context, expert, now)
-            if expert in granted.lost_at
-            else (),
+            _permitting(snapshot, tenant, context, expert, now) if expert in granted.lost_at else (),
             granted.lost_at.get(expert),
             granted.refused.get(expert),
         )

@@ -177,9 +177,7 @@ def _nearest_miss(expert: Expert, permits: list[Clause], context: Context, now: 
 
 
 def _out_of_scope(expert: Expert, in_force: list[Clause], context: Context) -> Reason:
-    right_place = [
-        c for c in in_force if c.regions is None or not c.regions.isdisjoint(context.regions)
-    ]
+    right_place = [c for c in in_force if c.regions is None or not c.regions.isdisjoint(context.regions)]
     if right_place:
         return reasons.purpose_not_permitted(expert, min(right_place, key=_by_id), context.purpose)
     return reasons.region_not_permitted(expert, min(in_force, key=_by_id), context.region)

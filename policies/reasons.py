@@ -32,8 +32,7 @@ def prohibited(expert: Expert, clause: Clause) -> Reason:
         expert.id,
         "prohibited",
         clause.rule,
-        f"{_agreement(clause)} prohibits expert '{expert.id}' to this project{scope}. "
-        f"{changes} would change this.",
+        f"{_agreement(clause)} prohibits expert '{expert.id}' to this project{scope}. {changes} would change this.",
     )
 
 
@@ -96,8 +95,7 @@ def not_on_allow_list(expert: ExpertId) -> Reason:
         expert,
         "not_in_allow_list",
         "project/allow_list",
-        f"Expert '{expert}' is not on this project's allow list. "
-        "An administrator adding it would change this.",
+        f"Expert '{expert}' is not on this project's allow list. An administrator adding it would change this.",
     )
 
 
@@ -107,8 +105,7 @@ def on_deny_list(expert: ExpertId) -> Reason:
         expert,
         "in_deny_list",
         "project/deny_list",
-        f"Expert '{expert}' is on this project's deny list. "
-        "An administrator removing it would change this.",
+        f"Expert '{expert}' is on this project's deny list. An administrator removing it would change this.",
     )
 
 

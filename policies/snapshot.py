@@ -221,9 +221,7 @@ def _by_id(kind: str, pairs: Iterable[tuple[_Id, _Document]]) -> dict[_Id, _Docu
     return found
 
 
-def _known(
-    where: str, names: Iterable[ExpertId], catalogue: Mapping[ExpertId, Expert]
-) -> frozenset[ExpertId]:
+def _known(where: str, names: Iterable[ExpertId], catalogue: Mapping[ExpertId, Expert]) -> frozenset[ExpertId]:
     members = frozenset(names)
     unknown = sorted(members - catalogue.keys())
     if unknown:
@@ -231,9 +229,7 @@ def _known(
     return members
 
 
-def _keys_by_digest(
-    keys: Iterable[KeyRecord], tenants: Mapping[TenantId, TenantRules]
-) -> dict[bytes, KeyRecord]:
+def _keys_by_digest(keys: Iterable[KeyRecord], tenants: Mapping[TenantId, TenantRules]) -> dict[bytes, KeyRecord]:
     found: dict[bytes, KeyRecord] = {}
     for key in keys:
         if (key.role is Role.TENANT) != (key.tenant_id is not None):

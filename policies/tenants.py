@@ -71,9 +71,7 @@ class ExpertSet(Document):
     """A named set of experts, usable wherever an expert may be named."""
 
     id: SetIdField
-    experts: Annotated[
-        frozenset[ExpertIdField], Field(min_length=1), AfterValidator(_leaves_public_alone)
-    ]
+    experts: Annotated[frozenset[ExpertIdField], Field(min_length=1), AfterValidator(_leaves_public_alone)]
 
 
 class Role(enum.StrEnum):

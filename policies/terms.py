@@ -58,9 +58,7 @@ def _parse_reference(text: str) -> str:
 
 def _parse_assignee(text: str) -> str:
     kind, _, name = text.partition(":")
-    if text == "everyone" or (
-        kind in ("tenant", "group") and re.fullmatch(_NAME_PATTERN[1:-1], name)
-    ):
+    if text == "everyone" or (kind in ("tenant", "group") and re.fullmatch(_NAME_PATTERN[1:-1], name)):
         return text
     raise InvalidName(f"{text!r} is not an assignee: use 'everyone', 'tenant:ID' or 'group:ID'")
 
@@ -134,9 +132,7 @@ class Agreement(Document):
     id: AgreementIdField
     version: Annotated[int, Field(ge=1)] = 1
     owner: OwnerIdField
-    experts: Annotated[
-        frozenset[ExpertReference], Field(min_length=1), AfterValidator(_without_public)
-    ]
+    experts: Annotated[frozenset[ExpertReference], Field(min_length=1), AfterValidator(_without_public)]
     assignee: Assignee
     effect: Literal["permit", "prohibit"]
     purposes: Annotated[frozenset[PurposeField], Field(min_length=1)] | None = None

@@ -54,21 +54,15 @@ def list_service_accounts(store: Store, project_id: str) -> list[ServiceAccount]
     return [ServiceAccount(key) for key in keys]
 
 
-def delete_service_account(
-    store: Store, project_id: str, account_id: str, *, actor: str, at: float
-) -> ServiceAccount:
+def delete_service_account(store: Store, project_id: str, account_id: str, *, actor: str, at: float) -> ServiceAccount:
     """Revoke the account's key; another project's account is as unknown as none at all."""
     for account in list_service_accounts(store, project_id):
         if account.id == account_id:
-            return ServiceAccount(
-                revoke_project_key(store, project_id, account.key.key_id, actor=actor, at=at)
-            )
+            return ServiceAccount(revoke_project_key(store, project_id, account.key.key_id, actor=actor, at=at))
     raise ObjectUnknown(f"there is no service account {account_id!r} in this project")
 
 
-def revoke_project_key(
-    store: Store, project_id: str, key_id: str, *, actor: str, at: float
-) -> KeyRecord:
+def revoke_project_key(store: Store, project_id: str, key_id: str, *, actor: str, at: float) -> KeyRecord:
     """Revoke a key of a project; another project's key is as unknown as none at all."""
     with store.change(actor=actor, note="revoke key", at=at) as change:
         key = _find(change, key_id)

@@ -67,13 +67,9 @@ class Change:
         values = to_json(document)
         if before is None:
             position = select(func.coalesce(func.max(table.c.position), 0) + 1).scalar_subquery()
-            self._connection.execute(
-                insert(table).values(id=document.id, position=position, document=values)
-            )
+            self._connection.execute(insert(table).values(id=document.id, position=position, document=values))
         else:
-            self._connection.execute(
-                update(table).where(table.c.id == document.id).values(document=values)
-            )
+            self._connection.execute(update(table).where(table.c.id == document.id).values(document=values))
         old = None if before is None else to_json(before)
         self._changes.append(ObjectChange(kind, document.id, old, values))
 
@@ -162,9 +158,7 @@ class Change:
         if before.revoked is not None:
             return before
         after = replace(before, revoked=self._revision.at)
-        self._connection.execute(
-            update(table).where(table.c.id == key_id).values(revoked=after.revoked)
-        )
+        self._connection.execute(update(table).where(table.c.id == key_id).values(revoked=after.revoked))
         self._changes.append(ObjectChange("api_key", key_id, _public(before), _public(after)))
         return after
 

@@ -11,9 +11,7 @@ from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement, Document
 
 
-def check_put(
-    connection: Connection, document: PolicyDocument, before: PolicyDocument | None
-) -> None:
+def check_put(connection: Connection, document: PolicyDocument, before: PolicyDocument | None) -> None:
     """Raise `ChangeRefused` unless everything the document names exists and fits."""
     if isinstance(document, Agreement):
         _check_agreement(connection, document)
@@ -89,11 +87,7 @@ def _owner(connection: Connection, expert_id: str) -> str:
 
 def _users(connection: Connection, reference: str) -> list[str]:
     """The documents that name an expert or a set, in words."""
-    agreements = [
-        f"agreement {a.id!r}" for a in read_all(connection, Agreement) if reference in a.experts
-    ]
-    tenants = [
-        f"tenant {t.id!r}" for t in read_all(connection, Tenant) if reference in _references(t)
-    ]
+    agreements = [f"agreement {a.id!r}" for a in read_all(connection, Agreement) if reference in a.experts]
+    tenants = [f"tenant {t.id!r}" for t in read_all(connection, Tenant) if reference in _references(t)]
     sets = [f"set {s.id!r}" for s in read_all(connection, ExpertSet) if reference in s.experts]
     return agreements + tenants + sets

@@ -57,9 +57,7 @@ def snapshot_at(store: Store, version: int) -> Snapshot:
                 sets=_as_of(connection, ExpertSet, changes),
             )
         except SnapshotInvalid as error:
-            raise StoreDamaged(
-                f"policy version {version} does not fit together: {error}"
-            ) from error
+            raise StoreDamaged(f"policy version {version} does not fit together: {error}") from error
 
 
 def roll_back(store: Store, to: int, *, actor: str, at: float) -> int:

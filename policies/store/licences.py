@@ -28,9 +28,7 @@ def get_agreement(store: Store, agreement_id: str, *, owner_id: str | None = Non
     raise _unknown(agreement_id)
 
 
-def put_agreement(
-    store: Store, agreement: Agreement, *, actor: str, at: float, owner_id: str | None = None
-) -> int:
+def put_agreement(store: Store, agreement: Agreement, *, actor: str, at: float, owner_id: str | None = None) -> int:
     """Make an agreement, or change its terms under a higher version; returns the policy version."""
     if owner_id is not None and agreement.owner != owner_id:
         raise ChangeRefused("an owner makes agreements in its own name only")
@@ -42,9 +40,7 @@ def put_agreement(
     return change.policy_version
 
 
-def withdraw_agreement(
-    store: Store, agreement_id: str, *, actor: str, at: float, owner_id: str | None = None
-) -> int:
+def withdraw_agreement(store: Store, agreement_id: str, *, actor: str, at: float, owner_id: str | None = None) -> int:
     """End an agreement now; returns the policy version. An owner may always do this."""
     with store.change(actor=actor, note="withdraw agreement", at=at) as change:
         agreement = change.get(Agreement, agreement_id)

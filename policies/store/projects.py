@@ -39,9 +39,7 @@ def list_projects(store: Store, *, archived: bool = False) -> list[Tenant]:
     return [tenant for tenant in tenants if archived or not tenant.archived]
 
 
-def update_project(
-    store: Store, project_id: str, fields: dict[str, Any], *, actor: str, at: float
-) -> Tenant:
+def update_project(store: Store, project_id: str, fields: dict[str, Any], *, actor: str, at: float) -> Tenant:
     """Change some fields of a project (`name`, `mode`, `expert_ids`, `purposes`, …).
 
     `{"mode": …, "expert_ids": […]}` is what `expert_permissions` sets. Raises `ObjectUnknown`, or

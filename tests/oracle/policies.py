@@ -53,10 +53,7 @@ def granted(world, tenant, purpose, region, now):
     for expert in world["experts"]:
         permits = forbids = False
         for terms in world["agreements"]:
-            if (
-                applies(terms, tenant, expert, world["sets"])
-                and terms["starts"] <= now < terms["ends"]
-            ):
+            if applies(terms, tenant, expert, world["sets"]) and terms["starts"] <= now < terms["ends"]:
                 p = points(terms["purposes"], PURPOSES, PURPOSES["all"])
                 r = points(terms["regions"], REGIONS, WORLD)
                 permits |= terms["effect"] == "permit" and asked_p <= p and asked_r <= r

@@ -24,10 +24,7 @@ from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.terms import Agreement
 from flexgate.server.auth import authenticate
 
-EXPERTS = [
-    Expert.model_validate({"id": "public" if n == 0 else f"e{n}", "owner": f"o{n}"})
-    for n in range(32)
-]
+EXPERTS = [Expert.model_validate({"id": "public" if n == 0 else f"e{n}", "owner": f"o{n}"}) for n in range(32)]
 REQUEST = DecisionRequest(decision_id="d")
 NOW = 1_800_000_000.0
 
@@ -57,10 +54,7 @@ def snapshot_of(tenants: int, agreements: list[Agreement]) -> Snapshot:
     return Snapshot.build(
         policy_version=1,
         experts=EXPERTS,
-        tenants=[
-            Tenant.model_validate({"id": f"t{n}", "name": "T", "expert_ids": named})
-            for n in range(tenants)
-        ],
+        tenants=[Tenant.model_validate({"id": f"t{n}", "name": "T", "expert_ids": named}) for n in range(tenants)],
         agreements=agreements,
         keys=[
             KeyRecord(
@@ -81,13 +75,9 @@ def decisions() -> dict[str, float]:
     costs = {}
     for label, fields in (("undated", {}), ("dated", {"not_after": "2030-01-01T00:00:00Z"})):
         snapshot = snapshot_of(10, [terms(n, "everyone", **fields) for n in range(16)])
-        costs[f"decide_{label}_us"] = best_us(
-            lambda s=snapshot: decide(s, "t1", REQUEST, NOW), 2000
-        )
+        costs[f"decide_{label}_us"] = best_us(lambda s=snapshot: decide(s, "t1", REQUEST, NOW), 2000)
         cache = DecisionCache()
-        costs[f"cached_{label}_us"] = best_us(
-            lambda s=snapshot, c=cache: c.decide(s, "t1", REQUEST, NOW), 20_000
-        )
+        costs[f"cached_{label}_us"] = best_us(lambda s=snapshot, c=cache: c.decide(s, "t1", REQUEST, NOW), 20_000)
     return costs
 
 

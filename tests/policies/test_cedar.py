@@ -60,9 +60,7 @@ def _entities(world):
         {
             "uid": ref("Expert", e["id"]),
             "attrs": {"owner": e["owner"]},
-            "parents": [
-                ref("Set", n) for n, members in world["sets"].items() if e["id"] in members
-            ],
+            "parents": [ref("Set", n) for n, members in world["sets"].items() if e["id"] in members],
         }
         for e in world["experts"]
     ]

@@ -30,18 +30,14 @@ def test_deny_list_admits_every_permitted_expert(world, open_world):
 
 
 def test_deny_list_drops_what_is_on_it(world):
-    snapshot = world.build(
-        world.all_permitted(), [world.tenant(mode="deny_list", expert_ids=["math"])]
-    )
+    snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list", expert_ids=["math"])])
     decision = world.ask(snapshot)
     assert decision.allowed == ("public", "news", "code", "legal")
     assert world.codes(decision) == {"math": "in_deny_list"}
 
 
 def test_allow_list_admits_what_is_on_it_and_permitted(world):
-    snapshot = world.build(
-        [world.agreement()], [world.tenant(mode="allow_list", expert_ids=["news", "math"])]
-    )
+    snapshot = world.build([world.agreement()], [world.tenant(mode="allow_list", expert_ids=["news", "math"])])
     decision = world.ask(snapshot)
     assert decision.allowed == ("public", "news")
     assert world.codes(decision)["math"] == "no_agreement"
@@ -83,9 +79,7 @@ def test_ignore_narrows_and_wins_over_only(world, open_world):
 def test_public_may_be_ignored_only_where_the_anchor_is_optional(world, open_world):
     with pytest.raises(AnchorRequired):
         world.ask(open_world, ignore=("public",))
-    optional = world.build(
-        world.all_permitted(), [world.tenant(mode="deny_list", anchor_optional=True)]
-    )
+    optional = world.build(world.all_permitted(), [world.tenant(mode="deny_list", anchor_optional=True)])
     decision = world.ask(optional, ignore=("public",))
     assert decision.allowed == ("news", "math", "code", "legal")
     assert "public" in world.ask(optional, only=("news",)).allowed
@@ -106,9 +100,7 @@ def test_asking_for_a_listed_expert_that_is_not_allowed_is_denied_with_reasons(w
 
 
 def test_standing_set_is_the_default_for_only(world):
-    snapshot = world.build(
-        world.all_permitted(), [world.tenant(mode="deny_list", standing=["news", "math"])]
-    )
+    snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list", standing=["news", "math"])])
     decision = world.ask(snapshot)
     assert decision.allowed == ("public", "news", "math")
     assert world.codes(decision) == {"code": "not_in_standing_set", "legal": "not_in_standing_set"}
@@ -194,9 +186,7 @@ def test_set_with_hidden_members_stands_for_the_listed_ones(world):
 )
 def test_permission_covers_the_whole_declared_purpose(world, terms, declared, allowed):
     purposes = ["ai-input", "ai-all", "ai-train", "search", "x-lab"]
-    snapshot = world.build(
-        [world.agreement(purposes=[terms])], [world.tenant(mode="deny_list", purposes=purposes)]
-    )
+    snapshot = world.build([world.agreement(purposes=[terms])], [world.tenant(mode="deny_list", purposes=purposes)])
     assert ("news" in world.ask(snapshot, purpose=declared).allowed) is allowed
 
 
@@ -239,9 +229,7 @@ def test_regions_cover_their_parts(world, terms, declared, permitted, prohibited
     permit = world.build([world.agreement(regions=[terms])], [acme])
     assert ("news" in world.ask(permit, region=declared).allowed) is permitted
     ban = [world.agreement(), world.agreement("no", effect="prohibit", regions=[terms])]
-    assert (
-        "news" not in world.ask(world.build(ban, [acme]), region=declared).allowed
-    ) is prohibited
+    assert ("news" not in world.ask(world.build(ban, [acme]), region=declared).allowed) is prohibited
 
 
 @pytest.mark.parametrize(
@@ -270,9 +258,7 @@ def test_valid_until_is_when_the_first_allowed_expert_is_lost(world, iso):
         world.agreement("next", not_before=iso(2000.0), not_after=iso(3000.0)),
         world.agreement("gap", not_before=iso(3001.0)),
         world.agreement("m", owner="institute", experts=["math"]),
-        world.agreement(
-            "m-ban", owner="institute", experts=["math"], effect="prohibit", not_before=iso(2500.0)
-        ),
+        world.agreement("m-ban", owner="institute", experts=["math"], effect="prohibit", not_before=iso(2500.0)),
     ]
     snapshot = world.build(terms, [world.tenant(mode="deny_list")])
     assert world.ask(snapshot, now=1000.0).valid_until == 2500.0

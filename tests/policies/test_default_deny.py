@@ -95,9 +95,7 @@ def test_expert_that_is_not_live_is_not_allowed(world):
 def test_limited_permission_does_not_reach_a_request_that_declares_nothing(world):
     terms = [world.agreement(purposes=["ai-input"]), world.agreement("b", regions=["DE"])]
     for one in terms:
-        assert world.ask(world.build([one], [world.tenant(mode="deny_list")])).allowed == (
-            "public",
-        )
+        assert world.ask(world.build([one], [world.tenant(mode="deny_list")])).allowed == ("public",)
 
 
 def test_public_that_is_not_live_is_refused_not_replaced(world):

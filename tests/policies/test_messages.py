@@ -89,8 +89,7 @@ def test_not_in_allow_list(world):
     assert _news(world, [world.agreement()], {"mode": "allow_list"}) == (
         "not_in_allow_list",
         "project/allow_list",
-        "Expert 'news' is not on this project's allow list. "
-        "An administrator adding it would change this.",
+        "Expert 'news' is not on this project's allow list. An administrator adding it would change this.",
     )
 
 
@@ -98,8 +97,7 @@ def test_in_deny_list(world):
     assert _news(world, [world.agreement()], {"expert_ids": ["news"]}) == (
         "in_deny_list",
         "project/deny_list",
-        "Expert 'news' is on this project's deny list. "
-        "An administrator removing it would change this.",
+        "Expert 'news' is on this project's deny list. An administrator removing it would change this.",
     )
 
 
@@ -134,8 +132,7 @@ def test_not_in_standing_set(world):
     assert _news(world, [world.agreement()], {"standing": ["math"]}) == (
         "not_in_standing_set",
         "project/standing",
-        "Expert 'news' is not in this project's standing set. "
-        "Naming it in the request's 'only' would change this.",
+        "Expert 'news' is not in this project's standing set. Naming it in the request's 'only' would change this.",
     )
 
 
@@ -144,8 +141,7 @@ REFUSALS = [
         {},
         {"only": ("news",)},
         "flexgate.experts.only",
-        "The policy does not allow 'news'. "
-        f"No agreement permits expert 'news' to this project. {CHANGE}",
+        f"The policy does not allow 'news'. No agreement permits expert 'news' to this project. {CHANGE}",
     ),
     (
         {},
@@ -185,15 +181,13 @@ REFUSALS = [
         {},
         {"purpose": "fun"},
         "flexgate.purpose",
-        "'fun' is not a purpose: use one of ai-all, ai-index, ai-input, ai-train, all, search, "
-        "or a local word 'x-…'.",
+        "'fun' is not a purpose: use one of ai-all, ai-index, ai-input, ai-train, all, search, or a local word 'x-…'.",
     ),
     (
         {},
         {"region": "UK"},
         "flexgate.region",
-        "'UK' is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or "
-        "'EEA'.",
+        "'UK' is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'.",
     ),
     ({"archived": True}, {}, None, "Project 'acme' is archived. Use a key of another project."),
 ]
@@ -243,13 +237,8 @@ WHICH = [
 
 
 @pytest.mark.parametrize(("code", "terms", "named"), WHICH)
-def test_of_several_agreements_the_reason_names_the_nearest_then_the_first(
-    world, iso, code, terms, named
-):
-    dated = [
-        (id_, {k: iso(v) if isinstance(v, float) else v for k, v in fields.items()})
-        for id_, fields in terms
-    ]
+def test_of_several_agreements_the_reason_names_the_nearest_then_the_first(world, iso, code, terms, named):
+    dated = [(id_, {k: iso(v) if isinstance(v, float) else v for k, v in fields.items()}) for id_, fields in terms]
     documents = [world.agreement(id_, **fields) for id_, fields in dated]
     for order in (documents, documents[::-1]):
         snapshot = world.build(order, [world.tenant(mode="deny_list")])

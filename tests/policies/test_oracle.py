@@ -77,10 +77,7 @@ def test_a_million_random_decisions_agree_with_the_oracle(oracle, worlds, seed):
     _check(oracle, worlds, seed, decisions=100_000)
 
 
-SMALL_EXPERTS = [
-    {"id": id_, "owner": "ann", "live": True, "visibility": "listed"}
-    for id_ in ("public", "a", "b", "c")
-]
+SMALL_EXPERTS = [{"id": id_, "owner": "ann", "live": True, "visibility": "listed"} for id_ in ("public", "a", "b", "c")]
 SMALL_TENANTS = [
     {
         "id": id_,
@@ -106,11 +103,7 @@ ASKED = {"purpose": None, "region": None, "only": None, "ignore": []}
 
 def _every_kind(experts):
     """Each effect with each assignee and each non-empty choice of `experts`."""
-    choices = [
-        list(chosen)
-        for size in range(1, len(experts) + 1)
-        for chosen in itertools.combinations(experts, size)
-    ]
+    choices = [list(chosen) for size in range(1, len(experts) + 1) for chosen in itertools.combinations(experts, size)]
     assignees = ["everyone", "tenant:x", "tenant:y", "tenant:z"]
     return list(itertools.product(["permit", "prohibit"], assignees, choices))
 
@@ -137,8 +130,7 @@ def _exhaust(oracle, experts, most):
     ]
     edges = ("starts", "ends")
     compiled = [
-        [Agreement.model_validate({k: v for k, v in t.items() if k not in edges}) for t in row]
-        for row in terms
+        [Agreement.model_validate({k: v for k, v in t.items() if k not in edges}) for t in row] for row in terms
     ]
     catalogue = [Expert.model_validate(e) for e in SMALL_EXPERTS]
     tenants = [Tenant.model_validate({"name": "T", **t}) for t in SMALL_TENANTS]

@@ -168,9 +168,7 @@ def test_a_permission_less_never_widens(case, allowed, seed):
 
 @in_many_worlds
 @seeds
-def test_limiting_a_permission_never_widens_and_limiting_a_prohibition_never_narrows(
-    case, allowed, seed
-):
+def test_limiting_a_permission_never_widens_and_limiting_a_prohibition_never_narrows(case, allowed, seed):
     world, who, request, now, rng = case(seed)
     request = {**request, "only": None}
     if not world["agreements"]:

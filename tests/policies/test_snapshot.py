@@ -10,9 +10,7 @@ from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 
-KEY = KeyRecord(
-    key_id="k", sha256=b"1" * 32, prefix="sk-1", role=Role.TENANT, tenant_id="acme", created=0.0
-)
+KEY = KeyRecord(key_id="k", sha256=b"1" * 32, prefix="sk-1", role=Role.TENANT, tenant_id="acme", created=0.0)
 
 
 def test_equal_documents_count_once(world):
@@ -39,10 +37,7 @@ def test_equal_documents_count_once(world):
 )
 def test_documents_that_do_not_fit_are_refused(world, broken):
     make = {"agreements": world.agreement, "tenants": world.tenant}
-    documents = {
-        field: [make[field](**d) if field in make else d for d in values]
-        for field, values in broken.items()
-    }
+    documents = {field: [make[field](**d) if field in make else d for d in values] for field, values in broken.items()}
     with pytest.raises(SnapshotInvalid):
         world.build(**documents)
 
@@ -92,9 +87,7 @@ def test_keys_that_fit_are_found_by_their_digest(world):
     keys = [
         KEY,
         replace(KEY, key_id="a", sha256=b"2" * 32, role=Role.ADMIN, tenant_id=None),
-        replace(
-            KEY, key_id="o", sha256=b"3" * 32, role=Role.OWNER, tenant_id=None, owner_id="wire"
-        ),
+        replace(KEY, key_id="o", sha256=b"3" * 32, role=Role.OWNER, tenant_id=None, owner_id="wire"),
     ]
     built = Snapshot.build(
         policy_version=1,

@@ -13,9 +13,7 @@ from flexgate.policies.terms import Agreement
 from flexgate.server.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
 
 ADMIN = {"actor": "admin", "at": 2.0}
-NEWS = Agreement(
-    id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit"
-)
+NEWS = Agreement(id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit")
 
 
 @pytest.fixture

@@ -50,9 +50,7 @@ def test_new_expert_is_in_nobodys_gate(store):
 
 
 def test_expert_does_not_change_owner_under_existing_terms(store):
-    terms = Agreement(
-        id="a", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit"
-    )
+    terms = Agreement(id="a", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit")
     with store.change(actor="t", at=2.0) as change:
         change.put(terms)
     with pytest.raises(ChangeRefused):

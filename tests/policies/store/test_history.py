@@ -15,9 +15,7 @@ from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.terms import Agreement
 
 ACME = Tenant(id="acme", name="Acme", mode="deny_list")
-NEWS = Agreement(
-    id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit"
-)
+NEWS = Agreement(id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit")
 REQUEST = DecisionRequest(decision_id="d")
 
 
@@ -84,9 +82,7 @@ def test_rolling_back_to_the_present_changes_nothing(past):
 
 def test_rolling_back_archives_tenants_and_removes_what_came_later(past):
     two = ExpertSet(id="set:two", experts=frozenset({"code", "legal"}))
-    terms = NEWS.model_copy(
-        update={"id": "later", "owner": "forge", "experts": frozenset({"set:two"})}
-    )
+    terms = NEWS.model_copy(update={"id": "later", "owner": "forge", "experts": frozenset({"set:two"})})
     _do(past, 7.0, ("put", two), ("put", Tenant(id="new", name="N")), ("put", terms))
     roll_back(past, 6, actor="admin", at=9.0)
     snapshot = past.snapshot()

@@ -23,9 +23,7 @@ from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.terms import Agreement
 
 ACME = Tenant(id="acme", name="Acme", expert_ids=frozenset({"news"}))
-TERMS = Agreement(
-    id="a1", owner="wire", experts=frozenset({"news"}), assignee="tenant:acme", effect="permit"
-)
+TERMS = Agreement(id="a1", owner="wire", experts=frozenset({"news"}), assignee="tenant:acme", effect="permit")
 
 
 def _put(store: Store, *documents, at: float = 2.0) -> None:

@@ -57,9 +57,7 @@ def upgrade() -> None:
         sa.Column("before", sa.JSON(none_as_null=True)),
         sa.Column("after", sa.JSON(none_as_null=True)),
         sa.PrimaryKeyConstraint("version", "ordinal", name="pk_policy_changes"),
-        sa.ForeignKeyConstraint(
-            ["version"], ["policy_revisions.version"], name="fk_policy_changes_version"
-        ),
+        sa.ForeignKeyConstraint(["version"], ["policy_revisions.version"], name="fk_policy_changes_version"),
     )
 
 
