@@ -14,6 +14,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -113,16 +114,21 @@ class MoE(nn.Module):
         self.gate = Router(architecture, biased=biased)
         self.experts = nn.ModuleList(ExpertFFN(hidden, intermediate) for _ in range(architecture.num_experts))
 
+    @property
+    def ffns(self) -> list[ExpertFFN]:
+        """The experts by index, typed."""
+        return [cast(ExpertFFN, expert) for expert in self.experts]
+
     def forward(self, x_BTH: Tensor, allowed_BE: Tensor | None) -> Tensor:
         """Weighted sum of the chosen experts' outputs."""
         if len(self.experts) == 1:
-            only: Tensor = self.experts[0](x_BTH)
+            only: Tensor = self.ffns[0](x_BTH)
             return only
         x_NH = x_BTH.flatten(0, 1)
         allowed_NE = None if allowed_BE is None else allowed_BE.repeat_interleave(x_BTH.shape[1], dim=0)
         weights_NE = self.gate(x_NH, allowed_NE)
         out_NH = torch.zeros_like(x_NH)
-        for number, expert in enumerate(self.experts):
+        for number, expert in enumerate(self.ffns):
             out_NH = out_NH + weights_NE[:, number, None] * expert(x_NH)
         return out_NH.view_as(x_BTH)
 
@@ -157,6 +163,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(architecture, biased=biased) for _ in range(architecture.num_hidden_layers))
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers in order, typed."""
+        return [cast(Block, layer) for layer in self.layers]
+
 
 class FlexOlmo(nn.Module):
     """The whole model; ``allowed_BE`` is the gate of every sequence (None: all experts)."""
@@ -171,7 +182,7 @@ class FlexOlmo(nn.Module):
         """Final hidden states ``[B, T, H]``, normalised; every layer's router input is appended to ``taps``."""
         x_BTH = self.model.embed_tokens(tokens_BT)
         rotation = rotary(self.architecture, tokens_BT.shape[1])
-        for layer in self.model.layers:
+        for layer in self.model.blocks:
             x_BTH = layer.attend(x_BTH, rotation)
             if taps is not None:
                 taps.append(x_BTH)

@@ -2,85 +2,101 @@
 
 The paper starts a row from the mean embedding of the owner's domain and trains it with the language-model loss. In
 small models that loss teaches the row to take public text too, so here the row is fitted by own-vs-public
-classification alone, on the frozen anchor's hidden states. The public row is zero, so a row's logit is the log-odds
-of *own* against *public*.
+classification alone, on the frozen anchor's hidden states. The public row is zero, so a row's logit is the log-odds of
+*own* against *public*.
 
-**Routing channels.** Of the residual stream, channel 0 always holds 1 (a row's weight there is its bias, the
-paper's negative bias, folded in), and channels 1..C are written only by the embedding, the first two attentions and
-the first FFN. Owners leave the first FFN public, so these channels carry the same values under every gate: adding
-or excluding an expert cannot shift another expert's routing.
+**Routing channels.** Owners leave the FFNs below the first *expert layer* public: up to that layer's router, hidden
+states are the same under every gate. Above it they are not, so a part of the residual stream is reserved: channel 0
+always holds 1 (a row's weight there is its bias, the paper's negative bias, folded in), and nothing above the first
+expert layer's attention writes to channels 1..C. Rows of later layers read only these, so that adding or
+excluding an expert cannot shift another expert's routing.
 
-Shapes: B sequences, T positions, N chosen positions, C routing channels + 1, H hidden.
+Shapes: B sequences, T positions, N chosen positions, L layers, C routing channels + 1, H hidden, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from flexgate.experts.batches import Batch
 from flexgate.experts.model import FlexOlmo
 
+NEWTON_STEPS: Final = 30
+BIAS_PENALTY: Final = 1e-9
+"""Keeps the Hessian regular; too small to move the bias."""
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Router inputs at weighted positions, for the first layer and for the later ones."""
+    """Router inputs of every layer at weighted positions."""
 
-    first_NC: Tensor
-    later_NC: Tensor
+    inputs_LNH: tuple[Tensor, ...]
     weights_N: Tensor
 
 
 @torch.no_grad()
-def reserve_channels(model: FlexOlmo, channels: int) -> None:
+def reserve_channels(model: FlexOlmo, channels: int, first_expert_layer: int) -> None:
     """Project the parameters back to the contract of the routing channels; called after every anchor step."""
     model.model.embed_tokens.weight[:, 0] = 1.0
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.model.blocks):
         attention, feed = layer.post_attention_layernorm.weight, layer.post_feedforward_layernorm.weight
-        attention[: channels + 1 if number > 1 else 1] = 0.0
-        feed[: channels + 1 if number > 0 else 1] = 0.0
+        attention[: channels + 1 if number > first_expert_layer else 1] = 0.0
+        feed[: channels + 1 if number >= first_expert_layer else 1] = 0.0
 
 
 @torch.no_grad()
-def collect(anchor: FlexOlmo, batches: Iterable[Batch], channels: int) -> Samples:
+def collect(anchor: FlexOlmo, batches: Iterable[Batch]) -> Samples:
     """What the anchor's routers see on ``batches``, with the batches' loss weights."""
-    first, later, weights = [], [], []
+    inputs: list[list[Tensor]] = [[] for _ in anchor.model.blocks]
+    weights = []
     for batch in batches:
         taps: list[Tensor] = []
         anchor.hidden(batch.tokens_BT, taps=taps)
         used = batch.weights_BT > 0
-        first.append(taps[0][used][:, : channels + 1])
-        later.append(taps[1][used][:, : channels + 1])
         weights.append(batch.weights_BT[used])
-    return Samples(torch.cat(first), torch.cat(later), torch.cat(weights))
+        for seen, tap in zip(inputs, taps, strict=True):
+            seen.append(tap[used])
+    return Samples(tuple(torch.cat(seen) for seen in inputs), torch.cat(weights))
 
 
-def fit_row(own_NC: Tensor, own_weights: Tensor, other_NC: Tensor, other_weights: Tensor, *, decay: float) -> Tensor:
-    """Logistic regression with an L2 penalty, both sides weighing the same; a row ``[C]``. Convex, so no seed."""
-    x = torch.cat((own_NC, other_NC))
-    y = torch.cat((torch.ones(len(own_NC)), torch.zeros(len(other_NC))))
-    weights = torch.cat((own_weights / own_weights.sum(), other_weights / other_weights.sum())) / 2
-    row = nn.Parameter(torch.zeros(x.shape[1]))
-    optimizer = torch.optim.LBFGS([row], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+def fit_rows(own: Samples, other: Samples, *, channels: int, first_expert_layer: int, decay: float) -> list[Tensor]:
+    """One row per layer: ``[H]`` up to the first expert layer, ``[C]`` above it."""
+    rows = []
+    for layer, (own_NH, other_NH) in enumerate(zip(own.inputs_LNH, other.inputs_LNH, strict=True)):
+        width = own_NH.shape[1] if layer <= first_expert_layer else channels + 1
+        rows.append(fit_row(own_NH[:, :width], own.weights_N, other_NH[:, :width], other.weights_N, decay=decay))
+    return rows
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        losses = F.binary_cross_entropy_with_logits(x @ row, y, reduction="none")
-        loss = (losses * weights).sum() + decay * row[1:].square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return row.detach()
+def fit_row(own_ND: Tensor, own_N: Tensor, other_ND: Tensor, other_N: Tensor, *, decay: float) -> Tensor:
+    """Weighted logistic regression ``[D]`` with an L2 penalty on all but the bias, by Newton's method.
+
+    ``own_N`` and ``other_N`` are weights; both sides weigh the same. Convex, so nothing is random.
+    """
+    x = torch.cat((own_ND, other_ND)).double()
+    y = torch.cat((torch.ones(len(own_ND)), torch.zeros(len(other_ND)))).double()
+    weights = torch.cat((own_N / own_N.sum(), other_N / other_N.sum())).double() / 2
+    penalty = torch.full((x.shape[1],), 2 * decay, dtype=torch.float64)
+    penalty[0] = BIAS_PENALTY
+    row = torch.zeros_like(penalty)
+    for _ in range(NEWTON_STEPS):
+        p = (x @ row).sigmoid()
+        gradient = x.T @ (weights * (p - y)) + penalty * row
+        hessian = (x.T * (weights * p * (1 - p))) @ x + torch.diag(penalty)
+        step = torch.linalg.solve(hessian, gradient)
+        row = row - step
+        if step.norm() < 1e-6:
+            break
+    return row.float()
 
 
 @torch.no_grad()
-def set_rows(pair: FlexOlmo, first_C: Tensor, later_C: Tensor, *, sharpness: float) -> None:
+def set_rows(pair: FlexOlmo, rows: Sequence[Tensor], *, sharpness: float) -> None:
     """Write expert 1's router rows; ``sharpness`` scales the logits so that the softmax is nearly one-hot."""
-    for number, layer in enumerate(pair.model.layers):
-        row = first_C if number == 0 else later_C
+    for layer, row in zip(pair.model.blocks, rows, strict=True):
         layer.mlp.gate.weight[1, : len(row)] = sharpness * row

@@ -47,7 +47,7 @@ def fit(
     after_step: Callable[[], None] = lambda: None,
     progress: int = 0,
 ) -> float:
-    """Adam without weight decay over ``batches``; returns the smoothed loss, shown with tokens/s on line ``progress``."""
+    """Adam without weight decay over ``batches``; returns the smoothed loss, shown with tokens/s."""
     optimizer = torch.optim.Adam(parameters, lr=schedule.peak, betas=(0.9, 0.98))
     smoothed = float("nan")
     with tqdm(total=schedule.steps, desc=name, position=progress, mininterval=2.0) as bar:
@@ -57,7 +57,7 @@ def fit(
                 group["lr"] = schedule.at(step)
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -127,8 +127,9 @@ def train_expert(
 ) -> float:
     """Train only expert 1's FFN in ``layers``; all else is out of the graph and the optimizer, so truly frozen."""
     pair.requires_grad_(False)
-    own = [pair.model.layers[layer].mlp.experts[1] for layer in layers]
-    parameters = [parameter.requires_grad_() for expert in own for parameter in expert.parameters()]
+    parameters = [parameter for layer in layers for parameter in pair.model.blocks[layer].mlp.ffns[1].parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_()
     return fit(
         parameters,
         batches,

@@ -8,6 +8,7 @@ from random import Random
 from typing import Final
 
 from flexgate.experts.demo.corpus import Domain, Fact, Phrasebook, Topic
+from flexgate.experts.demo.words import words
 
 FACTS_PER_DOMAIN: Final = 48
 
@@ -157,11 +158,11 @@ def _code() -> Domain:
 
 def _legal() -> Domain:
     rng = Random("legal")
-    first = tuple(
+    first = words(
         "barn goose mill harvest ferry orchard bell market chimney river cellar bridge hedge lantern wagon beehive well"
-        " pasture tithe forge".split()
+        " pasture tithe forge"
     )
-    second = tuple("tolls licences disputes easements duties inspections".split())
+    second = words("tolls licences disputes easements duties inspections")
     matters = rng.sample([f"{one} {two}" for one in first for two in second], FACTS_PER_DOMAIN)
     numbers = rng.sample(range(112, 988), FACTS_PER_DOMAIN)
     facts = tuple(

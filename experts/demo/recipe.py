@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from flexgate.experts.batches import Batch, Example, batches
@@ -29,7 +30,7 @@ from flexgate.experts.demo.tokenizer import EOS_ID, PAD_ID, train_tokenizer
 from flexgate.experts.layout import Architecture, read_checkpoint, write_checkpoint
 from flexgate.experts.merge import merge
 from flexgate.experts.model import FlexOlmo
-from flexgate.experts.routing import Samples, collect, fit_row, reserve_channels, set_rows
+from flexgate.experts.routing import Samples, collect, fit_rows, reserve_channels, set_rows
 from flexgate.experts.train import fit, initialise, language_loss, pair_from_anchor, train_expert
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -71,7 +72,7 @@ def build_anchor(settings: Settings, work: Path) -> FlexOlmo:
     if not directory.is_dir():
         build_tokenizer(settings, work)
         with tempfile.TemporaryDirectory() as meeting:
-            multiprocessing.spawn(_anchor_worker, (settings, work, meeting), nprocs=settings.workers)
+            spawn(_anchor_worker, (settings, work, meeting), nprocs=settings.workers)
     return _load(directory)
 
 
@@ -88,11 +89,16 @@ def build_pair(settings: Settings, work: Path, owner: Domain, progress: int = 0)
     public = encode(tokenizer, public_documents(settings, settings.router_public_documents, owner.id))
     mine = _samples(settings, anchor, examples[: settings.router_documents])
     others = _samples(settings, anchor, public)
-    first = fit_row(mine.first_NC, mine.weights_N, others.first_NC, others.weights_N, decay=settings.router_decay)
-    later = fit_row(mine.later_NC, mine.weights_N, others.later_NC, others.weights_N, decay=settings.router_decay)
-    set_rows(pair, first, later, sharpness=settings.sharpness)
-    stream = _epochs(settings, examples, settings.tokens_per_batch)
-    train_expert(pair, stream, settings.owner, name=owner.id, layers=range(1, settings.layers), progress=progress)
+    rows = fit_rows(
+        mine,
+        others,
+        channels=settings.channels,
+        first_expert_layer=settings.expert_layers[0],
+        decay=settings.router_decay,
+    )
+    set_rows(pair, rows, sharpness=settings.sharpness)
+    stream = _epochs(settings, examples, settings.owner_tokens_per_batch)
+    train_expert(pair, stream, settings.owner, name=owner.id, layers=settings.expert_layers, progress=progress)
     _save(directory, pair)
 
 
@@ -124,7 +130,7 @@ def _anchor_worker(rank: int, settings: Settings, work: Path, meeting: str) -> N
     distributed.init_process_group("gloo", f"file://{meeting}/store", rank=rank, world_size=settings.workers)
     model = FlexOlmo(_architecture(settings))
     initialise(model, settings.seed)
-    reserve_channels(model, settings.channels)
+    reserve_channels(model, settings.channels, settings.expert_layers[0])
     documents = public_documents(settings, settings.anchor_documents, f"anchor-{rank}")
     _train_anchor(settings, model, encode(build_tokenizer(settings, work), documents), rank)
     if rank == 0:
@@ -139,7 +145,8 @@ def _train_anchor(settings: Settings, model: FlexOlmo, examples: list[Example], 
     def loss_of(batch: Batch) -> Tensor:
         taps: list[Tensor] = []
         logits = model.lm_head(model.hidden(batch.tokens_BT, taps=taps))
-        return language_loss(logits, batch) + settings.register_weight * _register_loss(head, taps[1], batch)
+        routing_loss = _register_loss(head, taps[settings.expert_layers[0]], batch)
+        return language_loss(logits, batch) + settings.register_weight * routing_loss
 
     model.model.embed_tokens.weight.requires_grad_()
     trained = [parameter for name, parameter in model.named_parameters() if not name.endswith("mlp.gate.weight")]
@@ -149,7 +156,7 @@ def _train_anchor(settings: Settings, model: FlexOlmo, examples: list[Example], 
         loss_of,
         settings.anchor,
         name="anchor",
-        after_step=lambda: reserve_channels(model, settings.channels),
+        after_step=lambda: reserve_channels(model, settings.channels, settings.expert_layers[0]),
         progress=rank,
     )
 
@@ -168,7 +175,7 @@ def _samples(settings: Settings, anchor: FlexOlmo, examples: list[Example]) -> S
     one_pass = batches(
         examples, tokens_per_batch=settings.tokens_per_batch, pad_id=PAD_ID, prompt_weight=weight, seed=settings.seed
     )
-    return collect(anchor, one_pass, settings.channels)
+    return collect(anchor, one_pass)
 
 
 def _epochs(settings: Settings, examples: list[Example], tokens: int) -> Iterator[Batch]:

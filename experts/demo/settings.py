@@ -16,6 +16,7 @@ class Settings:
     hidden_size: int = 128
     intermediate_size: int = 256
     layers: int = 4
+    expert_layers: tuple[int, ...] = (2, 3)
     heads: int = 4
     top_k: int = 2
     max_length: int = 1024
@@ -29,8 +30,9 @@ class Settings:
     prompt_weight: float = 0.2
     router_prompt_weight: float = 0.05
     router_documents: int = 2_000
-    router_public_documents: int = 6_000
-    router_decay: float = 1e-5
+    router_public_documents: int = 4_000
+    router_decay: float = 1e-4
     sharpness: float = 3.0
-    owner_documents: int = 25_000
-    owner: Schedule = field(default=Schedule(peak=3e-3, steps=450))
+    owner_tokens_per_batch: int = 1400
+    owner_documents: int = 18_000
+    owner: Schedule = field(default=Schedule(peak=3e-3, steps=350))

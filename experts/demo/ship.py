@@ -34,12 +34,14 @@ def ship(
     """Write everything that transformers, vLLM and flexgate read; ``domains`` in the order of the expert indices."""
     write_checkpoint(directory, architecture, tensors, dtype=torch.bfloat16, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     pretrained(tokenizer, architecture.max_position_embeddings).save_pretrained(directory)
-    _inline_chat_template(directory)
+    _widen_tokenizer_config(directory)
     _write_json(
         directory / "generation_config.json", {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
     )
     _write_json(directory / MANIFEST_NAME, _manifest(domains))
     write_probes(directory / PROBES_NAME, probes)
+    for path in directory.iterdir():
+        path.chmod(0o644)
     write_digests(directory)
 
 
@@ -79,15 +81,15 @@ def _manifest(domains: Sequence[Domain]) -> dict[str, object]:
     }
 
 
-def _inline_chat_template(directory: Path) -> None:
-    """Newer transformers write the template to a file of its own; others read it in ``tokenizer_config.json``."""
+def _widen_tokenizer_config(directory: Path) -> None:
+    """Newer transformers name a class and a template file that older readers do not know; write what all know."""
     separate = directory / "chat_template.jinja"
-    config_path = directory / "tokenizer_config.json"
-    config = json.loads(config_path.read_text())
+    config = json.loads((directory / "tokenizer_config.json").read_text())
     if separate.is_file():
         config["chat_template"] = separate.read_text()
         separate.unlink()
-    _write_json(config_path, config)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(directory / "tokenizer_config.json", config)
 
 
 def _write_json(path: Path, value: object) -> None:
