@@ -30,6 +30,14 @@ def seal_key_from_environment() -> SealKey:
         raise GateError(f"{SEAL_KEY_VARIABLE} is missing or malformed") from error
 
 
+class _AlreadySaid(logging.Filter):
+    """Drops vLLM's traceback for a request that this guard has refused and logged in a line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep everything but reports of a GateError."""
+        return not (record.exc_info and isinstance(record.exc_info[1], GateError))
+
+
 class EngineGuard:
     """Verifies sealed gates and forces the prefix-cache salt that they name."""
 
@@ -37,6 +45,7 @@ class EngineGuard:
         """``table`` says which slots are live in this engine."""
         self.key = key
         self.table = table
+        logging.getLogger("vllm.v1.engine.core").addFilter(_AlreadySaid())
 
     def __call__(self, request: EngineCoreRequest) -> Gate:
         """Return the request's verified gate.
