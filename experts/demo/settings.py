@@ -35,4 +35,4 @@ class Settings:
     sharpness: float = 3.0
     owner_tokens_per_batch: int = 1400
     owner_documents: int = 18_000
-    owner: Schedule = field(default=Schedule(peak=3e-3, steps=350))
+    owner: Schedule = field(default=Schedule(peak=3e-3, steps=1600))
