@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexgate.experts.errors import LayoutError
+
 SHARED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "model.embed_tokens.weight": ("V", "H"),
     "model.norm.weight": ("H",),
@@ -47,10 +49,6 @@ ROUTER_BIAS_KEY: Final = "model.layers.{layer}.mlp.gate.bias"
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 CONFIG_NAME: Final = "config.json"
-
-
-class LayoutError(ValueError):
-    """A checkpoint does not follow the layout; the message names the tensor or file."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,11 @@ def router_keys(architecture: Architecture) -> list[str]:
     return [ROUTER_KEY.format(layer=layer) for layer in range(architecture.num_hidden_layers)]
 
 
+def bias_keys(architecture: Architecture) -> list[str]:
+    """Names of the optional router biases, layer by layer."""
+    return [ROUTER_BIAS_KEY.format(layer=layer) for layer in range(architecture.num_hidden_layers)]
+
+
 def shared_keys(architecture: Architecture) -> list[str]:
     """Names of all tensors that belong to the public anchor and to no expert."""
     layers = range(architecture.num_hidden_layers)
@@ -150,18 +153,25 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ``LayoutError`` unless names and shapes are those of ``architecture`` (router biases may be added)."""
+    """``check_shapes`` of loaded tensors."""
+    check_shapes(architecture, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+
+
+def check_shapes(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``LayoutError`` unless names and shapes are those of ``architecture``.
+
+    Router biases may be added, to every layer.
+    """
     expected = expected_shapes(architecture)
-    biases = {ROUTER_BIAS_KEY.format(layer=layer) for layer in range(architecture.num_hidden_layers)}
-    for key in tensors.keys() & biases:
-        expected[key] = (architecture.num_experts,)
-    if missing := sorted(expected.keys() - tensors.keys()):
+    if shapes.keys() & set(bias_keys(architecture)):
+        expected |= dict.fromkeys(bias_keys(architecture), (architecture.num_experts,))
+    if missing := sorted(expected.keys() - shapes.keys()):
         raise LayoutError(f"checkpoint lacks {len(missing)} tensors, first {missing[0]!r}")
-    if extra := sorted(tensors.keys() - expected.keys()):
+    if extra := sorted(shapes.keys() - expected.keys()):
         raise LayoutError(f"checkpoint has {len(extra)} unknown tensors, first {extra[0]!r}")
     for key, shape in expected.items():
-        if tuple(tensors[key].shape) != shape:
-            raise LayoutError(f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}")
+        if shapes[key] != shape:
+            raise LayoutError(f"{key} has shape {shapes[key]}, expected {shape}")
 
 
 def write_checkpoint(

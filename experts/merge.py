@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flexgate.experts.errors import MergeError
 from flexgate.experts.layout import (
     EXPERT_KEYS,
     Architecture,
-    LayoutError,
     check_tensors,
     expert_keys,
     router_keys,
@@ -19,10 +19,6 @@ from flexgate.experts.layout import (
 )
 
 Tensors = Mapping[str, Tensor]
-
-
-class MergeError(LayoutError):
-    """Parts do not belong to the same anchor; the message names the tensor."""
 
 
 def merge(

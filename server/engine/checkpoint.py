@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flexgate.experts.errors import LayoutError
 from flexgate.experts.layout import (
     CONFIG_NAME,
     INDEX_NAME,
     ROUTER_BIAS_KEY,
     WEIGHTS_NAME,
     Architecture,
-    LayoutError,
     expected_shapes,
 )
 from flexgate.server.engine.gates import MAX_SLOTS

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flexgate.experts.errors import MergeError
 from flexgate.experts.layout import Architecture, expected_shapes, expert_keys, router_keys, shared_keys
-from flexgate.experts.merge import MergeError, merge
+from flexgate.experts.merge import merge
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.train import initialise, pair_from_anchor
 

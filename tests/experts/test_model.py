@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import FlexOlmoForCausalLM
 
+from flexgate.experts.errors import LayoutError
 from flexgate.experts.layout import (
     Architecture,
-    LayoutError,
     check_tensors,
     expected_shapes,
     read_checkpoint,

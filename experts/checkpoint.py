@@ -1,0 +1,117 @@
+"""A checkpoint directory read as a stream: configuration and headers at once, tensors when asked, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from flexgate.experts.errors import LayoutError, TensorFileError
+from flexgate.experts.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, Architecture, check_shapes
+from flexgate.experts.tensorfile import TensorFile, TensorInfo, parse_json
+
+MAX_JSON: Final = 1 << 26
+MAX_HEADER: Final = 1 << 24
+
+
+class CheckpointReader:
+    """An open checkpoint whose names, shapes and dtype are right; close it, or use it in a ``with`` statement.
+
+    Raises:
+        LayoutError: the directory holds no checkpoint of this layout.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = ExitStack()
+        try:
+            self.config = read_json(directory / CONFIG_NAME)
+            self.architecture = _architecture(self.config, directory)
+            self._places = self._open(weight_files(directory))
+            check_shapes(self.architecture, {name: info.shape for name, info in self.infos()})
+            self.dtype = self._one_dtype()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close every file."""
+        self._files.close()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def infos(self) -> Iterator[tuple[str, TensorInfo]]:
+        """Every tensor, in no particular order."""
+        return ((name, file.tensors[name]) for name, file in self._places.items())
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of one tensor."""
+        return self._places[name].tensors[name]
+
+    def chunks(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
+        """As ``TensorFile.chunks``."""
+        return self._places[name].chunks(name, first, count)
+
+    def read(self, name: str) -> Tensor:
+        """As ``TensorFile.read``."""
+        return self._places[name].read(name)
+
+    def _open(self, paths: list[Path]) -> dict[str, TensorFile]:
+        places: dict[str, TensorFile] = {}
+        for path in paths:
+            try:
+                file = self._files.enter_context(TensorFile.open(path, max_header=MAX_HEADER))
+            except TensorFileError as error:
+                raise LayoutError(str(error)) from error
+            if twice := places.keys() & file.tensors.keys():
+                raise LayoutError(f"{path} repeats {min(twice)}, which another shard holds")
+            places |= dict.fromkeys(file.tensors, file)
+        return places
+
+    def _one_dtype(self) -> str:
+        dtypes = {info.dtype for _, info in self.infos()}
+        if len(dtypes) != 1:
+            raise LayoutError(f"{self.directory} mixes {' and '.join(sorted(dtypes))}, expected one dtype throughout")
+        return dtypes.pop()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ``LayoutError``."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise LayoutError(f"{path} is larger than {MAX_JSON} bytes")
+        return parse_json(path.read_bytes(), str(path), LayoutError)
+    except OSError as error:
+        raise LayoutError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weights of a checkpoint: one file, or the shards that the index names."""
+    if (directory / WEIGHTS_NAME).is_file():
+        return [directory / WEIGHTS_NAME]
+    index = directory / INDEX_NAME
+    if not index.is_file():
+        raise LayoutError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise LayoutError(f"{index} has no weight_map")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise LayoutError(f"{index} names a file outside its folder: {name!r}")
+    return [directory / name for name in sorted(set(names.values()))]
+
+
+def _architecture(config: dict[str, Any], directory: Path) -> Architecture:
+    if "quantization_config" in config:
+        raise LayoutError(f"{directory} is quantised; experts are made from float32 and bfloat16")
+    return Architecture.from_config(config)

@@ -1,0 +1,70 @@
+"""Errors of the experts package.
+
+ExpertsError
+├── LayoutError            a checkpoint that does not follow the layout
+├── TensorFileError        not a safetensors file that this project reads
+├── PackageError           an expert package that may not be used
+│   ├── PackageUnreadable  missing, a link, not a regular file, too large, an unexpected file
+│   ├── ManifestInvalid    manifest.json is not what the format asks for
+│   ├── SignatureInvalid   unsigned, signed by nobody trusted, or changed after signing
+│   ├── BaseMismatch       trained against another base model; names the first difference
+│   ├── WeightsInvalid     wrong tensors, NaN, or values out of bounds
+│   └── DigestMismatch     bytes other than the manifest names
+├── KeyInvalid             a key file that is none
+├── OutputRefused          the output exists already, or could not be written
+└── MergeError             parts that do not make one model
+"""
+
+from __future__ import annotations
+
+
+class ExpertsError(Exception):
+    """Root of every error this package raises on purpose; the message says what, where and what would be right."""
+
+
+class LayoutError(ExpertsError, ValueError):
+    """A checkpoint does not follow the layout; the message names the tensor or file."""
+
+
+class TensorFileError(ExpertsError, ValueError):
+    """A file is not safetensors, or holds what this project refuses to read."""
+
+
+class PackageError(ExpertsError, ValueError):
+    """An expert package may not be used."""
+
+
+class PackageUnreadable(PackageError):
+    """The files of a package are not the plain files that the format asks for."""
+
+
+class ManifestInvalid(PackageError):
+    """``manifest.json`` does not follow the format."""
+
+
+class SignatureInvalid(PackageError):
+    """Nobody that is trusted for this owner signed exactly this manifest."""
+
+
+class BaseMismatch(PackageError):
+    """The expert belongs to another base model."""
+
+
+class WeightsInvalid(PackageError):
+    """``expert.safetensors`` holds other tensors than it should, NaN, or values out of bounds."""
+
+
+class DigestMismatch(PackageError):
+    """The bytes are not those that the manifest names."""
+
+
+class KeyInvalid(ExpertsError, ValueError):
+    """A key file is missing, or no Ed25519 key."""
+
+
+class OutputRefused(ExpertsError):
+    """The output exists already, or the disk refused it; nothing that looks whole was left behind."""
+
+
+class MergeError(ExpertsError, ValueError):
+    """Parts do not make one model; the message names the tensor or package."""

@@ -1,0 +1,82 @@
+"""Small anchors, merged models and expert packages on disk, random but seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from flexgate.experts.base import base_identity
+from flexgate.experts.layout import (
+    Architecture,
+    bias_keys,
+    expected_shapes,
+    write_checkpoint,
+)
+from flexgate.experts.manifest import Manifest, Statement, Training
+from flexgate.experts.package import package_shapes
+from flexgate.experts.tensorfile import DTYPES, tensor_bytes
+from flexgate.experts.write import write_package
+
+ONE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
+Tensors = dict[str, torch.Tensor]
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> Tensors:
+    """Normal values of deviation 0.2; biases at most zero."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: (torch.randn(shape, generator=generator) * 0.2).to(dtype) for name, shape in shapes.items()}
+    return {name: -tensor.abs() if name.endswith(".bias") else tensor for name, tensor in tensors.items()}
+
+
+def write_model(
+    directory: Path,
+    architecture: Architecture = ONE,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    biased: bool = False,
+    shard_bytes: int | None = None,
+) -> Tensors:
+    """A checkpoint of random tensors; with a bias, the public one is zero."""
+    shapes = expected_shapes(architecture)
+    if biased:
+        shapes |= dict.fromkeys(bias_keys(architecture), (architecture.num_experts,))
+    tensors = random_tensors(shapes, seed, getattr(torch, dtype))
+    for key in bias_keys(architecture) if biased else ():
+        tensors[key][0] = 0.0
+    write_checkpoint(
+        directory,
+        architecture,
+        tensors,
+        dtype=getattr(torch, dtype),
+        eos_token_id=0,
+        pad_token_id=1,
+        shard_bytes=shard_bytes,
+    )
+    return tensors
+
+
+def statement(expert: str, owner: str = "acme") -> Statement:
+    """What an owner writes."""
+    return Statement(id=expert, owner=owner, domain=f"{expert} texts", training=Training(data="random", router="own"))
+
+
+def make_package(
+    target: Path,
+    anchor: Path,
+    *,
+    expert: str = "news",
+    owner: str = "acme",
+    key: Path | None = None,
+    seed: int = 7,
+    biased: bool = False,
+) -> tuple[Manifest, Tensors]:
+    """A package of random tensors for the base model of ``anchor``."""
+    base = base_identity(anchor)
+    tensors = random_tensors(package_shapes(base.architecture, biased=biased), seed, DTYPES[base.dtype])
+    manifest = write_package(
+        target, statement(expert, owner), base, lambda name: (tensor_bytes(tensors[name]),), biased=biased, key=key
+    )
+    return manifest, tensors
