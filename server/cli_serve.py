@@ -48,6 +48,7 @@ def serve(
     max_num_seqs: Annotated[int | None, _option("max_num_seqs")] = None,
     kv_cache_memory_bytes: Annotated[int | None, _option("kv_cache_memory_bytes")] = None,
     tensor_parallel_size: Annotated[int | None, _option("tensor_parallel_size")] = None,
+    enable_expert_parallel: Annotated[bool | None, _option("enable_expert_parallel")] = None,
     enforce_eager: Annotated[bool | None, _option("enforce_eager")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
     max_n: Annotated[int | None, _option("max_n")] = None,

@@ -213,6 +213,7 @@ def _engine_settings(settings: Settings, model: Path) -> EngineSettings:
         kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
         enforce_eager=settings.enforce_eager or settings.demo,
         tensor_parallel_size=settings.tensor_parallel_size,
+        enable_expert_parallel=settings.enable_expert_parallel,
         shutdown_timeout=settings.drain_seconds,
     )
 

@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     max_num_seqs: Annotated[int, Field(ge=1, description="Requests in one batch.")] = 64
     kv_cache_memory_bytes: Annotated[int | None, Field(ge=1, description="KV cache; by default 1 GiB on CPU.")] = None
     tensor_parallel_size: Annotated[int, Field(ge=1, description="Ranks per model.")] = 1
+    enable_expert_parallel: Annotated[
+        bool, Field(description="Deal whole experts out to the ranks instead of splitting each.")
+    ] = False
     enforce_eager: Annotated[bool, Field(description="Do not compile: starts sooner, decodes slower.")] = False
     max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8

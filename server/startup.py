@@ -68,8 +68,8 @@ def summary(planned: LaunchPlan, client: GatedEngineClient, address: str, admin_
         ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
         (
             "slots",
-            f"{slots.slots} of {human(slots.slot_bytes)} "
-            f"= {human(slots.slots * slots.slot_bytes)}, "
+            f"{slots.slots}, on each rank {slots.held} of {human(slots.slot_bytes)} "
+            f"= {human(slots.held * slots.slot_bytes)}, "
             f"KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}",
         ),
         ("kernels", kernels()),

@@ -39,11 +39,12 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability("torch.compile", "unverified", "one opaque operator for routing"),
     Capability("tensor parallelism on CPU", "tested", "slow engine test with two ranks"),
     Capability("CUDA", "unverified", "no GPU was at hand"),
+    Capability("expert parallelism on CPU", "tested", "slow engine test with two ranks"),
     Capability(
-        "expert parallelism",
+        "expert parallelism on CUDA",
         "refused",
-        "not tried yet",
-        lambda c: c.parallel_config.enable_expert_parallel,
+        "the reserved zero slot was tried with the CPU kernel only",
+        lambda c: c.parallel_config.enable_expert_parallel and c.device_config.device_type != "cpu",
     ),
     Capability(
         "pipeline parallelism",

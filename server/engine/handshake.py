@@ -23,6 +23,8 @@ class RankReport(TypedDict):
     moe_layers: int
     monolithic: bool
     slots: dict[str, Any]
+    slots_here: list[int]
+    zero_slot: bool
     key_digest: str
 
 
@@ -42,6 +44,8 @@ def report_rank(worker: Any) -> RankReport:
         moe_layers=len(layers),
         monolithic=any(layer.is_monolithic for layer in layers),
         slots=model.gates.table.to_config(),
+        slots_here=layers[0].slots_here(),
+        zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
         key_digest=key_digest(model.gates.key),
     )
 
@@ -51,8 +55,19 @@ def key_digest(key: bytes) -> str:
     return hashlib.sha256(b"seal-key\0" + key).hexdigest()
 
 
-def verify(reports: Sequence[object], *, world_size: int, table: SlotTable, layers: int, key: bytes) -> None:
+def verify(
+    reports: Sequence[object],
+    *,
+    world_size: int,
+    table: SlotTable,
+    layers: int,
+    key: bytes,
+    expert_parallel: bool = False,
+) -> None:
     """Compare every rank's report with what the launcher asked for.
+
+    Args:
+        expert_parallel: slots are dealt out to the ranks in turn, and each rank has a zero slot.
 
     Raises:
         HandshakeError: naming the rank and what is wrong with it.
@@ -64,13 +79,16 @@ def verify(reports: Sequence[object], *, world_size: int, table: SlotTable, laye
         "moe_layers": layers,
         "monolithic": False,
         "slots": table.to_config(),
+        "zero_slot": True,
         "key_digest": key_digest(key),
         "vllm_version": vllm.__version__,
     }
+    step = world_size if expert_parallel else 1
     for rank, report in enumerate(reports):
         if not isinstance(report, dict):
             raise HandshakeError(f"rank {rank} gave no report")
-        for name, value in expected.items():
+        here = {"slots_here": list(range(rank % step, table.total, step))}
+        for name, value in (expected | here).items():
             if _plain(report.get(name)) != _plain(value):
                 raise HandshakeError(f"rank {rank}: {name} is {report.get(name)!r}, expected {value!r}")
         if not str(report.get("hook")).startswith("Gated"):

@@ -42,6 +42,7 @@ class EngineSettings:
         kv_cache_memory_bytes: None for 1 GiB on CPU and vLLM's choice on CUDA.
         max_model_len: tokens per request; None for the model's own limit.
         enforce_eager: no torch.compile and no CUDA graphs.
+        enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         check_weights: read every tensor once and refuse NaN and infinity.
     """
 
@@ -55,6 +56,7 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     check_weights: bool = True
@@ -97,6 +99,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         available_bytes=_available_bytes(settings),
         max_experts=settings.max_experts,
         ranks=settings.tensor_parallel_size,
+        expert_parallel=settings.enable_expert_parallel,
     )
     return LaunchPlan(settings, checkpoint, slots, dtype)
 
@@ -174,6 +177,8 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_expert_parallel": settings.enable_expert_parallel,
+        "expert_placement_strategy": "round_robin",
         "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else "mp",
         "enable_prefix_caching": settings.enable_prefix_caching,
         "async_scheduling": settings.async_scheduling,
@@ -200,7 +205,8 @@ def _available_bytes(settings: EngineSettings) -> int:
         return int(torch.cuda.mem_get_info()[0] * settings.gpu_memory_utilization)
     import psutil
 
-    return int(psutil.virtual_memory().available * settings.gpu_memory_utilization)
+    # Ranks on CPU share the machine's memory.
+    return int(psutil.virtual_memory().available * settings.gpu_memory_utilization) // settings.tensor_parallel_size
 
 
 async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngineClient":
@@ -215,6 +221,7 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngine
         table=planned.table,
         layers=planned.checkpoint.architecture.num_hidden_layers,
         key=key,
+        expert_parallel=planned.settings.enable_expert_parallel,
     )
     client = GatedEngineClient(engine, key=key, experts=_expert_infos(planned), slots=planned.slots.slots)
     await sing(engine, client)

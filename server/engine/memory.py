@@ -18,12 +18,14 @@ class SlotPlan:
 
     Attributes:
         slots: number of slots.
-        slot_bytes: one slot over all layers.
+        held: slots that one rank holds; with expert parallelism its share and a zero slot.
+        slot_bytes: one slot over all layers, as far as one rank holds it.
         other_bytes: everything that is not an expert (attention, embeddings, norms, head).
         kv_bytes: KV cache.
     """
 
     slots: int
+    held: int
     slot_bytes: int
     other_bytes: int
     kv_bytes: int
@@ -31,7 +33,7 @@ class SlotPlan:
     @property
     def total_bytes(self) -> int:
         """Weights, slots and KV cache together."""
-        return self.slots * self.slot_bytes + self.other_bytes + self.kv_bytes
+        return self.held * self.slot_bytes + self.other_bytes + self.kv_bytes
 
 
 def plan_slots(
@@ -42,6 +44,7 @@ def plan_slots(
     available_bytes: int,
     max_experts: int | None = None,
     ranks: int = 1,
+    expert_parallel: bool = False,
 ) -> SlotPlan:
     """Choose the number of slots, or say with the arithmetic why the model does not fit.
 
@@ -49,7 +52,9 @@ def plan_slots(
         dtype: ``float32`` or ``bfloat16``, as served.
         max_experts: slots asked for; by default the checkpoint's experts + 2, or as many
             of those as fit.
+        available_bytes: of one rank.
         ranks: tensor-parallel ranks that share every slot.
+        expert_parallel: ranks hold whole slots, dealt out in turn, and a zero slot each.
 
     Raises:
         CheckpointError: fewer slots asked for than the checkpoint has experts, more than
@@ -57,11 +62,13 @@ def plan_slots(
     """
     a = checkpoint.architecture
     width = DTYPE_BYTES[dtype]
-    slot_bytes = checkpoint.parameters_per_expert * width // ranks
+    sharing, dealing = (1, ranks) if expert_parallel else (ranks, 1)
+    slot_bytes = checkpoint.parameters_per_expert * width // sharing
     attention = 2 * a.hidden_size * (a.sizes["Q"] + a.sizes["K"])
     other = a.num_hidden_layers * attention + 2 * a.vocab_size * a.hidden_size
     other_bytes = other * width // ranks
-    room = (available_bytes - other_bytes - kv_bytes) // slot_bytes
+    reserved = 1 if dealing > 1 else 0
+    room = ((available_bytes - other_bytes - kv_bytes) // slot_bytes - reserved) * dealing
     wanted = max_experts if max_experts is not None else a.num_experts + SPARE_SLOTS
     if not a.num_experts <= wanted <= MAX_SLOTS:
         raise CheckpointError(
@@ -69,14 +76,15 @@ def plan_slots(
             f"and flexgate serves at most {MAX_SLOTS}"
         )
     slots = wanted if max_experts is not None else max(min(wanted, room), a.num_experts)
+    held = -(-slots // dealing) + reserved
     if slots > room:
-        needed = slots * slot_bytes + other_bytes + kv_bytes
+        needed = held * slot_bytes + other_bytes + kv_bytes
         raise CheckpointError(
-            f"{slots} expert slots of {human(slot_bytes)} + {human(other_bytes)} of shared weights "
+            f"{held} expert slots of {human(slot_bytes)} + {human(other_bytes)} of shared weights "
             f"+ {human(kv_bytes)} of KV cache = {human(needed)} do not fit into "
             f"{human(available_bytes)}"
         )
-    return SlotPlan(slots, slot_bytes, other_bytes, kv_bytes)
+    return SlotPlan(slots, held, slot_bytes, other_bytes, kv_bytes)
 
 
 def human(size: float) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from vllm.platforms import current_platform
+from vllm.config import get_current_vllm_config
 
-from flexgate.kernels.gated_topk import gated_topk
+from flexgate.kernels.gated_topk import Fill, gated_topk
 from flexgate.server.engine.seam import BaseRouter, FusedMoEFactory, RoutingMethodType
 from flexgate.server.engine.state import GateState
 
@@ -29,7 +29,7 @@ class RoutedTopK(BaseRouter):
     def __init__(self, top_k: int, global_num_experts: int) -> None:
         """``top_k`` picks per token."""
         super().__init__(top_k=top_k, global_num_experts=global_num_experts)
-        self.local_of_E: torch.Tensor | None = None
+        self.place_E: torch.Tensor | None = None
         self.zero_slot = 0
 
     @property
@@ -38,11 +38,15 @@ class RoutedTopK(BaseRouter):
         return RoutingMethodType.Custom
 
     def place_locally(self, local_of_E: torch.Tensor, zero_slot: int) -> None:
-        """Map slots to this rank's experts; other ranks' go to an all-zero one at weight 0.
+        """Map slots to this rank's experts; what is not here goes to the all-zero one at weight 0.
 
-        For vLLM's CPU kernel, which knows no expert map.
+        Args:
+            local_of_E: this rank's index of each slot, negative for other ranks' slots.
+            zero_slot: this rank's index of its reserved slot, which holds zeros for ever.
         """
-        self.local_of_E = local_of_E
+        elsewhere_E = torch.where(local_of_E < 0, zero_slot, local_of_E)
+        # Index -1, the id of an unused pick, finds the last entry.
+        self.place_E = torch.cat((elsewhere_E, elsewhere_E.new_tensor([zero_slot])))
         self.zero_slot = zero_slot
 
     def _compute_routing(
@@ -55,11 +59,9 @@ class RoutedTopK(BaseRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weights_TK, ids_TK = router_logits.split(self.top_k, dim=1)
         ids_TK = ids_TK.to(indices_type or torch.int32)
-        if self.local_of_E is not None:
-            local_TK = self.local_of_E[ids_TK]
-            here_TK = local_TK >= 0
-            weights_TK = torch.where(here_TK, weights_TK, 0.0)
-            ids_TK = torch.where(here_TK, local_TK, self.zero_slot).to(ids_TK.dtype)
+        if self.place_E is not None:
+            ids_TK = self.place_E[ids_TK].to(ids_TK.dtype)
+            weights_TK = torch.where(ids_TK == self.zero_slot, 0.0, weights_TK)
         return weights_TK.contiguous(), ids_TK.contiguous()
 
 
@@ -106,22 +108,47 @@ class GatedMoE(nn.Module):
         self.renormalize: bool = config.norm_topk_prob
         self.num_slots = gates.table.total
         self.gate = RouterRows(self.num_slots, config.hidden_size)
-        self.router = RoutedTopK(self.top_k, self.num_slots)
+        # vLLM's CPU kernel knows no expert map: slots dealt out to ranks in turn, and after
+        # them as many reserved ones, give every rank exactly one that stays all zero.
+        ranks = expert_parallel_ranks()
+        reserved = ranks if ranks > 1 else 0
+        self.fill: Fill = "none" if reserved else "first"
+        self.router = RoutedTopK(self.top_k, self.num_slots + reserved)
         self.experts = FusedMoEFactory(
-            num_experts=self.num_slots,
+            num_experts=self.num_slots + reserved,
             top_k=self.top_k,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             renormalize=self.renormalize,
             quant_config=quant_config,
             router=self.router,
+            num_expert_group=max(2, ranks),  # vLLM deals out experts of a grouped model only
             prefix=f"{prefix}.experts",
         )
+        if reserved:
+            local_of_E = self.experts.routed_experts.expert_map.long()
+            zero_slot = int(local_of_E[self.num_slots :].max())
+            self.router.place_locally(local_of_E[: self.num_slots], zero_slot)
 
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM chose a kernel that routes by itself, past the gate."""
         return bool(self.experts.routed_experts.quant_method.is_monolithic)
+
+    def slots_here(self) -> list[int]:
+        """The slots whose weights this rank holds."""
+        is_local = self.experts.routed_experts.expert_map_manager.is_local_expert
+        return [slot for slot in range(self.num_slots) if is_local(slot)]
+
+    def zero_slot_holds_zeros(self) -> bool:
+        """Whether the reserved slot exists and has no weight; trivially so if none is needed."""
+        if self.fill == "first":
+            return True
+        experts = self.experts.routed_experts
+        here = len(self.slots_here())
+        if self.router.zero_slot != here or experts.local_num_experts != here + 1:
+            return False
+        return not (experts.w13_weight[here].any() or experts.w2_weight[here].any())
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Combine the allowed experts' outputs, [T, H]."""
@@ -134,13 +161,14 @@ class GatedMoE(nn.Module):
             bias_E=self.gate.bias,
             mass_TE=gates.mass_TE,
             chosen_T=gates.chosen_T,
-            fill="first",
+            fill=self.fill,
         )
         routed_T2K = torch.cat((weights_TK, ids_TK.to(weights_TK.dtype)), dim=1)
         output: torch.Tensor = self.experts(hidden_states=x_TH, router_logits=routed_T2K)
         return output
 
 
-def on_cpu_with_expert_parallelism(layer: GatedMoE) -> bool:
-    """Whether slots are spread over ranks in front of a kernel without an expert map."""
-    return current_platform.is_cpu() and layer.experts.routed_experts.expert_map is not None
+def expert_parallel_ranks() -> int:
+    """How many ranks share out the slots; 1 without expert parallelism."""
+    parallel = get_current_vllm_config().parallel_config
+    return parallel.tensor_parallel_size if parallel.enable_expert_parallel else 1

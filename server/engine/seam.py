@@ -12,6 +12,9 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     Model Runner V1: the order of requests in the batch is final; dummy batches.
 ``Scheduler.schedule / update_from_output / add_request`` (vllm/v1/core/sched/scheduler.py)
     Expiry before a step; attribution with every output.
+``FusedMoEFactory(num_expert_group=...)``, ``RoutedExperts.expert_map_manager``
+    Deals experts out to ranks in turn only for a model with expert groups; where each went. The
+    handshake compares the outcome.
 ``AsyncLLM.output_processor.process_outputs`` (vllm/v1/engine/output_processor.py)
     Where outputs of the engine core reach the API process, one per request and step.
 ``EngineCoreOutput.kv_transfer_params`` (vllm/v1/engine/__init__.py)

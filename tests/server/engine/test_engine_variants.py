@@ -3,15 +3,23 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from enginekit.checkpoints import Shape, rewrite, write_random
-from enginekit.compare import TOLERANCE, agree, reference, worst_difference
-from enginekit.scripted import Answer, Ask, EngineScript, ScriptedEngine, scripted_engine
+from enginekit.compare import TOLERANCE, agree, reference, same_bits, worst_difference
+from enginekit.scripted import (
+    Answer,
+    Ask,
+    EngineScript,
+    ScriptedEngine,
+    overwrite_zero_slot,
+    scripted_engine,
+)
 
 pytestmark = pytest.mark.engine
 
-GATES = [(0,), (0, 2), (1, 3), (0, 1, 2, 3), (3,), (0, 1, 3), (2, 3), (0, 3)]
+GATES = [(0,), (0, 2), (1, 3), (0, 1, 2, 3), (3,), (0, 1, 3), (2, 3), (0, 3), (0, 2, 3), (1, 2, 3)]
 
 
 def crowd() -> list[Ask]:
@@ -106,20 +114,72 @@ def test_model_runner_v2_gates_and_counts_like_v1(runner_v2: ScriptedEngine, eng
     assert_crowd_equals_solo(runner_v2, engine)
 
 
-@pytest.mark.slow
-def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: ScriptedEngine) -> None:
-    script = EngineScript(
-        checkpoint,
-        max_experts=6,
-        settings={"tensor_parallel_size": 2},
+def two_ranks(model: Path, **settings: Any) -> EngineScript:
+    return EngineScript(
+        model,
+        max_experts=7,
+        settings={"tensor_parallel_size": 2, **settings},
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )
-    asks = [Ask(tuple(range(10 + i, 40 + i)), gate) for i, gate in enumerate(GATES)]
-    with scripted_engine(script) as ranks:
-        reports = ranks.call("handshake")
-        answers = ranks.run(asks)
-    assert [report["rank"] for report in reports] == [0, 1]
-    engine.reset_cache()
-    for want, got in zip(engine.run(asks), answers, strict=True):
+
+
+def asks_of_two_ranks() -> list[Ask]:
+    return [Ask(tuple(range(10 + i, 40 + i)), gate) for i, gate in enumerate(GATES)]
+
+
+def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine) -> None:
+    one.reset_cache()
+    for want, got in zip(one.run(asks_of_two_ranks()), ranks.run(asks_of_two_ranks()), strict=True):
         assert agree(want, got)
-        assert want.chosen == got.chosen
+        assert want.chosen == got.chosen[:6]
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: ScriptedEngine) -> None:
+    with scripted_engine(two_ranks(checkpoint)) as ranks:
+        assert [report["rank"] for report in ranks.call("handshake")] == [0, 1]
+        assert_ranks_equal_one(ranks, engine)
+
+
+@pytest.fixture(scope="module")
+def expert_parallel(checkpoint: Path) -> Iterator[ScriptedEngine]:
+    """Four experts and three free slots over two ranks: 0, 2, 4, 6 and 1, 3, 5."""
+    with scripted_engine(two_ranks(checkpoint, enable_expert_parallel=True)) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_expert_parallel_ranks_equal_one_rank(expert_parallel: ScriptedEngine, engine: ScriptedEngine) -> None:
+    reports = expert_parallel.call("handshake")
+    assert [report["slots_here"] for report in reports] == [[0, 2, 4, 6], [1, 3, 5]]
+    assert all(report["zero_slot"] for report in reports)
+    assert_ranks_equal_one(expert_parallel, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local_expert_0", [0, 1], ids=["of-rank-0", "of-rank-1"])
+@pytest.mark.parametrize("kind", ["nan", "1e30", "random"])
+def test_the_first_expert_of_a_rank_changes_no_bit_where_it_is_excluded(
+    expert_parallel: ScriptedEngine, kind: str, local_expert_0: int
+) -> None:
+    script = [ask for ask in asks_of_two_ranks() if local_expert_0 not in ask.gate]
+    assert {len(ask.gate) for ask in script} >= {1, 2}
+    expert_parallel.reset_cache()
+    before = expert_parallel.run(script)
+    expert_parallel.overwrite([local_expert_0, 4, 5, 6], kind)
+    try:
+        expert_parallel.reset_cache()
+        after = expert_parallel.run(script)
+    finally:
+        expert_parallel.restore()
+    assert all(same_bits(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_a_rank_whose_zero_slot_holds_weights_fails_the_handshake(expert_parallel: ScriptedEngine) -> None:
+    expert_parallel.call("on_every_rank", overwrite_zero_slot)
+    try:
+        reports = expert_parallel.call("handshake")
+    finally:
+        expert_parallel.restore()
+    assert [report["zero_slot"] for report in reports] == [False, False]

@@ -27,13 +27,15 @@ def report(**changes: Any) -> dict[str, Any]:
         "moe_layers": 3,
         "monolithic": False,
         "slots": TABLE.to_config(),
+        "slots_here": list(range(6)),
+        "zero_slot": True,
         "key_digest": key_digest(KEY),
     }
     return good | changes
 
 
-def check(*reports: object, world_size: int = 2) -> None:
-    verify(reports, world_size=world_size, table=TABLE, layers=3, key=KEY)
+def check(*reports: object, world_size: int = 2, expert_parallel: bool = False) -> None:
+    verify(reports, world_size=world_size, table=TABLE, layers=3, key=KEY, expert_parallel=expert_parallel)
 
 
 def test_ranks_that_all_gate_pass() -> None:
@@ -48,6 +50,8 @@ def test_ranks_that_all_gate_pass() -> None:
         {"moe_layers": 2},
         {"monolithic": True},
         {"slots": SlotTable.of_checkpoint(5, 6).to_config()},
+        {"slots_here": [0, 2, 4]},
+        {"zero_slot": False},
         {"key_digest": key_digest(new_seal_key())},
         {"vllm_version": "0.31.0"},
     ],
@@ -57,6 +61,14 @@ def test_a_rank_that_differs_is_named_with_what_is_wrong(changes: dict[str, Any]
     (name,) = changes
     with pytest.raises(HandshakeError, match=f"^rank 1: .*{changes[name] if name == 'hook' else name}"):
         check(report(), report(rank=1, **changes))
+
+
+def test_expert_parallel_ranks_must_hold_every_other_slot() -> None:
+    even, odd = report(slots_here=[0, 2, 4]), report(rank=1, slots_here=[1, 3, 5])
+    check(even, odd, expert_parallel=True)
+    for reports in ((odd, even), (report(), report(rank=1)), (even, even)):
+        with pytest.raises(HandshakeError, match="slots_here"):
+            check(*reports, expert_parallel=True)
 
 
 @pytest.mark.parametrize("reports", [(), (report(),), (report(), None), (report(), {})])

@@ -81,12 +81,12 @@ class ScriptedEngine:
         return answer
 
     def overwrite(self, slots: Sequence[int], kind: str) -> None:
-        """Fill slots' FFN and router row with ``nan``, ``1e30``, ``-1e30``, ``random`` or ``zero``."""
-        self.call("overwrite", list(slots), kind)
+        """Fill slots' FFN, router row and bias with ``nan``, ``1e30``, ``-1e30``, ``random`` or ``zero``."""
+        self.call("on_every_rank", overwrite_slots, list(slots), kind)
 
     def restore(self) -> None:
         """Undo every overwrite."""
-        self.call("restore")
+        self.call("on_every_rank", restore_slots)
 
     def reset_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -180,7 +180,6 @@ class _Engine:
         self.engine = LLMEngine.from_vllm_config(config)
         self.table = planned.table
         self.count = 0
-        self.saved: list[tuple[Any, Any]] = []
         self.preempted = 0
         scheduler = self.engine.engine_core.engine_core.scheduler
         preempt = scheduler._preempt_request
@@ -205,23 +204,8 @@ class _Engine:
             step += 1
         return [self._answer(finished[ids[index]]) for index in range(len(script))]
 
-    def overwrite(self, slots: list[int], kind: str) -> None:
-        import torch
-
-        generator = torch.Generator().manual_seed(7)
-        for tensor in self._slot_tensors():
-            for slot in slots:
-                part = tensor[slot]
-                self.saved.append((part, part.clone()))
-                if kind == "random":
-                    part.copy_(torch.randn(part.shape, generator=generator))
-                else:
-                    part.fill_({"nan": math.nan, "1e30": 1e30, "-1e30": -1e30, "zero": 0.0}[kind])
-
-    def restore(self) -> None:
-        for part, original in reversed(self.saved):
-            part.copy_(original)
-        self.saved = []
+    def on_every_rank(self, what: Any, *args: Any) -> Any:
+        return self.engine.collective_rpc(what, args=args)
 
     def reset_cache(self) -> None:
         if not self.engine.reset_prefix_cache():
@@ -269,12 +253,6 @@ class _Engine:
             self.engine.output_processor.abort_requests([request_id], internal=False)
             return str(error)
         raise RuntimeError(f"a request with a gate spoiled as {how!r} was accepted")
-
-    def _slot_tensors(self) -> Iterator[Any]:
-        worker = self.engine.model_executor.driver_worker.worker
-        for layer in worker.model_runner.get_model().moe_layers():
-            experts = layer.experts.routed_experts
-            yield from (layer.gate.weight.data, experts.w13_weight.data, experts.w2_weight.data)
 
     def _submit(self, ask: Ask) -> str:
         from flexgate.server.engine import gates
@@ -329,6 +307,50 @@ class _Engine:
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
+
+
+def overwrite_slots(worker: Any, slots: list[int], kind: str) -> None:
+    """Run on every rank: fill what this one holds of the slots."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    worker.saved = getattr(worker, "saved", [])
+    for part in _parts(worker, slots):
+        worker.saved.append((part, part.clone()))
+        if kind == "random":
+            part.copy_(torch.randn(part.shape, generator=generator))
+        else:
+            part.fill_({"nan": math.nan, "1e30": 1e30, "-1e30": -1e30, "zero": 0.0}[kind])
+
+
+def overwrite_zero_slot(worker: Any) -> None:
+    """Run on every rank: fill the reserved slot with ones."""
+    worker.saved = getattr(worker, "saved", [])
+    for layer in worker.model_runner.get_model().moe_layers():
+        experts = layer.experts.routed_experts
+        for weight in (experts.w13_weight, experts.w2_weight):
+            part = weight.data[layer.router.zero_slot]
+            worker.saved.append((part, part.clone()))
+            part.fill_(1.0)
+
+
+def restore_slots(worker: Any) -> None:
+    """Run on every rank: undo every overwrite."""
+    for part, original in reversed(worker.saved):
+        part.copy_(original)
+    worker.saved = []
+
+
+def _parts(worker: Any, slots: list[int]) -> Iterator[Any]:
+    for layer in worker.model_runner.get_model().moe_layers():
+        experts = layer.experts.routed_experts
+        for slot in slots:
+            yield layer.gate.weight.data[slot]
+            yield layer.gate.bias.data[slot : slot + 1]
+            local = experts.expert_map_manager.map_global_to_local(slot)
+            if local >= 0:
+                yield experts.w13_weight.data[local]
+                yield experts.w2_weight.data[local]
 
 
 def _exact(positions: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
