@@ -1,48 +1,49 @@
 """Apply every planted defect to a copy of the source, one by one; each must make a test fail.
 
 Usage: ``python tests/defects/run.py [NAME …]``. A patch in this folder begins with the sentence that
-says what is broken and the pytest selections that must notice:
+says what is broken and the tests, by pytest's ids, each of which must notice:
 
     Defect: the guard leaves the client's cache salt as it is
-    Test: tests/server/engine/test_engine.py -k prefix
+    Test: tests/server/engine/test_engine.py::test_a_prefix_is_shared_within_tenant_and_gate_and_never_across
 
-The checkout is never touched. Exit status 1 if a defect survives, a patch no longer applies, or a
-selected test fails without any defect.
+The checkout is never touched. A test that cannot be collected or set up has noticed nothing: only one that
+runs and fails counts. Exit status 1 if a defect survives, a patch no longer applies, or a named test fails
+without any defect.
 """
 
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("policies", "kernels", "experts", "server")
-NOTHING_COLLECTED = 5
-console = Console()
+FAILED = re.compile(r"^FAILED (.+?)( - .*)?$", re.MULTILINE)
+console = Console(soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)
 class Defect:
-    """One patch, what it breaks, and the tests that must fail with it."""
+    """One patch, what it breaks, and the tests that must each fail with it."""
 
     patch: Path
     sentence: str
-    selections: tuple[tuple[str, ...], ...]
+    tests: tuple[str, ...]
 
     @classmethod
     def read(cls, patch: Path) -> "Defect":
         """Parse the head of a patch."""
         head = patch.read_text().split("--- ", 1)[0].splitlines()
         sentence = next(line.removeprefix("Defect: ") for line in head if line.startswith("Defect: "))
-        tests = [line.removeprefix("Test: ") for line in head if line.startswith("Test: ")]
-        return cls(patch, sentence, tuple(tuple(shlex.split(test)) for test in tests))
+        tests = tuple(line.removeprefix("Test: ") for line in head if line.startswith("Test: "))
+        return cls(patch, sentence, tests)
 
 
 class Copy:
@@ -65,49 +66,62 @@ class Copy:
         with patch.open() as text:
             return subprocess.run(command, cwd=self.place, stdin=text, capture_output=True).returncode == 0
 
-    def test(self, selection: tuple[str, ...]) -> int:
-        """pytest's exit status for one selection."""
-        environment = os.environ | {"PYTHONPATH": str(self.place / "site"), "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selection]
-        return subprocess.run(command, cwd=self.place, env=environment, capture_output=True).returncode
+    def test(self, *tests: str) -> tuple[bool, str]:
+        """Whether all of these tests pass, and pytest's words."""
+        environment = os.environ | {"PYTHONPATH": str(self.place / "site"), "PYTHONSAFEPATH": "1", "COLUMNS": "400"}
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(command, cwd=self.place, env=environment, capture_output=True, text=True)
+        return done.returncode == 0, done.stdout + done.stderr
 
 
-def problem(copy: Copy, defect: Defect) -> str | None:
-    """Why this defect counts against us, or None if every selected test noticed it."""
+def problem(copy: Copy, defect: Defect) -> tuple[str | None, str]:
+    """Why this defect counts against us, or None; and how the tests noticed it."""
+    if not defect.tests:
+        return "no test is named", ""
     if not copy.apply(defect.patch):
-        return "the patch does not apply"
+        return "the patch does not apply", ""
+    seen = []
     try:
-        for selection in defect.selections:
-            status = copy.test(selection)
-            if status in (0, NOTHING_COLLECTED):
-                return f"survived {shlex.join(selection)}"
+        for test in defect.tests:
+            _, said = copy.test("-x", test)
+            failed = FAILED.search(said)
+            if failed is None:
+                return f"survived {test}", said[-3000:]
+            seen.append((failed[2] or "").removeprefix(" - ")[:160])
     finally:
         if not copy.apply(defect.patch, undo=True):
             raise SystemExit(f"{defect.patch.name} could not be taken back")
-    return None
+    return None, "; ".join(seen)
 
 
 def main(names: list[str]) -> int:
     """Run the named defects, or all of them."""
     defects = [Defect.read(patch) for patch in sorted(Path(__file__).parent.glob("*.patch"))]
-    if names:
-        defects = [defect for defect in defects if defect.patch.stem in names]
-    problems: dict[str, str] = {}
+    if unknown := set(names) - {defect.patch.stem for defect in defects}:
+        raise SystemExit(f"no such defect: {', '.join(sorted(unknown))}")
+    defects = [defect for defect in defects if not names or defect.patch.stem in names]
+    started = time.monotonic()
+    survivors = 0
     with tempfile.TemporaryDirectory() as place:
         copy = Copy(Path(place))
-        selections = sorted({selection for defect in defects for selection in defect.selections})
-        for selection in track(selections, "without defects", console=console):
-            if copy.test(selection) != 0:
-                problems[shlex.join(selection)] = "fails without any defect"
-        for defect in track(defects, "with each defect", console=console):
-            found = problem(copy, defect)
-            if found is not None:
-                problems[defect.patch.stem] = found
-            console.print(f"{'SURVIVED' if found else 'killed'}  {defect.patch.stem}: {defect.sentence}")
-    for name, found in problems.items():
-        console.print(f"[red]{name}: {found}")
-    console.print(f"{len(defects) - len(problems)} of {len(defects)} defects killed")
-    return 1 if problems or not defects else 0
+        tests = sorted({test for defect in defects for test in defect.tests})
+        console.print(f"{len(tests)} tests without a defect ...", markup=False)
+        passed, said = copy.test(*tests)
+        if not passed:
+            console.print(said, markup=False)
+            return 1
+        for number, defect in enumerate(defects, 1):
+            before = time.monotonic()
+            found, how = problem(copy, defect)
+            survivors += found is not None
+            took = time.monotonic() - before
+            verdict = f"SURVIVED ({found})" if found else "killed"
+            console.print(
+                f"{number}/{len(defects)} {took:.0f} s {verdict} {defect.patch.stem}: {defect.sentence}\n    {how}",
+                markup=False,
+            )
+    console.print(f"{len(defects) - survivors} of {len(defects)} killed in {time.monotonic() - started:.0f} s")
+    return 1 if survivors or not defects else 0
 
 
 if __name__ == "__main__":
