@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flexgate.policies.decide import decide
@@ -14,11 +14,18 @@ from flexgate.policies.terms import ExpertId
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One recorded request: who asked what, when (Unix seconds)."""
+    """One question: who asks what, when (Unix seconds), and how many requests asked it."""
 
     tenant_id: str
     request: DecisionRequest
     now: float
+    times: int = 1
+
+    @property
+    def question(self) -> tuple[object, ...]:
+        """What distinguishes it from others."""
+        request = self.request
+        return self.tenant_id, request.purpose, request.region, request.only, request.ignore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,23 @@ def simulate(before: Snapshot, after: Snapshot, replays: Iterable[Replay]) -> li
             lost = tuple(expert for expert in had if expert not in gets)
             differences.append(Difference(replay, gained, lost, refused_before, refused_after))
     return differences
+
+
+def with_standard(recorded: Iterable[Replay], snapshot: Snapshot, now: float) -> list[Replay]:
+    """`recorded`, and every question that an active tenant may ask without narrowing."""
+    by_question = {replay.question: replay for replay in _standard(snapshot, now)}
+    by_question.update({replay.question: replay for replay in recorded})
+    return list(by_question.values())
+
+
+def _standard(snapshot: Snapshot, now: float) -> Iterator[Replay]:
+    for tenant in snapshot.tenants.values():
+        if tenant.archived:
+            continue
+        for purpose in (None, *sorted(tenant.purposes)):
+            for region in (None, *sorted(tenant.regions)):
+                request = DecisionRequest(decision_id="simulate", purpose=purpose, region=region)
+                yield Replay(tenant.id, request, now, times=0)
 
 
 def _outcome(snapshot: Snapshot, replay: Replay) -> tuple[tuple[ExpertId, ...], str | None]:

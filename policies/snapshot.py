@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Final, TypeVar, cast
 
 from flexgate.policies.errors import SnapshotInvalid
-from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Role, Tenant
+from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement, Document, ExpertId, SetId, TenantId
 from flexgate.policies.words import purpose_and_above, region_and_above
 
@@ -71,6 +71,8 @@ class TenantRules:
     purposes: frozenset[str]
     regions: frozenset[str]
     archived: bool
+    quota: Quota
+    key_quotas: Mapping[str, Quota]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +174,8 @@ class _Scope:
             purposes=tenant.purposes,
             regions=tenant.regions,
             archived=tenant.archived,
+            quota=tenant.quota,
+            key_quotas=tenant.key_quotas,
         )
 
     def clauses(self, agreements: Iterable[Agreement]) -> tuple[ClauseTable, ClauseTable]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,8 +32,23 @@ def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
     return references
 
 
-Title = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Title = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 References = Annotated[frozenset[ExpertReference], AfterValidator(_leaves_public_alone)]
+
+
+Amount = Annotated[int, Field(ge=0, le=10**15)] | None
+
+
+class Quota(Document):
+    """How much a project, or one of its keys, may use; None is without limit.
+
+    `total_tokens` is a budget for good: raise it to give more.
+    """
+
+    requests_per_minute: Amount = None
+    tokens_per_minute: Amount = None
+    concurrent_requests: Amount = None
+    total_tokens: Amount = None
 
 
 class Tenant(Document):
@@ -40,7 +56,8 @@ class Tenant(Document):
 
     `purposes` and `regions` are what its requests may declare; a request that declares none stands
     for all of them, which limited permissions do not reach. `standing` is used as `only` by
-    requests without one. `hidden` and `listed` override the catalogue's visibility.
+    requests without one. `hidden` and `listed` override the catalogue's visibility. `key_quotas`
+    go by key id and hold beside the project's own `quota`.
     """
 
     id: TenantIdField
@@ -54,6 +71,8 @@ class Tenant(Document):
     groups: frozenset[GroupIdField] = frozenset()
     purposes: frozenset[PurposeField] = frozenset()
     regions: frozenset[RegionField] = frozenset()
+    quota: Quota = Quota()
+    key_quotas: Mapping[str, Quota] = {}
     archived: bool = False
 
 

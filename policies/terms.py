@@ -74,7 +74,10 @@ def _whole_second(moment: datetime) -> datetime:
         raise InvalidName("a time needs a time zone, for example 2026-11-23T00:00:00Z")
     if moment.microsecond:
         raise InvalidName("terms take effect at whole seconds")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise InvalidName("a time lies between the years 1 and 9999, in UTC") from None
 
 
 ExpertIdField = Annotated[ExpertId, AfterValidator(parse_expert_id)]

@@ -21,6 +21,7 @@ from flexgate.server.extension import Extension, parse_extension
 from flexgate.server.openai import fields
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
+from flexgate.server.recorded import Recorded
 from flexgate.server.refusals import from_policy
 
 CACHE_SALT = "cache_salt"
@@ -60,6 +61,7 @@ async def admit(
     decision_id: str,
     policy: PolicySource,
     cache: DecisionCache,
+    recorded: Recorded,
     now: float,
 ) -> Admitted:
     """Decide which experts a request may use.
@@ -76,9 +78,11 @@ async def admit(
     client_salt = left.pop(CACHE_SALT, None)
     try:
         snapshot = await _snapshot(policy, asked)
-        decision = cache.decide(snapshot, tenant, asked.decision_request(decision_id), now)
+        question = asked.decision_request(decision_id)
+        decision = cache.decide(snapshot, tenant, question, now)
     except PolicyError as error:
         raise from_policy(error) from error
+    recorded.add(tenant, question)
     return Admitted(left, snapshot, decision, client_salt, asked.explain)
 
 

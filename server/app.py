@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from flexgate.server.admin.operation import Administration
+from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.context import context_of
 from flexgate.server.errors import ApiError
 from flexgate.server.experts.endpoints import Experts
@@ -30,7 +32,7 @@ def build_app(services: Services, *, hosts: Collection[str] | None = None) -> Fa
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for method, path, endpoint in _endpoints(services):
         app.add_route(path, _named(path, endpoint), [method])
-    app.add_middleware(Gateway, hosts=hosts)
+    app.add_middleware(Gateway, hosts=hosts, denials=services.denials)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app
@@ -49,6 +51,8 @@ def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
     experts = Experts(services)
     yield "GET", "/v1/experts", experts.list
     yield "GET", "/v1/experts/{expert}", experts.retrieve
+    for operation in OPERATIONS:
+        yield operation.method, operation.path, Administration(services, operation).answer
     operations = Operations(services)
     yield "GET", "/health", operations.health
     yield "GET", "/ready", operations.ready
@@ -66,7 +70,7 @@ def _named(path: str, endpoint: Answer) -> Answer:
 
 
 async def _api_error(request: Request, error: Any) -> Response:
-    context_of(request).noted["code"] = error.code
+    context_of(request).fail(error)
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 

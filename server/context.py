@@ -10,6 +10,7 @@ from starlette.requests import Request
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.auth import AuthError, Principal, authenticate
+from flexgate.server.errors import ApiError
 from flexgate.server.refusals import from_auth, from_policy
 from flexgate.server.services import Services
 
@@ -17,14 +18,22 @@ STATE = "flexgate"
 
 
 class Context:
-    """Kept in a request's scope by the outermost layer; `noted` becomes part of the log line."""
+    """Kept in a request's scope by the outermost layer; `noted` becomes part of the log line, and
+    `error` is what the request is answered with, if it is answered with one.
+    """
 
-    __slots__ = ("noted", "request_id", "route")
+    __slots__ = ("error", "noted", "request_id", "route")
 
     def __init__(self) -> None:
         self.request_id = f"req_{uuid.uuid4().hex}"
         self.route = "unmatched"
         self.noted: dict[str, Any] = {}
+        self.error: ApiError | None = None
+
+    def fail(self, error: ApiError) -> None:
+        """Note what the request is answered with."""
+        self.error = error
+        self.noted["code"] = error.code
 
 
 def context_of(request: Request) -> Context:

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 INVALID_REQUEST: Final = "invalid_request_error"
 FORBIDDEN: Final = "request_forbidden"
 SERVER_ERROR: Final = "server_error"
@@ -42,6 +44,12 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
         self.details = dict(details or {})
+
+    @property
+    def rules(self) -> tuple[tuple[str, str, str], ...]:
+        """Expert, code and rule of each reason that the body gives."""
+        reasons = self.details.get("flexgate", {}).get("excluded", ())
+        return tuple((reason["expert"], reason["code"], reason["rule"]) for reason in reasons)
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
@@ -96,6 +104,17 @@ def error_type(status: int) -> str:
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return SERVER_ERROR
     return FORBIDDEN if status == HTTPStatus.FORBIDDEN else INVALID_REQUEST
+
+
+def from_validation(error: ValidationError, *under: str) -> Invalid:
+    """The first thing that is wrong with a body or query, by its path below `under`."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    param = path_of((*under, *(step for step in first["loc"] if step != "[key]")))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return Invalid(f"'{param}' is not a field of this request.", param=param, code="unknown_parameter")
+    where = "The request" if param is None else f"'{param}'"
+    return Invalid(f"{where}: {message}.", param=param, code="invalid_value")
 
 
 def path_of(place: Sequence[str | int]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexgate.policies.decision import DecisionRequest
-from flexgate.server.errors import Invalid, path_of
+from flexgate.server.errors import from_validation
 
 FIELD: Final = "flexgate"
 MAX_NAMES: Final = 256
@@ -55,9 +55,4 @@ def parse_extension(value: Any) -> Extension:
     try:
         return Extension.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    param = path_of((FIELD, *first["loc"]))
-    if first["type"] == "extra_forbidden":
-        message = f"'{param}' is not a known field of the request extension."
-        raise Invalid(message, param=param, code="unknown_parameter")
-    raise Invalid(f"'{param}': {first['msg']}.", param=param, code="invalid_value")
+        raise from_validation(error, FIELD) from None

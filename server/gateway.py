@@ -14,8 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexgate.server import metrics
 from flexgate.server.context import STATE, Context
+from flexgate.server.denials import ANONYMOUS, Denial, Denials
 from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid
 from flexgate.server.logs import FIELDS
+from flexgate.server.refusals import is_denial
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,10 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Wraps the routes. Nothing that a route raises leaves it."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Collection[str] | None = None) -> None:
+    def __init__(self, app: ASGIApp, *, denials: Denials, hosts: Collection[str] | None = None) -> None:
         """`hosts` are the only names that a Host header may have; None allows all."""
         self._app = app
+        self._denials = denials
         self._hosts = None if hosts is None else frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,6 +56,14 @@ class Gateway:
             await exchange.fail(failure, receive)
         finally:
             exchange.log()
+            self._note_denial(context)
+
+    def _note_denial(self, context: Context) -> None:
+        error = context.error
+        if error is not None and is_denial(error):
+            actor, tenant = context.noted.get("key", ANONYMOUS), context.noted.get("tenant")
+            said = (context.route, error.status, error.code, error.param, error.rules)
+            self._denials.add(Denial(actor, tenant, *said), context.request_id)
 
     def _check_host(self, scope: Scope) -> None:
         if self._hosts is None:
@@ -83,7 +94,7 @@ class _Exchange:
 
     async def fail(self, error: ApiError, receive: Receive) -> None:
         """Answer with an error, unless an answer has begun: then the connection breaks off."""
-        self._context.noted["code"] = error.code
+        self._context.fail(error)
         if self._status:
             raise ConnectionAbortedError("an answer broke off")
         response = JSONResponse(error.body(), status_code=error.status, headers=error.headers)

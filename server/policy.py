@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from flexgate.policies.errors import PolicyError, SnapshotStale
 from flexgate.policies.snapshot import Snapshot
+from flexgate.server.peers import Peers
 
 WAIT_FOR_VERSION_S: Final = 1.0
 
@@ -50,13 +51,15 @@ class PolicySource:
         lease_s: float,
         poll_s: float,
         clock: Callable[[], float] = time.monotonic,
+        peers: Peers | None = None,
     ) -> None:
-        """`live` names the experts that the engine serves now."""
+        """`live` names the experts that the engine serves now; `peers` are told what is confirmed."""
         self._store = store
         self._live = live
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._clock = clock
+        self._peers = peers
         self._stored: Snapshot | None = None
         self._served: Snapshot | None = None
         self._confirmed = -float("inf")
@@ -65,9 +68,13 @@ class PolicySource:
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
         with self._confirming:  # else a slow answer could replace a newer one
+            if self._peers is not None and self._stored is None:
+                self._peers.announce(0)
             asked = self._clock()
             self._stored = self._store.confirm(self._stored)
             self._confirmed = asked
+            if self._peers is not None:
+                self._peers.announce(self._stored.policy_version)
             return self._serve(self._stored)
 
     async def current(self) -> Snapshot:
@@ -89,6 +96,16 @@ class PolicySource:
             if self._clock() >= deadline:
                 raise SnapshotStale(f"policy version {version} did not arrive in time")
             await asyncio.sleep(min(self._poll_s, 0.05))
+
+    async def everywhere(self, version: int) -> None:
+        """Return once no process decides from an older policy than `version`."""
+        if self._peers is not None:
+            await self._peers.everywhere(version)
+
+    def withdraw(self) -> None:
+        """Tell the peers that this process ends."""
+        if self._peers is not None:
+            self._peers.withdraw()
 
     def fresh(self) -> bool:
         """Whether the last confirmation is within its lease."""

@@ -25,6 +25,7 @@ from flexgate.server.app import build_app
 from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.launch import EngineSettings, LaunchPlan, launch, plan
 from flexgate.server.openai.handlers import build_handlers
+from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 from flexgate.server.services import Services
 from flexgate.server.settings import Settings, SettingsError
@@ -71,6 +72,7 @@ def _services(settings: Settings, model: Path, client: GatedEngineClient, store:
         lambda: (info.id for info in client.experts() if info.live),
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
+        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
     )
     handlers = build_handlers(
         client,
@@ -82,6 +84,7 @@ def _services(settings: Settings, model: Path, client: GatedEngineClient, store:
         client=client,
         handlers=handlers,
         policy=policy,
+        store=store,
         model_names=names,
         started=time.time(),
         limits=settings.limits,
@@ -101,16 +104,18 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
         lifespan="off",
     )
     server = _Server(config, services)
-    polling = asyncio.create_task(services.policy.run())
-    watching = asyncio.create_task(_stop_with_engine(server, services.client))
+    work = (services.policy.run(), services.denials.run(), _stop_with_engine(server, services.client))
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         with server.stopped_by_signals():
             await server.serve(sockets=[sock])
     finally:
-        for task in (polling, watching):
+        for task in tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        services.denials.close()
+        services.policy.withdraw()
     if services.client.errored:
         raise EngineDied("the engine has died; the log says where")
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from flexgate.policies.decision import Reason
 from flexgate.policies.errors import (
     AnchorRequired,
+    ChangeRefused,
     ContextRefused,
     DecisionRefused,
     EmptyGate,
     ExpertDenied,
+    ObjectUnknown,
     PolicyError,
     TenantArchived,
     UnknownExpert,
@@ -21,6 +23,13 @@ from flexgate.server.auth import AuthError, Unauthenticated
 from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
 
 UNKNOWN_EXPERT = "expert_not_found"
+_DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
+_DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required"})
+
+
+def is_denial(error: ApiError) -> bool:
+    """Whether the caller was refused something that another key, policy or time would give."""
+    return error.status in _DENIED or error.code in _DENIALS
 
 
 def from_auth(error: AuthError) -> ApiError:
@@ -40,6 +49,25 @@ def from_policy(error: PolicyError) -> ApiError:
     if isinstance(error, DecisionRefused):
         return _from_decision(error)
     return Unavailable("The policy cannot be confirmed right now. Try again.", code="policy_unavailable")
+
+
+def from_change(error: PolicyError) -> ApiError:
+    """What the administration answers. Absent and not the caller's are the same answer."""
+    if isinstance(error, ObjectUnknown | UnknownTenant):
+        return not_found()
+    if isinstance(error, ChangeRefused):
+        return Invalid(_sentence(error), param=None, code="change_refused")
+    return from_policy(error)
+
+
+def not_found() -> NotFound:
+    """The one answer for what does not exist and for what is not the caller's."""
+    return NotFound("There is no such object for this key.", code="not_found")
+
+
+def _sentence(error: PolicyError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _from_decision(error: DecisionRefused) -> ApiError:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexgate.policies.cache import DecisionCache
+from flexgate.policies.store.store import Store
+from flexgate.server.denials import Denials
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
+from flexgate.server.recorded import Recorded
 
 if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
@@ -23,11 +26,17 @@ class Services:
     client: GatedEngineClient
     handlers: Handlers
     policy: PolicySource
+    store: Store
     model_names: tuple[str, ...]
     started: float
     limits: Limits = field(default_factory=Limits)
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     decisions: DecisionCache = field(default_factory=DecisionCache)
+    recorded: Recorded = field(default_factory=Recorded)
     clock: Callable[[], float] = time.time
     draining: bool = False
+    denials: Denials = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.denials = Denials(self.store, clock=self.clock)

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import Connection, Engine, Select, insert, select
 
 from flexgate.policies.audit import START, Entry, Event, Head, chain, verify
 from flexgate.policies.store.engine import reading, writing
 from flexgate.policies.store.schema import audit_log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sought:
+    """Which entries are asked for: `after < sequence < before`, `since <= at < until`, by some
+    actors, and those for which `matches` says yes.
+    """
+
+    after: int | None = None
+    before: int | None = None
+    since: float | None = None
+    until: float | None = None
+    actors: frozenset[str] | None = None
+    matches: Callable[[Entry], bool] = lambda _: True
 
 
 def record(engine: Engine, events: Iterable[Event]) -> Head:
@@ -41,6 +58,30 @@ def read_log(engine: Engine, *, after: int = 0, limit: int = 100) -> list[Entry]
         query = select(audit_log).where(audit_log.c.sequence > after)
         rows = connection.execute(query.order_by(audit_log.c.sequence).limit(limit))
         return [Entry(**row._mapping) for row in rows]
+
+
+def newest(engine: Engine, sought: Sought, *, limit: int) -> list[Entry]:
+    """Entries that match, newest first, at most `limit`."""
+    with reading(engine) as connection:
+        rows = connection.execute(_query(sought).execution_options(yield_per=200))
+        found = (Entry(**row._mapping) for row in rows)
+        return list(islice((entry for entry in found if sought.matches(entry)), limit))
+
+
+def _query(sought: Sought) -> Select[Any]:
+    table = audit_log
+    query = select(table).order_by(table.c.sequence.desc())
+    if sought.before is not None:
+        query = query.where(table.c.sequence < sought.before)
+    if sought.after is not None:
+        query = query.where(table.c.sequence > sought.after)
+    if sought.since is not None:
+        query = query.where(table.c.at >= sought.since)
+    if sought.until is not None:
+        query = query.where(table.c.at < sought.until)
+    if sought.actors is not None:
+        query = query.where(table.c.actor.in_(sought.actors))
+    return query
 
 
 def verify_log(engine: Engine, *, outside: Head | None = None) -> Head:

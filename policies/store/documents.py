@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 from pydantic import ValidationError
 from sqlalchemy import Connection, Table, select
 
-from flexgate.policies.errors import StoreDamaged
+from flexgate.policies.errors import ChangeRefused, StoreDamaged
 from flexgate.policies.store import schema
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement, Document
@@ -38,6 +38,21 @@ def from_json(kind: type[D], values: Any) -> D:
         return kind.model_validate(values)
     except ValidationError as error:
         raise StoreDamaged(f"a stored {KINDS[kind][0]} does not parse: {error}") from error
+
+
+def checked(kind: type[D], values: dict[str, Any]) -> D:
+    """What somebody wrote as a document; raises `ChangeRefused` naming the first mistake."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ChangeRefused(first_mistake(error, KINDS[kind][0])) from None
+
+
+def first_mistake(error: ValidationError, whole: str) -> str:
+    """Where it is, and what is wrong; `whole` is the place of what no field alone has wrong."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or whole
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def read_all(connection: Connection, kind: type[D]) -> list[D]:

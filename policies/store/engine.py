@@ -82,6 +82,15 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 
 @contextmanager
+def noting(engine: Engine) -> Iterator[Connection]:
+    """A transaction for rows that only their own process writes: PostgreSQL does not queue it."""
+    with _translated(), engine.connect() as connection:
+        connection = connection.execution_options(flexgate_writes=True)
+        with connection.begin():
+            yield connection
+
+
+@contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield

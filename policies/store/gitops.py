@@ -15,7 +15,7 @@ from pydantic import AfterValidator, ValidationError
 from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import read_all, to_json
+from flexgate.policies.store.documents import first_mistake, read_all, to_json
 from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import ObjectChange
 from flexgate.policies.store.store import Store
@@ -55,9 +55,7 @@ def parse_file(content: object) -> PolicyFile:
     try:
         return PolicyFile.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ChangeRefused(f"{where}: {first['msg']}") from None
+        raise ChangeRefused(first_mistake(error, "the file")) from None
 
 
 def export(store: Store) -> dict[str, Any]:
@@ -75,9 +73,10 @@ def export(store: Store) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What applying a file would do: the changes, and the policy that would result."""
+    """What applying a file would do: the changes, and the policy now and as it would be."""
 
     changes: list[ObjectChange]
+    current: Snapshot
     proposed: Snapshot
 
 
@@ -85,8 +84,9 @@ def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> Plan:
     """What `apply` would do: everything is checked, and nothing kept."""
     try:
         with store.change(actor="plan", at=0.0) as change:
+            current = change.snapshot()
             _put_all(change, file, prune=prune)
-            raise _DryRun(Plan(change.changes, change.snapshot()))
+            raise _DryRun(Plan(change.changes, current, change.snapshot()))
     except _DryRun as dry_run:
         return dry_run.plan
 

@@ -17,6 +17,7 @@ from flexgate.policies.store.revisions import (
     Revision,
     current_version,
     read_changes,
+    read_newest,
     read_revisions,
 )
 from flexgate.policies.store.store import Store
@@ -30,6 +31,12 @@ def list_revisions(store: Store, *, after: int = 0, limit: int = 100) -> list[Re
     """Revisions newer than `after`, oldest first, at most `limit`."""
     with reading(store.engine) as connection:
         return read_revisions(connection, after, limit)
+
+
+def newest_revisions(store: Store, *, before: int | None = None, limit: int = 100) -> list[Revision]:
+    """Revisions older than `before`, newest first, at most `limit`."""
+    with reading(store.engine) as connection:
+        return read_newest(connection, before, limit)
 
 
 def diff(store: Store, old: int, new: int) -> list[ObjectChange]:

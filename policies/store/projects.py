@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
-
-from pydantic import ValidationError
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import read_all
+from flexgate.policies.store.documents import checked, read_all
 from flexgate.policies.store.engine import reading
+from flexgate.policies.store.revisions import read_object
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Tenant
+from flexgate.policies.tenants import Quota, Tenant
 
 
-def create_project(store: Store, name: str, *, actor: str, at: float) -> Tenant:
-    """A new project: allow_list with nothing on it, so it gets `public`."""
-    values = {"id": f"proj_{secrets.token_hex(12)}", "name": name}
+class Times(NamedTuple):
+    """Unix seconds of a project's life."""
+
+    created: float
+    archived: float | None
+
+
+def create_project(store: Store, name: str, *, actor: str, at: float, fields: dict[str, Any] | None = None) -> Tenant:
+    """A new project: allow_list with nothing on it unless `fields` say more, so it gets `public`."""
+    values = {"id": f"proj_{secrets.token_hex(12)}", "name": name, **(fields or {})}
     with store.change(actor=actor, note="create project", at=at) as change:
-        tenant = _validated(values)
+        tenant = checked(Tenant, values)
         change.put(tenant)
     return tenant
 
@@ -39,6 +46,18 @@ def list_projects(store: Store, *, archived: bool = False) -> list[Tenant]:
     return [tenant for tenant in tenants if archived or not tenant.archived]
 
 
+def project_times(store: Store, project_ids: Iterable[str]) -> dict[str, Times]:
+    """When each project was created, and archived if it was (Unix seconds)."""
+    with reading(store.engine) as connection:
+        changes = read_object(connection, "tenant", project_ids)
+    times: dict[str, Times] = {}
+    for at, change in changes:
+        known = times.get(change.object_id, Times(at, None))
+        archived = bool(change.after and change.after["archived"])
+        times[change.object_id] = Times(known.created, (known.archived or at) if archived else None)
+    return times
+
+
 def update_project(store: Store, project_id: str, fields: dict[str, Any], *, actor: str, at: float) -> Tenant:
     """Change some fields of a project (`name`, `mode`, `expert_ids`, `purposes`, …).
 
@@ -48,9 +67,26 @@ def update_project(store: Store, project_id: str, fields: dict[str, Any], *, act
     if {"id", "archived"} & fields.keys():
         raise ChangeRefused("a project's id stays, and archiving is an action of its own")
     with store.change(actor=actor, note="update project", at=at) as change:
-        tenant = _validated({**active_project(change, project_id).model_dump(), **fields})
+        tenant = checked(Tenant, {**active_project(change, project_id).model_dump(), **fields})
         change.put(tenant)
     return tenant
+
+
+def set_quota(
+    store: Store, project_id: str, fields: dict[str, Any], *, key_id: str | None = None, actor: str, at: float
+) -> Quota:
+    """Change some limits of a project, or of one of its keys; raises `ObjectUnknown`."""
+    with store.change(actor=actor, note="set limits", at=at) as change:
+        tenant = active_project(change, project_id)
+        before = tenant.quota if key_id is None else tenant.key_quotas.get(key_id, Quota())
+        quota = Quota.model_validate({**before.model_dump(), **fields})
+        if key_id is None:
+            change.put(tenant.model_copy(update={"quota": quota}))
+            return quota
+        if not any(key.key_id == key_id and key.tenant_id == project_id for key in change.keys()):
+            raise ObjectUnknown(f"there is no key {key_id!r} in this project")
+        change.put(tenant.model_copy(update={"key_quotas": {**tenant.key_quotas, key_id: quota}}))
+    return quota
 
 
 def archive_project(store: Store, project_id: str, *, actor: str, at: float) -> Tenant:
@@ -75,15 +111,6 @@ def active_project(change: Change, project_id: str) -> Tenant:
     if tenant.archived:
         raise ChangeRefused(f"project {project_id!r} is archived: create another one")
     return tenant
-
-
-def _validated(values: dict[str, Any]) -> Tenant:
-    try:
-        return Tenant.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ChangeRefused(f"{where}: {first['msg']}") from None
 
 
 def _unknown(project_id: str) -> ObjectUnknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,28 @@ def read_changes(connection: Connection, after: int, until: int) -> list[ObjectC
         .order_by(table.c.version, table.c.ordinal)
     )
     return [ObjectChange(**row._mapping) for row in connection.execute(query)]
+
+
+def read_newest(connection: Connection, before: int | None, limit: int) -> list[Revision]:
+    """Revisions older than `before` (all of them if that is None), newest first."""
+    table = policy_revisions
+    query = select(table).order_by(table.c.version.desc()).limit(limit)
+    if before is not None:
+        query = query.where(table.c.version < before)
+    return [Revision(**row._mapping) for row in connection.execute(query)]
+
+
+def read_object(connection: Connection, kind: str, ids: Iterable[str]) -> list[tuple[float, ObjectChange]]:
+    """Every change of some objects, in order, each with the time of its revision."""
+    table, revisions = policy_changes, policy_revisions
+    columns = (table.c.kind, table.c.object_id, table.c.before, table.c.after)
+    query = (
+        select(revisions.c.at, *columns)
+        .join(revisions, revisions.c.version == table.c.version)
+        .where(table.c.kind == kind, table.c.object_id.in_(list(ids)))
+        .order_by(table.c.version, table.c.ordinal)
+    )
+    return [(row[0], ObjectChange(*row[1:])) for row in connection.execute(query)]
 
 
 def agreement_versions(connection: Connection, id_: str) -> list[Agreement]:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -82,6 +83,7 @@ policy_changes: Final = Table(
     Column("object_id", String(80), nullable=False),
     Column("before", JSON(none_as_null=True)),
     Column("after", JSON(none_as_null=True)),
+    Index("ix_policy_changes_kind", "kind", "object_id"),
 )
 
 audit_log: Final = Table(
@@ -94,4 +96,27 @@ audit_log: Final = Table(
     Column("detail", JSON, nullable=False),
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
+)
+
+processes: Final = Table(
+    "processes",
+    metadata,
+    Column("id", String(80), primary_key=True),
+    Column("confirmed", _Version, nullable=False),
+    Column("lease_s", Double, nullable=False),
+    Column("seen", Double, nullable=False),
+)
+
+token_use: Final = Table(
+    "token_use",
+    metadata,
+    Column("subject", String(80), primary_key=True),
+    Column("tokens", _Version, nullable=False),
+)
+
+installation: Final = Table(
+    "installation",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
 )

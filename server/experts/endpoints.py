@@ -22,7 +22,7 @@ from flexgate.server.services import Services
 
 
 class Experts:
-    """The two routes. A tenant sees what is listed for it; an admin or auditor sees all."""
+    """The two routes. A tenant sees what is listed for it, an owner its own, an admin or auditor all."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -72,11 +72,13 @@ class Experts:
 
     def _for_operator(self, snapshot: Snapshot, principal: Principal) -> Iterator[dict[str, Any]]:
         try:
-            require_role(principal, Role.ADMIN, Role.AUDITOR)
+            require_role(principal, Role.ADMIN, Role.AUDITOR, Role.OWNER)
         except AuthError as error:
             raise from_auth(error) from error
         loaded = {info.id: info for info in self._services.client.experts()}
         for id_, expert in snapshot.experts.items():
+            if principal.owner_id not in (None, expert.owner):
+                continue
             info = loaded.get(id_)
             yield {
                 "id": id_,

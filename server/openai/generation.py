@@ -129,6 +129,7 @@ class Generation:
             decision_id=f"dec_{uuid.uuid4().hex}",
             policy=services.policy,
             cache=services.decisions,
+            recorded=services.recorded,
             now=services.clock(),
         )
         decision = admitted.decision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.store import Store
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.terms import Agreement, OwnerId, TenantId
 
@@ -42,6 +44,23 @@ def key(secret: str, role: Role = Role.TENANT, **values: Any) -> KeyRecord:
     return KeyRecord(sha256=digest, role=role, **fields)
 
 
+TENANTS = [
+    Tenant(id="t", name="t", expert_ids=frozenset({"news", "secret"})),
+    Tenant(id="u", name="u", mode="deny_list"),
+]
+
+
+def agreements() -> list[Agreement]:
+    """Everyone may use every expert, as far as their owners are concerned."""
+    return [
+        Agreement.model_validate(
+            {"id": f"a-{id_}", "owner": owner, "experts": [id_], "assignee": "everyone", "effect": "permit"}
+        )
+        for id_, owner in EXPERTS.items()
+        if id_ != "public"
+    ]
+
+
 def build_snapshot(version: int = 7) -> Snapshot:
     """Tenant `t` may use news; math is listed and not allowed; secret is hidden."""
     return Snapshot.build(
@@ -50,22 +69,11 @@ def build_snapshot(version: int = 7) -> Snapshot:
             Expert(id=id_, owner=owner, visibility="hidden" if id_ == "secret" else "listed")
             for id_, owner in EXPERTS.items()
         ],
-        tenants=[Tenant(id="t", name="t", expert_ids=frozenset({"news", "secret"}))],
-        agreements=[
-            Agreement.model_validate(
-                {
-                    "id": f"a-{id_}",
-                    "owner": owner,
-                    "experts": [id_],
-                    "assignee": "everyone",
-                    "effect": "permit",
-                }
-            )
-            for id_, owner in EXPERTS.items()
-            if id_ != "public"
-        ],
+        tenants=TENANTS,
+        agreements=agreements(),
         keys=[
             key("sk-t", tenant_id=TenantId("t")),
+            key("sk-u", tenant_id=TenantId("u")),
             key("sk-revoked", tenant_id=TenantId("t"), revoked=1.0),
             key("sk-expired", tenant_id=TenantId("t"), expires=1.0),
             key("sk-admin", Role.ADMIN),
@@ -123,8 +131,42 @@ def handler() -> Handler:
     return Handler()
 
 
+@pytest.fixture(scope="session")
+def seeded_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated store that says what `build_snapshot` says."""
+    path = tmp_path_factory.mktemp("policy") / "policy.db"
+    store = Store.open(f"sqlite:///{path}")
+    store.migrate()
+    snapshot = build_snapshot()
+    with store.change(actor="test", at=0.5) as change:
+        for expert in snapshot.experts.values():
+            change.put(expert)
+        for tenant in TENANTS:
+            change.put(tenant)
+        for agreement in agreements():
+            change.put(agreement)
+        kept = {}
+        for record in snapshot.keys.values():
+            names = {"tenant_id": record.tenant_id, "owner_id": record.owner_id, "expires": record.expires}
+            made = change.add_key(record.prefix, prefix=record.prefix, role=record.role, **names)
+            kept[record.prefix] = made.key_id
+    with store.change(actor="test", at=1.0) as change:
+        change.revoke_key(kept["sk-revoked"])
+    store.close()
+    return path
+
+
 @pytest.fixture
-def services(store: FakeStore, handler: Handler) -> Any:
+def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
+    """A store of the test's own."""
+    path = shutil.copy(seeded_database, tmp_path / "policy.db")
+    store = Store.open(f"sqlite:///{path}")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def services(store: FakeStore, real_store: Store, handler: Handler) -> Any:
     """The application's parts around a client without an engine."""
     from flexgate.server.engine.client import ExpertInfo, ExpertLease
     from flexgate.server.policy import PolicySource
@@ -153,6 +195,7 @@ def services(store: FakeStore, handler: Handler) -> Any:
         client=client,  # type: ignore[arg-type]
         handlers=handlers,  # type: ignore[arg-type]
         policy=policy,
+        store=real_store,
         model_names=("tiny", "alias"),
         started=time.time(),
     )

@@ -108,4 +108,13 @@ async def test_vllms_other_routes_do_not_exist(client: httpx.AsyncClient, path: 
 
 
 def _concrete(path: str) -> str:
-    return path.replace("{model:path}", "tiny").replace("{expert}", "news")
+    ids = {
+        "{model:path}": "tiny",
+        "{expert}": "news",
+        "{project_id}": "t",
+        "{agreement_id}": "a-news",
+        "{rate_limit_id}": "rl-project",
+    }
+    for name, id_ in ids.items():
+        path = path.replace(name, id_)
+    return path

@@ -1,0 +1,45 @@
+"""Tenants as owners see them: under names that say nothing and differ from owner to owner."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from typing import Final
+
+from sqlalchemy import Engine, select
+
+from flexgate.policies.errors import StoreDamaged
+from flexgate.policies.store.engine import reading
+from flexgate.policies.store.schema import installation
+
+_PREFIX: Final = "anon-"
+
+
+class Pseudonyms:
+    """One owner's names for tenants, the same in every process."""
+
+    def __init__(self, key: bytes, owner_id: str) -> None:
+        self._key = key
+        self._owner_id = owner_id
+
+    def of(self, tenant_id: str) -> str:
+        """The tenant's name."""
+        message = f"{len(self._owner_id)}:{self._owner_id}:{tenant_id}".encode()
+        return _PREFIX + hmac.new(self._key, message, hashlib.sha256).hexdigest()[:20]
+
+    def resolve(self, name: str, tenant_ids: Iterable[str]) -> str:
+        """The tenant behind a name; any other text is returned as it is."""
+        if not name.startswith(_PREFIX):
+            return name
+        return next((id_ for id_ in tenant_ids if self.of(id_) == name), name)
+
+
+def read_pseudonyms(engine: Engine, owner_id: str) -> Pseudonyms:
+    """The names for one owner."""
+    query = select(installation.c.value).where(installation.c.name == "pseudonym_key")
+    with reading(engine) as connection:
+        key = connection.scalar(query)
+    if key is None:
+        raise StoreDamaged("the store has lost its pseudonym key")
+    return Pseudonyms(bytes(key), owner_id)

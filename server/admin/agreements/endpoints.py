@@ -1,0 +1,76 @@
+"""`/v1/agreements`: on what terms owners let tenants use experts.
+
+Administrators see all; an owner sees and changes its own, and may always end one. Another owner's
+agreement is to it as one that does not exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from flexgate.policies.store import licences
+from flexgate.policies.store.pseudonyms import Pseudonyms, read_pseudonyms
+from flexgate.policies.tenants import Role
+from flexgate.policies.terms import Agreement
+from flexgate.server.admin.agreements.schemas import Terms, agreement_object, given_terms
+from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
+from flexgate.server.admin.pages import list_object, page_of
+
+
+def list_(call: Call[Nothing, Page]) -> Json:
+    """List agreements, oldest first."""
+    found = licences.list_agreements(call.store, owner_id=call.principal.owner_id)
+    chosen, more = page_of(found, call.query, lambda agreement: agreement.id)
+    names = _names(call)
+    return list_object([agreement_object(agreement, names) for agreement in chosen], more)
+
+
+def create(call: Call[Agreement, Written]) -> Json:
+    """Make an agreement. Its terms are closed: what nobody would enforce is refused."""
+    names = _names(call)
+    terms = given_terms(call.body, names, call.snapshot.tenants)
+    return agreement_object(licences.create_agreement(call.store, terms, **_attributed(call)), names)
+
+
+def retrieve(call: Call[Nothing, Nothing]) -> Json:
+    """Show an agreement as it is in force."""
+    agreement_id, owner_id = call.path["agreement_id"], call.principal.owner_id
+    return agreement_object(licences.get_agreement(call.store, agreement_id, owner_id=owner_id), _names(call))
+
+
+def revise(call: Call[Agreement, Written]) -> Json:
+    """Replace an agreement's terms as a whole; that is its next version."""
+    names = _names(call)
+    terms = given_terms(call.body, names, call.snapshot.tenants)
+    agreement_id = call.path["agreement_id"]
+    return agreement_object(licences.revise_agreement(call.store, agreement_id, terms, **_attributed(call)), names)
+
+
+def end(call: Call[Nothing, Written]) -> Json:
+    """End an agreement now. It stays in the history of the policy."""
+    agreement_id = call.path["agreement_id"]
+    licences.withdraw_agreement(call.store, agreement_id, **_attributed(call))
+    return {"id": agreement_id, "object": "agreement.deleted", "deleted": True}
+
+
+def _attributed(call: Call[Any, Any]) -> dict[str, Any]:
+    return {"owner_id": call.principal.owner_id, **call.attributed}
+
+
+def _names(call: Call[Any, Any]) -> Pseudonyms | None:
+    owner_id = call.principal.owner_id
+    return None if owner_id is None else read_pseudonyms(call.store.engine, owner_id)
+
+
+_ALL: Final = "/v1/agreements"
+_ONE: Final = f"{_ALL}/{{agreement_id}}"
+_READ: Final = (Role.ADMIN, Role.AUDITOR, Role.OWNER)
+_WRITE: Final = (Role.ADMIN, Role.OWNER)
+
+OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
+    Operation(method="GET", path=_ALL, roles=_READ, work=list_, query=Page),
+    Operation(method="POST", path=_ALL, roles=_WRITE, work=create, body=Terms, query=Written),
+    Operation(method="GET", path=_ONE, roles=_READ, work=retrieve),
+    Operation(method="POST", path=_ONE, roles=_WRITE, work=revise, body=Terms, query=Written),
+    Operation(method="DELETE", path=_ONE, roles=_WRITE, work=end, query=Written),
+)

@@ -1,0 +1,62 @@
+"""`/v1/organization/audit_logs`: every change of the policy and every denied request."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from flexgate.policies.audit import Entry
+from flexgate.policies.store.audit import Sought, newest
+from flexgate.policies.tenants import Role
+from flexgate.server.admin.audit.schemas import PREFIX, ListAuditLogs, audit_object, project_of, type_of
+from flexgate.server.admin.operation import Call, Json, Nothing, Operation
+from flexgate.server.admin.pages import list_object, unknown_cursor
+
+
+def list_(call: Call[Nothing, ListAuditLogs]) -> Json:
+    """List entries, newest first."""
+    query = call.query
+    found = newest(call.store.engine, _sought(query), limit=query.limit + 1)
+    chosen = [audit_object(entry) for entry in found[: query.limit]]
+    return list_object(chosen, len(found) > len(chosen))
+
+
+def _sought(query: ListAuditLogs) -> Sought:
+    range_ = query.effective_at
+    since = [at for at in (range_.gte, None if range_.gt is None else range_.gt + 1) if at is not None]
+    until = [at for at in (range_.lt, None if range_.lte is None else range_.lte + 1) if at is not None]
+    return Sought(
+        before=_sequence(query.after, "after"),
+        after=_sequence(query.before, "before"),
+        since=max(since, default=None),
+        until=min(until, default=None),
+        actors=None if query.actor_ids is None else frozenset(query.actor_ids),
+        matches=lambda entry: _matches(query, entry),
+    )
+
+
+def _matches(query: ListAuditLogs, entry: Entry) -> bool:
+    return (
+        (query.event_types is None or type_of(entry) in query.event_types)
+        and (query.project_ids is None or project_of(entry) in query.project_ids)
+        and (query.resource_ids is None or entry.detail.get("id") in query.resource_ids)
+    )
+
+
+def _sequence(cursor: str | None, param: str) -> int | None:
+    if cursor is None:
+        return None
+    number = cursor.removeprefix(PREFIX)
+    if number == cursor or not number.isascii() or not number.isdigit() or len(number) > 15:
+        raise unknown_cursor(param)
+    return int(number)
+
+
+OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
+    Operation(
+        method="GET",
+        path="/v1/organization/audit_logs",
+        roles=(Role.ADMIN, Role.AUDITOR),
+        work=list_,
+        query=ListAuditLogs,
+    ),
+)

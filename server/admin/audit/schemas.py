@@ -1,0 +1,81 @@
+"""Entries of the audit log as OpenAI's clients know them; the hash chain is under `flexgate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import Field
+
+from flexgate.policies.audit import Entry
+from flexgate.server.admin.operation import Closed, Json
+
+PREFIX: Final = "audit_log-"
+_KINDS: Final = {"tenant": "project"}
+
+
+Seconds = Annotated[int, Field(ge=0, le=10**12)] | None
+
+
+class Range(Closed):
+    """Whole Unix seconds."""
+
+    gt: Seconds = None
+    gte: Seconds = None
+    lt: Seconds = None
+    lte: Seconds = None
+
+
+class ListAuditLogs(Closed):
+    """OpenAI's parameters. There are no e-mail addresses here, and every event is the tenant's."""
+
+    after: str | None = None
+    before: str | None = None
+    limit: int = Field(20, ge=1, le=100)
+    effective_at: Range = Range()
+    event_types: list[str] | None = None
+    actor_ids: list[str] | None = None
+    project_ids: list[str] | None = None
+    resource_ids: list[str] | None = None
+
+
+def type_of(entry: Entry) -> str:
+    """OpenAI's word for what happened, where it has one."""
+    kind, _, verb = entry.action.partition(".")
+    before, after = entry.detail.get("before"), entry.detail.get("after")
+    if kind == "tenant" and verb == "updated" and after and before:
+        verb = "archived" if after["archived"] and not before["archived"] else verb
+    if kind == "api_key" and verb == "updated":
+        verb = "deleted"
+    return f"{_KINDS.get(kind, kind)}.{verb}"
+
+
+def project_of(entry: Entry) -> str | None:
+    """The project that an entry is about."""
+    detail = entry.detail
+    if entry.action.startswith("tenant."):
+        return str(detail["id"])
+    document = detail.get("after") or detail.get("before") or detail
+    found = document.get("tenant_id")
+    return None if found is None else str(found)
+
+
+def audit_object(entry: Entry) -> Json:
+    """One entry. The event's own field has its type for a name, as in OpenAI's API."""
+    type_, project = type_of(entry), project_of(entry)
+    answer: dict[str, Any] = {
+        "id": f"{PREFIX}{entry.sequence}",
+        "object": "organization.audit_log",
+        "type": type_,
+        "effective_at": int(entry.at),
+        "actor": {"type": "api_key", "api_key": {"id": entry.actor, "type": "service_account"}},
+        type_: {"id": entry.detail.get("id"), "data": entry.detail.get("after")},
+        "flexgate": {
+            "sequence": entry.sequence,
+            "at": entry.at,
+            "action": entry.action,
+            "detail": entry.detail,
+            "previous": entry.previous,
+            "hash": entry.hash,
+        },
+    }
+    return answer if project is None else {**answer, "project": {"id": project}}

@@ -1,0 +1,164 @@
+"""One administrative operation: who may do it, what it takes, and the function that does it.
+
+An operation's function is plain: it gets a `Call` and returns JSON, in a thread of its own, because
+the store blocks. What it raises becomes an answer here. Roles are checked before anything is looked
+up, so that a key of another role learns nothing about what exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flexgate.policies.errors import PolicyError
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.store.store import Store
+from flexgate.policies.tenants import Role
+from flexgate.server.admin.queries import parse_query
+from flexgate.server.auth import AuthError, Principal, require_role
+from flexgate.server.body import read_json
+from flexgate.server.context import identify
+from flexgate.server.errors import Unavailable, from_validation
+from flexgate.server.refusals import from_auth, from_change, not_found
+from flexgate.server.services import Services
+
+Json = dict[str, Any]
+_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")
+_THREADS: Final = ThreadPoolExecutor(4, "admin")
+
+
+class Closed(BaseModel):
+    """Base of bodies and queries: a misspelt field is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Nothing(Closed):
+    """No fields."""
+
+
+_NOTHING: Final[Any] = Nothing  # for generic defaults
+
+
+class Written(Closed):
+    """What every write may ask: `all` answers once every process enforces the change."""
+
+    wait: Literal["all"] | None = None
+
+
+class Page(Closed):
+    """A part of a list: `limit` objects that come after the one with the id `after`."""
+
+    after: str | None = None
+    limit: int = Field(20, ge=1, le=100)
+
+
+B = TypeVar("B", bound=BaseModel)
+Q = TypeVar("Q", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[B, Q]):
+    """One call of an operation. `now` is Unix seconds; `path` holds the path's parameters."""
+
+    services: Services
+    principal: Principal
+    snapshot: Snapshot
+    path: dict[str, str]
+    query: Q
+    body: B
+    now: float
+
+    @property
+    def store(self) -> Store:
+        """The policy store."""
+        return self.services.store
+
+    @property
+    def attributed(self) -> dict[str, Any]:
+        """What a change is attributed to."""
+        return {"actor": self.principal.key_id, "at": self.now}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(Generic[B, Q]):
+    """A route of the administration. `work`'s docstring is its description."""
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    roles: tuple[Role, ...]
+    work: Callable[[Call[B, Q]], Json]
+    body: type[B] = _NOTHING
+    query: type[Q] = _NOTHING
+
+    @property
+    def writes(self) -> bool:
+        """Whether it changes the policy."""
+        return issubclass(self.query, Written)
+
+
+class Administration:
+    """The endpoint of an operation."""
+
+    def __init__(self, services: Services, operation: Operation[Any, Any]) -> None:
+        self._services = services
+        self._operation = operation
+
+    async def answer(self, request: Request) -> Response:
+        """Authenticate, authorise, check, do, and wait until the change is enforced."""
+        operation, services = self._operation, self._services
+        principal, snapshot = await identify(request, services)
+        try:
+            require_role(principal, *operation.roles)
+        except AuthError as error:
+            raise from_auth(error) from error
+        if not all(_ID.fullmatch(value) for value in request.path_params.values()):
+            raise not_found()
+        query = parse_query(request.query_params.multi_items(), operation.query)
+        body = await self._body(request)
+        call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock())
+        try:
+            result = await in_thread(operation.work, call)
+        except PolicyError as error:
+            raise from_change(error) from error
+        if operation.writes:
+            snapshot = await self._enforced(query)
+        version = str(snapshot.policy_version)
+        return JSONResponse(result, headers={"x-flexgate-policy-version": version})
+
+    async def _body(self, request: Request) -> BaseModel:
+        if self._operation.body is Nothing:
+            return Nothing()
+        services = self._services
+        raw = await read_json(
+            request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds
+        )
+        try:
+            return cast("BaseModel", self._operation.body.model_validate(raw))
+        except ValidationError as error:
+            raise from_validation(error) from None
+
+    async def _enforced(self, query: Written) -> Snapshot:
+        """The new snapshot, once this process has it, and every process if that was asked for."""
+        policy = self._services.policy
+        try:
+            snapshot: Snapshot = await in_thread(policy.confirm)
+            if query.wait == "all":
+                await policy.everywhere(snapshot.policy_version)
+        except PolicyError as error:
+            message = "The change was made, and it cannot be confirmed right now where it is in force."
+            raise Unavailable(message, code="change_not_confirmed") from error
+        return snapshot
+
+
+async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Blocking work, away from the loop and from the threads that keep the policy fresh."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)

@@ -1,0 +1,114 @@
+"""`/v1/policy`: why a project gets what it gets, what a change would do, and what was changed."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from flexgate.policies import explain as explaining
+from flexgate.policies import simulate as simulating
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.simulate import with_standard
+from flexgate.policies.store import gitops, history
+from flexgate.policies.tenants import Role
+from flexgate.policies.terms import TenantId
+from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
+from flexgate.server.admin.pages import list_object, unknown_cursor
+from flexgate.server.admin.policy.schemas import (
+    Compare,
+    Explain,
+    RollBack,
+    Simulate,
+    change_object,
+    difference_object,
+    explanation_object,
+    revision_object,
+)
+from flexgate.server.errors import Invalid
+from flexgate.server.refusals import not_found
+
+
+def explain(call: Call[Nothing, Explain]) -> Json:
+    """Say for every listed expert why a project may use it, or why not and what would change it."""
+    project_id = _project(call)
+    request = DecisionRequest(decision_id="explain", purpose=call.query.purpose, region=call.query.region)
+    found = explaining.explain(call.snapshot, project_id, request, call.now)
+    answer = {
+        "object": "policy.explanation",
+        "project_id": project_id,
+        "policy_version": call.snapshot.policy_version,
+        "experts": [explanation_object(explanation) for explanation in found],
+    }
+    if call.principal.tenant_id is None:
+        hidden = call.snapshot.tenants[TenantId(project_id)].hidden
+        answer["hidden"] = [expert for expert in call.snapshot.experts if expert in hidden]
+    return answer
+
+
+def simulate(call: Call[Simulate, Nothing]) -> Json:
+    """Say who would gain and who would lose what, if a policy file were applied. Nothing is changed.
+
+    What is replayed are the questions that requests to this process asked of late, and for each
+    project what a request would get that asks for nothing special.
+    """
+    plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
+    replays = with_standard(call.services.recorded.replays(call.now), plan.current, call.now)
+    differences = simulating.simulate(plan.current, plan.proposed, replays)
+    return {
+        "object": "policy.simulation",
+        "policy_version": plan.current.policy_version,
+        "changes": [change_object(change) for change in plan.changes],
+        "replayed": len(replays),
+        "differences": [difference_object(difference) for difference in differences],
+    }
+
+
+def revisions(call: Call[Nothing, Page]) -> Json:
+    """List the revisions of the policy, newest first."""
+    before = _cursor(call.query.after)
+    found = history.newest_revisions(call.store, before=before, limit=call.query.limit + 1)
+    chosen = [revision_object(revision) for revision in found[: call.query.limit]]
+    return list_object(chosen, len(found) > len(chosen))
+
+
+def diff(call: Call[Nothing, Compare]) -> Json:
+    """Say what differs between two versions of the policy, object by object."""
+    old, new = call.query.old, call.query.new
+    changes = history.diff(call.store, old, new)
+    return {"object": "policy.diff", "old": old, "new": new, "changes": [change_object(c) for c in changes]}
+
+
+def roll_back(call: Call[RollBack, Written]) -> Json:
+    """Make the policy say what it said at a version, as a new revision. Revoked keys stay revoked."""
+    version = history.roll_back(call.store, call.body.version, **call.attributed)
+    return {"object": "policy.rollback", "version": call.body.version, "policy_version": version}
+
+
+def _project(call: Call[Nothing, Explain]) -> str:
+    own = call.principal.tenant_id
+    asked = call.query.project_id if call.query.project_id is not None else own
+    if asked is None:
+        raise Invalid("'project_id': say which project.", param="project_id", code="missing_parameter")
+    if own not in (None, asked):
+        raise not_found()
+    return asked
+
+
+def _cursor(after: str | None) -> int | None:
+    if after is None:
+        return None
+    if not after.isascii() or not after.isdigit() or len(after) > 15:
+        raise unknown_cursor("after")
+    return int(after)
+
+
+_READ: Final = (Role.ADMIN, Role.AUDITOR)
+_EXPLAIN: Final = (Role.ADMIN, Role.AUDITOR, Role.TENANT)
+_ADMIN: Final = (Role.ADMIN,)
+
+OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
+    Operation(method="GET", path="/v1/policy/explain", roles=_EXPLAIN, work=explain, query=Explain),
+    Operation(method="POST", path="/v1/policy/simulate", roles=_ADMIN, work=simulate, body=Simulate),
+    Operation(method="GET", path="/v1/policy/revisions", roles=_READ, work=revisions, query=Page),
+    Operation(method="GET", path="/v1/policy/diff", roles=_READ, work=diff, query=Compare),
+    Operation(method="POST", path="/v1/policy/rollback", roles=_ADMIN, work=roll_back, body=RollBack, query=Written),
+)

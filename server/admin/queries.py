@@ -1,0 +1,47 @@
+"""Query strings as OpenAI's clients write them: `name=v`, `names[]=v&names[]=w`, `range[gte]=1`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from flexgate.server.errors import Invalid, from_validation
+
+Q = TypeVar("Q", bound=BaseModel)
+_KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
+
+
+def parse_query(pairs: Iterable[tuple[str, str]], model: type[Q]) -> Q:
+    """The parameters as `model`; raises `Invalid` naming the one at fault."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        _put(values, key, value)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _put(values: dict[str, Any], key: str, value: str) -> None:
+    parts = _KEY.fullmatch(key)
+    if parts is None:
+        raise Invalid("A query parameter has no name that is known here.", param=None, code="unknown_parameter")
+    name, inner = parts.groups()
+    if not value.isprintable():
+        raise Invalid(f"'{name}' has characters that do not print.", param=name, code="invalid_value")
+    if inner is None:
+        fits = name not in values
+        values[name] = value
+    elif inner == "":
+        fits = isinstance(values.setdefault(name, []), list)
+        if fits:
+            values[name].append(value)
+    else:
+        fits = isinstance(values.setdefault(name, {}), dict) and inner not in values[name]
+        if fits:
+            values[name][inner] = value
+    if not fits:
+        raise Invalid(f"'{name}' is there twice.", param=name, code="invalid_value")

@@ -1,0 +1,66 @@
+"""`…/rate_limits`: requests and tokens per minute, requests at once, and a budget of tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from flexgate.policies.store import projects
+from flexgate.policies.store.accounts import list_service_accounts
+from flexgate.policies.tenants import Quota, Role, Tenant
+from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
+from flexgate.server.admin.pages import list_object, page_of
+from flexgate.server.admin.projects.endpoints import READERS, visible_project
+from flexgate.server.admin.quotas.schemas import (
+    PREFIX,
+    PROJECT,
+    ListRateLimits,
+    UpdateRateLimit,
+    rate_limit_object,
+)
+from flexgate.server.refusals import not_found
+
+
+def list_(call: Call[Nothing, ListRateLimits]) -> Json:
+    """List the project's limits, then those of its keys. A project's own key sees its own."""
+    tenant = visible_project(call)
+    quotas = _quotas(call, tenant)
+    if call.principal.tenant_id is not None:
+        own = f"{PREFIX}{call.principal.key_id}"
+        quotas = {id_: quota for id_, quota in quotas.items() if id_ in (PROJECT, own)}
+    chosen, more = page_of(list(quotas), call.query, str)
+    return list_object([_shown(call, id_, quotas[id_]) for id_ in chosen], more)
+
+
+def update(call: Call[UpdateRateLimit, Written]) -> Json:
+    """Set some limits of a project or of one of its keys."""
+    id_ = call.path["rate_limit_id"]
+    if not id_.startswith(PREFIX):
+        raise not_found()
+    key_id = None if id_ == PROJECT else id_.removeprefix(PREFIX)
+    project_id = call.path["project_id"]
+    quota = projects.set_quota(call.store, project_id, call.body.fields(), key_id=key_id, **call.attributed)
+    return _shown(call, id_, quota)
+
+
+def _quotas(call: Call[Any, Any], tenant: Tenant) -> dict[str, Quota]:
+    """By the id of the rate limit: the project's, then every key's."""
+    keys = [account.key.key_id for account in list_service_accounts(call.store, tenant.id)]
+    return {PROJECT: tenant.quota, **{f"{PREFIX}{key}": tenant.key_quotas.get(key, Quota()) for key in keys}}
+
+
+def _shown(call: Call[Any, Any], id_: str, quota: Quota) -> Json:
+    return rate_limit_object(id_, quota, call.services.model_names[0])
+
+
+_ALL: Final = "/v1/organization/projects/{project_id}/rate_limits"
+OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
+    Operation(method="GET", path=_ALL, roles=READERS, work=list_, query=ListRateLimits),
+    Operation(
+        method="POST",
+        path=f"{_ALL}/{{rate_limit_id}}",
+        roles=(Role.ADMIN,),
+        work=update,
+        body=UpdateRateLimit,
+        query=Written,
+    ),
+)

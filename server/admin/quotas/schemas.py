@@ -1,0 +1,49 @@
+"""Limits as OpenAI's `rate_limits`: one object for the project, and one for each of its keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import Field
+
+from flexgate.policies.tenants import Quota
+from flexgate.server.admin.operation import Closed, Json, Page
+
+Amount = Annotated[int, Field(ge=0, le=10**15)] | None
+PREFIX: Final = "rl-"
+PROJECT: Final = f"{PREFIX}project"
+UNLIMITED: Final = 10**15
+
+_FIELDS: Final = {
+    "max_requests_per_1_minute": "requests_per_minute",
+    "max_tokens_per_1_minute": "tokens_per_minute",
+    "max_concurrent_requests": "concurrent_requests",
+    "max_total_tokens": "total_tokens",
+}
+
+
+class UpdateRateLimit(Closed):
+    """OpenAI's two, and two of ours. Null takes a limit away; what is left out stays."""
+
+    max_requests_per_1_minute: Amount = None
+    max_tokens_per_1_minute: Amount = None
+    max_concurrent_requests: Amount = None
+    max_total_tokens: Amount = None
+
+    def fields(self) -> dict[str, Any]:
+        """The quota's fields that change."""
+        return {_FIELDS[name]: value for name, value in self.model_dump(exclude_unset=True).items()}
+
+
+class ListRateLimits(Page):
+    """OpenAI's default is a hundred."""
+
+    limit: int = Field(100, ge=1, le=100)
+
+
+def rate_limit_object(id_: str, quota: Quota, model: str) -> Json:
+    """OpenAI's clients want numbers where there is no limit: they get a very large one."""
+    rates = {name: getattr(quota, ours) for name, ours in _FIELDS.items()}
+    for name in ("max_requests_per_1_minute", "max_tokens_per_1_minute"):
+        rates[name] = UNLIMITED if rates[name] is None else rates[name]
+    return {"id": id_, "object": "project.rate_limit", "model": model, **rates}

@@ -1,0 +1,47 @@
+"""The application over a real store, and OpenAI's own admin client driving it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+
+from flexgate.policies.store import Store
+from flexgate.server.peers import Peers
+from flexgate.server.policy import PolicySource
+
+EXPERTS = ("public", "news", "math", "secret")
+
+
+@pytest.fixture
+def services(services: Any, real_store: Store) -> Any:
+    """Decisions come from the store that the administration writes to."""
+    peers = Peers(real_store.engine, lease_s=2.0)
+    services.policy = PolicySource(real_store, lambda: EXPERTS, lease_s=2.0, poll_s=0.01, peers=peers)
+    services.policy.confirm()
+    return services
+
+
+@pytest.fixture
+def call(make_client: Callable[..., httpx.AsyncClient]) -> Callable[..., Any]:
+    """`await call(key, method, path, json=…)`."""
+
+    async def send(key: str | None, method: str, path: str, **more: Any) -> httpx.Response:
+        async with make_client(key) as http:
+            return await http.request(method, path, **more)
+
+    return send
+
+
+@pytest_asyncio.fixture
+async def admin(make_client: Callable[..., httpx.AsyncClient]) -> AsyncIterator[Any]:
+    """OpenAI's organization client, with the admin key."""
+    async with make_client("sk-admin") as http:
+        client = openai.AsyncOpenAI(
+            base_url="http://test/v1", api_key="none", admin_api_key="sk-admin", http_client=http, max_retries=0
+        )
+        yield client.admin.organization

@@ -1,0 +1,87 @@
+"""Denied requests reach the audit log: all of them, in few entries, however the store fares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexgate.policies.audit import Event
+from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.store import Store
+from flexgate.server.denials import MANY, MAX_KINDS, MAX_REQUEST_IDS, Denial, Denials
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.broken = False
+
+    def record(self, events: list[Event]) -> None:
+        if self.broken:
+            raise StoreUnavailable("disk full")
+        self.events += events
+
+    def requests(self) -> int:
+        return sum(event.detail["requests"] for event in self.events)
+
+
+def denial(number: int = 0) -> Denial:
+    return Denial(f"key_{number}", "t", "/v1/completions", 403, "expert_policy_denied")
+
+
+def test_equal_denials_are_one_entry_with_a_count() -> None:
+    sink, times = Sink(), iter(range(100))
+    denials = Denials(sink, clock=lambda: float(next(times)))
+    for number in range(20):
+        denials.add(denial(), f"req_{number}")
+    denials.flush()
+    denials.flush()
+    (event,) = sink.events
+    assert (event.action, event.actor, event.at) == ("request.denied", "key_0", 0.0)
+    assert event.detail["requests"] == 20
+    assert event.detail["last"] == 19.0
+    assert event.detail["request_ids"] == [f"req_{n}" for n in range(MAX_REQUEST_IDS)]
+
+
+def test_a_flood_of_kinds_is_bounded_and_counted() -> None:
+    sink = Sink()
+    denials = Denials(sink)
+    for number in range(3 * MAX_KINDS):
+        denials.add(denial(number), "req")
+    assert denials.waiting() == 3 * MAX_KINDS
+    denials.flush()
+    assert len(sink.events) == MAX_KINDS + 1
+    assert sink.requests() == 3 * MAX_KINDS
+    assert sink.events[-1].actor == MANY
+
+
+def test_what_cannot_be_written_is_kept_and_written_later() -> None:
+    sink = Sink()
+    denials = Denials(sink)
+    sink.broken = True
+    denials.add(denial(), "req_1")
+    with pytest.raises(StoreUnavailable):
+        denials.flush()
+    denials.add(denial(), "req_2")
+    sink.broken = False
+    denials.flush()
+    assert sink.requests() == 2
+    assert sink.events[0].detail["request_ids"] == ["req_1", "req_2"]
+
+
+def test_what_is_lost_at_the_end_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    sink = Sink()
+    denials = Denials(sink)
+    sink.broken = True
+    denials.add(denial(), "req_1")
+    denials.close()
+    assert "1 denied requests could not be written" in caplog.text
+
+
+def test_entries_are_part_of_the_hash_chain(real_store: Store) -> None:
+    denials: Any = Denials(real_store)
+    denials.add(denial(), "req_1")
+    before = real_store.audit_head()
+    denials.flush()
+    assert real_store.verify_audit(outside=before).sequence == before.sequence + 1
