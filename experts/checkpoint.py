@@ -54,6 +54,10 @@ class CheckpointReader:
         """Every tensor, in no particular order."""
         return ((name, file.tensors[name]) for name, file in self._places.items())
 
+    def files(self) -> list[TensorFile]:
+        """The open files, each once."""
+        return list(dict.fromkeys(self._places.values()))
+
     def info(self, name: str) -> TensorInfo:
         """What the header says of one tensor."""
         return self._places[name].tensors[name]

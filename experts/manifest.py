@@ -150,9 +150,9 @@ class Statement(Document):
 
 
 class Weights(Document):
-    """``expert.safetensors``: the whole file and every tensor in it."""
+    """``expert.safetensors``: every tensor, and the whole file (``tensorfile.file_digest``)."""
 
-    sha256: Sha256
+    digest: Sha256
     bytes: Count
     tensors: Annotated[dict[Name, Sha256], Field(max_length=1 << 13)]
 

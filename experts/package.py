@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flexgate.experts.base import BaseArchitecture, Progress, silent
 from flexgate.experts.errors import DigestMismatch, PackageUnreadable, TensorFileError, WeightsInvalid
-from flexgate.experts.tensorfile import DTYPES, TensorFile, TensorInfo
+from flexgate.experts.tensorfile import DTYPES, TensorFile, TensorInfo, file_digest
 
 MANIFEST_NAME: Final = "manifest.json"
 SIGNATURE_NAME: Final = "manifest.sig"
@@ -61,7 +61,7 @@ class WeightsTicket:
     """What another process of this host needs to open the same checked file."""
 
     path: Path
-    sha256: str
+    digest: str
     architecture: BaseArchitecture
     dtype: str
 
@@ -161,7 +161,7 @@ def check_weights(descriptor: int, ticket: WeightsTicket, progress: Progress = s
         raise WeightsInvalid(str(error)) from error
     try:
         _check_names(file, ticket)
-        digests = _check_values(file, ticket.sha256, progress)
+        digests = _check_values(file, ticket.digest, progress)
         return CheckedWeights(_CHECKED, file, ticket, digests)
     except BaseException:
         file.close()
@@ -182,12 +182,10 @@ def _check_names(file: TensorFile, ticket: WeightsTicket) -> None:
 
 
 def _check_values(file: TensorFile, expected: str, progress: Progress) -> dict[str, str]:
-    whole = hashlib.sha256(len(file.header).to_bytes(8, "little") + file.header)
     digests, zero_bias = {}, True
     for name, info in file.tensors.items():
         digest, square, largest = hashlib.sha256(), 0.0, 0.0
         for chunk in file.chunks(name):
-            whole.update(chunk)
             digest.update(chunk)
             largest, part = _magnitudes(chunk, info, name, largest)
             square += part
@@ -197,8 +195,8 @@ def _check_values(file: TensorFile, expected: str, progress: Progress) -> dict[s
         _check_bounds(name, largest, math.sqrt(square / math.prod(info.shape)))
     if BIAS_KEY.format(layer=0) in file.tensors and zero_bias:
         raise WeightsInvalid("the router bias is zero in every layer: leave it out")
-    if whole.hexdigest() != expected:
-        raise DigestMismatch(f"{WEIGHTS_NAME} has SHA-256 {whole.hexdigest()}, the manifest names {expected}")
+    if (whole := file_digest(file.header, digests)) != expected:
+        raise DigestMismatch(f"{WEIGHTS_NAME} has digest {whole}, the manifest names {expected}")
     return digests
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import Repr
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from flexgate.experts.errors import TensorFileError
-from flexgate.experts.output import write_all
 
 MAX_HEADER: Final = 1 << 20
 MAX_DIMENSIONS: Final = 8
@@ -75,6 +74,11 @@ class TensorFile:
         except OSError as error:
             raise TensorFileError(f"{path} cannot be read: {error.strerror}") from error
         return cls(descriptor, str(path), max_header=max_header)
+
+    def stamp(self) -> list[int]:
+        """What changes when somebody writes to the file."""
+        status = os.fstat(self._descriptor)
+        return [status.st_ino, status.st_size, status.st_mtime_ns]
 
     def close(self) -> None:
         """Close the file; further reads fail."""
@@ -161,39 +165,9 @@ def parse_json(text: bytes, where: str, error_class: type[Exception]) -> dict[st
     return value
 
 
-class TensorFileWriter:
-    """Writes tensors one after the other, in the order announced, and keeps their digests."""
-
-    def __init__(self, descriptor: int, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """``tensors`` maps names to (dtype, shape)."""
-        self._descriptor = descriptor
-        self._whole = hashlib.sha256()
-        self._waiting = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in tensors.items()}
-        self.digests: dict[str, str] = {}
-        self.size = 0
-        self._put(make_header(tensors))
-
-    def write(self, name: str, chunks: Iterable[memoryview]) -> None:
-        """The next tensor; raises ``ValueError`` if it is another one's turn or the size is not the announced one."""
-        expected, size = next(iter(self._waiting)), self._waiting.pop(name)
-        before, digest = self.size, hashlib.sha256()
-        for chunk in chunks:
-            digest.update(chunk)
-            self._put(chunk)
-        if name != expected or self.size - before != size:
-            raise ValueError(f"wrote {self.size - before} bytes of {name}, expected {size} of {expected}")
-        self.digests[name] = digest.hexdigest()
-
-    def finish(self) -> str:
-        """SHA-256 of the whole file; raises ``ValueError`` while tensors are missing."""
-        if self._waiting:
-            raise ValueError(f"{next(iter(self._waiting))} was not written")
-        return self._whole.hexdigest()
-
-    def _put(self, chunk: bytes | memoryview) -> None:
-        write_all(self._descriptor, chunk)
-        self._whole.update(chunk)
-        self.size += len(chunk)
+def file_digest(header: bytes, digests: Mapping[str, str]) -> str:
+    """One digest for a file: SHA-256 of its header (without the length) and its tensors' digests, in file order."""
+    return hashlib.sha256(header + b"".join(bytes.fromhex(digest) for digest in digests.values())).hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -117,7 +117,7 @@ def _check_base(manifest: Manifest, base: BaseIdentity | None, copy: Path) -> We
     own = manifest.base.identity()
     if base is not None and (difference := base.difference(own)):
         raise BaseMismatch(f"expert {manifest.id!r} was made for another base model: {difference}")
-    return WeightsTicket(copy, manifest.weights.sha256, own.architecture, own.dtype)
+    return WeightsTicket(copy, manifest.weights.digest, own.architecture, own.dtype)
 
 
 def _check_size(manifest: Manifest, ticket: WeightsTicket) -> None:

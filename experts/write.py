@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from uuid import uuid4
 
 from flexgate.experts.base import BaseIdentity
-from flexgate.experts.errors import OutputRefused
+from flexgate.experts.errors import PackageUnreadable
 from flexgate.experts.manifest import Base, Manifest, Statement, Weights
-from flexgate.experts.output import new_directory, new_file, sync, write_new
+from flexgate.experts.output import sync, write_new
 from flexgate.experts.package import (
     BIAS_KEY,
     FFN_KEYS,
@@ -17,32 +18,46 @@ from flexgate.experts.package import (
     SIGNATURE_NAME,
     WEIGHTS_NAME,
     ExpertLayer,
-    package_shapes,
 )
 from flexgate.experts.signature import read_private_key
-from flexgate.experts.tensorfile import TensorFileWriter, tensor_bytes
-
-Chunks = Callable[[str], Iterable[memoryview]]
-"""The bytes of a package's tensor by its name, in pieces."""
+from flexgate.experts.stream import Job, Piece, Written, one_chunk
+from flexgate.experts.tensorfile import tensor_bytes
 
 
 def write_package(
-    target: Path, statement: Statement, base: BaseIdentity, chunks: Chunks, *, biased: bool, key: Path | None
+    target: Path, statement: Statement, base: BaseIdentity, layers: Iterable[ExpertLayer], *, key: Path | None
 ) -> Manifest:
-    """Write the package ``target``; ``key`` is the owner's private key, None leaves it unsigned.
+    """Write the package ``target`` from tensors in the base's dtype; ``key`` is the owner's private key, None leaves it
+    unsigned.
 
     Raises:
-        OutputRefused: ``target`` exists or cannot be written; nothing is left behind.
+        OutputRefused: ``target`` exists or cannot be written.
         KeyInvalid: ``key`` is none.
     """
-    private = None if key is None else read_private_key(key)
-    with new_directory(target) as partial:
-        weights = _write_weights(partial / WEIGHTS_NAME, base, chunks, biased=biased)
-        manifest = Manifest(**dict(statement), base=Base.of(base), weights=weights)
-        write_new(partial / MANIFEST_NAME, manifest.to_json())
-        if private is not None:
-            write_new(partial / SIGNATURE_NAME, private.sign(manifest.to_json()))
+    if key is not None:
+        read_private_key(key)
+    pieces: dict[str, Piece] = {}
+    for number, layer in enumerate(layers):
+        pieces |= _layer_pieces(layer, number, base.dtype)
+    with Job(target, uuid4().hex) as job:
+        written = job.write_file(WEIGHTS_NAME, pieces, digests=True)
+        manifest = complete(statement, base, written)
+        write_manifest(job, manifest.to_json(), key)
+        job.finish()
     return manifest
+
+
+def complete(statement: Statement, base: BaseIdentity, written: Written) -> Manifest:
+    """A manifest for weights that are written."""
+    weights = Weights(digest=written.digest, bytes=written.size, tensors=dict(written.tensors))
+    return Manifest(**dict(statement), base=Base.of(base), weights=weights)
+
+
+def write_manifest(job: Job, text: bytes, key: Path | None) -> None:
+    """Write ``manifest.json`` and, with a key, its signature."""
+    job.write_text(MANIFEST_NAME, text)
+    if key is not None:
+        job.write_text(SIGNATURE_NAME, read_private_key(key).sign(text))
 
 
 def sign_package(directory: Path, key: Path) -> None:
@@ -51,30 +66,18 @@ def sign_package(directory: Path, key: Path) -> None:
     try:
         text = (directory / MANIFEST_NAME).read_bytes()
     except OSError as error:
-        raise OutputRefused(f"{directory} is no package: {MANIFEST_NAME}: {error.strerror}") from error
+        raise PackageUnreadable(f"{directory} is no package: {MANIFEST_NAME}: {error.strerror}") from error
     write_new(directory / SIGNATURE_NAME, private.sign(text))
     sync(directory)
 
 
-def layer_chunks(layer_of: Callable[[int], ExpertLayer]) -> Chunks:
-    """Chunks from tensors; a layer is asked for once per tensor."""
-
-    def chunks(name: str) -> Iterable[memoryview]:
-        number = int(name.split(".")[1])
-        layer = layer_of(number)
-        names = [key.format(layer=number) for key in (*FFN_KEYS, ROW_KEY, BIAS_KEY)]
-        tensors = (layer.gate_proj_FH, layer.up_proj_FH, layer.down_proj_HF, layer.router_row_H, layer.router_bias)
-        tensor = dict(zip(names, tensors, strict=True))[name]
-        return () if tensor is None else (tensor_bytes(tensor),)
-
-    return chunks
-
-
-def _write_weights(path: Path, base: BaseIdentity, chunks: Chunks, *, biased: bool) -> Weights:
-    shapes = package_shapes(base.architecture, biased=biased)
-    with new_file(path, mode=0o644) as descriptor:
-        writer = TensorFileWriter(descriptor, {name: (base.dtype, shape) for name, shape in shapes.items()})
-        for name in shapes:
-            writer.write(name, chunks(name))
-        digest = writer.finish()
-    return Weights(sha256=digest, bytes=writer.size, tensors=writer.digests)
+def _layer_pieces(layer: ExpertLayer, number: int, dtype: str) -> Mapping[str, Piece]:
+    tensors = {
+        **dict(zip(FFN_KEYS, (layer.gate_proj_FH, layer.up_proj_FH, layer.down_proj_HF), strict=True)),
+        ROW_KEY: layer.router_row_H,
+        **({} if layer.router_bias is None else {BIAS_KEY: layer.router_bias}),
+    }
+    return {
+        key.format(layer=number): Piece(dtype, tuple(tensor.shape), one_chunk(tensor_bytes(tensor)))
+        for key, tensor in tensors.items()
+    }

@@ -33,6 +33,7 @@ from flexgate.experts.errors import (
 from flexgate.experts.manifest import parse_manifest
 from flexgate.experts.package import WEIGHTS_NAME, CheckedWeights, open_weights
 from flexgate.experts.signature import TrustedKeys, generate, read_private_key, read_public_keys
+from flexgate.experts.tensorfile import file_digest
 from flexgate.experts.verify import VerifiedPackage, open_package
 from flexgate.experts.write import sign_package
 
@@ -58,7 +59,10 @@ def rewrite(package: Path, stock: Path, tensors: dict[str, torch.Tensor], *, hon
             name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
             for name, tensor in tensors.items()
         }
-        manifest["weights"] = {"sha256": hashlib.sha256(whole).hexdigest(), "bytes": len(whole), "tensors": digests}
+        header = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
+        order = sorted(digests, key=lambda name: json.loads(header)[name]["data_offsets"])
+        digest = file_digest(header, {name: digests[name] for name in order})
+        manifest["weights"] = {"digest": digest, "bytes": len(whole), "tensors": digests}
 
     resign(package, stock, change)
 
@@ -99,7 +103,7 @@ def test_a_copy_changed_after_the_check_is_refused_at_reopening(package: Path, o
         damaged = bytearray(path.read_bytes())
         damaged[-1] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(DigestMismatch, match="SHA-256"):
+        with pytest.raises(DigestMismatch, match="has digest"):
             open_weights(verified.ticket)
 
 

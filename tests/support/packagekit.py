@@ -15,8 +15,8 @@ from flexgate.experts.layout import (
     write_checkpoint,
 )
 from flexgate.experts.manifest import Manifest, Statement, Training
-from flexgate.experts.package import package_shapes
-from flexgate.experts.tensorfile import DTYPES, tensor_bytes
+from flexgate.experts.package import BIAS_KEY, FFN_KEYS, ROW_KEY, ExpertLayer, package_shapes
+from flexgate.experts.tensorfile import DTYPES
 from flexgate.experts.write import write_package
 
 ONE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
@@ -76,7 +76,17 @@ def make_package(
     """A package of random tensors for the base model of ``anchor``."""
     base = base_identity(anchor)
     tensors = random_tensors(package_shapes(base.architecture, biased=biased), seed, DTYPES[base.dtype])
-    manifest = write_package(
-        target, statement(expert, owner), base, lambda name: (tensor_bytes(tensors[name]),), biased=biased, key=key
-    )
+    manifest = write_package(target, statement(expert, owner), base, layers_of(tensors), key=key)
     return manifest, tensors
+
+
+def layers_of(tensors: Tensors) -> list[ExpertLayer]:
+    """A package's tensors by layer."""
+    count = 1 + max(int(name.split(".")[1]) for name in tensors)
+    return [
+        ExpertLayer(
+            *(tensors[key.format(layer=layer)] for key in (*FFN_KEYS, ROW_KEY)),
+            router_bias=tensors.get(BIAS_KEY.format(layer=layer)),
+        )
+        for layer in range(count)
+    ]
