@@ -26,7 +26,9 @@ INTERNAL_MESSAGE: Final = "The server could not answer this request. Its log has
 
 
 class ApiError(Exception):
-    """An answer other than success. `details` stands beside `error` in the body."""
+    """An answer other than success. `details` stands beside `error` in the body; `type_` is only
+    given where OpenAI's word does not follow from the status.
+    """
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class ApiError(Exception):
         *,
         status: int = HTTPStatus.INTERNAL_SERVER_ERROR,
         code: str | None = None,
+        type_: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
         details: Mapping[str, Any] | None = None,
@@ -41,6 +44,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = int(status)
         self.code = code
+        self.type = type_ or error_type(self.status)
         self.param = param
         self.headers = dict(headers or {})
         self.details = dict(details or {})
@@ -52,8 +56,9 @@ class ApiError(Exception):
         return tuple((reason["expert"], reason["code"], reason["rule"]) for reason in reasons)
 
     def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        return error_body(str(self), status=self.status, code=self.code, param=self.param, details=self.details)
+        """`{"error": {"message", "type", "param", "code"}}`, the only shape an error has here."""
+        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error, **self.details}
 
 
 class Invalid(ApiError):
@@ -84,19 +89,6 @@ class Unavailable(ApiError):
     def __init__(self, message: str, *, code: str) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE
         super().__init__(message, status=status, code=code, headers={"retry-after": "1"})
-
-
-def error_body(
-    message: str,
-    *,
-    status: int,
-    code: str | None = None,
-    param: str | None = None,
-    details: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`, the only shape an error has here."""
-    error = {"message": message, "type": error_type(status), "param": param, "code": code}
-    return {"error": error, **(details or {})}
 
 
 def error_type(status: int) -> str:

@@ -58,6 +58,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         try:
             services = _services(settings, model, client, store)
             services.policy.confirm()
+            services.spending.refresh()
             host, port = sock.getsockname()[:2]
             ready(planned, client, _url(host, port), secret)
             await _run(settings, services, sock)
@@ -104,7 +105,12 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
         lifespan="off",
     )
     server = _Server(config, services)
-    work = (services.policy.run(), services.denials.run(), _stop_with_engine(server, services.client))
+    work = (
+        services.policy.run(),
+        services.denials.run(),
+        services.spending.run(),
+        _stop_with_engine(server, services.client),
+    )
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         with server.stopped_by_signals():
@@ -115,6 +121,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
             with suppress(asyncio.CancelledError):
                 await task
         services.denials.close()
+        services.spending.close()
         services.policy.withdraw()
     if services.client.errored:
         raise EngineDied("the engine has died; the log says where")

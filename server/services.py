@@ -12,6 +12,8 @@ from flexgate.policies.store.store import Store
 from flexgate.server.denials import Denials
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
+from flexgate.server.quotas.limiter import Limiter
+from flexgate.server.quotas.spending import Spending
 from flexgate.server.recorded import Recorded
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ class Services:
     clock: Callable[[], float] = time.time
     draining: bool = False
     denials: Denials = field(init=False)
+    spending: Spending = field(init=False)
+    limiter: Limiter = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
+        self.spending = Spending(self.store)
+        self.limiter = Limiter(self.spending)

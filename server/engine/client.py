@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.sampling_params import RequestOutputKind
+
 from flexgate.server.engine.gates import (
     GATE_ARG,
     Gate,
@@ -94,6 +96,20 @@ class GatedCall:
     _usage: dict[str, list[Any]] = field(default_factory=dict)
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
+    _prompt_tokens: dict[str, int] = field(default_factory=dict)
+    _new_tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def tokens(self) -> int:
+        """Prompt and new tokens so far, over all prompts and choices."""
+        return sum(self._prompt_tokens.values()) + sum(self._new_tokens.values())
+
+    def count(self, request_id: str, output: "RequestOutput", *, cumulative: bool) -> None:
+        """Count the tokens of one output."""
+        self._prompt_tokens[request_id] = len(output.prompt_token_ids or ())
+        for choice in output.outputs:
+            place = (request_id, choice.index)
+            before = 0 if cumulative else self._new_tokens.get(place, 0)
+            self._new_tokens[place] = before + len(choice.token_ids)
 
     def attribution(self) -> Attribution:
         """Totals so far; complete once every output of the call has been seen."""
@@ -258,9 +274,11 @@ class GatedEngineClient:
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
         call._names, call._layers = self._names, self._layers
         self._calls[request_id] = call
+        cumulative = params.output_kind != RequestOutputKind.DELTA
         outputs = self._engine.generate(prompt, params, request_id, **options)
         try:
             async for output in outputs:
+                call.count(request_id, output, cumulative=cumulative)
                 yield output
         finally:
             await outputs.aclose()

@@ -24,6 +24,8 @@ from flexgate.server.context import context_of, identify
 from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
 from flexgate.server.openai import vllm_errors
+from flexgate.server.quotas.limiter import Hold
+from flexgate.server.quotas.subjects import most_tokens, subjects_of
 from flexgate.server.refusals import from_auth
 from flexgate.server.services import Services
 
@@ -42,6 +44,11 @@ class Run:
     call: GatedCall
     weights_epoch: int
     request_id: str
+    hold: Hold
+
+    def finish(self) -> None:
+        """Settle what the request used, however it ended."""
+        self.hold.settle(self.call.tokens())
 
     def answer_object(self) -> dict[str, Any]:
         """The `flexgate` object, once the engine is done with the call."""
@@ -57,8 +64,8 @@ class Run:
         )
 
     def headers(self) -> dict[str, str]:
-        """The `x-flexgate-*` headers."""
-        return report.headers(self.admitted.decision, self.weights_epoch)
+        """The `x-flexgate-*` and `x-ratelimit-*` headers."""
+        return report.headers(self.admitted.decision, self.weights_epoch) | self.hold.headers
 
     def error(self, error: ApiError) -> ApiError:
         """`error`, unless its gate or its constraint is the real cause."""
@@ -92,21 +99,25 @@ class Generation:
     async def answer(self, request: Request) -> Response:
         """Authenticate, admit, generate, report."""
         run = await self._admit(request)
+        streams = False
         token = CURRENT_CALL.set(run.call)
         try:
             result = await until_gone(request, self._endpoint.start(run))
+            streams = hasattr(result, "__aiter__")
         except ApiError:
             raise
         except Exception as error:
             raise run.error(_translate(error, run.admitted.body)) from error
         finally:
             CURRENT_CALL.reset(token)
+            if not streams:
+                run.finish()
         if result is None:
             return Response(status_code=CLIENT_GONE)
         if isinstance(result, ErrorResponse):
             raise run.error(vllm_errors.from_response(result))
-        if hasattr(result, "__aiter__"):
-            return EventStream(self._events(run, result), headers=run.headers())
+        if streams:
+            return EventStream(self._events(run, result), headers=run.headers(), ended=run.finish)
         answer = {**self._endpoint.plain(run, result), "flexgate": run.answer_object()}
         return JSONResponse(answer, headers=run.headers())
 
@@ -139,7 +150,9 @@ class Generation:
         }
         call = GatedCall(grant(decision, services), admitted.client_salt)
         epoch = services.client.weights_epoch
-        return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"))
+        subjects = subjects_of(admitted.snapshot.tenants[tenant], principal.key_id)
+        hold = services.limiter.admit(subjects, most_tokens(body))
+        return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"), hold)
 
     async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
         CURRENT_CALL.set(run.call)
@@ -156,14 +169,22 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
+    def __init__(self, events: AsyncIterator[str], *, headers: dict[str, str], ended: Callable[[], None]) -> None:
+        """`ended` is called in any case."""
+        super().__init__(events, headers=headers)
+        self._ended = ended
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            close = getattr(self.body_iterator, "aclose", None)
-            if close is not None:
-                await close()
+            try:
+                close = getattr(self.body_iterator, "aclose", None)
+                if close is not None:
+                    await close()
+            finally:
+                self._ended()
 
 
 def grant(decision: Decision, services: Services) -> GateGrant:

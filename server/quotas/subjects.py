@@ -1,0 +1,25 @@
+"""Whose limits hold for a request, and how many tokens it may use at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from flexgate.policies.snapshot import TenantRules
+from flexgate.server.quotas.limiter import UNLIMITED, Subject
+
+_STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+
+
+def subjects_of(tenant: TenantRules, key_id: str) -> tuple[Subject, Subject]:
+    """The project and the key."""
+    key_quota = tenant.key_quotas.get(key_id, UNLIMITED)
+    return Subject(tenant.id, "This project", tenant.quota), Subject(key_id, "This key", key_quota)
+
+
+def most_tokens(body: Mapping[str, Any]) -> int:
+    """New tokens that a request asks for at most, as far as it says so."""
+    stated = next((body[name] for name in _STATED if body.get(name) is not None), 0)
+    prompt = body.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return int(stated * body.get("n", 1) * prompts)
