@@ -9,7 +9,7 @@ PORT ?= 8000
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow lint demo-model defects lock clean
+.PHONY: help serve test test-slow lint bench demo-model defects lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/typed $(BIN)/mypy -p flexgate
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME for one of them).
+	PYTHONPATH=tests/support $(BIN)/python -m benchkit $(BENCH)
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

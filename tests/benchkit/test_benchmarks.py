@@ -1,0 +1,57 @@
+"""The benchmarks run and their arithmetic holds; how fast anything is, no test says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchkit import admission, compare, engine_speed, serving, startup
+from benchkit.plot import draw
+
+
+def test_contenders_take_turns_in_alternating_order() -> None:
+    order: list[str] = []
+    contenders = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    compare.take_turns(contenders, 3)
+    assert "".join(order) == "abbaab"
+
+
+def test_a_ratio_is_taken_within_each_round_so_that_drift_cancels() -> None:
+    drifting = [1.0, 2.0, 4.0, 8.0]
+    assert compare.ratio([0.9 * value for value in drifting], drifting)["ci95"] == [0.9, 0.9]
+
+
+def test_an_interval_covers_the_median_and_narrows_with_rounds() -> None:
+    few, many = [0.9, 1.0, 1.1] * 2, [0.9, 1.0, 1.1] * 200
+    low, high = compare.median_interval(few)
+    assert low <= 1.0 <= high
+    assert compare.median_interval(many) == [1.0, 1.0]
+
+
+def test_pooled_quantiles_weigh_every_request_alike() -> None:
+    slow, fast = [[2.0] * 9 + [20.0]], [[1.0] * 9 + [10.0]]
+    assert compare.pooled_quantile_ratio(slow, fast, 0.5)["ratio"] == 2.0
+
+
+def test_the_admission_benchmark_writes_a_file_that_names_its_machine(tmp_path: Path) -> None:
+    admission.run(quick=True, rounds=20, results=tmp_path)
+    report = json.loads((tmp_path / "admission.json").read_text())
+    assert report["command"] == "make bench BENCH=admission"
+    assert {"device", "versions", "model", "calls"} <= report.keys()
+    assert 0 < report["pieces"]["all"]["p50_us"] <= report["pieces"]["all"]["p99_us"]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(tmp_path: Path) -> None:
+    engine_speed.run(quick=True, rounds=1, results=tmp_path)
+    serving.run(quick=True, rounds=1, results=tmp_path)
+    draw(tmp_path)
+    assert "transformers" in (tmp_path / "speed.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_startup_benchmark_runs(tmp_path: Path) -> None:
+    startup.run(quick=True, rounds=1, results=tmp_path)
+    slots = json.loads((tmp_path / "startup.json").read_text())["slots"]
+    assert slots["slots"][0] < slots["slots"][1]

@@ -1,0 +1,31 @@
+"""``make bench``, or ``python -m benchkit NAME…``: run benchmarks and write their result files."""
+
+import argparse
+import importlib
+import tempfile
+from pathlib import Path
+
+from benchkit.plot import draw
+from benchkit.record import RESULTS
+
+BENCHMARKS = ("engine_speed", "serving", "startup", "admission")
+
+
+def main() -> None:
+    """Run what was asked for, one after the other."""
+    parser = argparse.ArgumentParser(prog="benchkit", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="turns of every contender")
+    parser.add_argument("--results", type=Path, help="where files are written; with --quick a temporary directory")
+    asked = parser.parse_args()
+    if unknown := set(asked.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(BENCHMARKS)}")
+    results = asked.results or (Path(tempfile.mkdtemp(prefix="flexgate-bench-")) if asked.quick else RESULTS)
+    for name in asked.names or BENCHMARKS:
+        importlib.import_module(f"benchkit.{name}").run(quick=asked.quick, rounds=asked.rounds, results=results)
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What flexgate adds to a request before the engine has it: key, body, decision, limits, seal."""
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchkit.record import write
+from flexgate.policies.cache import DecisionCache
+from flexgate.policies.store.store import Store
+from flexgate.policies.tenants import Expert, Role, Tenant
+from flexgate.policies.terms import PUBLIC, Agreement
+from flexgate.server.admission import admit, honoured_body
+from flexgate.server.auth import authenticate, require_tenant
+from flexgate.server.body import parse_object
+from flexgate.server.engine.gates import Gate, SlotLease, cache_salt, new_seal_key, seal
+from flexgate.server.openai.chat import KIND
+from flexgate.server.openai.limits import Limits
+from flexgate.server.policy import PolicySource
+from flexgate.server.quotas.limiter import Limiter
+from flexgate.server.quotas.spending import Spending
+from flexgate.server.quotas.subjects import most_tokens, subjects_of
+from flexgate.server.recorded import Recorded
+
+TENANTS = 1000
+EVERY = [PUBLIC, *(f"e{number}" for number in range(1, 32))]
+BODY = json.dumps(
+    {
+        "model": "bench",
+        "messages": [{"role": "user", "content": "When does the ferry leave? " * 20}],
+        "max_tokens": 64,
+        "temperature": 0.2,
+        "flexgate": {"experts": {"only": ["e1", "e2", "e3"]}},
+    }
+).encode()
+
+
+def run(*, quick: bool, rounds: int | None, results: Path) -> None:
+    """Time every piece of the path for one caller after another."""
+    calls = rounds or (200 if quick else 20_000)
+    shape = {"tenants": TENANTS, "experts": len(EVERY), "body_bytes": len(BODY)}
+    with tempfile.TemporaryDirectory() as directory:
+        store = _store(Path(directory))
+        pieces = asyncio.run(_measure(store, calls))
+        store.close()
+    what = "microseconds per request, one after another; a tenant's decision is cached from its second request on"
+    measured = {"what": what, "calls": calls, "pieces": pieces}
+    write("admission", measured, shape=shape, directory=results)
+
+
+async def _measure(store: Store, calls: int) -> dict[str, Any]:
+    clock = _Clock()
+    source = PolicySource(store, lambda: EVERY, lease_s=600.0, poll_s=1.0)
+    spending = Spending(store)
+    source.confirm()
+    spending.refresh()
+    limiter, cache, recorded, key = Limiter(spending), DecisionCache(), Recorded(), new_seal_key()
+    for number in tqdm(range(calls), desc="admissions"):
+        now = time.time()
+        clock.start()
+        snapshot = await source.current()
+        principal = authenticate(snapshot, f"Bearer sk-{number % TENANTS}", now)
+        tenant = require_tenant(principal)
+        clock.lap("key")
+        body = honoured_body(KIND, parse_object(BODY), Limits())
+        clock.lap("body")
+        admitted = await admit(
+            body, tenant=tenant, decision_id="dec", policy=source, cache=cache, recorded=recorded, now=now
+        )
+        clock.lap("decision")
+        subjects = subjects_of(admitted.snapshot.tenants[tenant], principal.key_id)
+        hold = limiter.admit(subjects, most_tokens(body))
+        clock.lap("limits")
+        _seal(admitted.decision.allowed, tenant, key)
+        clock.lap("seal")
+        clock.stop("all")
+        hold.settle(64)
+    return clock.report()
+
+
+def _seal(allowed: Any, tenant: str, key: Any) -> str:
+    leases = tuple(SlotLease(slot, 1) for slot in range(len(allowed)))
+    salt = cache_salt(key, tenant=tenant, experts=[(expert, 1) for expert in allowed], client_salt=None)
+    return seal(Gate("request", tenant, leases, 2e9, salt), key)
+
+
+class _Clock:
+    """Laps in nanoseconds, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, list[int]] = {}
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter_ns()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter_ns()
+        self.laps.setdefault(name, []).append(now - self.last)
+        self.last = time.perf_counter_ns()
+
+    def stop(self, name: str) -> None:
+        self.laps.setdefault(name, []).append(self.last - self.began)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        return {
+            name: {f"p{q}_us": round(float(np.percentile(values, q)) / 1000, 1) for q in (50, 99)}
+            for name, values in self.laps.items()
+        }
+
+
+def _store(directory: Path) -> Store:
+    """A real store: every expert is permitted to everyone, half of them with an end; every tenant has limits."""
+    store = Store.open(f"sqlite:///{directory / 'policy.db'}")
+    store.migrate()
+    limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "total_tokens": 10**12}
+    with store.change(actor="bench", at=time.time()) as change:
+        _put_experts(change.put)
+        for number in range(TENANTS):
+            fields = {"id": f"t{number}", "name": "T", "mode": "allow_list", "expert_ids": EVERY[1:], "quota": limits}
+            tenant = Tenant.model_validate(fields)
+            change.put(tenant)
+            change.add_key(f"sk-{number}", prefix="sk", role=Role.TENANT, tenant_id=tenant.id)
+    return store
+
+
+def _put_experts(put: Callable[[Any], object]) -> None:
+    for number, expert in enumerate(EVERY):
+        put(Expert.model_validate({"id": expert, "owner": f"o{number}"}))
+        if expert == PUBLIC:
+            continue
+        terms: dict[str, Any] = {"id": f"a{number}", "owner": f"o{number}", "experts": [expert]}
+        terms |= {"assignee": "everyone", "effect": "permit"}
+        if number % 2:
+            terms["not_after"] = "2090-01-01T00:00:00Z"
+        put(Agreement.model_validate(terms))

@@ -1,0 +1,76 @@
+"""Pictures of the committed result files: every ratio with its interval and its bound."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+Bar = tuple[str, float, Sequence[float]]  # label, ratio, its interval
+TEXT = {"svg.hashsalt": "flexgate", "svg.fonttype": "none", "font.size": 9}
+
+
+def draw(results: Path) -> None:
+    """Write ``speed.svg`` beside the result files that it shows, if there are any."""
+    panels = [_panel(source) for source in _sources(results)]
+    if not panels:
+        return
+    with plt.rc_context(TEXT):
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2), squeeze=False)
+        for axis, (title, bounds, bars) in zip(axes[0], panels, strict=True):
+            _fill(axis, title, bounds, bars)
+        figure.tight_layout()
+        figure.savefig(results / "speed.svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+def _sources(results: Path) -> list[tuple[str, dict[str, Any]]]:
+    names = ("engine-eager", "engine-compiled", "serving")
+    paths = [results / f"{name}.json" for name in names]
+    return [(path.stem, json.loads(path.read_text())) for path in paths if path.exists()]
+
+
+def _panel(source: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, float], list[Bar]]:
+    name, report = source
+    if name == "serving":
+        return "flexgate serve / vllm serve", {"bound": 0.95}, _serving_bars(report)
+    bounds = {"bound against ungated": 0.97, "bound against Transformers": 1.0}
+    return f"engine, {name.removeprefix('engine-')}", bounds, _engine_bars(report)
+
+
+def _engine_bars(report: dict[str, Any]) -> list[Bar]:
+    return [
+        (f"{case['phase']} {case['batch']['requests']}, {other.removeprefix('gated/')}", value["median"], value["ci95"])
+        for case in report["cases"]
+        for other, value in case["ratio"].items()
+    ]
+
+
+def _serving_bars(report: dict[str, Any]) -> list[Bar]:
+    return [
+        (
+            f"{case['endpoint']}{' streamed' * case['stream']} {case['clients']}, {name.replace('_', ' ')}",
+            value.get("median", value.get("ratio")),
+            value["ci95"],
+        )
+        for case in report["cases"]
+        for name, value in case["ratio"].items()
+        if name == "requests_per_second"
+    ]
+
+
+def _fill(axis: Any, title: str, bounds: dict[str, float], bars: list[Bar]) -> None:
+    places = range(len(bars), 0, -1)
+    values = [value for _, value, _ in bars]
+    errors = [[value - low for _, value, (low, _) in bars], [high - value for _, value, (_, high) in bars]]
+    axis.errorbar(values, places, xerr=errors, fmt="o", capsize=2, markersize=4)
+    for style, (label, bound) in zip(("-", "--"), bounds.items(), strict=False):
+        axis.axvline(bound, color="black", linewidth=0.8, linestyle=style, label=f"{label} {bound}")
+    axis.set_yticks(list(places), [label for label, _, _ in bars])
+    axis.set_title(title)
+    axis.set_xlabel("speed ratio, 95 % interval")
+    axis.legend(fontsize=7)
