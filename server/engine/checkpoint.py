@@ -22,6 +22,24 @@ from flexgate.server.engine.gates import MAX_SLOTS
 
 MANIFEST_NAME = "flexgate.json"
 PUBLIC_EXPERT = "public"
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
+SERVED = {  # what the model's code computes, whatever else config.json may ask for
+    "architectures": ["FlexOlmoForCausalLM"],
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rope_type": "default",
+}
 
 
 class CheckpointError(ValueError):
@@ -62,12 +80,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             architecture, quantised, or has mismatched shapes or too many experts.
     """
     config = _read_json(path / CONFIG_NAME)
-    if "quantization_config" in config:
-        raise CheckpointError(f"{path} is quantised; flexgate serves float32 and bfloat16 only")
-    try:
-        architecture = Architecture.from_config(config)
-    except (LayoutError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a FlexOlmo checkpoint: {error}") from error
+    architecture = _architecture(path, config)
     if architecture.num_experts > MAX_SLOTS:
         raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}")
     files = _weight_files(path)
@@ -99,6 +112,33 @@ def _tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():
                 yield name, reader.get_tensor(name)
+
+
+def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
+    if "quantization_config" in config:
+        raise CheckpointError(f"{path} is quantised; flexgate serves float32 and bfloat16 only")
+    try:
+        architecture = Architecture.from_config(config)
+    except (LayoutError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a FlexOlmo checkpoint: {error}") from error
+    for name in COUNTS:
+        value = getattr(architecture, name)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{path / CONFIG_NAME}: {name} must be a positive integer, not {value!r}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = {
+        "architectures": config.get("architectures"),
+        "hidden_act": config.get("hidden_act", "silu"),
+        "attention_bias": config.get("attention_bias", False),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "head_dim": config.get("head_dim") or architecture.head_size,
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope,
+    }
+    wanted = SERVED | {"head_dim": architecture.head_size}
+    for name, value in given.items():
+        if value != wanted[name]:
+            raise CheckpointError(f"{path / CONFIG_NAME}: {name} is {value!r}; flexgate serves {wanted[name]!r} only")
+    return architecture
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from flexgate.server.engine.checkpoint import (
     require_finite,
 )
 from flexgate.server.engine.gates import SealKey, new_seal_key
-from flexgate.server.engine.memory import SlotPlan, plan_slots
+from flexgate.server.engine.memory import SlotPlan, kv_bytes_of_one_request, plan_slots
+from flexgate.server.engine.requirements import require_servable
 from flexgate.server.engine.slots import SlotTable
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class EngineSettings:
     Attributes:
         dtype: ``auto`` is bfloat16, also for a checkpoint stored in float32; float16 is refused.
         max_experts: expert slots; None for the checkpoint's experts + 2, as far as they fit.
-        kv_cache_memory_bytes: None for 1 GiB on CPU and vLLM's choice on CUDA.
+        kv_cache_memory_bytes: None for 1 GiB on CPU, or as much as a longest request needs, and
+            vLLM's choice on CUDA.
         max_model_len: tokens per request; None for the model's own limit.
         enforce_eager: no torch.compile and no CUDA graphs.
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
@@ -92,10 +94,11 @@ def plan(settings: EngineSettings) -> LaunchPlan:
     if settings.dtype not in ("auto", "float32", "bfloat16"):
         raise CheckpointError(f"--dtype {settings.dtype}: use auto, bfloat16 or float32 (float16 overflows)")
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
+    require_servable(checkpoint, settings, dtype, on_cpu=on_cpu())
     slots = plan_slots(
         checkpoint,
         dtype=dtype,
-        kv_bytes=settings.kv_cache_memory_bytes or CPU_KV_BYTES,
+        kv_bytes=settings.kv_cache_memory_bytes or _default_kv_bytes(checkpoint, settings, dtype),
         available_bytes=_available_bytes(settings),
         max_experts=settings.max_experts,
         ranks=settings.tensor_parallel_size,
@@ -163,7 +166,7 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
     settings = planned.settings
     scheduler = "GatedAsyncScheduler" if settings.async_scheduling else "GatedScheduler"
     model = str(settings.model.resolve())
-    kv_bytes = settings.kv_cache_memory_bytes or (CPU_KV_BYTES if on_cpu() else None)
+    kv_bytes = planned.slots.kv_bytes if on_cpu() else settings.kv_cache_memory_bytes
     has_tokenizer = (settings.model / "tokenizer_config.json").is_file()
     arguments: dict[str, Any] = {
         "model": model,
@@ -196,6 +199,12 @@ def on_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _default_kv_bytes(checkpoint: Checkpoint, settings: EngineSettings, dtype: str) -> int:
+    tokens = settings.max_model_len or checkpoint.architecture.max_position_embeddings
+    longest = kv_bytes_of_one_request(checkpoint, tokens, dtype=dtype, ranks=settings.tensor_parallel_size)
+    return max(CPU_KV_BYTES, longest)
 
 
 def _available_bytes(settings: EngineSettings) -> int:

@@ -9,6 +9,7 @@ from flexgate.server.engine.checkpoint import Checkpoint, CheckpointError
 from flexgate.server.engine.gates import MAX_SLOTS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+CPU_KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; a request holds whole blocks
 SPARE_SLOTS = 2  # free slots that a default start leaves for experts to be added
 
 
@@ -85,6 +86,14 @@ def plan_slots(
             f"{human(available_bytes)}"
         )
     return SlotPlan(slots, held, slot_bytes, other_bytes, kv_bytes)
+
+
+def kv_bytes_of_one_request(checkpoint: Checkpoint, tokens: int, *, dtype: str, ranks: int = 1) -> int:
+    """KV cache that a request of ``tokens`` tokens holds on one rank, on CPU."""
+    a = checkpoint.architecture
+    blocks = -(-tokens // CPU_KV_BLOCK_TOKENS) + 1  # vLLM keeps one block empty
+    token_bytes = 2 * a.num_hidden_layers * a.sizes["K"] // ranks * DTYPE_BYTES[dtype]
+    return blocks * CPU_KV_BLOCK_TOKENS * token_bytes
 
 
 def human(size: float) -> str:

@@ -50,7 +50,7 @@ class FlexOlmoAttention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.q_size = heads // self.tp_size * head_dim
-        self.kv_size = max(1, kv_heads // self.tp_size) * head_dim
+        self.kv_size = kv_heads // self.tp_size * head_dim
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             head_dim,
@@ -77,7 +77,7 @@ class FlexOlmoAttention(nn.Module):
             heads // self.tp_size,
             head_dim,
             head_dim**-0.5,
-            num_kv_heads=max(1, kv_heads // self.tp_size),
+            num_kv_heads=kv_heads // self.tp_size,
             cache_config=vllm_config.cache_config,
             prefix=f"{prefix}.attn",
         )
@@ -175,8 +175,6 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config
         self.model = FlexOlmoModel(vllm_config=vllm_config, prefix=f"{prefix}model")
         self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}lm_head")
-        if self.config.tie_word_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
     @property

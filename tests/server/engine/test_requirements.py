@@ -1,0 +1,136 @@
+"""What vLLM would die of later is refused before it is loaded, in one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from enginekit.checkpoints import Shape, write_random
+
+from flexgate.server.engine.checkpoint import CheckpointError
+from flexgate.server.engine.launch import EngineSettings, plan
+from flexgate.server.engine.requirements import CPU_HEAD_SIZES, CPU_HIDDEN_MULTIPLE
+
+
+def refusal(model: Path, **settings: Any) -> str:
+    with pytest.raises(CheckpointError) as refused:
+        plan(EngineSettings(model, dtype="float32", **settings))
+    sentence = str(refused.value)
+    assert str(model) in sentence
+    return sentence.removeprefix(f"{model} cannot be served: ").removeprefix(f"{model / 'config.json'}: ")
+
+
+SHAPES = {
+    "head size": (
+        Shape(hidden=96, heads=4, kv_heads=4),
+        "its attention head size is 24; vLLM on CPU has kernels for 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512",
+    ),
+    "hidden size": (
+        Shape(hidden=80, heads=1, kv_heads=1),
+        "its hidden size 80 is no multiple of 32, which vLLM's expert kernels on CPU need",
+    ),
+    "grouped heads": (
+        Shape(hidden=128, heads=4, kv_heads=3),
+        "its 4 attention heads cannot share 3 key-value heads evenly",
+    ),
+}
+
+
+@pytest.mark.parametrize(("shape", "sentence"), SHAPES.values(), ids=SHAPES.keys())
+def test_a_shape_without_a_kernel_is_refused(tmp_path: Path, shape: Shape, sentence: str) -> None:
+    assert refusal(write_random(tmp_path, shape)) == sentence
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3 does not divide its 4 attention heads"),
+    "kv heads": ({"tensor_parallel_size": 4}, "--tensor-parallel-size 4 does not divide its 2 key-value heads"),
+    "experts": (
+        {"tensor_parallel_size": 2},
+        "--tensor-parallel-size 2 does not divide its 97 expert intermediate columns",
+    ),
+    "one rank": ({"enable_expert_parallel": True}, "--enable-expert-parallel needs --tensor-parallel-size 2 or more"),
+    "length": ({"max_model_len": 513}, "--max-model-len 513 is more than the 512 positions it was made for"),
+    "batch": ({"max_num_seqs": 2049}, "--max-num-seqs 2049 is more than a step's 2048 tokens"),
+    "kv cache": (
+        {"kv_cache_memory_bytes": 983039},
+        "a request of 512 tokens needs 983040 bytes of KV cache, --kv-cache-memory-bytes 983039 is less; "
+        "raise it or lower --max-model-len",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four heads, two key-value heads, an odd intermediate size, 512 positions."""
+    return write_random(tmp_path_factory.mktemp("grouped"), Shape(kv_heads=2, intermediate=97))
+
+
+@pytest.mark.parametrize(("settings", "sentence"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_that_the_checkpoint_does_not_bear_are_refused(
+    grouped: Path, settings: dict[str, Any], sentence: str
+) -> None:
+    assert refusal(grouped, **settings) == sentence
+
+
+def test_settings_just_within_its_limits_are_planned(grouped: Path) -> None:
+    within = {"max_model_len": 512, "max_num_seqs": 2048, "kv_cache_memory_bytes": 983040}
+    plan(EngineSettings(grouped, dtype="float32", **within))
+    plan(EngineSettings(grouped, dtype="float32", tensor_parallel_size=2, enable_expert_parallel=True))
+
+
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": (
+        {"architectures": ["OlmoForCausalLM"]},
+        "architectures is ['OlmoForCausalLM']; flexgate serves ['FlexOlmoForCausalLM'] only",
+    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; flexgate serves 'silu' only"),
+    "attention bias": ({"attention_bias": True}, "attention_bias is True; flexgate serves False only"),
+    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True; flexgate serves False only"),
+    "head size": ({"head_dim": 64}, "head_dim is 64; flexgate serves 32 only"),
+    "rope": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; flexgate serves 'default' only"),
+    "old rope": (
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_type is 'linear'; flexgate serves 'default' only",
+    ),
+    "picks": ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but it has 4 experts"),
+    "text": ({"hidden_size": "128"}, "hidden_size must be a positive integer, not '128'"),
+    "zero": ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_a_configuration_that_the_model_would_not_compute_is_refused(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    model = write_random(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    assert refusal(model) == sentence
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    model = write_random(tmp_path)
+    tokenizer: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 511}}, "added_tokens": []}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    plan(EngineSettings(model, dtype="float32"))
+    tokenizer["added_tokens"].append({"id": 512, "content": "<tool>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert refusal(model) == "its tokenizer has an id 512, but vocab_size is 512"
+
+
+def test_a_default_cache_holds_the_longest_request(tmp_path: Path) -> None:
+    model = write_random(tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 20}))
+    assert plan(EngineSettings(model, dtype="float32", max_model_len=512)).slots.kv_bytes == 1 << 30
+    assert plan(EngineSettings(model, dtype="float32")).slots.kv_bytes == (3 << 30) + 128 * 3072
+
+
+def test_what_is_assumed_of_vllm_is_what_it_says() -> None:
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts, X86CPUUnquantizedExperts
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_SIZES
+    for kernel in (CPUUnquantizedExperts, X86CPUUnquantizedExperts):
+        assert kernel.output_alignment == CPU_HIDDEN_MULTIPLE
+        assert CPU_HIDDEN_MULTIPLE % kernel.reduction_alignment == 0
