@@ -71,8 +71,13 @@ def verify(entries: Iterable[Entry], *, outside: Head | None = None) -> Head:
 
     `outside` is a head that was kept elsewhere: the log must contain it.
     """
+    return verify_with(entries, [] if outside is None else [outside])
+
+
+def verify_with(entries: Iterable[Entry], noted: Iterable[Head]) -> Head:
+    """The same with any number of heads that were kept elsewhere."""
+    missing = {head for head in noted if head != START}
     head = START
-    met = outside is None or outside == START
     for entry in entries:
         if entry.sequence != head.sequence + 1:
             raise AuditBroken(f"entry {entry.sequence} follows entry {head.sequence}")
@@ -81,11 +86,11 @@ def verify(entries: Iterable[Entry], *, outside: Head | None = None) -> Head:
         if entry.hash != _hash(entry.sequence, entry, entry.previous):
             raise AuditBroken(f"entry {entry.sequence} was changed after it was written")
         head = Head(entry.sequence, entry.hash)
-        met = met or head == outside
-    if outside is not None and not met:
+        missing.discard(head)
+    if missing:
         raise AuditBroken(
             f"the log ends at entry {head.sequence} and does not contain the entry "
-            f"{outside.sequence} that was noted outside: it was cut off or rewritten"
+            f"{min(missing).sequence} that was noted outside: it was cut off or rewritten"
         )
     return head
 

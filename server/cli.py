@@ -7,9 +7,28 @@ import importlib.util
 from typing import Any, Final
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-SUBCOMMANDS: Final = {"serve": "flexgate.server.cli_serve", "experts": "flexgate.experts.cli"}
+SUBCOMMANDS: Final = {
+    "serve": ("flexgate.server.cli_serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
+    "experts": ("flexgate.experts.cli", "Make, check and change experts."),
+    "tenants": ("flexgate.server.cli_tenants", "Create tenants, permit experts, hand out and revoke keys."),
+    "policy": ("flexgate.server.cli_policy", "The policy as a file; explain it, and simulate a change."),
+    "audit": ("flexgate.server.cli_audit", "Verify the audit log, and export it."),
+}
+
+
+class LazyCommand(TyperCommand):
+    """A name and one line of help; the module with the command's `app` is imported to run it."""
+
+    def __init__(self, name: str, module: str, help_: str) -> None:
+        super().__init__(name, help=help_)
+        self._module = module
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """The real command's context, which knows the real command."""
+        app = importlib.import_module(self._module).app
+        return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
 
 
 class LazyGroup(TyperGroup):
@@ -17,14 +36,13 @@ class LazyGroup(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - Typer's signature
         """The sub-commands that are installed."""
-        return [name for name, module in SUBCOMMANDS.items() if _installed(module)]
+        return [name for name, (module, _) in SUBCOMMANDS.items() if _installed(module)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import one sub-command."""
+        """One sub-command, not imported yet."""
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(SUBCOMMANDS[cmd_name])
-        return typer.main.get_command(module.app)
+        return LazyCommand(cmd_name, *SUBCOMMANDS[cmd_name])
 
 
 app = typer.Typer(

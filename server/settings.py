@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,25 +15,47 @@ from flexgate.server.openai.limits import Limits
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
+S = TypeVar("S", bound="StoreSettings")
+
+
 class SettingsError(ValueError):
     """The settings contradict each other or name something impossible, in one sentence."""
 
 
-class Settings(BaseSettings):
-    """One server. Options given to the command win over variables."""
+class StoreSettings(BaseSettings):
+    """Which policy database."""
 
     model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore")
 
-    model: Annotated[Path | None, Field(description="Directory of a FlexOlmo checkpoint.")] = None
     demo: Annotated[bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")] = False
+    state_dir: Annotated[Path | None, Field(description="Where the policy database is kept.")] = None
+    database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
+
+    @model_validator(mode="after")
+    def _one_database(self) -> Self:
+        if self.demo and self.database_url is not None:
+            raise ValueError("--demo keeps its own database; leave --database-url out")
+        return self
+
+    def database(self) -> str:
+        """The policy database's URL; the demo's is a file of its own. Makes the directory."""
+        if self.database_url is not None:
+            return self.database_url
+        directory = (self.state_dir or _default_state_dir()).absolute()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return f"sqlite:///{directory / ('demo.db' if self.demo else 'flexgate.db')}"
+
+
+class Settings(StoreSettings):
+    """One server. Options given to the command win over variables."""
+
+    model: Annotated[Path | None, Field(description="Directory of a FlexOlmo checkpoint.")] = None
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
     allow_remote: Annotated[
         bool,
         Field(description="Allow an address other than loopback. There is no TLS here."),
     ] = False
-    state_dir: Annotated[Path | None, Field(description="Where the policy database is kept.")] = None
-    database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
     served_model_name: Annotated[tuple[str, ...], Field(description="Names that requests may give the model.")] = ()
     chat_template: Annotated[
         str | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
@@ -76,8 +98,6 @@ class Settings(BaseSettings):
             raise ValueError("--demo serves its own model; leave the model directory out")
         if self.demo and not is_loopback(self.host):
             raise ValueError(f"--demo listens on loopback only, not on {self.host}")
-        if self.demo and self.database_url is not None:
-            raise ValueError("--demo keeps its own database; leave --database-url out")
         if not is_loopback(self.host) and not self.allow_remote:
             raise ValueError(
                 f"{self.host} is not a loopback address; --allow-remote allows it, behind a proxy with TLS"
@@ -99,14 +119,6 @@ class Settings(BaseSettings):
             grammar_bytes=self.max_grammar_bytes,
         )
 
-    def database(self) -> str:
-        """The policy database's URL; the demo's is a file of its own. Makes the directory."""
-        if self.database_url is not None:
-            return self.database_url
-        directory = (self.state_dir or _default_state_dir()).absolute()
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return f"sqlite:///{directory / ('demo.db' if self.demo else 'flexgate.db')}"
-
 
 def load_settings(**given: Any) -> Settings:
     """Settings from the environment and `given`; None means not given.
@@ -114,8 +126,17 @@ def load_settings(**given: Any) -> Settings:
     Raises:
         SettingsError: naming the option and what is wrong.
     """
+    return _load(Settings, given)
+
+
+def load_store_settings(**given: Any) -> StoreSettings:
+    """The same for what says which policy database."""
+    return _load(StoreSettings, given)
+
+
+def _load(kind: type[S], given: dict[str, Any]) -> S:
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     message = first["msg"].removeprefix("Value error, ")

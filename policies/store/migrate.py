@@ -10,8 +10,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
-from flexgate.policies.errors import StoreFromNewerVersion
-from flexgate.policies.store.engine import writing
+from flexgate.policies.errors import ChangeRefused, StoreFromNewerVersion
+from flexgate.policies.store.engine import reading, writing
 
 
 def migrate(engine: Engine) -> None:
@@ -22,7 +22,17 @@ def migrate(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
-def _config(connection: Connection) -> Config:
+def check_current(engine: Engine) -> None:
+    """Raise a `StoreError` unless the schema is this version's."""
+    scripts = ScriptDirectory.from_config(_config(None))
+    with reading(engine) as connection:
+        _refuse_newer(connection, scripts)
+        heads = MigrationContext.configure(connection).get_current_heads()
+    if set(heads) != set(scripts.get_heads()):
+        raise ChangeRefused("the store has no tables of this version: start this version's server on it once")
+
+
+def _config(connection: Connection | None) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection

@@ -51,7 +51,7 @@ def simulate(call: Call[Simulate, Nothing]) -> Json:
     project what a request would get that asks for nothing special.
     """
     plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
-    replays = with_standard(call.services.recorded.replays(call.now), plan.current, call.now)
+    replays = with_standard(call.services.recorded.replays(call.now), plan.current, plan.proposed, call.now)
     differences = simulating.simulate(plan.current, plan.proposed, replays)
     return {
         "object": "policy.simulation",

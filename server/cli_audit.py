@@ -1,0 +1,80 @@
+"""`flexgate audit`: verify the audit log, and take it out of the database."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from flexgate.policies.audit import Entry, Head, from_line, to_line, verify_with
+from flexgate.policies.errors import AuditBroken
+from flexgate.policies.store.store import Store
+from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing, opened
+
+_HELP: Final = (
+    "Verify the audit log, and take it out of the database.\n\n"
+    "Keep heads somewhere else (`flexgate audit head >> heads.jsonl`, from time to time): with them, "
+    "`verify` also notices a log that was cut off or written anew as a whole.\n\n"
+    "Exit status: 0 all is well; 1 the log is broken or cannot be read, with one sentence; 2 wrong usage."
+)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
+
+_BATCH: Final = 1000
+
+
+@app.command()
+def head(demo: Demo = None, state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
+    """Print the log's newest entry as one line of JSON, to be kept outside."""
+    with opened(demo, state_dir, database_url) as store:
+        newest = store.audit_head()
+    typer.echo(json.dumps(newest._asdict()))
+
+
+@app.command()
+def verify(
+    heads: Annotated[Path | None, typer.Option(help="File with lines that 'head' printed before.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Verify an export instead of the database.")] = None,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Check every entry of the log against the one before it, and against heads kept outside."""
+    with failing():
+        noted = [] if heads is None else [_head(line) for line in heads.read_text().splitlines() if line.strip()]
+        if file is not None:
+            with file.open(encoding="utf-8") as lines:
+                found = verify_with(map(from_line, lines), noted)
+        else:
+            with opened(demo, state_dir, database_url) as store:
+                found = verify_with(_entries(store, 0), noted)
+    typer.echo(f"{found.sequence} entries verified; {len(noted)} heads from outside found")
+
+
+@app.command()
+def export(
+    after: Annotated[int, typer.Option(min=0, help="Leave out entries up to this number.")] = 0,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Print the log as JSON Lines, oldest first."""
+    with opened(demo, state_dir, database_url) as store:
+        for entry in _entries(store, after):
+            sys.stdout.write(to_line(entry) + "\n")
+
+
+def _entries(store: Store, after: int) -> Iterator[Entry]:
+    while batch := store.audit_log(after=after, limit=_BATCH):
+        yield from batch
+        after = batch[-1].sequence
+
+
+def _head(line: str) -> Head:
+    try:
+        return Head(**json.loads(line))
+    except (TypeError, ValueError):
+        raise AuditBroken(f"not a head: {line[:80]!r}") from None

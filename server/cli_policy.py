@@ -1,0 +1,187 @@
+"""`flexgate policy`: the policy as a file, why it gives what it gives, and what a file would change."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.explain import Explanation
+from flexgate.policies.explain import explain as explain_policy
+from flexgate.policies.simulate import Difference, Replay, with_standard
+from flexgate.policies.simulate import simulate as simulate_policy
+from flexgate.policies.store import gitops
+from flexgate.policies.store.gitops import PolicyFile
+from flexgate.policies.store.revisions import ObjectChange
+from flexgate.server import policy_yaml
+from flexgate.server.admin.policy.schemas import change_object, difference_object, explanation_object
+from flexgate.server.cli_store import (
+    DIFFERENT,
+    AsJson,
+    DatabaseUrl,
+    Demo,
+    StateDir,
+    actor,
+    failing,
+    opened,
+    print_json,
+    print_rows,
+)
+
+_HELP: Final = (
+    "The policy as a file, why it gives what it gives, and what a file would change.\n\n"
+    "Exit status: 0 done, or no difference; 1 refused or failed, with one sentence; 2 wrong usage; 3 "
+    "`diff` and `simulate` found differences."
+)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
+
+File = Annotated[Path, typer.Argument(help="A policy file, YAML or JSON; '-' reads standard input.")]
+Prune = Annotated[bool, typer.Option(help="Also end agreements, remove sets and archive tenants the file lacks.")]
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of policy files, for editors and CI."""
+    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **PolicyFile.model_json_schema()})
+
+
+@app.command()
+def export(demo: Demo = None, state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
+    """Print the policy as a file. Applied again, it changes nothing."""
+    with opened(demo, state_dir, database_url) as store:
+        sys.stdout.write(policy_yaml.dump(gitops.export(store)))
+
+
+@app.command()
+def diff(
+    file: File,
+    prune: Prune = False,
+    as_json: AsJson = False,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Say what applying a file would change. Exit status 3 if anything."""
+    with opened(demo, state_dir, database_url) as store:
+        changes = gitops.plan(store, policy_yaml.load(file), prune=prune).changes
+    _print_changes(changes, as_json)
+    raise typer.Exit(DIFFERENT if changes else 0)
+
+
+@app.command()
+def apply(
+    file: File,
+    prune: Prune = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and change nothing.")] = False,
+    as_json: AsJson = False,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Make the policy say what a file says, in one revision, or not at all."""
+    with opened(demo, state_dir, database_url) as store:
+        content = policy_yaml.load(file)
+        if dry_run:
+            changes = gitops.plan(store, content, prune=prune).changes
+        else:
+            changes = gitops.apply(store, content, actor=actor(), at=time.time(), prune=prune)
+    _print_changes(changes, as_json)
+
+
+@app.command()
+def explain(
+    project: Annotated[str, typer.Argument(help="The tenant's id, as 'flexgate tenants list' shows it.")],
+    purpose: Annotated[str | None, typer.Option(help="What requests would declare.")] = None,
+    region: Annotated[str | None, typer.Option(help="Where requests would say they are.")] = None,
+    as_json: AsJson = False,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Say which experts a tenant may use, and why, or why not and what would change it."""
+    with opened(demo, state_dir, database_url) as store:
+        request = DecisionRequest(decision_id="explain", purpose=purpose, region=region)
+        found = explain_policy(store.snapshot(), project, request, time.time())
+    if as_json:
+        print_json([explanation_object(explanation) for explanation in found])
+    else:
+        print_rows(("expert", "", "why"), [_row(explanation) for explanation in found])
+
+
+@app.command()
+def simulate(
+    file: File,
+    prune: Prune = False,
+    as_json: AsJson = False,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Say which tenants would gain or lose what, if a file were applied. Exit status 3 if any."""
+    with opened(demo, state_dir, database_url) as store:
+        plan = gitops.plan(store, policy_yaml.load(file), prune=prune)
+    replays = with_standard((), plan.current, plan.proposed, time.time())
+    differences = simulate_policy(plan.current, plan.proposed, replays)
+    if as_json:
+        print_json([difference_object(difference) for difference in differences])
+    else:
+        print_rows(("tenant", "when declaring", "gains", "loses"), _difference_rows(differences, replays))
+    raise typer.Exit(DIFFERENT if differences else 0)
+
+
+@app.command()
+def check(file: File) -> None:
+    """Check a file's form without any database."""
+    with failing():
+        policy_yaml.load(file)
+
+
+def _print_changes(changes: list[ObjectChange], as_json: bool) -> None:
+    if as_json:
+        print_json([change_object(change) for change in changes])
+    else:
+        print_rows(("change", "kind", "id", "fields"), [_change_row(change) for change in changes])
+
+
+def _change_row(change: ObjectChange) -> tuple[str, str, str, str]:
+    before, after = change.before or {}, change.after or {}
+    fields = ", ".join(name for name in {**before, **after} if before.get(name) != after.get(name))
+    if change.before is None:
+        return "add", change.kind, change.object_id, ""
+    return (
+        ("remove", change.kind, change.object_id, "")
+        if change.after is None
+        else ("change", change.kind, change.object_id, fields)
+    )
+
+
+def _row(explanation: Explanation) -> tuple[str, str, str]:
+    if explanation.refused is not None:
+        return explanation.expert, "excluded", explanation.refused.message
+    until = explanation.until
+    ends = (
+        "" if until is None or until == math.inf else f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    )
+    return explanation.expert, "allowed", "by " + ", ".join(explanation.permitted_by) + ends
+
+
+def _difference_rows(differences: list[Difference], replays: list[Replay]) -> list[tuple[str, str, str, str]]:
+    """One row for each tenant and outcome, with the declarations that lead to it."""
+    asked = Counter(replay.tenant_id for replay in replays)
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for difference in differences:
+        request = difference.replay.request
+        lost = ", ".join(difference.lost) if difference.refused_after is None else "everything: refused from then on"
+        outcome = (difference.replay.tenant_id, ", ".join(difference.gained), lost)
+        groups.setdefault(outcome, []).append(f"{request.purpose or 'no purpose'} in {request.region or 'no region'}")
+    return [
+        (tenant, "anything" if len(when) == asked[tenant] else "; ".join(when), gained, lost)
+        for (tenant, gained, lost), when in groups.items()
+    ]

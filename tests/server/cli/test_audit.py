@@ -1,0 +1,81 @@
+"""`flexgate audit`: tampering is found, in the database and in an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from flexgate.policies.audit import from_line
+from flexgate.policies.store import Store
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def heads(flexgate: Run, tmp_path: Path) -> Path:
+    """Two heads kept outside, with changes before, between and after."""
+    path = tmp_path / "heads.jsonl"
+    lines = []
+    for name in ("one", "two"):
+        lines.append(flexgate("audit", "head").output)
+        flexgate("tenants", "create", name)
+    path.write_text("".join(lines))
+    return path
+
+
+def test_an_untouched_log_is_verified(flexgate: Run, heads: Path) -> None:
+    found = flexgate("audit", "verify", "--heads", str(heads))
+    assert found.exit_code == 0
+    assert "2 heads from outside found" in found.output
+
+
+def test_an_export_is_the_log_and_is_verified_without_a_database(
+    flexgate: Run, heads: Path, real_store: Store, tmp_path: Path
+) -> None:
+    exported = flexgate("audit", "export").output
+    assert [from_line(line) for line in exported.splitlines()] == real_store.audit_log(limit=1000)
+    path = tmp_path / "export.jsonl"
+    path.write_text(exported)
+    assert flexgate("audit", "verify", "--file", str(path), "--heads", str(heads)).exit_code == 0
+    path.write_text(exported.replace('"name":"two"', '"name":"too"'))
+    found = flexgate("audit", "verify", "--file", str(path))
+    assert found.exit_code == 1
+    assert "was changed after it was written" in found.stderr
+    assert len(flexgate("audit", "export", "--after", "3").output.splitlines()) == len(exported.splitlines()) - 3
+
+
+@pytest.mark.parametrize(
+    ("tampering", "said"),
+    [
+        ("UPDATE audit_log SET actor = 'nobody' WHERE sequence = 2", "entry 2 was changed"),
+        ("DELETE FROM audit_log WHERE sequence = 2", "entry 3 follows entry 1"),
+        ("DELETE FROM audit_log WHERE sequence > 3", "was cut off or rewritten"),
+    ],
+)
+def test_tampering_is_found(flexgate: Run, heads: Path, real_store: Store, tampering: str, said: str) -> None:
+    with real_store.engine.begin() as connection:
+        connection.execute(sa.text(tampering))
+    found = flexgate("audit", "verify", "--heads", str(heads))
+    assert found.exit_code == 1
+    assert said in found.stderr
+
+
+def test_an_older_head_that_is_missing_is_found_too(flexgate: Run, heads: Path) -> None:
+    lines = heads.read_text().splitlines()
+    forged = {**json.loads(lines[0]), "hash": "f" * 64}
+    heads.write_text("\n".join([json.dumps(forged), lines[1]]))
+    found = flexgate("audit", "verify", "--heads", str(heads))
+    assert found.exit_code == 1
+    assert f"does not contain the entry {forged['sequence']}" in found.stderr
+
+
+def test_what_is_no_head_is_refused(flexgate: Run, heads: Path) -> None:
+    heads.write_text("{}\n")
+    found = flexgate("audit", "verify", "--heads", str(heads))
+    assert found.exit_code == 1
+    assert "not a head" in found.stderr

@@ -1,0 +1,127 @@
+"""`flexgate policy`: files are checked strictly, compared, applied whole, exported, simulated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from flexgate.policies.store import Store
+
+Run = Callable[..., Any]
+FORMAT = "format: flexgate-policy/v1\n"
+PROPOSAL = FORMAT + "tenants:\n- {id: t, name: t, expert_ids: [math]}\n"
+
+
+def test_an_export_applied_again_changes_nothing(flexgate: Run, policy_file: Run) -> None:
+    exported = flexgate("policy", "export")
+    assert exported.exit_code == 0
+    content = yaml.safe_load(exported.output)
+    assert [tenant["id"] for tenant in content["tenants"]] == ["t", "u"]
+    assert content["hidden_experts"] == ["secret"]
+    path = policy_file(exported.output)
+    assert flexgate("policy", "check", path).exit_code == 0
+    assert flexgate("policy", "diff", path, "--prune").exit_code == 0
+    assert flexgate("policy", "simulate", path).exit_code == 0
+
+
+def test_diff_and_dry_run_change_nothing_and_apply_does(flexgate: Run, policy_file: Run, real_store: Store) -> None:
+    path, version = policy_file(PROPOSAL), real_store.version()
+    found = flexgate("policy", "diff", path)
+    assert found.exit_code == 3
+    assert found.output.splitlines()[1].split() == ["change", "tenant", "t", "expert_ids"]
+    assert flexgate("policy", "apply", path, "--dry-run").exit_code == 0
+    assert real_store.version() == version
+    applied = flexgate("policy", "apply", path, "--json")
+    assert applied.exit_code == 0
+    assert json.loads(applied.output)[0]["after"]["expert_ids"] == ["math"]
+    assert real_store.version() == version + 1
+    assert real_store.audit_log(after=real_store.audit_head().sequence - 1)[0].actor.startswith("cli:")
+    assert flexgate("policy", "diff", path).exit_code == 0
+
+
+def test_prune_archives_what_the_file_lacks(flexgate: Run, policy_file: Run) -> None:
+    found = flexgate("policy", "diff", policy_file(PROPOSAL), "--prune", "--json")
+    changes = {change["id"]: change for change in json.loads(found.output)}
+    assert changes["u"]["after"]["archived"] is True
+    assert changes["a-news"]["after"] is None
+
+
+def test_explain_says_why_and_what_would_change_it(flexgate: Run) -> None:
+    said = flexgate("policy", "explain", "t").output.splitlines()
+    assert said[1].split() == ["public", "allowed", "by", "anchor"]
+    assert said[2].split() == ["news", "allowed", "by", "agreement/a-news@1"]
+    assert "math    excluded  Expert 'math' is not on this project's allow list. An administrator adding it" in said[3]
+    assert "secret" not in "".join(said)
+    found = json.loads(flexgate("policy", "explain", "t", "--json").output)
+    assert found[2]["reason"]["code"] == "not_in_allow_list"
+
+
+def test_simulate_says_who_gains_and_loses(flexgate: Run, policy_file: Run) -> None:
+    found = flexgate("policy", "simulate", policy_file(PROPOSAL))
+    assert found.exit_code == 3
+    assert found.output.splitlines()[1].split() == ["t", "anything", "math", "news"]
+    new = PROPOSAL + "- {id: v, name: v, mode: deny_list, purposes: [search]}\n"
+    rows = json.loads(flexgate("policy", "simulate", policy_file(new), "--json").output)
+    gained = {(row["project_id"], row["purpose"]): row["gained"] for row in rows}
+    assert gained[("v", "search")] == ["public", "news", "math"]
+    archived = FORMAT + "tenants:\n- {id: t, name: t, archived: true}\n"
+    found = flexgate("policy", "simulate", policy_file(archived))
+    assert "everything: refused from then on" in found.output
+
+
+def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
+    published = json.loads(flexgate("policy", "schema").output)
+    assert published["additionalProperties"] is False
+    assert {"format", "tenants", "agreements", "expert_sets", "hidden_experts"} == published["properties"].keys()
+    assert published["$defs"]["Tenant"]["additionalProperties"] is False
+    TypeAdapter(dict[str, Any]).validate_python(published)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "the file: Input should be a valid dictionary"),
+        ("format: [", "while parsing"),
+        ("format: flexgate-policy/v2", "format: Input should be 'flexgate-policy/v1'"),
+        (FORMAT + "tenant: []", "tenant: Extra inputs are not permitted"),
+        (FORMAT + "tenants: []\ntenants: []", "'tenants' is there twice"),
+        (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not used in policy files"),
+        (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "tenants: 'x' is there twice"),
+        (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "there is no expert 'zzz'"),
+        (FORMAT + "tenants: !!python/object:os.system {}", "could not determine a constructor"),
+        (FORMAT + "tenants: [{id: x, name: x, regions: [XX]}]", "tenants.0.regions.0: 'XX' is not a region"),
+        ("\x00", "unacceptable character"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(
+    flexgate: Run, policy_file: Run, real_store: Store, content: str, said: str
+) -> None:
+    version = real_store.version()
+    for command in ("diff", "apply", "simulate"):
+        found = flexgate("policy", command, policy_file(content))
+        assert found.exit_code == 1
+        assert said in found.stderr
+        assert len(found.stderr.splitlines()) == 1
+    assert real_store.version() == version
+
+
+def test_yaml_does_not_turn_norway_into_false(flexgate: Run, policy_file: Run) -> None:
+    path = policy_file(FORMAT + "tenants: [{id: t, name: t, expert_ids: [news, secret], regions: [NO, DE]}]")
+    assert flexgate("policy", "apply", path).exit_code == 0
+    assert "- 'NO'" in flexgate("policy", "export").output
+
+
+def test_a_file_may_come_through_a_pipe(flexgate: Run) -> None:
+    assert flexgate("policy", "diff", "-", stdin=PROPOSAL).exit_code == 3
+
+
+@pytest.mark.parametrize("arguments", [("policy", "explain", "zzz"), ("policy", "diff", "/nowhere.yaml")])
+def test_what_does_not_exist_is_one_sentence(flexgate: Run, arguments: tuple[str, ...]) -> None:
+    found = flexgate(*arguments)
+    assert found.exit_code == 1
+    assert len(found.stderr.splitlines()) == 1

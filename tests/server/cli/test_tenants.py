@@ -1,0 +1,84 @@
+"""`flexgate tenants`: a tenant's life without a server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from flexgate.policies.store import Store
+from flexgate.server.auth import KeyRevoked, KeyWrong, authenticate
+
+Run = Callable[..., Any]
+
+
+def test_a_tenants_life(flexgate: Run, real_store: Store) -> None:
+    project = flexgate("tenants", "create", "Acme").output.strip()
+    assert project.startswith("proj_")
+    secret = flexgate("tenants", "create-key", project, "robot", "--expires-in-days", "30").output.strip()
+    principal = authenticate(real_store.snapshot(), f"Bearer {secret}", 5.0)
+    assert principal.tenant_id == project
+    assert flexgate("tenants", "permit", project, "news", "math").exit_code == 0
+    assert real_store.snapshot().tenants[project].named == {"news", "math"}
+    assert flexgate("tenants", "permit", project, "--mode", "deny_list").exit_code == 0
+    shown = json.loads(flexgate("tenants", "show", project).output)
+    assert (shown["mode"], shown["expert_ids"]) == ("deny_list", [])
+    (key,) = shown["keys"]
+    assert secret not in json.dumps(shown)
+    assert flexgate("tenants", "revoke-key", project, key["id"]).exit_code == 0
+    with pytest.raises(KeyRevoked):
+        authenticate(real_store.snapshot(), f"Bearer {secret}", 9e9)
+    assert flexgate("tenants", "archive", project).exit_code == 0
+    with pytest.raises(KeyWrong):
+        authenticate(real_store.snapshot(), f"Bearer {secret}", 9e9)
+    assert project not in flexgate("tenants", "list").output
+    assert f"{project}  Acme (archived)" in flexgate("tenants", "list", "--archived").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("show", "zzz"), "there is no project 'zzz'"),
+        (("permit", "t", "zzz"), "there is no expert 'zzz'"),
+        (("permit", "t", "public"), "'public' is always listed"),
+        (("revoke-key", "t", "key_zzz"), "there is no key 'key_zzz' in this project"),
+        (("create", ""), "at least 1 character"),
+        (("archive", "zzz"), "there is no project 'zzz'"),
+    ],
+)
+def test_refusals_are_one_sentence(flexgate: Run, arguments: tuple[str, ...], said: str) -> None:
+    found = flexgate("tenants", *arguments)
+    assert found.exit_code == 1
+    assert said in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_no_database_is_made_by_looking_at_one(flexgate: Run, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/nothing.db"
+    found = flexgate("tenants", "list", "--database-url", url)
+    assert found.exit_code == 1
+    assert "the server's first start makes it" in found.stderr
+    assert not (tmp_path / "nothing.db").exists()
+
+
+@pytest.mark.parametrize(("revision", "said"), [("0003", "start this version's server"), ("9999", "newer version")])
+def test_a_store_of_another_version_is_left_alone(flexgate: Run, real_store: Store, revision: str, said: str) -> None:
+    with real_store.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = :r"), {"r": revision})
+    found = flexgate("tenants", "create", "Acme")
+    assert found.exit_code == 1
+    assert said in found.stderr
+
+
+def test_the_commands_of_the_store_do_not_import_vllm() -> None:
+    code = (
+        "import sys; import flexgate.server.cli_{0}; assert not {{'vllm', 'torch', 'transformers'}} & set(sys.modules)"
+    )
+    for name in ("policy", "tenants", "audit"):
+        subprocess.run([sys.executable, "-c", code.format(name)], check=True, cwd="/")
