@@ -57,5 +57,11 @@ def check_arguments(
         raise KernelArgumentError("mass_TE and chosen_T are accumulated in place and must be contiguous")
 
 
+def empty_results(router_logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """weights_TK and ids_TK, not written yet."""
+    weights_TK = router_logits_TE.new_empty((router_logits_TE.shape[0], top_k))
+    return weights_TK, torch.empty_like(weights_TK, dtype=torch.int32)
+
+
 def _wrong(name: str, tensor: Tensor, expected: str) -> KernelArgumentError:
     return KernelArgumentError(f"{name} must be {expected}, got {tensor.dtype} {list(tensor.shape)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexgate.kernels.gated_topk.contract import empty_results
 from flexgate.kernels.gated_topk.vectorised import gated_topk_vectorised
 
 _log = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ def gated_topk_cpu(
     # The name keeps a copy alive for as long as its address is in use.
     bias_E = None if bias_E is None else bias_E.contiguous()
     prob_TE = torch.empty_like(logits_TE)
-    weights_TK = logits_TE.new_empty((tokens, top_k))
-    ids_TK = torch.empty_like(weights_TK, dtype=torch.int32)
+    weights_TK, ids_TK = empty_results(logits_TE, top_k)
     gate, prob = gate_T.data_ptr(), prob_TE.data_ptr()
     bias = None if bias_E is None else bias_E.data_ptr()
     shift(logits_TE.data_ptr(), gate, bias, prob, tokens, slots)

@@ -13,12 +13,11 @@ Shape suffixes: B tokens of one program, S slots padded to a power of two, T tok
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexgate.kernels.gated_topk.contract import FILL_FIRST, MASS_SCALE
+from flexgate.kernels.gated_topk.contract import FILL_FIRST, MASS_SCALE, empty_results
 
 _MASS_SCALE: tl.constexpr = tl.constexpr(float(MASS_SCALE))
 _FILL_FIRST: tl.constexpr = tl.constexpr(FILL_FIRST)
@@ -117,8 +116,7 @@ def launch_gated_topk(
     """Launch `kernel` (the compiled one, or its interpreted twin) over all tokens."""
     tokens, slots = router_logits_TE.shape
     logits_TE, gate_T = router_logits_TE.contiguous(), gate_T.contiguous()
-    weights_TK = logits_TE.new_empty((tokens, top_k))
-    ids_TK = torch.empty_like(weights_TK, dtype=torch.int32)
+    weights_TK, ids_TK = empty_results(logits_TE, top_k)
     if tokens == 0:
         return weights_TK, ids_TK
     block_E = triton.next_power_of_2(slots)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_topk.contract import Fill, check_arguments, encode_fill
+from flexgate.kernels.gated_topk.contract import Fill, check_arguments, empty_results, encode_fill
 from flexgate.kernels.gated_topk.cpu import gated_topk_cpu
 
 _LIBRARY = torch.library.Library("flexgate", "FRAGMENT")
@@ -60,9 +60,7 @@ def _fake(
     renormalize: bool,  # noqa: ARG001
     fill: int,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    tokens = router_logits_TE.shape[0]
-    weights_TK = router_logits_TE.new_empty((tokens, top_k))
-    return weights_TK, torch.empty_like(weights_TK, dtype=torch.int32)
+    return empty_results(router_logits_TE, top_k)
 
 
 _LIBRARY.impl("gated_topk", gated_topk_cpu, "CPU")

@@ -18,7 +18,7 @@ from flexgate.experts.layout import (
     Architecture,
     expected_shapes,
 )
-from flexgate.server.engine.gates import MAX_SLOTS
+from flexgate.kernels.gated_topk import MAX_SLOTS
 
 MANIFEST_NAME = "flexgate.json"
 PUBLIC_EXPERT = "public"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind
 
+from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.gates import (
     GATE_ARG,
     Gate,
@@ -24,7 +25,6 @@ from flexgate.server.engine.gates import (
 )
 from flexgate.server.engine.scheduler import GATE_EXPIRED, USAGE_KEY
 from flexgate.server.engine.seam import EngineCoreOutput, take_output_extras
-from flexgate.server.engine.usage import MASS_SCALE
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput

@@ -9,11 +9,17 @@ import logging
 import os
 import time
 
-from flexgate.server.engine.gates import GATE_ARG, Gate, GateError, SealKey, check, open_seal
+from flexgate.server.engine.gates import (
+    GATE_ARG,
+    SEAL_KEY_VARIABLE,
+    Gate,
+    GateError,
+    SealKey,
+    check,
+    open_seal,
+)
 from flexgate.server.engine.seam import EngineCoreRequest
 from flexgate.server.engine.slots import SlotTable
-
-SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"
 
 logger = logging.getLogger(__name__)
 

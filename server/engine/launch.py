@@ -15,7 +15,7 @@ from flexgate.server.engine.checkpoint import (
     read_checkpoint,
     require_finite,
 )
-from flexgate.server.engine.gates import SealKey, new_seal_key
+from flexgate.server.engine.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_key
 from flexgate.server.engine.memory import SlotPlan, kv_bytes_of_one_request, plan_slots
 from flexgate.server.engine.requirements import require_servable
 from flexgate.server.engine.slots import SlotTable
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from flexgate.server.engine.client import ExpertInfo, GatedEngineClient
 
 CPU_KV_BYTES = 1 << 30
-SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"
 
 Stage = Callable[[str, int, int], None]  # (what is happening, done, total); total 0: unknown
 

@@ -5,8 +5,8 @@ All sizes are in bytes per rank.
 
 from dataclasses import dataclass
 
+from flexgate.kernels.gated_topk import MAX_SLOTS
 from flexgate.server.engine.checkpoint import Checkpoint, CheckpointError
-from flexgate.server.engine.gates import MAX_SLOTS
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 CPU_KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; a request holds whole blocks

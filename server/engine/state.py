@@ -44,7 +44,7 @@ class GateState(torch.nn.Module):
 
     Buffers (addresses never change, for CUDA graphs and torch.compile):
         gate_T: int64 bitmask of allowed slots per token.
-        mass_TE: int64 routing weight per token, summed over layers, in 1/2**32.
+        mass_TE: int64 routing weight per token, summed over layers, in 1/MASS_SCALE.
         chosen_T: int64 bitmask of slots chosen in at least one layer.
     """
 

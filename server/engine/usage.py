@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MASS_SCALE = 1 << 32  # fixed point: one whole routing weight in one layer
-
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -28,7 +26,7 @@ class StepUsage:
         request_ids: the step's requests, R long.
         first_R: first position counted now (earlier ones of the step were counted before).
         count_R: how many positions are counted now.
-        mass_RE: routing weight over layers and counted positions, in 1/2**32.
+        mass_RE: routing weight over layers and counted positions, in 1/MASS_SCALE.
         tokens_RE: counted positions where the slot was chosen in at least one layer.
     """
 
