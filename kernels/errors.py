@@ -1,8 +1,9 @@
 """What the kernels raise.
 
 KernelError
-├── KernelArgumentError   the caller passed something that the operation does not take (also a ValueError)
-└── KernelConfigError     a committed tile configuration is missing or does not fit (also a ValueError)
+├── KernelArgumentError     the caller passed something that the operation does not take (also a ValueError)
+├── KernelConfigError       a committed tile configuration is missing or does not fit (also a ValueError)
+└── KernelUnavailableError  this machine cannot run the kernels (also a RuntimeError)
 """
 
 
@@ -16,3 +17,7 @@ class KernelArgumentError(KernelError, ValueError):
 
 class KernelConfigError(KernelError, ValueError):
     """No tile configuration serves this shape, or the one found contradicts the kernel's contract."""
+
+
+class KernelUnavailableError(KernelError, RuntimeError):
+    """The device or the installation cannot run an operator."""

@@ -49,6 +49,7 @@ def serve(
     kv_cache_memory_bytes: Annotated[int | None, _option("kv_cache_memory_bytes")] = None,
     tensor_parallel_size: Annotated[int | None, _option("tensor_parallel_size")] = None,
     enable_expert_parallel: Annotated[bool | None, _option("enable_expert_parallel")] = None,
+    moe_kernels: Annotated[str | None, _option("moe_kernels")] = None,
     enforce_eager: Annotated[bool | None, _option("enforce_eager")] = None,
     max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
     max_n: Annotated[int | None, _option("max_n")] = None,

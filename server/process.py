@@ -226,6 +226,7 @@ def _engine_settings(settings: Settings, model: Path) -> EngineSettings:
         enforce_eager=settings.enforce_eager or settings.demo,
         tensor_parallel_size=settings.tensor_parallel_size,
         enable_expert_parallel=settings.enable_expert_parallel,
+        moe_kernels=settings.moe_kernels,
         shutdown_timeout=settings.drain_seconds,
     )
 

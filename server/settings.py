@@ -74,6 +74,9 @@ class Settings(StoreSettings):
     enable_expert_parallel: Annotated[
         bool, Field(description="Deal whole experts out to the ranks instead of splitting each.")
     ] = False
+    moe_kernels: Annotated[
+        Literal["flexgate", "vllm"], Field(description="What computes the experts; refused where it cannot run.")
+    ] = "vllm"
     enforce_eager: Annotated[bool, Field(description="Do not compile: starts sooner, decodes slower.")] = False
     max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8

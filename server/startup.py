@@ -72,20 +72,13 @@ def summary(planned: LaunchPlan, client: GatedEngineClient, address: str, admin_
             f"= {human(slots.held * slots.slot_bytes)}, "
             f"KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}",
         ),
-        ("kernels", kernels()),
+        ("kernels", client.kernels),
         ("address", address),
     ):
         rows.add_row(Text(name, style="bold"), Text(value))
     if admin_key is None:
         return Group(rows)
     return Group(rows, Text(f"first admin key, shown only now: {admin_key}", style="bold yellow"))
-
-
-def kernels() -> str:
-    """Which kernels compute the gate here."""
-    import torch
-
-    return "Triton" if torch.cuda.is_available() else "CPU"
 
 
 def expected_failures() -> tuple[type[Exception], ...]:

@@ -1,5 +1,11 @@
-from flexgate.kernels.gated_experts.op import gated_experts
+from flexgate.kernels.gated_experts.op import gated_experts, gated_experts_implementation
 from flexgate.kernels.gated_experts.plan import RoutingPlan, routing_plan_reference
 from flexgate.kernels.gated_experts.reference import gated_experts_reference
 
-__all__ = ["RoutingPlan", "gated_experts", "gated_experts_reference", "routing_plan_reference"]
+__all__ = [
+    "RoutingPlan",
+    "gated_experts",
+    "gated_experts_implementation",
+    "gated_experts_reference",
+    "routing_plan_reference",
+]

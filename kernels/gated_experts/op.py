@@ -4,15 +4,17 @@ Shape suffixes: T tokens, E expert slots, K chosen experts, H hidden, F expert i
 """
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexgate.kernels.errors import KernelArgumentError
+from flexgate.kernels.errors import KernelArgumentError, KernelUnavailableError
 from flexgate.kernels.gated_experts.contract import check_arguments
 from flexgate.kernels.gated_experts.reference import gated_experts_reference
 
+_LEAST_CAPABILITY = (8, 0)
 _LIBRARY = torch.library.Library("flexgate", "FRAGMENT")
 _LIBRARY.define(
     "gated_experts(Tensor x_TH, Tensor w13_EGH, Tensor w2_EHF, Tensor weights_TK, Tensor ids_TK, "
@@ -41,6 +43,22 @@ def gated_experts(
         raise KernelArgumentError(f"out_TH must be contiguous {x_TH.dtype} {list(x_TH.shape)}")
     _OPERATOR(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK, out_TH)
     return out_TH
+
+
+def gated_experts_implementation(device: torch.device) -> str:
+    """What computes the operator on `device`, in a few words; raises KernelUnavailableError where nothing can."""
+    if device.type == "cpu":
+        return "torch reference"
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise KernelUnavailableError(f"{device} is neither an NVIDIA GPU nor a CPU")
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise KernelUnavailableError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}; bfloat16 matrix products need 8.0"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise KernelUnavailableError("Triton is not installed; torch for CUDA brings it along")
+    return f"Triton on {name}"
 
 
 def _cpu(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: Tensor, ids_TK: Tensor, out_TH: Tensor) -> None:

@@ -12,21 +12,27 @@ Two of the interpreter's operations are replaced, so that it computes what the k
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 from triton.language import core
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from flexgate.kernels.gated_experts import kernel
-from flexgate.kernels.gated_experts.launch import Kernels
+from flexgate.kernels.gated_experts.launch import Kernels, launch_gated_experts
+from flexgate.kernels.gated_experts.tiles import tile_table
+from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
 
+_OVERRIDES = torch.library.Library("flexgate", "IMPL")
 _MODULES = (tl, core, tl.standard, tl.math, tl.random)
 
 
@@ -57,6 +63,28 @@ def interpreted_experts() -> Kernels:
         programs=3,
         use_tma=True,
     )
+
+
+def interpret_operators() -> Counter[str]:
+    """Make both operators compute CPU tensors with the interpreted kernels, in this process and for good.
+
+    Returns how often each operator has been called since; it grows with every call.
+    """
+    calls: Counter[str] = Counter()
+    routing, kernels = Interpreted(gated_topk_kernel), interpreted_experts()
+
+    def topk(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls["gated_topk"] += 1
+        return launch_gated_topk(routing, *arguments)
+
+    def experts(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, *routed: Tensor) -> None:
+        calls["gated_experts"] += 1
+        table = tile_table(x_TH.shape[1], w2_EHF.shape[2], str(x_TH.dtype).removeprefix("torch."), "interpreter")
+        launch_gated_experts(kernels, table.choose(len(x_TH)), x_TH, w13_EGH, w2_EHF, *routed)
+
+    _OVERRIDES.impl("gated_topk", topk, "CPU", allow_override=True)
+    _OVERRIDES.impl("gated_experts", experts, "CPU", allow_override=True)
+    return calls
 
 
 class _Twin(InterpretedFunction):

@@ -147,6 +147,7 @@ class GatedEngineClient:
         self._layers = int(engine.model_config.hf_config.num_hidden_layers)
         self._ready = False
         self.weights_epoch = 1
+        self.kernels = ""  # what computes the experts, as every rank reported it
         take_output_extras(engine, self._take)
 
     # What flexgate's own routes ask.

@@ -22,6 +22,8 @@ class RankReport(TypedDict):
     hook: str
     moe_layers: int
     monolithic: bool
+    moe_kernels: str
+    computed_by: str
     slots: dict[str, Any]
     slots_here: list[int]
     zero_slot: bool
@@ -32,6 +34,7 @@ def report_rank(worker: Any) -> RankReport:
     """Look at what ``worker`` really holds, not at what it was asked to hold."""
     model = worker.model_runner.get_model()
     layers = model.moe_layers()
+    choices, programs = zip(*(layer.kernels for layer in layers), strict=True)
     if worker.use_v2_model_runner:
         hook = type(worker.model_runner.model_state).__name__
     else:
@@ -43,6 +46,8 @@ def report_rank(worker: Any) -> RankReport:
         hook=hook,
         moe_layers=len(layers),
         monolithic=any(layer.is_monolithic for layer in layers),
+        moe_kernels=_one(choices),
+        computed_by=_one(programs),
         slots=model.gates.table.to_config(),
         slots_here=layers[0].slots_here(),
         zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
@@ -55,6 +60,16 @@ def key_digest(key: bytes) -> str:
     return hashlib.sha256(b"seal-key\0" + key).hexdigest()
 
 
+def describe_kernels(reports: Sequence[RankReport]) -> str:
+    """What computes the experts on all ranks, for the start-up summary."""
+    return _one([f"{report['moe_kernels']} ({report['computed_by']})" for report in reports])
+
+
+def _one(values: Sequence[str]) -> str:
+    """The value that all share; where they differ, every one of them, which matches no expectation."""
+    return " + ".join(sorted(set(values)))
+
+
 def verify(
     reports: Sequence[object],
     *,
@@ -62,6 +77,7 @@ def verify(
     table: SlotTable,
     layers: int,
     key: bytes,
+    moe_kernels: str,
     expert_parallel: bool = False,
 ) -> None:
     """Compare every rank's report with what the launcher asked for.
@@ -78,6 +94,7 @@ def verify(
         "model": "flexgate.server.engine.model.GatedFlexOlmoForCausalLM",
         "moe_layers": layers,
         "monolithic": False,
+        "moe_kernels": moe_kernels,
         "slots": table.to_config(),
         "zero_slot": True,
         "key_digest": key_digest(key),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgate.server.engine.capabilities import refuse_environment, refuse_untried
+from flexgate.server.engine.capabilities import RefusedConfigurationError, refuse_environment, refuse_untried
 from flexgate.server.engine.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flexgate.server.engine.client import ExpertInfo, GatedEngineClient
 
 CPU_KV_BYTES = 1 << 30
+MOE_KERNELS = ("flexgate", "vllm")
+MOE_KERNELS_KEY = "flexgate_moe_kernels"  # key of vLLM's ``additional_config``
 
 Stage = Callable[[str, int, int], None]  # (what is happening, done, total); total 0: unknown
 
@@ -44,6 +46,7 @@ class EngineSettings:
         max_model_len: tokens per request; None for the model's own limit.
         enforce_eager: no torch.compile and no CUDA graphs.
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
+        moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
         check_weights: read every tensor once and refuse NaN and infinity.
     """
 
@@ -58,6 +61,7 @@ class EngineSettings:
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    moe_kernels: str = "vllm"
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     check_weights: bool = True
@@ -84,9 +88,10 @@ def plan(settings: EngineSettings) -> LaunchPlan:
 
     Raises:
         CheckpointError: the model directory cannot be served, in one sentence.
-        RefusedConfigurationError: the environment would open the engine.
+        RefusedConfigurationError: the environment would open the engine, or the kernels asked for cannot run.
     """
     refuse_environment()
+    refuse_missing_kernels(settings.moe_kernels)
     if not settings.model.is_dir():
         raise CheckpointError(f"{settings.model} is not a directory")
     checkpoint = read_checkpoint(settings.model)
@@ -104,6 +109,22 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         expert_parallel=settings.enable_expert_parallel,
     )
     return LaunchPlan(settings, checkpoint, slots, dtype)
+
+
+def refuse_missing_kernels(moe_kernels: str) -> None:
+    """Refuse kernels that cannot run here; others are never put in their place."""
+    if moe_kernels not in MOE_KERNELS:
+        raise RefusedConfigurationError(f"--moe-kernels {moe_kernels}: use {' or '.join(MOE_KERNELS)}")
+    if moe_kernels == "flexgate":
+        import torch
+
+        from flexgate.kernels.errors import KernelUnavailableError
+        from flexgate.kernels.gated_experts import gated_experts_implementation
+
+        try:
+            gated_experts_implementation(torch.device("cpu" if on_cpu() else "cuda"))
+        except KernelUnavailableError as error:
+            raise RefusedConfigurationError(f"--moe-kernels flexgate: {error}") from error
 
 
 @asynccontextmanager
@@ -188,7 +209,9 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "enable_log_requests": False,
         "worker_cls": "flexgate.server.engine.worker.GatedWorker",
         "scheduler_cls": f"flexgate.server.engine.scheduler.{scheduler}",
-        "additional_config": planned.table.to_config(),
+        # The one of vLLM's CUDA backends that leaves weights as hot-add writes them.
+        "moe_backend": "auto" if on_cpu() else "triton",
+        "additional_config": planned.table.to_config() | {MOE_KERNELS_KEY: settings.moe_kernels},
     }
     return AsyncEngineArgs(**(arguments | tuning)).create_engine_config()
 
@@ -220,7 +243,7 @@ def _available_bytes(settings: EngineSettings) -> int:
 async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngineClient":
     from flexgate.server.engine.canary import sing
     from flexgate.server.engine.client import GatedEngineClient
-    from flexgate.server.engine.handshake import verify
+    from flexgate.server.engine.handshake import describe_kernels, verify
 
     reports = await engine.collective_rpc("flexgate_handshake")
     verify(
@@ -230,8 +253,10 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngine
         layers=planned.checkpoint.architecture.num_hidden_layers,
         key=key,
         expert_parallel=planned.settings.enable_expert_parallel,
+        moe_kernels=planned.settings.moe_kernels,
     )
     client = GatedEngineClient(engine, key=key, experts=_expert_infos(planned), slots=planned.slots.slots)
+    client.kernels = describe_kernels(reports)
     await sing(engine, client)
     client.mark_ready()
     return client

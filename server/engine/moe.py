@@ -16,6 +16,7 @@ from torch.nn import functional
 from vllm.config import get_current_vllm_config
 
 from flexgate.kernels.gated_topk import Fill, gated_topk
+from flexgate.server.engine.moe_kernels import Pack, chosen_routed_experts, held_kernels, pack_of
 from flexgate.server.engine.seam import BaseRouter, FusedMoEFactory, RoutingMethodType
 from flexgate.server.engine.state import GateState
 
@@ -123,6 +124,7 @@ class GatedMoE(nn.Module):
             quant_config=quant_config,
             router=self.router,
             num_expert_group=max(2, ranks),  # vLLM deals out experts of a grouped model only
+            routed_experts_cls=chosen_routed_experts(),
             prefix=f"{prefix}.experts",
         )
         if reserved:
@@ -149,6 +151,16 @@ class GatedMoE(nn.Module):
         if self.router.zero_slot != here or experts.local_num_experts != here + 1:
             return False
         return not (experts.w13_weight[here].any() or experts.w2_weight[here].any())
+
+    @property
+    def kernels(self) -> tuple[str, str]:
+        """(``--moe-kernels`` choice, what computes) that this layer really holds."""
+        return held_kernels(self.experts.routed_experts)
+
+    @property
+    def pack(self) -> Pack:
+        """How one expert lies in a slot of this layer."""
+        return pack_of(self.experts.routed_experts)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Combine the allowed experts' outputs, [T, H]."""

@@ -19,15 +19,32 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     Where outputs of the engine core reach the API process, one per request and step.
 ``EngineCoreOutput.kv_transfer_params`` (vllm/v1/engine/__init__.py)
     A free-form dictionary that rides on each output; flexgate refuses KV connectors, whose it is.
+``RoutedExperts._get_quant_method`` (vllm/model_executor/layers/fused_moe/routed_experts.py)
+    Where a layer of experts gets the method that holds and applies its weights.
+``UnquantizedFusedMoEMethod.unquantized_backend / experts_cls`` (…/unquantized_fused_moe_method.py)
+    The backend decides the layout of the weights in memory, the class what computes with them.
+``FusedMoEExpertsModular`` (…/modular_kernel.py), ``TopKWeightAndReduceNoOP`` (…/topk_weight_and_reduce.py)
+    What computes with routed tokens, between vLLM's dispatch and its reduction.
+``CPUUnquantizedExperts._use_zentorch / isa``, ``cpu_prepack_moe_weight`` (…/experts/cpu_moe.py, vllm/_custom_ops.py)
+    How vLLM's CPU kernel lays out one expert; a slot written while the engine runs has to look the same.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import vllm
+from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat, FusedMoEExpertsModular
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -43,19 +60,29 @@ __all__ = [
     "AsyncModelRunnerOutput",
     "AsyncScheduler",
     "BaseRouter",
+    "CPUUnquantizedExperts",
     "DefaultModelState",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
     "FinishReason",
+    "FusedMoEActivationFormat",
+    "FusedMoEExpertsModular",
     "FusedMoEFactory",
+    "MoEActivation",
     "ModelRunnerOutput",
     "Request",
     "RequestStatus",
+    "RoutedExperts",
     "RoutingMethodType",
     "Scheduler",
     "SchedulerOutput",
+    "TopKWeightAndReduceNoOP",
+    "TritonExperts",
+    "UnquantizedFusedMoEMethod",
+    "UnquantizedMoeBackend",
     "UntestedVersionError",
+    "cpu_prepack_moe_weight",
     "guard_requests",
     "require_tested_version",
     "take_output_extras",

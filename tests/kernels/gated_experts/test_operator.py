@@ -11,14 +11,33 @@ import torch
 from torch import Tensor
 
 import flexgate.kernels.gated_experts as package
-from flexgate.kernels.errors import KernelArgumentError
-from flexgate.kernels.gated_experts import gated_experts, gated_experts_reference
+from flexgate.kernels.errors import KernelArgumentError, KernelUnavailableError
+from flexgate.kernels.gated_experts import gated_experts, gated_experts_implementation, gated_experts_reference
 
 NAMES = ("x_TH", "w13_EGH", "w2_EHF", "weights_TK", "ids_TK")
 
 
 def test_public_names() -> None:
-    assert package.__all__ == ["RoutingPlan", "gated_experts", "gated_experts_reference", "routing_plan_reference"]
+    assert package.__all__ == [
+        "RoutingPlan",
+        "gated_experts",
+        "gated_experts_implementation",
+        "gated_experts_reference",
+        "routing_plan_reference",
+    ]
+
+
+def test_what_computes_is_named_and_what_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gated_experts_implementation(torch.device("cpu")) == "torch reference"
+    with pytest.raises(KernelUnavailableError, match="meta is neither an NVIDIA GPU nor a CPU"):
+        gated_experts_implementation(torch.device("meta"))
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    assert gated_experts_implementation(torch.device("cuda")) == "Triton on NVIDIA H200"
+    capability[0] = (7, 5)
+    with pytest.raises(KernelUnavailableError, match=r"compute capability 7\.5; bfloat16 matrix products need 8\.0"):
+        gated_experts_implementation(torch.device("cuda"))
 
 
 def test_cpu_operator_is_the_reference_and_fills_the_output_it_is_given(layer: Any) -> None:

@@ -65,7 +65,7 @@ def test_an_allowed_expert_does_change_the_answer(engine: ScriptedEngine) -> Non
 
 
 def test_exclusion_equals_removal_with_slots_compacted(
-    engine: ScriptedEngine, checkpoint: Path, tmp_path: Path
+    engine: ScriptedEngine, moe_kernels: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     kept = [0, 2, 3]
     script = [ask for ask in mixed_script() if 1 not in ask.gate]
@@ -73,7 +73,7 @@ def test_exclusion_equals_removal_with_slots_compacted(
     engine.reset_cache()
     masked = engine.run(script)
     reduced = rewrite(checkpoint, tmp_path, kept)
-    with scripted_engine(EngineScript(reduced, max_experts=3)) as other:
+    with scripted_engine(EngineScript(reduced, max_experts=3, settings={"moe_kernels": moe_kernels})) as other:
         removed = other.run(compact)
     assert all(same_bits(one, two) for one, two in zip(masked, removed, strict=True))
 

@@ -44,6 +44,10 @@ TIGHT = EngineScript(
 )
 
 
+def tight_script(model: Path, **settings: Any) -> EngineScript:
+    return replace(TIGHT, model=model, settings=TIGHT.settings | settings)
+
+
 def assert_crowd_equals_solo(tight: ScriptedEngine, roomy: ScriptedEngine) -> None:
     together = tight.run(crowd())
     assert tight.call("preemptions") > 0
@@ -70,10 +74,9 @@ def assert_counted_once(ask: Ask, answer: Answer) -> None:
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
-    engine: ScriptedEngine, checkpoint: Path, asynchronous: bool
+    engine: ScriptedEngine, moe_kernels: str, checkpoint: Path, asynchronous: bool
 ) -> None:
-    script = replace(TIGHT, model=checkpoint)
-    script = replace(script, settings=script.settings | {"async_scheduling": asynchronous})
+    script = tight_script(checkpoint, async_scheduling=asynchronous, moe_kernels=moe_kernels)
     with scripted_engine(script) as tight:
         assert_crowd_equals_solo(tight, engine)
 
@@ -101,8 +104,8 @@ def test_other_dimensions_equal_transformers_under_every_kind_of_gate(tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def runner_v2(checkpoint: Path) -> Iterator[ScriptedEngine]:
-    script = replace(TIGHT, model=checkpoint, interpret_triton=True)
+def runner_v2(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngine]:
+    script = replace(tight_script(checkpoint, moe_kernels=moe_kernels), interpret_triton=True)
     with scripted_engine(script) as running:
         yield running
 
@@ -135,16 +138,17 @@ def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine) -> None:
 
 
 @pytest.mark.slow
-def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: ScriptedEngine) -> None:
-    with scripted_engine(two_ranks(checkpoint)) as ranks:
-        assert [report["rank"] for report in ranks.call("handshake")] == [0, 1]
+def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: ScriptedEngine, moe_kernels: str) -> None:
+    with scripted_engine(two_ranks(checkpoint, moe_kernels=moe_kernels)) as ranks:
+        reports = ranks.call("handshake")
+        assert [(report["rank"], report["moe_kernels"]) for report in reports] == [(0, moe_kernels), (1, moe_kernels)]
         assert_ranks_equal_one(ranks, engine)
 
 
 @pytest.fixture(scope="module")
-def expert_parallel(checkpoint: Path) -> Iterator[ScriptedEngine]:
+def expert_parallel(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngine]:
     """Four experts and three free slots over two ranks: 0, 2, 4, 6 and 1, 3, 5."""
-    with scripted_engine(two_ranks(checkpoint, enable_expert_parallel=True)) as running:
+    with scripted_engine(two_ranks(checkpoint, enable_expert_parallel=True, moe_kernels=moe_kernels)) as running:
         yield running
 
 

@@ -26,6 +26,8 @@ def report(**changes: Any) -> dict[str, Any]:
         "hook": "GatedCPUModelRunner",
         "moe_layers": 3,
         "monolithic": False,
+        "moe_kernels": "vllm",
+        "computed_by": "CPUUnquantizedExperts",
         "slots": TABLE.to_config(),
         "slots_here": list(range(6)),
         "zero_slot": True,
@@ -35,7 +37,15 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def check(*reports: object, world_size: int = 2, expert_parallel: bool = False) -> None:
-    verify(reports, world_size=world_size, table=TABLE, layers=3, key=KEY, expert_parallel=expert_parallel)
+    verify(
+        reports,
+        world_size=world_size,
+        table=TABLE,
+        layers=3,
+        key=KEY,
+        moe_kernels="vllm",
+        expert_parallel=expert_parallel,
+    )
 
 
 def test_ranks_that_all_gate_pass() -> None:
@@ -49,6 +59,8 @@ def test_ranks_that_all_gate_pass() -> None:
         {"hook": "CPUModelRunner"},
         {"moe_layers": 2},
         {"monolithic": True},
+        {"moe_kernels": "flexgate"},
+        {"moe_kernels": "flexgate + vllm"},
         {"slots": SlotTable.of_checkpoint(5, 6).to_config()},
         {"slots_here": [0, 2, 4]},
         {"zero_slot": False},

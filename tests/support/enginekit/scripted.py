@@ -55,6 +55,7 @@ class EngineScript:
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     interpret_triton: bool = False  # lets Model Runner V2 run on CPU
+    interpret_kernels: bool = False  # our Triton kernels in place of what computes CPU tensors
 
 
 class ScriptedEngine:
@@ -174,11 +175,16 @@ class _Engine:
         planned = launch.plan(settings)
         self.key = new_seal_key()
         launch.prepare_environment(self.key, settings)
+        if script.interpret_kernels:
+            from flexgate.kernels.testing.interpreter import interpret_operators
+
+            self.kernel_calls = interpret_operators()
         from vllm.v1.engine.llm_engine import LLMEngine
 
         config = launch.engine_config(planned, **script.tuning)
         self.engine = LLMEngine.from_vllm_config(config)
         self.table = planned.table
+        self.model = script.model
         self.count = 0
         self.preempted = 0
         scheduler = self.engine.engine_core.engine_core.scheduler
@@ -213,6 +219,26 @@ class _Engine:
 
     def handshake(self) -> Any:
         return self.engine.collective_rpc("flexgate_handshake")
+
+    def calls_of_kernels(self) -> dict[str, int]:
+        """How often each interpreted operator has been called."""
+        return dict(self.kernel_calls)
+
+    def packs_like_loaded(self, slots: list[int]) -> bool:
+        """Whether each layer's `pack` of the checkpoint's tensors equals what was loaded, bit for bit."""
+        import torch
+        from safetensors.torch import load_file
+
+        stored = load_file(self.model / "model.safetensors")
+        same = []
+        for index, layer in enumerate(self._moe_layers()):
+            held = layer.experts.routed_experts
+            for slot in slots:
+                name = f"model.layers.{index}.mlp.experts.{slot}.{{}}_proj.weight"
+                gate, up, down = (stored[name.format(part)] for part in ("gate", "up", "down"))
+                w13, w2 = layer.pack(torch.cat((gate, up)), down)
+                same += [torch.equal(w13, held.w13_weight[slot]), torch.equal(w2, held.w2_weight[slot])]
+        return len(same) > 0 and all(same)
 
     def preemptions(self) -> int:
         """Preemptions since the engine started."""
@@ -253,6 +279,9 @@ class _Engine:
             self.engine.output_processor.abort_requests([request_id], internal=False)
             return str(error)
         raise RuntimeError(f"a request with a gate spoiled as {how!r} was accepted")
+
+    def _moe_layers(self) -> Any:
+        return self.engine.model_executor.driver_worker.worker.model_runner.get_model().moe_layers()
 
     def _submit(self, ask: Ask) -> str:
         from flexgate.server.engine import gates
