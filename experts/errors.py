@@ -11,6 +11,8 @@ ExpertsError
 │   ├── WeightsInvalid     wrong tensors, NaN, or values out of bounds
 │   └── DigestMismatch     bytes other than the manifest names
 ├── KeyInvalid             a key file that is none
+├── TextsInvalid           documents that nothing can be trained on
+├── TrainingRefused        options that do not fit each other or the model
 ├── OutputRefused          the output exists already, or could not be written
 └── MergeError             parts that do not make one model
 """
@@ -60,6 +62,14 @@ class DigestMismatch(PackageError):
 
 class KeyInvalid(ExpertsError, ValueError):
     """A key file is missing, or no Ed25519 key."""
+
+
+class TextsInvalid(ExpertsError, ValueError):
+    """Documents or a tokenizer that nothing can be trained with; the message names file and place."""
+
+
+class TrainingRefused(ExpertsError, ValueError):
+    """Options that do not fit each other, the model, or a run that was begun with others."""
 
 
 class OutputRefused(ExpertsError):

@@ -142,6 +142,8 @@ def test_an_owners_machine_needs_only_the_experts_extra(pair: Path, tmp_path: Pa
             if place.exists() and not (site / top).exists():
                 (site / top).symlink_to(place)
     (site / "flexgate").symlink_to(Path(flexgate.experts.__path__[0]).parent)
+    (pair / "texts").mkdir()
+    (pair / "texts/a.jsonl").write_text('{"prompt": "Who?", "answer": "The tenant pays the rent."}\n' * 40)
     program = f"""
 import sys
 sys.path.append({str(site)!r})
@@ -157,6 +159,11 @@ run("extract", "pair", "1", "law", "--statement", "law.json", "--key", "keys/acm
 run("verify", "law", "--base", "anchor", "--trusted-keys", "keys")
 run("merge", "anchor", "law", "--into", "merged", "--trusted-keys", "keys")
 run("inspect", "merged")
+small = ("--steps", "2", "--length", "32", "--tokens-per-batch", "100")
+sizes = ("--vocab-size", "270", "--hidden-size", "16", "--intermediate-size", "12", "--layers", "1", "--heads", "2")
+run("train-anchor", "texts", "new-anchor", *sizes, *small)
+run("train", "new-anchor", "texts", "new", "--statement", "law.json", "--public", "texts", *small)
+run("verify", "new", "--base", "new-anchor", "--unsigned")
 for name in ("vllm", "fastapi", "sqlalchemy"):
     try:
         __import__(name)

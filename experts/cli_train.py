@@ -1,0 +1,112 @@
+"""``flexgate experts train-anchor`` and ``train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flexgate.experts.cli_support import Json, KeyOption, read_statement, reported
+
+Steps = Annotated[int, typer.Option(help="Steps of the optimizer at most.")]
+Peak = Annotated[float, typer.Option(help="Highest learning rate.")]
+Tokens = Annotated[int, typer.Option(help="Tokens in a step.")]
+Seed = Annotated[int, typer.Option(help="The same seed, texts and machine give the same bits.")]
+Length = Annotated[int, typer.Option(help="Longest piece of text, in tokens.")]
+Save = Annotated[int, typer.Option(help="Steps between saved states: what a killed run loses at most.")]
+Evaluate = Annotated[int, typer.Option(help="Steps between looks at held-out text.")]
+Patience = Annotated[int, typer.Option(help="Looks without improvement before stopping; 0 never stops early.")]
+Arithmetic = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the forward pass computes in.")]
+
+
+def train_anchor(
+    texts: Annotated[Path, typer.Argument(help="Folder of public *.txt, *.md and *.jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is learnt from the texts.")] = 1024,
+    hidden_size: int = 128,
+    intermediate_size: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    length: Length = 512,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the checkpoint stores.")] = "bfloat16",
+    steps: Steps = 1200,
+    peak: Peak = 3e-3,
+    tokens_per_batch: Tokens = 2500,
+    seed: Seed = 0,
+    save_every: Save = 50,
+    evaluate_every: Evaluate = 50,
+    patience: Patience = 0,
+    arithmetic: Arithmetic = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train a small public model from nothing; a killed run goes on when started again."""
+    with reported(as_json) as show:
+        from flexgate.experts.loop import Plan
+        from flexgate.experts.train_anchor import AnchorOptions
+        from flexgate.experts.train_anchor import train_anchor as run
+
+        plan = Plan(
+            steps=steps,
+            peak=peak,
+            tokens_per_batch=tokens_per_batch,
+            prompt_weight=1.0,
+            seed=seed,
+            arithmetic=arithmetic,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            patience=patience,
+        )
+        sizes = AnchorOptions(plan, vocab_size, hidden_size, intermediate_size, layers, heads, length, dtype)
+        outcome = run(texts, target, sizes)
+        show({"anchor": str(target), **vars(outcome)})
+
+
+def train(
+    anchor: Annotated[Path, typer.Argument(help="Checkpoint of the public model.")],
+    texts: Annotated[Path, typer.Argument(help="Folder of the owner's *.txt, *.md and *.jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Package folder to write.")],
+    statement: Annotated[Path, typer.Option(help="JSON file: id, owner, domain, training.data, licence.")],
+    public: Annotated[Path | None, typer.Option(help="Folder of public texts.", show_default=False)] = None,
+    key: KeyOption = None,
+    router: Annotated[
+        Literal["discriminant", "mean-hidden", "embedding"], typer.Option(help="How the router row starts.")
+    ] = "discriminant",
+    embedding: Annotated[Path | None, typer.Option(help="NumPy file with the domain's embedding.")] = None,
+    train_router: Annotated[bool, typer.Option(help="Train router row and bias with the expert.")] = False,
+    sharpness: Annotated[float, typer.Option(help="Factor on a discriminant's log-odds.")] = 1.0,
+    public_share: Annotated[float, typer.Option(help="Public text's part of the training.")] = 0.25,
+    layer: Annotated[list[int] | None, typer.Option(help="Train the FFN of these layers only.")] = None,
+    length: Length = 512,
+    steps: Steps = 400,
+    peak: Peak = 9e-4,
+    tokens_per_batch: Tokens = 2048,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts; answers count 1.")] = 0.2,
+    seed: Seed = 0,
+    save_every: Save = 50,
+    evaluate_every: Evaluate = 50,
+    patience: Patience = 5,
+    arithmetic: Arithmetic = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train an expert on texts that stay where they are; a killed run goes on when started again."""
+    with reported(as_json) as show:
+        from flexgate.experts.loop import Plan
+        from flexgate.experts.train_expert import ExpertOptions, RouterOptions, train_expert
+
+        plan = Plan(
+            steps=steps,
+            peak=peak,
+            tokens_per_batch=tokens_per_batch,
+            prompt_weight=prompt_weight,
+            seed=seed,
+            arithmetic=arithmetic,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            patience=patience,
+        )
+        start = RouterOptions(router, embedding, train_router, sharpness)
+        options = ExpertOptions(plan, start, length, tuple(layer) if layer else None, public_share)
+        written = read_statement(statement)
+        manifest, outcome = train_expert(anchor, texts, public, target, written, options, key=key)
+        show({"package": str(target), "id": manifest.id, **vars(outcome), "base": manifest.base.digest})

@@ -1,0 +1,122 @@
+"""A public model with one expert, trained from nothing on a folder of public texts, its tokenizer included."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import torch
+
+from flexgate.experts.batches import Example
+from flexgate.experts.encoding import Encoder, make_tokenizer, split
+from flexgate.experts.errors import TrainingRefused
+from flexgate.experts.layout import Architecture
+from flexgate.experts.loop import Outcome, Plan, Run
+from flexgate.experts.model import FlexOlmo
+from flexgate.experts.output import require_absent
+from flexgate.experts.provenance import MODEL_MANIFEST, PUBLIC, model_manifest
+from flexgate.experts.shards import to_json, write_model
+from flexgate.experts.stream import Job, Piece, one_chunk
+from flexgate.experts.tensorfile import DTYPE_NAMES, tensor_bytes
+from flexgate.experts.texts import read_documents
+from flexgate.experts.train import initialise, language_loss
+from flexgate.experts.train_expert import digest, samples
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """Sizes of a new public model; ``dtype`` is what it is stored as."""
+
+    plan: Plan = field(default=Plan(peak=3e-3, prompt_weight=1.0))
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    length: int = 512
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def architecture(self) -> Architecture:
+        """The numbers of ``config.json``; raises ``TrainingRefused``."""
+        if min(self.hidden_size, self.intermediate_size, self.layers, self.heads) < 1 or self.length < 2:
+            raise TrainingRefused("sizes of a model are at least 1, its length at least 2")
+        if self.hidden_size % (2 * self.heads):
+            raise TrainingRefused(f"hidden size {self.hidden_size} must be a multiple of twice the {self.heads} heads")
+        return Architecture(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            num_experts=1,
+            num_experts_per_tok=1,
+            max_position_embeddings=self.length,
+        )
+
+
+def train_anchor(texts: Path, target: Path, options: AnchorOptions) -> Outcome:
+    """Train a public model on ``texts`` and write the checkpoint ``target``.
+
+    The router row becomes the mean hidden state of the public text in every layer, of length 1. The work is kept in
+    ``.NAME.training`` beside the target until the checkpoint is written; the same command goes on from there.
+
+    Raises:
+        TextsInvalid: texts that nothing can be trained with.
+        TrainingRefused: options that do not fit.
+        OutputRefused: ``target`` exists or cannot be written.
+    """
+    require_absent(target)
+    model = FlexOlmo(options.architecture())
+    documents = read_documents(texts)
+    tokenizer = make_tokenizer(documents, options.vocab_size, options.length)
+    if len(tokenizer) > options.vocab_size:
+        raise TrainingRefused(f"vocab_size is {options.vocab_size}; bytes and marks alone take {len(tokenizer)}")
+    encoder = Encoder(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    train, held = split(encoder.encode(documents, options.length), options.plan.seed, texts)
+    initialise(model, options.plan.seed)
+    work = target.with_name(f".{target.name}.training")
+    outcome = _run(model, options, work, encoder.pad_id).run(train, held, f"{options} {digest(train)}")
+    _set_public_rows(model, train, options.plan, encoder.pad_id)
+    _write(target, model, options, encoder)
+    shutil.rmtree(work, ignore_errors=True)
+    return outcome
+
+
+def _run(model: FlexOlmo, options: AnchorOptions, work: Path, pad_id: int) -> Run:
+    parameters = {name: value for name, value in model.named_parameters() if not name.endswith("mlp.gate.weight")}
+    return Run(
+        parameters,
+        lambda batch: language_loss(model(batch.tokens_BT), batch),
+        options.plan,
+        work,
+        name="anchor",
+        pad_id=pad_id,
+    )
+
+
+@torch.no_grad()
+def _set_public_rows(model: FlexOlmo, examples: list[Example], plan: Plan, pad_id: int) -> None:
+    seen = samples(model, examples, plan, pad_id)
+    for layer, inputs_NH in zip(model.model.blocks, seen.inputs_LNH, strict=True):
+        mean_H = inputs_NH.mean(0)
+        layer.mlp.gate.weight[0] = mean_H / mean_H.norm().clamp(min=1e-12)
+
+
+def _write(target: Path, model: FlexOlmo, options: AnchorOptions, encoder: Encoder) -> None:
+    stored = getattr(torch, options.dtype)
+    tensors = {name: value.detach().to(stored) for name, value in model.state_dict().items()}
+    pieces = {
+        name: Piece(DTYPE_NAMES[options.dtype], tuple(tensor.shape), one_chunk(tensor_bytes(tensor)))
+        for name, tensor in tensors.items()
+    }
+    config = model.architecture.to_config(eos_token_id=encoder.eos_id, pad_token_id=encoder.pad_id, dtype=options.dtype)
+    with tempfile.TemporaryDirectory() as beside, Job(target, uuid4().hex) as job:
+        encoder.tokenizer.save_pretrained(beside)
+        write_model(job, config, pieces, beside=Path(beside))
+        job.write_text(MODEL_MANIFEST, to_json(model_manifest((), None, PUBLIC)))
+        job.finish()
