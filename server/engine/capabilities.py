@@ -36,7 +36,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability("CPU, Model Runner V2 (Triton interpreter)", "tested", "slow engine test"),
     Capability("prefix caching, chunked prefill, preemption", "tested", "engine tests"),
     Capability("asynchronous scheduling", "tested", "engine tests"),
-    Capability("torch.compile", "unverified", "one opaque operator for routing"),
+    Capability("torch.compile", "tested", "slow tests of engine and server, on CPU"),
     Capability("tensor parallelism on CPU", "tested", "slow engine test with two ranks"),
     Capability("CUDA", "unverified", "no GPU was at hand"),
     Capability("expert parallelism on CPU", "tested", "slow engine test with two ranks"),

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enginekit.checkpoints import Shape, rewrite, write_random
-from enginekit.compare import TOLERANCE, agree, reference, same_bits, worst_difference
+import torch
+from enginekit.checkpoints import Shape, add_router_bias, rewrite, write_random
+from enginekit.compare import (
+    TOLERANCE,
+    agree,
+    biased_reference,
+    reference,
+    same_bits,
+    worst_difference,
+)
 from enginekit.scripted import (
     Answer,
     Ask,
@@ -101,6 +109,71 @@ def test_other_dimensions_equal_transformers_under_every_kind_of_gate(tmp_path: 
     for gate, answer in zip(gates, answers, strict=True):
         reduced = rewrite(source, tmp_path / "reduced", list(gate)) if len(gate) < 6 else source
         assert worst_difference(reference(reduced), prompt, answer) <= TOLERANCE
+
+
+BIAS_LE = torch.tensor([[0.0, -2.0, 3.0, -0.5], [-1.0, 0.0, 0.0, -3.0], [4.0, -0.3, -2.0, 0.0]])
+
+
+@pytest.mark.slow
+def test_a_router_bias_lowers_logits_and_never_raises_one(checkpoint: Path, tmp_path: Path) -> None:
+    biased = add_router_bias(checkpoint, tmp_path / "biased", BIAS_LE)
+    prompt = tuple(range(30, 60))
+    gates = [(0, 1, 2, 3), (1,), (0, 2), (1, 2, 3)]
+    with scripted_engine(EngineScript(biased, max_experts=6)) as engine:
+        answers = engine.run([Ask(prompt, gate) for gate in gates])
+    for gate, answer in zip(gates, answers, strict=True):
+        kept = list(gate)
+        reduced = rewrite(checkpoint, tmp_path / "reduced", kept)
+        assert worst_difference(biased_reference(reduced, BIAS_LE[:, kept]), prompt, answer) <= TOLERANCE
+        if len(gate) > 1:
+            assert worst_difference(reference(reduced), prompt, answer) > 100 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
+    """The default start, with nothing compiled before."""
+    caches = tmp_path_factory.mktemp("caches")
+    script = EngineScript(
+        checkpoint,
+        max_experts=6,
+        settings={"enforce_eager": False},
+        environment={"VLLM_CACHE_ROOT": str(caches), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")},
+    )
+    with scripted_engine(script) as running:
+        assert any(path.is_file() for path in caches.glob("torch_compile_cache/**/model")), "nothing was compiled"
+        yield running
+
+
+@pytest.mark.slow
+def test_the_compiled_engine_equals_the_eager_one_under_mixed_gates(
+    compiled: ScriptedEngine, engine: ScriptedEngine
+) -> None:
+    prompt = tuple(range(60, 100))
+    asks = [Ask(prompt, gate) for gate in GATES]
+    engine.reset_cache()
+    eager, answers = engine.run(asks), compiled.run(asks)
+    for want, got in zip(eager, answers, strict=True):
+        assert agree(want, got)
+        assert want.chosen == got.chosen
+    assert len({answer.logprobs for answer in answers}) == len(GATES)
+    for gate, answer in zip(GATES, answers, strict=True):
+        assert {slot for slot, count in enumerate(answer.chosen) if count} <= set(gate)
+
+
+@pytest.mark.slow
+def test_compiled_code_reads_gates_and_weights_of_the_moment(compiled: ScriptedEngine) -> None:
+    script = [ask for ask in crowd() if 1 not in ask.gate]
+    compiled.reset_cache()
+    before = compiled.run(script)
+    for slots, same in (([1, 4, 5], True), ([3], False)):
+        compiled.overwrite(slots, "nan" if same else "random")
+        try:
+            compiled.reset_cache()
+            after = compiled.run(script)
+        finally:
+            compiled.restore()
+        for ask, one, other in zip(script, before, after, strict=True):
+            assert same_bits(one, other) == (not set(slots) & set(ask.gate))
 
 
 @pytest.fixture(scope="module")

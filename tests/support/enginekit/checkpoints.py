@@ -73,6 +73,8 @@ def rewrite(source: Path, target: Path, keep: list[int], poison: dict[int, float
             for index, value in (poison or {}).items():
                 rows[keep.index(index)] = value
             out[name] = rows
+        elif name.endswith("mlp.gate.bias"):
+            out[name] = tensor[keep].clone()
         else:
             out[name] = tensor
     config["num_experts"] = len(keep)
@@ -80,4 +82,15 @@ def rewrite(source: Path, target: Path, keep: list[int], poison: dict[int, float
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config))
     save_file(out, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def add_router_bias(source: Path, target: Path, bias_LE: torch.Tensor) -> Path:
+    """Copy a checkpoint and give every layer's router a row of ``bias_LE``."""
+    tensors = load_file(source / "model.safetensors")
+    for layer, bias_E in enumerate(bias_LE):
+        tensors[f"model.layers.{layer}.mlp.gate.bias"] = bias_E.clone()
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text((source / "config.json").read_text())
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target

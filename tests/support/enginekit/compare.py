@@ -1,6 +1,8 @@
 """What "equal" means: bits under one schedule, DESIGN's tolerance across schedules."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import FlexOlmoForCausalLM
@@ -33,6 +35,22 @@ def agree(want: Answer, got: Answer) -> bool:
 def reference(checkpoint: Path) -> FlexOlmoForCausalLM:
     """The same checkpoint in transformers."""
     return FlexOlmoForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def biased_reference(checkpoint: Path, bias_LE: torch.Tensor) -> FlexOlmoForCausalLM:
+    """The checkpoint in transformers, which knows no router bias, with min(b, 0) added to its logits."""
+    model = reference(checkpoint)
+    for layer, bias_E in zip(model.model.layers, bias_LE, strict=True):
+        layer.mlp.gate.forward = partial(_route, layer.mlp.gate, bias_E.clamp(max=0))
+    return model
+
+
+def _route(
+    router: Any, bias_E: torch.Tensor, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits_TE = torch.nn.functional.linear(hidden_states, router.weight) + bias_E
+    weights_TK, ids_TK = torch.softmax(logits_TE, dim=-1).topk(router.top_k, dim=-1)
+    return logits_TE, weights_TK, ids_TK
 
 
 def worst_difference(model: FlexOlmoForCausalLM, prompt: tuple[int, ...], answer: Answer) -> float:
