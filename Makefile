@@ -9,7 +9,7 @@ PORT ?= 8000
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow lint bench demo-model defects lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels demo-model defects lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,10 @@ lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
 
 bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME for one of them).
 	PYTHONPATH=tests/support $(BIN)/python -m benchkit $(BENCH)
+
+bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, Triton and NumPy, nothing else.
+	mkdir -p build/kernels/flexgate && ln -sfn "$(CURDIR)/kernels" build/kernels/flexgate/kernels
+	PYTHONPATH=build/kernels $(PYTHON) -m flexgate.kernels.bench $(ARGS)
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

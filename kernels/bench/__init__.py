@@ -1,0 +1,1 @@
+"""One command that checks and times the kernels on a GPU: `python -m flexgate.kernels.bench`."""
