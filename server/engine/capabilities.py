@@ -101,6 +101,7 @@ CAPABILITIES: tuple[Capability, ...] = (
 REFUSED_ENVIRONMENT: Mapping[str, str] = {
     "VLLM_SERVER_DEV_MODE": "it opens vLLM's development routes",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "it lets messages between processes run code",
+    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "two requests could then share an id",
     "VLLM_TORCH_PROFILER_DIR": "profiles could hold prompts",
 }
 

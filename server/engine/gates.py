@@ -128,10 +128,19 @@ def check(gate: Gate, *, request_id: str, now: float) -> None:
     Raises:
         GateError: the gate was sealed for another request, or it has expired.
     """
-    if gate.request_id != request_id:
-        raise GateError("the gate was sealed for another request")
+    check_owner(gate, request_id)
     if not now < gate.valid_until:
         raise GateError("the gate has expired")
+
+
+def check_owner(gate: Gate, request_id: str) -> None:
+    """Refuse a genuine gate that is another request's.
+
+    Raises:
+        GateError: the gate was sealed for another request.
+    """
+    if gate.request_id != request_id:
+        raise GateError("the gate was sealed for another request")
 
 
 def cache_salt(key: SealKey, *, tenant: str, experts: Iterable[tuple[str, int]], client_salt: str | None) -> str:

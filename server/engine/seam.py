@@ -8,6 +8,9 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     The one place where every request, whichever client it came from, becomes the
     engine core's own object: before its blocks are hashed for the prefix cache and
     before it is queued. An exception there ends this request alone.
+``NewRequestData.req_id`` (vllm/v1/engine/input_processor.py, parallel_sampling.py)
+    What workers know a request by: the id it was submitted under and a random suffix, and for one
+    of several choices its index before them.
 ``GPUModelRunner._preprocess / _dummy_run`` (vllm/v1/worker/gpu_model_runner.py)
     Model Runner V1: the order of requests in the batch is final; dummy batches.
 ``Scheduler.schedule / update_from_output / add_request`` (vllm/v1/core/sched/scheduler.py)
@@ -83,6 +86,7 @@ __all__ = [
     "UnquantizedMoeBackend",
     "UntestedVersionError",
     "cpu_prepack_moe_weight",
+    "external_id",
     "guard_requests",
     "require_tested_version",
     "take_output_extras",
@@ -104,6 +108,13 @@ def require_tested_version() -> None:
     if vllm.__version__.partition("+")[0] not in TESTED_VERSIONS:
         tested = ", ".join(sorted(TESTED_VERSIONS))
         raise UntestedVersionError(f"vLLM {vllm.__version__} is installed; flexgate was tested with {tested} only")
+
+
+def external_id(request_id: str) -> str:
+    """The id that a request was submitted under, from the one that workers know it by."""
+    given, _, _random = request_id.rpartition("-")
+    index, _, rest = given.partition("_")
+    return rest if rest and index.isdecimal() else given
 
 
 def guard_requests(guard: RequestGuard) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, open_seal
-from flexgate.server.engine.seam import SchedulerOutput
+from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, check_owner, open_seal
+from flexgate.server.engine.seam import SchedulerOutput, external_id
 from flexgate.server.engine.slots import ANCHOR_SLOT, SlotTable
 from flexgate.server.engine.usage import StepUsage
 
@@ -149,6 +149,7 @@ class GateState(torch.nn.Module):
 
     def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
         gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
+        check_owner(gate, external_id(request_id))
         bitmask = gate.bitmask & self.table.live_mask
         if not bitmask:
             raise GateError("no slot of the gate holds an expert")

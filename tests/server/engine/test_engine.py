@@ -153,6 +153,30 @@ def test_a_request_without_a_valid_gate_is_refused_and_the_engine_lives_on(
     assert len(engine.solo(Ask(PROMPT, (0, 1))).tokens) == 8
 
 
+@pytest.mark.parametrize(
+    ("request_id", "reason"),
+    [
+        ("request-x-0123abcd", None),
+        ("3_request-x-0123abcd", None),
+        ("request-y-0123abcd", "the gate was sealed for another request"),
+        ("request-x-y-0123abcd", "the gate was sealed for another request"),
+        ("a_request-x-0123abcd", "the gate was sealed for another request"),
+        ("request-x", "the gate was sealed for another request"),
+    ],
+)
+def test_a_rank_admits_a_gate_for_its_own_request_alone(
+    engine: ScriptedEngine, request_id: str, reason: str | None
+) -> None:
+    """Whatever passed the guard: every rank opens the seal and compares the request by itself."""
+    assert engine.call("admit_on_ranks", Ask(PROMPT, (0, 1)), request_id) == [reason]
+
+
+def test_a_gate_that_expires_ends_its_request_also_when_nothing_else_runs(engine: ScriptedEngine) -> None:
+    alone = engine.solo(Ask(PROMPT, ALL, max_tokens=400, valid_for=0.2))
+    assert (alone.finish_reason, alone.stop_reason) == ("error", "gate_expired")
+    assert len(alone.tokens) < 400
+
+
 def test_a_gate_that_expires_in_mid_stream_ends_its_request_alone(engine: ScriptedEngine) -> None:
     short, other = engine.run([Ask(PROMPT, ALL, max_tokens=400, valid_for=0.2), Ask(PROMPT, (0,), max_tokens=20)])
     assert (short.finish_reason, short.stop_reason) == ("error", "gate_expired")

@@ -283,6 +283,13 @@ class _Engine:
     def _moe_layers(self) -> Any:
         return self.engine.model_executor.driver_worker.worker.model_runner.get_model().moe_layers()
 
+    def admit_on_ranks(self, ask: Ask, request_id: str) -> list[str | None]:
+        """Show every rank a request whose gate was sealed for ``request-x``, past the guard."""
+        from flexgate.server.engine import gates
+
+        sealed = gates.seal(self._gate(ask, "request-x"), self.key)
+        return self.engine.collective_rpc(admit_request, args=(request_id, sealed))
+
     def _submit(self, ask: Ask) -> str:
         from flexgate.server.engine import gates
 
@@ -336,6 +343,19 @@ class _Engine:
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
+
+
+def admit_request(worker: Any, request_id: str, sealed: str) -> str | None:
+    """Run on every rank: why it does not admit a request, or None."""
+    from flexgate.server.engine.gates import GATE_ARG, GateError
+
+    gates = worker.model_runner.get_model().gates
+    try:
+        gates._admit(request_id, {GATE_ARG: sealed})
+    except GateError as error:
+        return str(error)
+    del gates.requests[request_id]
+    return None
 
 
 def overwrite_slots(worker: Any, slots: list[int], kind: str) -> None:
