@@ -78,39 +78,61 @@ def launch_gated_experts(
     out_TH: Tensor,
 ) -> None:
     """Write the layer's output into out_TH: four launches, no synchronisation."""
-    tokens, top_k = ids_TK.shape
-    if tokens == 0:
+    if len(ids_TK) == 0:
         return
-    slots, hidden, intermediate = w2_EHF.shape
     x_TH, weights_TK, ids_TK = x_TH.contiguous(), weights_TK.contiguous(), ids_TK.contiguous()
-    plan = launch_plan(kernels, weights_TK, ids_TK, slots, tiles.block_t)
-    tile_list = (plan.offsets_E1, plan.tile_slot_M, plan.tile_row_M, plan.tiles_1)
-    shape = {"HIDDEN": hidden, "INTERMEDIATE": intermediate}
+    plan = launch_plan(kernels, weights_TK, ids_TK, len(w2_EHF), tiles.block_t)
+    hidden_PF = launch_gate_up(kernels, tiles.block_t, tiles.gate_up, x_TH, w13_EGH, plan)
+    expert_PH = launch_down(kernels, tiles.block_t, tiles.down, hidden_PF, w2_EHF, plan)
+    _launch_combine(kernels, expert_PH, weights_TK, plan, out_TH)
 
-    hidden_PF = x_TH.new_empty(tokens * top_k, intermediate)
-    w13, use_tma = _weights(kernels, w13_EGH.view(slots * 2, intermediate, hidden), tiles.gate_up)
+
+def launch_gate_up(
+    kernels: Kernels, block_t: int, product: ProductTile, x_TH: Tensor, w13_EGH: Tensor, plan: RoutingPlan
+) -> Tensor:
+    """The hidden activation of every real pick, [P, F], in the plan's order; rows beyond it are unwritten."""
+    slots, rows, hidden = w13_EGH.shape
+    picks, intermediate = len(plan.order_P), rows // 2
+    hidden_PF = x_TH.new_empty(picks, intermediate)
+    w13, use_tma = _weights(kernels, w13_EGH.view(slots * 2, intermediate, hidden), product)
     kernels.gate_up[(kernels.programs,)](
         x_TH,
         w13,
         hidden_PF,
         plan.order_P,
-        *tile_list,
-        TOP_K=top_k,
+        *_tile_list(plan),
+        HIDDEN=hidden,
+        INTERMEDIATE=intermediate,
+        TOP_K=picks // len(x_TH),
         USE_TMA=use_tma,
-        **shape,
-        **_options(kernels, tiles.block_t, tiles.gate_up),
+        **_options(kernels, block_t, product),
     )
-    expert_PH = x_TH.new_empty(tokens * top_k, hidden, dtype=torch.float32)
-    w2, use_tma = _weights(kernels, w2_EHF, tiles.down)
+    return hidden_PF
+
+
+def launch_down(
+    kernels: Kernels, block_t: int, product: ProductTile, hidden_PF: Tensor, w2_EHF: Tensor, plan: RoutingPlan
+) -> Tensor:
+    """Every real pick's expert output, fp32 [P, H], in the plan's order; rows beyond it are unwritten."""
+    _, hidden, intermediate = w2_EHF.shape
+    expert_PH = hidden_PF.new_empty(len(hidden_PF), hidden, dtype=torch.float32)
+    w2, use_tma = _weights(kernels, w2_EHF, product)
     kernels.down[(kernels.programs,)](
         hidden_PF,
         w2,
         expert_PH,
-        *tile_list,
+        *_tile_list(plan),
+        HIDDEN=hidden,
+        INTERMEDIATE=intermediate,
         USE_TMA=use_tma,
-        **shape,
-        **_options(kernels, tiles.block_t, tiles.down),
+        **_options(kernels, block_t, product),
     )
+    return expert_PH
+
+
+def _launch_combine(kernels: Kernels, expert_PH: Tensor, weights_TK: Tensor, plan: RoutingPlan, out_TH: Tensor) -> None:
+    tokens, top_k = weights_TK.shape
+    hidden = expert_PH.shape[1]
     block_H = min(COMBINE_BLOCK_H, triton.next_power_of_2(hidden))
     kernels.combine[(tokens, triton.cdiv(hidden, block_H))](
         expert_PH,
@@ -124,6 +146,10 @@ def launch_gated_experts(
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+def _tile_list(plan: RoutingPlan) -> tuple[Tensor, ...]:
+    return plan.offsets_E1, plan.tile_slot_M, plan.tile_row_M, plan.tiles_1
 
 
 def _options(kernels: Kernels, block_t: int, product: ProductTile) -> dict[str, Any]:

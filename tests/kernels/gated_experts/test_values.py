@@ -7,6 +7,7 @@ is torch's, by maximum and root-mean-square error.
 Shape suffixes: T tokens, E expert slots, K chosen experts, H hidden, F expert intermediate.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,16 @@ def test_the_reference_is_the_formula() -> None:
     out_TH = gated_experts_reference(x_TH, w13_EGH, w2_EHF, torch.tensor([[0.5]]), torch.zeros(1, 1, dtype=torch.int32))
     silu_of_six = 6 / (1 + torch.tensor(-6.0).exp())
     torch.testing.assert_close(out_TH, 0.5 * 7 * (silu_of_six * 10)[None, None])
+
+
+@pytest.mark.parametrize("elsewhere", [-1, 9, 2**30])
+def test_ids_of_experts_on_other_ranks_are_skipped(run: Any, layer: Any, elsewhere: int) -> None:
+    """Slots dealt out to three ranks; what the ranks' outputs add up to is the whole layer."""
+    gated = layer(13, 7, hidden=32, intermediate=48, top_k=4)
+    shares = []
+    for rank in range(3):
+        share = gated.with_slots(list(range(rank, 7, 3)))
+        share = replace(share, ids_TK=torch.where(share.ids_TK < 0, elsewhere, share.ids_TK).int())
+        shares.append(run(share))
+        assert torch.equal(shares[-1] == 0, (share.reference() == 0))
+    assert_close(torch.stack(shares).sum(0), gated.reference(), maximum=5e-6, rms=1e-6)
