@@ -1,0 +1,63 @@
+"""A bounded run of the fuzzer over every reader of foreign packages: no crash, no second lost, no 256 MiB taken."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SECONDS = 60
+
+
+def fuzz(package: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "corpus").mkdir()
+    return subprocess.run(
+        [
+            sys.executable,
+            str(HERE / "fuzz_package.py"),
+            str(package),
+            str(folder / "corpus"),
+            f"-dict={HERE / 'json.dict'}",
+            f"-artifact_prefix={folder}/",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS + 240,
+        cwd=folder,
+    )
+
+
+@pytest.mark.slow
+def test_no_input_crashes_hangs_or_bloats_a_reader(stock: Path, tmp_path: Path) -> None:
+    done = fuzz(stock / "news", tmp_path, f"-max_total_time={SECONDS}", "-print_final_stats=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    executed = re.search(r"stat::number_of_executed_units: (\d+)", done.stderr)
+    assert executed is not None
+    assert int(executed[1]) > 1000
+    covered = [int(found) for found in re.findall(r"cov: (\d+)", done.stderr)]
+    assert covered[-1] > 100
+
+
+@pytest.mark.slow
+def test_the_fuzzer_would_notice(stock: Path, tmp_path: Path) -> None:
+    """With a reader that lets one error of Python through, the run fails: the fuzzer is connected to the readers."""
+    line = "    began = time.process_time()\n"
+    program = (HERE / "fuzz_package.py").read_text()
+    assert line in program
+    broken = tmp_path / "broken.py"
+    broken.write_text(program.replace(line, line + "    if b'dtypf' in data:\n        raise KeyError\n"))
+    (tmp_path / "corpus").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(broken), str(stock / "news"), str(tmp_path / "corpus"), "-max_total_time=60"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "KeyError" in done.stdout + done.stderr
