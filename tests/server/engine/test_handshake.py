@@ -124,3 +124,51 @@ def test_an_engine_whose_plugin_is_missing_does_not_start(checkpoint: Path, tmp_
     )
     assert run.returncode != 0
     assert "SERVED" not in run.stdout
+
+
+START = """
+import asyncio, sys
+from pathlib import Path
+from flexgate.server.engine import launch
+
+async def start():
+    settings = launch.EngineSettings(
+        Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20
+    )
+    async with launch.launch(settings):
+        print("SERVED")
+
+if __name__ == "__main__":
+    asyncio.run(start())
+"""
+
+# Read by every process of the engine: a gate for whatever asks, its own or not.
+GATES_FOR_ALL = """
+import math
+from flexgate.server.engine import gates
+
+def open_seal(sealed, key):
+    return gates.Gate("any", "any", (gates.SlotLease(0, 1),), math.inf, "any")
+
+gates.open_seal = open_seal
+gates.check = gates.check_owner = lambda *args, **named: None
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("guarded", [True, False])
+def test_an_engine_that_answers_without_a_gate_does_not_start(checkpoint: Path, tmp_path: Path, guarded: bool) -> None:
+    (tmp_path / "start.py").write_text(START)
+    (tmp_path / "sitecustomize.py").write_text("" if guarded else GATES_FOR_ALL)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    run = subprocess.run(
+        [sys.executable, tmp_path / "start.py", checkpoint],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert (run.returncode == 0) == guarded
+    assert ("SERVED" in run.stdout) == guarded
+    assert ("the engine answered a request without a gate" in run.stderr) != guarded
