@@ -43,7 +43,7 @@ def test_the_admission_benchmark_writes_a_file_that_names_its_machine(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.engine
 def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(tmp_path: Path) -> None:
-    engine_speed.run(quick=True, rounds=1, results=tmp_path)
+    engine_speed.run("eager", quick=True, rounds=1, results=tmp_path)
     serving.run(quick=True, rounds=1, results=tmp_path)
     draw(tmp_path)
     assert "transformers" in (tmp_path / "speed.svg").read_text()

@@ -1,5 +1,6 @@
 """Tokens per second of the engine: gated, with the gate compiled out, and vLLM's Transformers backend."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -13,39 +14,38 @@ from benchkit.compare import ratio, spread, take_turns
 from benchkit.engines import VARIANTS, Batch, Timed, engine
 from benchkit.record import write
 
-SIZES = (1, 8, 32)
-PREFILL = {size: Batch(size, 256 if size == 1 else 64, 1) for size in SIZES}
-DECODE = {size: Batch(size, 16, 65 if size == 1 else 33) for size in SIZES}
+# Short turns, many rounds: what disturbs a turn then disturbs its neighbour too.
+CASES = (
+    ("prefill", Batch(1, 128, 1), 60),
+    ("prefill", Batch(8, 32, 1), 40),
+    ("prefill", Batch(32, 32, 1), 20),
+    ("decode", Batch(1, 4, 17), 100),
+    ("decode", Batch(8, 4, 13), 50),
+    ("decode", Batch(32, 4, 9), 40),
+)
 
 
-def run(*, quick: bool, rounds: int | None, results: Path) -> None:
-    """Measure eager and compiled engines and write a file for each."""
+def run(mode: str, *, quick: bool, rounds: int | None, results: Path) -> None:
+    """Measure ``eager`` or ``compiled`` engines."""
     shape = TINY if quick else MIDDLE
+    cases = [(phase, batch, rounds or (2 if quick else usual)) for phase, batch, usual in CASES]
     with checkpoint(shape) as model:
-        for mode in ("eager",) if quick else ("eager", "compiled"):
-            measured = measure(model, eager=mode == "eager", rounds=rounds or (2 if quick else 40))
-            write(f"engine-{mode}", measured, shape=described(shape), directory=results, benchmark="engine_speed")
+        measured = measure(model, eager=mode == "eager", cases=cases)
+    write(f"engine-{mode}", measured, shape=described(shape), directory=results)
 
 
-def measure(model: Path, *, eager: bool, rounds: int) -> dict[str, Any]:
+def measure(model: Path, *, eager: bool, cases: Sequence[tuple[str, Batch, int]]) -> dict[str, Any]:
     """Let the three variants take turns at every batch."""
-    cases = [(phase, batch) for phase, sizes in (("prefill", PREFILL), ("decode", DECODE)) for batch in sizes.values()]
-    with ExitStack() as stack, tqdm(total=len(cases) * rounds * len(VARIANTS)) as bar:
-        bar.set_description("starting engines")
+    turns_in_all = sum(rounds for _, _, rounds in cases) * len(VARIANTS)
+    with ExitStack() as stack, tqdm(total=turns_in_all, desc="starting engines") as bar:
         engines = {name: stack.enter_context(engine(name, model, eager=eager)) for name in VARIANTS}
         found = []
-        for phase, batch in cases:
+        for phase, batch, rounds in cases:
             bar.set_description(f"{phase} of {batch.requests}")
-            turns = take_turns(
-                {name: partial(running.run, batch) for name, running in engines.items()}, rounds, bar.update
-            )
-            found.append({"phase": phase, "batch": asdict(batch), **_report(turns, phase, batch)})
-    return {
-        "what": "tokens per second; ratios are gated / other, per round",
-        "rounds": rounds,
-        "threads": 1,
-        "cases": found,
-    }
+            contenders = {name: partial(running.run, batch) for name, running in engines.items()}
+            turns = take_turns(contenders, rounds, bar.update)
+            found.append({"phase": phase, "batch": asdict(batch), "rounds": rounds, **_report(turns, phase, batch)})
+    return {"what": "tokens per second; ratios are gated / other, per round", "threads": 1, "cases": found}
 
 
 def _report(turns: dict[str, list[Timed]], phase: str, batch: Batch) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from benchkit.servers import KEY, MODEL
 
 TEXT = "when the river rose over old stone bridges people walked north with bread salt and letters"
 PROMPT_WORDS = 16
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)

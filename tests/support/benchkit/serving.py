@@ -18,14 +18,14 @@ from benchkit.record import write
 from benchkit.servers import SAME, flexgate, vllm
 
 CLIENTS = (1, 8, 32)
-REQUESTS = {1: 6, 8: 32, 32: 96}
+REQUESTS = {1: 4, 8: 16, 32: 64}
 
 
 def run(*, quick: bool, rounds: int | None, results: Path) -> None:
     """Start both servers and let them take turns at every kind of traffic."""
     shape = TINY if quick else MIDDLE
     with checkpoint(shape) as model, tempfile.TemporaryDirectory() as directory:
-        measured = measure(model, Path(directory), rounds or (2 if quick else 16), CLIENTS[:1] if quick else CLIENTS)
+        measured = measure(model, Path(directory), rounds or (2 if quick else 12), CLIENTS[:1] if quick else CLIENTS)
     write("serving", measured, shape=described(shape), directory=results)
 
 

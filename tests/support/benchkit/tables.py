@@ -1,0 +1,67 @@
+"""The committed result files as the README's tables."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchkit.record import RESULTS
+
+
+def speed(results: Path = RESULTS) -> str:
+    """Every ratio beside its bound, then start-up, memory and admission."""
+    return "\n".join((*_engine(results), "", *_serving(results), "", *_single(results), ""))
+
+
+def _engine(results: Path) -> Iterable[str]:
+    yield "| Tokens per second, ratio | Prefill of 1, 8, 32 | Decode of 1, 8, 32 | Bound |"
+    yield "|---|---|---|---|"
+    for other, what, bound in (
+        ("ungated", "gate compiled out", "≥ 0.97"),
+        ("transformers", "vLLM's Transformers backend", "≥ 1.0"),
+    ):
+        for mode in ("eager", "compiled"):
+            cases = _read(results, f"engine-{mode}")["cases"]
+            cells = (
+                _cells(case["ratio"][f"gated/{other}"]["median"] for case in cases if case["phase"] == phase)
+                for phase in ("prefill", "decode")
+            )
+            yield f"| gated / {what}, {mode} | {' | '.join(cells)} | {bound} |"
+
+
+def _serving(results: Path) -> Iterable[str]:
+    cases = _read(results, "serving")["cases"]
+    yield "| `flexgate serve` / vLLM's server, 1, 8, 32 clients | Requests per second | p50 | p99 | Bound |"
+    yield "|---|---|---|---|---|"
+    for endpoint, stream in sorted({(case["endpoint"], case["stream"]) for case in cases}):
+        mine = [case["ratio"] for case in cases if (case["endpoint"], case["stream"]) == (endpoint, stream)]
+        cells = (
+            _cells(ratio["requests_per_second"]["median"] for ratio in mine),
+            *(_cells(ratio[name]["ratio"] for ratio in mine) for name in ("p50", "p99")),
+        )
+        yield f"| {endpoint}{', streamed' * stream} | {' | '.join(cells)} | ≥ 0.95 |"
+
+
+def _single(results: Path) -> Iterable[str]:
+    startup, pieces = _read(results, "startup"), _read(results, "admission")["pieces"]
+    plain, logprobs = (startup["demo"][name] for name in ("first_request", "first_request_with_logprobs"))
+    slots = startup["slots"]
+    yield "| | Measured | Bound |"
+    yield "|---|---|---|"
+    worst = max(plain["ready_seconds"]["worst"], logprobs["ready_seconds"]["worst"])
+    yield f"| `make serve`, once installed, until ready: worst of all starts | {worst:.0f} s | ≤ 60 s |"
+    first = max(plain["first_token_seconds"]["worst"], logprobs["first_token_seconds"]["worst"])
+    yield f"| first token of the first request, with log-probabilities or without: worst | {first:.2f} s | ≤ 2 s |"
+    yield f"| resident memory of the demo, 1 GiB of KV cache included | {plain['resident_bytes'] / 1e9:.1f} GB | |"
+    measured, planned = slots["resident_bytes_per_slot"] / 1e6, slots["planned_bytes_per_slot"] / 1e6
+    yield f"| one expert slot of the benchmarks' checkpoint: measured, announced | {measured:.1f}, {planned:.1f} MB | |"
+    yield f"| key, body, decision, limits and seal of a request: p99 | {pieces['all']['p99_us']:.0f} µs | ≤ 300 µs |"
+
+
+def _cells(ratios: Iterable[float]) -> str:
+    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((results / f"{name}.json").read_text())
+    return report
