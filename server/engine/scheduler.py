@@ -21,7 +21,7 @@ from flexgate.server.engine.seam import (
     guard_requests,
 )
 from flexgate.server.engine.slots import SlotTable
-from flexgate.server.engine.usage import UsageLedger
+from flexgate.server.engine.usage import USAGE_ATTRIBUTE, UsageLedger
 
 USAGE_KEY = "flexgate"  # key of ``EngineCoreOutput.kv_transfer_params``
 GATE_EXPIRED = "gate_expired"  # stop reason of a request whose gate ran out
@@ -52,7 +52,7 @@ class _Gated(_Base):
     def add_request(self, request: Request) -> None:
         """Queue a request that the guard has passed."""
         gate: Gate = request.flexgate_gate  # absent without the guard: the engine stops
-        self._ledger.open(request.request_id)
+        self._ledger.open(request.request_id, request.num_prompt_tokens)
         self._deadlines[request.request_id] = gate.valid_until
         self._next_deadline = min(self._next_deadline, gate.valid_until)
         super().add_request(request)
@@ -68,19 +68,13 @@ class _Gated(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Add the step's attribution and attach each request's total to its output."""
-        usage = getattr(model_runner_output, "expert_usage", None)
-        open_requests = self._ledger.totals.keys() & scheduler_output.num_scheduled_tokens.keys()
-        lengths = {
-            request_id: self.requests[request_id].num_prompt_tokens
-            for request_id in open_requests
-            if request_id in self.requests
-        }
+        usage = getattr(model_runner_output, USAGE_ATTRIBUTE, None)
         if usage is not None:
-            self._ledger.add(usage, lengths)
+            self._ledger.add(usage)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
             for output in batch.outputs:
-                self._attach(output, lengths)
+                self._attach(output)
         self._report_expired(outputs)
         return outputs
 
@@ -100,11 +94,11 @@ class _Gated(_Base):
         self._ledger.close(request_id)
         self._deadlines.pop(request_id, None)
 
-    def _attach(self, output: EngineCoreOutput, lengths: dict[str, int]) -> None:
+    def _attach(self, output: EngineCoreOutput) -> None:
         total = self._ledger.totals.get(output.request_id)
         if total is None:
             return
-        output.kv_transfer_params = {USAGE_KEY: total.to_wire(lengths[output.request_id])}
+        output.kv_transfer_params = {USAGE_KEY: total.to_wire()}
         if output.finished:
             self._forget(output.request_id)
 

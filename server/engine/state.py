@@ -9,15 +9,18 @@ order of requests in the batch, the forward pass, and :meth:`GateState.collect`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from flexgate.kernels.gated_topk import MAX_SLOTS
 from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, check_owner, open_seal
 from flexgate.server.engine.seam import SchedulerOutput, external_id
 from flexgate.server.engine.slots import ANCHOR_SLOT, SlotTable
-from flexgate.server.engine.usage import StepUsage
+from flexgate.server.engine.usage import Int64Array, StepUsage
 
+_BITS = np.arange(MAX_SLOTS)
 CLOSED_GATE = 1 << ANCHOR_SLOT  # padding and dummy batches: the public expert only
 
 
@@ -29,13 +32,12 @@ class _Tenancy:
     counted: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Scheduled:
+class _Scheduled(NamedTuple):
     """One request of the step: ``skip`` leading tokens were counted before."""
 
     bitmask: int
     first: int
-    count: int
+    tokens: int
     skip: int
 
 
@@ -107,15 +109,15 @@ class GateState(torch.nn.Module):
             num_padded: tokens of the forward pass, padding included.
         """
         step = [self._step[request_id] for request_id in order]
-        counts = [entry.count for entry in step]
+        counts = [entry.tokens for entry in step]
         total = sum(counts)
         gates = np.full(num_padded, CLOSED_GATE, np.int64)
         masks = np.array([entry.bitmask for entry in step], np.uint64).view(np.int64)
         gates[:total] = np.repeat(masks, counts)
         self._order, self._num_tokens = order, total
-        self.gate_T[:num_padded].copy_(_staged(gates, self.gate_T.device), non_blocking=True)
-        self.mass_TE[:num_padded].zero_()
-        self.chosen_T[:num_padded].zero_()
+        _write(self.gate_T, gates)
+        _clear(self.mass_TE, num_padded)
+        _clear(self.chosen_T, num_padded)
 
     def close(self) -> None:
         """Close every token, for profiling, warm-up, capture and dummy batches."""
@@ -123,28 +125,15 @@ class GateState(torch.nn.Module):
         self.gate_T.fill_(CLOSED_GATE)
 
     def collect(self) -> "PendingUsage | None":
-        """Reduce the forward pass's attribution to one row per request."""
+        """Send the forward pass's attribution on its way to the host."""
         if not self._num_tokens:
             return None
-        step = [self._step[request_id] for request_id in self._order]
-        rows = np.full(self._num_tokens, len(step), np.int64)  # row R: counted before
-        start = 0
-        for row, entry in enumerate(step):
-            rows[start + entry.skip : start + entry.count] = row
-            start += entry.count
-        device, num_slots = self.gate_T.device, self.table.total
-        rows_T = _staged(rows, device)
-        bits_E = torch.arange(num_slots, device=device)
-        chosen_TE = (self.chosen_T[: self._num_tokens, None] >> bits_E) & 1
-        both_T2E = torch.cat((self.mass_TE[: self._num_tokens], chosen_TE), dim=1)
-        both_R2E = torch.zeros(len(step) + 1, 2 * num_slots, dtype=torch.int64, device=device)
-        both_R2E.index_add_(0, rows_T, both_T2E)
         return PendingUsage(
             list(self._order),
-            [entry.first + entry.skip for entry in step],
-            [entry.count - entry.skip for entry in step],
-            both_R2E[:-1].to("cpu", non_blocking=True),
-            _record_event(device),
+            [self._step[request_id] for request_id in self._order],
+            _on_host(self.mass_TE, self._num_tokens),
+            _on_host(self.chosen_T, self._num_tokens),
+            _record_event(self.gate_T.device),
         )
 
     def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
@@ -164,28 +153,67 @@ class GateState(torch.nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PendingUsage:
-    """A step's attribution on its way from the device: [R, mass E + tokens E]."""
+    """A step's attribution on its way from the device, still per token."""
 
     request_ids: list[str]
-    first_R: list[int]
-    count_R: list[int]
-    both_R2E: torch.Tensor
+    step: list[_Scheduled]
+    mass_TE: Int64Array
+    chosen_T: Int64Array
     copied: "torch.cuda.Event | None"
 
     def get(self) -> StepUsage:
-        """Wait for the copy and split it."""
+        """Wait for the copy and add up each request's tokens, without those counted before."""
         if self.copied is not None:
             self.copied.synchronize()
-        mass_RE, tokens_RE = np.split(self.both_R2E.numpy(), 2, axis=1)
-        return StepUsage(self.request_ids, self.first_R, self.count_R, mass_RE, tokens_RE)
+        slots = self.mass_TE.shape[1]
+        used_T2E = np.empty((len(self.chosen_T), 2 * slots), np.int64)
+        used_T2E[:, :slots] = self.mass_TE
+        np.bitwise_and(self.chosen_T[:, None] >> _BITS[:slots], 1, out=used_T2E[:, slots:])
+        return StepUsage(
+            self.request_ids,
+            [entry.first + entry.skip for entry in self.step],
+            [entry.tokens - entry.skip for entry in self.step],
+            self._per_request(used_T2E),
+        )
+
+    def _per_request(self, used_T2E: Int64Array) -> Int64Array:
+        starts, start = [], 0
+        for entry in self.step:
+            starts.append(start)
+            if entry.skip:
+                used_T2E[start : start + entry.skip] = 0
+            start += entry.tokens
+        if start == len(starts):  # one token each, as in every step that only decodes
+            return used_T2E
+        sums: Int64Array = np.add.reduceat(used_T2E, starts, axis=0)
+        return sums
 
 
-def _staged(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor on ``device``; on CUDA through fresh pinned memory, never a reused buffer."""
-    tensor = torch.from_numpy(values)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+# On CPU the buffers' own memory is written and read: next to a small step, a tensor
+# operation's overhead is what gating costs.
+
+
+def _write(buffer: torch.Tensor, values: Int64Array) -> None:
+    """Set the first entries; on CUDA through fresh pinned memory, never a reused buffer."""
+    if buffer.is_cpu:
+        buffer.numpy()[: len(values)] = values
+    else:
+        buffer[: len(values)].copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+
+
+def _clear(buffer: torch.Tensor, length: int) -> None:
+    """Zero the first entries."""
+    if buffer.is_cpu:
+        buffer.numpy()[:length] = 0
+    else:
+        buffer[:length].zero_()
+
+
+def _on_host(buffer: torch.Tensor, length: int) -> Int64Array:
+    """A copy that the next step does not write to; on CUDA it arrives with the recorded event."""
+    if buffer.is_cpu:
+        return buffer.numpy()[:length].copy()
+    return buffer[:length].to("cpu", non_blocking=True).numpy()
 
 
 def _record_event(device: torch.device) -> "torch.cuda.Event | None":

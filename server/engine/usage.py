@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+USAGE_ATTRIBUTE = "expert_usage"  # of a ``ModelRunnerOutput``, where a worker leaves a StepUsage
+
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -26,29 +28,35 @@ class StepUsage:
         request_ids: the step's requests, R long.
         first_R: first position counted now (earlier ones of the step were counted before).
         count_R: how many positions are counted now.
-        mass_RE: routing weight over layers and counted positions, in 1/MASS_SCALE.
-        tokens_RE: counted positions where the slot was chosen in at least one layer.
+        used_R2E: per slot, routing weight over layers and counted positions, in 1/MASS_SCALE; then
+            counted positions where the slot was chosen in at least one layer.
     """
 
     request_ids: list[str]
     first_R: list[int]
     count_R: list[int]
-    mass_RE: Int64Array
-    tokens_RE: Int64Array
+    used_R2E: Int64Array
 
 
 @dataclass(slots=True)
 class RequestUsage:
-    """Running total of one request."""
+    """Running total of one request, laid out as a row of :attr:`StepUsage.used_R2E`."""
 
-    mass_E: Int64Array
-    tokens_E: Int64Array
+    prompt_tokens: int
+    used_2E: Int64Array
     prompt_positions: int = 0
 
-    def to_wire(self, num_prompt_tokens: int) -> list[Any]:
+    def add(self, first: int, count: int, used_2E: Int64Array) -> None:
+        """Add one step."""
+        self.used_2E += used_2E
+        if first < self.prompt_tokens:
+            self.prompt_positions += min(count, self.prompt_tokens - first)
+
+    def to_wire(self) -> list[Any]:
         """``[cached prompt tokens, masses, tokens]`` as plain integers."""
-        cached = num_prompt_tokens - self.prompt_positions
-        return [cached, self.mass_E.tolist(), self.tokens_E.tolist()]
+        cached = self.prompt_tokens - self.prompt_positions
+        values = self.used_2E.tolist()
+        return [cached, values[: len(values) // 2], values[len(values) // 2 :]]
 
 
 @dataclass(slots=True)
@@ -58,21 +66,17 @@ class UsageLedger:
     num_slots: int
     totals: dict[str, RequestUsage] = field(default_factory=dict)
 
-    def open(self, request_id: str) -> None:
+    def open(self, request_id: str, prompt_tokens: int) -> None:
         """Start a request at zero."""
-        zeros = np.zeros(self.num_slots, np.int64)
-        self.totals[request_id] = RequestUsage(zeros, zeros.copy())
+        self.totals[request_id] = RequestUsage(prompt_tokens, np.zeros(2 * self.num_slots, np.int64))
 
-    def add(self, step: StepUsage, prompt_lengths: dict[str, int]) -> None:
+    def add(self, step: StepUsage) -> None:
         """Add a step for the requests that are still open."""
-        for row, request_id in enumerate(step.request_ids):
+        rows = zip(step.request_ids, step.first_R, step.count_R, step.used_R2E, strict=True)
+        for request_id, first, count, used_2E in rows:
             total = self.totals.get(request_id)
-            if total is None:
-                continue
-            total.mass_E += step.mass_RE[row]
-            total.tokens_E += step.tokens_RE[row]
-            first, end = step.first_R[row], step.first_R[row] + step.count_R[row]
-            total.prompt_positions += max(0, min(end, prompt_lengths[request_id]) - first)
+            if total is not None:
+                total.add(first, count, used_2E)
 
     def close(self, request_id: str) -> None:
         """Forget a finished request; unknown ids are ignored."""

@@ -4,7 +4,6 @@ Model Runner V2 asks the model for its state class, :class:`GatedModelState`. Mo
 Runner V1 has no such place, so :class:`GatedWorker` puts a subclass under its runner.
 """
 
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,19 +17,12 @@ from flexgate.server.engine.seam import (
     SchedulerOutput,
 )
 from flexgate.server.engine.state import GateState, PendingUsage
-from flexgate.server.engine.usage import StepUsage
+from flexgate.server.engine.usage import USAGE_ATTRIBUTE
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
-
-
-@dataclass
-class GatedModelRunnerOutput(ModelRunnerOutput):
-    """A step's output with the attribution of its requests."""
-
-    expert_usage: StepUsage | None = None
 
 
 class _AsyncOutput(AsyncModelRunnerOutput):
@@ -45,9 +37,10 @@ class _AsyncOutput(AsyncModelRunnerOutput):
         return _with_usage(self.inner.get_output(), self.usage)
 
 
-def _with_usage(output: ModelRunnerOutput, usage: PendingUsage) -> GatedModelRunnerOutput:
-    values = {f.name: getattr(output, f.name) for f in fields(ModelRunnerOutput)}
-    return GatedModelRunnerOutput(**values, expert_usage=usage.get())
+def _with_usage(output: ModelRunnerOutput, usage: PendingUsage) -> ModelRunnerOutput:
+    """The step's output with the attribution of its requests, which the gated scheduler takes from it."""
+    setattr(output, USAGE_ATTRIBUTE, usage.get())
+    return output
 
 
 def gated_runner(runner_cls: type[Any]) -> type[Any]:
