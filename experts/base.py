@@ -19,6 +19,7 @@ from typing import Final
 
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.errors import LayoutError
+from flexgate.experts.hashing import Digests
 from flexgate.experts.layout import (
     Architecture,
     bias_keys,
@@ -103,14 +104,14 @@ def base_identity(directory: Path, progress: Progress = silent) -> BaseIdentity:
 
 def identity_of(checkpoint: CheckpointReader, progress: Progress = silent) -> BaseIdentity:
     """``base_identity`` of an open checkpoint."""
-    digests = {}
-    for name in _record_names(checkpoint):
-        key, count = (name[:-3], 1) if name.endswith(ROW) else (name, None)
-        digest = hashlib.sha256()
-        for chunk in checkpoint.chunks(key, 0, count):
-            digest.update(chunk)
-            progress(len(chunk))
-        digests[name] = digest.hexdigest()
+    names = list(_record_names(checkpoint))
+    with Digests() as sums:
+        for name in names:
+            key, count = (name[:-3], 1) if name.endswith(ROW) else (name, None)
+            for chunk in checkpoint.chunks(key, 0, count):
+                sums.add(name, chunk)
+                progress(len(chunk))
+        digests = {name: sums.hex(name) for name in names}
     return BaseIdentity(BaseArchitecture.of(checkpoint.architecture), checkpoint.dtype, digests)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 from flexgate.experts.base import Progress, silent
 from flexgate.experts.errors import OutputRefused
+from flexgate.experts.hashing import Digests
 from flexgate.experts.output import require_absent, settle, sync, write_all, write_new
 from flexgate.experts.tensorfile import CHUNK, DTYPES, TensorFile, file_digest, make_header
 
@@ -87,7 +87,7 @@ class Job:
         header = make_header({key: (piece.dtype, piece.shape) for key, piece in pieces.items()})
         descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            with _Digests(enabled=digests) as sums:
+            with Digests(enabled=digests) as sums:
                 self._start(descriptor, name, header, pieces, sums, progress)
                 self._fill(descriptor, name, pieces, sums, progress)
             size = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -120,7 +120,7 @@ class Job:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _start(
-        self, descriptor: int, name: str, header: bytes, pieces: Mapping[str, Piece], sums: _Digests, progress: Progress
+        self, descriptor: int, name: str, header: bytes, pieces: Mapping[str, Piece], sums: Digests, progress: Progress
     ) -> None:
         """Keep what an earlier run recorded, reading it again where digests are wanted; else write the header."""
         done = list(pieces)[: self._done.get(name, 0)]
@@ -141,9 +141,7 @@ class Job:
             os.ftruncate(descriptor, end)
         os.lseek(descriptor, end, os.SEEK_SET)
 
-    def _fill(
-        self, descriptor: int, name: str, pieces: Mapping[str, Piece], sums: _Digests, progress: Progress
-    ) -> None:
+    def _fill(self, descriptor: int, name: str, pieces: Mapping[str, Piece], sums: Digests, progress: Progress) -> None:
         for number, (key, piece) in enumerate(pieces.items(), start=1):
             if number <= self._done[name]:
                 continue
@@ -151,7 +149,6 @@ class Job:
             for chunk in piece.chunks():
                 sums.add(key, chunk)
                 write_all(descriptor, chunk)
-                sums.wait()
                 written += len(chunk)
                 progress(len(chunk))
             if written != nbytes(piece):
@@ -170,40 +167,6 @@ class Job:
         (self.folder / "journal.new").write_text(journal)
         os.replace(self.folder / "journal.new", self.folder / JOURNAL)
         sync(self.folder)
-
-
-class _Digests:
-    """SHA-256 of tensors, computed beside the writing."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        self.enabled = enabled
-        self._sums: dict[str, Any] = {}
-        self._running: Future[None] | None = None
-        self._pool = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> _Digests:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def add(self, key: str, chunk: memoryview) -> None:
-        """Begin to take in a chunk, which must not change until ``wait`` returns."""
-        self.wait()
-        if self.enabled:
-            self._running = self._pool.submit(self._sums.setdefault(key, hashlib.sha256()).update, chunk)
-
-    def wait(self) -> None:
-        """Until the last chunk is taken in."""
-        if self._running is not None:
-            self._running.result()
-            self._running = None
-
-    def hex(self, key: str) -> str:
-        """The digest of one tensor."""
-        self.wait()
-        digest: str = self._sums[key].hexdigest()
-        return digest
 
 
 def one_chunk(chunk: memoryview) -> Callable[[], Iterable[memoryview]]:

@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, Final
@@ -95,7 +96,7 @@ class TensorFile:
     def chunks(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
         """The bytes of a tensor, or of ``count`` of its rows from ``first`` on, in pieces of at most ``CHUNK``.
 
-        A piece is overwritten by the next one.
+        A piece is overwritten by the one after the next, so that one can be worked on while another is read.
         """
         info = self.tensors[name]
         row = (info.end - info.begin) // info.shape[0]
@@ -118,8 +119,8 @@ class TensorFile:
             target, position = target[got:], position + got
 
     def _span(self, begin: int, end: int) -> Iterator[memoryview]:
-        buffer = bytearray(min(CHUNK, end - begin))
-        for position in range(begin, end, CHUNK):
+        buffers = cycle([bytearray(min(CHUNK, end - begin)) for _ in range(2 if end - begin > CHUNK else 1)])
+        for position, buffer in zip(range(begin, end, CHUNK), buffers, strict=False):
             piece = memoryview(buffer)[: min(CHUNK, end - position)]
             self.fill(piece, position)
             yield piece

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchkit import admission, compare, engine_speed, serving, startup
+from benchkit import admission, compare, engine_speed, packages, serving, startup
 from benchkit.plot import draw
 
 
@@ -38,6 +38,13 @@ def test_the_admission_benchmark_writes_a_file_that_names_its_machine(tmp_path: 
     assert report["command"] == "make bench BENCH=admission"
     assert {"device", "versions", "model", "calls"} <= report.keys()
     assert 0 < report["pieces"]["all"]["p50_us"] <= report["pieces"]["all"]["p99_us"]
+
+
+def test_the_packages_benchmark_compares_with_copying(tmp_path: Path) -> None:
+    packages.run(quick=True, rounds=1, results=tmp_path)
+    report = json.loads((tmp_path / "packages.json").read_text())
+    assert all(report[name]["ratio"]["median"] > 0 for name in ("extract", "verify", "merge"))
+    assert report["merge"]["bytes"] > report["extract"]["bytes"] > report["verify"]["bytes"]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchkit import admission, engine_speed, serving, startup
+from benchkit import admission, engine_speed, packages, serving, startup
 from benchkit.plot import draw
 from benchkit.record import RESULTS
 
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "serving": serving.run,
     "startup": startup.run,
     "admission": admission.run,
+    "packages": packages.run,
 }
 
 
