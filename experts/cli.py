@@ -1,4 +1,4 @@
-"""``flexgate experts``: make, check and combine expert packages. Runs without vLLM.
+"""``flexgate experts``: make, check and combine expert packages, put them into a server. Runs without vLLM.
 
 Every command prints what it did, or with ``--json`` one JSON object; an error is one sentence and exit status 1.
 Modules that load PyTorch are imported when a command needs them, so that help is quick.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flexgate.experts import cli_packages, cli_train
+from flexgate.experts import cli_packages, cli_remote, cli_train
 
 app = typer.Typer(name="experts", no_args_is_help=True, help="Make, check and combine expert packages.")
 app.command("train-anchor")(cli_train.train_anchor)
@@ -20,5 +20,8 @@ for command in (
     cli_packages.verify,
     cli_packages.extract,
     cli_packages.merge,
+    cli_remote.add,
+    cli_remote.revoke,
 ):
     app.command()(command)
+app.command("list")(cli_remote.list_experts)

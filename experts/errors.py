@@ -14,6 +14,7 @@ ExpertsError
 ├── TextsInvalid           documents that nothing can be trained on
 ├── TrainingRefused        options that do not fit each other or the model
 ├── OutputRefused          the output exists already, or could not be written
+├── ServerRefused          a running server would not take or withdraw an expert, in its words
 └── MergeError             parts that do not make one model
 """
 
@@ -74,6 +75,10 @@ class TrainingRefused(ExpertsError, ValueError):
 
 class OutputRefused(ExpertsError):
     """The output exists already, or the disk refused it; nothing that looks whole was left behind."""
+
+
+class ServerRefused(ExpertsError):
+    """A running server said no, or does not answer."""
 
 
 class MergeError(ExpertsError, ValueError):

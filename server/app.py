@@ -15,6 +15,7 @@ from flexgate.server.admin.operation import Administration
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.context import context_of
 from flexgate.server.errors import ApiError
+from flexgate.server.experts.changes import ExpertChanges
 from flexgate.server.experts.endpoints import Experts
 from flexgate.server.gateway import Gateway
 from flexgate.server.openai import chat, completions, responses
@@ -51,6 +52,14 @@ def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
     experts = Experts(services)
     yield "GET", "/v1/experts", experts.list
     yield "GET", "/v1/experts/{expert}", experts.retrieve
+    changes = ExpertChanges(services)
+    yield "POST", "/v1/experts", changes.add
+    yield "DELETE", "/v1/experts/{expert}", changes.revoke
+    yield "GET", "/v1/expert_jobs/{job}", changes.job
+    yield "POST", "/v1/expert_uploads", changes.open_upload
+    yield "GET", "/v1/expert_uploads/{upload}", changes.upload
+    yield "DELETE", "/v1/expert_uploads/{upload}", changes.drop_upload
+    yield "PATCH", "/v1/expert_uploads/{upload}/{file}", changes.write_upload
     for operation in OPERATIONS:
         yield operation.method, operation.path, Administration(services, operation).answer
     operations = Operations(services)

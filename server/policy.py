@@ -33,10 +33,12 @@ class Confirms(Protocol):
 
 
 def with_live(snapshot: Snapshot, live: frozenset[str]) -> Snapshot:
-    """`snapshot` with exactly the experts in `live` being served."""
-    if all(expert.live == (expert.id in live) for expert in snapshot.experts.values()):
+    """`snapshot` with the experts that its catalogue says are live and that are in `live`, being served."""
+    if all(expert.id in live for expert in snapshot.experts.values() if expert.live):
         return snapshot
-    experts = {id_: expert.model_copy(update={"live": id_ in live}) for id_, expert in snapshot.experts.items()}
+    experts = {
+        id_: expert.model_copy(update={"live": expert.live and id_ in live}) for id_, expert in snapshot.experts.items()
+    }
     return replace(snapshot, experts=MappingProxyType(experts))
 
 
@@ -61,7 +63,7 @@ class PolicySource:
         self._clock = clock
         self._peers = peers
         self._stored: Snapshot | None = None
-        self._served: Snapshot | None = None
+        self._served: tuple[Snapshot, frozenset[str], Snapshot] | None = None
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
 
@@ -127,9 +129,11 @@ class PolicySource:
     def _serve(self, stored: Snapshot) -> Snapshot:
         live = frozenset(self._live())
         served = self._served
-        if served is None or served.policy_version != stored.policy_version:
-            served = with_live(stored, live)
-        else:
-            served = with_live(served, live)
-        self._served = served
-        return served
+        if served is None or served[0] is not stored or served[1] != live:
+            served = self._served = (stored, live, with_live(stored, live))
+        return served[2]
+
+    def withdrawn(self) -> frozenset[str]:
+        """Experts that the store's catalogue says are not live."""
+        known = () if self._stored is None else self._stored.experts.values()
+        return frozenset(str(expert.id) for expert in known if not expert.live)

@@ -12,8 +12,9 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,8 @@ from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
 from flexgate.server.app import build_app
 from flexgate.server.engine.client import GatedEngineClient
-from flexgate.server.engine.launch import EngineSettings, LaunchPlan, launch, plan
+from flexgate.server.engine.launch import EngineSettings, LaunchPlan, RunningEngine, launch, plan
+from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
 from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
@@ -48,25 +50,33 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         Exception: whatever stops the start; nothing was listening then.
     """
     engine_settings = _engine_settings(settings, model)
-    planned = plan(engine_settings)
+    checkpoint = plan(engine_settings).checkpoint
     _require_tokenizer(model)
     with _bound(settings.host, settings.port) as sock, _store(settings) as store:
-        secret = _prepare(settings, store, planned)
+        store.migrate()
+        before = at_start(store, checkpoint.experts)
+        engine_settings = replace(
+            engine_settings, withdrawn=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
+        )
+        planned = plan(engine_settings)
+        secret = _prepare(settings, store, before.resident)
         with _interruptible():
-            engine = launch(engine_settings, stage)
-            client = await engine.__aenter__()
+            launching = launch(engine_settings, stage)
+            engine = await launching.__aenter__()
         try:
-            services = _services(settings, model, client, store)
+            services = _services(settings, model, engine, store)
+            await services.experts.restore(stage)
             services.policy.confirm()
             services.spending.refresh()
             host, port = sock.getsockname()[:2]
-            ready(planned, client, _url(host, port), secret)
+            ready(planned, engine.client, _url(host, port), secret)
             await _run(settings, services, sock)
         finally:
-            await engine.__aexit__(None, None, None)
+            await launching.__aexit__(None, None, None)
 
 
-def _services(settings: Settings, model: Path, client: GatedEngineClient, store: Store) -> Services:
+def _services(settings: Settings, model: Path, engine: RunningEngine, store: Store) -> Services:
+    client = engine.client
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
         store,
@@ -86,6 +96,9 @@ def _services(settings: Settings, model: Path, client: GatedEngineClient, store:
         handlers=handlers,
         policy=policy,
         store=store,
+        experts=expert_service(settings, model, engine, store, policy),
+        uploads=uploads(settings),
+        experts_dir=settings.experts_dir,
         model_names=names,
         started=time.time(),
         limits=settings.limits,
@@ -109,6 +122,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
         services.policy.run(),
         services.denials.run(),
         services.spending.run(),
+        services.experts.follow(services.policy.withdrawn),
         _stop_with_engine(server, services.client),
     )
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
@@ -207,8 +221,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare(settings: Settings, store: Store, planned: LaunchPlan) -> str | None:
-    experts = planned.checkpoint.experts
+def _prepare(settings: Settings, store: Store, experts: Iterable[Loaded]) -> str | None:
     if settings.demo:
         tenancy.prepare_demo(store, experts, at=time.time())
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgate.policies.cache import DecisionCache
@@ -18,6 +19,8 @@ from flexgate.server.recorded import Recorded
 
 if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
+    from flexgate.server.experts.service import ExpertService
+    from flexgate.server.experts.uploads import Uploads
     from flexgate.server.openai.handlers import Handlers
 
 
@@ -29,8 +32,11 @@ class Services:
     handlers: Handlers
     policy: PolicySource
     store: Store
+    experts: ExpertService
+    uploads: Uploads
     model_names: tuple[str, ...]
     started: float
+    experts_dir: Path | None = None
     limits: Limits = field(default_factory=Limits)
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0

@@ -28,7 +28,7 @@ class StoreSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore")
 
     demo: Annotated[bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")] = False
-    state_dir: Annotated[Path | None, Field(description="Where the policy database is kept.")] = None
+    state_dir: Annotated[Path | None, Field(description="Where the policy database and added experts are kept.")] = None
     database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
 
     @model_validator(mode="after")
@@ -41,9 +41,18 @@ class StoreSettings(BaseSettings):
         """The policy database's URL; the demo's is a file of its own. Makes the directory."""
         if self.database_url is not None:
             return self.database_url
+        return f"sqlite:///{self._state() / ('demo.db' if self.demo else 'flexgate.db')}"
+
+    def directory(self) -> Path:
+        """Where private copies of packages are kept, the demo's apart from others. Makes the directory."""
+        directory = self._state() / ("demo" if self.demo else "served")
+        directory.mkdir(exist_ok=True, mode=0o700)
+        return directory
+
+    def _state(self) -> Path:
         directory = (self.state_dir or _default_state_dir()).absolute()
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return f"sqlite:///{directory / ('demo.db' if self.demo else 'flexgate.db')}"
+        return directory
 
 
 class Settings(StoreSettings):
@@ -63,6 +72,18 @@ class Settings(StoreSettings):
     tool_call_parser: Annotated[str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")] = None
     max_experts: Annotated[int | None, Field(ge=1, description="Expert slots; by default two more than experts.")] = (
         None
+    )
+    experts_dir: Annotated[Path | None, Field(description="Folder of expert packages that can be added by name.")] = (
+        None
+    )
+    trusted_keys: Annotated[
+        Path | None, Field(description="Folder of OWNER.pem files: whose expert packages may be added.")
+    ] = None
+    allow_unsigned_experts: Annotated[
+        bool, Field(description="Add expert packages whoever signed them, or nobody; the demo does.")
+    ] = False
+    max_package_bytes: Annotated[int, Field(ge=1, description="Largest expert package that can be uploaded.")] = (
+        64 << 30
     )
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], Field(description="How weights are served.")] = "auto"
     max_model_len: Annotated[

@@ -83,15 +83,19 @@ def summary(planned: LaunchPlan, client: GatedEngineClient, address: str, admin_
 
 def expected_failures() -> tuple[type[Exception], ...]:
     """Errors that are answers to the operator: one sentence, no traceback."""
+    from flexgate.experts.errors import ExpertsError
     from flexgate.policies.errors import PolicyError
     from flexgate.server.engine.capabilities import RefusedConfigurationError
     from flexgate.server.engine.checkpoint import CheckpointError
+    from flexgate.server.experts.errors import ExpertError
     from flexgate.server.settings import SettingsError
     from flexgate.server.tenancy import DemoKeysFound, ManifestRefused
 
     return (
         CheckpointError,
         DemoKeysFound,
+        ExpertError,
+        ExpertsError,
         ManifestRefused,
         PolicyError,
         RefusedConfigurationError,

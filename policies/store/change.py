@@ -22,6 +22,7 @@ from flexgate.policies.store.revisions import (
     current_version,
 )
 from flexgate.policies.store.snapshots import read_snapshot
+from flexgate.policies.store.weights import Action, append_weights
 from flexgate.policies.tenants import KeyRecord, Role, Tenant
 from flexgate.policies.terms import OwnerId, TenantId
 
@@ -33,6 +34,7 @@ class Change:
         self._connection = connection
         self._revision = Revision(current_version(connection) + 1, at, actor, note)
         self._changes: list[ObjectChange] = []
+        self._weights: list[Event] = []
 
     @property
     def policy_version(self) -> int:
@@ -162,11 +164,38 @@ class Change:
         self._changes.append(ObjectChange("api_key", key_id, _public(before), _public(after)))
         return after
 
+    def add_weights(self, expert: str, *, slot: int, package: str, detail: dict[str, Any]) -> int:
+        """Say that the engine holds an expert from now on; returns the weights epoch."""
+        return self._append_weights("added", expert, slot, package, detail)
+
+    def revoke_weights(self, expert: str, *, slot: int, detail: dict[str, Any]) -> int:
+        """Say that an expert must not be resident any more; returns the weights epoch."""
+        return self._append_weights("revoked", expert, slot, None, detail)
+
     def finish(self) -> None:
         """Append the revision and the audit entries. `Store.change` calls it before it commits."""
         if self._changes:
             append(self._connection, self._revision, self._changes)
-            audit.append(self._connection, [self._event(change) for change in self._changes])
+        events = [*(self._event(change) for change in self._changes), *self._weights]
+        audit.append(self._connection, events)
+
+    def _append_weights(
+        self, action: Action, expert: str, slot: int, package: str | None, detail: dict[str, Any]
+    ) -> int:
+        at, actor = self._revision.at, self._revision.actor
+        epoch = append_weights(
+            self._connection,
+            at=at,
+            actor=actor,
+            action=action,
+            expert=expert,
+            slot=slot,
+            package=package,
+            detail=detail,
+        )
+        told = {"id": expert, "weights_epoch": epoch, "slot": slot, "package": package, "detail": detail}
+        self._weights.append(Event(at=at, actor=actor, action=f"weights.{action}", detail=told))
+        return epoch
 
     def _event(self, change: ObjectChange) -> Event:
         return Event(

@@ -120,3 +120,16 @@ installation: Final = Table(
     Column("name", String(40), primary_key=True),
     Column("value", LargeBinary, nullable=False),
 )
+
+weights_epochs: Final = Table(
+    "weights_epochs",
+    metadata,
+    Column("epoch", _Version, primary_key=True, autoincrement=False),
+    Column("at", Double, nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("action", String(20), nullable=False),
+    Column("expert", String(80), nullable=False),
+    Column("slot", Integer, nullable=False),
+    Column("package", String(200)),
+    Column("detail", JSON, nullable=False),
+)

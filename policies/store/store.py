@@ -17,6 +17,7 @@ from flexgate.policies.store.keys import key_from_row
 from flexgate.policies.store.migrate import migrate
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.store.snapshots import read_snapshot
+from flexgate.policies.store.weights import WeightsState, weights_state
 from flexgate.policies.tenants import KeyRecord
 
 
@@ -67,6 +68,11 @@ class Store:
         with reading(self.engine) as connection:
             rows = connection.execute(select(schema.api_keys).order_by(*order))
             return [key_from_row(row) for row in rows]
+
+    def weights(self) -> WeightsState:
+        """Which experts were added to the engine or withdrawn from it."""
+        with reading(self.engine) as connection:
+            return weights_state(connection)
 
     @contextmanager
     def change(self, *, actor: str, note: str = "", at: float) -> Iterator[Change]:

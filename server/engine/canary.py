@@ -1,6 +1,7 @@
 """Requests that must fail, and one that must not, before the server says it is ready."""
 
 import math
+import uuid
 from typing import Any
 
 from flexgate.server.engine.client import (
@@ -11,6 +12,7 @@ from flexgate.server.engine.client import (
     GateGrant,
 )
 from flexgate.server.engine.gates import GATE_ARG
+from flexgate.server.engine.seam import EngineGenerateError
 
 TENANT = "flexgate-canary"
 PROMPT = {"prompt_token_ids": [0, 1, 2, 3]}
@@ -29,19 +31,31 @@ async def sing(engine: Any, client: GatedEngineClient) -> None:
     """
     await _must_refuse(engine, "a request without a gate", None)
     await _must_refuse(engine, "a forged gate", {GATE_ARG: "e30.e30"})
-    public = client.experts()[0]
-    grant = GateGrant(TENANT, (ExpertLease(public.id, public.slot, public.generation),), math.inf)
-    call = GatedCall(grant)
+    await try_experts(client, client.experts()[0].lease)
+
+
+async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:
+    """Generate under a gate on exactly ``leases``.
+
+    Raises:
+        CanaryError: the engine refused, answered with NaN, or attributed anything outside of the gate.
+    """
+    call = GatedCall(GateGrant(TENANT, leases, math.inf), client_salt=str(uuid.uuid4()))
     token = CURRENT_CALL.set(call)
     try:
-        await _answer(client.generate(PROMPT, _params(), "canary"))
+        worst = await _answer(client.generate(PROMPT, _params(), "canary"))
     except Exception as error:
-        raise CanaryError(f"the engine refused a request for the public expert: {error}") from error
+        raise CanaryError(f"the engine refused a request for {_names(leases)}: {error}") from error
     finally:
         CURRENT_CALL.reset(token)
-    used = {use.expert for use in call.attribution().experts if use.tokens or use.gate_mass}
-    if used != {public.id}:
-        raise CanaryError(f"a request for the public expert alone used {sorted(used)}")
+    if not math.isfinite(worst):
+        raise CanaryError(f"a request for {_names(leases)} was answered with NaN")
+    if outside := call.used_slots() - {lease.slot for lease in leases}:
+        raise CanaryError(f"a request for {_names(leases)} used slots {sorted(outside)}")
+
+
+def _names(leases: tuple[ExpertLease, ...]) -> str:
+    return " and ".join(repr(lease.expert) for lease in leases)
 
 
 async def _must_refuse(engine: Any, what: str, extra_args: dict[str, Any] | None) -> None:
@@ -58,17 +72,20 @@ class _RefusedError(Exception):
     """The engine ended the request with an error."""
 
 
-async def _answer(outputs: Any) -> None:
-    from vllm.v1.engine.exceptions import EngineGenerateError
-
-    finish_reason = None
+async def _answer(outputs: Any) -> float:
+    """The least log-probability of the answer's tokens; NaN if one of them is."""
+    finish_reason, lowest = None, 0.0
     try:
         async for output in outputs:
-            finish_reason = output.outputs[0].finish_reason
+            completion = output.outputs[0]
+            finish_reason = completion.finish_reason
+            chances = [value.logprob for position in completion.logprobs or () for value in position.values()]
+            lowest = min([lowest, *chances], key=lambda chance: (not math.isnan(chance), chance))
     except EngineGenerateError as error:
         raise _RefusedError(str(error)) from error
     if finish_reason == "error":
         raise _RefusedError("finish_reason error")
+    return lowest
 
 
 def _params() -> Any:

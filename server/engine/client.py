@@ -5,6 +5,9 @@ goes out under our own id, with the gate of the call that is current, sealed for
 Without a current call nothing goes out.
 """
 
+from __future__ import annotations
+
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
@@ -23,12 +26,21 @@ from flexgate.server.engine.gates import (
     cache_salt,
     seal,
 )
-from flexgate.server.engine.scheduler import GATE_EXPIRED, USAGE_KEY
-from flexgate.server.engine.seam import EngineCoreOutput, take_output_extras
+from flexgate.server.engine.scheduler import EXPERT_REVOKED, GATE_EXPIRED, USAGE_KEY
+from flexgate.server.engine.seam import EngineCoreOutput, EngineGenerateError, take_output_extras
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLease:
+    """One tenancy of a slot by a named expert."""
+
+    expert: str
+    slot: int
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +54,10 @@ class ExpertInfo:
     generation: int
     live: bool
 
-
-@dataclass(frozen=True, slots=True)
-class ExpertLease:
-    """One tenancy of a slot by a named expert."""
-
-    expert: str
-    slot: int
-    generation: int
+    @property
+    def lease(self) -> ExpertLease:
+        """What a gate names of it."""
+        return ExpertLease(self.id, self.slot, self.generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +90,19 @@ class Attribution:
     cached_prompt_tokens: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class GatedCall:
     """One API call: the gate all its engine requests share, and what they used.
 
     Attributes:
         failed: why the engine ended a request of this call early, if it did.
+        ended: set once nothing of this call's answer is left to send.
     """
 
     grant: GateGrant
     client_salt: str | None = None
     failed: str | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     _usage: dict[str, list[Any]] = field(default_factory=dict)
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
@@ -103,7 +113,7 @@ class GatedCall:
         """Prompt and new tokens so far, over all prompts and choices."""
         return sum(self._prompt_tokens.values()) + sum(self._new_tokens.values())
 
-    def count(self, request_id: str, output: "RequestOutput", *, cumulative: bool) -> None:
+    def count(self, request_id: str, output: RequestOutput, *, cumulative: bool) -> None:
         """Count the tokens of one output."""
         self._prompt_tokens[request_id] = len(output.prompt_token_ids or ())
         for choice in output.outputs:
@@ -129,6 +139,13 @@ class GatedCall:
         )
         return Attribution(tuple(uses), cached)
 
+    def used_slots(self) -> frozenset[int]:
+        """Slots that carried anything, whoever is in them."""
+        totals = [(masses, tokens) for _, masses, tokens in self._usage.values()]
+        return frozenset(
+            slot for masses, tokens in totals for slot in range(len(masses)) if masses[slot] or tokens[slot]
+        )
+
 
 CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call", default=None)
 
@@ -136,17 +153,18 @@ CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call",
 class GatedEngineClient:
     """Generation under a sealed gate, and the read-only facts that handlers need."""
 
-    def __init__(self, engine: Any, *, key: SealKey, experts: tuple[ExpertInfo, ...], slots: int) -> None:
+    def __init__(
+        self, engine: Any, *, key: SealKey, experts: tuple[ExpertInfo, ...], slots: int, weights_epoch: int = 1
+    ) -> None:
         """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`."""
         self._engine = engine
         self._key = key
-        self._experts = experts
+        self._slots = slots
         self._calls: dict[str, GatedCall] = {}
-        by_slot = {expert.slot: expert.id for expert in experts}
-        self._names = tuple(by_slot.get(slot) for slot in range(slots))
+        self._open: set[GatedCall] = set()
         self._layers = int(engine.model_config.hf_config.num_hidden_layers)
         self._ready = False
-        self.weights_epoch = 1
+        self.publish(experts, weights_epoch)
         self.kernels = ""  # what computes the experts, as every rank reported it
         take_output_extras(engine, self._take)
 
@@ -168,8 +186,36 @@ class GatedEngineClient:
         """The present tenancy of a live expert, or None."""
         for info in self._experts:
             if info.id == expert and info.live:
-                return ExpertLease(info.id, info.slot, info.generation)
+                return info.lease
         return None
+
+    @property
+    def slots(self) -> int:
+        """Expert slots of the engine, free ones included."""
+        return self._slots
+
+    def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
+        """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add."""
+        self._experts = tuple(sorted(experts, key=lambda info: info.slot))
+        by_slot = {info.slot: info.id for info in experts}
+        self._names = tuple(by_slot.get(slot) for slot in range(self._slots))
+        self.weights_epoch = weights_epoch
+
+    def begin(self, call: GatedCall) -> None:
+        """A call was admitted; :meth:`end` must follow."""
+        self._open.add(call)
+
+    def end(self, call: GatedCall) -> None:
+        """Nothing of the call's answer is left to send."""
+        self._open.discard(call)
+        call.ended.set()
+
+    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
+        """Give no more tokens to calls that may use ``lease``; returns those that are still open."""
+        users = tuple(call for call in self._open if lease in call.grant.experts)
+        for call in users:
+            call.failed = EXPERT_REVOKED
+        return users
 
     # What vLLM's handlers ask.
 
@@ -237,7 +283,7 @@ class GatedEngineClient:
     def generate(
         self,
         prompt: Any,
-        sampling_params: "SamplingParams",
+        sampling_params: SamplingParams,
         request_id: str,  # noqa: ARG002 - replaced by our own
         *,
         prompt_text: str | None = None,
@@ -245,7 +291,7 @@ class GatedEngineClient:
         reasoning_ended: bool | None = None,
         reasoning_parser_kwargs: dict[str, Any] | None = None,
         **_ignored: Any,
-    ) -> "AsyncGenerator[RequestOutput, None]":
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Generate under the current call's gate.
 
         LoRA adapters, priorities, data-parallel ranks, sessions, traces and cache hints
@@ -268,8 +314,9 @@ class GatedEngineClient:
         )
 
     async def _generate(
-        self, call: GatedCall, prompt: Any, sampling_params: "SamplingParams", **options: Any
-    ) -> "AsyncGenerator[RequestOutput, None]":
+        self, call: GatedCall, prompt: Any, sampling_params: SamplingParams, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        _refuse_withdrawn(call)
         request_id = f"flexgate-{uuid.uuid4().hex}"
         params = sampling_params.clone()
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
@@ -279,6 +326,7 @@ class GatedEngineClient:
         outputs = self._engine.generate(prompt, params, request_id, **options)
         try:
             async for output in outputs:
+                _refuse_withdrawn(call)
                 call.count(request_id, output, cumulative=cumulative)
                 yield output
         finally:
@@ -303,5 +351,10 @@ class GatedEngineClient:
             return
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
-        if output.stop_reason == GATE_EXPIRED:
-            call.failed = GATE_EXPIRED
+        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED):
+            call.failed = output.stop_reason
+
+
+def _refuse_withdrawn(call: GatedCall) -> None:
+    if call.failed == EXPERT_REVOKED:
+        raise EngineGenerateError("an expert of this request was withdrawn")

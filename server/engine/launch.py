@@ -22,6 +22,7 @@ from flexgate.server.engine.slots import SlotTable
 
 if TYPE_CHECKING:
     from flexgate.server.engine.client import ExpertInfo, GatedEngineClient
+    from flexgate.server.engine.operator import SlotOperator
 
 CPU_KV_BYTES = 1 << 30
 MOE_KERNELS = ("flexgate", "vllm")
@@ -48,6 +49,9 @@ class EngineSettings:
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
         check_weights: read every tensor once and refuse NaN and infinity.
+        withdrawn: experts of the checkpoint that must not be loaded.
+        least_slots: slots that experts added earlier take, whatever the default would be.
+        weights_epoch: the newest change of what is loaded.
     """
 
     model: Path
@@ -66,6 +70,9 @@ class EngineSettings:
     async_scheduling: bool = True
     check_weights: bool = True
     shutdown_timeout: int = 30
+    withdrawn: frozenset[str] = frozenset()
+    least_slots: int = 0
+    weights_epoch: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,17 @@ class LaunchPlan:
     @property
     def table(self) -> SlotTable:
         """Which slot holds which expert at start."""
-        return SlotTable.of_checkpoint(self.checkpoint.architecture.num_experts, self.slots.slots)
+        experts = self.checkpoint.experts
+        without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.withdrawn]
+        return SlotTable.of_checkpoint(len(experts), self.slots.slots, without)
+
+
+@dataclass(frozen=True, slots=True)
+class RunningEngine:
+    """An engine that has proved its gate: what handlers get of it, and what changes its slots."""
+
+    client: "GatedEngineClient"
+    slots: "SlotOperator"
 
 
 def plan(settings: EngineSettings) -> LaunchPlan:
@@ -105,6 +122,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         kv_bytes=settings.kv_cache_memory_bytes or _default_kv_bytes(checkpoint, settings, dtype),
         available_bytes=_available_bytes(settings),
         max_experts=settings.max_experts,
+        least=settings.least_slots,
         ranks=settings.tensor_parallel_size,
         expert_parallel=settings.enable_expert_parallel,
     )
@@ -128,8 +146,8 @@ def refuse_missing_kernels(moe_kernels: str) -> None:
 
 
 @asynccontextmanager
-async def launch(settings: EngineSettings, stage: Stage = _silent) -> "AsyncIterator[GatedEngineClient]":
-    """Start the engine, prove the gate on every rank, yield the client, stop the engine.
+async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncIterator[RunningEngine]:
+    """Start the engine, prove the gate on every rank, yield it, stop it.
 
     Args:
         stage: told what is happening, for a progress display.
@@ -150,6 +168,8 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> "AsyncIter
     require_tested_version()
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from flexgate.server.engine.operator import SlotOperator
+
     config = engine_config(planned)
     refuse_untried(config)
     stage("starting the engine", 0, 0)
@@ -157,7 +177,7 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> "AsyncIter
     try:
         stage("proving the gate", 0, 0)
         client = await _prove(engine, planned, key)
-        yield client
+        yield RunningEngine(client, SlotOperator(engine))
     finally:
         await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
 
@@ -255,7 +275,13 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngine
         expert_parallel=planned.settings.enable_expert_parallel,
         moe_kernels=planned.settings.moe_kernels,
     )
-    client = GatedEngineClient(engine, key=key, experts=_expert_infos(planned), slots=planned.slots.slots)
+    client = GatedEngineClient(
+        engine,
+        key=key,
+        experts=_expert_infos(planned),
+        slots=planned.slots.slots,
+        weights_epoch=planned.settings.weights_epoch,
+    )
     client.kernels = describe_kernels(reports)
     await sing(engine, client)
     client.mark_ready()
@@ -269,4 +295,5 @@ def _expert_infos(planned: LaunchPlan) -> "tuple[ExpertInfo, ...]":
     return tuple(
         ExpertInfo(entry.id, entry.owner, entry.domain, slot, live[slot], live=True)
         for slot, entry in enumerate(planned.checkpoint.experts)
+        if slot in live
     )

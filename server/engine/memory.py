@@ -44,6 +44,7 @@ def plan_slots(
     kv_bytes: int,
     available_bytes: int,
     max_experts: int | None = None,
+    least: int = 0,
     ranks: int = 1,
     expert_parallel: bool = False,
 ) -> SlotPlan:
@@ -53,6 +54,7 @@ def plan_slots(
         dtype: ``float32`` or ``bfloat16``, as served.
         max_experts: slots asked for; by default the checkpoint's experts + 2, or as many
             of those as fit.
+        least: slots that are taken in any case, by experts added after the checkpoint.
         available_bytes: of one rank.
         ranks: tensor-parallel ranks that share every slot.
         expert_parallel: ranks hold whole slots, dealt out in turn, and a zero slot each.
@@ -70,13 +72,14 @@ def plan_slots(
     other_bytes = other * width // ranks
     reserved = 1 if dealing > 1 else 0
     room = ((available_bytes - other_bytes - kv_bytes) // slot_bytes - reserved) * dealing
-    wanted = max_experts if max_experts is not None else a.num_experts + SPARE_SLOTS
-    if not a.num_experts <= wanted <= MAX_SLOTS:
+    taken = max(a.num_experts, least)
+    wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, MAX_SLOTS)
+    if not taken <= wanted <= MAX_SLOTS:
         raise CheckpointError(
-            f"--max-experts {wanted}: the checkpoint has {a.num_experts} experts "
+            f"--max-experts {wanted}: the checkpoint has {a.num_experts} experts, {taken} slots are taken, "
             f"and flexgate serves at most {MAX_SLOTS}"
         )
-    slots = wanted if max_experts is not None else max(min(wanted, room), a.num_experts)
+    slots = wanted if max_experts is not None else max(min(wanted, room), taken)
     held = -(-slots // dealing) + reserved
     if slots > room:
         needed = held * slot_bytes + other_bytes + kv_bytes

@@ -7,6 +7,7 @@ as feed-forward. Checkpoint layout: Hugging Face ``flex_olmo``.
 Legend: T tokens, H hidden size.
 """
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -215,10 +216,25 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Zero every slot, then load the checkpoint's experts into theirs; router biases are optional."""
+        """Zero every slot, then load live experts into theirs; router biases are optional.
+
+        An expert of the checkpoint that was withdrawn is not read, and its router row is zero.
+        """
         for layer in self.moe_layers():
             for parameter in layer.experts.parameters():
                 parameter.data.zero_()
         loader = AutoWeightsLoader(self)
-        loaded: set[str] = loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        live = self.gates.table.live
+        wanted = ((name, tensor) for name, tensor in weights if _expert_of(name) in {None, *live})
+        loaded: set[str] = loader.load_weights(wanted, mapper=self.hf_to_vllm_mapper)
+        for layer in self.moe_layers():
+            for slot in set(range(layer.num_slots)) - live.keys():
+                layer.gate.weight.data[slot].zero_()
+                layer.gate.bias.data[slot].zero_()
         return loaded | {name for name, _ in self.named_parameters() if name.endswith("gate.bias")}
+
+
+def _expert_of(name: str) -> int | None:
+    """The expert index in a checkpoint's tensor name; None for what belongs to no expert."""
+    found = re.search(r"\.mlp\.experts\.(\d+)\.", name)
+    return None if found is None else int(found[1])

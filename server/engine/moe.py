@@ -19,6 +19,7 @@ from flexgate.kernels.gated_topk import Fill, gated_topk
 from flexgate.server.engine.moe_kernels import Pack, chosen_routed_experts, held_kernels, pack_of
 from flexgate.server.engine.seam import BaseRouter, FusedMoEFactory, RoutingMethodType
 from flexgate.server.engine.state import GateState
+from flexgate.server.engine.weights import SlotArrays
 
 ROUTER_ROWS = 16  # router rows are padded to a multiple, so that a dot product never
 # changes its vectorisation, and so its last bit, with the number of slots
@@ -161,6 +162,21 @@ class GatedMoE(nn.Module):
     def pack(self) -> Pack:
         """How one expert lies in a slot of this layer."""
         return pack_of(self.experts.routed_experts)
+
+    def slot_arrays(self) -> SlotArrays:
+        """This rank's part of every slot, to write experts into; raises `UnknownLayoutError`."""
+        held = self.experts.routed_experts
+        parallel = held.moe_config.moe_parallel_config
+        return SlotArrays(
+            router_EH=self.gate.weight.data,
+            bias_E=self.gate.bias.data,
+            w13_LGH=held.w13_weight.data,
+            w2_LHP=held.w2_weight.data,
+            local=held._map_global_expert_id_to_local_expert_id,
+            pack=self.pack,
+            shards=parallel.tp_size,
+            shard=parallel.tp_rank,
+        )
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Combine the allowed experts' outputs, [T, H]."""

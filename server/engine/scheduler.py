@@ -1,15 +1,17 @@
-"""vLLM's schedulers with gates that expire and attribution on every output."""
+"""vLLM's schedulers with gates that end early, slots that change, and attribution on every output."""
 
 import logging
 import math
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexgate.server.engine.gates import Gate
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.seam import (
     AsyncScheduler,
+    BlockHash,
     EngineCoreOutput,
     EngineCoreOutputs,
     FinishReason,
@@ -18,13 +20,18 @@ from flexgate.server.engine.seam import (
     RequestStatus,
     Scheduler,
     SchedulerOutput,
+    cached_among,
+    evict_cached,
     guard_requests,
+    offer_to_engine_core,
 )
-from flexgate.server.engine.slots import SlotTable
+from flexgate.server.engine.slots import ANCHOR_SLOT, SlotTable
 from flexgate.server.engine.usage import USAGE_ATTRIBUTE, UsageLedger
 
 USAGE_KEY = "flexgate"  # key of ``EngineCoreOutput.kv_transfer_params``
 GATE_EXPIRED = "gate_expired"  # stop reason of a request whose gate ran out
+EXPERT_REVOKED = "expert_revoked"  # stop reason of a request that may use an expert just withdrawn
+SLOTS_UTILITY = "flexgate_slots"  # name under which the engine core takes :meth:`_Gated.change_slots`
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +44,36 @@ else:
     _Base = object
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A request that has not ended, and its gate."""
+
+    request: Request
+    gate: Gate
+
+    def may_use(self, slot: int) -> bool:
+        return any(lease.slot == slot for lease in self.gate.leases)
+
+
 class _Gated(_Base):
     """Mixin over :class:`Scheduler`; installing it installs the guard, so neither is alone."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        table = SlotTable.from_config(vllm_config.additional_config)
-        guard_requests(EngineGuard(seal_key_from_environment(), table))
-        self._ledger = UsageLedger(table.total)
-        self._deadlines: dict[str, float] = {}
+        self._table = SlotTable.from_config(vllm_config.additional_config)
+        guard_requests(EngineGuard(seal_key_from_environment(), self._table))
+        offer_to_engine_core(SLOTS_UTILITY, _change_slots)
+        self._ledger = UsageLedger(self._table.total)
+        self._held: dict[str, _Held] = {}
         self._next_deadline = math.inf
-        self._expired: list[Request] = []
+        self._ended: list[tuple[Request, str]] = []
+        self._hashes: dict[int, set[BlockHash]] = defaultdict(set)
         super().__init__(vllm_config, *args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """Queue a request that the guard has passed."""
         gate: Gate = request.flexgate_gate  # absent without the guard: the engine stops
         self._ledger.open(request.request_id, request.num_prompt_tokens)
-        self._deadlines[request.request_id] = gate.valid_until
+        self._held[request.request_id] = _Held(request, gate)
         self._next_deadline = min(self._next_deadline, gate.valid_until)
         super().add_request(request)
 
@@ -63,6 +83,29 @@ class _Gated(_Base):
         if now >= self._next_deadline:
             self._expire(now)
         return super().schedule(*args, **kwargs)
+
+    def open_slot(self, slot: int, generation: int) -> None:
+        """Let gates name a slot that every rank has opened; raises `SlotError`."""
+        self._table.open(slot, generation)
+
+    def close_slot(self, slot: int) -> dict[str, int]:
+        """Refuse gates that name ``slot``, end requests that do, forget the KV cache they made.
+
+        Returns:
+            How many requests ended, and how many cached blocks were evicted.
+
+        Raises:
+            SlotError: the slot is free, or the anchor's.
+        """
+        self._table.close(slot)
+        users = [request_id for request_id, held in self._held.items() if held.may_use(slot)]
+        self._end(users, EXPERT_REVOKED)
+        evicted = evict_cached(self, self._hashes.pop(slot, ()))
+        return {"ended": len(users), "evicted_blocks": evicted}
+
+    def users_of(self, slot: int) -> int:
+        """Requests that have not ended and may use ``slot``."""
+        return sum(held.may_use(slot) for held in self._held.values())
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -75,7 +118,7 @@ class _Gated(_Base):
         for batch in outputs.values():
             for output in batch.outputs:
                 self._attach(output)
-        self._report_expired(outputs)
+        self._report_ended(outputs)
         return outputs
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
@@ -86,13 +129,29 @@ class _Gated(_Base):
         return finished
 
     def _expire(self, now: float) -> None:
-        late = [request_id for request_id, until in self._deadlines.items() if until <= now]
-        self._expired += self.finish_requests(late, RequestStatus.FINISHED_ERROR)
-        self._next_deadline = min(self._deadlines.values(), default=math.inf)
+        self._end([name for name, held in self._held.items() if held.gate.valid_until <= now], GATE_EXPIRED)
+        self._next_deadline = min((held.gate.valid_until for held in self._held.values()), default=math.inf)
+
+    def _end(self, request_ids: list[str], reason: str) -> None:
+        finished = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+        self._ended += [(request, reason) for request in finished]
 
     def _forget(self, request_id: str) -> None:
         self._ledger.close(request_id)
-        self._deadlines.pop(request_id, None)
+        held = self._held.pop(request_id, None)
+        if held is not None:
+            self._remember_hashes(held)
+
+    def _remember_hashes(self, held: _Held) -> None:
+        """Note which cached blocks a slot's expert took part in, to evict them when it is withdrawn."""
+        hashes = held.request.block_hashes
+        for lease in held.gate.leases:
+            if lease.slot == ANCHOR_SLOT or not hashes:
+                continue
+            known = self._hashes[lease.slot]
+            known.update(hashes)
+            if len(known) > 2 * self.cache_config.num_gpu_blocks:
+                self._hashes[lease.slot] = cached_among(self, known)
 
     def _attach(self, output: EngineCoreOutput) -> None:
         total = self._ledger.totals.get(output.request_id)
@@ -102,21 +161,29 @@ class _Gated(_Base):
         if output.finished:
             self._forget(output.request_id)
 
-    def _report_expired(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+    def _report_ended(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         by_client: dict[int, list[EngineCoreOutput]] = defaultdict(list)
-        for request in self._expired:
-            logger.info("ended request %s: its gate has expired", request.request_id)
+        for request, reason in self._ended:
+            logger.info("ended request %s: %s", request.request_id, reason)
             by_client[request.client_index].append(
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=FinishReason.ERROR,
-                    stop_reason=GATE_EXPIRED,
+                    stop_reason=reason,
                 )
             )
-        self._expired = []
+        self._ended = []
         for client_index, ended in by_client.items():
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(ended)
+
+
+def _change_slots(scheduler: _Gated, command: dict[str, Any]) -> Any:
+    """What the API process asks of the engine core: ``open``, ``close`` or ``users`` of a slot."""
+    slot = int(command["slot"])
+    if command["do"] == "open":
+        return scheduler.open_slot(slot, int(command["generation"]))
+    return scheduler.close_slot(slot) if command["do"] == "close" else scheduler.users_of(slot)
 
 
 class GatedScheduler(_Gated, Scheduler):

@@ -30,9 +30,13 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     What computes with routed tokens, between vLLM's dispatch and its reduction.
 ``CPUUnquantizedExperts._use_zentorch / isa``, ``cpu_prepack_moe_weight`` (…/experts/cpu_moe.py, vllm/_custom_ops.py)
     How vLLM's CPU kernel lays out one expert; a slot written while the engine runs has to look the same.
+``EngineCore`` attributes, called by name as utilities (vllm/v1/engine/core.py)
+    The only way from the API process to the scheduler; a utility runs between two steps.
+``Scheduler.kv_cache_manager.block_pool`` (vllm/v1/core/block_pool.py)
+    Cached blocks of a revoked expert are evicted by their hashes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import vllm
@@ -48,10 +52,13 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -63,11 +70,13 @@ __all__ = [
     "AsyncModelRunnerOutput",
     "AsyncScheduler",
     "BaseRouter",
+    "BlockHash",
     "CPUUnquantizedExperts",
     "DefaultModelState",
     "EngineCoreOutput",
     "EngineCoreOutputs",
     "EngineCoreRequest",
+    "EngineGenerateError",
     "FinishReason",
     "FusedMoEActivationFormat",
     "FusedMoEExpertsModular",
@@ -85,9 +94,13 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "UnquantizedMoeBackend",
     "UntestedVersionError",
+    "ask_engine_core",
+    "cached_among",
     "cpu_prepack_moe_weight",
+    "evict_cached",
     "external_id",
     "guard_requests",
+    "offer_to_engine_core",
     "require_tested_version",
     "take_output_extras",
 ]
@@ -155,3 +168,37 @@ def take_output_extras(engine: Any, take: Callable[[EngineCoreOutput, str | None
         return process(outputs, *args, **kwargs)
 
     processor.process_outputs = process_outputs
+
+
+def offer_to_engine_core(name: str, handle: Callable[[Any, dict[str, Any]], Any]) -> None:
+    """Let :func:`ask_engine_core` call ``handle(scheduler, command)`` in this engine core, between steps."""
+
+    def utility(self: EngineCore, command: dict[str, Any]) -> Any:
+        return handle(self.scheduler, command)
+
+    setattr(EngineCore, name, utility)
+
+
+async def ask_engine_core(engine: Any, name: str, command: dict[str, Any]) -> Any:
+    """Call what :func:`offer_to_engine_core` offered; ``engine`` is an ``AsyncLLM``."""
+    return await engine.engine_core.call_utility_async(name, command)
+
+
+def evict_cached(scheduler: Scheduler, hashes: Iterable[BlockHash]) -> int:
+    """Drop blocks from the prefix cache, so that nothing can hit them again; returns how many."""
+    pool = scheduler.kv_cache_manager.block_pool
+    groups = range(len(scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups))
+    evicted = 0
+    for block_hash in hashes:
+        for group in groups:
+            while found := pool.get_cached_block(block_hash, [group]):
+                pool.evict_blocks({block.block_id for block in found})
+                evicted += len(found)
+    return evicted
+
+
+def cached_among(scheduler: Scheduler, hashes: Iterable[BlockHash]) -> set[BlockHash]:
+    """Those of ``hashes`` whose blocks are still in the prefix cache."""
+    pool = scheduler.kv_cache_manager.block_pool
+    groups = range(len(scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups))
+    return {found for found in hashes if any(pool.get_cached_block(found, [group]) for group in groups)}

@@ -1,5 +1,6 @@
 """Which expert holds which engine slot, as data that every engine process shares."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,17 @@ ANCHOR_SLOT = 0
 CONFIG_KEY = "flexgate"  # key of vLLM's ``additional_config``
 
 
-@dataclass(frozen=True, slots=True)
+class SlotError(ValueError):
+    """A slot cannot be opened or closed as asked."""
+
+
+@dataclass(slots=True)
 class SlotTable:
     """The engine's fixed arrays: ``total`` slots, of which ``live`` hold an expert.
+
+    Every process keeps one of its own. They change between two steps only: opened on all ranks
+    before the engine core, and closed in the engine core before the ranks, so that no gate passes
+    the guard that a rank would not know.
 
     Attributes:
         total: number of expert slots in every layer, 1..64.
@@ -22,9 +31,9 @@ class SlotTable:
     live: dict[int, int]
 
     @classmethod
-    def of_checkpoint(cls, num_experts: int, total: int) -> "SlotTable":
-        """Expert *i* of a checkpoint takes slot *i*, generation 1; the rest is free."""
-        return cls(total, dict.fromkeys(range(num_experts), 1))
+    def of_checkpoint(cls, num_experts: int, total: int, without: Collection[int] = ()) -> "SlotTable":
+        """Expert *i* of a checkpoint takes slot *i*, generation 1; the rest, and ``without``, is free."""
+        return cls(total, {slot: 1 for slot in range(num_experts) if slot not in without})
 
     def to_config(self) -> dict[str, Any]:
         """Plain data for vLLM's ``additional_config`` (JSON, no integer keys)."""
@@ -55,6 +64,41 @@ class SlotTable:
         """
         if any(self.live.get(lease.slot) != lease.generation for lease in gate.leases):
             raise GateError("the gate names an expert that is no longer loaded")
+
+    def open(self, slot: int, generation: int) -> None:
+        """Make a free slot live.
+
+        Raises:
+            SlotError: there is no such slot, or it holds an expert.
+        """
+        if not 0 <= slot < self.total:
+            raise SlotError(f"there is no slot {slot}; this engine has {self.total}")
+        if slot in self.live:
+            raise SlotError(f"slot {slot} holds an expert")
+        self.live[slot] = generation
+
+    def close(self, slot: int) -> None:
+        """Take a slot out of use; the anchor's never.
+
+        Raises:
+            SlotError: the slot is free, or it is the anchor's.
+        """
+        if slot == ANCHOR_SLOT:
+            raise SlotError("the anchor's slot cannot be closed")
+        if slot not in self.live:
+            raise SlotError(f"slot {slot} holds no expert")
+        del self.live[slot]
+
+    def require_masked(self, slot: int) -> None:
+        """Refuse to touch the weights of a slot that some request may read.
+
+        Raises:
+            SlotError: there is no such slot, or it holds a live expert.
+        """
+        if not 0 <= slot < self.total:
+            raise SlotError(f"there is no slot {slot}; this engine has {self.total}")
+        if slot in self.live:
+            raise SlotError(f"slot {slot} is live; close it first")
 
     def lease(self, slot: int) -> SlotLease:
         """The present tenancy of a live slot."""

@@ -74,8 +74,9 @@ class GateState(torch.nn.Module):
         """Drop finished requests, admit new ones, and note what each may count.
 
         Raises:
-            GateError: a new request has no genuine gate. The guard in the engine core
-                refuses such a request before it gets here, so this stops the engine.
+            GateError: a request has no genuine gate, or one that names a slot which was closed. The
+                engine core refuses and ends such requests before they get here, so this stops the
+                engine.
         """
         for request_id in scheduled.finished_req_ids:
             self.requests.pop(request_id, None)
@@ -139,13 +140,13 @@ class GateState(torch.nn.Module):
     def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
         gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
         check_owner(gate, external_id(request_id))
-        bitmask = gate.bitmask & self.table.live_mask
-        if not bitmask:
-            raise GateError("no slot of the gate holds an expert")
-        self.requests[request_id] = _Tenancy(bitmask)
+        self.table.admit(gate)
+        self.requests[request_id] = _Tenancy(gate.bitmask)
 
     def _schedule(self, request_id: str, first: int, count: int) -> _Scheduled:
         tenancy = self.requests[request_id]
+        if tenancy.bitmask & ~self.table.live_mask:
+            raise GateError("a request that may use a closed slot was scheduled")
         skip = min(max(tenancy.counted - first, 0), count)
         tenancy.counted = max(tenancy.counted, first + count)
         return _Scheduled(tenancy.bitmask, first, count, skip)

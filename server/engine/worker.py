@@ -4,18 +4,21 @@ Model Runner V2 asks the model for its state class, :class:`GatedModelState`. Mo
 Runner V1 has no such place, so :class:`GatedWorker` puts a subclass under its runner.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
 
 from flexgate.server.engine.handshake import RankReport, report_rank
+from flexgate.server.engine.residency import SlotWriter, TaskReport, from_wire
 from flexgate.server.engine.seam import (
     AsyncModelRunnerOutput,
     DefaultModelState,
     ModelRunnerOutput,
     SchedulerOutput,
 )
+from flexgate.server.engine.slots import SlotTable
 from flexgate.server.engine.state import GateState, PendingUsage
 from flexgate.server.engine.usage import USAGE_ATTRIBUTE
 
@@ -115,3 +118,39 @@ class GatedWorker(_Worker):
     def flexgate_handshake(self) -> RankReport:
         """Prove to the launcher what this rank runs."""
         return report_rank(self)
+
+    def flexgate_load(self, slot: int, ticket: dict[str, Any]) -> None:
+        """Start copying an expert's file into a masked slot, beside the steps."""
+        self._table.require_masked(slot)
+        self._slots.load(slot, from_wire(ticket))
+
+    def flexgate_clear(self, slot: int) -> None:
+        """Start zeroing a masked slot, beside the steps."""
+        self._table.require_masked(slot)
+        self._slots.clear(slot)
+
+    def flexgate_task(self) -> TaskReport:
+        """How far the last :meth:`flexgate_load` or :meth:`flexgate_clear` is on this rank."""
+        return self._slots.report()
+
+    def flexgate_open(self, slot: int, generation: int) -> None:
+        """Let gates name ``slot`` from the next step on."""
+        self._table.open(slot, generation)
+
+    def flexgate_close(self, slot: int) -> None:
+        """Let no gate name ``slot`` any more; a request that does must not be scheduled again."""
+        self._table.close(slot)
+
+    def flexgate_digests(self) -> list[str]:
+        """SHA-256 of what each slot holds on this rank; reads all of it, between two steps."""
+        return [self._slots.digest(slot) for slot in range(self._table.total)]
+
+    @property
+    def _table(self) -> SlotTable:
+        table: SlotTable = self.model_runner.get_model().gates.table
+        return table
+
+    @functools.cached_property
+    def _slots(self) -> SlotWriter:
+        layers = [layer.slot_arrays() for layer in self.model_runner.get_model().moe_layers()]
+        return SlotWriter(layers)

@@ -47,8 +47,9 @@ class Run:
     hold: Hold
 
     def finish(self) -> None:
-        """Settle what the request used, however it ended."""
+        """Settle what the request used, once nothing of its answer is left to send."""
         self.hold.settle(self.call.tokens())
+        self.services.client.end(self.call)
 
     def answer_object(self) -> dict[str, Any]:
         """The `flexgate` object, once the engine is done with the call."""
@@ -99,25 +100,29 @@ class Generation:
     async def answer(self, request: Request) -> Response:
         """Authenticate, admit, generate, report."""
         run = await self._admit(request)
-        streams = False
+        run.services.client.begin(run.call)
+        try:
+            return Delivery(await self._generate(request, run), run.finish)
+        except BaseException:
+            run.finish()
+            raise
+
+    async def _generate(self, request: Request, run: Run) -> Response:
         token = CURRENT_CALL.set(run.call)
         try:
             result = await until_gone(request, self._endpoint.start(run))
-            streams = hasattr(result, "__aiter__")
         except ApiError:
             raise
         except Exception as error:
             raise run.error(_translate(error, run.admitted.body)) from error
         finally:
             CURRENT_CALL.reset(token)
-            if not streams:
-                run.finish()
         if result is None:
             return Response(status_code=CLIENT_GONE)
         if isinstance(result, ErrorResponse):
             raise run.error(vllm_errors.from_response(result))
-        if streams:
-            return EventStream(self._events(run, result), headers=run.headers(), ended=run.finish)
+        if hasattr(result, "__aiter__"):
+            return EventStream(self._events(run, result), headers=run.headers())
         answer = {**self._endpoint.plain(run, result), "flexgate": run.answer_object()}
         return JSONResponse(answer, headers=run.headers())
 
@@ -164,27 +169,35 @@ class Generation:
             await result.aclose()
 
 
+class Delivery(Response):
+    """A response that tells when the last of it was sent, or nobody is left to send it to."""
+
+    def __init__(self, response: Response, done: Callable[[], None]) -> None:
+        super().__init__()
+        self._response = response
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._done()
+
+
 class EventStream(StreamingResponse):
     """A stream whose source is closed however the response ends, so that generation stops."""
 
     media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[str], *, headers: dict[str, str], ended: Callable[[], None]) -> None:
-        """`ended` is called in any case."""
-        super().__init__(events, headers=headers)
-        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            try:
-                close = getattr(self.body_iterator, "aclose", None)
-                if close is not None:
-                    await close()
-            finally:
-                self._ended()
+            close = getattr(self.body_iterator, "aclose", None)
+            if close is not None:
+                await close()
 
 
 def grant(decision: Decision, services: Services) -> GateGrant:

@@ -12,7 +12,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
 from flexgate.server.engine.client import GatedCall
-from flexgate.server.engine.scheduler import GATE_EXPIRED
+from flexgate.server.engine.scheduler import EXPERT_REVOKED, GATE_EXPIRED
 from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
 
 _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
@@ -63,6 +63,12 @@ def not_generated(body: Mapping[str, Any]) -> ApiError | None:
 
 def ended_early(call: GatedCall) -> ApiError | None:
     """Why the engine ended a call's request, if the gate was the cause."""
+    if call.failed == EXPERT_REVOKED:
+        return ApiError(
+            "An expert of this request was withdrawn while it ran. Sending the request again uses what is live now.",
+            status=HTTPStatus.FORBIDDEN,
+            code="expert_revoked",
+        )
     if call.failed != GATE_EXPIRED:
         return None
     return ApiError(

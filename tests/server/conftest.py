@@ -166,9 +166,10 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def services(store: FakeStore, real_store: Store, handler: Handler) -> Any:
+def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Path) -> Any:
     """The application's parts around a client without an engine."""
     from flexgate.server.engine.client import ExpertInfo, ExpertLease
+    from flexgate.server.experts.uploads import Uploads
     from flexgate.server.policy import PolicySource
     from flexgate.server.services import Services
 
@@ -177,6 +178,8 @@ def services(store: FakeStore, real_store: Store, handler: Handler) -> Any:
         weights_epoch=3,
         errored=False,
         ready=lambda: True,
+        begin=lambda call: None,
+        end=lambda call: None,
         experts=lambda: infos,
         lease=lambda id_: next((ExpertLease(i.id, i.slot, 1) for i in infos if i.id == id_), None),
     )
@@ -196,9 +199,25 @@ def services(store: FakeStore, real_store: Store, handler: Handler) -> Any:
         handlers=handlers,  # type: ignore[arg-type]
         policy=policy,
         store=real_store,
+        experts=_expert_service(client, real_store, tmp_path),
+        uploads=Uploads(tmp_path / "uploads", most_bytes=1 << 20, clock=time.time),
         model_names=("tiny", "alias"),
         started=time.time(),
     )
+
+
+def _expert_service(client: Any, store: Store, directory: Path) -> Any:
+    """The real service over slots that nobody may touch."""
+    from flexgate.server.experts.repository import ResidencyRepository
+    from flexgate.server.experts.residence import Places, Residence
+    from flexgate.server.experts.service import ExpertService
+
+    def unused(*_: Any) -> Any:
+        raise AssertionError("there is no engine")
+
+    places = Places(private=directory / "experts", base=unused, trusted_keys=None)
+    residence = Residence(client, SimpleNamespace(), ResidencyRepository(store), places)  # type: ignore[arg-type]
+    return ExpertService(residence, canary=unused, confirm=unused, record=unused)
 
 
 @pytest.fixture

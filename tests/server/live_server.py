@@ -101,7 +101,7 @@ def start(model: Path, directory: Path, *options: str) -> LiveServer:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, f"--database-url=sqlite:///{database}"],
+            [*command, f"--database-url=sqlite:///{database}", f"--state-dir={directory}"],
             stdout=output,
             stderr=output,
             env=environment,

@@ -58,9 +58,10 @@ def write_model(
     return tensors
 
 
-def statement(expert: str, owner: str = "acme") -> Statement:
+def statement(expert: str, owner: str = "acme", version: int = 1) -> Statement:
     """What an owner writes."""
-    return Statement(id=expert, owner=owner, domain=f"{expert} texts", training=Training(data="random", router="own"))
+    training = Training(data="random", router="own")
+    return Statement(id=expert, version=version, owner=owner, domain=f"{expert} texts", training=training)
 
 
 def make_package(
@@ -72,11 +73,12 @@ def make_package(
     key: Path | None = None,
     seed: int = 7,
     biased: bool = False,
+    version: int = 1,
 ) -> tuple[Manifest, Tensors]:
     """A package of random tensors for the base model of ``anchor``."""
     base = base_identity(anchor)
     tensors = random_tensors(package_shapes(base.architecture, biased=biased), seed, DTYPES[base.dtype])
-    manifest = write_package(target, statement(expert, owner), base, layers_of(tensors), key=key)
+    manifest = write_package(target, statement(expert, owner, version), base, layers_of(tensors), key=key)
     return manifest, tensors
 
 

@@ -8,6 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
+from flexgate.experts.extract import extract_expert
+from flexgate.experts.manifest import Statement, Training
+from flexgate.experts.package import WeightsTicket
+from flexgate.experts.verify import open_package
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -94,3 +99,11 @@ def add_router_bias(source: Path, target: Path, bias_LE: torch.Tensor) -> Path:
     (target / "config.json").write_text((source / "config.json").read_text())
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
+
+
+def expert_ticket(checkpoint: Path, index: int, directory: Path) -> WeightsTicket:
+    """Expert ``index`` of a checkpoint as a package, taken in and ready to be loaded."""
+    statement = Statement(id="added", owner="acme", domain="random", training=Training(data="random", router="own"))
+    extract_expert(checkpoint, str(index), directory / "package", statement=statement)
+    with open_package(directory / "package", base=None, trusted_keys=None, into=directory / "copy") as package:
+        return package.ticket

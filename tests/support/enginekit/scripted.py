@@ -29,6 +29,7 @@ class Ask:
     client_salt: str | None = None
     prompt_logprobs: bool = False
     valid_for: float = math.inf
+    generations: dict[int, int] | None = None  # other than the live ones
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class Answer:
     chosen: tuple[int, ...]
     finish_reason: str | None
     stop_reason: Any
+
+
+@dataclass(frozen=True)
+class SlotChange:
+    """A change of a slot just before a step: ``fill``, ``settle``, ``open``, ``close`` or ``clear``.
+
+    ``fill`` and ``clear`` start in the background; ``settle`` waits for them and fails where they failed.
+    """
+
+    at_step: int
+    do: str
+    slot: int = 0
+    generation: int = 0
+    ticket: Any = None
 
 
 @dataclass
@@ -71,10 +86,15 @@ class ScriptedEngine:
             raise RuntimeError(value)
         return value
 
-    def run(self, script: Sequence[Ask]) -> list[Answer]:
-        """Run a script to its end and return the answers in order."""
-        answers: list[Answer] = self.call("run", list(script))
+    def run(self, script: Sequence[Ask], changes: Sequence[SlotChange] = ()) -> list[Answer]:
+        """Run a script to its end, with slots changing on the way; return the answers in order."""
+        answers: list[Answer] = self.call("run", list(script), list(changes))
         return answers
+
+    def change(self, *changes: SlotChange) -> list[Any]:
+        """Change slots while nothing runs; what each change returned, in order."""
+        results: list[Any] = self.call("change", list(changes))
+        return results
 
     def solo(self, ask: Ask) -> Answer:
         """Run one request alone."""
@@ -196,11 +216,12 @@ class _Engine:
 
         scheduler._preempt_request = counted
 
-    def run(self, script: list[Ask]) -> list[Answer]:
+    def run(self, script: list[Ask], changes: list[SlotChange]) -> list[Answer]:
         ids: dict[int, str] = {}
         finished: dict[str, Any] = {}
         step = 0
         while len(finished) < len(script):
+            self.change([change for change in changes if change.at_step == step])
             for index, ask in enumerate(script):
                 if ask.at_step == step:
                     ids[index] = self._submit(ask)
@@ -212,6 +233,46 @@ class _Engine:
 
     def on_every_rank(self, what: Any, *args: Any) -> Any:
         return self.engine.collective_rpc(what, args=args)
+
+    def change(self, changes: list[SlotChange]) -> list[Any]:
+        return [getattr(self, f"_{change.do}")(change) for change in changes]
+
+    def _fill(self, change: SlotChange) -> None:
+        from flexgate.server.engine.residency import to_wire
+
+        self.engine.collective_rpc("flexgate_load", args=(change.slot, to_wire(change.ticket)))
+
+    def _clear(self, change: SlotChange) -> None:
+        self.engine.collective_rpc("flexgate_clear", args=(change.slot,))
+
+    def _settle(self, change: SlotChange) -> list[str]:
+        import time
+
+        while True:
+            reports = self.engine.collective_rpc("flexgate_task")
+            if all(report["state"] != "running" for report in reports):
+                break
+            time.sleep(0.001)
+        if failed := [report["error"] for report in reports if report["state"] != "done"]:
+            raise RuntimeError(failed[0])
+        return [report["digest"] for report in reports]
+
+    def _open(self, change: SlotChange) -> None:
+        self.engine.collective_rpc("flexgate_open", args=(change.slot, change.generation))
+        self._ask_core("open", change)
+
+    def _close(self, change: SlotChange) -> Any:
+        closed = self._ask_core("close", change)
+        self.engine.collective_rpc("flexgate_close", args=(change.slot,))
+        return closed
+
+    def _ask_core(self, do: str, change: SlotChange) -> Any:
+        command = {"do": do, "slot": change.slot, "generation": change.generation}
+        return self.engine.engine_core.engine_core.flexgate_slots(command)
+
+    def digests(self) -> list[list[str]]:
+        """Per rank, what every slot holds."""
+        return self.engine.collective_rpc("flexgate_digests")
 
     def reset_cache(self) -> None:
         if not self.engine.reset_prefix_cache():
@@ -247,7 +308,7 @@ class _Engine:
     def leftovers(self) -> tuple[int, int]:
         """Requests that gates and ledger still hold when nothing runs."""
         scheduler = self.engine.engine_core.engine_core.scheduler
-        return len(scheduler._ledger.totals), len(scheduler._deadlines)
+        return len(scheduler._ledger.totals), len(scheduler._held)
 
     def refusal(self, ask: Ask, how: str) -> str:
         import time
@@ -316,7 +377,9 @@ class _Engine:
 
         from flexgate.server.engine import gates
 
-        leases = tuple(gates.SlotLease(slot, self.table.live.get(slot, 1)) for slot in ask.gate)
+        generations = ask.generations or {}
+        live = self.engine.engine_core.engine_core.scheduler._table.live
+        leases = tuple(gates.SlotLease(slot, generations.get(slot, live.get(slot, 1))) for slot in ask.gate)
         salt = gates.cache_salt(
             self.key,
             tenant=ask.tenant,

@@ -1,0 +1,85 @@
+"""Which experts the engine was told to hold: one row per change, only appended to.
+
+The rows are committed in the transaction that changes the catalogue, so that a server which comes
+back after a crash finds the last acknowledged state and nothing else. An expert without a row is
+where the checkpoint put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from sqlalchemy import Connection, func, insert, select
+
+from flexgate.policies.store.schema import weights_epochs
+
+FIRST_EPOCH: Final = 1
+"""The checkpoint as it is, before any change."""
+
+Action = Literal["added", "revoked"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsChange:
+    """One expert put into a slot, or taken out of it.
+
+    `package` names the private copy that it was loaded from, None for an expert of the checkpoint;
+    `detail` is JSON for people: version, digests. `at` is Unix seconds.
+    """
+
+    epoch: int
+    at: float
+    actor: str
+    action: Action
+    expert: str
+    slot: int
+    package: str | None
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsState:
+    """The newest epoch, and each expert's last change."""
+
+    epoch: int
+    last: Mapping[str, WeightsChange]
+
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """Experts that must not be resident, wherever they come from."""
+        return frozenset(name for name, change in self.last.items() if change.action == "revoked")
+
+    @property
+    def added(self) -> tuple[WeightsChange, ...]:
+        """Experts to load from packages, in the order of their epochs."""
+        added = (change for change in self.last.values() if change.action == "added")
+        return tuple(sorted(added, key=lambda change: change.epoch))
+
+
+def weights_state(connection: Connection) -> WeightsState:
+    """What the engine should hold, as a transaction sees it."""
+    rows = connection.execute(select(weights_epochs).order_by(weights_epochs.c.epoch))
+    changes = [WeightsChange(**row._mapping) for row in rows]
+    newest = changes[-1].epoch if changes else FIRST_EPOCH
+    return WeightsState(newest, {change.expert: change for change in changes})
+
+
+def append_weights(
+    connection: Connection,
+    *,
+    at: float,
+    actor: str,
+    action: Action,
+    expert: str,
+    slot: int,
+    package: str | None,
+    detail: dict[str, Any],
+) -> int:
+    """Append a change inside the caller's writing transaction; returns its epoch."""
+    newest: int | None = connection.scalar(select(func.max(weights_epochs.c.epoch)))
+    epoch = (newest or FIRST_EPOCH) + 1
+    values = {"epoch": epoch, "at": at, "actor": actor, "action": action, "expert": expert, "slot": slot}
+    connection.execute(insert(weights_epochs).values(**values, package=package, detail=detail))
+    return epoch

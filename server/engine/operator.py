@@ -1,0 +1,101 @@
+"""Changing what the running engine holds: one slot at a time, on every rank, beside the steps.
+
+The order is what makes a change safe (promise 5 of the design). To add: fill the masked slot on all
+ranks, open it on all ranks, then in the engine core, and only then let anybody seal a gate for it.
+To withdraw: the reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flexgate.experts.package import WeightsTicket
+from flexgate.server.engine.residency import to_wire
+from flexgate.server.engine.scheduler import SLOTS_UTILITY
+from flexgate.server.engine.seam import ask_engine_core
+
+POLL_SECONDS = 0.01
+
+Progress = Callable[[int, int, int], None]  # (ranks that are done, layers done, layers in all, over all ranks)
+
+
+class SlotTaskFailed(RuntimeError):
+    """A rank could not fill or clear a slot; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What closing a slot did: requests that ended, cached blocks that were evicted."""
+
+    ended: int
+    evicted_blocks: int
+
+
+class SlotOperator:
+    """The slots of one engine. Its methods are called one after the other, never at once."""
+
+    def __init__(self, engine: Any) -> None:
+        """``engine`` is an ``AsyncLLM``."""
+        self._engine = engine
+
+    async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
+        """Copy an expert into a masked slot on every rank.
+
+        Returns:
+            Each rank's SHA-256 over what it now holds there, by rank.
+
+        Raises:
+            SlotTaskFailed: some rank could not; the slot may be half written and stays masked.
+        """
+        await self._engine.collective_rpc("flexgate_load", args=(slot, to_wire(ticket)))
+        return await self._finish(progress)
+
+    async def clear(self, slot: int) -> list[str]:
+        """Zero a masked slot on every rank and read it back; returns and raises like :meth:`fill`."""
+        await self._engine.collective_rpc("flexgate_clear", args=(slot,))
+        return await self._finish(lambda *_: None)
+
+    async def open(self, slot: int, generation: int) -> None:
+        """Let sealed gates name the slot: on every rank, then in the engine core; everywhere or nowhere."""
+        await self._engine.collective_rpc("flexgate_open", args=(slot, generation))
+        try:
+            await self._ask("open", slot, generation)
+        except BaseException:
+            await self._engine.collective_rpc("flexgate_close", args=(slot,))
+            raise
+
+    async def close(self, slot: int) -> Closed:
+        """Let no gate name the slot: in the engine core, which ends its users, then on every rank."""
+        closed = Closed(**await self._ask("close", slot))
+        await self._engine.collective_rpc("flexgate_close", args=(slot,))
+        return closed
+
+    async def users(self, slot: int) -> int:
+        """Requests in the engine that may use the slot."""
+        return int(await self._ask("users", slot))
+
+    async def digests(self) -> list[list[str]]:
+        """Per rank, SHA-256 of every slot. Reads all of them: for checks, not while serving."""
+        found: list[list[str]] = await self._engine.collective_rpc("flexgate_digests")
+        return found
+
+    async def _ask(self, do: str, slot: int, generation: int = 0) -> Any:
+        command = {"do": do, "slot": slot, "generation": generation}
+        return await ask_engine_core(self._engine, SLOTS_UTILITY, command)
+
+    async def _finish(self, progress: Progress) -> list[str]:
+        while True:
+            reports = await self._engine.collective_rpc("flexgate_task")
+            running = [report for report in reports if report["state"] == "running"]
+            done, total = (sum(report[name] for report in reports) for name in ("done", "total"))
+            progress(len(reports) - len(running), done, total)
+            if not running:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        for rank, report in enumerate(reports):
+            if report["state"] != "done":
+                raise SlotTaskFailed(f"rank {rank}: {report['error'] or report['state']}")
+        return [report["digest"] for report in reports]

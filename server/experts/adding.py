@@ -1,0 +1,171 @@
+"""Adding an expert: private copy, checks, masked slot on every rank, canary, commit, publish.
+
+Whatever fails before the commit leaves the slot zeroed and nothing else behind; what was committed
+is what a restart comes back to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from flexgate.experts.errors import ExpertsError
+from flexgate.experts.manifest import Manifest
+from flexgate.experts.verify import VerifiedPackage, open_package
+from flexgate.policies.errors import PolicyError
+from flexgate.server.engine.client import ExpertInfo, ExpertLease
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed, PackageRefused
+from flexgate.server.experts.jobs import Job
+from flexgate.server.experts.repository import Added
+from flexgate.server.experts.residence import Residence
+
+Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
+"""Tries the public expert and a new one; raises when the engine misbehaves."""
+
+logger = logging.getLogger(__name__)
+
+
+class Adding:
+    """The steps of one job. The residence's lock is the caller's to hold."""
+
+    def __init__(
+        self,
+        residence: Residence,
+        *,
+        canary: Canary,
+        confirm: Callable[[], object],
+        clock: Callable[[], float],
+    ) -> None:
+        """`confirm` refreshes the policy snapshot. Blocks."""
+        self._residence = residence
+        self._canary = canary
+        self._confirm = confirm
+        self._clock = clock
+
+    async def add(self, job: Job, source: Path, owner: str | None) -> ExpertInfo | None:
+        """Take in the package at `source` and make it live.
+
+        Args:
+            owner: the only owner whose package may come this way; None for any.
+
+        Returns:
+            The former version, which requests may still be using, if it replaces one.
+
+        Raises:
+            ExpertError: nothing was changed.
+        """
+        with await self._take_in(job, source) as package:
+            try:
+                self._check_owner(package.manifest, owner)
+                return await self._load(job, package)
+            except BaseException:
+                await asyncio.to_thread(shutil.rmtree, package.directory, ignore_errors=True)
+                raise
+
+    async def _take_in(self, job: Job, source: Path) -> VerifiedPackage:
+        loop, places = asyncio.get_running_loop(), self._residence.places
+        handled = 0
+
+        def progress(count: int) -> None:
+            nonlocal handled
+            handled += count
+            loop.call_soon_threadsafe(setattr, job, "done", handled)
+
+        await job.at("copied", unit="bytes")
+        base = await self._residence.base()
+        try:
+            package = await asyncio.to_thread(
+                open_package,
+                source,
+                base=base,
+                trusted_keys=places.trusted_keys,
+                into=places.new_copy(job.id),
+                progress=progress,
+            )
+        except ExpertsError as error:
+            raise PackageRefused(f"{error}.") from error
+        job.expert, job.version = package.manifest.id, package.manifest.version
+        await job.at("verified")
+        return package
+
+    async def _load(self, job: Job, package: VerifiedPackage) -> ExpertInfo | None:
+        manifest, residence = package.manifest, self._residence
+        former = residence.find(manifest.id)
+        if former is not None:
+            await asyncio.to_thread(self._check_version, manifest)
+        slot = residence.free_slot()
+        generation = await asyncio.to_thread(residence.repository.epoch) + 1
+        try:
+            digests = await self._fill(job, package, slot)
+            await self._try(job, manifest.id, slot, generation)
+            await self._commit(job, package, slot, generation)
+        except BaseException:
+            await residence.give_back(slot)
+            raise
+        await job.at("dark")
+        await asyncio.to_thread(self._confirm)
+        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=True)
+        if former is not None:
+            residence.soil(former.slot)
+            residence.retiring[manifest.id].append(former)
+        residence.client.publish((*residence.others(manifest.id), info), generation)
+        logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)
+        await job.at("live")
+        result = {"slot": slot, "generation": generation, "weights_epoch": generation, "digests": digests}
+        await job.succeed(result, self._clock())
+        return former
+
+    async def _fill(self, job: Job, package: VerifiedPackage, slot: int) -> list[str]:
+        await job.at("loaded", unit="layers")
+
+        def progress(_ranks: int, done: int, total: int) -> None:
+            job.done, job.total = done, total
+
+        digests = await self._residence.fill(slot, package.ticket, progress)
+        await job.at("agreed")
+        return digests
+
+    async def _try(self, job: Job, expert: str, slot: int, generation: int) -> None:
+        residence = self._residence
+        public = residence.client.experts()[0].lease
+        try:
+            await residence.slots.open(slot, generation)
+            await job.at("canary")
+            await self._canary(public, ExpertLease(expert, slot, generation))
+        except Exception as error:
+            raise EngineFailed(f"The loaded expert does not behave: {error}.") from error
+
+    async def _commit(self, job: Job, package: VerifiedPackage, slot: int, generation: int) -> None:
+        manifest, repository = package.manifest, self._residence.repository
+        added = Added(
+            manifest.id,
+            manifest.version,
+            slot,
+            generation,
+            package.directory.name,
+            manifest.weights.digest,
+            manifest.base.digest,
+        )
+        try:
+            await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
+        except PolicyError as error:
+            raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+
+    def _check_version(self, manifest: Manifest) -> None:
+        known = self._residence.repository.added()
+        loaded = next((entry.version for entry in known if entry.expert == manifest.id), 0)
+        if manifest.version <= loaded:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' is loaded in version {loaded}. A package that replaces it needs a higher one.",
+                code="expert_version_not_newer",
+            )
+
+    def _check_owner(self, manifest: Manifest, owner: str | None) -> None:
+        if owner is not None and manifest.owner != owner:
+            raise ChangeConflict(
+                f"The package is of the owner '{manifest.owner}', and this key acts for '{owner}'.",
+                code="expert_of_another_owner",
+            )

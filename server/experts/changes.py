@@ -1,0 +1,158 @@
+"""`POST /v1/experts`, `DELETE /v1/experts/{expert}`, jobs and uploads: what changes the loaded experts.
+
+Administrators change every expert; owners their own, and learn of no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.tenants import Role
+from flexgate.policies.terms import ExpertId
+from flexgate.server.auth import AuthError, Principal, require_role
+from flexgate.server.body import read_json
+from flexgate.server.context import identify
+from flexgate.server.errors import ApiError, Invalid, NotFound
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident
+from flexgate.server.experts.jobs import Job
+from flexgate.server.experts.schemas import AddBody, JobQuery, M, RevokeQuery, UploadBody, WriteQuery, parsed
+from flexgate.server.refusals import UNKNOWN_EXPERT, from_auth
+from flexgate.server.services import Services
+
+CHANGES = (Role.ADMIN, Role.OWNER)
+
+
+class ExpertChanges:
+    """The routes."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._service = services.experts
+        self._uploads = services.uploads
+        self._packages = services.experts_dir
+
+    async def add(self, request: Request) -> Response:
+        """Begin to add an expert: 202 with a job."""
+        principal, _ = await self._who(request, *CHANGES)
+        body = parsed(AddBody, await self._json(request))
+        actor, owner = principal.key_id, principal.owner_id
+        if body.upload is not None:
+            source = self._uploads.take(self._uploads.get(body.upload, actor))
+            job = self._service.start_add(source, name=body.upload, actor=actor, owner=owner, move=True)
+        else:
+            source = self._under_experts_dir(body.package or "")
+            job = self._service.start_add(source, name=source.name, actor=actor, owner=owner)
+        location = {"location": f"/v1/expert_jobs/{job.id}"}
+        return JSONResponse(job.to_json(), status_code=HTTPStatus.ACCEPTED, headers=location)
+
+    async def job(self, request: Request) -> Response:
+        """A job, or with ?stream=true all its states as they come."""
+        principal, _ = await self._who(request, *CHANGES, Role.AUDITOR)
+        query = self._query(request, JobQuery)
+        job = self._service.jobs.get(request.path_params["job"])
+        if job is None or (principal.role is Role.OWNER and job.actor != principal.key_id):
+            raise NotFound("There is no such job. The newest hundred are kept until a restart.", code="job_not_found")
+        if query.stream:
+            return StreamingResponse(_events(job), media_type="text/event-stream")
+        return JSONResponse(job.to_json())
+
+    async def revoke(self, request: Request) -> Response:
+        """Withdraw an expert: 200 with the record, once nothing can come of it any more."""
+        principal, snapshot = await self._who(request, *CHANGES)
+        query = self._query(request, RevokeQuery)
+        expert = request.path_params["expert"]
+        if not _may_withdraw(principal, snapshot, expert):
+            raise _unknown()
+        try:
+            record = await self._service.revoke(expert, actor=principal.key_id, drain_seconds=query.drain_seconds)
+        except ExpertError as error:
+            raise _answer(error) from error
+        return JSONResponse(record)
+
+    async def open_upload(self, request: Request) -> Response:
+        """Announce a package's files: 201 with the upload's id."""
+        principal, _ = await self._who(request, *CHANGES)
+        body = parsed(UploadBody, await self._json(request))
+        upload = self._uploads.open(principal.key_id, body.files)
+        return JSONResponse(upload.to_json(), status_code=HTTPStatus.CREATED)
+
+    async def upload(self, request: Request) -> Response:
+        """How much of each file has arrived."""
+        principal, _ = await self._who(request, *CHANGES)
+        return JSONResponse(self._uploads.get(request.path_params["upload"], principal.key_id).to_json())
+
+    async def write_upload(self, request: Request) -> Response:
+        """Append the body to a file, from ?offset= on."""
+        principal, _ = await self._who(request, *CHANGES)
+        offset = self._query(request, WriteQuery).offset
+        upload = self._uploads.get(request.path_params["upload"], principal.key_id)
+        await self._uploads.write(upload, request.path_params["file"], offset, request.stream())
+        return JSONResponse(upload.to_json())
+
+    async def drop_upload(self, request: Request) -> Response:
+        """Forget an upload."""
+        principal, _ = await self._who(request, *CHANGES)
+        upload = self._uploads.get(request.path_params["upload"], principal.key_id)
+        self._uploads.remove(upload)
+        return JSONResponse({"id": upload.id, "object": "expert.upload", "deleted": True})
+
+    async def _who(self, request: Request, *roles: Role) -> tuple[Principal, Snapshot]:
+        principal, snapshot = await identify(request, self._services)
+        try:
+            require_role(principal, *roles)
+        except AuthError as error:
+            raise from_auth(error) from error
+        return principal, snapshot
+
+    async def _json(self, request: Request) -> dict[str, Any]:
+        services = self._services
+        return await read_json(
+            request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds
+        )
+
+    def _query(self, request: Request, kind: type[M]) -> M:
+        return parsed(kind, dict(request.query_params))
+
+    def _under_experts_dir(self, name: str) -> Path:
+        if self._packages is None:
+            raise Invalid(
+                "This server has no --experts-dir to find packages in. Upload the package instead.",
+                param="package",
+                code="no_experts_dir",
+            )
+        path = self._packages / name
+        if not path.is_dir():
+            raise NotFound(f"There is no package '{name}' in --experts-dir.", code="package_not_found", param="package")
+        return path
+
+
+def _may_withdraw(principal: Principal, snapshot: Snapshot, expert: str) -> bool:
+    known = snapshot.experts.get(ExpertId(expert))
+    if principal.role is Role.ADMIN:
+        return True
+    return known is not None and known.owner == principal.owner_id
+
+
+def _unknown() -> NotFound:
+    return NotFound("No expert of that name is loaded that could be withdrawn.", code=UNKNOWN_EXPERT)
+
+
+def _answer(error: ExpertError) -> ApiError:
+    if isinstance(error, NotResident):
+        return _unknown()
+    status = HTTPStatus.CONFLICT if isinstance(error, ChangeConflict) else HTTPStatus.INTERNAL_SERVER_ERROR
+    return ApiError(str(error), status=status, code=error.code)
+
+
+async def _events(job: Job) -> AsyncIterator[str]:
+    async for state in job.watch():
+        yield f"data: {json.dumps(state)}\n\n"
+    yield "data: [DONE]\n\n"

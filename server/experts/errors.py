@@ -1,0 +1,42 @@
+"""Why an expert cannot be added or withdrawn.
+
+ExpertError              a code for programs, a sentence for people
+├── NotResident          no such expert is loaded, or it is none of the caller's
+├── PackageRefused       the package itself may not be used
+├── ChangeConflict       it cannot be loaded as things stand: version, owner, slots, another change
+└── EngineFailed         a rank could not do its part; what was begun is undone
+"""
+
+from __future__ import annotations
+
+
+class ExpertError(Exception):
+    """Nothing was changed. `code` is stable; `str(error)` is for the caller."""
+
+    code = "expert_error"
+
+
+class NotResident(ExpertError):
+    """There is nothing to withdraw."""
+
+    code = "expert_not_found"
+
+
+class PackageRefused(ExpertError):
+    """The package is damaged, not trusted, or for another model."""
+
+    code = "package_refused"
+
+
+class ChangeConflict(ExpertError):
+    """The state of the server does not allow it."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class EngineFailed(ExpertError):
+    """The engine did not do it."""
+
+    code = "engine_failed"

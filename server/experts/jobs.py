@@ -1,0 +1,109 @@
+"""Adding an expert as a job: what stage it is at, how far, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+STAGES: Final = ("received", "copied", "verified", "loaded", "agreed", "canary", "dark", "live")
+"""In this order. The copy comes before the check, so that what is checked is what is used; `dark` is
+committed and nobody's yet, `live` may be named by gates that an agreement allows."""
+KEPT: Final = 100
+
+State = Literal["running", "succeeded", "failed"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """One expert on its way in. Times are Unix seconds; `done` of `total` is in `unit`."""
+
+    id: str
+    package: str
+    actor: str
+    created: float
+    expert: str | None = None
+    version: int | None = None
+    state: State = "running"
+    stage: str = STAGES[0]
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    finished: float | None = None
+    error: dict[str, str] | None = None
+    result: dict[str, Any] | None = None
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _revision: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As the API shows it."""
+        return {
+            "id": self.id,
+            "object": "expert.job",
+            "package": self.package,
+            "expert": self.expert,
+            "version": self.version,
+            "status": self.state,
+            "stage": self.stage,
+            "stages": list(STAGES),
+            "progress": {"done": self.done, "total": self.total, "unit": self.unit},
+            "created_at": int(self.created),
+            "finished_at": None if self.finished is None else int(self.finished),
+            "error": self.error,
+            "result": self.result,
+        }
+
+    async def at(self, stage: str, done: int = 0, total: int = 0, unit: str = "") -> None:
+        """Move on, and tell who watches."""
+        self.stage, self.done, self.total, self.unit = stage, done, total, unit
+        await self._tell()
+
+    async def succeed(self, result: dict[str, Any], now: float) -> None:
+        """End well."""
+        self.state, self.result, self.finished = "succeeded", result, now
+        await self._tell()
+
+    async def fail(self, code: str, message: str, now: float) -> None:
+        """End; the stage says how far it came."""
+        self.state, self.error, self.finished = "failed", {"code": code, "message": message}, now
+        await self._tell()
+
+    async def watch(self) -> AsyncIterator[dict[str, Any]]:
+        """Every state from now to the last; states that follow each other fast may be left out."""
+        while True:
+            seen = self._revision
+            yield self.to_json()
+            if self.state != "running":
+                return
+            async with self._changed:
+                while self._revision == seen:
+                    await self._changed.wait()
+
+    async def _tell(self) -> None:
+        self._revision += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+
+class Jobs:
+    """The newest jobs of this process."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+
+    def open(self, package: str, actor: str) -> Job:
+        """A new job; the oldest ended one is forgotten when there are many."""
+        job = Job(id=f"job_{secrets.token_hex(8)}", package=package, actor=actor, created=self._clock())
+        self._jobs[job.id] = job
+        ended = [id_ for id_, known in self._jobs.items() if known.state != "running"]
+        for id_ in ended[: max(0, len(self._jobs) - KEPT)]:
+            del self._jobs[id_]
+        return job
+
+    def get(self, id_: str) -> Job | None:
+        """A job by its id."""
+        return self._jobs.get(id_)

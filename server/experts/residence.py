@@ -1,0 +1,142 @@
+"""The engine's slots as this process knows them: who is in which, which are free, which are not clean."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from flexgate.experts.base import BaseIdentity
+from flexgate.experts.package import WeightsTicket
+from flexgate.experts.signature import TrustedKeys
+from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed
+from flexgate.server.experts.repository import ResidencyRepository
+
+Progress = Callable[[int, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClient(Protocol):
+    """What gates are sealed from."""
+
+    weights_epoch: int
+
+    @property
+    def slots(self) -> int: ...
+    def experts(self) -> tuple[ExpertInfo, ...]: ...
+    def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None: ...
+    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]: ...
+
+
+class Slots(Protocol):
+    """The engine's slots on every rank; see `flexgate.server.engine.operator`."""
+
+    async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]: ...
+    async def clear(self, slot: int) -> list[str]: ...
+    async def open(self, slot: int, generation: int) -> None: ...
+    async def close(self, slot: int) -> Any: ...
+    async def users(self, slot: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where private copies are kept, what they must fit, and whose signatures count (None: anybody's)."""
+
+    private: Path
+    base: Callable[[], BaseIdentity]
+    trusted_keys: TrustedKeys | None
+
+    def new_copy(self, name: str) -> Path:
+        """Where a private copy may be made."""
+        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self.private / name
+
+
+class Residence:
+    """Shared by everything that changes slots. `changing` is held from a change's first step to its last.
+
+    Attributes:
+        retiring: former versions that requests may still be using, by expert.
+    """
+
+    def __init__(self, client: EngineClient, slots: Slots, repository: ResidencyRepository, places: Places) -> None:
+        self.client = client
+        self.slots = slots
+        self.repository = repository
+        self.places = places
+        self.changing = asyncio.Lock()
+        self.retiring: dict[str, list[ExpertInfo]] = defaultdict(list)
+        self._dirty: set[int] = set()
+        self._base: BaseIdentity | None = None
+
+    def find(self, expert: str) -> ExpertInfo | None:
+        """A loaded expert."""
+        return next((info for info in self.client.experts() if info.id == expert), None)
+
+    def others(self, expert: str) -> tuple[ExpertInfo, ...]:
+        """All loaded experts but one."""
+        return tuple(info for info in self.client.experts() if info.id != expert)
+
+    def free_slot(self) -> int:
+        """The lowest slot that is clean and nobody's; raises `ChangeConflict`."""
+        taken = {info.slot for info in self.client.experts()} | self._dirty
+        free = [slot for slot in range(self.client.slots) if slot not in taken]
+        if not free:
+            raise ChangeConflict(
+                f"All {self.client.slots} expert slots are taken. Withdraw an expert, "
+                "or start the server with a larger --max-experts.",
+                code="slots_full",
+            )
+        return free[0]
+
+    def soil(self, slot: int) -> None:
+        """The slot holds something that nobody may reach: not free until it was cleared."""
+        self._dirty.add(slot)
+
+    async def base(self) -> BaseIdentity:
+        """The identity of the served base model; read once."""
+        if self._base is None:
+            self._base = await asyncio.to_thread(self.places.base)
+        return self._base
+
+    async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
+        """Load an expert into a free slot on every rank; raises `EngineFailed`."""
+        self.soil(slot)
+        try:
+            return await self.slots.fill(slot, ticket, progress)
+        except Exception as error:
+            raise EngineFailed(f"The expert could not be loaded: {error}.") from error
+
+    async def clear(self, slot: int) -> list[str]:
+        """Zero a closed slot on every rank; it is free then. Raises what the engine raises."""
+        digests = await self.slots.clear(slot)
+        self._dirty.discard(slot)
+        return digests
+
+    async def give_back(self, slot: int) -> None:
+        """Leave a slot as it was found: closed, zeroed, free. If that fails it is not used again."""
+        with suppress(Exception):  # it may never have been opened
+            await self.slots.close(slot)
+        try:
+            await self.clear(slot)
+        except Exception as error:
+            logger.error("slot %d cannot be cleared and is not used any more", slot, exc_info=error)
+
+    async def forget_copies(self) -> None:
+        """Remove private copies of packages that are not loaded."""
+        await asyncio.to_thread(self._forget_copies)
+
+    def _forget_copies(self) -> None:
+        kept = {entry.package for entry in self.repository.added()}
+        if self.places.private.is_dir():
+            for path in self.places.private.iterdir():
+                if path.name not in kept:
+                    shutil.rmtree(path, ignore_errors=True)

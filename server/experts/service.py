@@ -1,0 +1,158 @@
+"""Experts that come and go while the server runs: one change at a time, always the old or the new state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from flexgate.experts.errors import ExpertsError
+from flexgate.experts.manifest import Manifest, parse_manifest
+from flexgate.experts.package import MANIFEST_NAME, WEIGHTS_NAME, WeightsTicket
+from flexgate.server.engine.client import ExpertInfo
+from flexgate.server.experts.adding import Adding, Canary
+from flexgate.server.experts.errors import ExpertError, PackageRefused
+from flexgate.server.experts.jobs import Job, Jobs
+from flexgate.server.experts.repository import Added
+from flexgate.server.experts.residence import Residence
+from flexgate.server.experts.withdrawing import Record, Withdrawing
+
+RETIRE_SECONDS: Final = 600.0
+"""How long requests may go on with the former version of an expert that was replaced."""
+FOLLOW_SECONDS: Final = 0.25
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertService:
+    """Adds, replaces and withdraws experts."""
+
+    def __init__(
+        self,
+        residence: Residence,
+        *,
+        canary: Canary,
+        confirm: Callable[[], object],
+        record: Record,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`confirm` refreshes the policy snapshot; `record` writes to the audit log. Both block."""
+        self.jobs = Jobs(clock)
+        self._residence = residence
+        self._clock = clock
+        self._adding = Adding(residence, canary=canary, confirm=confirm, clock=clock)
+        self._withdrawing = Withdrawing(residence, confirm=confirm, record=record, clock=clock)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start_add(self, source: Path, *, name: str, actor: str, owner: str | None = None, move: bool = False) -> Job:
+        """Begin to add the package at `source`.
+
+        Args:
+            name: how the caller called it.
+            owner: the only owner whose package may come this way; None for any.
+            move: remove `source` in the end, for uploads.
+        """
+        job = self.jobs.open(name, actor)
+        self._begin(self._run(job, source, owner, move))
+        return job
+
+    async def revoke(self, expert: str, *, actor: str, drain_seconds: float = 0.0) -> dict[str, Any]:
+        """Withdraw an expert; see `Withdrawing.revoke`. Goes on to its end whoever stops waiting for it.
+
+        Args:
+            drain_seconds: how long running requests may go on before they are ended; no new one begins.
+        """
+        return await asyncio.shield(self._begin(self._revoke(expert, actor, drain_seconds)))
+
+    async def restore(self, stage: Callable[[str, int, int], None]) -> None:
+        """Load what was added before the last stop, before anything is served.
+
+        Raises:
+            PackageRefused: a private copy is missing, damaged, or belongs to another base model.
+            EngineFailed: a rank cannot load it.
+        """
+        residence = self._residence
+        added = await asyncio.to_thread(residence.repository.added)
+        await residence.forget_copies()
+        for entry in added:
+            stage(f"loading expert {entry.expert}", 0, 0)
+            manifest = await self._recall(entry)
+            identity = manifest.base.identity()
+            path = residence.places.private / entry.package / WEIGHTS_NAME
+            ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype)
+            await residence.fill(entry.slot, ticket, lambda *_: None)
+            await residence.slots.open(entry.slot, entry.generation)
+            info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.generation, live=True)
+            residence.client.publish((*residence.others(entry.expert), info), residence.client.weights_epoch)
+
+    async def follow(self, withdrawn: Callable[[], frozenset[str]]) -> None:
+        """Take out what another process on the same store has withdrawn; runs for ever.
+
+        Args:
+            withdrawn: experts that the policy's snapshot says are not live.
+        """
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            for info in self._residence.client.experts():
+                if info.id in withdrawn():
+                    async with self._residence.changing:
+                        await self._withdrawing.obey(info)
+
+    async def _run(self, job: Job, source: Path, owner: str | None, move: bool) -> None:
+        try:
+            async with self._residence.changing:
+                former = await self._adding.add(job, source, owner)
+        except ExpertError as error:
+            logger.warning("job %s failed at %s: %s", job.id, job.stage, error)
+            await job.fail(error.code, str(error), self._clock())
+            return
+        except Exception as error:
+            logger.error("job %s failed at %s", job.id, job.stage, exc_info=error)
+            await job.fail("internal_error", "The server could not add it. Its log has the job id.", self._clock())
+            return
+        finally:
+            if move:
+                await asyncio.to_thread(shutil.rmtree, source, ignore_errors=True)
+        if former is not None:
+            await self._retire(former)
+
+    async def _revoke(self, expert: str, actor: str, drain_seconds: float) -> dict[str, Any]:
+        async with self._residence.changing:
+            return await self._withdrawing.revoke(expert, actor=actor, drain_seconds=drain_seconds)
+
+    async def _retire(self, former: ExpertInfo) -> None:
+        """Let requests finish with the version that was replaced, then zero its slot."""
+        await self._withdrawing.drained(former, RETIRE_SECONDS)
+        async with self._residence.changing:
+            retiring = self._residence.retiring.get(former.id, [])
+            if former in retiring:  # else it was withdrawn meanwhile
+                retiring.remove(former)
+                self._residence.client.withdraw(former.lease)
+                await self._residence.give_back(former.slot)
+                await self._residence.forget_copies()
+
+    async def _recall(self, entry: Added) -> Manifest:
+        """The manifest of a private copy of an earlier run; every rank checks the weights again."""
+        path = self._residence.places.private / entry.package / MANIFEST_NAME
+        try:
+            manifest = parse_manifest(await asyncio.to_thread(path.read_bytes))
+            difference = (await self._residence.base()).difference(manifest.base.identity())
+        except (ExpertsError, OSError) as error:
+            raise PackageRefused(
+                f"expert '{entry.expert}', which was added earlier, cannot be loaded: {error}"
+            ) from error
+        if difference is not None:
+            raise PackageRefused(f"expert '{entry.expert}' was added to another base model: {difference}")
+        if (manifest.id, manifest.weights.digest) != (entry.expert, entry.weights_digest):
+            raise PackageRefused(f"{path.parent} is not the package that was added as '{entry.expert}'")
+        return manifest
+
+    def _begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,103 @@
+"""What a start has to know of experts that were added or withdrawn, and the service that goes on from there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from flexgate.experts.base import base_identity
+from flexgate.experts.signature import TrustedKeys
+from flexgate.policies.audit import Event
+from flexgate.policies.store.store import Store
+from flexgate.server.engine.canary import try_experts
+from flexgate.server.engine.launch import RunningEngine
+from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.residence import Places, Residence
+from flexgate.server.experts.service import ExpertService
+from flexgate.server.experts.uploads import Uploads
+from flexgate.server.policy import PolicySource
+from flexgate.server.settings import Settings
+
+
+class Loaded(Protocol):
+    """An expert that will be resident."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def owner(self) -> str: ...
+    @property
+    def domain(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AtStart:
+    """The last acknowledged state.
+
+    Attributes:
+        without: experts of the checkpoint that must not be loaded: withdrawn, or replaced by a package.
+        least_slots: slots that added experts need.
+        epoch: the newest weights epoch.
+        resident: what will be served, in slot order.
+    """
+
+    without: frozenset[str]
+    least_slots: int
+    epoch: int
+    resident: tuple[Loaded, ...]
+
+
+def at_start(store: Store, checkpoint: Sequence[Loaded]) -> AtStart:
+    """Read it; the store is migrated."""
+    state = store.weights()
+    added = state.added
+    without = state.withdrawn | {change.expert for change in added}
+    kept = tuple(expert for expert in checkpoint if expert.id not in without)
+    catalogue = store.snapshot().experts if added else {}
+    known = {str(id_): expert for id_, expert in catalogue.items()}
+    resident = (*kept, *(known[change.expert] for change in added if change.expert in known))
+    least = 1 + max((change.slot for change in added), default=-1)
+    return AtStart(frozenset(without), least, state.epoch, resident)
+
+
+def expert_service(
+    settings: Settings,
+    model: Path,
+    engine: RunningEngine,
+    store: Store,
+    policy: PolicySource,
+) -> ExpertService:
+    """The service over a running engine."""
+    places = Places(
+        private=settings.directory() / "experts",
+        base=lambda: base_identity(model),
+        trusted_keys=_trusted_keys(settings),
+    )
+    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places)
+
+    def record(actor: str, action: str, detail: dict[str, Any]) -> None:
+        store.record([Event(at=time.time(), actor=actor, action=action, detail=detail)])
+
+    async def canary(*leases: Any) -> None:
+        async with asyncio.timeout(60):
+            await try_experts(engine.client, *leases)
+
+    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record)
+
+
+def uploads(settings: Settings) -> Uploads:
+    """Where packages arrive."""
+    return Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time)
+
+
+def _trusted_keys(settings: Settings) -> TrustedKeys | None:
+    """None asks for no signature; without a folder of keys nobody is trusted."""
+    if settings.demo or settings.allow_unsigned_experts:
+        return None
+    if settings.trusted_keys is None:
+        return TrustedKeys({})
+    return TrustedKeys.from_directory(settings.trusted_keys)

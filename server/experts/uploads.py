@@ -1,0 +1,155 @@
+"""Packages on their way in, in a private folder: written at the offset that is asked for, and no other.
+
+An upload is a folder of its own with the package's files and `upload.json`, so that it can be gone on
+with after a broken connection or a restart. Names and sizes are announced first; nothing a client
+sends becomes a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+from flexgate.experts.intake import NAMES
+from flexgate.experts.package import MANIFEST_NAME, WEIGHTS_NAME
+from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
+
+META: Final = "upload.json"
+MOST_UPLOADS: Final = 8
+KEPT_SECONDS: Final = 24 * 3600.0
+_ID: Final = re.compile(r"upload_[0-9a-f]{24}")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One package that is being received; `sizes` are the announced ones."""
+
+    id: str
+    directory: Path
+    sizes: Mapping[str, int]
+
+    def received(self, name: str) -> int:
+        """Bytes of a file that have arrived."""
+        path = self.directory / name
+        return path.stat().st_size if path.exists() else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As the API shows it."""
+        files = {name: {"bytes": size, "received": self.received(name)} for name, size in self.sizes.items()}
+        return {"id": self.id, "object": "expert.upload", "files": files}
+
+
+class Uploads:
+    """All uploads of one server. An upload exists for the key that opened it, and for nobody else."""
+
+    def __init__(self, root: Path, *, most_bytes: int, clock: Callable[[], float]) -> None:
+        self._root = root
+        self._most_bytes = most_bytes
+        self._clock = clock
+
+    def open(self, actor: str, sizes: Mapping[str, int]) -> Upload:
+        """Begin an upload; raises `ApiError` for files that are no package, or too much."""
+        self._check(sizes)
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._forget_stale()
+        if len(list(self._root.iterdir())) >= MOST_UPLOADS:
+            raise ApiError(
+                f"{MOST_UPLOADS} uploads are open. Finish or delete one of them.",
+                status=HTTPStatus.CONFLICT,
+                code="too_many_uploads",
+            )
+        id_ = f"upload_{secrets.token_hex(12)}"
+        directory = self._root / id_
+        directory.mkdir(mode=0o700)
+        (directory / META).write_text(json.dumps({"actor": actor, "sizes": dict(sizes)}))
+        return Upload(id_, directory, dict(sizes))
+
+    def get(self, id_: str, actor: str) -> Upload:
+        """An upload of this key; raises `NotFound`."""
+        path = self._root / id_ / META
+        if _ID.fullmatch(id_) and path.is_file():
+            meta = json.loads(path.read_text())
+            if meta["actor"] == actor:
+                return Upload(id_, path.parent, meta["sizes"])
+        raise NotFound("There is no such upload of this key.", code="upload_not_found")
+
+    async def write(self, upload: Upload, name: str, offset: int, chunks: AsyncIterator[bytes]) -> int:
+        """Append to a file what arrives; returns how much of it there is then.
+
+        Raises:
+            NotFound: the upload has no such file.
+            ApiError: 409, the offset is not where the file ends; the message says where it does.
+            TooLarge: more arrives than was announced; what fits is kept.
+        """
+        if name not in upload.sizes:
+            raise NotFound("The upload has no such file.", code="upload_not_found")
+        received = upload.received(name)
+        if offset != received:
+            raise ApiError(
+                f"'{name}' has {received} bytes so far; go on from there.",
+                status=HTTPStatus.CONFLICT,
+                code="wrong_offset",
+                details={"received": received},
+            )
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(upload.directory / name, flags, 0o600)
+        try:
+            async for chunk in chunks:
+                if received + len(chunk) > upload.sizes[name]:
+                    raise TooLarge(f"'{name}' was announced with {upload.sizes[name]} bytes.")
+                await asyncio.to_thread(_write_all, descriptor, chunk)
+                received += len(chunk)
+        finally:
+            os.close(descriptor)
+        return received
+
+    def take(self, upload: Upload) -> Path:
+        """The folder of a complete upload, as a package; it is the caller's to remove.
+
+        Raises:
+            ApiError: 409, something has not arrived yet.
+        """
+        missing = [name for name, size in upload.sizes.items() if upload.received(name) != size]
+        if missing:
+            raise ApiError(
+                f"'{missing[0]}' of upload '{upload.id}' has not arrived in full.",
+                status=HTTPStatus.CONFLICT,
+                code="upload_incomplete",
+            )
+        (upload.directory / META).unlink()
+        return upload.directory
+
+    def remove(self, upload: Upload) -> None:
+        """Forget an upload and what has arrived of it."""
+        shutil.rmtree(upload.directory, ignore_errors=True)
+
+    def _check(self, sizes: Mapping[str, int]) -> None:
+        odd = sorted(sizes.keys() - NAMES)
+        if odd or not {MANIFEST_NAME, WEIGHTS_NAME} <= sizes.keys():
+            raise Invalid(
+                f"'files' must name '{MANIFEST_NAME}' and '{WEIGHTS_NAME}', and may name 'manifest.sig'.",
+                param="files",
+                code="invalid_value",
+            )
+        if sum(sizes.values()) > self._most_bytes:
+            raise TooLarge(f"The package is larger than the limit of {self._most_bytes} bytes.")
+
+    def _forget_stale(self) -> None:
+        for directory in self._root.iterdir():
+            if directory.stat().st_mtime < self._clock() - KEPT_SECONDS:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,231 @@
+"""Adding, replacing and withdrawing experts: the real code over plain tensors, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packagekit import make_package, write_model
+from residencykit.local import Local, local
+
+from flexgate.experts.signature import TrustedKeys
+from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
+from flexgate.policies.store.store import Store
+from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
+from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
+from flexgate.server.experts.start import at_start
+
+CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("anchor") / "model"
+    write_model(path)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
+    opened.migrate()
+    sync_catalogue(opened, CHECKPOINT, at=1.0)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def here(store: Store, anchor: Path, tmp_path: Path) -> Local:
+    return local(store, anchor, tmp_path)
+
+
+def package(tmp_path: Path, anchor: Path, expert: str = "math", owner: str = "acme", **options: Any) -> Path:
+    target = tmp_path / f"package-{expert}-{len(list(tmp_path.iterdir()))}"
+    make_package(target, anchor, expert=expert, owner=owner, **options)
+    return target
+
+
+def zeros(here: Local) -> list[str]:
+    """What a rank's empty slot hashes to; slot 4 is never the first free one in these tests."""
+    return here.slots.digests(4)
+
+
+async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    job = await here.add(package(tmp_path, anchor))
+    assert (job.state, job.stage, job.expert) == ("succeeded", "live", "math")
+    assert job.result["weights_epoch"] == job.result["generation"] == 2
+    assert job.result["digests"] == here.slots.digests(2)
+    assert here.client.published[-1] == ("public", "news", "math")
+    snapshot = here.store.snapshot()
+    assert snapshot.experts["math"].live  # type: ignore[index]
+    assert not snapshot.unlimited
+    assert not snapshot.limited
+
+
+async def test_a_revoked_expert_is_gone_from_slot_disk_and_catalogue(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    record = await here.service.revoke("math", actor="key_admin")
+    assert record["digests"] == here.slots.digests(2) == zeros(here)
+    assert record["weights_epoch"] == 3
+    assert here.client.published[-1] == ("public", "news")
+    assert not list((tmp_path / "experts").iterdir())
+    assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
+    assert here.store.weights().withdrawn == {"math"}
+    assert [action for _, action, _ in here.recorded] == ["weights.cleared"]
+
+
+async def test_an_expert_of_the_checkpoint_stays_away_after_a_restart(
+    here: Local, store: Store, anchor: Path, tmp_path: Path
+) -> None:
+    await here.service.revoke("news", actor="key_admin")
+    state = at_start(store, CHECKPOINT)
+    assert state.without == {"news"}
+    assert [expert.id for expert in state.resident] == ["public"]
+    again = local(store, anchor, tmp_path, without=state.without, epoch=state.epoch)
+    await again.service.restore(lambda *_: None)
+    assert again.client.published[-1] == ("public",)
+    assert again.slots.digests(1) == zeros(again)
+
+
+async def test_a_restart_loads_what_was_added_and_nothing_else(
+    here: Local, store: Store, anchor: Path, tmp_path: Path
+) -> None:
+    job = await here.add(package(tmp_path, anchor))
+    (tmp_path / "experts" / "left-over").mkdir()
+    state = at_start(store, CHECKPOINT)
+    assert (state.least_slots, state.epoch, state.without) == (3, 2, frozenset({"math"}))
+    again = local(store, anchor, tmp_path, epoch=state.epoch)
+    await again.service.restore(lambda *_: None)
+    assert again.client.published[-1] == ("public", "news", "math")
+    assert again.client.experts()[2].generation == 2
+    assert again.slots.digests(2) == job.result["digests"]
+    assert [path.name for path in (tmp_path / "experts").iterdir()] == [job.id]
+
+
+async def test_a_damaged_private_copy_stops_the_start(here: Local, anchor: Path, tmp_path: Path) -> None:
+    job = await here.add(package(tmp_path, anchor))
+    weights = tmp_path / "experts" / job.id / "expert.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    again = local(here.store, anchor, tmp_path)
+    with pytest.raises(Exception, match="DigestMismatch"):
+        await again.service.restore(lambda *_: None)
+    weights.parent.joinpath("manifest.json").unlink()
+    with pytest.raises(PackageRefused, match="'math', which was added earlier, cannot be loaded"):
+        await local(here.store, anchor, tmp_path).service.restore(lambda *_: None)
+
+
+async def test_a_newer_version_replaces_the_former_whose_slot_is_zeroed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor, seed=1))
+    same = await here.add(package(tmp_path, anchor, seed=2))
+    assert (same.state, same.error["code"]) == ("failed", "expert_version_not_newer")
+    newer = await here.add(package(tmp_path, anchor, seed=2, version=2))
+    assert newer.state == "succeeded"
+    assert newer.result["slot"] == 3
+    assert here.client.published[-1] == ("public", "news", "math")
+    for _ in range(200):
+        if here.slots.digests(2) == zeros(here) and 2 not in here.slots.table.live:
+            break
+        await asyncio.sleep(0.01)
+    assert here.slots.digests(2) == zeros(here)
+    assert [entry.version for entry in here.service._residence.repository.added()] == [2]
+
+
+@pytest.mark.parametrize("what", ["fill", "open", "canary"])
+async def test_what_fails_before_the_commit_leaves_nothing_behind(
+    here: Local, tmp_path: Path, anchor: Path, what: str
+) -> None:
+    here.slots.fails[what] = 1
+    here.canary_fails += ["it answers with NaN"] if what == "canary" else []
+    job = await here.add(package(tmp_path, anchor))
+    assert (job.state, job.error["code"]) == ("failed", "engine_failed")
+    assert here.slots.digests(2) == zeros(here)
+    assert here.slots.table.live == {0: 1, 1: 1}
+    assert here.client.published == [("public", "news")]
+    assert here.store.weights().last == {}
+    assert "math" not in here.store.snapshot().experts
+    assert not list((tmp_path / "experts").iterdir())
+    assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
+
+
+async def test_a_store_that_refuses_leaves_the_expert_as_it_was(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    call = GatedCall(GateGrant("t", (ExpertLease("math", 2, 2),), float("inf")))
+    here.client.open.append(call)
+    here.store.engine.dispose()
+    (tmp_path / "policy.db").rename(tmp_path / "away.db")
+    (tmp_path / "policy.db").mkdir()
+    with pytest.raises(ChangeConflict, match="The store refused"):
+        await here.service.revoke("math", actor="key_admin")
+    assert here.client.published[-1] == ("public", "news", "math")
+    assert call.failed is None
+    assert here.slots.digests(2) != zeros(here)
+
+
+async def test_a_revoke_waits_until_its_users_have_ended(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    user = GatedCall(GateGrant("t", (ExpertLease("public", 0, 1), ExpertLease("math", 2, 2)), float("inf")))
+    other = GatedCall(GateGrant("t", (ExpertLease("public", 0, 1),), float("inf")))
+    here.client.open += [user, other]
+    revoking = asyncio.ensure_future(here.service.revoke("math", actor="key_admin"))
+    await asyncio.sleep(0.1)
+    assert not revoking.done()
+    user.ended.set()
+    assert (await revoking)["undelivered_responses"] == 0
+
+
+async def test_a_package_of_another_owner_takes_no_name_over(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    await here.service.revoke("math", actor="key_admin")
+    taken = await here.add(package(tmp_path, anchor, owner="mallory"))
+    assert (taken.state, taken.error["code"]) == ("failed", "expert_of_another_owner")
+    foreign = await here.add(package(tmp_path, anchor, expert="code"), owner="gazette")
+    assert (foreign.state, foreign.error["code"]) == ("failed", "expert_of_another_owner")
+    assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
+
+
+async def test_full_slots_are_refused_with_what_would_help(here: Local, tmp_path: Path, anchor: Path) -> None:
+    for expert in ("a", "b", "c"):
+        assert (await here.add(package(tmp_path, anchor, expert=expert))).state == "succeeded"
+    job = await here.add(package(tmp_path, anchor, expert="d"))
+    assert job.error == {
+        "code": "slots_full",
+        "message": "All 5 expert slots are taken. Withdraw an expert, or start the server with a larger --max-experts.",
+    }
+
+
+async def test_an_unsigned_package_needs_a_server_that_says_so(here: Local, tmp_path: Path, anchor: Path) -> None:
+    object.__setattr__(here.service._residence.places, "trusted_keys", TrustedKeys({}))
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error["code"] == "package_refused"
+    assert "is not signed" in job.error["message"]
+
+
+async def test_the_anchor_and_what_is_not_loaded_cannot_be_withdrawn(here: Local) -> None:
+    for name in ("public", "nothing", "math"):
+        with pytest.raises(NotResident):
+            await here.service.revoke(name, actor="key_admin")
+
+
+async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    following = asyncio.ensure_future(here.service.follow(lambda: frozenset(here.store.weights().withdrawn)))
+    elsewhere = here.service._residence.repository
+    await asyncio.to_thread(elsewhere.revoke, "math", 2, actor="key_else", at=5.0)
+    for _ in range(300):
+        if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):
+            break
+        await asyncio.sleep(0.01)
+    following.cancel()
+    assert here.client.published[-1] == ("public", "news")
+    assert here.slots.digests(2) == zeros(here)
+    assert not here.store.snapshot().experts["math"].live  # type: ignore[index]

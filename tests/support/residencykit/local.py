@@ -1,0 +1,176 @@
+"""Slots of several ranks in this process, and everything between a package and a committed change.
+
+The writer, the slot tables, the service, the store and the package checks are the real ones; only the
+inference engine around them is missing. Gates are admitted as an engine core would admit them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from packagekit import ONE
+
+from flexgate.experts.base import base_identity
+from flexgate.experts.package import WeightsTicket
+from flexgate.policies.audit import Event
+from flexgate.policies.store.store import Store
+from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.operator import Closed, SlotTaskFailed
+from flexgate.server.engine.residency import SlotWriter, from_wire, to_wire
+from flexgate.server.engine.slots import SlotTable
+from flexgate.server.engine.weights import SlotArrays
+from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.residence import Places, Progress, Residence
+from flexgate.server.experts.service import ExpertService
+
+SLOTS = 5
+LAYERS = ONE.num_hidden_layers
+PUBLIC = ExpertInfo("public", "public", "", 0, 1, True)
+NEWS = ExpertInfo("news", "gazette", "news", 1, 1, True)
+
+
+def rank_writer(shard: int, shards: int) -> SlotWriter:
+    """One rank's arrays for the small test model; slots 0 and 1 hold ones."""
+    hidden, inner = ONE.hidden_size, ONE.intermediate_size // shards
+    layers = []
+    for _ in range(LAYERS):
+        arrays = [torch.zeros(SLOTS, *shape) for shape in ((hidden,), (), (2 * inner, hidden), (hidden, inner))]
+        for array in arrays:
+            array[:2] = 1.0
+        layers.append(SlotArrays(*arrays, local=lambda slot: slot, shards=shards, shard=shard))
+    return SlotWriter(layers)
+
+
+@dataclass
+class LocalSlots:
+    """What `SlotOperator` is to an engine."""
+
+    table: SlotTable
+    ranks: list[SlotWriter]
+    fails: dict[str, int] = field(default_factory=dict)  # what shall go wrong, and how often
+
+    async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
+        self.table.require_masked(slot)
+        wired = to_wire(ticket)
+        for rank in self.ranks:
+            rank.load(slot, from_wire(wired))
+        return await self._finish("fill", progress)
+
+    async def clear(self, slot: int) -> list[str]:
+        self.table.require_masked(slot)
+        for rank in self.ranks:
+            rank.clear(slot)
+        return await self._finish("clear", lambda *_: None)
+
+    async def open(self, slot: int, generation: int) -> None:
+        self._fail("open")
+        self.table.open(slot, generation)
+
+    async def close(self, slot: int) -> Closed:
+        self._fail("close")
+        self.table.close(slot)
+        return Closed(0, 0)
+
+    async def users(self, slot: int) -> int:
+        return 0
+
+    def digests(self, slot: int) -> list[str]:
+        return [rank.digest(slot) for rank in self.ranks]
+
+    async def _finish(self, what: str, progress: Progress) -> list[str]:
+        while any(rank.report()["state"] == "running" for rank in self.ranks):
+            await asyncio.sleep(0.001)
+        self._fail(what)
+        reports = [rank.report() for rank in self.ranks]
+        progress(len(reports), sum(r["done"] for r in reports), sum(r["total"] for r in reports))
+        for number, report in enumerate(reports):
+            if report["state"] != "done":
+                raise SlotTaskFailed(f"rank {number}: {report['error']}")
+        return [report["digest"] for report in reports]
+
+    def _fail(self, what: str) -> None:
+        if self.fails.get(what):
+            self.fails[what] -= 1
+            raise SlotTaskFailed(f"rank 0: {what} was made to fail")
+
+
+class LocalClient:
+    """What `GatedEngineClient` is to the service."""
+
+    def __init__(self, experts: tuple[ExpertInfo, ...], epoch: int = 1) -> None:
+        self.slots = SLOTS
+        self.published: list[tuple[str, ...]] = []
+        self.publish(experts, epoch)
+        self.open: list[GatedCall] = []
+
+    def experts(self) -> tuple[ExpertInfo, ...]:
+        return self._experts
+
+    def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
+        self._experts = tuple(sorted(experts, key=lambda info: info.slot))
+        self.weights_epoch = weights_epoch
+        self.published.append(tuple(info.id for info in self._experts))
+
+    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
+        return tuple(call for call in self.open if lease in call.grant.experts)
+
+
+@dataclass
+class Local:
+    """A service and all that is under it."""
+
+    service: ExpertService
+    client: LocalClient
+    slots: LocalSlots
+    store: Store
+    recorded: list[tuple[str, str, dict[str, Any]]]
+    canary_fails: list[str] = field(default_factory=list)
+
+    async def add(self, package: Path, **options: Any) -> Any:
+        """Add and wait; the ended job."""
+        job = self.service.start_add(package, name=package.name, actor="key_admin", **options)
+        async for _ in job.watch():
+            pass
+        return job
+
+
+def local(
+    store: Store,
+    anchor: Path,
+    directory: Path,
+    *,
+    ranks: int = 2,
+    without: frozenset[str] = frozenset(),
+    epoch: int = 1,
+) -> Local:
+    """A served model of `public` and `news`, and three free slots."""
+    experts = tuple(info for info in (PUBLIC, NEWS) if info.id not in without)
+    table = SlotTable(SLOTS, {info.slot: 1 for info in experts})
+    slots = LocalSlots(table, [rank_writer(shard, ranks) for shard in range(ranks)])
+    if "news" in without:
+        for rank in slots.ranks:
+            rank.clear(1)
+            rank.wait()
+    client = LocalClient(experts, epoch)
+    places = Places(private=directory / "experts", base=lambda: base_identity(anchor), trusted_keys=None)
+    recorded: list[tuple[str, str, dict[str, Any]]] = []
+    made: list[Local] = []
+
+    async def canary(*_: ExpertLease) -> None:
+        if made[0].canary_fails:
+            raise RuntimeError(made[0].canary_fails.pop())
+
+    def record(actor: str, action: str, detail: dict[str, Any]) -> None:
+        store.record([Event(at=1.0, actor=actor, action=action, detail=detail)])
+        recorded.append((actor, action, detail))
+
+    confirm: Callable[[], object] = lambda: None  # noqa: E731
+    residence = Residence(client, slots, ResidencyRepository(store), places)
+    service = ExpertService(residence, canary=canary, confirm=confirm, record=record)
+    made.append(Local(service, client, slots, store, recorded))
+    return made[0]
