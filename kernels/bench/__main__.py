@@ -102,7 +102,7 @@ def _run(
 
 
 def _shipped(place: Place, shape: Shape) -> TileTable:
-    return tile_table(shape.hidden, shape.intermediate, "bfloat16", place.name.replace(" ", "_"))
+    return tile_table(shape.hidden, shape.intermediate, "bfloat16", *place.tables)
 
 
 def _compiled(shape: Shape, tiles: TileTable) -> Iterator[dict[str, Any]]:

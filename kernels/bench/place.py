@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_experts.launch import Kernels, device_kernels
+from flexgate.kernels.gated_experts.launch import Kernels, device_kernels, device_names
 from flexgate.kernels.gated_topk.contract import FILL_NONE
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
 
@@ -24,6 +24,8 @@ class Place:
 
     device: torch.device
     name: str
+    tables: tuple[str, str]
+    """(device, family) under which tile tables are stored."""
     experts: Kernels
     topk: Any
     launchable: Callable[[Any], Any]
@@ -48,17 +50,29 @@ class Place:
 def gpu() -> Place:
     """The current CUDA device."""
     device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    return Place(device, name, device_kernels(device), gated_topk_kernel, lambda kernel: kernel, measured=True)
+    return Place(
+        device,
+        torch.cuda.get_device_name(device),
+        device_names(device),
+        device_kernels(device),
+        gated_topk_kernel,
+        lambda kernel: kernel,
+        measured=True,
+    )
 
 
 def interpreter() -> Place:
     """CPU memory and Triton's interpreter."""
     from flexgate.kernels.testing.interpreter import Interpreted, interpreted_experts
 
-    experts = interpreted_experts()
     return Place(
-        torch.device("cpu"), "interpreter", experts, Interpreted(gated_topk_kernel), Interpreted, measured=False
+        torch.device("cpu"),
+        "interpreter",
+        ("interpreter", "interpreter"),
+        interpreted_experts(),
+        Interpreted(gated_topk_kernel),
+        Interpreted,
+        measured=False,
     )
 
 

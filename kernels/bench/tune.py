@@ -10,11 +10,13 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import triton
+from torch import Tensor
 
 from flexgate.kernels.bench.checks import bit_checks, compute
 from flexgate.kernels.bench.place import Place, gpu
@@ -29,6 +31,7 @@ Cut = tuple[int, int, int, int, int]
 Bound = int | None
 
 MOST = 40
+_FIXED: Cut = (16, 64, 1, 4, 3)
 _SMALL = ((64, 1, 4, 8), (64, 1, 4, 5), (64, 1, 8, 6), (128, 1, 4, 5), (128, 1, 4, 3), (128, 1, 8, 5))
 SPACE: Mapping[Bound, Sequence[Cut]] = {
     16: tuple((16, *cut) for cut in _SMALL),
@@ -51,12 +54,12 @@ _UNBOUNDED_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration: refused with a reason, or how long each of the two products took."""
+    """One configuration of one product: refused with a reason, or how long the product took."""
 
+    product: Literal["gate_up", "down"]
     cut: Cut
     refused: str = ""
-    gate_up_us: float = 0.0
-    down_us: float = 0.0
+    took_us: float = 0.0
 
 
 def tune(
@@ -71,57 +74,60 @@ def tune(
     for bound, cuts in space.items():
         tokens = bound or (_UNBOUNDED_TOKENS if place.measured else 20)
         batches = (random_batch(place, shape, tokens, range(shape.slots)), ragged)
-        fixed = _tiles(None, (16, 64, 1, 4, 3), block_d)
-        wanted = [compute(place, fixed, layer, batch) for batch in batches]
-        tried[bound] = [_try(place, layer, batches, wanted, cut, block_d) for cut in cuts]
+        wanted = [compute(place, _tiles(_FIXED, block_d), layer, batch) for batch in batches]
+        tried[bound] = [
+            _try(place, layer, batches, wanted, Trial(product, cut), block_d)
+            for cut in cuts
+            for product in ("gate_up", "down")
+        ]
     return [_fastest(bound, trials, block_d) for bound, trials in tried.items()], tried
 
 
 def _try(
-    place: Place, layer: Weights, batches: Sequence[Batch], wanted: Sequence[torch.Tensor], cut: Cut, block_d: int
+    place: Place, layer: Weights, batches: Sequence[Batch], wanted: Sequence[Tensor], trial: Trial, block_d: int
 ) -> Trial:
-    tiles = _tiles(None, cut, block_d)
+    fixed, product = _tiles((trial.cut[0], *_FIXED[1:]), block_d), _product(trial.cut, block_d)
+    tiles = replace(fixed, gate_up=product) if trial.product == "gate_up" else replace(fixed, down=product)
     try:
-        same = [
-            torch.equal(compute(place, tiles, layer, batch), out) for batch, out in zip(batches, wanted, strict=True)
-        ]
-        if not all(same):
-            return Trial(cut, "changes bits")
-        return Trial(cut, "", *_times(place, layer, batches[0], tiles))
+        ours = [compute(place, tiles, layer, batch) for batch in batches]
+        if not all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True)):
+            return replace(trial, refused="changes bits")
+        return replace(trial, took_us=_time(place, layer, batches[0], tiles, trial.product) or 0.0)
     # A configuration that the compiler or the device does not take is one that is not admitted.
     except Exception as error:
-        return Trial(cut, f"{type(error).__name__}: {str(error)[:200]}")
+        return replace(trial, refused=f"{type(error).__name__}: {str(error)[:200]}")
 
 
-def _times(place: Place, layer: Weights, batch: Batch, tiles: Tiles) -> tuple[float, float]:
+def _time(place: Place, layer: Weights, batch: Batch, tiles: Tiles, product: str) -> float | None:
     plan = launch_plan(place.experts, batch.weights_TK, batch.ids_TK, layer.shape.slots, tiles.block_t)
 
-    def gate_up() -> torch.Tensor:
+    def gate_up() -> Tensor:
         return launch_gate_up(place.experts, tiles.block_t, tiles.gate_up, batch.x_TH, layer.w13_EGH, plan)
 
     hidden_PF = gate_up()
 
-    def down() -> torch.Tensor:
+    def down() -> Tensor:
         return launch_down(place.experts, tiles.block_t, tiles.down, hidden_PF, layer.w2_EHF, plan)
 
-    return place.median_us(gate_up) or 0.0, place.median_us(down) or 0.0
+    return place.median_us(gate_up if product == "gate_up" else down)
 
 
 def _fastest(bound: Bound, trials: Sequence[Trial], block_d: int) -> Tiles:
-    admitted = [trial for trial in trials if not trial.refused]
-    if not admitted:
-        raise ValueError(f"no configuration for batches up to {bound} was admitted: {trials}")
     pairs = []
-    for block_t in dict.fromkeys(trial.cut[0] for trial in admitted):
-        own = [trial for trial in admitted if trial.cut[0] == block_t]
-        first, second = min(own, key=lambda t: t.gate_up_us), min(own, key=lambda t: t.down_us)
-        pairs.append((first.gate_up_us + second.down_us, first, second))
-    _, first, second = min(pairs, key=lambda pair: pair[0])
-    return Tiles(bound, first.cut[0], _product(first.cut, block_d), _product(second.cut, block_d))
+    for block_t in dict.fromkeys(trial.cut[0] for trial in trials):
+        own = [trial for trial in trials if trial.cut[0] == block_t and not trial.refused]
+        first = min((t for t in own if t.product == "gate_up"), key=lambda t: t.took_us, default=None)
+        second = min((t for t in own if t.product == "down"), key=lambda t: t.took_us, default=None)
+        if first is not None and second is not None:
+            pairs.append((first.took_us + second.took_us, first.cut, second.cut))
+    if not pairs:
+        raise ValueError(f"no configuration for batches up to {bound} was admitted: {trials}")
+    _, first_cut, second_cut = min(pairs, key=lambda pair: pair[0])
+    return Tiles(bound, first_cut[0], _product(first_cut, block_d), _product(second_cut, block_d))
 
 
-def _tiles(bound: Bound, cut: Cut, block_d: int) -> Tiles:
-    return Tiles(bound, cut[0], _product(cut, block_d), _product(cut, block_d))
+def _tiles(cut: Cut, block_d: int) -> Tiles:
+    return Tiles(None, cut[0], _product(cut, block_d), _product(cut, block_d))
 
 
 def _product(cut: Cut, block_d: int) -> ProductTile:
@@ -133,9 +139,8 @@ def write_table(
     place: Place, shape: Shape, buckets: Sequence[Tiles], tried: Mapping[Bound, Sequence[Trial]], folder: Path
 ) -> Path:
     """The table as a file that names how it came about. Raises ValueError where it fails a bit check."""
-    device = place.name.replace(" ", "_")
     origin = "measured" if place.measured else "seed"
-    name = f"H={shape.hidden},F={shape.intermediate},bfloat16,{device}"
+    name = f"H={shape.hidden},F={shape.intermediate},bfloat16,{place.tables[0]}"
     table = TileTable(name, origin, tuple(buckets))  # type: ignore[arg-type]
     checks = bit_checks(place, table, random_weights(place, shape), 129 if place.measured else 17)
     if failed := [check.name for check in checks if not check.passed]:
@@ -163,8 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = write_table(place, shape, buckets, tried, options.out)
     for bound, trials in tried.items():
         for trial in trials:
-            said = trial.refused or f"gate/up {trial.gate_up_us:.1f} µs, down {trial.down_us:.1f} µs"
-            sys.stdout.write(f"T <= {bound}: {trial.cut} {said}\n")
+            sys.stdout.write(
+                f"T <= {bound}: {trial.product} {trial.cut} {trial.refused or f'{trial.took_us:.1f} µs'}\n"
+            )
     sys.stdout.write(f"wrote {path}\n")
     return 0
 

@@ -44,6 +44,12 @@ def device_kernels(device: torch.device) -> Kernels:
     )
 
 
+def device_names(device: torch.device) -> tuple[str, str]:
+    """(device, family) under which tile tables for a CUDA device are stored."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device).replace(" ", "_"), f"sm_{major}{minor}"
+
+
 def launch_plan(kernels: Kernels, weights_TK: Tensor, ids_TK: Tensor, slots: int, block_t: int) -> RoutingPlan:
     """One program per slot; equal to `routing_plan_reference` wherever that specifies an entry."""
     plan = empty_plan(ids_TK, slots, block_t)

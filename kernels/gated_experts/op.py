@@ -76,11 +76,10 @@ def _cuda(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: Tensor, ids
 
 @functools.cache
 def _device(device: torch.device, hidden: int, intermediate: int, dtype: str) -> Any:
-    from flexgate.kernels.gated_experts.launch import device_kernels
+    from flexgate.kernels.gated_experts.launch import device_kernels, device_names
     from flexgate.kernels.gated_experts.tiles import tile_table
 
-    name = torch.cuda.get_device_name(device).replace(" ", "_")
-    return device_kernels(device), tile_table(hidden, intermediate, dtype, name)
+    return device_kernels(device), tile_table(hidden, intermediate, dtype, *device_names(device))
 
 
 def _fake(*arguments: Tensor) -> None:

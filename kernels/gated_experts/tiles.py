@@ -52,9 +52,9 @@ class TileTable:
 
 
 @functools.cache
-def tile_table(hidden: int, intermediate: int, dtype: str, device: str) -> TileTable:
-    """The table for this shape and device; the device's own defaults, then everybody's, where nobody tuned it."""
-    names = (f"H={hidden},F={intermediate},{dtype},{device}", f"default,{device}", "default")
+def tile_table(hidden: int, intermediate: int, dtype: str, device: str, family: str) -> TileTable:
+    """The table for this shape on this device; where nobody tuned it, its family's (`sm_90`), then everybody's."""
+    names = (f"H={hidden},F={intermediate},{dtype},{device}", f"default,{family}", "default")
     for name in names:
         path = TUNING / f"{name}.json"
         if path.is_file():

@@ -79,7 +79,8 @@ def interpret_operators() -> Counter[str]:
 
     def experts(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, *routed: Tensor) -> None:
         calls["gated_experts"] += 1
-        table = tile_table(x_TH.shape[1], w2_EHF.shape[2], str(x_TH.dtype).removeprefix("torch."), "interpreter")
+        dtype = str(x_TH.dtype).removeprefix("torch.")
+        table = tile_table(x_TH.shape[1], w2_EHF.shape[2], dtype, "interpreter", "interpreter")
         launch_gated_experts(kernels, table.choose(len(x_TH)), x_TH, w13_EGH, w2_EHF, *routed)
 
     _OVERRIDES.impl("gated_topk", topk, "CPU", allow_override=True)

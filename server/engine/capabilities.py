@@ -38,6 +38,9 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability("asynchronous scheduling", "tested", "engine tests"),
     Capability("torch.compile", "tested", "slow tests of engine and server, on CPU"),
     Capability("tensor parallelism on CPU", "tested", "slow engine test with two ranks"),
+    Capability(
+        "`--moe-kernels flexgate` on CPU", "tested", "torch reference: every engine test; Triton interpreted: slow ones"
+    ),
     Capability("CUDA", "unverified", "no GPU was at hand"),
     Capability("expert parallelism on CPU", "tested", "slow engine test with two ranks"),
     Capability(

@@ -99,7 +99,7 @@ class FlexgateMethod(UnquantizedFusedMoEMethod):
         )
         if not supported:
             raise ValueError(f"--moe-kernels flexgate: {reason}")
-        gated_experts_implementation(moe.device)
+        gated_experts_implementation(torch.device(moe.device))
         # The Triton backend is the one that leaves weights as the checkpoint has them.
         self.unquantized_backend = UnquantizedMoeBackend.TRITON
         self.experts_cls = FlexgateExperts
@@ -141,7 +141,8 @@ def pack_of(experts: RoutedExperts) -> Pack:
         isa = kernel.isa
 
         def prepacked(w13_GH: Tensor, w2_HF: Tensor) -> tuple[Tensor, Tensor]:
-            return cpu_prepack_moe_weight(w13_GH[None], isa)[0], cpu_prepack_moe_weight(w2_HF[None], isa)[0]
+            w13, w2 = (cpu_prepack_moe_weight(part[None].contiguous(), isa)[0] for part in (w13_GH, w2_HF))
+            return w13, w2
 
         return prepacked
     raise UnknownLayoutError(f"the weight layout of vLLM's {type(kernel).__name__} is not known")

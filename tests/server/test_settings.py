@@ -51,6 +51,7 @@ def test_variables_set_and_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": MODEL, "host": "example.org"}, "not a loopback address"),
         ({"model": MODEL, "port": 70000}, "--port: Input should be less than or equal to 65535"),
         ({"model": MODEL, "dtype": "float16"}, "--dtype: Input should be"),
+        ({"model": MODEL, "moe_kernels": "auto"}, "--moe-kernels: Input should be 'flexgate' or 'vllm'"),
         ({"model": MODEL, "max_logprobs": 21}, "--max-logprobs: "),
     ],
 )

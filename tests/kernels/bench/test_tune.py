@@ -45,12 +45,9 @@ def spoiled() -> Place:
 @pytest.mark.slow
 def test_a_configuration_that_changes_bits_or_cannot_run_is_not_admitted(spoiled: Place, tmp_path: Path) -> None:
     buckets, tried = tune(spoiled, SMALL, 32, TINY_SPACE)
-    assert [trial.refused for trials in tried.values() for trial in trials] == [
-        "changes bits",
-        "",
-        "MemoryError: out of resource: shared memory",
-        "",
-    ]
+    refused = [trial.refused for trials in tried.values() for trial in trials]
+    assert refused[::2] == ["changes bits", "", "MemoryError: out of resource: shared memory", ""]
+    assert refused[1::2] == [""] * 4
     assert [(tiles.max_tokens, tiles.block_t, tiles.gate_up.block_n) for tiles in buckets] == [
         (16, 16, 64),
         (None, 16, 64),

@@ -1,5 +1,7 @@
 """What the compiler makes of every shipped configuration on Hopper, in numbers; no GPU takes part."""
 
+from itertools import product
+
 import pytest
 
 from flexgate.kernels.gated_experts.tiles import TUNING, Tiles, read_tile_table
@@ -14,19 +16,19 @@ from flexgate.kernels.testing.configurations import (
 
 FLEXOLMO = Shape(hidden=4096, intermediate=11008, slots=7, top_k=5)
 SMALL = Shape(hidden=256, intermediate=352, slots=9, top_k=2)
-HOPPER_TABLES = ["H=4096,F=11008,bfloat16,NVIDIA_H200", "default,NVIDIA_H200"]
+HOPPER_TABLES = [*sorted(TUNING.glob("H=*NVIDIA_H*.json")), TUNING / "default,sm_90.json"]
 
 
 def buckets() -> list[object]:
     """(shape, tiles) of every bucket; the first and the last of the main shape in the fast suite."""
     cases: list[object] = []
-    for name in HOPPER_TABLES:
-        table = read_tile_table(TUNING / f"{name}.json")
-        shape = FLEXOLMO if "11008" in name else SMALL
+    for path, shape in product(HOPPER_TABLES, (FLEXOLMO, SMALL)):
+        table = read_tile_table(path)
         for tiles in table.buckets:
             fast = shape is FLEXOLMO and tiles in (table.buckets[0], table.buckets[-1])
             marks = () if fast else (pytest.mark.slow,)
-            cases.append(pytest.param(shape, tiles, marks=marks, id=f"{shape.intermediate}-{tiles.max_tokens}"))
+            name = f"{path.stem}-{shape.intermediate}-{tiles.max_tokens}"
+            cases.append(pytest.param(shape, tiles, marks=marks, id=name))
     return cases
 
 

@@ -21,14 +21,20 @@ def test_shipped_tables_are_valid_and_say_where_they_come_from(path: Path) -> No
     assert table.origin in ("seed", "measured")
 
 
-def test_the_most_specific_table_is_chosen() -> None:
-    assert tile_table(4096, 11008, "bfloat16", "NVIDIA_H200").name == "H=4096,F=11008,bfloat16,NVIDIA_H200"
-    assert tile_table(512, 1408, "bfloat16", "NVIDIA_H200").name == "default,NVIDIA_H200"
-    assert tile_table(4096, 11008, "bfloat16", "NVIDIA_L4").name == "default"
+def test_the_most_specific_table_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tiles, "TUNING", tmp_path)
+    table = (TUNING / "default.json").read_text(encoding="utf-8")
+    for name in ("H=4096,F=11008,bfloat16,NVIDIA_H200", "default,sm_90", "default"):
+        (tmp_path / f"{name}.json").write_text(table, encoding="utf-8")
+    chosen = tile_table.__wrapped__
+    assert chosen(4096, 11008, "bfloat16", "NVIDIA_H200", "sm_90").name == "H=4096,F=11008,bfloat16,NVIDIA_H200"
+    assert chosen(4096, 11008, "bfloat16", "NVIDIA_H100", "sm_90").name == "default,sm_90"
+    assert chosen(512, 1408, "bfloat16", "NVIDIA_H200", "sm_90").name == "default,sm_90"
+    assert chosen(4096, 11008, "bfloat16", "NVIDIA_L4", "sm_89").name == "default"
 
 
 def test_the_smallest_bucket_that_holds_the_batch_is_chosen() -> None:
-    table = tile_table(4096, 11008, "bfloat16", "NVIDIA_H200")
+    table = tile_table(4096, 11008, "bfloat16", "NVIDIA_H200", "sm_90")
     chosen = [table.choose(tokens).max_tokens for tokens in (1, 16, 17, 32, 33, 128, 129, 512, 513, 100_000)]
     assert chosen == [16, 16, 32, 32, 128, 128, 512, 512, None, None]
 
@@ -37,8 +43,8 @@ def test_a_missing_table_is_an_error_that_says_what_was_looked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tiles, "TUNING", tmp_path)
-    with pytest.raises(KernelConfigError, match="looked for H=1,F=2,float32,X, default,X, default"):
-        tile_table(1, 2, "float32", "X")
+    with pytest.raises(KernelConfigError, match="looked for H=1,F=2,float32,X, default,Y, default"):
+        tile_table(1, 2, "float32", "X", "Y")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_a_missing_table_is_an_error_that_says_what_was_looked_for(
     ],
 )
 def test_a_table_that_breaks_the_contract_is_refused(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
-    stored = copy.deepcopy(json.loads((TUNING / "default,NVIDIA_H200.json").read_text(encoding="utf-8")))
+    stored = copy.deepcopy(json.loads((TUNING / "default,sm_90.json").read_text(encoding="utf-8")))
     parent = stored
     for step in path[:-1]:
         parent = parent[step]
