@@ -16,10 +16,10 @@ from torch.nn import functional
 from vllm.config import get_current_vllm_config
 
 from flexgate.kernels.gated_topk import Fill, gated_topk
-from flexgate.server.engine.moe_kernels import Pack, chosen_routed_experts, held_kernels, pack_of
+from flexgate.server.engine.moe_kernels import chosen_routed_experts, held_kernels, pack_of
 from flexgate.server.engine.seam import BaseRouter, FusedMoEFactory, RoutingMethodType
 from flexgate.server.engine.state import GateState
-from flexgate.server.engine.weights import SlotArrays
+from flexgate.server.engine.weights import Pack, SlotArrays
 
 ROUTER_ROWS = 16  # router rows are padded to a multiple, so that a dot product never
 # changes its vectorisation, and so its last bit, with the number of slots

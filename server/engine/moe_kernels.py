@@ -8,7 +8,6 @@ kept ends the start, and the handshake compares what every rank really holds wit
 Legend: E experts of this rank, T tokens, H hidden, F expert intermediate, G = 2F.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +28,7 @@ from flexgate.server.engine.seam import (
     UnquantizedMoeBackend,
     cpu_prepack_moe_weight,
 )
-
-Pack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""One expert, gate rows then up rows [G, H] and down [H, F], as it lies in a slot of the running layer."""
+from flexgate.server.engine.weights import Pack, plain
 
 
 class UnknownLayoutError(RuntimeError):
@@ -136,7 +133,7 @@ def pack_of(experts: RoutedExperts) -> Pack:
     """
     kernel = experts.quant_method.moe_kernel.fused_experts
     if isinstance(kernel, FlexgateExperts | TritonExperts):
-        return _plain
+        return plain
     if isinstance(kernel, CPUUnquantizedExperts) and not kernel._use_zentorch:
         isa = kernel.isa
 
@@ -146,7 +143,3 @@ def pack_of(experts: RoutedExperts) -> Pack:
 
         return prepacked
     raise UnknownLayoutError(f"the weight layout of vLLM's {type(kernel).__name__} is not known")
-
-
-def _plain(w13_GH: Tensor, w2_HF: Tensor) -> tuple[Tensor, Tensor]:
-    return w13_GH, w2_HF

@@ -29,10 +29,10 @@ def ticket(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Weight
 
 
 @pytest.fixture(scope="module")
-def smaller(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
+def smaller(checkpoint: Path, moe_kernels: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
     """An engine that started with the first three experts and six slots."""
     reduced = rewrite(checkpoint, tmp_path_factory.mktemp("reduced"), [0, 1, 2])
-    with scripted_engine(EngineScript(reduced, max_experts=SLOTS)) as running:
+    with scripted_engine(EngineScript(reduced, max_experts=SLOTS, settings={"moe_kernels": moe_kernels})) as running:
         yield running
 
 
