@@ -1,0 +1,169 @@
+"""A tenant's whole life with the `openai` package: one client administers, another one asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytestmark = pytest.mark.engine
+
+NOW = {"wait": "all"}
+
+
+@pytest.fixture(scope="module")
+def admin(server: Any) -> Iterator[Any]:
+    """The client that administers; it has no key that could infer."""
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", admin_api_key=server.key("admin"), max_retries=0
+    ) as client:
+        yield client.admin.organization
+
+
+@pytest.fixture
+def project(admin: Any) -> Iterator[str]:
+    """A project that is archived at the end."""
+    made = admin.projects.create(name="life", extra_query=NOW)
+    yield made.id
+    admin.projects.archive(made.id)
+
+
+def ask(server: Any, key: str, **flexgate: Any) -> Any:
+    """One completion with a client of its own."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+        return client.completions.create(
+            model="tiny", prompt="the quick fox", max_tokens=4, extra_body={"flexgate": flexgate}
+        )
+
+
+def permit(server: Any, project: str, mode: str, *experts: str) -> None:
+    path = f"/v1/organization/projects/{project}/expert_permissions?wait=all"
+    with server.client("admin") as http:
+        http.post(path, json={"mode": mode, "expert_ids": experts}).raise_for_status()
+
+
+def allowed(answer: Any) -> list[str]:
+    found: list[str] = answer.model_extra["flexgate"]["allowed"]
+    return found
+
+
+def test_a_whole_tenant_life(server: Any, admin: Any) -> None:
+    project = admin.projects.create(name="Acme").id
+    account = admin.projects.service_accounts.create(project, name="robot", extra_query=NOW)
+    key = account.api_key.value
+    assert allowed(ask(server, key)) == ["public"]
+
+    permit(server, project, "allow_list", "news")
+    answer = ask(server, key, experts={"only": ["news"]})
+    assert allowed(answer) == ["public", "news"]
+    assert answer.usage.completion_tokens == 4
+
+    permit(server, project, "allow_list")
+    with pytest.raises(openai.PermissionDeniedError) as denied:
+        ask(server, key, experts={"only": ["news"]})
+    assert denied.value.code == "expert_policy_denied"
+    with (
+        pytest.raises(openai.PermissionDeniedError),
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", admin_api_key=key, max_retries=0) as tenant,
+    ):
+        tenant.admin.organization.projects.list()
+
+    other = admin.projects.service_accounts.create(project, name="second", extra_query=NOW).api_key.value
+    admin.projects.api_keys.delete(account.api_key.id, project_id=project, extra_query=NOW)
+    with pytest.raises(openai.AuthenticationError):
+        ask(server, key)
+    assert allowed(ask(server, other)) == ["public"]
+
+    assert admin.projects.archive(project, extra_query=NOW).status == "archived"
+    with pytest.raises(openai.AuthenticationError):
+        ask(server, other)
+    assert project not in [p.id for p in admin.projects.list()]
+
+    told = _audited(admin, project)
+    for type_ in ("project.created", "api_key.created", "api_key.deleted", "project.archived", "request.denied"):
+        assert type_ in told, type_
+
+
+def _audited(admin: Any, project: str) -> list[str]:
+    """Types of the project's entries, once denied requests have been written."""
+    deadline = time.monotonic() + 5
+    while True:
+        types = [log.type for log in admin.audit_logs.list(project_ids=[project])]
+        if "request.denied" in types or time.monotonic() > deadline:
+            return types
+        time.sleep(0.1)
+
+
+def test_the_admin_key_cannot_infer_and_the_data_key_cannot_administer(server: Any) -> None:
+    with pytest.raises(openai.PermissionDeniedError):
+        ask(server, server.key("admin"))
+    with server.client("all") as http:
+        assert http.post("/v1/organization/projects", json={"name": "mine"}).status_code == 403
+
+
+def test_an_agreement_that_ends_ends_for_requests_and_explanations(server: Any, project: str, admin: Any) -> None:
+    key = admin.projects.service_accounts.create(project, name="robot", extra_query=NOW).api_key.value
+    permit(server, project, "deny_list")
+    assert "math" in allowed(ask(server, key))
+    ban = {"owner": "academy", "experts": ["math"], "assignee": f"tenant:{project}", "effect": "prohibit"}
+    with server.client("admin") as http:
+        made = http.post("/v1/agreements?wait=all", json=ban)
+        assert made.status_code == 200, made.text
+        assert "math" not in allowed(ask(server, key))
+        explained = http.get("/v1/policy/explain", params={"project_id": project}).json()
+        reason = next(e["reason"] for e in explained["experts"] if e["expert"] == "math")
+        assert (reason["code"], reason["rule"]) == ("prohibited", f"agreement/{made.json()['id']}@1")
+        assert http.delete(f"/v1/agreements/{made.json()['id']}?wait=all").status_code == 200
+    assert "math" in allowed(ask(server, key))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_limits_count_what_the_engine_used(server: Any, project: str, admin: Any, path: str, stream: bool) -> None:
+    key = admin.projects.service_accounts.create(project, name="robot").api_key.value
+    admin.projects.rate_limits.update_rate_limit(
+        "rl-project", project_id=project, max_tokens_per_1_minute=1000, extra_query=NOW
+    )
+    asked = {
+        "/v1/completions": {"prompt": ["the quick", "the lazy dog"], "n": 2, "max_tokens": 5, "ignore_eos": True},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5},
+        "/v1/responses": {"input": "hello", "max_output_tokens": 5},
+    }[path]
+    headers = {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=60) as http:
+        plain = http.post(path, json=asked)
+        assert plain.status_code == 200, plain.text
+        usage = plain.json()["usage"]["total_tokens"]
+        used = usage
+        if stream:
+            with http.stream("POST", path, json={**asked, "stream": True}) as response:
+                response.read()
+            used = 2 * usage if path == "/v1/completions" else None
+        remaining = int(_next_remaining(http))
+    if used is not None:
+        assert 1000 - remaining == used + 1
+    else:
+        assert 0 < 1000 - remaining - usage < 60
+
+
+def _next_remaining(http: httpx.Client) -> str:
+    """What the next request is told; it reserves one token itself."""
+    answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-ratelimit-remaining-tokens"]
+
+
+def test_one_request_too_many_is_429(server: Any, project: str, admin: Any) -> None:
+    key = admin.projects.service_accounts.create(project, name="robot").api_key.value
+    admin.projects.rate_limits.update_rate_limit(
+        "rl-project", project_id=project, max_requests_per_1_minute=1, extra_query=NOW
+    )
+    ask(server, key)
+    with pytest.raises(openai.RateLimitError) as limited:
+        ask(server, key)
+    assert limited.value.code == "rate_limit_exceeded"
+    assert limited.value.response.headers["x-ratelimit-remaining-requests"] == "0"
