@@ -81,9 +81,13 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console(soft_wrap=True, highlight=False)
-    if not console.is_terminal:
-        console.width = 10_000
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = 10_000
+    with console.capture() as captured:
+        console.print(table)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _require_file(url: str) -> None:
