@@ -10,6 +10,7 @@ same `UnknownExpert`. Repeated work can be spared with `flexgate.policies.cache.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from flexgate.policies import reasons
@@ -24,13 +25,15 @@ from flexgate.policies.errors import (
     UnknownExpert,
     UnknownTenant,
 )
-from flexgate.policies.grants import Context, Grant, grant
+from flexgate.policies.grants import ANYTHING, Context, Grant, grant
 from flexgate.policies.snapshot import Snapshot, TenantRules
 from flexgate.policies.terms import PUBLIC, ExpertId, SetId, TenantId
 from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
 
 ONLY: Final = "flexgate.experts.only"
 IGNORE: Final = "flexgate.experts.ignore"
+_NOTHING: Final[frozenset[ExpertId]] = frozenset()
+_NO_REASONS: Final[Mapping[ExpertId, Reason]] = MappingProxyType({})
 
 
 def decide(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> Decision:
@@ -52,6 +55,8 @@ def find_tenant(snapshot: Snapshot, tenant_id: str) -> TenantRules:
 
 def declared_context(tenant: TenantRules, purpose: str | None, region: str | None) -> Context:
     """The purpose and region, checked against what the tenant may declare."""
+    if purpose is None and region is None:
+        return ANYTHING
     return Context.of(_purpose(tenant, purpose), _region(tenant, region))
 
 
@@ -98,13 +103,13 @@ def narrow(
 ) -> Decision:
     """Cut a grant down to what the request asks for; raises a `DecisionRefused`."""
     only = None if request.only is None else _named(snapshot, granted, request.only, ONLY)
-    ignore = _named(snapshot, granted, request.ignore, IGNORE)
+    ignore = _named(snapshot, granted, request.ignore, IGNORE) if request.ignore else _NOTHING
     _check_anchor(tenant, granted, ignore)
     if only:
         _check_allowed(granted, only)
-    left_out = _left_out(granted, only, tenant.standing, ignore)
-    kept = granted.lost_at
-    if left_out:
+    kept, left_out = granted.lost_at, _NO_REASONS
+    if only is not None or tenant.standing is not None or ignore:
+        left_out = _left_out(granted, only, tenant.standing, ignore)
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
@@ -171,8 +176,6 @@ def _left_out(
     ignore: frozenset[ExpertId],
 ) -> Mapping[ExpertId, Reason]:
     """The allowed experts that the request leaves out, each with its reason."""
-    if only is None and standing is None and not ignore:
-        return {}
     wanted, because = (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
     left_out: dict[ExpertId, Reason] = {}
     for expert in granted.lost_at:

@@ -23,7 +23,7 @@ class AllowedExperts(tuple[ExpertId, ...]):
     def __new__(cls, experts: Iterable[ExpertId] = (), *, maker: object = None) -> AllowedExperts:
         if maker is not _MAKER:
             raise TypeError("AllowedExperts comes out of flexgate.policies.decide only")
-        return super().__new__(cls, experts)
+        return tuple.__new__(cls, experts)
 
 
 def admit(experts: Iterable[ExpertId]) -> AllowedExperts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgate.policies.clauses import Clause
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.grants import Context, grant
-from flexgate.policies.snapshot import Clause, Snapshot, TenantRules
+from flexgate.policies.snapshot import Snapshot, TenantRules
 from flexgate.policies.terms import PUBLIC, ExpertId
 
 

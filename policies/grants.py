@@ -10,12 +10,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Final, NamedTuple
 
 from flexgate.policies import reasons
+from flexgate.policies.clauses import Clause, ClauseTable, by_start
 from flexgate.policies.decision import Reason
 from flexgate.policies.errors import ClockInvalid
-from flexgate.policies.snapshot import Clause, ClauseTable, Snapshot, TenantRules, by_start
+from flexgate.policies.snapshot import Snapshot, TenantRules
 from flexgate.policies.tenants import Expert
 from flexgate.policies.terms import PUBLIC, ExpertId
 from flexgate.policies.words import Purpose, Region, purpose_and_above, region_and_above
@@ -62,8 +63,12 @@ class Context:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+_ANCHOR: Final = frozenset({PUBLIC})
+_NOBODY: Final[frozenset[ExpertId]] = frozenset()
+ANYTHING: Final = Context.of(None, None)
+
+
+class Grant(NamedTuple):
     """`lost_at` says for each allowed expert when it stops being allowed (`math.inf`: never).
 
     `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
@@ -80,26 +85,36 @@ def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float)
     """Apply agreements, the tenant's mode, visibility and liveness. Pure; default deny."""
     if math.isnan(now):
         raise ClockInvalid("the time given is not a number")
-    limited = _rows(snapshot.limited, tenant)
-    always: set[ExpertId] = set().union(*_rows(snapshot.unlimited, tenant))
-    sometimes: set[ExpertId] = set().union(*limited)
+    limited, unlimited = _rows(snapshot.limited, tenant), _rows(snapshot.unlimited, tenant)
+    alone = limited[0] if len(limited) == 1 else None
+    always, sometimes = _ANCHOR.union(*unlimited), _NOBODY.union(*limited)
+    hidden, deny_list = tenant.hidden, tenant.deny_list
+    named = tenant.named if deny_list else tenant.named | _ANCHOR
     lost_at: dict[ExpertId, float] = {}
     refused: dict[ExpertId, Reason] = {}
-    for id_, expert in snapshot.experts.items():
-        if id_ in tenant.hidden:
+    for id_, live, standard in snapshot.catalogue:
+        if hidden and id_ in hidden:
             continue
         until, reason = math.inf, None
         if id_ in sometimes:
-            until, reason = _terms(expert, id_ in always, _clauses(limited, id_), context, now)
-        elif id_ not in always and id_ != PUBLIC:
-            reason = reasons.no_agreement(id_, expert.owner)
-        reason = reason or _admission_refusal(tenant, expert)
-        if reason is None:
-            lost_at[id_] = until
-        else:
+            clauses = alone[id_] if alone else _clauses(limited, id_)
+            first = clauses[0]
+            if len(clauses) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
+                until = first.ends
+            else:
+                until, reason = _terms(snapshot.experts[id_], id_ in always, clauses, context, now)
+        elif id_ not in always:
+            reason = standard.no_agreement
+        if reason is not None:
             refused[id_] = reason
+        elif (id_ in named) == deny_list:
+            refused[id_] = standard.on_deny_list if deny_list else standard.not_on_allow_list
+        elif not live:
+            refused[id_] = standard.not_live
+        else:
+            lost_at[id_] = until
     since, until = _time_slot(snapshot, tenant, now)
-    return Grant(MappingProxyType(lost_at), MappingProxyType(refused), since, until)
+    return Grant(lost_at, refused, since, until)
 
 
 def _rows(table: ClauseTable, tenant: TenantRules) -> list[_Row]:
@@ -125,15 +140,6 @@ def _time_slot(snapshot: Snapshot, tenant: TenantRules, now: float) -> tuple[flo
         if place < len(dates):
             until = min(until, dates[place])
     return since, until
-
-
-def _admission_refusal(tenant: TenantRules, expert: Expert) -> Reason | None:
-    """What the tenant's mode or the engine has against an expert that the terms permit."""
-    if expert.id != PUBLIC and (expert.id in tenant.named) == tenant.deny_list:
-        if tenant.deny_list:
-            return reasons.on_deny_list(expert.id)
-        return reasons.not_on_allow_list(expert.id)
-    return None if expert.live else reasons.not_live(expert.id)
 
 
 def _terms(

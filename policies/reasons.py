@@ -8,13 +8,28 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import NamedTuple
 
+from flexgate.policies.clauses import Clause
 from flexgate.policies.decision import Reason
-from flexgate.policies.snapshot import Clause
 from flexgate.policies.tenants import Expert
 from flexgate.policies.terms import ExpertId, OwnerId
 
 _once = lru_cache(maxsize=16_384)
+
+
+class Standard(NamedTuple):
+    """The reasons that depend on the expert alone, made before they are needed."""
+
+    no_agreement: Reason
+    not_on_allow_list: Reason
+    on_deny_list: Reason
+    not_live: Reason
+
+
+def standard(expert: Expert) -> Standard:
+    id_ = expert.id
+    return Standard(no_agreement(id_, expert.owner), not_on_allow_list(id_), on_deny_list(id_), not_live(id_))
 
 
 def prohibited(expert: Expert, clause: Clause) -> Reason:

@@ -9,51 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, TypeVar, cast
 
+from flexgate.policies.clauses import Clause, ClauseTable, compile_clause
 from flexgate.policies.errors import SnapshotInvalid
+from flexgate.policies.reasons import Standard, standard
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement, Document, ExpertId, SetId, TenantId
-from flexgate.policies.words import purpose_and_above, region_and_above
 
 _Id = TypeVar("_Id", bound=str)
 _Document = TypeVar("_Document", bound=Document)
 _NOBODY: Final[frozenset[ExpertId]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Clause:
-    """An agreement as the decision reads it. `*_above` hold its words and all that cover them."""
-
-    agreement_id: str
-    version: int
-    permits: bool
-    purposes: frozenset[str] | None
-    purposes_above: frozenset[str]
-    regions: frozenset[str] | None
-    regions_above: frozenset[str]
-    starts: float
-    ends: float
-
-    @property
-    def unlimited(self) -> bool:
-        """Whether it permits at any time, for any purpose, anywhere."""
-        whenever = self.starts == -math.inf and self.ends == math.inf
-        return self.permits and whenever and self.purposes is None and self.regions is None
-
-    @property
-    def rule(self) -> str:
-        return f"agreement/{self.agreement_id}@{self.version}"
-
-
-def by_start(clause: Clause) -> tuple[float, str]:
-    """The order in which clauses are kept."""
-    return clause.starts, clause.agreement_id
-
-
-ClauseTable = Mapping[str, Mapping[ExpertId, tuple[Clause, ...]]]
+Listing = tuple[ExpertId, bool, Standard]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +53,7 @@ class Snapshot:
     Both `unlimited[assignee][expert]` and `limited[assignee][expert]` are agreements between one
     assignee and one expert: those that permit whatever a request declares, and all others, by
     start. `dates[assignee]` are the moments at which any of them starts or ends, in order.
+    `catalogue` is made of `experts`: what a decision asks of each.
     """
 
     policy_version: int
@@ -92,6 +64,11 @@ class Snapshot:
     limited: ClauseTable
     dates: Mapping[str, tuple[float, ...]]
     keys: Mapping[bytes, KeyRecord]
+    catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        catalogue = tuple((expert.id, expert.live, standard(expert)) for expert in self.experts.values())
+        object.__setattr__(self, "catalogue", catalogue)
 
     @classmethod
     def build(
@@ -183,7 +160,7 @@ class _Scope:
         unlimited: dict[str, dict[ExpertId, tuple[Clause, ...]]] = {}
         limited: dict[str, dict[ExpertId, tuple[Clause, ...]]] = {}
         for agreement in sorted(agreements, key=lambda a: (a.starts, a.id)):
-            clause = _compile(agreement)
+            clause = compile_clause(agreement)
             index = unlimited if clause.unlimited else limited
             by_expert = index.setdefault(agreement.assignee, {})
             for expert in self.expand(f"agreement {agreement.id}", agreement.experts):
@@ -199,21 +176,6 @@ def _read_only(index: dict[str, dict[ExpertId, tuple[Clause, ...]]]) -> ClauseTa
 def _dates(row: Mapping[ExpertId, tuple[Clause, ...]]) -> tuple[float, ...]:
     edges = {edge for clauses in row.values() for c in clauses for edge in (c.starts, c.ends)}
     return tuple(sorted(edges - {-math.inf, math.inf}))
-
-
-def _compile(agreement: Agreement) -> Clause:
-    purposes = None if agreement.purposes and "all" in agreement.purposes else agreement.purposes
-    return Clause(
-        agreement_id=agreement.id,
-        version=agreement.version,
-        permits=agreement.effect == "permit",
-        purposes=purposes,
-        purposes_above=frozenset().union(*(purpose_and_above(p) for p in purposes or ())),
-        regions=agreement.regions,
-        regions_above=frozenset().union(*(region_and_above(r) for r in agreement.regions or ())),
-        starts=agreement.starts,
-        ends=agreement.ends,
-    )
 
 
 def _by_id(kind: str, pairs: Iterable[tuple[_Id, _Document]]) -> dict[_Id, _Document]:
