@@ -22,6 +22,7 @@ from flexgate.server.openai import chat, completions, responses
 from flexgate.server.openai.generation import Generation
 from flexgate.server.openai.models import Models
 from flexgate.server.openai.tokenization import Tokenization
+from flexgate.server.openapi import OpenApi
 from flexgate.server.operations import Operations
 from flexgate.server.services import Services
 
@@ -62,6 +63,7 @@ def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
     yield "PATCH", "/v1/expert_uploads/{upload}/{file}", changes.write_upload
     for operation in OPERATIONS:
         yield operation.method, operation.path, Administration(services, operation).answer
+    yield "GET", "/v1/openapi.json", OpenApi(services).document
     operations = Operations(services)
     yield "GET", "/health", operations.health
     yield "GET", "/ready", operations.ready

@@ -1,0 +1,181 @@
+"""`GET /v1/openapi.json`: this API, generated from the tables that the routes are served from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any, Final
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flexgate.server.admin.operation import Nothing, Operation
+from flexgate.server.admin.operations import OPERATIONS
+from flexgate.server.context import identify
+from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
+from flexgate.server.extension import Extension
+from flexgate.server.openai import fields
+from flexgate.server.openai.fields import Fate, Table
+from flexgate.server.services import Services
+
+Json = dict[str, Any]
+_SCHEMAS: Final = "#/components/schemas/"
+_ERROR: Final = {"$ref": f"{_SCHEMAS}Error"}
+
+# Path, table, fields that a request must have, and what the endpoint does.
+_POSTS: Final[tuple[tuple[str, Table, tuple[str, ...], str], ...]] = (
+    ("/v1/chat/completions", fields.CHAT, ("messages",), "Answer a conversation."),
+    ("/v1/completions", fields.COMPLETION, ("prompt",), "Continue a text."),
+    ("/v1/responses", fields.RESPONSES, ("input",), "Answer an input. Nothing is stored."),
+    ("/tokenize", {**fields.TOKENIZE_PROMPT, **fields.TOKENIZE_CHAT}, (), "Text or messages as token ids."),
+    ("/detokenize", fields.DETOKENIZE, ("tokens",), "Token ids as text."),
+)
+_GETS: Final = (
+    ("/v1/models", "The names of the served model."),
+    ("/v1/models/{model}", "One of its names."),
+    ("/v1/experts", "The experts that are listed for the key, and which of them it may use."),
+    ("/v1/experts/{expert}", "One expert."),
+    ("/health", "Whether the process lives."),
+    ("/ready", "Whether a request would be served."),
+    ("/metrics", "Prometheus metrics, for administrators and auditors."),
+    ("/v1/openapi.json", "This document."),
+)
+# Method, path, body, query, and what the route does.
+_CHANGES: Final[tuple[tuple[str, str, type[BaseModel] | None, type[BaseModel] | None, str], ...]] = (
+    ("post", "/v1/experts", AddBody, None, "Add an expert to the running engine, as a job."),
+    ("delete", "/v1/experts/{expert}", None, RevokeQuery, "Withdraw an expert from the running engine."),
+    ("get", "/v1/expert_jobs/{job}", None, JobQuery, "How far a job is."),
+    ("post", "/v1/expert_uploads", UploadBody, None, "Begin to upload a package."),
+    ("get", "/v1/expert_uploads/{upload}", None, None, "How much of an upload has arrived."),
+    ("delete", "/v1/expert_uploads/{upload}", None, None, "Give an upload up."),
+    ("patch", "/v1/expert_uploads/{upload}/{file}", None, WriteQuery, "Send a part of a file."),
+)
+_OPEN: Final = ("/health", "/ready")
+_TYPES: Final[Mapping[str, Json]] = {
+    "model": {"type": "string"},
+    "messages": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"role": {"type": "string"}, "content": {}},
+            "required": ["role"],
+        },
+    },
+    "prompt": {"anyOf": [{"type": "string"}, {"type": "array"}]},
+    "input": {"anyOf": [{"type": "string"}, {"type": "array"}]},
+    "tokens": {"type": "array", "items": {"type": "integer"}},
+    "stream": {"type": "boolean"},
+    "n": {"type": "integer", "minimum": 1},
+    **{name: {"type": "integer", "minimum": 1} for name in ("max_tokens", "max_completion_tokens")},
+    **{name: {"type": "number"} for name in ("temperature", "top_p", "min_p")},
+}
+
+
+class OpenApi:
+    """The route. Any key may read it; it says nothing about what the server holds."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def document(self, request: Request) -> Response:
+        """The document."""
+        await identify(request, self._services)
+        return JSONResponse(document())
+
+
+def document() -> Json:
+    """OpenAPI 3.1."""
+    schemas: Json = {"Error": _error_schema()}
+    paths: dict[str, Json] = {}
+    for path, summary in _GETS:
+        paths.setdefault(path, {})["get"] = _described(path, summary)
+    for path, table, required, summary in _POSTS:
+        body = _body(_table_schema(table, required, schemas))
+        paths.setdefault(path, {})["post"] = {**_described(path, summary), "requestBody": body}
+    for method, path, body_model, query, summary in _CHANGES:
+        described = paths.setdefault(path, {})[method] = _described(path, summary)
+        described["parameters"] += [] if query is None else _query_parameters(query, schemas)
+        if body_model is not None:
+            described["requestBody"] = _body(_model_schema(body_model, schemas))
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "flexgate", "version": version("flexgate")},
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(operation: Operation[Any, Any], schemas: Json) -> Json:
+    roles = ", ".join(operation.roles)
+    described = _described(operation.path, (operation.work.__doc__ or "").strip(), f"Roles: {roles}.")
+    described["parameters"] += _query_parameters(operation.query, schemas)
+    if operation.body is not Nothing:
+        described["requestBody"] = _body(_model_schema(operation.body, schemas))
+    return described
+
+
+def _described(path: str, summary: str, description: str = "") -> Json:
+    names = re.findall(r"{(\w+)}", path)
+    parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
+    refused = {"description": "Refused.", "content": {"application/json": {"schema": _ERROR}}}
+    return {
+        "summary": summary.partition("\n")[0],
+        "description": description,
+        "parameters": parameters,
+        "security": [] if path in _OPEN else [{"key": []}],
+        "responses": {"200": {"description": "Done."}, "4XX": refused, "503": refused},
+    }
+
+
+def _query_parameters(model: type[BaseModel], schemas: Json) -> Iterable[Json]:
+    schema = model.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
+    schemas.update(schema.pop("$defs", {}))
+    for name, of in schema.get("properties", {}).items():
+        many = "list" in str(model.model_fields[name].annotation)
+        nested = "$ref" in of or "allOf" in of
+        yield {
+            "name": f"{name}[]" if many else name,
+            "in": "query",
+            "required": name in schema.get("required", ()),
+            "schema": of,
+            **({"style": "deepObject", "explode": True} if nested else {}),
+        }
+
+
+def _model_schema(model: type[BaseModel], schemas: Json) -> Json:
+    schema = model.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
+    schemas.update(schema.pop("$defs", {}))
+    schemas[model.__name__] = schema
+    return {"$ref": f"{_SCHEMAS}{model.__name__}"}
+
+
+def _table_schema(table: Table, required: tuple[str, ...], schemas: Json) -> Json:
+    """The fields that are honoured or ignored; all others are refused by name."""
+    known = [name for name, rule in table.items() if rule.fate is not Fate.REFUSED]
+    properties: Json = {name: _TYPES.get(name, {}) for name in known}
+    if "flexgate" in properties:
+        properties["flexgate"] = _model_schema(Extension, schemas)
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _body(schema: Json) -> Json:
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _error_schema() -> Json:
+    text = {"type": ["string", "null"]}
+    inner = {"message": {"type": "string"}, "type": {"type": "string"}, "param": text, "code": text}
+    error = {"type": "object", "properties": inner, "required": list(inner), "additionalProperties": False}
+    return {"type": "object", "properties": {"error": error, "flexgate": {"type": "object"}}, "required": ["error"]}
