@@ -62,9 +62,9 @@ class LiveServer:
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
 
-def seed_store(database: Path, experts: dict[str, tuple[str, str]]) -> None:
+def seed_store(database_url: str, experts: dict[str, tuple[str, str]]) -> None:
     """Tenants of every kind; `secret` is hidden from all but one."""
-    store = Store.open(f"sqlite:///{database}")
+    store = Store.open(database_url)
     store.migrate()
     now = time.time()
     with store.change(actor="test", at=now - 100) as change:
@@ -89,19 +89,20 @@ def seed_store(database: Path, experts: dict[str, tuple[str, str]]) -> None:
     store.close()
 
 
-def start(model: Path, directory: Path, *options: str) -> LiveServer:
-    """Start a server and wait until it is ready."""
+def start(model: Path, directory: Path, *options: str, database_url: str | None = None) -> LiveServer:
+    """Start a server and wait until it is ready; a database that is given has been seeded."""
     database = directory / "flexgate.db"
-    if not database.exists():
-        from_manifest = dict(_experts(model).items())
-        seed_store(database, from_manifest)
+    if database_url is None:
+        database_url = f"sqlite:///{database}"
+        if not database.exists():
+            seed_store(database_url, experts_of(model))
     port = free_port()
     log = directory / "server.log"
     command = [_script(), "serve", str(model), f"--port={port}", *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, f"--database-url=sqlite:///{database}", f"--state-dir={directory}"],
+            [*command, f"--database-url={database_url}", f"--state-dir={directory}"],
             stdout=output,
             stderr=output,
             env=environment,
@@ -149,7 +150,7 @@ def _add_key(change, name, role, **values):  # type: ignore[no-untyped-def]
     return change.add_key(KEYS[name], prefix=KEYS[name], role=role, **values).key_id
 
 
-def _experts(model: Path) -> dict[str, tuple[str, str]]:
+def experts_of(model: Path) -> dict[str, tuple[str, str]]:
     import json
 
     manifest = json.loads((model / "flexgate.json").read_text())

@@ -1,0 +1,102 @@
+"""A PostgreSQL server of the tests' own: on a socket, as another user if we are root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import sqlalchemy as sa
+
+INSTALLED = "/usr/lib/postgresql/*/bin"
+
+
+def find(program: str) -> str | None:
+    """Where a program of PostgreSQL is; Debian keeps them off the PATH."""
+    beside = sorted(Path("/").glob(f"{INSTALLED[1:]}/{program}"), reverse=True)
+    return shutil.which(program) or (str(beside[0]) if beside else None)
+
+
+class PostgresServer:
+    """A running server. `pause` makes it hang with its connections open, as a stuck disk would."""
+
+    def __init__(self, folder: str, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.url = f"postgresql://postgres@/postgres?host={folder}"
+
+    def new_database(self) -> str:
+        """The URL of an empty database."""
+        name = f"policy_{uuid.uuid4().hex}"
+        engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        engine.dispose()
+        return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
+
+    def pause(self) -> None:
+        """Stop answering."""
+        for process in self._family():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Answer again."""
+        for process in self._family():
+            process.resume()
+
+    def _family(self) -> list[psutil.Process]:
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+
+@contextmanager
+def running() -> Iterator[PostgresServer]:
+    """A server while the block runs."""
+    user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+    with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as folder:
+        if user:
+            shutil.chown(folder, **user)
+        initdb = [
+            str(find("initdb")),
+            "-D",
+            f"{folder}/data",
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "--no-sync",
+            "-E",
+            "UTF8",
+        ]
+        subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **user)
+        options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}"]
+        command = [str(find("postgres")), "-D", f"{folder}/data", "-F", *options]
+        process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, **user)
+        server = PostgresServer(folder, process)
+        try:
+            _wait_for(server.url)
+            yield server
+        finally:
+            if process.poll() is None:
+                server.resume()
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=30)
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with sa.create_engine(url).connect():
+                return
+        except sa.exc.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
