@@ -66,6 +66,7 @@ class PolicySource:
         self._served: tuple[Snapshot, frozenset[str], Snapshot] | None = None
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
+        self._asking: asyncio.Task[Snapshot] | None = None
 
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
@@ -84,8 +85,9 @@ class PolicySource:
         if self._stored is not None and self._clock() - self._confirmed < self._lease_s:
             return self._serve(self._stored)
         try:
-            return await asyncio.to_thread(self.confirm)
-        except PolicyError as error:
+            async with asyncio.timeout(self._lease_s):
+                return await self._ask()
+        except (PolicyError, TimeoutError) as error:
             raise SnapshotStale("the policy store cannot be asked") from error
 
     async def at_least(self, version: int) -> Snapshot:
@@ -118,13 +120,23 @@ class PolicySource:
         failing = False
         while True:
             try:
-                await asyncio.to_thread(self.confirm)
+                await self._ask()
                 failing = False
             except PolicyError as error:
                 if not failing:
                     logger.error("the policy store fails: %s", type(error).__name__)
                 failing = True
             await asyncio.sleep(self._poll_s)
+
+    async def _ask(self) -> Snapshot:
+        """Confirm once for all who ask meanwhile: a store that hangs holds one thread, not many."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(self.confirm))
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        snapshot = await asyncio.shield(self._asking)
+        if not self.fresh():
+            raise SnapshotStale("the policy store answered too late")
+        return snapshot
 
     def _serve(self, stored: Snapshot) -> Snapshot:
         live = frozenset(self._live())

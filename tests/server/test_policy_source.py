@@ -120,6 +120,40 @@ async def test_a_slow_answer_never_replaces_a_newer_snapshot(snapshot: Snapshot,
 
 
 @pytest.mark.asyncio
+async def test_a_store_that_hangs_fails_closed_and_holds_one_thread(snapshot: Snapshot) -> None:
+    hanging, go_on = threading.Event(), threading.Event()
+    asked = 0
+
+    class Hanging:
+        def confirm(self, known: Snapshot | None) -> Snapshot:
+            nonlocal asked
+            asked += 1
+            if hanging.is_set():
+                go_on.wait(10)
+            return snapshot
+
+    source = PolicySource(Hanging(), lambda: (), lease_s=0.2, poll_s=0.01)
+    polling = asyncio.create_task(source.run())
+    try:
+        await asyncio.sleep(0.05)
+        assert (await source.current()).policy_version == 7
+        hanging.set()
+        await asyncio.sleep(0.25)
+        before = asked
+        answers = await asyncio.wait_for(
+            asyncio.gather(*(source.current() for _ in range(50)), return_exceptions=True), 1
+        )
+        assert all(isinstance(answer, SnapshotStale) for answer in answers)
+        assert asked == before
+        hanging.clear()
+        go_on.set()
+        await asyncio.sleep(0.05)
+        assert (await source.current()).policy_version == 7
+    finally:
+        polling.cancel()
+
+
+@pytest.mark.asyncio
 async def test_a_wanted_version_is_waited_for(
     source: PolicySource, store: Any, clock: Clock, snapshot: Snapshot
 ) -> None:
