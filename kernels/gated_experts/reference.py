@@ -31,9 +31,16 @@ def gated_experts_reference(
         tokens, ranks = ((ids_TK == slot) & (weights_TK != 0)).nonzero(as_tuple=True)
         if len(tokens) == 0:
             continue
-        gate_up = linear(x_TH[tokens].float(), w13_EGH[slot].float())
-        hidden = silu(gate_up[:, :intermediate]) * gate_up[:, intermediate:]
-        expert = linear(hidden.to(x_TH.dtype).float(), w2_EHF[slot].float())
-        # Products and sums of zero weights elsewhere would touch every token; add only where the slot was chosen.
-        out_TH[tokens] += weights_TK[tokens, ranks, None] * expert
+        # One row at a time, from copies: a BLAS rounds by the number of rows and by alignment, and a token must not
+        # see how many others chose its expert.
+        w13_GH, w2_HF = _fp32_copy(w13_EGH[slot]), _fp32_copy(w2_EHF[slot])
+        for token, rank in zip(tokens.tolist(), ranks.tolist(), strict=True):
+            gate_up = linear(_fp32_copy(x_TH[token, None]), w13_GH)
+            hidden = silu(gate_up[:, :intermediate]) * gate_up[:, intermediate:]
+            expert = linear(_fp32_copy(hidden.to(x_TH.dtype)), w2_HF)
+            out_TH[token] += weights_TK[token, rank] * expert[0]
     return out_TH.to(x_TH.dtype)
+
+
+def _fp32_copy(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -92,3 +92,14 @@ def test_ids_of_experts_on_other_ranks_are_skipped(run: Any, layer: Any, elsewhe
         shares.append(run(share))
         assert torch.equal(shares[-1] == 0, (share.reference() == 0))
     assert_close(torch.stack(shares).sum(0), gated.reference(), maximum=5e-6, rms=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_reference_does_not_depend_on_how_many_others_chose_its_expert(
+    layer: Any, tokens: int, dtype: torch.dtype
+) -> None:
+    gated = layer(tokens, 3, hidden=128, intermediate=96, top_k=2, dtype=dtype)
+    whole_TH = gated.reference()
+    for token in range(tokens):
+        assert torch.equal(gated.with_tokens([token]).reference()[0], whole_TH[token])

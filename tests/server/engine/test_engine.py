@@ -50,6 +50,23 @@ def test_what_excluded_experts_and_free_slots_hold_changes_no_bit(engine: Script
     assert all(same_bits(one, other) for one, other in zip(before, after, strict=True))
 
 
+def test_what_an_expert_holds_changes_the_answers_of_its_users_and_no_bit_of_their_neighbours(
+    engine: ScriptedEngine,
+) -> None:
+    """Users route differently afterwards, so that other numbers of tokens share the experts of those who are not."""
+    script = mixed_script()
+    engine.reset_cache()
+    before = engine.run(script)
+    engine.overwrite([3], "random")
+    try:
+        engine.reset_cache()
+        after = engine.run(script)
+    finally:
+        engine.restore()
+    for ask, one, other in zip(script, before, after, strict=True):
+        assert same_bits(one, other) == (3 not in ask.gate)
+
+
 def test_an_allowed_expert_does_change_the_answer(engine: ScriptedEngine) -> None:
     """The substitution above would be seen if the gate let it through."""
     ask = Ask(PROMPT, (0, 1))
