@@ -9,7 +9,7 @@ PORT ?= 8000
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow lint bench bench-kernels demo-model defects lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills demo-model defects lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME fo
 bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, Triton and NumPy, nothing else.
 	mkdir -p build/kernels/flexgate && ln -sfn "$(CURDIR)/kernels" build/kernels/flexgate/kernels
 	PYTHONPATH=build/kernels $(PYTHON) -m flexgate.kernels.bench $(ARGS)
+
+residency-kills: $(VENV)/.dev ## Kill what adds and withdraws experts 1,000 times; fail if anything half done is left.
+	PYTHONPATH=tests/support $(BIN)/python -m residencykit.kills --kills 1000 --report docs/results/residency-kills.json
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

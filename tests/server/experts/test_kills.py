@@ -1,0 +1,28 @@
+"""A seeded slice of the kills; the whole is ``make residency-kills``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUPPORT = Path(__file__).parents[2] / "support"
+
+
+def kills(count: int, seed: int) -> tuple[int, dict[str, object]]:
+    """In a process of its own, since it forks."""
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "residencykit.kills", f"--kills={count}", f"--seed={seed}"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return run.returncode, json.loads(run.stdout[run.stdout.index("{") :])
+
+
+@pytest.mark.parametrize(("count", "seed"), [(12, 7), pytest.param(150, 8, marks=pytest.mark.slow)])
+def test_a_killed_server_comes_back_to_the_old_or_the_new_state(count: int, seed: int) -> None:
+    status, report = kills(count, seed)
+    assert (status, report["kills"], report["neither_old_nor_new"]) == (0, count, [])
