@@ -46,6 +46,9 @@ ROUTER_KEY: Final = "model.layers.{layer}.mlp.gate.weight"
 ROUTER_BIAS_KEY: Final = "model.layers.{layer}.mlp.gate.bias"
 """Optional ``[E]``: an extension of this project that transformers ignores (the paper's negative bias)."""
 
+ROPE_THETA: Final = 500000.0
+"""Hugging Face's default, where config.json names none."""
+
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 CONFIG_NAME: Final = "config.json"
@@ -94,8 +97,10 @@ class Architecture:
         values = {name: value for name, value in config.items() if name in known and value is not None}
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
         rope = config.get("rope_parameters")
-        if isinstance(rope, Mapping):
-            values["rope_theta"] = rope.get("rope_theta", 500000.0)
+        theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+        values.setdefault("rope_theta", ROPE_THETA)
+        if theta is not None:
+            values["rope_theta"] = theta
         return cls(**values)
 
     def to_config(self, *, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import FlexOlmoForCausalLM
 
+from flexgate.experts.checkpoint import read_architecture
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.layout import (
     Architecture,
@@ -85,3 +87,31 @@ def test_missing_extra_and_misshapen_tensors_are_named() -> None:
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(LayoutError, match="model_type 'llama'"):
         Architecture.from_config({"model_type": "llama"})
+
+
+CONFIG = {"model_type": "flex_olmo", **asdict(SHAPES[0])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected 1 to 1024"),
+        ({"hidden_size": "64"}, "hidden_size is '64', expected 1 to"),
+        ({"num_experts": True}, "num_experts is True, expected 1 to 4096"),
+        ({"vocab_size": None}, "vocab_size is None, expected 1 to"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, expected a positive number"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "only the default kind is read"),
+        ({"rope_scaling": {"type": "linear"}}, "only the default kind is read"),
+    ],
+)
+def test_numbers_that_make_no_model_are_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        read_architecture({**CONFIG, **change})
+
+
+def test_rotary_base_is_read_from_old_and_new_configurations() -> None:
+    plain = {name: value for name, value in CONFIG.items() if name != "rope_theta"}
+    assert Architecture.from_config(plain).rope_theta == 500000.0
+    assert Architecture.from_config({**plain, "rope_theta": 7.0, "rope_scaling": None}).rope_theta == 7.0
+    assert Architecture.from_config({**plain, "rope_parameters": {"rope_theta": 9.0}}).rope_theta == 9.0
