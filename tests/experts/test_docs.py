@@ -24,7 +24,8 @@ def test_the_documentation_shows_the_whole_way() -> None:
 
 
 @pytest.mark.parametrize("words", SHOWN)
-def test_a_command_that_is_shown_can_be_typed(words: str) -> None:
+def test_a_command_that_is_shown_can_be_typed(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXGATE_KEY", "sk-demo-admin")  # as the README does first
     group = typer.main.get_command(app)
     name, *arguments = shlex.split(words, comments=True)
     command = group.get_command(typer.Context(group), name)  # type: ignore[attr-defined]
