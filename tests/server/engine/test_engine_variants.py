@@ -130,13 +130,13 @@ def test_a_router_bias_lowers_logits_and_never_raises_one(checkpoint: Path, tmp_
 
 
 @pytest.fixture(scope="module")
-def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
+def compiled(checkpoint: Path, moe_kernels: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
     """The default start, with nothing compiled before."""
     caches = tmp_path_factory.mktemp("caches")
     script = EngineScript(
         checkpoint,
         max_experts=6,
-        settings={"enforce_eager": False},
+        settings={"enforce_eager": False, "moe_kernels": moe_kernels},
         environment={"VLLM_CACHE_ROOT": str(caches), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")},
     )
     with scripted_engine(script) as running:

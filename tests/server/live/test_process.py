@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -60,6 +61,18 @@ def test_a_signal_drains_and_leaves_no_process(live: ModuleType, text_checkpoint
     assert answers[0].json()["usage"]["completion_tokens"] == 600
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
+
+
+@pytest.mark.slow
+def test_the_summary_says_what_computes_the_experts(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
+    running = live.start(text_checkpoint, tmp_path, "--moe-kernels=flexgate")
+    try:
+        with running.client() as http:
+            answer = http.post("/v1/completions", json={"prompt": "the", "max_tokens": 4})
+    finally:
+        assert live.stop(running) == 0
+    assert answer.status_code == 200
+    assert re.search(r"^kernels +flexgate \(torch reference\)\s*$", running.log.read_text(), re.MULTILINE)
 
 
 def test_a_dead_engine_ends_the_server_with_a_failure(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
