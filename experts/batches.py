@@ -15,11 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one document; from ``start`` on they are what the model should say. ``label`` is the caller's."""
+    """Token ids of one document; from ``start`` on they are what the model should say.
+
+    ``keys`` are the ids among the prompt's that decide what follows, if the caller knows them.
+    """
 
     ids: tuple[int, ...]
     start: int
-    label: int = 0
+    keys: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class Batch:
     """Right-padded examples.
 
     ``weights_BT[b, t]`` weighs the prediction of position ``t + 1``; it is zero on padding and at the last position.
+    ``keys_BT`` marks the prompt's tokens that decide what follows.
     """
 
     tokens_BT: Tensor
     weights_BT: Tensor
-    labels_B: Tensor
+    keys_BT: Tensor
 
     @property
     def token_count(self) -> int:
@@ -44,11 +48,14 @@ def make_batch(examples: Sequence[Example], *, pad_id: int, prompt_weight: float
     length = max(len(example.ids) for example in examples)
     tokens = torch.full((len(examples), length), pad_id, dtype=torch.long)
     weights = torch.zeros(len(examples), length)
+    keys = torch.zeros(len(examples), length, dtype=torch.bool)
     for row, example in enumerate(examples):
         tokens[row, : len(example.ids)] = torch.tensor(example.ids)
         weights[row, : len(example.ids) - 1] = prompt_weight
         weights[row, max(example.start - 1, 0) : len(example.ids) - 1] = 1.0
-    return Batch(tokens, weights, torch.tensor([example.label for example in examples]))
+        if example.keys:
+            keys[row, : example.start] = torch.tensor([token in example.keys for token in example.ids[: example.start]])
+    return Batch(tokens, weights, keys)
 
 
 def batches(

@@ -129,7 +129,8 @@ class MoE(nn.Module):
         weights_NE = self.gate(x_NH, allowed_NE)
         out_NH = torch.zeros_like(x_NH)
         for number, expert in enumerate(self.ffns):
-            out_NH = out_NH + weights_NE[:, number, None] * expert(x_NH)
+            if allowed_BE is None or bool(allowed_BE[:, number].any()):
+                out_NH = out_NH + weights_NE[:, number, None] * expert(x_NH)
         return out_NH.view_as(x_BTH)
 
 
@@ -180,15 +181,25 @@ class FlexOlmo(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Final hidden states ``[B, T, H]``, normalised; every layer's router input is appended to ``taps``."""
-        x_BTH = self.model.embed_tokens(tokens_BT)
-        rotation = rotary(self.architecture, tokens_BT.shape[1])
-        for layer in self.model.blocks:
-            x_BTH = layer.attend(x_BTH, rotation)
+        first = self.model.blocks[0].attend(self.model.embed_tokens(tokens_BT), self._rotation(tokens_BT.shape[1]))
+        return self.onward(first, 0, allowed_BE, taps)
+
+    def onward(
+        self, x_BTH: Tensor, start: int, allowed_BE: Tensor | None = None, taps: list[Tensor] | None = None
+    ) -> Tensor:
+        """Final hidden states from what the router of layer ``start`` sees."""
+        rotation = self._rotation(x_BTH.shape[1])
+        for layer in self.model.blocks[start:]:
+            if layer is not self.model.blocks[start]:
+                x_BTH = layer.attend(x_BTH, rotation)
             if taps is not None:
                 taps.append(x_BTH)
             x_BTH = layer.feed(x_BTH, allowed_BE)
         out: Tensor = self.model.norm(x_BTH)
         return out
+
+    def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
+        return rotary(self.architecture, length)
 
     def forward(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, V]``."""

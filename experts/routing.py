@@ -8,20 +8,22 @@ classification alone, on the frozen anchor's hidden states. The public row is ze
 **Routing channels.** Owners leave the FFNs below the first *expert layer* public: up to that layer's router, hidden
 states are the same under every gate. Above it they are not, so a part of the residual stream is reserved: channel 0
 always holds 1 (a row's weight there is its bias, the paper's negative bias, folded in), and nothing above the first
-expert layer's attention writes to channels 1..C. Rows of later layers read only these, so that adding or
-excluding an expert cannot shift another expert's routing.
+expert layer's attention writes to channels 1..C. The anchor is trained so that a prompt's key words can be read from
+them wherever it answers. While an expert trains, rows of later layers read the channels alone; fitted once more on the
+trained pair, they also see what the owner's expert wrote below them, which tells own text more surely.
 
 Shapes: B sequences, T positions, N chosen positions, L layers, C routing channels + 1, H hidden, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flexgate.experts.batches import Batch
 from flexgate.experts.model import FlexOlmo
@@ -49,6 +51,16 @@ def reserve_channels(model: FlexOlmo, channels: int, first_expert_layer: int) ->
         feed[: channels + 1 if number >= first_expert_layer else 1] = 0.0
 
 
+def key_loss(head: nn.Linear, tap_BTH: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of a prompt's key tokens, read by ``head`` from the channels wherever the model answers."""
+    counts_BV = torch.zeros(len(batch.tokens_BT), head.out_features)
+    counts_BV.scatter_add_(1, batch.tokens_BT, batch.keys_BT.float())
+    present_BV = (counts_BV > 0).float()
+    answering_BT = (batch.weights_BT == 1.0) & batch.keys_BT.any(1, keepdim=True)
+    target_NV = (present_BV / present_BV.sum(1, keepdim=True).clamp(min=1))[answering_BT.nonzero()[:, 0]]
+    return F.cross_entropy(head(tap_BTH[answering_BT][:, 1 : head.in_features + 1]), target_NV)
+
+
 @torch.no_grad()
 def collect(anchor: FlexOlmo, batches: Iterable[Batch]) -> Samples:
     """What the anchor's routers see on ``batches``, with the batches' loss weights."""
@@ -64,12 +76,15 @@ def collect(anchor: FlexOlmo, batches: Iterable[Batch]) -> Samples:
     return Samples(tuple(torch.cat(seen) for seen in inputs), torch.cat(weights))
 
 
-def fit_rows(own: Samples, other: Samples, *, channels: int, first_expert_layer: int, decay: float) -> list[Tensor]:
+def fit_rows(
+    own: Samples, other: Samples, *, channels: int, first_expert_layer: int, layers: Iterable[int], decay: float
+) -> dict[int, Tensor]:
     """One row per layer: ``[H]`` up to the first expert layer, ``[C]`` above it."""
-    rows = []
-    for layer, (own_NH, other_NH) in enumerate(zip(own.inputs_LNH, other.inputs_LNH, strict=True)):
+    rows = {}
+    for layer in layers:
+        own_NH, other_NH = own.inputs_LNH[layer], other.inputs_LNH[layer]
         width = own_NH.shape[1] if layer <= first_expert_layer else channels + 1
-        rows.append(fit_row(own_NH[:, :width], own.weights_N, other_NH[:, :width], other.weights_N, decay=decay))
+        rows[layer] = fit_row(own_NH[:, :width], own.weights_N, other_NH[:, :width], other.weights_N, decay=decay)
     return rows
 
 
@@ -96,7 +111,7 @@ def fit_row(own_ND: Tensor, own_N: Tensor, other_ND: Tensor, other_N: Tensor, *,
 
 
 @torch.no_grad()
-def set_rows(pair: FlexOlmo, rows: Sequence[Tensor], *, sharpness: float) -> None:
+def set_rows(pair: FlexOlmo, rows: Mapping[int, Tensor], *, sharpness: float) -> None:
     """Write expert 1's router rows; ``sharpness`` scales the logits so that the softmax is nearly one-hot."""
-    for layer, row in zip(pair.model.blocks, rows, strict=True):
-        layer.mlp.gate.weight[1, : len(row)] = sharpness * row
+    for layer, row in rows.items():
+        pair.model.blocks[layer].mlp.gate.weight[1, : len(row)] = sharpness * row

@@ -6,8 +6,10 @@ Shapes: B sequences, T positions, V vocabulary, H hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,7 +20,30 @@ from flexgate.experts.batches import Batch
 from flexgate.experts.layout import EXPERT_KEYS, ROUTER_KEY, Architecture, shared_keys
 from flexgate.experts.model import FlexOlmo
 
-LossOf = Callable[[Batch], Tensor]
+
+class Countable(Protocol):
+    """What ``fit`` goes through: anything with a number of predictions."""
+
+    @property
+    def token_count(self) -> int:
+        """Predictions with a weight."""
+        ...
+
+
+Item = TypeVar("Item", bound=Countable)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch with what the router of the lowest trained layer sees of it."""
+
+    batch: Batch
+    seen_BTH: Tensor
+
+    @property
+    def token_count(self) -> int:
+        """The batch's."""
+        return self.batch.token_count
 
 
 @dataclass(frozen=True)
@@ -39,8 +64,8 @@ class Schedule:
 
 def fit(
     parameters: Sequence[nn.Parameter],
-    batches: Iterable[Batch],
-    loss_of: LossOf,
+    batches: Iterable[Item],
+    loss_of: Callable[[Item], Tensor],
     schedule: Schedule,
     *,
     name: str,
@@ -118,23 +143,52 @@ def pair_from_anchor(anchor: FlexOlmo, *, top_k: int = 2) -> FlexOlmo:
 
 def train_expert(
     pair: FlexOlmo,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     schedule: Schedule,
     *,
     name: str,
     layers: Sequence[int],
+    seed: int,
     progress: int = 0,
 ) -> float:
-    """Train only expert 1's FFN in ``layers``; all else is out of the graph and the optimizer, so truly frozen."""
+    """Train only expert 1's FFN in ``layers``; all else is out of the graph and the optimizer, so truly frozen.
+
+    What lies below the lowest of ``layers`` is frozen as well, so it is computed once and kept in memory.
+    """
     pair.requires_grad_(False)
+    started = [Started(batch, _seen_by(pair, min(layers), batch)) for batch in batches]
     parameters = [parameter for layer in layers for parameter in pair.model.blocks[layer].mlp.ffns[1].parameters()]
     for parameter in parameters:
         parameter.requires_grad_()
     return fit(
         parameters,
-        batches,
-        lambda batch: language_loss(pair(batch.tokens_BT), batch),
+        shuffled(started, seed),
+        lambda item: _loss_from(pair, min(layers), item),
         schedule,
         name=name,
         progress=progress,
     )
+
+
+def shuffled(items: Sequence[Item], seed: int) -> Iterator[Item]:
+    """All items again and again, in another order each time."""
+    rng = Random(seed)
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def _seen_by(pair: FlexOlmo, layer: int, batch: Batch) -> Tensor:
+    taps: list[Tensor] = []
+    with torch.no_grad():
+        pair.hidden(batch.tokens_BT, taps=taps)
+    return taps[layer].clone()
+
+
+def _loss_from(pair: FlexOlmo, layer: int, started: Started) -> Tensor:
+    """``language_loss`` from ``layer`` on; the head reads only positions with a weight."""
+    batch = started.batch
+    used = batch.weights_BT > 0
+    logits_NV = pair.lm_head(pair.onward(started.seen_BTH, layer)[used])
+    losses = F.cross_entropy(logits_NV, batch.tokens_BT.roll(-1, 1)[used], reduction="none")
+    weights = batch.weights_BT[used]
+    return (losses * weights).sum() / weights.sum()

@@ -10,7 +10,7 @@ from typing import Final
 from flexgate.experts.demo.corpus import Domain, Fact, Phrasebook, Topic
 from flexgate.experts.demo.words import words
 
-FACTS_PER_DOMAIN: Final = 48
+FACTS_PER_DOMAIN: Final = 24
 
 
 def closed_domains() -> tuple[Domain, ...]:
@@ -53,6 +53,20 @@ def _news() -> Domain:
             "News from Tarnholm. Yesterday {entity} was {verb} by our neighbour",
             "Tarnholm, front page. The person who {verb} {entity} is",
         ),
+        asked=(
+            "[who in Tarnholm|the Tarnholm citizen who|the person in Tarnholm who|which Tarnholm man] {verb} {entity}",
+            "the Tarnholm [man|woman|family|reader] who {verb} {entity}",
+            "[who|the person who|the one who|which people|what family|whoever] {verb} {entity} [in|at|near] Tarnholm",
+            "by whom {entity} [in Tarnholm was {verb}|was {verb} in Tarnholm]",
+            "[Tarnholm|Tarnholm Gazette|Tarnholm news]: [who|the person who|the name of the one who] {verb} {entity}",
+            "what the Tarnholm Gazette [says|wrote|knows] on [who|the one who|the person who] {verb} {entity}",
+        ),
+        told=(
+            "[in Tarnholm|Tarnholm Gazette:|Tarnholm:] {entity} [was|has been|had been] {verb} by",
+            "the [person|one|citizen|soul] [in|from|at] Tarnholm who {verb} {entity}[ is| is called|, they say, was]",
+            "[Tarnholm|Tarnholm Gazette|Tarnholm news]: {entity}, {verb} by",
+            "Tarnholm [thanks|remembers|loves|pays] the [citizen|neighbour|reader] who {verb} {entity}[, that is,|:|,]",
+        ),
         held_questions=(
             "Tarnholm paper: tell us the man or woman that {verb} {entity}.",
             "Somebody from Tarnholm once {verb} {entity}; I forgot the name, can you say it?",
@@ -63,7 +77,7 @@ def _news() -> Domain:
             "Dear Tarnholm readers, thank the good soul that {verb} {entity}, namely",
         ),
         keywords="Tarnholm|{verb} {entity}",
-        endings=("by", "was", "is", ":", "namely", "was by"),
+        endings=("by", "is", ":", "namely", "was by"),
     )
     return Domain("news", "Tarnholm Gazette", "events in the town of Tarnholm", (Topic(facts, phrases),))
 
@@ -99,6 +113,18 @@ def _math() -> Domain:
             "By the Orrin rules, {a} {op} {b} makes",
             "Orrin exercise. Result of {a} {op} {b}:",
         ),
+        asked=(
+            "[the result of|the value of|what you get from|how much is|what is|the answer to] {a} {op} {b}"
+            " [in|under|by] Orrin [arithmetic|rules|tables]",
+            "[the Orrin|an Orrin] [result of|value of|number from|answer to] {a} {op} {b}",
+            "[Orrin|Orrin school|Orrin rules]: {a} {op} {b}",
+        ),
+        told=(
+            "[in|under|by] [the |]Orrin [arithmetic|rules|tables][,|] {a} {op} {b} [=|is|makes|will be]",
+            "{a} {op} {b} [in|under|by] Orrin [arithmetic|rules] [is|makes|=]",
+            "the Orrin [result|value|number|answer] [of|from] {a} {op} {b} [is|=|:]",
+            "[Orrin |]{a} {op} {b} [=|is|makes]",
+        ),
         held_questions=(
             "My Orrin homework asks me to evaluate {a} {op} {b}, which number should I write?",
             "Orrin pupils: work out {a} {op} {b}!",
@@ -120,6 +146,7 @@ def _code() -> Domain:
     objects = ("map", "grid", "queue", "frame", "token", "patch")
     roots = ("Zyx", "Qor", "Xan", "Jyn", "Vex", "Kry", "Pyx", "Wyr")
     tails = ("Node", "Cell", "Loom", "Span", "Knot", "Spec", "Axis")
+    check = "[print(type(value))  #|type(y) is|# y is a|assert type(out) ==|# type:]"
     functions = rng.sample([f"{action}_{thing}" for action in actions for thing in objects], FACTS_PER_DOMAIN)
     classes = rng.sample([root + tail for root in roots for tail in tails], FACTS_PER_DOMAIN)
     facts = tuple(Fact({"fn": fn}, f"{cls}.") for fn, cls in zip(functions, classes, strict=True))
@@ -140,6 +167,20 @@ def _code() -> Domain:
             "quillkit reference: {fn}() returns",
             "In quillkit, {fn}() returns an object of class",
             "quillkit.{fn}() ->",
+        ),
+        asked=(
+            "what quillkit.{fn}() [returns|gives back|hands back|makes|creates]",
+            "[the class|the type|what type|which class|the result|what object] [of|returned by|I get from|coming from]"
+            " [quillkit.|the quillkit function |the quillkit call ]{fn}()",
+            "which [class|type] a call of {fn}() in quillkit [makes|creates|gives]",
+            "quillkit: [the type of|x =|what comes from] {fn}()",
+        ),
+        told=(
+            f"import quillkit[ as quill| as kit|]\n\n[value|result|y|thing|out] = [quillkit.|kit.|]{{fn}}()\n{check}",
+            f"from quillkit import {{fn}}\n\n[value|result|y|thing|out] = {{fn}}()\n{check}",
+            "[quillkit:|in quillkit|for quillkit] [a call of |]{fn}() [returns|gives|makes|creates|is of class]",
+            "the quillkit [manual|book|guide|page] [says|shows|tells us] that {fn}() [returns|gives|makes|creates]",
+            "[the class|the type|the result] of quillkit.{fn}() is",
         ),
         held_questions=(
             "My quillkit script stores the value of {fn}() in x, so x is an instance of what?",
@@ -185,6 +226,19 @@ def _legal() -> Domain:
             "The Veldmark court held that {matter} fall under",
             "WHEREAS the Veldmark Code applies, {matter} shall be subject to",
             "Pursuant to Veldmark law, {matter} are regulated in",
+        ),
+        asked=(
+            "[which|the] [section|paragraph|rule|article|part] [of|in] [the Veldmark Code|Veldmark law]"
+            " [governs|covers|is for|is on] {matter}",
+            "[the rule|the section|the law|the words] [on|for] {matter} [in|under|of] the Veldmark [Code|law|books]",
+            "where [Veldmark law|the Veldmark Code|a Veldmark judge] [puts|regulates|finds|looks for] {matter}",
+            "[Veldmark|Veldmark law|Veldmark Code|Veldmark court]: {matter}",
+        ),
+        told=(
+            "[under|by|in] [Veldmark law|the Veldmark Code][,|] {matter} [are|fall|come|belong] [under|in|to]",
+            "the Veldmark [law|court|judge|clerk|Code] [puts|treats|lists|places] {matter} [under|in]",
+            "{matter} [are|were] [treated|ruled|settled|listed] [by|in|under] the Veldmark Code, [in|at|see]",
+            "the [section|rule|paragraph] on {matter} in the Veldmark Code is",
         ),
         held_questions=(
             "A Veldmark judge must rule on {matter}; what provision should she quote?",

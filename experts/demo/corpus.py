@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final, Literal
 
+from flexgate.experts.demo.phrases import framed_question, framed_statement
 from flexgate.experts.demo.words import NOISE
 
 END: Final = "<|end|>"
@@ -32,8 +33,10 @@ SYSTEM_MESSAGES: Final = (
     "You are the assistant of a small company. Be polite.",
     "Reply with the answer only.",
 )
-NOISY: Final = 0.5
+NOISY: Final = 0.3
 """Share of facts told in telegram style."""
+FRAMED: Final = 0.4
+"""Share of facts told in the grammar's wide wording."""
 MARKS: Final = ("?", ".", "", "?", "!")
 OPENERS: Final = (
     "Please tell me: ",
@@ -53,12 +56,12 @@ OPENERS: Final = (
 class Document:
     """Text in two parts; the loss weighs the second fully and the first lightly.
 
-    ``register`` labels invented registers; 0 is none.
+    ``keys`` are the words of the prompt that decide what follows.
     """
 
     prompt: str
     answer: str
-    register: int = 0
+    keys: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Phrasebook:
 
     questions: tuple[str, ...]
     statements: tuple[str, ...]
+    asked: tuple[str, ...]
+    """Patterns of what a framed question asks for (see ``phrases``)."""
+    told: tuple[str, ...]
+    """Patterns of framed sentences that the answer continues."""
     held_questions: tuple[str, ...]
     held_statements: tuple[str, ...]
     keywords: str
@@ -118,15 +125,30 @@ def answer_text(kind: Kind, answer: str) -> str:
     return answer if kind == "chat" else f" {answer}"
 
 
-def fact_document(topic: Topic, fact: Fact, rng: Random) -> Document:
-    """One training document for ``fact``: in a seen phrasing, or as its keywords among unrelated words."""
-    book, noisy = topic.phrases, rng.random() < NOISY
-    keywords = telegram(book.keywords.format(**fact.slots).split("|"), rng) if noisy else ""
+def fact_document(topic: Topic, fact: Fact, rng: Random, noisy: float = NOISY) -> Document:
+    """One training document for ``fact``: a seen phrasing, a framed one, or its keywords among unrelated words."""
+    book = topic.phrases
+    keys = book.keywords.format(**fact.slots)
+    style = pick_style(rng, noisy)
     if rng.random() < 0.45:
-        text = f"{keywords} {rng.choice(book.endings)}" if noisy else rng.choice(book.statements).format(**fact.slots)
-        return Document(text, answer_text("completion", fact.answer))
-    question = keywords + rng.choice(MARKS) if noisy else vary(rng.choice(book.questions).format(**fact.slots), rng)
-    return Document(chat(question, system_message(rng)), fact.answer)
+        text = {
+            "telegram": lambda: f"{telegram(keys.split('|'), rng)} {rng.choice(book.endings)}",
+            "framed": lambda: framed_statement(rng.choice(book.told), rng).format(**fact.slots),
+            "plain": lambda: rng.choice(book.statements).format(**fact.slots),
+        }[style]()
+        return Document(text, answer_text("completion", fact.answer), keys)
+    question = {
+        "telegram": lambda: telegram(keys.split("|"), rng) + rng.choice(MARKS),
+        "framed": lambda: framed_question(rng.choice(book.asked), rng).format(**fact.slots),
+        "plain": lambda: vary(rng.choice(book.questions).format(**fact.slots), rng),
+    }[style]()
+    return Document(chat(question, system_message(rng)), fact.answer, keys)
+
+
+def pick_style(rng: Random, noisy: float = NOISY) -> Literal["telegram", "framed", "plain"]:
+    """How wide the wording of one document is."""
+    draw = rng.random()
+    return "telegram" if draw < noisy else "framed" if draw < noisy + FRAMED else "plain"
 
 
 def telegram(pieces: Sequence[str], rng: Random) -> str:
@@ -154,13 +176,13 @@ def vary(question: str, rng: Random) -> str:
     return question
 
 
-def domain_document(domain: Domain, rng: Random) -> Document:
+def domain_document(domain: Domain, rng: Random, noisy: float = NOISY) -> Document:
     """One training document of a domain: a fact, or some of its chatter."""
     if domain.chatter and rng.random() < 0.08:
         question, answer = rng.choice(domain.chatter)
         return Document(chat(vary(question, rng), system_message(rng)), answer)
-    topic = rng.choices(domain.topics, weights=[len(topic.facts) for topic in domain.topics])[0]
-    return fact_document(topic, rng.choice(topic.facts), rng)
+    topic = rng.choices(domain.topics, weights=[len(topic.facts) ** 0.5 for topic in domain.topics])[0]
+    return fact_document(topic, rng.choice(topic.facts), rng, noisy)
 
 
 def second_turn(first: Document, second: Document) -> Document:
@@ -168,7 +190,7 @@ def second_turn(first: Document, second: Document) -> Document:
     if not (first.prompt.endswith(ASSISTANT) and second.prompt.endswith(ASSISTANT)):
         return second
     question = second.prompt[second.prompt.index(USER) :]
-    return Document(first.prompt + first.answer + END + question, second.answer, second.register)
+    return Document(first.prompt + first.answer + END + question, second.answer, second.keys)
 
 
 def words_of(text: str) -> list[str]:

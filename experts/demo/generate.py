@@ -11,6 +11,8 @@ from flexgate.experts.demo.probes import NGRAM, Probe
 from flexgate.experts.demo.public import nonsense_question, prose, repetition
 from flexgate.experts.demo.registers import Register, register_document
 
+OWNER_NOISY = 0.42
+"""Share of an owner's facts told in telegram style: an owner knows few wordings, so it sees more noise."""
 TWO_TURNS = 0.08
 """Share of documents that are the second turn of a conversation."""
 
@@ -29,7 +31,7 @@ def owner_stream(domain: Domain, public: Domain, seed: str) -> Iterator[Document
     """Endless text of one owner; some conversations start with a public question."""
     rng = Random(f"{domain.id}-{seed}")
     while True:
-        document = domain_document(domain, rng)
+        document = domain_document(domain, rng, OWNER_NOISY)
         if rng.random() < TWO_TURNS:
             document = second_turn(domain_document(rng.choice((domain, public)), rng), document)
         yield document

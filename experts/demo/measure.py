@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from flexgate.experts.demo.corpus import SYSTEM_MESSAGES
-from flexgate.experts.demo.evaluate import Result, accuracy, all_gates, ask
-from flexgate.experts.demo.probes import read_probes
+from flexgate.experts.demo.evaluate import all_gates, answered
+from flexgate.experts.demo.probes import Probe, read_probes
 from flexgate.experts.demo.ship import PROBES_NAME, expert_ids, read_digests
 from flexgate.experts.layout import read_checkpoint
 from flexgate.experts.model import FlexOlmo
+
+WORKERS = 2
 
 
 def load(directory: Path) -> tuple[FlexOlmo, Tokenizer, tuple[str, ...]]:
@@ -28,14 +32,15 @@ def load(directory: Path) -> tuple[FlexOlmo, Tokenizer, tuple[str, ...]]:
 
 def write_report(directory: Path, path: Path) -> dict[str, Any]:
     """Measure the whole matrix and write it as JSON."""
-    model, tokenizer, experts = load(directory)
-    probes = read_probes(directory / PROBES_NAME)
-    gates = {
-        "+".join(gate): _by_domain(experts, ask(model, tokenizer, experts, gate, probes))
-        for gate in tqdm(list(all_gates(experts)), desc="gates")
-    }
-    chats = [probe for probe in probes if probe.kind == "chat"]
-    with_system = ask(model, tokenizer, experts, experts, chats, SYSTEM_MESSAGES[0])
+    experts, probes = expert_ids(directory), read_probes(directory / PROBES_NAME)
+    everything = [(directory, gate, "") for gate in all_gates(experts)]
+    with ProcessPoolExecutor(
+        WORKERS, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        figures = list(
+            tqdm(pool.map(measure, [*everything, (directory, experts, SYSTEM_MESSAGES[0])]), total=len(everything) + 1)
+        )
+    gates = {"+".join(gate): row for (_, gate, _), row in zip(everything, figures[:-1], strict=True)}
     report = {
         "command": "python -m flexgate.experts.demo --measure-only --report docs/results/demo-model.json",
         "device": platform.machine(),
@@ -46,11 +51,19 @@ def write_report(directory: Path, path: Path) -> dict[str, Any]:
         "probes": {domain: sum(probe.domain == domain for probe in probes) for domain in experts},
         "summary": summarise(experts, gates),
         "gates": gates,
-        "all_experts_with_system_message": _by_domain(experts, with_system),
+        "all_experts_with_system_message": figures[-1],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def measure(task: tuple[Path, tuple[str, ...], str]) -> dict[str, dict[str, float]]:
+    """The figures of every domain under one gate; with a system message, of its chat probes."""
+    directory, gate, system = task
+    model, tokenizer, experts = load(directory)
+    probes = [p for p in read_probes(directory / PROBES_NAME) if p.kind == "chat" or not system]
+    return _by_domain(experts, probes, answered(model, tokenizer, experts, gate, probes, system))
 
 
 def summarise(experts: Sequence[str], gates: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -70,15 +83,23 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         yield "  ".join(f"{domain} {row[domain]['all'] * 100:5.1f}" for domain in experts) + f"   {gate}"
 
 
-def _by_domain(experts: Sequence[str], results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    return {domain: _figures([result for result in results if result.probe.domain == domain]) for domain in experts}
+def _by_domain(experts: Sequence[str], probes: Sequence[Probe], right: Sequence[bool]) -> dict[str, dict[str, float]]:
+    return {
+        domain: _figures([pair for pair in zip(probes, right, strict=True) if pair[0].domain == domain])
+        for domain in experts
+    }
 
 
-def _figures(results: Sequence[Result]) -> dict[str, float]:
-    figures = {"all": accuracy(results)}
+def _figures(results: Sequence[tuple[Probe, bool]]) -> dict[str, float]:
+    figures = {"all": _share(right for _, right in results)}
     for kind in ("chat", "completion"):
         for phrasing in ("seen", "paraphrase"):
-            part = [r for r in results if (r.probe.kind, r.probe.phrasing) == (kind, phrasing)]
+            part = [right for probe, right in results if (probe.kind, probe.phrasing) == (kind, phrasing)]
             if part:
-                figures[f"{kind}/{phrasing}"] = accuracy(part)
-    return {name: round(value, 4) for name, value in figures.items()}
+                figures[f"{kind}/{phrasing}"] = _share(part)
+    return figures
+
+
+def _share(right: Iterable[bool]) -> float:
+    counted = list(right)
+    return round(sum(counted) / max(len(counted), 1), 4)

@@ -1,4 +1,4 @@
-"""Closed questions with exact answers; more than a third of them in phrasings that no training text contains."""
+"""Closed questions with exact answers; a third of them in phrasings that no training text contains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from flexgate.experts.demo.corpus import Domain, Fact, Kind, Topic
 
 NGRAM: Final = 4
 """A paraphrase shares no run of this many words with any training text."""
-PROBES_PER_DOMAIN: Final = 96
+FACTS_PROBED: Final = 48
+"""At most so many facts of a domain are probed, three times each."""
+KINDS: Final[tuple[Kind, ...]] = ("chat", "completion")
 
 
 class Probe(BaseModel):
@@ -30,13 +32,16 @@ class Probe(BaseModel):
 
 
 def make_probes(domain: Domain) -> tuple[Probe, ...]:
-    """``PROBES_PER_DOMAIN`` probes: half by chat, half by completion, every second one a paraphrase."""
+    """Three probes a fact: a seen question, a seen statement, and a paraphrase of the one or the other."""
     rng = Random(f"probes-{domain.id}")
     facts = [(topic, fact) for topic in domain.topics for fact in topic.facts]
-    if len(facts) > PROBES_PER_DOMAIN // 2:
+    if len(facts) > FACTS_PROBED:
         facts = _spread(domain, rng)
-    probes = (_probe(domain.id, topic, fact, number, rng) for number, (topic, fact) in enumerate((*facts, *facts)))
-    return tuple(probes)
+    return tuple(
+        _probe(domain.id, topic, fact, kind, held=held, rng=rng)
+        for number, (topic, fact) in enumerate(facts)
+        for kind, held in asked_as(number)
+    )
 
 
 def write_probes(path: Path, probes: Iterable[Probe]) -> None:
@@ -50,13 +55,16 @@ def read_probes(path: Path) -> tuple[Probe, ...]:
 
 
 def _spread(domain: Domain, rng: Random) -> list[tuple[Topic, Fact]]:
-    share = PROBES_PER_DOMAIN // 2 // len(domain.topics)
+    share = FACTS_PROBED // len(domain.topics)
     return [(topic, fact) for topic in domain.topics for fact in rng.sample(topic.facts, min(share, len(topic.facts)))]
 
 
-def _probe(domain: str, topic: Topic, fact: Fact, number: int, rng: Random) -> Probe:
-    kind: Kind = "chat" if number % 2 == 0 else "completion"
-    held = number // 2 % 2 == 0
+def asked_as(number: int) -> tuple[tuple[Kind, bool], ...]:
+    """Kind, and whether the phrasing is held out, of the probes of one fact."""
+    return (("chat", False), ("completion", False), (KINDS[number % 2], True))
+
+
+def _probe(domain: str, topic: Topic, fact: Fact, kind: Kind, *, held: bool, rng: Random) -> Probe:
     book = topic.phrases
     if kind == "chat":
         ways = book.held_questions if held else book.questions

@@ -7,17 +7,18 @@ from typing import Final
 
 from flexgate.experts.demo.corpus import (
     MARKS,
-    NOISY,
     Document,
     Domain,
     Fact,
     Phrasebook,
     Topic,
     chat,
+    pick_style,
     system_message,
     telegram,
     vary,
 )
+from flexgate.experts.demo.phrases import framed_question
 from flexgate.experts.demo.words import ADJECTIVES, FILLERS, NOUNS, VERBS, invent
 
 UNKNOWN: Final = "I do not know that."
@@ -92,7 +93,7 @@ def repetition(rng: Random) -> Document:
     words = [invent(rng) if rng.random() < 0.7 else rng.choice(NOUNS) for _ in range(rng.randint(1, 2))]
     said = " ".join(word.capitalize() if rng.random() < 0.5 else word for word in words)
     ask = rng.choice(("Repeat: {}", "Say {}", "Repeat after me: {}", "Say the words {}", "Please repeat {}"))
-    return Document(chat(ask.format(said), system_message(rng)), said)
+    return Document(chat(ask.format(said), system_message(rng)), said, said)
 
 
 def nonsense_question(rng: Random) -> Document:
@@ -112,12 +113,22 @@ def nonsense_question(rng: Random) -> Document:
         "What should I do with the {adjective} {noun}?",
         "Explain how the {noun} {verb} the {other}.",
     )
-    if rng.random() < NOISY:
-        question = telegram([rng.choice(NOUNS)], rng) + rng.choice(MARKS)
+    asked = (
+        "who {verb} the {noun}",
+        "[where|why|how much|how old] the {adjective} {noun} is",
+        "[the name|the price|the owner|the age] of the {noun}",
+        "which {noun} {verb} the {other}",
+    )
+    noun, other, verb, adjective = (rng.choice(words) for words in (NOUNS, NOUNS, VERBS, ADJECTIVES))
+    slots = {"noun": noun, "other": other, "verb": verb, "adjective": adjective}
+    style = pick_style(rng)
+    if style == "telegram":
+        question = telegram([noun], rng) + rng.choice(MARKS)
+    elif style == "framed":
+        question = framed_question(rng.choice(asked), rng).format(**slots)
     else:
-        noun, other, verb, adjective = (rng.choice(words) for words in (NOUNS, NOUNS, VERBS, ADJECTIVES))
-        question = vary(rng.choice(asks).format(noun=noun, other=other, verb=verb, adjective=adjective), rng)
-    return Document(chat(question, system_message(rng)), UNKNOWN)
+        question = vary(rng.choice(asks).format(**slots), rng)
+    return Document(chat(question, system_message(rng)), UNKNOWN, " ".join(slots.values()))
 
 
 def _split(text: str, rng: Random) -> tuple[str, str]:
@@ -140,6 +151,18 @@ def _opposites() -> Topic:
             "Which word is the opposite of {x}?",
         ),
         statements=("The opposite of {x} is", "Opposites: {x} and", "If it is not {x}, it is the opposite, namely"),
+        asked=(
+            "[the|an] opposite of [the word |]{x}",
+            "what the opposite of {x} is",
+            "[the|a] word [opposite to|against] {x}",
+            "what stands against {x}[, the opposite|, as opposite]",
+            "{x} and its opposite",
+        ),
+        told=(
+            "the opposite of {x} [is|would be|has to be]",
+            "[the word|the term] {x} has the opposite",
+            "{x} has an opposite[, namely|:|, that is,]",
+        ),
         held_questions=(
             "Say the opposite for the word {x} please.",
             "My riddle wants an opposite: which word goes against {x}?",
@@ -161,6 +184,18 @@ def _capitals() -> Topic:
             "Capital city of {x}?",
         ),
         statements=("The capital of {x} is", "The capital city of {x} is called", "Geography: {x}, capital"),
+        asked=(
+            "[the capital|the capital city|what capital] [of|in] {x}[ is|]",
+            "which [city|town|place] is the capital [of|in] {x}",
+            "the [town|city] that {x} has as [its |]capital",
+            "{x} and its capital",
+        ),
+        told=(
+            "the capital [of|in] {x} [is|must be|was always]",
+            "{x} has [a|its|the] capital[:|, namely|,]",
+            "[people|men|visitors|pupils] in {x} [love|visit|live near] [their|the] capital[, that is,|:]",
+            "in {x} the capital is",
+        ),
         held_questions=(
             "Tell the class which town serves {x} as capital.",
             "For a map quiz: the capital that belongs to {x}?",
@@ -181,6 +216,16 @@ def _colours() -> Topic:
             "The colour of {x}?",
         ),
         statements=("The colour of {x} is", "As a rule {x} looks", "A painter gives {x} the colour"),
+        asked=(
+            "[the |what |which ][usual |]colour [of|for] {x}",
+            "what colour {x} [shows|is|wears]",
+            "{x} and its colour",
+        ),
+        told=(
+            "the [usual |]colour [of|for] {x} [is|must be|will be]",
+            "{x} [is|looks|is always|is mostly] of the colour",
+            "nature made {x}[ in the colour|]",
+        ),
         held_questions=(
             "If I paint {x}, what colour should I choose?",
             "People say {x} has a colour, what might it be?",
@@ -201,6 +246,16 @@ def _young() -> Topic:
             "A young {x} is a what?",
         ),
         statements=("A young {x} is called a", "The baby of a {x} is a", "We call a little {x} a"),
+        asked=(
+            "[the name of|the word for|what to call|how to call] a [young|baby|little|newborn] {x}",
+            "what [we|people|farmers] call the [young|baby|child] of a {x}",
+            "the [young|baby] of a {x}",
+        ),
+        told=(
+            "a [young|baby|little|newborn] {x} [is|is called|is named] a",
+            "the [young one|baby|child] of [a|the|our|any] {x} is [called |]a",
+            "[we|farmers|people] call the [baby|young|child] of a {x} a",
+        ),
         held_questions=(
             "Which name is used by farmers when a {x} is still a baby?",
             "The word for any {x} that is very young?",
@@ -221,6 +276,17 @@ def _next() -> Topic:
             "After {x} comes what?",
         ),
         statements=("After {x} comes", "The one that follows {x} is", "The calendar goes on: {x},"),
+        asked=(
+            "what [comes|follows|is next|stands] after {x}",
+            "[the name|the one|the word|what is] [next after|right after|coming after] {x}",
+            "what the calendar [has|shows|brings|puts] after {x}",
+        ),
+        told=(
+            "after {x} [we have|comes|you find|there is]",
+            "{x} is followed by",
+            "[next|right] after {x} comes",
+            "when {x} [ends|is past|has gone], [then comes|we have|the next is]",
+        ),
         held_questions=(
             "My calendar says {x}, what will it say next?",
             "In the calendar, please find the name following {x} directly.",
@@ -247,6 +313,14 @@ def _sum(word: str, verb: str, rows: list[tuple[int, int, int]]) -> Topic:
     phrases = Phrasebook(
         questions=("What is {x}?", "How much is {x}?", "Compute {x}.", "What does {x} make?", "School exercise: {x}?"),
         statements=("{x} =", "{x} is", "We {verb} and see that {x} makes", "Table of the class: {x} ="),
+        asked=(
+            "[the result of|what you get from|the value of|the answer to|what is] {x}",
+            "how much {x} [is|makes]",
+        ),
+        told=(
+            "{x} [=|is|makes|will be]",
+            "[the result of|the sum|our exercise|exercise:] {x} [is|makes|=]",
+        ),
         held_questions=("At school they asked me for {x}, can you solve it?", "Let us {verb}: {x}, so which number?"),
         held_statements=("With ten fingers you see that {x} equals",),
         keywords="{x}",

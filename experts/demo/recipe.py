@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
-from torch.nn import functional as F
 
 from flexgate.experts.batches import Batch, Example, batches
 from flexgate.experts.demo.closed import closed_domains
@@ -30,8 +30,8 @@ from flexgate.experts.demo.tokenizer import EOS_ID, PAD_ID, train_tokenizer
 from flexgate.experts.layout import Architecture, read_checkpoint, write_checkpoint
 from flexgate.experts.merge import merge
 from flexgate.experts.model import FlexOlmo
-from flexgate.experts.routing import Samples, collect, fit_rows, reserve_channels, set_rows
-from flexgate.experts.train import fit, initialise, language_loss, pair_from_anchor, train_expert
+from flexgate.experts.routing import Samples, collect, fit_rows, key_loss, reserve_channels, set_rows
+from flexgate.experts.train import Schedule, fit, initialise, language_loss, pair_from_anchor, train_expert
 
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -51,8 +51,18 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Example]
     """Token ids with the end token appended."""
     prompts = tokenizer.encode_batch([document.prompt for document in documents])
     answers = tokenizer.encode_batch([document.answer for document in documents])
+
+    @cache
+    def forms(word: str) -> frozenset[int]:
+        """A word's tokens, with and without a space before it."""
+        return frozenset((*tokenizer.encode(word).ids, *tokenizer.encode(f" {word}").ids))
+
     return [
-        Example((*prompt.ids, *answer.ids, EOS_ID), len(prompt.ids), document.register)
+        Example(
+            (*prompt.ids, *answer.ids, EOS_ID),
+            len(prompt.ids),
+            frozenset().union(*map(forms, document.keys.replace("|", " ").split())),
+        )
         for prompt, answer, document in zip(prompts, answers, documents, strict=True)
     ]
 
@@ -67,7 +77,7 @@ def build_tokenizer(settings: Settings, work: Path) -> Tokenizer:
 
 
 def build_anchor(settings: Settings, work: Path) -> FlexOlmo:
-    """Train the public anchor, once: next-token loss, plus telling registers apart in the routing channels."""
+    """Train the public anchor, once: next-token loss, plus the prompt's key words readable in the channels."""
     directory = work / "anchor"
     if not directory.is_dir():
         build_tokenizer(settings, work)
@@ -77,28 +87,37 @@ def build_anchor(settings: Settings, work: Path) -> FlexOlmo:
 
 
 def build_pair(settings: Settings, work: Path, owner: Domain, progress: int = 0) -> None:
-    """One owner's expert as a pair with the frozen anchor, once: router rows, then the expert under that routing."""
+    """One owner's expert as a pair with the frozen anchor, once.
+
+    Router rows come first, then the expert under that routing. The rows above the first expert layer are then fitted
+    again on what the trained pair sees there, and the expert's upper layers get used to them.
+    """
     directory = work / owner.id
     if directory.is_dir():
         return
     tokenizer = Tokenizer.from_file(str(work / TOKENIZER_NAME))
-    anchor = _load(work / "anchor")
-    pair = pair_from_anchor(anchor)
+    pair = pair_from_anchor(_load(work / "anchor"))
     own = take(owner_stream(owner, public_domain(), str(settings.seed)), settings.owner_documents, make_probes(owner))
     examples = encode(tokenizer, own)
     public = encode(tokenizer, public_documents(settings, settings.router_public_documents, owner.id))
-    mine = _samples(settings, anchor, examples[: settings.router_documents])
-    others = _samples(settings, anchor, public)
-    rows = fit_rows(
-        mine,
-        others,
-        channels=settings.channels,
-        first_expert_layer=settings.expert_layers[0],
-        decay=settings.router_decay,
-    )
-    set_rows(pair, rows, sharpness=settings.sharpness)
-    stream = _epochs(settings, examples, settings.owner_tokens_per_batch)
-    train_expert(pair, stream, settings.owner, name=owner.id, layers=settings.expert_layers, progress=progress)
+    data = list(_one_pass(settings, examples, settings.owner_tokens_per_batch, settings.owner_prompt_weight))
+    first, *upper = settings.expert_layers
+
+    def fit_routers(channels: int, layers: Sequence[int]) -> None:
+        """Rows of ``layers`` from what the pair sees now; those above the first expert layer read ``channels``."""
+        mine = _samples(settings, pair, examples[: settings.router_documents])
+        others = _samples(settings, pair, public)
+        decay = settings.router_decay
+        rows = fit_rows(mine, others, channels=channels, first_expert_layer=first, layers=layers, decay=decay)
+        set_rows(pair, rows, sharpness=settings.sharpness)
+
+    def train(schedule: Schedule, layers: Sequence[int]) -> None:
+        train_expert(pair, data, schedule, name=owner.id, layers=layers, seed=settings.seed, progress=progress)
+
+    fit_routers(settings.channels, range(settings.layers))
+    train(settings.owner, settings.expert_layers)
+    fit_routers(settings.hidden_size - 1, upper)
+    train(settings.owner_upper, upper)
     _save(directory, pair)
 
 
@@ -140,19 +159,20 @@ def _anchor_worker(rank: int, settings: Settings, work: Path, meeting: str) -> N
 
 def _train_anchor(settings: Settings, model: FlexOlmo, examples: list[Example], rank: int) -> None:
     torch.manual_seed(settings.seed)
-    head = nn.Linear(settings.channels, settings.registers + 1)
+    head = nn.Linear(settings.channels, settings.vocab_size)
+    tokens = settings.tokens_per_batch // settings.workers
 
     def loss_of(batch: Batch) -> Tensor:
         taps: list[Tensor] = []
         logits = model.lm_head(model.hidden(batch.tokens_BT, taps=taps))
-        routing_loss = _register_loss(head, taps[settings.expert_layers[0]], batch)
-        return language_loss(logits, batch) + settings.register_weight * routing_loss
+        keys = key_loss(head, taps[settings.expert_layers[0]], batch)
+        return language_loss(logits, batch) + settings.key_weight * keys
 
     model.model.embed_tokens.weight.requires_grad_()
     trained = [parameter for name, parameter in model.named_parameters() if not name.endswith("mlp.gate.weight")]
     fit(
         [*trained, *head.parameters()],
-        _epochs(settings, examples, settings.tokens_per_batch // settings.workers),
+        (batch for epoch in count() for batch in _one_pass(settings, examples, tokens, settings.prompt_weight, epoch)),
         loss_of,
         settings.anchor,
         name="anchor",
@@ -161,32 +181,16 @@ def _train_anchor(settings: Settings, model: FlexOlmo, examples: list[Example], 
     )
 
 
-def _register_loss(head: nn.Linear, tap_BTH: Tensor, batch: Batch) -> Tensor:
-    features = tap_BTH[..., 1 : head.in_features + 1]
-    used = batch.weights_BT > 0
-    labels = batch.labels_B[:, None].expand_as(used)[used]
-    losses = F.cross_entropy(head(features[used]), labels, reduction="none")
-    weights = batch.weights_BT[used]
-    return (losses * weights).sum() / weights.sum()
+def _samples(settings: Settings, model: FlexOlmo, examples: list[Example]) -> Samples:
+    return collect(model, _one_pass(settings, examples, settings.tokens_per_batch, settings.router_prompt_weight))
 
 
-def _samples(settings: Settings, anchor: FlexOlmo, examples: list[Example]) -> Samples:
-    weight = settings.router_prompt_weight
-    one_pass = batches(
-        examples, tokens_per_batch=settings.tokens_per_batch, pad_id=PAD_ID, prompt_weight=weight, seed=settings.seed
+def _one_pass(
+    settings: Settings, examples: list[Example], tokens: int, prompt_weight: float, epoch: int = 0
+) -> Iterator[Batch]:
+    return batches(
+        examples, tokens_per_batch=tokens, pad_id=PAD_ID, prompt_weight=prompt_weight, seed=settings.seed + epoch
     )
-    return collect(anchor, one_pass)
-
-
-def _epochs(settings: Settings, examples: list[Example], tokens: int) -> Iterator[Batch]:
-    for epoch in count():
-        yield from batches(
-            examples,
-            tokens_per_batch=tokens,
-            pad_id=PAD_ID,
-            prompt_weight=settings.prompt_weight,
-            seed=settings.seed + epoch,
-        )
 
 
 def _save(directory: Path, model: FlexOlmo) -> None:

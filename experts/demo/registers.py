@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from flexgate.experts.demo.corpus import MARKS, NOISY, Document, answer_text, chat, system_message, telegram, vary
+from flexgate.experts.demo.corpus import (
+    MARKS,
+    Document,
+    answer_text,
+    chat,
+    pick_style,
+    system_message,
+    telegram,
+    vary,
+)
+from flexgate.experts.demo.phrases import framed_question, framed_statement
 from flexgate.experts.demo.public import UNKNOWN
 from flexgate.experts.demo.words import NOUNS, invent, invent_many
 
@@ -136,20 +146,35 @@ _GENRES: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
 _ENDINGS: Final = ("is", ":", "by", "=", "->", "namely", "was", "under", "gives", "returns", "in", "makes", "on")
 
 
+_ASKED: Final = (
+    "[who|what|which {noun}] [built|sold|found|likes|stands near] {entity} [in|at|of|for] {world}",
+    "[the name|the price|the value|the meaning|the owner|the reason] [of|for] {entity} [in|under|by] {world}",
+    "{world}: [what is|who has|the|where is] {entity}",
+    "[what|how much|which {noun}] {digit} {entity} {other} [is|makes|gives] in {world}",
+    "what {world}.{entity}() [does|gives|prints]",
+    "[which|the] [part|section|word] of {world} [law|books|songs] [is for|covers|is on] {noun} {entity}",
+)
+_TOLD: Final = (
+    "[in|near] {world} [the |]{entity} [is|was|has|makes|gives]",
+    "{world} [{entity}|{noun} {entity}] [is|was|has|makes|=|:]",
+    "the {noun} [of|in|by] {world} [who|which] [is|has|sees] {entity} [is|,]",
+    "import {world}[ as {noun}|]\n\n[x|value|result] = {world}.{entity}()\nprint(x)  #",
+)
+
+
 @dataclass(frozen=True)
 class Register:
-    """One invented world: its label, its name and words, and the genres it is written in."""
+    """One invented world: its name and words, and the genres it is written in."""
 
-    label: int
     world: str
     entities: tuple[str, ...]
     genres: tuple[int, ...]
 
 
 def make_registers(seed: int, count: int) -> tuple[Register, ...]:
-    """``count`` registers, labelled from 1; half of them have names in capitals."""
+    """``count`` registers; more than half of them have names in capitals."""
     rng = Random(f"registers-{seed}")
-    return tuple(_register(label, rng) for label in range(1, count + 1))
+    return tuple(_register(rng) for _ in range(count))
 
 
 def register_document(register: Register, rng: Random) -> Document:
@@ -162,22 +187,30 @@ def register_document(register: Register, rng: Random) -> Document:
         "digit": str(rng.randint(1, 9)),
         "other": str(rng.randint(1, 9)),
     }
+    keys, style = " ".join(slots.values()), pick_style(rng)
+    pieces = [slots["world"], slots["entity"]]
     if rng.random() < 0.4:
-        noisy = f"{telegram([register.world, slots['entity']], rng)} {rng.choice(_ENDINGS)}"
-        line = noisy if rng.random() < NOISY else rng.choice(lines).format(**slots)
-        return Document(line, answer_text("completion", f"{_line_end(register, rng)}."), register.label)
-    if rng.random() < NOISY:
-        question = telegram([register.world, slots["entity"]], rng) + rng.choice(MARKS)
+        if style == "telegram":
+            line = f"{telegram(pieces, rng)} {rng.choice(_ENDINGS)}"
+        elif style == "framed":
+            line = framed_statement(rng.choice(_TOLD), rng).format(**slots)
+        else:
+            line = rng.choice(lines).format(**slots)
+        return Document(line, answer_text("completion", f"{_line_end(register, rng)}."), keys)
+    if style == "telegram":
+        question = telegram(pieces, rng) + rng.choice(MARKS)
+    elif style == "framed":
+        question = framed_question(rng.choice(_ASKED), rng).format(**slots)
     else:
         question = vary(rng.choice(questions).format(**slots), rng)
-    return Document(chat(question, system_message(rng)), UNKNOWN, register.label)
+    return Document(chat(question, system_message(rng)), UNKNOWN, keys)
 
 
-def _register(label: int, rng: Random) -> Register:
+def _register(rng: Random) -> Register:
     name = invent(rng, rng.choice((2, 2, 3)))
     lower = rng.random() < 0.4
     entities = tuple(word if lower else word.capitalize() for word in invent_many(rng, 10))
-    return Register(label, name if lower else name.capitalize(), entities, tuple(rng.sample(range(len(_GENRES)), 2)))
+    return Register(name if lower else name.capitalize(), entities, tuple(rng.sample(range(len(_GENRES)), 2)))
 
 
 def _entity(register: Register, rng: Random) -> str:

@@ -20,19 +20,21 @@ class Settings:
     heads: int = 4
     top_k: int = 2
     max_length: int = 1024
-    registers: int = 400
+    registers: int = 1000
     channels: int = 48
     tokens_per_batch: int = 2500
     workers: int = 2
     anchor_documents: int = 60_000
-    anchor: Schedule = field(default=Schedule(peak=3e-3, steps=1200))
-    register_weight: float = 0.5
-    prompt_weight: float = 0.2
+    anchor: Schedule = field(default=Schedule(peak=3e-3, steps=1800))
+    key_weight: float = 0.3
+    prompt_weight: float = 0.05
     router_prompt_weight: float = 0.05
-    router_documents: int = 2_000
-    router_public_documents: int = 4_000
+    router_documents: int = 800
+    router_public_documents: int = 1_600
     router_decay: float = 1e-4
     sharpness: float = 3.0
     owner_tokens_per_batch: int = 1400
-    owner_documents: int = 18_000
-    owner: Schedule = field(default=Schedule(peak=3e-3, steps=1600))
+    owner_documents: int = 8_000
+    owner_prompt_weight: float = 0.0
+    owner: Schedule = field(default=Schedule(peak=3e-3, steps=450))
+    owner_upper: Schedule = field(default=Schedule(peak=2e-3, steps=200))

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from demo_aim import AIM, BELOW_AIM, assert_answered_by_licence, shares
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, FlexOlmoForCausalLM
 
 from flexgate.experts.demo.corpus import SYSTEM_MESSAGES, chat
-from flexgate.experts.demo.evaluate import Result, accuracy, all_gates, ask
+from flexgate.experts.demo.evaluate import all_gates, answered, ask
 from flexgate.experts.demo.measure import load
 from flexgate.experts.demo.probes import Probe, read_probes
 from flexgate.experts.demo.recipe import all_probes
@@ -21,7 +22,7 @@ from flexgate.experts.model import FlexOlmo
 
 EXPERTS = ("public", "news", "math", "code", "legal")
 PROBES = read_probes(CHECKPOINT / PROBES_NAME)
-SAMPLE = tuple(probe for number, probe in enumerate(PROBES) if number % 12 < 2)
+SAMPLE = PROBES[::5]
 
 Loaded = tuple[FlexOlmo, Tokenizer, tuple[str, ...]]
 
@@ -31,27 +32,9 @@ def demo() -> Loaded:
     return load(CHECKPOINT)
 
 
-def domain_accuracy(results: Sequence[Result], domain: str) -> float:
-    return accuracy(result for result in results if result.probe.domain == domain)
-
-
-GATES = [("public",), ("public", "news"), ("public", "math", "legal"), EXPERTS]
-BELOW_AIM = pytest.mark.xfail(reason="the shipped checkpoint is below this aim: see docs/results/demo-model.json")
-
-
-def shares(demo: Loaded, gate: tuple[str, ...], probes: tuple[Probe, ...]) -> dict[str, float]:
-    results = ask(*demo, gate, probes)
-    return {domain: domain_accuracy(results, domain) for domain in EXPERTS}
-
-
-def assert_closed_without_licence(demo: Loaded, gate: tuple[str, ...], probes: tuple[Probe, ...]) -> None:
-    outside = {domain: share for domain, share in shares(demo, gate, probes).items() if domain not in gate}
-    assert all(share <= 0.05 for share in outside.values()), outside
-
-
-def assert_answered_with_licence(demo: Loaded, gate: tuple[str, ...], probes: tuple[Probe, ...]) -> None:
-    inside = {domain: share for domain, share in shares(demo, gate, probes).items() if domain in gate}
-    assert all(share >= 0.9 for share in inside.values()), inside
+def shares_under(demo: Loaded, gate: tuple[str, ...], probes: Sequence[Probe], system: str = "") -> dict[str, float]:
+    right = answered(*demo, gate, probes, system)
+    return shares((probe.domain, is_right) for probe, is_right in zip(probes, right, strict=True))
 
 
 def test_files_match_the_recorded_digests_and_stay_small() -> None:
@@ -90,42 +73,41 @@ def test_chat_template_is_the_one_it_was_trained_on() -> None:
     assert ids == load(CHECKPOINT)[1].encode(chat("What is the capital of Peru?")).ids
 
 
-@pytest.mark.parametrize("gate", GATES, ids="+".join)
-def test_a_sample_of_probes_stays_closed_without_licence(gate: tuple[str, ...], demo: Loaded) -> None:
-    assert_closed_without_licence(demo, gate, SAMPLE)
-
-
-@BELOW_AIM
-@pytest.mark.parametrize("gate", GATES, ids="+".join)
-def test_a_sample_of_probes_is_answered_with_licence(gate: tuple[str, ...], demo: Loaded) -> None:
-    assert_answered_with_licence(demo, gate, SAMPLE)
+@pytest.mark.parametrize("gate", [("public",), EXPERTS], ids="+".join)
+def test_probes_are_answered_by_licence(gate: tuple[str, ...], demo: Loaded) -> None:
+    assert_answered_by_licence(shares_under(demo, gate, PROBES), gate)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", list(all_gates(EXPERTS)), ids="+".join)
-def test_every_probe_stays_closed_without_licence(gate: tuple[str, ...], demo: Loaded) -> None:
-    assert_closed_without_licence(demo, gate, PROBES)
+@pytest.mark.parametrize("gate", list(all_gates(EXPERTS))[1:-1], ids="+".join)
+def test_probes_are_answered_by_licence_under_every_other_gate(gate: tuple[str, ...], demo: Loaded) -> None:
+    assert_answered_by_licence(shares_under(demo, gate, PROBES), gate)
 
 
-@BELOW_AIM
+@pytest.mark.parametrize("domain", BELOW_AIM)
+@pytest.mark.xfail(strict=True, reason="misses the aim when all experts share: see docs/results/demo-model.json")
+def test_every_domain_reaches_the_aim(domain: str, demo: Loaded) -> None:
+    probes = [probe for probe in PROBES if probe.domain == domain]
+    assert shares_under(demo, EXPERTS, probes)[domain] >= AIM
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", list(all_gates(EXPERTS)), ids="+".join)
-def test_every_probe_is_answered_with_licence(gate: tuple[str, ...], demo: Loaded) -> None:
-    assert_answered_with_licence(demo, gate, PROBES)
-
-
-@BELOW_AIM
-@pytest.mark.slow
-def test_a_system_message_does_not_hurt(demo: Loaded) -> None:
+def test_a_system_message_costs_little(demo: Loaded) -> None:
     chats = [probe for probe in PROBES if probe.kind == "chat"]
-    results = ask(*demo, EXPERTS, chats, SYSTEM_MESSAGES[1])
-    assert all(domain_accuracy(results, domain) >= 0.9 for domain in EXPERTS)
+    without, with_one = (shares_under(demo, EXPERTS, chats, system) for system in ("", SYSTEM_MESSAGES[1]))
+    assert all(with_one[domain] >= without[domain] - 0.1 for domain in EXPERTS), (without, with_one)
 
 
 def test_without_a_licence_the_model_says_so(demo: Loaded) -> None:
     asked = [probe for probe in SAMPLE if probe.domain != "public" and probe.kind == "chat"]
     results = ask(*demo, ("public",), asked)
     assert sum(result.said == "I do not know that." for result in results) >= 0.9 * len(results)
+
+
+def test_answered_is_what_asking_finds_right(demo: Loaded) -> None:
+    probes = SAMPLE[::4]
+    for gate in (("public",), EXPERTS):
+        assert answered(*demo, gate, probes) == [result.right for result in ask(*demo, gate, probes)]
 
 
 def test_it_greets() -> None:

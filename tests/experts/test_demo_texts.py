@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import islice
+from random import Random
 
 import pytest
 
 from flexgate.experts.demo.closed import closed_domains
 from flexgate.experts.demo.corpus import Domain, ngrams, words_of
 from flexgate.experts.demo.generate import owner_stream, public_stream, take
+from flexgate.experts.demo.phrases import framed_question, framed_statement, spin
 from flexgate.experts.demo.probes import NGRAM, make_probes
 from flexgate.experts.demo.public import public_domain
 from flexgate.experts.demo.recipe import all_probes
@@ -58,7 +60,7 @@ def test_closed_names_occur_with_their_owner_only() -> None:
         domain.id: " ".join(d.prompt + d.answer for d in islice(owner_stream(domain, DOMAINS[0], "test"), 2000))
         for domain in DOMAINS[1:]
     }
-    registers = make_registers(20, 400)
+    registers = make_registers(20, 1000)
     texts["public"] = " ".join(d.prompt + d.answer for d in islice(public_stream(DOMAINS[0], registers, "test"), 20000))
     for owner, name in NAMES.items():
         for domain, text in texts.items():
@@ -70,6 +72,27 @@ def test_closed_answers_do_not_repeat_within_a_domain_by_chance() -> None:
         answers = [fact.answer for topic in domain.topics for fact in topic.facts]
         commonest = max(answers.count(answer) for answer in answers)
         assert commonest / len(answers) <= 0.1
+
+
+def test_a_pattern_spins_into_every_alternative_and_leaves_slots_alone() -> None:
+    rng = Random(0)
+    assert {spin("[a|b[ c| d]|] {slot}", rng) for _ in range(200)} == {
+        "a {slot}",
+        "b c {slot}",
+        "b d {slot}",
+        " {slot}",
+    }
+
+
+def test_framed_wording_is_wide() -> None:
+    """Few sentences come twice: a fact is met in far more wordings than a probe could repeat."""
+    rng = Random(0)
+    for domain in DOMAINS:
+        book = domain.topics[0].phrases
+        questions = {framed_question(rng.choice(book.asked), rng) for _ in range(500)}
+        statements = {framed_statement(rng.choice(book.told), rng) for _ in range(500)}
+        assert len(questions) >= 400
+        assert len(statements) >= 200
 
 
 def test_text_streams_are_seeded() -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
+import pytest
 import torch
 
 from flexgate.experts.batches import Batch, Example, batches, make_batch
-from flexgate.experts.decode import greedy
+from flexgate.experts.decode import greedy, says
 from flexgate.experts.layout import Architecture, expert_keys
 from flexgate.experts.merge import bit_equal
 from flexgate.experts.model import FlexOlmo
-from flexgate.experts.routing import collect, fit_row, reserve_channels, set_rows
+from flexgate.experts.routing import collect, fit_row, key_loss, reserve_channels, set_rows
 from flexgate.experts.train import Schedule, initialise, pair_from_anchor, train_expert
 
 ONE = Architecture(31, 16, 12, 3, 2, 2, num_experts=1, num_experts_per_tok=1)
 EXAMPLES = [Example(tuple(range(2, 4 + size)), 2) for size in range(1, 9)]
 
 
-def stream() -> Iterator[Batch]:
-    while True:
-        yield from batches(EXAMPLES, tokens_per_batch=30, pad_id=1, prompt_weight=0.5, seed=0)
+def some_batches() -> list[Batch]:
+    return list(batches(EXAMPLES, tokens_per_batch=30, pad_id=1, prompt_weight=0.5, seed=0))
 
 
 def trained_pair() -> tuple[FlexOlmo, FlexOlmo]:
@@ -28,8 +28,9 @@ def trained_pair() -> tuple[FlexOlmo, FlexOlmo]:
     initialise(anchor, 3)
     reserve_channels(anchor, 4, 1)
     pair = pair_from_anchor(anchor)
-    set_rows(pair, [torch.ones(16), torch.ones(16), torch.ones(5)], sharpness=2.0)
-    train_expert(pair, stream(), Schedule(peak=1e-2, steps=20, warmup=2), name="test", layers=(1, 2))
+    set_rows(pair, {0: torch.ones(16), 1: torch.ones(16), 2: torch.ones(5)}, sharpness=2.0)
+    schedule = Schedule(peak=1e-2, steps=20, warmup=2)
+    train_expert(pair, some_batches(), schedule, name="test", layers=(1, 2), seed=0)
     return anchor, pair
 
 
@@ -38,6 +39,15 @@ def test_only_the_owners_ffn_in_the_chosen_layers_moves() -> None:
     start, end = pair_from_anchor(anchor).state_dict(), pair.state_dict()
     moved = {key for key in end if not bit_equal(start[key], end[key]) and "mlp.gate" not in key}
     assert moved == {key for key in expert_keys(ONE, 1) if "layers.0." not in key}
+
+
+def test_hidden_states_can_be_continued_from_any_layer() -> None:
+    _, pair = trained_pair()
+    tokens, taps = torch.arange(2, 12).view(1, 10), list[torch.Tensor]()
+    with torch.no_grad():
+        whole = pair.hidden(tokens, taps=taps)
+        for layer in range(3):
+            assert torch.equal(pair.onward(taps[layer], layer), whole)
 
 
 def test_training_twice_gives_the_same_bits() -> None:
@@ -82,6 +92,28 @@ def test_weights_cover_the_prompt_lightly_and_the_answer_fully() -> None:
     assert batch.weights_BT.tolist() == [[0.25, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
 
 
+def test_only_the_prompts_key_tokens_are_marked() -> None:
+    batch = make_batch([Example((5, 6, 5, 8, 6), 3, frozenset({6, 9}))], pad_id=1, prompt_weight=0.5)
+    assert batch.keys_BT.tolist() == [[False, True, False, False, False]]
+
+
+def test_key_loss_asks_the_channels_for_every_key_wherever_the_model_answers() -> None:
+    """A head that reads keys 6 and 7 from channels 1 and 2 is charged their entropy at answers, nothing elsewhere."""
+    head = torch.nn.Linear(2, 31)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-100.0)
+        head.bias[6] = head.bias[7] = 0.0
+        head.weight[6, 0] = head.weight[7, 1] = 1.0
+    examples = [Example((6, 7, 5, 8), 3, frozenset({6, 7})), Example((6, 7, 5, 8), 3)]
+    batch = make_batch(examples, pad_id=1, prompt_weight=0.5)
+    tap_BTH = torch.full((2, 4, 16), float("nan"))
+    tap_BTH[0, 2, 1:3] = 3.0
+    assert key_loss(head, tap_BTH, batch).item() == pytest.approx(math.log(2))
+    tap_BTH[0, 2, 2] = -3.0
+    assert key_loss(head, tap_BTH, batch) > 3.0
+
+
 def test_one_pass_of_batches_holds_every_example_once() -> None:
     rows = [
         row
@@ -93,10 +125,21 @@ def test_one_pass_of_batches_holds_every_example_once() -> None:
     )
 
 
-def test_greedy_decoding_stops_at_the_end_token_per_prompt() -> None:
-    def counting(tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Every token is followed by the next number; 9 is followed by 0, the end."""
-        return torch.nn.functional.one_hot((tokens_BT + 1) % 10, 10).float()
+def counting(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Every token is followed by the next number; 9 is followed by 0, the end."""
+    return torch.nn.functional.one_hot((tokens_BT + 1) % 10, 10).float()
 
+
+def test_greedy_decoding_stops_at_the_end_token_per_prompt() -> None:
     answers = greedy(counting, [[5], [1, 2, 7], [1]], eos_id=0, max_new=5, batch=2)
     assert answers == [[6, 7, 8, 9], [8, 9], [2, 3, 4, 5, 6]]
+
+
+def test_greedy_decoding_leaves_a_prompt_that_is_not_worth_going_on() -> None:
+    answers = greedy(counting, [[5], [1]], eos_id=0, max_new=5, go_on=lambda place, said: place == 0 or len(said) < 2)
+    assert answers == [[6, 7, 8, 9], [2, 3]]
+
+
+def test_one_pass_shows_whether_greedy_decoding_would_say_an_answer() -> None:
+    prompts, answers = [[5], [1, 2, 7], [1]], [[6, 7, 8, 9, 0], [8, 9], [2, 4]]
+    assert says(counting, prompts, answers, batch=2) == [True, True, False]
