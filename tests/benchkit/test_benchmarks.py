@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchkit import admission, compare, engine_speed, packages, serving, startup
+from benchkit import admission, changes, compare, engine_speed, packages, serving, startup
 from benchkit.plot import draw
 
 
@@ -62,3 +62,13 @@ def test_the_startup_benchmark_runs(tmp_path: Path) -> None:
     startup.run(quick=True, rounds=1, results=tmp_path)
     slots = json.loads((tmp_path / "startup.json").read_text())["slots"]
     assert slots["slots"][0] < slots["slots"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_changes_benchmark_runs_and_no_token_comes_after_a_withdrawal(tmp_path: Path) -> None:
+    changes.run(quick=True, rounds=1, results=tmp_path)
+    cycles = json.loads((tmp_path / "changes.json").read_text())["cycles"]
+    assert cycles["users_ended_and_others_unharmed"] == cycles["cycles"] == 3
+    assert cycles["tokens_after_the_answer"] == 0
+    assert cycles["prompt_tokens_hit_in_the_cache_of_a_withdrawn_expert"] == 0

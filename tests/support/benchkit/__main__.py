@@ -5,7 +5,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchkit import admission, engine_speed, packages, serving, startup
+from benchkit import admission, changes, engine_speed, packages, serving, startup
 from benchkit.plot import draw
 from benchkit.record import RESULTS
 
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "startup": startup.run,
     "admission": admission.run,
     "packages": packages.run,
+    "changes": changes.run,
 }
 
 

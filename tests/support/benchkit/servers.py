@@ -16,10 +16,11 @@ from pathlib import Path
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement
-from flexgate.server.engine.checkpoint import read_checkpoint
+from flexgate.server.engine.checkpoint import ExpertEntry, read_checkpoint
 from flexgate.server.tenancy import prepare
 
 KEY = "sk-bench"
+ADMIN_KEY = "sk-bench-admin"
 MODEL = "bench"
 READY_SECONDS = 300
 FLEXGATE = str(Path(sys.executable).with_name("flexgate"))
@@ -45,10 +46,10 @@ class Server:
 
 
 @contextmanager
-def flexgate(model: Path, directory: Path, *more: str) -> Iterator[Server]:
-    """`flexgate serve` with one tenant that may use every expert."""
+def flexgate(model: Path, directory: Path, *more: str, expected: Sequence[str] = ()) -> Iterator[Server]:
+    """`flexgate serve` with one tenant that may use every expert; `expected` ones are permitted before they come."""
     database = f"sqlite:///{directory / 'bench.db'}"
-    _seed(database, model)
+    _seed(database, model, expected)
     options = (*SAME, f"--database-url={database}", *more)
     with _running((FLEXGATE, "serve", str(model), *options), directory / "flexgate.log", "/ready") as server:
         yield server
@@ -106,10 +107,10 @@ def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
-def _seed(database: str, model: Path) -> None:
+def _seed(database: str, model: Path, expected: Sequence[str]) -> None:
     store = Store.open(database)
     now = time.time()
-    experts = read_checkpoint(model).experts
+    experts = (*read_checkpoint(model).experts, *(ExpertEntry(id_, "unknown", "unknown") for id_ in expected))
     prepare(store, experts, at=now)
     with store.change(actor="bench", at=now) as change:
         named = [expert.id for expert in experts if expert.id != PUBLIC]
@@ -120,6 +121,7 @@ def _seed(database: str, model: Path) -> None:
         tenant = Tenant.model_validate({"id": "proj_bench", "name": "bench", "mode": "deny_list"})
         change.put(tenant)
         change.add_key(KEY, prefix=KEY, role=Role.TENANT, tenant_id=tenant.id)
+        change.add_key(ADMIN_KEY, prefix=ADMIN_KEY, role=Role.ADMIN)
     store.close()
 
 
