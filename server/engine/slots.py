@@ -1,7 +1,7 @@
 """Which expert holds which engine slot, as data that every engine process shares."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexgate.server.engine.gates import Gate, GateError, SlotLease
@@ -25,10 +25,16 @@ class SlotTable:
     Attributes:
         total: number of expert slots in every layer, 1..64.
         live: slot -> generation of the expert in it; free slots are absent.
+        live_mask: bit ``s`` is set when slot ``s`` holds an expert.
     """
 
     total: int
     live: dict[int, int]
+    live_mask: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Set the bits."""
+        self.live_mask = sum(1 << slot for slot in self.live)
 
     @classmethod
     def of_checkpoint(cls, num_experts: int, total: int, without: Collection[int] = ()) -> "SlotTable":
@@ -51,11 +57,6 @@ class SlotTable:
         data = additional_config[CONFIG_KEY]
         return cls(int(data["total"]), {int(s): int(g) for s, g in data["live"]})
 
-    @property
-    def live_mask(self) -> int:
-        """Bit ``s`` is set when slot ``s`` holds an expert."""
-        return sum(1 << slot for slot in self.live)
-
     def admit(self, gate: Gate) -> None:
         """Refuse a gate that names a slot whose tenancy has changed.
 
@@ -76,6 +77,7 @@ class SlotTable:
         if slot in self.live:
             raise SlotError(f"slot {slot} holds an expert")
         self.live[slot] = generation
+        self.live_mask |= 1 << slot
 
     def close(self, slot: int) -> None:
         """Take a slot out of use; the anchor's never.
@@ -88,6 +90,7 @@ class SlotTable:
         if slot not in self.live:
             raise SlotError(f"slot {slot} holds no expert")
         del self.live[slot]
+        self.live_mask &= ~(1 << slot)
 
     def require_masked(self, slot: int) -> None:
         """Refuse to touch the weights of a slot that some request may read.
