@@ -2,8 +2,8 @@
 
 The store is asked at every poll; a new version is read as a whole and swapped in. A snapshot that
 was not confirmed within its lease is not used: the request asks the store itself, and when that
-fails, nothing is decided. What the engine really serves overrides the catalogue's `live`, so that
-a decision never allows an expert without a slot.
+fails, nothing is decided. An expert is live where the catalogue and the engine agree that it is, so that
+a decision never allows an expert without a slot, or one that another process has withdrawn.
 """
 
 from __future__ import annotations
