@@ -18,7 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parents[1] / "policies"
-MODULES = ["decide.py", "grants.py", "snapshot.py", "words.py"]
+MODULES = ["clauses.py", "decide.py", "grants.py", "snapshot.py", "words.py"]
 KILLERS = [
     "test_decide.py",
     "test_default_deny.py",

@@ -1,0 +1,81 @@
+"""The server's HTTP side as a process of its own, with everything real but the engine.
+
+`python app_process.py DATABASE_URL PORT EXPERT…`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+from flexgate.policies.store import Store
+from flexgate.server.engine.client import ExpertInfo, ExpertLease
+from flexgate.server.peers import Peers
+from flexgate.server.policy import PolicySource
+from flexgate.server.process import _run
+from flexgate.server.services import Services
+from flexgate.server.settings import Settings
+
+
+async def _complete(request: Any, raw_request: Any = None) -> Any:
+    return CompletionResponse(model="tiny", choices=[CompletionResponseChoice(index=0, text="x")], usage=UsageInfo())
+
+
+async def _follow(*_: Any) -> None:
+    """No experts are added to this process."""
+    await asyncio.Event().wait()
+
+
+def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
+    infos = tuple(ExpertInfo(id_, "", "", slot, 1, True) for slot, id_ in enumerate(experts))
+    client: Any = SimpleNamespace(
+        weights_epoch=1,
+        errored=False,
+        ready=lambda: True,
+        begin=lambda call: None,
+        end=lambda call: None,
+        experts=lambda: infos,
+        lease=lambda id_: ExpertLease(id_, experts.index(id_), 1),
+    )
+    handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete))
+    policy = PolicySource(
+        store,
+        lambda: experts,
+        lease_s=settings.policy_lease_seconds,
+        poll_s=settings.policy_poll_seconds,
+        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
+    )
+    policy.confirm()
+    nothing: Any = SimpleNamespace(follow=_follow)
+    return Services(
+        client=client,
+        handlers=handlers,
+        policy=policy,
+        store=store,
+        experts=nothing,
+        uploads=nothing,
+        model_names=("tiny",),
+        started=time.time(),
+    )
+
+
+def main(database_url: str, port: str, *experts: str) -> None:
+    """Serve until a signal comes."""
+    settings = Settings(model=Path("none"), port=int(port))
+    store = Store.open(database_url)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", int(port)))
+        asyncio.run(_run(settings, _services(settings, store, list(experts)), sock))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
