@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -119,6 +122,30 @@ def test_an_agreement_that_ends_ends_for_requests_and_explanations(server: Any, 
         assert (reason["code"], reason["rule"]) == ("prohibited", f"agreement/{made.json()['id']}@1")
         assert http.delete(f"/v1/agreements/{made.json()['id']}?wait=all").status_code == 200
     assert "math" in allowed(ask(server, key))
+
+
+def test_a_stream_across_the_end_of_a_licence_stops_there_and_says_why(server: Any, project: str, admin: Any) -> None:
+    key = admin.projects.service_accounts.create(project, name="robot").api_key.value
+    permit(server, project, "allow_list", "math")
+    end = math.ceil(time.time()) + 3
+    when = datetime.fromtimestamp(end, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    ban = {"owner": "academy", "experts": ["math"], "assignee": f"tenant:{project}", "effect": "prohibit"}
+    with server.client("admin") as http:
+        http.post("/v1/agreements?wait=all", json={**ban, "not_before": when}).raise_for_status()
+    time.sleep(max(0.0, end - 0.5 - time.time()))
+    body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    body["flexgate"] = {"experts": {"only": ["math"]}}
+    headers = {"authorization": f"Bearer {key}"}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60) as response:
+        assert response.status_code == 200
+        events = [(time.time(), line.removeprefix("data: ")) for line in response.iter_lines() if line]
+    texts = [at for at, data in events if data.startswith('{"id"')]
+    errors = [json.loads(data)["error"]["code"] for _, data in events if data.startswith('{"error"')]
+    assert 0 < len(texts) < 1000, "the stream ended by itself"
+    assert errors == ["expert_permission_ended"]
+    assert max(texts) < end + 0.5
+    with pytest.raises(openai.PermissionDeniedError, match="prohibits expert 'math'"):
+        ask(server, key, experts={"only": ["math"]})
 
 
 @pytest.mark.parametrize("stream", [False, True])
