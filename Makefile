@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
+TIMES ?= 20
 # The checkout's folders share names with other projects' packages: keep it off sys.path.
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills demo-model defects lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills demo-model defects repeat-engine-tests lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,6 +45,9 @@ demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 
 defects: $(VENV)/.dev ## Apply every planted defect; fail if a test survives one.
 	$(BIN)/python tests/defects/run.py
+
+repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find what fails by chance.
+	PYTHONPATH=tests/support $(PYTEST) -p enginekit.repeat --repeat $(TIMES) -m engine tests/server/engine
 
 lock: ## Pin and hash what locks/*.in name (needs uv).
 	for part in cpu dev; do uv pip compile --no-deps --generate-hashes --universal \
