@@ -35,7 +35,7 @@ class Closed:
 
 
 class SlotOperator:
-    """The slots of one engine. Its methods are called one after the other, never at once."""
+    """The slots of one engine. Calls about different slots may overlap."""
 
     def __init__(self, engine: Any) -> None:
         """``engine`` is an ``AsyncLLM``."""
@@ -51,12 +51,12 @@ class SlotOperator:
             SlotTaskFailed: some rank could not; the slot may be half written and stays masked.
         """
         await self._engine.collective_rpc("flexgate_load", args=(slot, to_wire(ticket)))
-        return await self._finish(progress)
+        return await self._finish(slot, progress)
 
     async def clear(self, slot: int) -> list[str]:
         """Zero a masked slot on every rank and read it back; returns and raises like :meth:`fill`."""
         await self._engine.collective_rpc("flexgate_clear", args=(slot,))
-        return await self._finish(lambda *_: None)
+        return await self._finish(slot, lambda *_: None)
 
     async def open(self, slot: int, generation: int) -> None:
         """Let sealed gates name the slot: on every rank, then in the engine core; everywhere or nowhere."""
@@ -86,9 +86,9 @@ class SlotOperator:
         command = {"do": do, "slot": slot, "generation": generation}
         return await ask_engine_core(self._engine, SLOTS_UTILITY, command)
 
-    async def _finish(self, progress: Progress) -> list[str]:
+    async def _finish(self, slot: int, progress: Progress) -> list[str]:
         while True:
-            reports = await self._engine.collective_rpc("flexgate_task")
+            reports = await self._engine.collective_rpc("flexgate_task", args=(slot,))
             running = [report for report in reports if report["state"] == "running"]
             done, total = (sum(report[name] for report in reports) for name in ("done", "total"))
             progress(len(reports) - len(running), done, total)

@@ -1,7 +1,8 @@
 """Filling and clearing expert slots of a rank beside its running steps.
 
 The slot is masked for everyone while this works on it: no gate that passes the guard names it, so
-no token reads what is half written. One task at a time; its thread is the worker process's own.
+no token reads what is half written. Every slot has a task and a thread of its own at most, so that
+zeroing one does not wait until another is filled.
 
 Legend as in :mod:`flexgate.server.engine.weights`.
 """
@@ -60,30 +61,30 @@ class SlotWriter:
     """The slots of every layer on one rank, first layer first."""
 
     layers: Sequence[SlotArrays]
-    _report: TaskReport = field(default_factory=lambda: _idle())
-    _thread: threading.Thread | None = None
+    _reports: dict[int, TaskReport] = field(default_factory=dict)
+    _threads: dict[int, threading.Thread] = field(default_factory=dict)
 
     def load(self, slot: int, ticket: WeightsTicket) -> None:
         """Start copying an expert's file into ``slot`` on all layers; this rank checks the file again.
 
         Raises:
-            ResidencyError: another task is running.
+            ResidencyError: the slot is being worked on.
         """
-        self._start(slot, lambda: self._load(slot, ticket))
+        self._start(slot, lambda report: self._load(report, ticket))
 
     def clear(self, slot: int) -> None:
         """Start zeroing ``slot`` on all layers; raises like :meth:`load`."""
-        self._start(slot, lambda: self._clear(slot))
+        self._start(slot, self._clear)
 
-    def report(self) -> TaskReport:
-        """The running task's progress, or how the last one ended."""
-        return TaskReport(**self._report)
+    def report(self, slot: int) -> TaskReport:
+        """The progress of a slot's task, or how its last one ended."""
+        return TaskReport(**self._reports.get(slot, _idle(slot)))
 
-    def wait(self) -> TaskReport:
-        """Wait for the running task."""
-        if self._thread is not None:
-            self._thread.join()
-        return self.report()
+    def wait(self, slot: int) -> TaskReport:
+        """Wait for a slot's task."""
+        if slot in self._threads:
+            self._threads[slot].join()
+        return self.report(slot)
 
     def digest(self, slot: int) -> str:
         """SHA-256 in hexadecimal over what ``slot`` holds, layer by layer."""
@@ -92,38 +93,39 @@ class SlotWriter:
             hasher.update(layer.digest(slot))
         return hasher.hexdigest()
 
-    def _start(self, slot: int, task: Callable[[], None]) -> None:
-        if self._report["state"] == "running":
-            raise ResidencyError(f"this rank is still busy with slot {self._report['slot']}")
-        self._report = TaskReport(state="running", slot=slot, done=0, total=len(self.layers), digest="", error="")
-        self._thread = threading.Thread(target=self._run, args=(slot, task), name="flexgate-slots", daemon=True)
-        self._thread.start()
+    def _start(self, slot: int, task: Callable[[TaskReport], None]) -> None:
+        if self.report(slot)["state"] == "running":
+            raise ResidencyError(f"this rank is still busy with slot {slot}")
+        report = TaskReport(state="running", slot=slot, done=0, total=len(self.layers), digest="", error="")
+        self._reports[slot] = report
+        thread = threading.Thread(target=self._run, args=(report, task), name=f"flexgate-slot-{slot}", daemon=True)
+        self._threads[slot] = thread
+        thread.start()
 
-    def _run(self, slot: int, task: Callable[[], None]) -> None:
-        report = self._report
+    def _run(self, report: TaskReport, task: Callable[[TaskReport], None]) -> None:
         try:
             with torch.inference_mode():
-                task()
-                report["digest"] = self.digest(slot)
+                task(report)
+                report["digest"] = self.digest(report["slot"])
             report["state"] = "done"
         except BaseException as error:
-            logger.error("slot %d: %s", slot, error)
+            logger.error("slot %d: %s", report["slot"], error)
             report["error"] = f"{type(error).__name__}: {error}"
             report["state"] = "failed"
 
-    def _load(self, slot: int, ticket: WeightsTicket) -> None:
+    def _load(self, report: TaskReport, ticket: WeightsTicket) -> None:
         with open_weights(ticket) as weights:
             if weights.layers != len(self.layers):
                 raise ResidencyError(f"the expert has {weights.layers} layers, the model {len(self.layers)}")
             for number, layer in enumerate(self.layers):
-                layer.write(slot, weights.layer(number))
-                self._report["done"] += 1
+                layer.write(report["slot"], weights.layer(number))
+                report["done"] += 1
 
-    def _clear(self, slot: int) -> None:
+    def _clear(self, report: TaskReport) -> None:
         for layer in self.layers:
-            layer.clear(slot)
-            self._report["done"] += 1
+            layer.clear(report["slot"])
+            report["done"] += 1
 
 
-def _idle() -> TaskReport:
-    return TaskReport(state="idle", slot=-1, done=0, total=0, digest="", error="")
+def _idle(slot: int) -> TaskReport:
+    return TaskReport(state="idle", slot=slot, done=0, total=0, digest="", error="")

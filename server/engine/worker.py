@@ -129,9 +129,9 @@ class GatedWorker(_Worker):
         self._table.require_masked(slot)
         self._slots.clear(slot)
 
-    def flexgate_task(self) -> TaskReport:
-        """How far the last :meth:`flexgate_load` or :meth:`flexgate_clear` is on this rank."""
-        return self._slots.report()
+    def flexgate_task(self, slot: int) -> TaskReport:
+        """How far the last :meth:`flexgate_load` or :meth:`flexgate_clear` of a slot is on this rank."""
+        return self._slots.report(slot)
 
     def flexgate_open(self, slot: int, generation: int) -> None:
         """Let gates name ``slot`` from the next step on."""

@@ -1,7 +1,8 @@
 """Adding an expert: private copy, checks, masked slot on every rank, canary, commit, publish.
 
 Whatever fails before the commit leaves the slot zeroed and nothing else behind; what was committed
-is what a restart comes back to.
+is what a restart comes back to, and nothing undoes it. A server that is stopped in the middle undoes
+nothing either: its memory is gone, and the next start removes copies that were not committed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flexgate.experts.errors import ExpertsError
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Adding:
-    """The steps of one job. The residence's lock is the caller's to hold."""
+    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock."""
 
     def __init__(
         self,
@@ -57,13 +59,18 @@ class Adding:
         Raises:
             ExpertError: nothing was changed.
         """
-        with await self._take_in(job, source) as package:
-            try:
-                self._check_owner(package.manifest, owner)
-                return await self._load(job, package)
-            except BaseException:
-                await asyncio.to_thread(shutil.rmtree, package.directory, ignore_errors=True)
-                raise
+        self._residence.arriving.add(job.id)
+        try:
+            with await self._take_in(job, source) as package:
+                try:
+                    self._check_owner(package.manifest, owner)
+                    return await self._load(job, package)
+                except Exception:
+                    if not job.committed:
+                        await asyncio.to_thread(shutil.rmtree, package.directory, ignore_errors=True)
+                    raise
+        finally:
+            self._residence.arriving.discard(job.id)
 
     async def _take_in(self, job: Job, source: Path) -> VerifiedPackage:
         loop, places = asyncio.get_running_loop(), self._residence.places
@@ -93,25 +100,34 @@ class Adding:
 
     async def _load(self, job: Job, package: VerifiedPackage) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
-        former = residence.find(manifest.id)
-        if former is not None:
-            await asyncio.to_thread(self._check_version, manifest)
-        slot = residence.free_slot()
-        generation = await asyncio.to_thread(residence.repository.epoch) + 1
+        await asyncio.to_thread(self._check_version, manifest)
+        slot = residence.take_slot()
         try:
             digests = await self._fill(job, package, slot)
-            await self._try(job, manifest.id, slot, generation)
-            await self._commit(job, package, slot, generation)
-        except BaseException:
-            await residence.give_back(slot)
+            async with residence.changing:
+                return await self._make_live(job, package, slot, digests)
+        except Exception:
+            if not job.committed:
+                await residence.give_back(slot)
             raise
-        await job.at("dark")
-        await asyncio.to_thread(self._confirm)
-        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=True)
+
+    async def _make_live(self, job: Job, package: VerifiedPackage, slot: int, digests: list[str]) -> ExpertInfo | None:
+        manifest, residence = package.manifest, self._residence
+        await asyncio.to_thread(self._check_version, manifest)
+        former = residence.find(manifest.id)
+        generation = await asyncio.to_thread(residence.repository.epoch) + 1
+        await self._try(job, manifest.id, slot, generation)
+        await self._commit(job, package, slot, generation)
+        job.committed = True
         if former is not None:
             residence.soil(former.slot)
             residence.retiring[manifest.id].append(former)
+        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=True)
+        await job.at("dark")
+        with suppress(PolicyError):  # else the next poll sees it
+            await asyncio.to_thread(self._confirm)
         residence.client.publish((*residence.others(manifest.id), info), generation)
+        residence.keep(slot)
         logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)
         await job.at("live")
         result = {"slot": slot, "generation": generation, "weights_epoch": generation, "digests": digests}
@@ -155,6 +171,8 @@ class Adding:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
 
     def _check_version(self, manifest: Manifest) -> None:
+        if self._residence.find(manifest.id) is None:
+            return
         known = self._residence.repository.added()
         loaded = next((entry.version for entry in known if entry.expert == manifest.id), 0)
         if manifest.version <= loaded:

@@ -19,7 +19,10 @@ State = Literal["running", "succeeded", "failed"]
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """One expert on its way in. Times are Unix seconds; `done` of `total` is in `unit`."""
+    """One expert on its way in. Times are Unix seconds; `done` of `total` is in `unit`.
+
+    `committed` says that a restart will load it, whatever happens now.
+    """
 
     id: str
     package: str
@@ -35,6 +38,7 @@ class Job:
     finished: float | None = None
     error: dict[str, str] | None = None
     result: dict[str, Any] | None = None
+    committed: bool = False
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _revision: int = 0
 

@@ -61,9 +61,13 @@ class Places:
 
 
 class Residence:
-    """Shared by everything that changes slots. `changing` is held from a change's first step to its last.
+    """Shared by everything that changes slots.
+
+    `changing` is held while what is served changes, never while files are copied or slots are filled: a
+    withdrawal does not wait until somebody's expert has been loaded.
 
     Attributes:
+        arriving: names of private copies that are being made and loaded.
         retiring: former versions that requests may still be using, by expert.
     """
 
@@ -73,6 +77,7 @@ class Residence:
         self.repository = repository
         self.places = places
         self.changing = asyncio.Lock()
+        self.arriving: set[str] = set()
         self.retiring: dict[str, list[ExpertInfo]] = defaultdict(list)
         self._dirty: set[int] = set()
         self._base: BaseIdentity | None = None
@@ -85,8 +90,8 @@ class Residence:
         """All loaded experts but one."""
         return tuple(info for info in self.client.experts() if info.id != expert)
 
-    def free_slot(self) -> int:
-        """The lowest slot that is clean and nobody's; raises `ChangeConflict`."""
+    def take_slot(self) -> int:
+        """Reserve the lowest slot that is clean and nobody's; raises `ChangeConflict`."""
         taken = {info.slot for info in self.client.experts()} | self._dirty
         free = [slot for slot in range(self.client.slots) if slot not in taken]
         if not free:
@@ -95,11 +100,16 @@ class Residence:
                 "or start the server with a larger --max-experts.",
                 code="slots_full",
             )
+        self.soil(free[0])
         return free[0]
 
     def soil(self, slot: int) -> None:
         """The slot holds something that nobody may reach: not free until it was cleared."""
         self._dirty.add(slot)
+
+    def keep(self, slot: int) -> None:
+        """A reserved slot has become a loaded expert's."""
+        self._dirty.discard(slot)
 
     async def base(self) -> BaseIdentity:
         """The identity of the served base model; read once."""
@@ -108,8 +118,7 @@ class Residence:
         return self._base
 
     async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
-        """Load an expert into a free slot on every rank; raises `EngineFailed`."""
-        self.soil(slot)
+        """Load an expert into a reserved slot on every rank; raises `EngineFailed`."""
         try:
             return await self.slots.fill(slot, ticket, progress)
         except Exception as error:
@@ -135,7 +144,7 @@ class Residence:
         await asyncio.to_thread(self._forget_copies)
 
     def _forget_copies(self) -> None:
-        kept = {entry.package for entry in self.repository.added()}
+        kept = {entry.package for entry in self.repository.added()} | self.arriving
         if self.places.private.is_dir():
             for path in self.places.private.iterdir():
                 if path.name not in kept:

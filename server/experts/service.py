@@ -104,8 +104,7 @@ class ExpertService:
 
     async def _run(self, job: Job, source: Path, owner: str | None, move: bool) -> None:
         try:
-            async with self._residence.changing:
-                former = await self._adding.add(job, source, owner)
+            former = await self._adding.add(job, source, owner)
         except ExpertError as error:
             logger.warning("job %s failed at %s: %s", job.id, job.stage, error)
             await job.fail(error.code, str(error), self._clock())

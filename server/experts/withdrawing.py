@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError
@@ -114,7 +115,8 @@ class Withdrawing:
             raise EngineFailed(
                 f"Expert '{info.id}' is withdrawn and no restart loads it, but the engine failed: {error}. Restart it."
             ) from error
-        await asyncio.to_thread(self._confirm)
+        with suppress(PolicyError):  # else the next poll sees it
+            await asyncio.to_thread(self._confirm)
         await residence.forget_copies()
         record = {
             "object": "expert.revocation",

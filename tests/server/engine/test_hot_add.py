@@ -50,13 +50,13 @@ def add(ticket: WeightsTicket, generation: int, steps: tuple[int, int] = (0, 0))
     begin, live = steps
     return [
         SlotChange(begin, "fill", NEW, ticket=ticket),
-        SlotChange(live, "settle"),
+        SlotChange(live, "settle", NEW),
         SlotChange(live, "open", NEW, generation),
     ]
 
 
 def revoke(step: int = 0) -> list[SlotChange]:
-    return [SlotChange(step, "close", NEW), SlotChange(step, "clear", NEW), SlotChange(step, "settle")]
+    return [SlotChange(step, "close", NEW), SlotChange(step, "clear", NEW), SlotChange(step, "settle", NEW)]
 
 
 def crowd(gates: list[tuple[int, ...]], tokens: int = 6) -> list[Ask]:
@@ -154,8 +154,8 @@ def test_a_file_that_changed_after_its_check_is_not_loaded(
     data[-7] ^= 1
     swapped.write_bytes(data)
     with pytest.raises(RuntimeError, match="DigestMismatch"):
-        smaller.change(SlotChange(0, "fill", NEW, ticket=replace(ticket, path=swapped)), SlotChange(0, "settle"))
-    smaller.change(SlotChange(0, "clear", NEW), SlotChange(0, "settle"))
+        smaller.change(SlotChange(0, "fill", NEW, ticket=replace(ticket, path=swapped)), SlotChange(0, "settle", NEW))
+    smaller.change(SlotChange(0, "clear", NEW), SlotChange(0, "settle", NEW))
 
 
 def test_a_live_slot_is_neither_written_nor_cleared(smaller: ScriptedEngine, ticket: WeightsTicket) -> None:

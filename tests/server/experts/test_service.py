@@ -12,6 +12,7 @@ from packagekit import make_package, write_model
 from residencykit.local import Local, local
 
 from flexgate.experts.signature import TrustedKeys
+from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
@@ -229,3 +230,43 @@ async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local,
     assert here.client.published[-1] == ("public", "news")
     assert here.slots.digests(2) == zeros(here)
     assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
+
+
+async def test_a_withdrawal_does_not_wait_until_another_expert_is_loaded(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    here.slots.hold = asyncio.Event()
+    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
+    while not here.slots.held:
+        await asyncio.sleep(0.001)
+    record = await asyncio.wait_for(here.service.revoke("news", actor="key_admin"), 5)
+    assert record["weights_epoch"] == 2
+    here.slots.hold.set()
+    job = await adding
+    assert job.state == "succeeded"
+    assert job.result["generation"] == 3
+    assert here.client.published[-1] == ("public", "math")
+
+
+async def test_two_experts_arrive_at_the_same_time_in_slots_of_their_own(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    packages = [package(tmp_path, anchor, expert=expert) for expert in ("a", "b", "c")]
+    jobs = await asyncio.gather(*(here.add(path) for path in packages))
+    assert [job.state for job in jobs] == ["succeeded"] * 3
+    assert sorted(job.result["slot"] for job in jobs) == [2, 3, 4]
+    assert sorted(job.result["generation"] for job in jobs) == [2, 3, 4]
+    assert sorted(here.client.published[-1]) == ["a", "b", "c", "news", "public"]
+
+
+async def test_what_was_committed_is_not_undone_when_the_policy_cannot_be_confirmed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    def fail() -> None:
+        raise StoreUnavailable("away")
+
+    here.service._adding._confirm = fail
+    job = await here.add(package(tmp_path, anchor))
+    assert job.state == "succeeded"
+    assert here.client.published[-1] == ("public", "news", "math")
+    assert (tmp_path / "experts" / job.id / "manifest.json").is_file()

@@ -249,7 +249,7 @@ class _Engine:
         import time
 
         while True:
-            reports = self.engine.collective_rpc("flexgate_task")
+            reports = self.engine.collective_rpc("flexgate_task", args=(change.slot,))
             if all(report["state"] != "running" for report in reports):
                 break
             time.sleep(0.001)

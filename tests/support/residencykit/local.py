@@ -53,19 +53,24 @@ class LocalSlots:
     table: SlotTable
     ranks: list[SlotWriter]
     fails: dict[str, int] = field(default_factory=dict)  # what shall go wrong, and how often
+    hold: asyncio.Event | None = None  # filling waits for it
+    held: bool = False
 
     async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
         self.table.require_masked(slot)
         wired = to_wire(ticket)
+        if self.hold is not None:
+            self.held = True
+            await self.hold.wait()
         for rank in self.ranks:
             rank.load(slot, from_wire(wired))
-        return await self._finish("fill", progress)
+        return await self._finish("fill", slot, progress)
 
     async def clear(self, slot: int) -> list[str]:
         self.table.require_masked(slot)
         for rank in self.ranks:
             rank.clear(slot)
-        return await self._finish("clear", lambda *_: None)
+        return await self._finish("clear", slot, lambda *_: None)
 
     async def open(self, slot: int, generation: int) -> None:
         self._fail("open")
@@ -82,11 +87,11 @@ class LocalSlots:
     def digests(self, slot: int) -> list[str]:
         return [rank.digest(slot) for rank in self.ranks]
 
-    async def _finish(self, what: str, progress: Progress) -> list[str]:
-        while any(rank.report()["state"] == "running" for rank in self.ranks):
+    async def _finish(self, what: str, slot: int, progress: Progress) -> list[str]:
+        while any(rank.report(slot)["state"] == "running" for rank in self.ranks):
             await asyncio.sleep(0.001)
         self._fail(what)
-        reports = [rank.report() for rank in self.ranks]
+        reports = [rank.report(slot) for rank in self.ranks]
         progress(len(reports), sum(r["done"] for r in reports), sum(r["total"] for r in reports))
         for number, report in enumerate(reports):
             if report["state"] != "done":
@@ -155,7 +160,7 @@ def local(
     if "news" in without:
         for rank in slots.ranks:
             rank.clear(1)
-            rank.wait()
+            rank.wait(1)
     client = LocalClient(experts, epoch)
     places = Places(private=directory / "experts", base=lambda: base_identity(anchor), trusted_keys=None)
     recorded: list[tuple[str, str, dict[str, Any]]] = []
