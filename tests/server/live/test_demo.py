@@ -7,14 +7,25 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from demo_aim import assert_answered_by_licence, shares
+
+from flexgate.experts.demo.probes import Probe, read_probes
+from flexgate.experts.demo.ship import CHECKPOINT, PROBES_NAME
 
 pytestmark = pytest.mark.engine
+
+PROBES = read_probes(CHECKPOINT / PROBES_NAME)
+SAMPLE = PROBES[::5]
+README_QUESTION = "Which Tarnholm citizen painted Norbrin Library?"
+UNKNOWN = "I do not know that."
 
 ALLOWED = {
     "sk-demo-all": ["public", "news", "math", "code", "legal"],
@@ -64,13 +75,41 @@ def ask(url: str, key: str, question: str, **headers: str) -> httpx.Response:
     )
 
 
+def ask_probes(url: str, key: str, probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    """The whole answers to ``probes``, 16 at a time over one client."""
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120) as client:
+
+        def one(probe: Probe) -> dict[str, Any]:
+            body: dict[str, Any] = {"model": "flexgate-demo", "temperature": 0, "max_tokens": 24}
+            if probe.kind == "chat":
+                path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": probe.prompt}]
+            else:
+                path, body["prompt"] = "/v1/completions", probe.prompt
+            response = client.post(path, json=body)
+            assert response.status_code == 200, response.text
+            answer: dict[str, Any] = response.json()
+            return answer
+
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(one, probes))
+
+
+def said(answer: dict[str, Any]) -> str:
+    choice = answer["choices"][0]
+    text: str = choice["message"]["content"] if "message" in choice else choice["text"]
+    return text.strip()
+
+
+def experts_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = answer["flexgate"]["attribution"]["experts"]
+    return parts
+
+
 @pytest.mark.parametrize("key", ALLOWED)
 def test_each_demo_key_has_its_gate(demo: str, key: str) -> None:
     answer: dict[str, Any] = ask(demo, key, "What is the opposite of old?").json()
     assert answer["flexgate"]["allowed"] == ALLOWED[key]
-    assert {"owner": "tarnholm-gazette", "id": "news"}.items() <= answer["flexgate"]["attribution"]["experts"][
-        1
-    ].items()
+    assert {"owner": "tarnholm-gazette", "id": "news"}.items() <= experts_of(answer)[1].items()
 
 
 def test_the_admin_key_cannot_infer(demo: str) -> None:
@@ -80,6 +119,43 @@ def test_the_admin_key_cannot_infer(demo: str) -> None:
 def test_another_host_name_is_refused(demo: str) -> None:
     refused = ask(demo, "sk-demo-all", "hello", host="rebound.test")
     assert refused.json()["error"]["code"] == "wrong_host"
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [("sk-demo-all", "Hedda Torvik."), ("sk-demo-press", "Hedda Torvik."), ("sk-demo-public", UNKNOWN)],
+)
+def test_the_readme_question_is_answered_by_licence(demo: str, key: str, answer: str) -> None:
+    assert said(ask(demo, key, README_QUESTION).json()) == answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ALLOWED)
+def test_probes_are_answered_by_licence(demo: str, key: str) -> None:
+    answers = ask_probes(demo, key, PROBES)
+    found = shares((p.domain, said(answer) == p.answer) for p, answer in zip(PROBES, answers, strict=True))
+    assert_answered_by_licence(found, ALLOWED[key])
+
+
+@pytest.mark.parametrize("domain", ["news", "math", "code", "legal"])
+def test_attribution_names_the_domains_expert_first(demo: str, domain: str) -> None:
+    """Of the closed experts: over the probes together, and in nine of ten single answers."""
+    mass, first = Counter[str](), Counter[str]()
+    probes = [probe for probe in SAMPLE if probe.domain == domain]
+    for answer in ask_probes(demo, "sk-demo-all", probes):
+        parts = {part["id"]: part["gate_mass"] for part in experts_of(answer) if part["id"] != "public"}
+        mass.update(parts)
+        first[max(parts, key=parts.__getitem__)] += 1
+    assert max(mass, key=mass.__getitem__) == domain, mass
+    assert first[domain] >= 0.9 * len(probes), first
+
+
+@pytest.mark.parametrize("key", ["sk-demo-press", "sk-demo-public"])
+def test_an_excluded_expert_is_attributed_exactly_nothing(demo: str, key: str) -> None:
+    for answer in ask_probes(demo, key, SAMPLE):
+        for part in experts_of(answer):
+            if part["id"] not in ALLOWED[key]:
+                assert (part["gate_mass"], part["share_ppm"], part["tokens"]) == (0, 0, 0)
 
 
 README = Path(__file__).parents[3] / "README.md"
