@@ -19,6 +19,8 @@ from flexgate.policies.audit import Event
 from flexgate.policies.errors import StoreError
 
 MAX_KINDS: Final = 1024
+MAX_KINDS_OF_ONE: Final = 16
+"""Of one actor in one batch; what is beyond is counted without its reasons, so that nobody fills the log alone."""
 MAX_REQUEST_IDS: Final = 8
 FLUSH_EVERY_S: Final = 0.25
 ACTION: Final = "request.denied"
@@ -116,8 +118,11 @@ class Denials:
             logger.error("%d denied requests could not be written to the audit log", self.waiting())
 
     def _merge(self, denial: Denial, counted: _Counted) -> None:
-        if denial not in self._waiting and len(self._waiting) >= MAX_KINDS:
-            denial = Denial(MANY, None, MANY, denial.status, denial.code)
+        if denial not in self._waiting:
+            if sum(other.actor == denial.actor for other in self._waiting) >= MAX_KINDS_OF_ONE:
+                denial = denial._replace(param=None, rules=())
+            if denial not in self._waiting and len(self._waiting) >= MAX_KINDS:
+                denial = Denial(MANY, None, MANY, denial.status, denial.code)
         known = self._waiting.get(denial)
         if known is None:
             self._waiting[denial] = counted

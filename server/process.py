@@ -8,12 +8,13 @@ process before the engine's processes are stopped, so it is not used.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,7 +53,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     engine_settings = _engine_settings(settings, model)
     checkpoint = plan(engine_settings).checkpoint
     _require_tokenizer(model)
-    with _bound(settings.host, settings.port) as sock, _store(settings) as store:
+    with _bound(settings.host, settings.port) as sock, _alone(settings.directory()), _store(settings) as store:
         store.migrate()
         before = at_start(store, checkpoint.experts)
         engine_settings = replace(
@@ -132,8 +133,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
     finally:
         for task in tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
         services.denials.close()
         services.spending.close()
         services.policy.withdraw()
@@ -196,6 +196,19 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     with sock:
         yield sock
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else keeps its experts there: a server removes copies that its store does not name."""
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"another server keeps its experts in {directory}; give this one a --state-dir of its own"
+            ) from error
+        yield
 
 
 @contextmanager

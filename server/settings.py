@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 from pathlib import Path
@@ -44,8 +45,9 @@ class StoreSettings(BaseSettings):
         return f"sqlite:///{self._state() / ('demo.db' if self.demo else 'flexgate.db')}"
 
     def directory(self) -> Path:
-        """Where private copies of packages are kept, the demo's apart from others. Makes the directory."""
-        directory = self._state() / ("demo" if self.demo else "served")
+        """Where private copies of packages are kept, for every database apart from others. Makes the directory."""
+        name = "demo" if self.demo else "served-" + hashlib.sha256(self.database().encode()).hexdigest()[:12]
+        directory = self._state() / name
         directory.mkdir(exist_ok=True, mode=0o700)
         return directory
 

@@ -320,7 +320,7 @@ class GatedEngineClient:
         request_id = f"flexgate-{uuid.uuid4().hex}"
         params = sampling_params.clone()
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
-        call._names, call._layers = self._names, self._layers
+        call._names, call._layers = self._names_for(call.grant), self._layers
         self._calls[request_id] = call
         cumulative = params.output_kind != RequestOutputKind.DELTA
         outputs = self._engine.generate(prompt, params, request_id, **options)
@@ -332,6 +332,13 @@ class GatedEngineClient:
         finally:
             await outputs.aclose()
             del self._calls[request_id]
+
+    def _names_for(self, grant: GateGrant) -> tuple[str | None, ...]:
+        """Who is in each slot, by this call's gate; a slot may have changed hands since it was granted."""
+        names = list(self._names)
+        for lease in grant.experts:
+            names[lease.slot] = lease.expert
+        return tuple(names)
 
     def _gate(self, call: GatedCall, request_id: str) -> Gate:
         grant = call.grant

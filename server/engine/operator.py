@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,12 @@ class SlotOperator:
         Raises:
             SlotTaskFailed: some rank could not; the slot may be half written and stays masked.
         """
-        await self._engine.collective_rpc("flexgate_load", args=(slot, to_wire(ticket)))
+        try:
+            await self._engine.collective_rpc("flexgate_load", args=(slot, to_wire(ticket)))
+        except Exception:
+            with suppress(SlotTaskFailed):  # some ranks may have begun; the slot is theirs until they are done
+                await self._finish(slot, progress)
+            raise
         return await self._finish(slot, progress)
 
     async def clear(self, slot: int) -> list[str]:

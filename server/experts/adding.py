@@ -63,7 +63,8 @@ class Adding:
         try:
             with await self._take_in(job, source) as package:
                 try:
-                    self._check_owner(package.manifest, owner)
+                    await asyncio.to_thread(self._check_owner, package.manifest, owner)
+                    job.expert, job.version = package.manifest.id, package.manifest.version
                     return await self._load(job, package)
                 except Exception:
                     if not job.committed:
@@ -93,8 +94,8 @@ class Adding:
                 progress=progress,
             )
         except ExpertsError as error:
-            raise PackageRefused(f"{error}.") from error
-        job.expert, job.version = package.manifest.id, package.manifest.version
+            told = str(error).replace(str(source), job.package).replace(str(places.private), "the server")
+            raise PackageRefused(f"{told}.") from error
         await job.at("verified")
         return package
 
@@ -168,7 +169,15 @@ class Adding:
         try:
             await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
         except PolicyError as error:
+            if await asyncio.to_thread(self._was_committed, added):
+                return  # and its answer was lost
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+
+    def _was_committed(self, added: Added) -> bool:
+        try:
+            return added in self._residence.repository.added()
+        except PolicyError:
+            return False
 
     def _check_version(self, manifest: Manifest) -> None:
         if self._residence.find(manifest.id) is None:
@@ -184,6 +193,7 @@ class Adding:
     def _check_owner(self, manifest: Manifest, owner: str | None) -> None:
         if owner is not None and manifest.owner != owner:
             raise ChangeConflict(
-                f"The package is of the owner '{manifest.owner}', and this key acts for '{owner}'.",
+                f"The package is of another owner than '{owner}', for whom this key acts.",
                 code="expert_of_another_owner",
             )
+        self._residence.repository.require_owner(manifest)

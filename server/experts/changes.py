@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import ExpertId
+from flexgate.server.admin.queries import parse_query
 from flexgate.server.auth import AuthError, Principal, require_role
 from flexgate.server.body import read_json
 from flexgate.server.context import identify
@@ -28,6 +29,7 @@ from flexgate.server.refusals import UNKNOWN_EXPERT, from_auth
 from flexgate.server.services import Services
 
 CHANGES = (Role.ADMIN, Role.OWNER)
+MOST_JOBS = 4
 
 
 class ExpertChanges:
@@ -43,11 +45,19 @@ class ExpertChanges:
         """Begin to add an expert: 202 with a job."""
         principal, _ = await self._who(request, *CHANGES)
         body = parsed(AddBody, await self._json(request))
+        if self._service.jobs.running(principal.key_id) >= MOST_JOBS:
+            raise ApiError(
+                f"{MOST_JOBS} jobs of this key are running. Wait for one of them.",
+                status=HTTPStatus.CONFLICT,
+                code="too_many_jobs",
+            )
         actor, owner = principal.key_id, principal.owner_id
         if body.upload is not None:
             source = self._uploads.take(self._uploads.get(body.upload, actor))
             job = self._service.start_add(source, name=body.upload, actor=actor, owner=owner, move=True)
         else:
+            if principal.role is Role.OWNER:
+                raise Invalid("An owner's key adds packages by upload.", param="package", code="upload_required")
             source = self._under_experts_dir(body.package or "")
             job = self._service.start_add(source, name=source.name, actor=actor, owner=owner)
         location = {"location": f"/v1/expert_jobs/{job.id}"}
@@ -119,7 +129,7 @@ class ExpertChanges:
         )
 
     def _query(self, request: Request, kind: type[M]) -> M:
-        return parsed(kind, dict(request.query_params))
+        return parse_query(request.query_params.multi_items(), kind)
 
     def _under_experts_dir(self, name: str) -> Path:
         if self._packages is None:

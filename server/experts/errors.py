@@ -3,15 +3,15 @@
 ExpertError              a code for programs, a sentence for people
 ├── NotResident          no such expert is loaded, or it is none of the caller's
 ├── PackageRefused       the package itself may not be used
-├── ChangeConflict       it cannot be loaded as things stand: version, owner, slots, another change
-└── EngineFailed         a rank could not do its part; what was begun is undone
+├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, store, another change
+└── EngineFailed         a rank could not do its part: of an add nothing is left, a withdrawal stays committed
 """
 
 from __future__ import annotations
 
 
 class ExpertError(Exception):
-    """Nothing was changed. `code` is stable; `str(error)` is for the caller."""
+    """What was asked for was not done. `code` is stable; `str(error)` is for the caller."""
 
     code = "expert_error"
 

@@ -108,6 +108,10 @@ class Jobs:
             del self._jobs[id_]
         return job
 
+    def running(self, actor: str) -> int:
+        """How many jobs of a key have not ended."""
+        return sum(job.state == "running" and job.actor == actor for job in self._jobs.values())
+
     def get(self, id_: str) -> Job | None:
         """A job by its id."""
         return self._jobs.get(id_)

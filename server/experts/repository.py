@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from flexgate.experts.manifest import Manifest
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert
+from flexgate.policies.terms import ExpertId
 from flexgate.server.experts.errors import ChangeConflict
 
-MAX_DOMAIN = 200
+MAX_DOMAIN: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,11 @@ class ResidencyRepository:
             for change in self._store.weights().added
         )
 
-    def owner(self, expert: str) -> str | None:
-        """The owner that the catalogue names."""
-        known = self._store.snapshot().experts
-        found = next((entry for entry in known.values() if entry.id == expert), None)
-        return None if found is None else found.owner
+    def require_owner(self, manifest: Manifest) -> None:
+        """Refuse a package whose id belongs to another owner; raises `ChangeConflict`."""
+        known = self._store.snapshot().experts.get(ExpertId(manifest.id))
+        if known is not None:
+            _require_owner(known, manifest)
 
     def add(self, manifest: Manifest, added: Added, *, actor: str, at: float) -> None:
         """Commit that an expert is resident: dark, until some agreement permits it.
@@ -93,11 +95,16 @@ class ResidencyRepository:
 
 def _put(change: Change, manifest: Manifest) -> None:
     known = change.get(Expert, manifest.id)
-    if known is not None and known.owner != manifest.owner:
-        raise ChangeConflict(
-            f"Expert '{manifest.id}' belongs to another owner. A package of '{manifest.owner}' needs an id of its own.",
-            code="expert_of_another_owner",
-        )
+    if known is not None:
+        _require_owner(known, manifest)
     visibility = "listed" if known is None else known.visibility
     domain = manifest.domain[:MAX_DOMAIN]
     change.put(Expert(id=manifest.id, owner=manifest.owner, domain=domain, live=True, visibility=visibility))
+
+
+def _require_owner(known: Expert, manifest: Manifest) -> None:
+    if known.owner != manifest.owner:
+        raise ChangeConflict(
+            f"The id '{manifest.id}' cannot be used by '{manifest.owner}'. Choose another one.",
+            code="expert_of_another_owner",
+        )

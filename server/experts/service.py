@@ -7,15 +7,17 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from flexgate.experts.errors import ExpertsError
+from flexgate.experts.errors import ExpertsError, SignatureInvalid
 from flexgate.experts.manifest import Manifest, parse_manifest
-from flexgate.experts.package import MANIFEST_NAME, WEIGHTS_NAME, WeightsTicket
+from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME, WeightsTicket
+from flexgate.policies.errors import PolicyError
 from flexgate.server.engine.client import ExpertInfo
 from flexgate.server.experts.adding import Adding, Canary
-from flexgate.server.experts.errors import ExpertError, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
@@ -71,6 +73,8 @@ class ExpertService:
     async def restore(self, stage: Callable[[str, int, int], None]) -> None:
         """Load what was added before the last stop, before anything is served.
 
+        What is not signed by a key that is trusted now is left out, and said in the log.
+
         Raises:
             PackageRefused: a private copy is missing, damaged, or belongs to another base model.
             EngineFailed: a rank cannot load it.
@@ -80,7 +84,11 @@ class ExpertService:
         await residence.forget_copies()
         for entry in added:
             stage(f"loading expert {entry.expert}", 0, 0)
-            manifest = await self._recall(entry)
+            try:
+                manifest = await self._recall(entry)
+            except SignatureInvalid as error:
+                logger.error("expert %s is left out: %s", entry.expert, error)
+                continue
             identity = manifest.base.identity()
             path = residence.places.private / entry.package / WEIGHTS_NAME
             ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype)
@@ -98,9 +106,13 @@ class ExpertService:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             for info in self._residence.client.experts():
-                if info.id in withdrawn():
+                if info.id not in withdrawn():
+                    continue
+                try:
                     async with self._residence.changing:
                         await self._withdrawing.obey(info)
+                except (PolicyError, ExpertError) as error:
+                    logger.error("expert %s was withdrawn elsewhere and is not out yet: %s", info.id, error)
 
     async def _run(self, job: Job, source: Path, owner: str | None, move: bool) -> None:
         try:
@@ -117,11 +129,33 @@ class ExpertService:
             if move:
                 await asyncio.to_thread(shutil.rmtree, source, ignore_errors=True)
         if former is not None:
-            await self._retire(former)
+            try:
+                await self._retire(former)
+            except (PolicyError, ExpertError) as error:
+                logger.error("the former version of expert %s is not out yet: %s", former.id, error)
 
     async def _revoke(self, expert: str, actor: str, drain_seconds: float) -> dict[str, Any]:
+        info = self._withdrawing.resident(expert)
+        if drain_seconds:
+            await self._drain(info, drain_seconds)
         async with self._residence.changing:
-            return await self._withdrawing.revoke(expert, actor=actor, drain_seconds=drain_seconds)
+            try:
+                return await self._withdrawing.revoke(expert, actor=actor)
+            except ChangeConflict:
+                self._wake(info)
+                raise
+
+    async def _drain(self, info: ExpertInfo, seconds: float) -> None:
+        """Seal no more gates for an expert, and wait for those that are out; holds up nobody else's change."""
+        client = self._residence.client
+        asleep = replace(info, live=False)
+        client.publish((*self._residence.others(info.id), asleep), client.weights_epoch)
+        await self._withdrawing.drained(info, seconds)
+
+    def _wake(self, info: ExpertInfo) -> None:
+        if replace(info, live=False) in self._residence.client.experts():
+            client = self._residence.client
+            client.publish((*self._residence.others(info.id), info), client.weights_epoch)
 
     async def _retire(self, former: ExpertInfo) -> None:
         """Let requests finish with the version that was replaced, then zero its slot."""
@@ -136,10 +170,16 @@ class ExpertService:
 
     async def _recall(self, entry: Added) -> Manifest:
         """The manifest of a private copy of an earlier run; every rank checks the weights again."""
-        path = self._residence.places.private / entry.package / MANIFEST_NAME
+        places = self._residence.places
+        path = places.private / entry.package / MANIFEST_NAME
         try:
-            manifest = parse_manifest(await asyncio.to_thread(path.read_bytes))
+            text = await asyncio.to_thread(path.read_bytes)
+            manifest = parse_manifest(text)
+            if places.trusted_keys is not None:
+                places.trusted_keys.signer(manifest.owner, text, _signature(path.with_name(SIGNATURE_NAME)))
             difference = (await self._residence.base()).difference(manifest.base.identity())
+        except SignatureInvalid:
+            raise
         except (ExpertsError, OSError) as error:
             raise PackageRefused(
                 f"expert '{entry.expert}', which was added earlier, cannot be loaded: {error}"
@@ -155,3 +195,9 @@ class ExpertService:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _signature(path: Path) -> bytes:
+    if not path.is_file():
+        raise SignatureInvalid("it is not signed")
+    return path.read_bytes()

@@ -24,7 +24,10 @@ from flexgate.experts.package import MANIFEST_NAME, WEIGHTS_NAME
 from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
 
 META: Final = "upload.json"
-MOST_UPLOADS: Final = 8
+MOST_UPLOADS: Final = 4
+"""Of one key."""
+FREE_BYTES: Final = 1 << 30
+"""What an announced package must leave free on the disk, which the policy database may be on too."""
 KEPT_SECONDS: Final = 24 * 3600.0
 _ID: Final = re.compile(r"upload_[0-9a-f]{24}")
 
@@ -55,17 +58,26 @@ class Uploads:
         self._root = root
         self._most_bytes = most_bytes
         self._clock = clock
+        self._writing: set[str] = set()
 
     def open(self, actor: str, sizes: Mapping[str, int]) -> Upload:
         """Begin an upload; raises `ApiError` for files that are no package, or too much."""
         self._check(sizes)
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._forget_stale()
-        if len(list(self._root.iterdir())) >= MOST_UPLOADS:
+        announced = [json.loads(meta.read_text()) for meta in self._root.glob(f"*/{META}")]
+        if sum(meta["actor"] == actor for meta in announced) >= MOST_UPLOADS:
             raise ApiError(
-                f"{MOST_UPLOADS} uploads are open. Finish or delete one of them.",
+                f"{MOST_UPLOADS} uploads of this key are open. Finish or delete one of them.",
                 status=HTTPStatus.CONFLICT,
                 code="too_many_uploads",
+            )
+        promised = sum(sum(meta["sizes"].values()) for meta in announced)
+        if promised + sum(sizes.values()) + FREE_BYTES > shutil.disk_usage(self._root).free:
+            raise ApiError(
+                "The disk has no room for the package beside those that are being uploaded.",
+                status=HTTPStatus.INSUFFICIENT_STORAGE,
+                code="disk_full",
             )
         id_ = f"upload_{secrets.token_hex(12)}"
         directory = self._root / id_
@@ -100,16 +112,22 @@ class Uploads:
                 code="wrong_offset",
                 details={"received": received},
             )
+        if upload.id in self._writing:
+            raise ApiError("The upload is being written to.", status=HTTPStatus.CONFLICT, code="upload_busy")
+        self._writing.add(upload.id)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(upload.directory / name, flags, 0o600)
+        descriptor = -1
         try:
+            descriptor = os.open(upload.directory / name, flags, 0o600)
             async for chunk in chunks:
                 if received + len(chunk) > upload.sizes[name]:
                     raise TooLarge(f"'{name}' was announced with {upload.sizes[name]} bytes.")
                 await asyncio.to_thread(_write_all, descriptor, chunk)
                 received += len(chunk)
         finally:
-            os.close(descriptor)
+            self._writing.discard(upload.id)
+            if descriptor >= 0:
+                os.close(descriptor)
         return received
 
     def take(self, upload: Upload) -> Path:
@@ -145,7 +163,8 @@ class Uploads:
 
     def _forget_stale(self) -> None:
         for directory in self._root.iterdir():
-            if directory.stat().st_mtime < self._clock() - KEPT_SECONDS:
+            newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+            if newest < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
                 shutil.rmtree(directory, ignore_errors=True)
 
 

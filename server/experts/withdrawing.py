@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError
@@ -46,7 +45,14 @@ class Withdrawing:
         self._record = record
         self._clock = clock
 
-    async def revoke(self, expert: str, *, actor: str, drain_seconds: float) -> dict[str, Any]:
+    def resident(self, expert: str) -> ExpertInfo:
+        """A loaded expert that can be withdrawn; raises `NotResident`."""
+        info = self._residence.find(expert)
+        if info is None or expert == PUBLIC:
+            raise NotResident("No expert of that name is loaded that could be withdrawn.")
+        return info
+
+    async def revoke(self, expert: str, *, actor: str) -> dict[str, Any]:
         """Withdraw an expert for good; returns the record.
 
         Raises:
@@ -55,21 +61,15 @@ class Withdrawing:
             EngineFailed: it is withdrawn, and a rank could not prove that it is gone.
         """
         began, residence = self._clock(), self._residence
-        info = residence.find(expert)
-        if info is None or expert == PUBLIC:
-            raise NotResident("No expert of that name is loaded that could be withdrawn.")
+        info = self.resident(expert)
         before = residence.client.experts()
         residence.client.publish(residence.others(expert), residence.client.weights_epoch)
-        await self.drained(info, drain_seconds)
-        users = self._stop(info)
         try:
             epoch = await asyncio.to_thread(self._commit, info, actor)
         except PolicyError as error:
-            for call in users:
-                call.failed = None
             residence.client.publish(before, residence.client.weights_epoch)
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
-        return await self._take_out(info, users, epoch, actor=actor, began=began)
+        return await self._take_out(info, self._stop(info), epoch, actor=actor, began=began)
 
     async def obey(self, info: ExpertInfo) -> None:
         """Take out an expert that another process on the same store has withdrawn."""
@@ -115,9 +115,7 @@ class Withdrawing:
             raise EngineFailed(
                 f"Expert '{info.id}' is withdrawn and no restart loads it, but the engine failed: {error}. Restart it."
             ) from error
-        with suppress(PolicyError):  # else the next poll sees it
-            await asyncio.to_thread(self._confirm)
-        await residence.forget_copies()
+        await self._tidy(residence.forget_copies(), asyncio.to_thread(self._confirm))
         record = {
             "object": "expert.revocation",
             "expert": info.id,
@@ -131,9 +129,17 @@ class Withdrawing:
             "requested_at": began,
             "effective_at": self._clock(),
         }
-        await asyncio.to_thread(self._record, actor, "weights.cleared", record)
+        await self._tidy(asyncio.to_thread(self._record, actor, "weights.cleared", record))
         logger.info("expert %s is withdrawn from slot %d", info.id, info.slot)
         return record
+
+    async def _tidy(self, *steps: Awaitable[object]) -> None:
+        """What follows once the expert is gone; a store that fails now does not bring it back."""
+        for error in await asyncio.gather(*steps, return_exceptions=True):
+            if isinstance(error, PolicyError):
+                logger.error("after a withdrawal: %s", error)
+            elif isinstance(error, BaseException):
+                raise error
 
 
 async def _undelivered(users: Sequence[GatedCall]) -> int:

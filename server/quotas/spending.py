@@ -55,9 +55,10 @@ class Spending:
         except StoreError:
             self._take_back()
             raise
+        self._settle_written()
         stored = budgets.read_use(self._store.engine)
         with self._lock:
-            self._stored, self._writing, self._asked = stored, {}, False
+            self._stored, self._asked = stored, False
 
     async def run(self) -> None:
         """Refresh for ever, whenever there is something to write or somebody asked."""
@@ -76,6 +77,14 @@ class Spending:
             self.refresh()
         except StoreError:
             logger.error("%d used tokens could not be written", sum(self._unwritten.values()))
+
+    def _settle_written(self) -> None:
+        """What is written counts as stored at once: reading it back may fail, and must not write it again."""
+        with self._lock:
+            if self._stored is not None:
+                for subject, tokens in self._writing.items():
+                    self._stored[subject] = self._stored.get(subject, 0) + tokens
+            self._writing = {}
 
     def _take_back(self) -> None:
         with self._lock:

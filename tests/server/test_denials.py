@@ -9,7 +9,7 @@ import pytest
 from flexgate.policies.audit import Event
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store import Store
-from flexgate.server.denials import MANY, MAX_KINDS, MAX_REQUEST_IDS, Denial, Denials
+from flexgate.server.denials import MANY, MAX_KINDS, MAX_KINDS_OF_ONE, MAX_REQUEST_IDS, Denial, Denials
 
 
 class Sink:
@@ -54,6 +54,18 @@ def test_a_flood_of_kinds_is_bounded_and_counted() -> None:
     assert len(sink.events) == MAX_KINDS + 1
     assert sink.requests() == 3 * MAX_KINDS
     assert sink.events[-1].actor == MANY
+
+
+def test_one_actor_cannot_fill_the_log_by_varying_what_it_asks_for() -> None:
+    sink = Sink()
+    denials = Denials(sink)
+    for number in range(500):
+        rules = ((f"expert-{number}", "no_agreement", "default"),)
+        denials.add(denial()._replace(rules=rules), "req")
+    denials.flush()
+    assert len(sink.events) == MAX_KINDS_OF_ONE + 1
+    assert sink.requests() == 500
+    assert sink.events[-1].detail["rules"] == []
 
 
 def test_what_cannot_be_written_is_kept_and_written_later() -> None:

@@ -270,3 +270,78 @@ async def test_what_was_committed_is_not_undone_when_the_policy_cannot_be_confir
     assert job.state == "succeeded"
     assert here.client.published[-1] == ("public", "news", "math")
     assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
+
+
+async def test_an_add_whose_commit_was_made_and_not_answered_is_not_undone(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    repository = here.service._residence.repository
+    commit = repository.add
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        commit(*args, **kwargs)
+        raise StoreUnavailable("the answer was lost")
+
+    repository.add = lost  # type: ignore[method-assign]
+    job = await here.add(package(tmp_path, anchor))
+    assert job.state == "succeeded"
+    assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
+
+
+async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_start(
+    here: Local, store: Store, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    again = local(store, anchor, tmp_path, epoch=2)
+    object.__setattr__(again.service._residence.places, "trusted_keys", TrustedKeys({}))
+    await again.service.restore(lambda *_: None)
+    assert again.client.published[-1] == ("public", "news")
+    assert again.slots.digests(2) == zeros(again)
+
+
+async def test_a_withdrawal_that_drains_holds_up_nobody_elses(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    here.slots.busy = {2}
+    draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
+    await asyncio.sleep(0.05)
+    assert [info.id for info in here.client.experts() if info.live] == ["public", "news"]
+    await asyncio.wait_for(here.service.revoke("news", actor="key_admin"), 5)
+    assert not draining.done()
+    here.slots.busy = set()
+    assert (await draining)["expert"] == "math"
+
+
+async def test_a_record_that_cannot_be_audited_is_answered_all_the_same(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    await here.add(package(tmp_path, anchor))
+    here.service._withdrawing._record = fail
+    here.service._withdrawing._confirm = fail
+    record = await here.service.revoke("math", actor="key_admin")
+    assert record["digests"] == zeros(here)
+
+
+async def test_following_another_process_outlives_a_store_that_fails(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    repository = here.service._residence.repository
+    await asyncio.to_thread(repository.revoke, "math", 2, actor="key_else", at=5.0)
+    asked = repository.withdrawn
+    failures = [StoreUnavailable("away")]
+
+    def failing() -> frozenset[str]:
+        if failures:
+            raise failures.pop()
+        return asked()
+
+    repository.withdrawn = failing  # type: ignore[method-assign]
+    following = asyncio.ensure_future(here.service.follow(lambda: frozenset({"math"})))
+    for _ in range(400):
+        if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):
+            break
+        await asyncio.sleep(0.01)
+    following.cancel()
+    assert not failures
+    assert here.slots.digests(2) == zeros(here)

@@ -177,6 +177,24 @@ def test_used_tokens_are_not_lost_while_the_store_is_away(spending: Spending, mo
     assert spending.spent("t") == 7
 
 
+def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
+    real_store: Store, spending: Spending, monkeypatch: Any
+) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    spending.add("t", 10)
+    monkeypatch.setattr(budgets, "read_use", broken)
+    with pytest.raises(StoreUnavailable):
+        spending.refresh()
+    spending.add("t", 5)
+    assert spending.spent("t") == 15
+    monkeypatch.undo()
+    spending.refresh()
+    assert spending.spent("t") == 15
+    assert budgets.read_use(real_store.engine) == {"t": 15}
+
+
 def test_a_budget_that_is_not_known_is_not_spent(real_store: Store) -> None:
     limiter = Limiter(Spending(real_store))
     assert refused(limiter, subject(total_tokens=100)).status == 503

@@ -22,6 +22,7 @@ from flexgate.policies.store.store import Store
 from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.engine.operator import Closed, SlotTaskFailed
 from flexgate.server.engine.residency import SlotWriter, from_wire, to_wire
+from flexgate.server.engine.scheduler import EXPERT_REVOKED
 from flexgate.server.engine.slots import SlotTable
 from flexgate.server.engine.weights import SlotArrays
 from flexgate.server.experts.repository import ResidencyRepository
@@ -55,6 +56,7 @@ class LocalSlots:
     fails: dict[str, int] = field(default_factory=dict)  # what shall go wrong, and how often
     hold: asyncio.Event | None = None  # filling waits for it
     held: bool = False
+    busy: set[int] = field(default_factory=set)  # slots that requests are using
 
     async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
         self.table.require_masked(slot)
@@ -82,7 +84,7 @@ class LocalSlots:
         return Closed(0, 0)
 
     async def users(self, slot: int) -> int:
-        return 0
+        return int(slot in self.busy)
 
     def digests(self, slot: int) -> list[str]:
         return [rank.digest(slot) for rank in self.ranks]
@@ -122,7 +124,10 @@ class LocalClient:
         self.published.append(tuple(info.id for info in self._experts))
 
     def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
-        return tuple(call for call in self.open if lease in call.grant.experts)
+        users = tuple(call for call in self.open if lease in call.grant.experts)
+        for call in users:
+            call.failed = EXPERT_REVOKED
+        return users
 
 
 @dataclass

@@ -1,0 +1,113 @@
+"""Packages on their way in: one writer, the announced bytes, each key's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
+from flexgate.server.experts.uploads import KEPT_SECONDS, MOST_UPLOADS, Uploads
+
+SIZES = {"manifest.json": 4, "expert.safetensors": 8}
+
+
+@pytest.fixture
+def uploads(tmp_path: Path) -> Uploads:
+    return Uploads(tmp_path / "uploads", most_bytes=100, clock=time.time)
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@pytest.mark.asyncio
+async def test_a_complete_upload_becomes_a_folder_with_the_package_alone(uploads: Uploads) -> None:
+    upload = uploads.open("key_a", SIZES)
+    for name, size in SIZES.items():
+        await uploads.write(upload, name, 0, chunks(bytes(size)))
+    taken = uploads.take(uploads.get(upload.id, "key_a"))
+    assert sorted(path.name for path in taken.iterdir()) == sorted(SIZES)
+    with pytest.raises(NotFound):
+        uploads.get(upload.id, "key_a")
+
+
+def test_an_upload_is_nobody_elses(uploads: Uploads) -> None:
+    upload = uploads.open("key_a", SIZES)
+    for id_, actor in ((upload.id, "key_b"), ("upload_" + "0" * 24, "key_a"), ("../" + upload.id, "key_a")):
+        with pytest.raises(NotFound) as refused:
+            uploads.get(id_, actor)
+        assert str(refused.value) == "There is no such upload of this key."
+
+
+@pytest.mark.asyncio
+async def test_what_is_more_than_announced_is_refused_and_what_fits_is_kept(uploads: Uploads) -> None:
+    upload = uploads.open("key_a", SIZES)
+    with pytest.raises(TooLarge):
+        await uploads.write(upload, "manifest.json", 0, chunks(b"123", b"456"))
+    assert upload.received("manifest.json") == 3
+    assert await uploads.write(upload, "manifest.json", 3, chunks(b"4")) == 4
+
+
+@pytest.mark.asyncio
+async def test_two_writers_at_once_cannot_write_more_than_one(uploads: Uploads) -> None:
+    upload = uploads.open("key_a", SIZES)
+    waiting = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"12"
+        await waiting.wait()
+        yield b"34"
+
+    first = asyncio.ensure_future(uploads.write(upload, "manifest.json", 0, slow()))
+    while upload.received("manifest.json") < 2:
+        await asyncio.sleep(0.001)
+    with pytest.raises(ApiError) as refused:
+        await uploads.write(upload, "manifest.json", 2, chunks(b"xx"))
+    assert refused.value.code == "upload_busy"
+    waiting.set()
+    assert await first == 4
+
+
+def test_one_key_cannot_take_every_place(uploads: Uploads) -> None:
+    for _ in range(MOST_UPLOADS):
+        uploads.open("key_a", SIZES)
+    with pytest.raises(ApiError) as refused:
+        uploads.open("key_a", SIZES)
+    assert refused.value.code == "too_many_uploads"
+    uploads.open("key_b", SIZES)
+
+
+def test_what_would_fill_the_disk_is_refused_before_a_byte_arrives(tmp_path: Path) -> None:
+    large = Uploads(tmp_path, most_bytes=1 << 62, clock=time.time)
+    with pytest.raises(ApiError) as refused:
+        large.open("key_a", {"manifest.json": 1, "expert.safetensors": 1 << 60})
+    assert (refused.value.status, refused.value.code) == (507, "disk_full")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"manifest.json": 4}, {**SIZES, "run.sh": 1}, {**SIZES, "../x": 1}])
+def test_files_that_are_no_package_are_refused(uploads: Uploads, sizes: dict[str, int]) -> None:
+    with pytest.raises(Invalid):
+        uploads.open("key_a", sizes)
+
+
+def test_a_package_beyond_the_limit_is_refused(uploads: Uploads) -> None:
+    with pytest.raises(TooLarge):
+        uploads.open("key_a", {**SIZES, "expert.safetensors": 100})
+
+
+def test_uploads_that_nobody_goes_on_with_are_forgotten(uploads: Uploads) -> None:
+    old, written = uploads.open("key_a", SIZES), uploads.open("key_a", SIZES)
+    past = time.time() - KEPT_SECONDS - 60
+    for upload in (old, written):
+        for path in (*upload.directory.iterdir(), upload.directory):
+            os.utime(path, (past, past))
+    (written.directory / "manifest.json").write_bytes(b"12")
+    uploads.open("key_b", SIZES)
+    assert not old.directory.exists()
+    assert written.directory.exists()
