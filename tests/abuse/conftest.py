@@ -21,6 +21,8 @@ def _server_conftest():  # type: ignore[no-untyped-def]
 _shared = _server_conftest()
 snapshot = _shared.snapshot
 store = _shared.store
+seeded_database = _shared.seeded_database
+real_store = _shared.real_store
 handler = _shared.handler
 services = _shared.services
 make_client = _shared.make_client
