@@ -227,8 +227,8 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         live = self.gates.table.live
         wanted = ((name, tensor) for name, tensor in weights if _expert_of(name) in {None, *live})
         loaded: set[str] = loader.load_weights(wanted, mapper=self.hf_to_vllm_mapper)
-        for layer in self.moe_layers():
-            for slot in set(range(layer.num_slots)) - live.keys():
+        for slot in set(range(self.config.num_experts)) - live.keys():
+            for layer in self.moe_layers():
                 layer.gate.weight.data[slot].zero_()
                 layer.gate.bias.data[slot].zero_()
         return loaded | {name for name, _ in self.named_parameters() if name.endswith("gate.bias")}
