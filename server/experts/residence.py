@@ -144,8 +144,13 @@ class Residence:
         await asyncio.to_thread(self._forget_copies)
 
     def _forget_copies(self) -> None:
-        kept = {entry.package for entry in self.repository.added()} | self.arriving
-        if self.places.private.is_dir():
-            for path in self.places.private.iterdir():
-                if path.name not in kept:
-                    shutil.rmtree(path, ignore_errors=True)
+        """The order matters: a copy stops to arrive only after it was committed, so whoever no longer
+        arrives is in the store by the time that the store is read, or never will be.
+        """
+        if not self.places.private.is_dir():
+            return
+        for path in self.places.private.iterdir():
+            if any(name in path.name for name in tuple(self.arriving)):
+                continue
+            if path.name not in {entry.package for entry in self.repository.added()}:
+                shutil.rmtree(path, ignore_errors=True)

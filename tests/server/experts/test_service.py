@@ -17,6 +17,7 @@ from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
 from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
+from flexgate.server.experts.repository import Added
 from flexgate.server.experts.start import at_start
 
 CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
@@ -345,3 +346,22 @@ async def test_following_another_process_outlives_a_store_that_fails(here: Local
     following.cancel()
     assert not failures
     assert here.slots.digests(2) == zeros(here)
+
+
+async def test_tidying_up_leaves_what_is_arriving_and_what_has_just_been_committed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    residence = here.service._residence
+    private = tmp_path / "experts"
+    for name in ("job_1", ".job_1.abc.partial", "job_2", "left-over"):
+        (private / name).mkdir(parents=True)
+    residence.arriving |= {"job_1", "job_2"}
+    added = residence.repository.added
+
+    def commits_meanwhile() -> tuple[Added, ...]:
+        residence.arriving.discard("job_2")
+        return (*added(), Added("math", 1, 2, 2, "job_2", "", ""))
+
+    residence.repository.added = commits_meanwhile  # type: ignore[method-assign]
+    await residence.forget_copies()
+    assert sorted(path.name for path in private.iterdir()) == [".job_1.abc.partial", "job_1", "job_2"]
