@@ -34,6 +34,7 @@ REAL_IDS = {
     "expert": "news",
 }
 WITH_BODY, WITHOUT_BODY = 700, 60
+NOT_NEGATED = {("POST", "/v1/policy/simulate")}  # schemathesis gives up on spoiling its nested arrays
 
 
 def routes() -> dict[tuple[str, str], str]:
@@ -108,7 +109,8 @@ def test_whatever_is_generated_from_it_is_answered_in_form(http: TestClient, met
     operation = schemathesis.openapi.from_dict(document())[path][method]
     who = routes()[method, path]
     may = set(KEYS) if who in ("anyone", "any-key") else set(who.split("|"))
-    modes = [operation.as_strategy(generation_mode=mode) for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)]
+    kinds = [GenerationMode.POSITIVE] + [GenerationMode.NEGATIVE] * ((method, path) not in NOT_NEGATED)
+    modes = [operation.as_strategy(generation_mode=kind) for kind in kinds]
     wanted = WITH_BODY if operation.body else WITHOUT_BODY
     tried = 0
 
