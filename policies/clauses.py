@@ -1,12 +1,13 @@
-"""Agreements as decisions read them: compiled once for each snapshot."""
+"""Agreements as decisions read them: compiled when they change, not when they are read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final, Self
 
-from flexgate.policies.terms import Agreement, ExpertId
+from flexgate.policies.terms import PUBLIC, Agreement, ExpertId
 from flexgate.policies.words import purpose_and_above, region_and_above
 
 
@@ -42,7 +43,47 @@ def by_start(clause: Clause) -> tuple[float, str]:
     return clause.starts, clause.agreement_id
 
 
-ClauseTable = Mapping[str, Mapping[ExpertId, tuple[Clause, ...]]]
+Row = Mapping[ExpertId, tuple[Clause, ...]]
+ANCHOR: Final = frozenset({PUBLIC})
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """All clauses between one assignee and each expert, by start.
+
+    `always` are the anchor and the experts of `unlimited`, which permits whatever a request
+    declares; `limited` are all other clauses, and `dates` the moments at which one of these starts
+    or ends, in order.
+    """
+
+    always: frozenset[ExpertId]
+    unlimited: Row
+    limited: Row
+    dates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, clauses: Iterable[tuple[ExpertId, Clause]]) -> Self:
+        """Compile clauses, in whatever order."""
+        unlimited: dict[ExpertId, list[Clause]] = {}
+        limited: dict[ExpertId, list[Clause]] = {}
+        edges: set[float] = set()
+        for expert, clause in sorted(clauses, key=lambda pair: by_start(pair[1])):
+            row = unlimited if clause.unlimited else limited
+            row.setdefault(expert, []).append(clause)
+            edges |= {clause.starts, clause.ends}
+        dates = tuple(sorted(edges - {-math.inf, math.inf}))
+        return cls(ANCHOR.union(unlimited), _row(unlimited), _row(limited), dates)
+
+    def clauses(self) -> Iterable[tuple[ExpertId, Clause]]:
+        """What it was compiled from."""
+        for row in (self.unlimited, self.limited):
+            for expert, clauses in row.items():
+                for clause in clauses:
+                    yield expert, clause
+
+
+def _row(clauses: dict[ExpertId, list[Clause]]) -> Row:
+    return {expert: tuple(found) for expert, found in clauses.items()}
 
 
 def compile_clause(agreement: Agreement) -> Clause:

@@ -26,7 +26,8 @@ from flexgate.policies.errors import (
     UnknownTenant,
 )
 from flexgate.policies.grants import ANYTHING, Context, Grant, grant
-from flexgate.policies.snapshot import Snapshot, TenantRules
+from flexgate.policies.scope import TenantRules
+from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import PUBLIC, ExpertId, SetId, TenantId
 from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from flexgate.policies.terms import ExpertId, TenantId
 from flexgate.policies.words import Purpose, Region
-
-_MAKER: Final = object()
 
 
 class AllowedExperts(tuple[ExpertId, ...]):
@@ -20,15 +18,13 @@ class AllowedExperts(tuple[ExpertId, ...]):
 
     __slots__ = ()
 
-    def __new__(cls, experts: Iterable[ExpertId] = (), *, maker: object = None) -> AllowedExperts:
-        if maker is not _MAKER:
-            raise TypeError("AllowedExperts comes out of flexgate.policies.decide only")
-        return tuple.__new__(cls, experts)
+    def __new__(cls, *_: object) -> AllowedExperts:
+        raise TypeError("AllowedExperts comes out of flexgate.policies.decide only")
 
 
 def admit(experts: Iterable[ExpertId]) -> AllowedExperts:
     """For `flexgate.policies.decide`: turn experts that passed every rule into the sealed type."""
-    return AllowedExperts(experts, maker=_MAKER)
+    return tuple.__new__(AllowedExperts, experts)
 
 
 class Reason(NamedTuple):

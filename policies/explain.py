@@ -8,7 +8,8 @@ from flexgate.policies.clauses import Clause
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.grants import Context, grant
-from flexgate.policies.snapshot import Snapshot, TenantRules
+from flexgate.policies.scope import TenantRules
+from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import PUBLIC, ExpertId
 
 
@@ -32,6 +33,7 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
     tenant = find_tenant(snapshot, tenant_id)
     context = declared_context(tenant, request.purpose, request.region)
     granted = grant(snapshot, tenant, context, now)
+    hidden = snapshot.hidden_from(tenant)
     return tuple(
         Explanation(
             expert,
@@ -40,7 +42,7 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
             granted.refused.get(expert),
         )
         for expert in snapshot.experts
-        if expert not in tenant.hidden
+        if expert not in hidden
     )
 
 
@@ -50,8 +52,7 @@ def _permitting(
     if expert == PUBLIC:
         return ("anchor",)
     clauses: list[Clause] = []
-    for table in (snapshot.unlimited, snapshot.limited):
-        for name in tenant.assignees:
-            clauses += table.get(name, {}).get(expert, ())
+    for terms in (snapshot.terms[name] for name in tenant.assignees if name in snapshot.terms):
+        clauses += (*terms.unlimited.get(expert, ()), *terms.limited.get(expert, ()))
     in_force = [c for c in clauses if c.permits and c.starts <= now < c.ends]
     return tuple(sorted(c.rule for c in in_force if context.covered_by(c)))

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from flexgate.policies import reasons
-from flexgate.policies.clauses import Clause, ClauseTable, by_start
+from flexgate.policies.clauses import ANCHOR, Clause, Row, Terms, by_start
 from flexgate.policies.decision import Reason
 from flexgate.policies.errors import ClockInvalid
-from flexgate.policies.snapshot import Snapshot, TenantRules
+from flexgate.policies.scope import TenantRules
+from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert
-from flexgate.policies.terms import PUBLIC, ExpertId
+from flexgate.policies.terms import ExpertId
 from flexgate.policies.words import Purpose, Region, purpose_and_above, region_and_above
-
-_Row = Mapping[ExpertId, tuple[Clause, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +62,6 @@ class Context:
         )
 
 
-_ANCHOR: Final = frozenset({PUBLIC})
-_NOBODY: Final[frozenset[ExpertId]] = frozenset()
 ANYTHING: Final = Context.of(None, None)
 
 
@@ -85,19 +82,19 @@ def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float)
     """Apply agreements, the tenant's mode, visibility and liveness. Pure; default deny."""
     if math.isnan(now):
         raise ClockInvalid("the time given is not a number")
-    limited, unlimited = _rows(snapshot.limited, tenant), _rows(snapshot.unlimited, tenant)
-    alone = limited[0] if len(limited) == 1 else None
-    always, sometimes = _ANCHOR.union(*unlimited), _NOBODY.union(*limited)
-    hidden, deny_list = tenant.hidden, tenant.deny_list
-    named = tenant.named if deny_list else tenant.named | _ANCHOR
+    found = [terms for name in tenant.assignees if (terms := snapshot.terms.get(name))]
+    always, limited = (found[0].always, found[0].limited) if len(found) == 1 else _together(found)
+    hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
+    named = tenant.named if deny_list else tenant.named | ANCHOR
+    forever = math.inf
     lost_at: dict[ExpertId, float] = {}
     refused: dict[ExpertId, Reason] = {}
     for id_, live, standard in snapshot.catalogue:
         if hidden and id_ in hidden:
             continue
-        until, reason = math.inf, None
-        if id_ in sometimes:
-            clauses = alone[id_] if alone else _clauses(limited, id_)
+        until, reason = forever, None
+        if id_ in limited:
+            clauses = limited[id_]
             first = clauses[0]
             if len(clauses) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
                 until = first.ends
@@ -113,32 +110,29 @@ def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float)
             refused[id_] = standard.not_live
         else:
             lost_at[id_] = until
-    since, until = _time_slot(snapshot, tenant, now)
+    since, until = _time_slot(found, now)
     return Grant(lost_at, refused, since, until)
 
 
-def _rows(table: ClauseTable, tenant: TenantRules) -> list[_Row]:
-    return [row for name in tenant.assignees if (row := table.get(name))]
+def _together(found: list[Terms]) -> tuple[frozenset[ExpertId], Row]:
+    """What several assignees are always permitted, and their limited clauses, by start."""
+    limited: dict[ExpertId, tuple[Clause, ...]] = {}
+    for terms in found:
+        for expert, clauses in terms.limited.items():
+            known = limited.get(expert)
+            limited[expert] = clauses if known is None else tuple(sorted((*known, *clauses), key=by_start))
+    return ANCHOR.union(*(terms.always for terms in found)), limited
 
 
-def _clauses(rows: list[_Row], expert: ExpertId) -> tuple[Clause, ...]:
-    """The limited agreements about one expert, by start."""
-    found = [clauses for row in rows if (clauses := row.get(expert))]
-    if len(found) == 1:
-        return found[0]
-    return tuple(sorted((clause for clauses in found for clause in clauses), key=by_start))
-
-
-def _time_slot(snapshot: Snapshot, tenant: TenantRules, now: float) -> tuple[float, float]:
+def _time_slot(found: list[Terms], now: float) -> tuple[float, float]:
     """The last date up to `now` and the first date after it, of agreements with the tenant."""
     since, until = -math.inf, math.inf
-    for name in tenant.assignees:
-        dates = snapshot.dates.get(name, ())
-        place = bisect_right(dates, now)
+    for terms in found:
+        place = bisect_right(terms.dates, now)
         if place > 0:
-            since = max(since, dates[place - 1])
-        if place < len(dates):
-            until = min(until, dates[place])
+            since = max(since, terms.dates[place - 1])
+        if place < len(terms.dates):
+            until = min(until, terms.dates[place])
     return since, until
 
 

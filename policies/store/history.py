@@ -16,6 +16,7 @@ from flexgate.policies.store.revisions import (
     ObjectChange,
     Revision,
     current_version,
+    made_at,
     read_changes,
     read_newest,
     read_revisions,
@@ -58,6 +59,7 @@ def snapshot_at(store: Store, version: int) -> Snapshot:
         try:
             return Snapshot.build(
                 policy_version=version,
+                made=made_at(connection, version),
                 experts=_as_of(connection, Expert, changes),
                 tenants=_as_of(connection, Tenant, changes),
                 agreements=_as_of(connection, Agreement, changes),

@@ -39,6 +39,12 @@ def current_version(connection: Connection) -> int:
     return newest or 0
 
 
+def made_at(connection: Connection, version: int) -> float:
+    """When a version was made (Unix seconds); 0.0 if it never was."""
+    at: float | None = connection.scalar(select(policy_revisions.c.at).where(policy_revisions.c.version == version))
+    return at or 0.0
+
+
 def read_revisions(connection: Connection, after: int, limit: int) -> list[Revision]:
     """Revisions newer than `after`, oldest first."""
     table = policy_revisions

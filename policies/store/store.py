@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from sqlalchemy import Engine, select
 
 from flexgate.policies.audit import Entry, Event, Head
-from flexgate.policies.errors import StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, schema
 from flexgate.policies.store.change import Change
@@ -16,7 +15,7 @@ from flexgate.policies.store.engine import open_engine, reading, writing
 from flexgate.policies.store.keys import key_from_row
 from flexgate.policies.store.migrate import migrate
 from flexgate.policies.store.revisions import current_version
-from flexgate.policies.store.snapshots import read_snapshot
+from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after
 from flexgate.policies.store.weights import WeightsState, weights_state
 from flexgate.policies.tenants import KeyRecord
 
@@ -49,18 +48,12 @@ class Store:
     def confirm(self, known: Snapshot | None) -> Snapshot:
         """`known` itself if nothing changed since, else the newest snapshot. Cheap to poll.
 
-        Raises `StoreRolledBack` when the store is older than `known`: what was revoked since may
-        be permitted in it, so nothing may be decided from it until somebody has looked.
+        Raises `StoreRolledBack` when the store went back behind `known`, also if it was changed
+        again since: what was revoked may be permitted in it, so nothing may be decided from it until
+        somebody has looked.
         """
-        version = self.version()
-        if known is None or version > known.policy_version:
-            return self.snapshot()
-        if version < known.policy_version:
-            raise StoreRolledBack(
-                f"the store is at policy version {version}, and version {known.policy_version} was "
-                "read from it before: put the newer copy back, or restart to accept the older one"
-            )
-        return known
+        with reading(self.engine) as connection:
+            return read_snapshot(connection) if known is None else read_snapshot_after(connection, known)
 
     def keys(self) -> list[KeyRecord]:
         """Every key's record, revoked ones too, oldest first."""

@@ -56,8 +56,9 @@ class Experts:
             granted = grant(snapshot, tenant, context, self._services.clock())
         except PolicyError as error:
             raise from_policy(error) from error
+        hidden = snapshot.hidden_from(tenant)
         for id_, expert in snapshot.experts.items():
-            if id_ in tenant.hidden:
+            if id_ in hidden:
                 continue
             reason = granted.refused.get(id_)
             yield {

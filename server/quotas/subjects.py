@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from flexgate.policies.snapshot import TenantRules
+from flexgate.policies.scope import TenantRules
 from flexgate.server.quotas.limiter import UNLIMITED, Subject
 
 _STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")

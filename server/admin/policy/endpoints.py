@@ -39,7 +39,7 @@ def explain(call: Call[Nothing, Explain]) -> Json:
         "experts": [explanation_object(explanation) for explanation in found],
     }
     if call.principal.tenant_id is None:
-        hidden = call.snapshot.tenants[TenantId(project_id)].hidden
+        hidden = call.snapshot.hidden_from(call.snapshot.tenants[TenantId(project_id)])
         answer["hidden"] = [expert for expert in call.snapshot.experts if expert in hidden]
     return answer
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final, Literal
 
-from flexgate.policies.snapshot import Snapshot, TenantRules
+from flexgate.policies.scope import TenantRules
+from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
 from flexgate.policies.tenants import References, Tenant, Title
 from flexgate.policies.terms import ExpertReference, GroupIdField, PurposeField, RegionField, SetId
@@ -83,9 +84,10 @@ def permissions_object(mode: str, expert_ids: Iterable[str]) -> Json:
 def listed(references: Iterable[str], snapshot: Snapshot, rules: TenantRules) -> list[str]:
     """The references that stand for at least one expert that is not hidden from the tenant."""
     shown = []
+    hidden = snapshot.hidden_from(rules)
     for reference in references:
         members = snapshot.sets.get(SetId(reference), frozenset({reference}))
-        if members - rules.hidden:
+        if members - hidden:
             shown.append(reference)
     return shown
 

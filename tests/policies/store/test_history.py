@@ -72,7 +72,7 @@ def test_rolling_back_is_a_new_revision_with_the_old_meaning(past):
     assert _allowed(snapshot) == ("public", "news")
     assert snapshot.tenants["acme"].name == "Acme"
     assert list_revisions(past, after=6)[0].note == "roll back to 3"
-    (clause,) = snapshot.unlimited["everyone"]["news"]
+    (clause,) = snapshot.terms["everyone"].unlimited["news"]
     assert clause.version == 3
 
 
@@ -88,7 +88,7 @@ def test_rolling_back_archives_tenants_and_removes_what_came_later(past):
     snapshot = past.snapshot()
     assert snapshot.tenants["new"].archived
     assert "set:two" not in snapshot.sets
-    assert not snapshot.unlimited
+    assert not snapshot.terms
 
 
 def test_rolling_back_revives_no_key_and_no_expert(past):
@@ -139,5 +139,20 @@ def test_yesterdays_file_is_refused(store, sqlite_file, tmp_path):
     assert known.policy_version == known_version
     yesterday = Store.open(f"sqlite:///{tmp_path}/yesterday.db")
     with pytest.raises(StoreRolledBack, match="version 1, and version 2"):
+        yesterday.confirm(known)
+    yesterday.close()
+
+
+def test_yesterdays_file_is_refused_also_once_it_was_changed_again(store, sqlite_file, tmp_path):
+    with sqlite3.connect(f"{tmp_path}/yesterday.db") as copy:
+        sqlite3.connect(sqlite_file).backup(copy)
+    _do(store, 2.0, ("put", ACME))
+    known = store.confirm(None)
+    yesterday = Store.open(f"sqlite:///{tmp_path}/yesterday.db")
+    _do(yesterday, 3.0, ("put", ACME))
+    with pytest.raises(StoreRolledBack, match="version 2 is not the one"):
+        yesterday.confirm(known)
+    _do(yesterday, 4.0, ("put", ACME.model_copy(update={"name": "Other"})))
+    with pytest.raises(StoreRolledBack, match="version 2 is not the one"):
         yesterday.confirm(known)
     yesterday.close()

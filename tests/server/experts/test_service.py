@@ -66,8 +66,7 @@ async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
     assert here.client.published[-1] == ("public", "news", "math")
     snapshot = here.store.snapshot()
     assert snapshot.experts["math"].live  # type: ignore[index]
-    assert not snapshot.unlimited
-    assert not snapshot.limited
+    assert not snapshot.terms
 
 
 async def test_a_revoked_expert_is_gone_from_slot_disk_and_catalogue(here: Local, tmp_path: Path, anchor: Path) -> None:
