@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -97,9 +96,11 @@ def run(settings: Settings) -> None:
 def _serve(settings: Settings, progress: Progress) -> None:
     model = settings.model or demo_model()
     progress.stage("reading the checkpoint", 0, 0)
+    import uvloop
+
     from flexgate.server.process import serve as serve_process
 
-    asyncio.run(serve_process(settings, model, stage=progress.stage, ready=progress.ready))
+    uvloop.run(serve_process(settings, model, stage=progress.stage, ready=progress.ready))
 
 
 def demo_model() -> Path:

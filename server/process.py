@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import logging
 import signal
 import socket
@@ -69,11 +70,18 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             await services.experts.restore(stage)
             services.policy.confirm()
             services.spending.refresh()
+            _settle_heap()
             host, port = sock.getsockname()[:2]
             ready(planned, engine.client, _url(host, port), secret)
             await _run(settings, services, sock)
         finally:
             await launching.__aexit__(None, None, None)
+
+
+def _settle_heap() -> None:
+    """Spare the collector what lives until the end: looking through it would halt every request for a while."""
+    gc.collect()
+    gc.freeze()
 
 
 def _services(settings: Settings, model: Path, engine: RunningEngine, store: Store) -> Services:
