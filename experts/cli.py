@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import typer
 
-from flexgate.experts import cli_packages, cli_remote, cli_train
+from flexgate.experts import cli_evaluate, cli_packages, cli_remote, cli_train
 
 app = typer.Typer(name="experts", no_args_is_help=True, help="Make, check and combine expert packages.")
 app.command("train-anchor")(cli_train.train_anchor)
 app.command()(cli_train.train)
+app.command("tune-router")(cli_train.tune_router)
+app.command()(cli_evaluate.evaluate)
 for command in (
     cli_packages.keygen,
     cli_packages.sign,

@@ -1,4 +1,4 @@
-"""``flexgate experts train-anchor`` and ``train``."""
+"""``flexgate experts train-anchor``, ``train`` and ``tune-router``."""
 
 from __future__ import annotations
 
@@ -110,3 +110,39 @@ def train(
         written = read_statement(statement)
         manifest, outcome = train_expert(anchor, texts, public, target, written, options, key=key)
         show({"package": str(target), "id": manifest.id, **vars(outcome), "base": manifest.base.digest})
+
+
+def tune_router(
+    model: Annotated[Path, typer.Argument(help="Merged checkpoint.")],
+    texts: Annotated[Path, typer.Argument(help="Folder of public *.txt, *.md and *.jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    length: Length = 512,
+    steps: Steps = 200,
+    peak: Peak = 9e-4,
+    tokens_per_batch: Tokens = 2048,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts; answers count 1.")] = 0.2,
+    seed: Seed = 0,
+    save_every: Save = 50,
+    evaluate_every: Evaluate = 50,
+    patience: Patience = 5,
+    arithmetic: Arithmetic = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train a merge's routers on public texts: it is then marked as not strictly separable."""
+    with reported(as_json) as show:
+        from flexgate.experts.loop import Plan
+        from flexgate.experts.tune_router import tune_router as run
+
+        plan = Plan(
+            steps=steps,
+            peak=peak,
+            tokens_per_batch=tokens_per_batch,
+            prompt_weight=prompt_weight,
+            seed=seed,
+            arithmetic=arithmetic,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            patience=patience,
+        )
+        outcome = run(model, texts, target, plan, length=length)
+        show({"model": str(target), "strictly_separable": False, **vars(outcome)})

@@ -13,6 +13,7 @@ ExpertsError
 ├── KeyInvalid             a key file that is none
 ├── TextsInvalid           documents that nothing can be trained on
 ├── TrainingRefused        options that do not fit each other or the model
+├── EvaluationRefused      nothing that can be evaluated, or nothing to draw with
 ├── OutputRefused          the output exists already, or could not be written
 ├── ServerRefused          a running server would not take or withdraw an expert, in its words
 └── MergeError             parts that do not make one model
@@ -71,6 +72,10 @@ class TextsInvalid(ExpertsError, ValueError):
 
 class TrainingRefused(ExpertsError, ValueError):
     """Options that do not fit each other, the model, or a run that was begun with others."""
+
+
+class EvaluationRefused(ExpertsError, ValueError):
+    """Texts that belong to no expert, options that do not fit, or a missing library for pictures."""
 
 
 class OutputRefused(ExpertsError):

@@ -9,7 +9,7 @@ from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.intake import Source
 from flexgate.experts.manifest import MAX_MANIFEST, parse_manifest
 from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME
-from flexgate.experts.provenance import expert_entries
+from flexgate.experts.provenance import expert_entries, strictly_separable
 
 
 def inspect_package(path: Path) -> dict[str, Any]:
@@ -34,5 +34,6 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
             "dtype": checkpoint.dtype,
             "bytes": size,
             "files": len(checkpoint.files()),
+            "strictly_separable": strictly_separable(path),
             "experts": entries,
         }

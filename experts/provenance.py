@@ -6,7 +6,7 @@ package's own files, byte for byte, so that an expert that is extracted again is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,6 +70,30 @@ def expert_entries(directory: Path, count: int) -> list[dict[str, Any]]:
     if not all(isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries):
         raise LayoutError(f"{directory / MODEL_MANIFEST}: every expert needs an id")
     return entries
+
+
+def joint(record: Record) -> Record:
+    """What an expert's record becomes when its router was trained after the merge: unsigned, and it says so."""
+    training = record.manifest.training.model_copy(update={"router": "joint"})
+    manifest = record.manifest.model_copy(update={"training": training})
+    return Record(manifest, manifest.to_json(), None)
+
+
+def joint_manifest(directory: Path, records: Mapping[str, Record], count: int) -> dict[str, Any]:
+    """``flexgate.json`` of the checkpoint ``directory`` after its routers were trained together."""
+    public, *closed = expert_entries(directory, count)
+    said = read_json(directory / MODEL_MANIFEST) if (directory / MODEL_MANIFEST).is_file() else {}
+    digests = {expert: {"manifest_sha256": sha256(record.text)} for expert, record in records.items()}
+    entries = [{**entry, "router": "joint", **digests.get(entry["id"], {})} for entry in closed]
+    return {"format": "flexgate-model/1", **said, "strictly_separable": False, "experts": [public, *entries]}
+
+
+def strictly_separable(directory: Path) -> bool | None:
+    """Whether taking an expert out gives the model that never had it; None where the checkpoint does not say."""
+    if not (directory / MODEL_MANIFEST).is_file():
+        return None
+    said = read_json(directory / MODEL_MANIFEST).get("strictly_separable")
+    return said if isinstance(said, bool) else None
 
 
 def _entry(index: int, record: Record) -> dict[str, Any]:
