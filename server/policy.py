@@ -1,6 +1,7 @@
 """The policy that this process decides from: one immutable snapshot, confirmed again and again.
 
-The store is asked at every poll; a new version is read as a whole and swapped in. A snapshot that
+The store is asked at every poll, and at once when it hints at a change; what changed is read, and a new
+snapshot swapped in as a whole. A snapshot that
 was not confirmed within its lease is not used: the request asks the store itself, and when that
 fails, nothing is decided. An expert is live where the catalogue and the engine agree that it is, so that
 a decision never allows an expert without a slot, or one that another process has withdrawn.
@@ -42,6 +43,13 @@ def with_live(snapshot: Snapshot, live: frozenset[str]) -> Snapshot:
     return replace(snapshot, experts=MappingProxyType(experts))
 
 
+class Hints(Protocol):
+    """What tells that a change may have come. It may miss one, and fails never."""
+
+    def wait(self, seconds: float) -> None: ...
+    def close(self) -> None: ...
+
+
 class PolicySource:
     """Holds the current snapshot; `run` keeps it fresh."""
 
@@ -54,14 +62,18 @@ class PolicySource:
         poll_s: float,
         clock: Callable[[], float] = time.monotonic,
         peers: Peers | None = None,
+        hints: Hints | None = None,
     ) -> None:
-        """`live` names the experts that the engine serves now; `peers` are told what is confirmed."""
+        """`live` names the experts that the engine serves now; `peers` are told what is confirmed;
+        `hints` cut the time between polls short.
+        """
         self._store = store
         self._live = live
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._clock = clock
         self._peers = peers
+        self._hints = hints
         self._stored: Snapshot | None = None
         self._served: tuple[Snapshot, frozenset[str], Snapshot] | None = None
         self._confirmed = -float("inf")
@@ -107,7 +119,9 @@ class PolicySource:
             await self._peers.everywhere(version)
 
     def withdraw(self) -> None:
-        """Tell the peers that this process ends."""
+        """Tell the peers that this process ends, and listen no more."""
+        if self._hints is not None:
+            self._hints.close()
         if self._peers is not None:
             self._peers.withdraw()
 
@@ -126,7 +140,10 @@ class PolicySource:
                 if not failing:
                     logger.error("the policy store fails: %s", type(error).__name__)
                 failing = True
-            await asyncio.sleep(self._poll_s)
+            if self._hints is None:
+                await asyncio.sleep(self._poll_s)
+            else:
+                await asyncio.to_thread(self._hints.wait, self._poll_s)
 
     async def _ask(self) -> Snapshot:
         """Confirm once for all who ask meanwhile: a store that hangs holds one thread, not many."""

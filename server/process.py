@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import uvicorn
 
+from flexgate.policies.store.hints import Hints
 from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
 from flexgate.server.app import build_app
@@ -93,6 +94,7 @@ def _services(settings: Settings, model: Path, engine: RunningEngine, store: Sto
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
+        hints=Hints(store.engine),
     )
     handlers = build_handlers(
         client,

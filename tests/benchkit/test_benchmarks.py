@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchkit import admission, changes, compare, engine_speed, packages, serving, startup
+from benchkit import admission, changes, compare, decisions, enforcement, engine_speed, packages, serving, startup
 from benchkit.plot import draw
 
 
@@ -45,6 +45,20 @@ def test_the_packages_benchmark_compares_with_copying(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "packages.json").read_text())
     assert all(report[name]["ratio"]["median"] > 0 for name in ("extract", "verify", "merge"))
     assert report["merge"]["bytes"] > report["extract"]["bytes"] > report["verify"]["bytes"]
+
+
+def test_the_decisions_benchmark_tells_cached_from_computed(tmp_path: Path) -> None:
+    decisions.run(quick=True, rounds=1, results=tmp_path)
+    report = json.loads((tmp_path / "decisions.json").read_text())
+    assert 0 < report["cached_dated_us"] < report["decide_dated_us"]
+    assert report["tenants"]["1000"]["revise_one_tenant_ms"] > 0
+
+
+@pytest.mark.slow
+def test_the_enforcement_benchmark_sees_every_change_arrive(tmp_path: Path) -> None:
+    enforcement.run(quick=True, rounds=3, results=tmp_path)
+    report = json.loads((tmp_path / "enforcement.json").read_text())
+    assert 0 < report["sqlite"]["enforced_seconds"]["max"] < 2
 
 
 @pytest.mark.slow

@@ -93,6 +93,49 @@ async def test_polling_swaps_a_new_version_in_and_survives_failures(
         task.cancel()
 
 
+class Given:
+    """Hints that a test gives, or loses."""
+
+    def __init__(self) -> None:
+        self.given = threading.Event()
+
+    def wait(self, seconds: float) -> None:
+        self.given.wait(seconds)
+        self.given.clear()
+
+    def close(self) -> None:
+        self.given.set()
+
+
+@pytest.mark.asyncio
+async def test_a_hint_brings_a_change_before_the_next_poll(store: Any, snapshot: Snapshot) -> None:
+    hints = Given()
+    source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=30.0, hints=hints)
+    task = asyncio.create_task(source.run())
+    try:
+        await asyncio.sleep(0.05)
+        store.answer = replace(snapshot, policy_version=9)
+        hints.given.set()
+        await asyncio.sleep(0.2)
+        assert (await source.current()).policy_version == 9
+    finally:
+        task.cancel()
+        hints.close()
+
+
+@pytest.mark.asyncio
+async def test_a_change_comes_with_the_poll_when_every_hint_is_lost(store: Any, snapshot: Snapshot) -> None:
+    source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=0.05, hints=Given())
+    task = asyncio.create_task(source.run())
+    try:
+        await asyncio.sleep(0.02)
+        store.answer = replace(snapshot, policy_version=9)
+        await asyncio.sleep(0.3)
+        assert (await source.current()).policy_version == 9
+    finally:
+        task.cancel()
+
+
 @pytest.mark.asyncio
 async def test_a_slow_answer_never_replaces_a_newer_snapshot(snapshot: Snapshot, clock: Clock) -> None:
     asked, go_on = threading.Event(), threading.Event()

@@ -17,6 +17,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.store import Store
+from flexgate.policies.store.hints import Hints
 from flexgate.server.engine.client import ExpertInfo, ExpertLease
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
@@ -52,6 +53,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
+        hints=Hints(store.engine),
     )
     policy.confirm()
     nothing: Any = SimpleNamespace(follow=_follow)

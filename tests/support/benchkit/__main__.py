@@ -5,7 +5,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchkit import admission, changes, engine_speed, packages, serving, startup
+from benchkit import admission, changes, decisions, enforcement, engine_speed, packages, serving, startup
 from benchkit.plot import draw
 from benchkit.record import RESULTS
 
@@ -17,6 +17,8 @@ BENCHMARKS = {
     "admission": admission.run,
     "packages": packages.run,
     "changes": changes.run,
+    "decisions": decisions.run,
+    "enforcement": enforcement.run,
 }
 
 

@@ -1,0 +1,51 @@
+"""PostgreSQL tells at once that the policy changed. Only a hint: whoever misses it polls anyway."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+CHANNEL: Final = "flexgate_policy"
+
+
+def give_hint(connection: Connection) -> None:
+    """Inside a changing transaction: tell those who listen, once it is committed."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_notify(CHANNEL, "")))
+
+
+class Hints:
+    """Hears of changes over a connection of its own, which is made again when it breaks."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Block until a hint comes, and no longer than `seconds`. Never fails, and may miss hints."""
+        began = time.monotonic()
+        if self._engine.dialect.name == "postgresql":
+            dbapi: Any = self._engine.dialect.dbapi
+            try:
+                if any(True for _ in self._driver().notifies(timeout=seconds, stop_after=1)):
+                    return
+            except (SQLAlchemyError, dbapi.Error):
+                self.close()
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
+
+    def close(self) -> None:
+        """Give the connection up."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.invalidate()
+            connection.close()
+
+    def _driver(self) -> Any:
+        if self._connection is None:
+            connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+            self._connection = connection
+        return self._connection.connection.driver_connection
