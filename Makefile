@@ -10,7 +10,7 @@ TIMES ?= 20
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills demo-model defects repeat-engine-tests lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills demo-model defects mutants repeat-engine-tests lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 
 defects: $(VENV)/.dev ## Apply every planted defect; fail if a test survives one.
 	$(BIN)/python tests/defects/run.py
+
+mutants: $(VENV)/.dev ## Change one place of the decision code after another; fail if more than 5 % go unnoticed.
+	$(BIN)/python tests/policies/mutate.py
 
 repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find what fails by chance.
 	PYTHONPATH=tests/support $(PYTEST) -p enginekit.repeat --repeat $(TIMES) -m engine tests/server/engine

@@ -1,7 +1,7 @@
 """A snapshot after a change, made from the one before it: only what the change touches is compiled.
 
-The result equals `Snapshot.build` of all documents. It costs what the change costs, and a copy of
-each mapping.
+The result equals `Snapshot.build` of all documents. It costs what the change costs, and a plain copy
+of each mapping.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def revise(
     Tenants and agreements that name a set which changed must be among the edits. Raises
     `SnapshotInvalid` when the documents do not fit together, or `NotRevisable`.
     """
-    catalogue = _experts(snapshot.experts, experts)
-    expanded, rules = dict(snapshot.sets), dict(snapshot.tenants)
+    catalogue = _experts(snapshot.experts.copy(), experts)
+    expanded, rules = snapshot.sets.copy(), snapshot.tenants.copy()
     for edit_of_set in _net(sets).values():
         expanded.pop(SetId(edit_of_set.id), None)
         if edit_of_set.after is not None:
@@ -67,13 +67,12 @@ def revise(
         experts=MappingProxyType(catalogue),
         sets=MappingProxyType(expanded),
         tenants=MappingProxyType(rules),
-        terms=MappingProxyType(_terms(snapshot.terms, scope, _net(agreements))),
-        keys=MappingProxyType(keys_by_digest(keys, rules, snapshot.keys)),
+        terms=MappingProxyType(_terms(snapshot.terms.copy(), scope, _net(agreements))),
+        keys=MappingProxyType(keys_by_digest(keys, rules, snapshot.keys.copy())),
     )
 
 
-def _experts(known: Mapping[ExpertId, Expert], edits: Iterable[Edit[Expert]]) -> dict[ExpertId, Expert]:
-    experts = dict(known)
+def _experts(experts: dict[ExpertId, Expert], edits: Iterable[Edit[Expert]]) -> dict[ExpertId, Expert]:
     for edit in edits:
         if edit.after is None or experts.get(edit.after.id, edit.after).owner != edit.after.owner:
             raise NotRevisable
@@ -81,18 +80,17 @@ def _experts(known: Mapping[ExpertId, Expert], edits: Iterable[Edit[Expert]]) ->
     return experts
 
 
-def _terms(known: Mapping[str, Terms], scope: Scope, edits: Mapping[str, Edit[Agreement]]) -> dict[str, Terms]:
-    """Terms with each touched assignee's compiled again, of the clauses that stay and those that came."""
+def _terms(terms: dict[str, Terms], scope: Scope, edits: Mapping[str, Edit[Agreement]]) -> dict[str, Terms]:
+    """`terms` with each touched assignee's compiled again, of the clauses that stay and those that came."""
     clauses: dict[str, list[tuple[ExpertId, Clause]]] = {}
     documents = (document for edit in edits.values() for document in (edit.before, edit.after))
     for assignee in {document.assignee for document in documents if document is not None}:
-        before = known[assignee].clauses() if assignee in known else ()
+        before = terms.pop(assignee).clauses() if assignee in terms else ()
         clauses[assignee] = [(expert, clause) for expert, clause in before if clause.agreement_id not in edits]
     for edit in edits.values():
         if edit.after is not None:
             clauses[edit.after.assignee].extend(scope.clauses(edit.after))
-    untouched = {assignee: terms for assignee, terms in known.items() if assignee not in clauses}
-    return untouched | {assignee: Terms.of(found) for assignee, found in clauses.items() if found}
+    return terms | {assignee: Terms.of(found) for assignee, found in clauses.items() if found}
 
 
 def _net(edits: Iterable[Edit[D]]) -> dict[str, Edit[D]]:

@@ -109,10 +109,9 @@ class Scope:
 
 
 def keys_by_digest(
-    keys: Iterable[KeyRecord], tenants: Mapping[TenantId, TenantRules], known: Mapping[bytes, KeyRecord]
+    keys: Iterable[KeyRecord], tenants: Mapping[TenantId, TenantRules], found: dict[bytes, KeyRecord]
 ) -> dict[bytes, KeyRecord]:
-    """`known` and `keys`, which replace those with their ids; raises `SnapshotInvalid`."""
-    found = dict(known)
+    """`found` with `keys`, which replace those with their ids; raises `SnapshotInvalid`."""
     for key in keys:
         if (key.role is Role.TENANT) != (key.tenant_id is not None):
             raise SnapshotInvalid(f"key {key.key_id!r}: exactly the tenants' keys name a tenant")

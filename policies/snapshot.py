@@ -7,7 +7,7 @@ an agreement is cut down to experts that its owner owns, and its times become Un
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self, TypeVar
@@ -36,11 +36,11 @@ class Snapshot:
 
     policy_version: int
     made: float
-    experts: Mapping[ExpertId, Expert]
-    sets: Mapping[SetId, frozenset[ExpertId]]
-    tenants: Mapping[TenantId, TenantRules]
-    terms: Mapping[str, Terms]
-    keys: Mapping[bytes, KeyRecord]
+    experts: MappingProxyType[ExpertId, Expert]
+    sets: MappingProxyType[SetId, frozenset[ExpertId]]
+    tenants: MappingProxyType[TenantId, TenantRules]
+    terms: MappingProxyType[str, Terms]
+    keys: MappingProxyType[bytes, KeyRecord]
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
     hidden: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
 

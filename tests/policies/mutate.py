@@ -1,4 +1,4 @@
-"""Mutation testing of the decision code: `python tests/policies/mutate.py [file …]`.
+"""Mutation testing of the decision code: `make mutants`, or `python tests/policies/mutate.py [file …]`.
 
 Each mutant changes one place of one module; the fast decision tests must fail on it. Prints the
 survivors and exits with 1 if fewer than 95 % die. Mutants live in a temporary copy of the package.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parents[1] / "policies"
-MODULES = ["clauses.py", "decide.py", "grants.py", "snapshot.py", "words.py"]
+MODULES = ["clauses.py", "decide.py", "grants.py", "revise.py", "scope.py", "snapshot.py", "words.py"]
 KILLERS = [
     "test_decide.py",
     "test_default_deny.py",
@@ -27,6 +27,7 @@ KILLERS = [
     "test_cache.py",
     "test_oracle.py",
     "test_properties.py",
+    "test_revise.py",
 ]
 COMPARISONS = {
     ast.Lt: ast.LtE,

@@ -125,7 +125,8 @@ async def test_a_hint_brings_a_change_before_the_next_poll(store: Any, snapshot:
 
 @pytest.mark.asyncio
 async def test_a_change_comes_with_the_poll_when_every_hint_is_lost(store: Any, snapshot: Snapshot) -> None:
-    source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=0.05, hints=Given())
+    hints = Given()
+    source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=0.05, hints=hints)
     task = asyncio.create_task(source.run())
     try:
         await asyncio.sleep(0.02)
@@ -134,6 +135,7 @@ async def test_a_change_comes_with_the_poll_when_every_hint_is_lost(store: Any, 
         assert (await source.current()).policy_version == 9
     finally:
         task.cancel()
+        hints.close()
 
 
 @pytest.mark.asyncio
