@@ -76,13 +76,14 @@ async def admit(
     left = dict(body)
     asked = parse_extension(left.pop(extension.FIELD, None))
     client_salt = left.pop(CACHE_SALT, None)
+    question = asked.decision_request(decision_id)
     try:
         snapshot = await _snapshot(policy, asked)
-        question = asked.decision_request(decision_id)
         decision = cache.decide(snapshot, tenant, question, now)
     except PolicyError as error:
+        recorded.add_refused(tenant, question, error, now)
         raise from_policy(error) from error
-    recorded.add(tenant, question)
+    recorded.add(tenant, question, now)
     return Admitted(left, snapshot, decision, client_salt, asked.explain)
 
 

@@ -20,7 +20,7 @@ from flexgate.policies.simulate import simulate as simulate_policy
 from flexgate.policies.store import gitops
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.revisions import ObjectChange
-from flexgate.server import policy_yaml
+from flexgate.server import policy_yaml, recorded
 from flexgate.server.admin.policy.schemas import change_object, difference_object, explanation_object
 from flexgate.server.cli_store import (
     DIFFERENT,
@@ -124,10 +124,14 @@ def simulate(
     state_dir: StateDir = None,
     database_url: DatabaseUrl = None,
 ) -> None:
-    """Say which tenants would gain or lose what, if a file were applied. Exit status 3 if any."""
+    """Say which tenants would gain or lose what, if a file were applied. Exit status 3 if any.
+
+    Asked again are requests of late, and what a request would get that asks for nothing special.
+    """
     with opened(demo, state_dir, database_url) as store:
         plan = gitops.plan(store, policy_yaml.load(file), prune=prune)
-    replays = with_standard((), plan.current, plan.proposed, time.time())
+        now = time.time()
+        replays = with_standard(recorded.replays(store, now), plan.current, plan.proposed, now)
     differences = simulate_policy(plan.current, plan.proposed, replays)
     if as_json:
         print_json([difference_object(difference) for difference in differences])
@@ -173,15 +177,31 @@ def _row(explanation: Explanation) -> tuple[str, str, str]:
 
 
 def _difference_rows(differences: list[Difference], replays: list[Replay]) -> list[tuple[str, str, str, str]]:
-    """One row for each tenant and outcome, with the declarations that lead to it."""
-    asked = Counter(replay.tenant_id for replay in replays)
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    """One row for each tenant and outcome, with the requests that lead to it."""
+    asked = Counter(replay.tenant_id for replay in replays if not _narrows(replay))
+    groups: dict[tuple[str, str, str], list[Replay]] = {}
     for difference in differences:
-        request = difference.replay.request
         lost = ", ".join(difference.lost) if difference.refused_after is None else "everything: refused from then on"
         outcome = (difference.replay.tenant_id, ", ".join(difference.gained), lost)
-        groups.setdefault(outcome, []).append(f"{request.purpose or 'no purpose'} in {request.region or 'no region'}")
-    return [
-        (tenant, "anything" if len(when) == asked[tenant] else "; ".join(when), gained, lost)
-        for (tenant, gained, lost), when in groups.items()
-    ]
+        groups.setdefault(outcome, []).append(difference.replay)
+    rows = []
+    for (tenant, gained, lost), found in groups.items():
+        plain = [replay for replay in found if not _narrows(replay)]
+        when = ["anything"] if plain and len(plain) == asked[tenant] else [_declared(replay) for replay in plain]
+        when += [_declared(replay) for replay in found if _narrows(replay)]
+        rows.append((tenant, "; ".join(when), gained, lost))
+    return rows
+
+
+def _narrows(replay: Replay) -> bool:
+    return replay.request.only is not None or bool(replay.request.ignore)
+
+
+def _declared(replay: Replay) -> str:
+    request = replay.request
+    said = f"{request.purpose or 'no purpose'} in {request.region or 'no region'}"
+    if request.only is not None:
+        said += f", only {', '.join(request.only) or 'public'}"
+    if request.ignore:
+        said += f", without {', '.join(request.ignore)}"
+    return said if replay.times == 0 else f"{said} ({replay.times} requests)"

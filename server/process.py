@@ -132,6 +132,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
     work = (
         services.policy.run(),
         services.denials.run(),
+        services.recorded.run(),
         services.spending.run(),
         services.experts.follow(services.policy.withdrawn),
         _stop_with_engine(server, services.client),
@@ -145,6 +146,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         services.denials.close()
+        services.recorded.close()
         services.spending.close()
         services.policy.withdraw()
     if services.client.errored:

@@ -1,49 +1,100 @@
-"""The questions that requests asked of the policy, of late, to be replayed against a proposal.
+"""Decisions that requests got, on their way into the store, to be replayed against a proposal.
 
-Only what a decision depends on is kept, once per distinct question, with a count: never a prompt.
+Only what a decision depends on is kept, once per distinct question, with a count: never a prompt, and
+no name that the client made up. Requests do not wait for the database: questions are counted here and
+written in batches. What a process has not written when it is killed is lost.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 from collections import OrderedDict
 from typing import Final
 
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import (
+    AnchorRequired,
+    EmptyGate,
+    ExpertDenied,
+    StoreError,
+)
 from flexgate.policies.simulate import Replay
+from flexgate.policies.store.questions import Asked, Question, add_questions, read_questions
+from flexgate.policies.store.store import Store
 from flexgate.policies.terms import TenantId
 
-MAX_QUESTIONS: Final = 10_000
+MAX_WAITING: Final = 1_000
+FLUSH_EVERY_S: Final = 5.0
+_ABOUT_LISTED: Final = (AnchorRequired, EmptyGate, ExpertDenied)
+"""Refusals of requests that name nothing but listed experts."""
 
-_Key = tuple[TenantId, str | None, str | None, tuple[str, ...] | None, tuple[str, ...]]
+logger = logging.getLogger(__name__)
 
 
 class Recorded:
-    """The newest distinct questions; the one that was asked longest ago makes way."""
+    """Counts questions; `run` writes them. Safe to use from several threads."""
 
-    def __init__(self, max_questions: int = MAX_QUESTIONS) -> None:
-        self._max = max_questions
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._lock = threading.Lock()
-        self._times: OrderedDict[_Key, int] = OrderedDict()
+        self._waiting: OrderedDict[Question, tuple[int, float]] = OrderedDict()
 
-    def add(self, tenant_id: TenantId, request: DecisionRequest) -> None:
-        """Note one decided request."""
-        key = (tenant_id, request.purpose, request.region, request.only, request.ignore)
+    def add(self, tenant_id: TenantId, request: DecisionRequest, now: float) -> None:
+        """Note one decided request; of too many the one that was asked longest ago makes way."""
+        only = None if request.only is None else _names(request.only)
+        question = Question(tenant_id, request.purpose, request.region, only, _names(request.ignore))
         with self._lock:
-            self._times[key] = self._times.pop(key, 0) + 1
-            if len(self._times) > self._max:
-                self._times.popitem(last=False)
+            times, _ = self._waiting.pop(question, (0, now))
+            self._waiting[question] = (times + 1, now)
+            if len(self._waiting) > MAX_WAITING:
+                self._waiting.popitem(last=False)
 
-    def replays(self, now: float) -> list[Replay]:
-        """Every question, as if it were asked at `now` (Unix seconds)."""
+    def add_refused(self, tenant_id: TenantId, request: DecisionRequest, error: Exception, now: float) -> None:
+        """Note a request that was refused, unless it names what is not there or may not be declared."""
+        if isinstance(error, _ABOUT_LISTED):
+            self.add(tenant_id, request, now)
+
+    def flush(self) -> None:
+        """Write what has been counted; raises `StoreError`, and forgets it then. Blocks."""
         with self._lock:
-            asked = list(self._times.items())
-        return [
-            Replay(
-                tenant_id,
-                DecisionRequest(decision_id="simulate", purpose=purpose, region=region, only=only, ignore=ignore),
-                now,
-                times,
-            )
-            for (tenant_id, purpose, region, only, ignore), times in asked
-        ]
+            batch, self._waiting = self._waiting, OrderedDict()
+        if batch:
+            add_questions(self._store.engine, [Asked(question, *counted) for question, counted in batch.items()])
+
+    async def run(self) -> None:
+        """Write again and again, for ever."""
+        while True:
+            await asyncio.sleep(FLUSH_EVERY_S)
+            await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Write the rest; if that fails, simulations will not know of it."""
+        try:
+            self.flush()
+        except StoreError as error:
+            logger.warning("questions are not recorded for simulations: %s", type(error).__name__)
+
+
+def replays(store: Store, now: float) -> list[Replay]:
+    """Every question that was recorded, of all processes, as if it were asked at `now` (Unix seconds)."""
+    return [
+        Replay(
+            question.tenant_id,
+            DecisionRequest(
+                decision_id="simulate",
+                purpose=question.purpose,
+                region=question.region,
+                only=question.only,
+                ignore=question.ignore,
+            ),
+            now,
+            times,
+        )
+        for question, times, _ in read_questions(store.engine)
+    ]
+
+
+def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(names)))

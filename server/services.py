@@ -41,14 +41,15 @@ class Services:
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     decisions: DecisionCache = field(default_factory=DecisionCache)
-    recorded: Recorded = field(default_factory=Recorded)
     clock: Callable[[], float] = time.time
     draining: bool = False
     denials: Denials = field(init=False)
+    recorded: Recorded = field(init=False)
     spending: Spending = field(init=False)
     limiter: Limiter = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
+        self.recorded = Recorded(self.store)
         self.spending = Spending(self.store)
         self.limiter = Limiter(self.spending)

@@ -114,6 +114,19 @@ token_use: Final = Table(
     Column("tokens", _Version, nullable=False),
 )
 
+asked_questions: Final = Table(
+    "asked_questions",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant_id", String(80), nullable=False),
+    Column("purpose", String(80)),
+    Column("region", String(80)),
+    Column("only", JSON(none_as_null=True)),
+    Column("ignore", JSON, nullable=False),
+    Column("times", _Version, nullable=False),
+    Column("last", Double, nullable=False),
+)
+
 installation: Final = Table(
     "installation",
     metadata,

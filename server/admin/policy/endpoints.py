@@ -11,6 +11,7 @@ from flexgate.policies.simulate import with_standard
 from flexgate.policies.store import gitops, history
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import TenantId
+from flexgate.server import recorded
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
 from flexgate.server.admin.pages import list_object, unknown_cursor
 from flexgate.server.admin.policy.schemas import (
@@ -47,11 +48,12 @@ def explain(call: Call[Nothing, Explain]) -> Json:
 def simulate(call: Call[Simulate, Nothing]) -> Json:
     """Say who would gain and who would lose what, if a policy file were applied. Nothing is changed.
 
-    What is replayed are the questions that requests to this process asked of late, and for each
-    project what a request would get that asks for nothing special.
+    Replayed are the questions that requests to any process asked of late, as if they came now, and
+    for each project what a request would get that asks for nothing special.
     """
+    call.services.recorded.flush()
     plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
-    replays = with_standard(call.services.recorded.replays(call.now), plan.current, plan.proposed, call.now)
+    replays = with_standard(recorded.replays(call.store, call.now), plan.current, plan.proposed, call.now)
     differences = simulating.simulate(plan.current, plan.proposed, replays)
     return {
         "object": "policy.simulation",

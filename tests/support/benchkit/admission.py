@@ -60,7 +60,7 @@ async def _measure(store: Store, calls: int) -> dict[str, Any]:
     spending = Spending(store)
     source.confirm()
     spending.refresh()
-    limiter, cache, recorded, key = Limiter(spending), DecisionCache(), Recorded(), new_seal_key()
+    limiter, cache, recorded, key = Limiter(spending), DecisionCache(), Recorded(store), new_seal_key()
     for number in tqdm(range(calls), desc="admissions"):
         now = time.time()
         clock.start()
