@@ -14,6 +14,7 @@ without any defect.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("policies", "kernels", "experts", "server")
+TEST_SECONDS = 300  # of one test with a defect; every one of them takes well under a minute without
 FAILED = re.compile(r"^FAILED (.+?)( - .*)?$", re.MULTILINE)
 console = Console(soft_wrap=True, highlight=False)
 
@@ -66,12 +68,27 @@ class Copy:
         with patch.open() as text:
             return subprocess.run(command, cwd=self.place, stdin=text, capture_output=True).returncode == 0
 
-    def test(self, *tests: str) -> tuple[bool, str]:
-        """Whether all of these tests pass, and pytest's words."""
+    def test(self, *tests: str, seconds: float | None = None) -> tuple[bool, str]:
+        """Whether all of these tests pass, and pytest's words; what does not end in time has not failed either."""
         environment = os.environ | {"PYTHONPATH": str(self.place / "site"), "PYTHONSAFEPATH": "1", "COLUMNS": "400"}
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *tests]
-        done = subprocess.run(command, cwd=self.place, env=environment, capture_output=True, text=True)
-        return done.returncode == 0, done.stdout + done.stderr
+        with subprocess.Popen(
+            command,
+            cwd=self.place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=seconds)
+            except BaseException as error:  # whatever the test has started goes with it
+                os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    return False, f"no end after {seconds:.0f} s"
+                raise
+        return process.returncode == 0, said
 
 
 def problem(copy: Copy, defect: Defect) -> tuple[str | None, str]:
@@ -83,7 +100,7 @@ def problem(copy: Copy, defect: Defect) -> tuple[str | None, str]:
     seen = []
     try:
         for test in defect.tests:
-            _, said = copy.test("-x", test)
+            _, said = copy.test("-x", test, seconds=TEST_SECONDS)
             failed = FAILED.search(said)
             if failed is None:
                 return f"survived {test}", said[-3000:]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,28 +175,62 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
         yield "\n".join(lines[:length]), lines[length:]
 
 
-def test_the_readmes_policy_section_runs_as_it_is_written(demo: str, state_dir: Path, tmp_path: Path) -> None:
-    """Word for word, but for the port."""
-    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
-    environment = {**os.environ, "FLEXGATE_STATE_DIR": str(state_dir), "PYTHONSAFEPATH": "1"}
-    environment = {name: value for name, value in environment.items() if name != "FLEXGATE_DATABASE_URL"}
-    ran = 0
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-    def run(*command: str) -> list[str]:
+
+@pytest.fixture
+def run(demo: str, state_dir: Path, tmp_path: Path) -> Run:
+    """Runs a command of the README as it is written, but for the address, in a folder like the checkout."""
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
+    for name in ("docs", "experts"):
+        (tmp_path / name).symlink_to(README.parent / name)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEXGATE_")}
+    environment |= {"FLEXGATE_STATE_DIR": str(state_dir), "FLEXGATE_URL": demo, "PYTHONSAFEPATH": "1"}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
         command = tuple(part.replace("http://127.0.0.1:8000", demo) for part in command)
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stderr == "", done.stderr
-        return done.stdout.splitlines()
+        assert done.returncode == 0 or command[0] == "bash", done.stderr
+        return done
 
+    return run
+
+
+def test_the_readmes_policy_section_runs_as_it_is_written(run: Run, tmp_path: Path) -> None:
+    """Word for word, but for the port."""
+    ran = 0
     for language, text in blocks("Setting a policy"):
         if language == "yaml":
             (tmp_path / "next.yaml").write_text(text)
         elif language == "python":
             expected = re.findall(r"^print\(.*\)  # (.*)$", text, re.MULTILINE)
-            assert run(sys.executable, "-c", text) == expected
+            assert run(sys.executable, "-c", text).stdout.splitlines() == expected
             ran += 1
         else:
             for command, expected in commands(text):
-                assert run("bash", "-c", command) == expected, command
+                done = run("bash", "-c", command)
+                assert (done.stdout.splitlines(), done.stderr) == (expected, ""), command
                 ran += 1
     assert ran == 7
+
+
+def test_the_readmes_withdraw_and_add_run_as_they_are_written(demo: str, run: Run) -> None:
+    section = README.read_text().split("\n### Withdraw an expert, and add it again\n")[1].split("\n## ")[0]
+    ((_, text),) = re.findall(r"```(console)\n(.*?)```", section, re.DOTALL)
+    (export, _), (revoke, _), (extract, _), (add, _) = commands(text)
+    probe = next(probe for probe in PROBES if (probe.domain, probe.kind, probe.phrasing) == ("legal", "chat", "seen"))
+
+    def answer() -> tuple[str, list[str]]:
+        body = ask(demo, "sk-demo-all", probe.prompt).json()
+        return said(body), body["flexgate"]["allowed"]
+
+    everyone = ALLOWED["sk-demo-all"]
+    assert answer() == (probe.answer, everyone)
+    withdrawn = run("bash", "-c", f"{export}; {revoke}")
+    assert withdrawn.returncode == 0, withdrawn.stderr
+    text, allowed = answer()
+    assert text != probe.answer
+    assert allowed == [expert for expert in everyone if expert != "legal"]
+    added = run("bash", "-c", f"{export}; {extract} && {add}")
+    assert added.returncode == 0, added.stderr
+    assert answer() == (probe.answer, everyone)
