@@ -45,6 +45,7 @@ def run(settings: Settings, work: Path) -> dict[str, Any]:
     with tqdm(total=len(benches) * (len(methods) + 3), desc="protocol", position=1) as bar:
         seeds = [_seed(bench, methods, tunings, peak, bar) for bench in benches]
     return {
+        "command": "flexgate experts evaluate --protocol demo-sibling --work WORK",
         "device": f"{platform.machine()}, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
         "settings": asdict(settings),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from flexgate.experts.errors import TrainingRefused
+from flexgate.experts.evaluation.markdown import MARK
 from flexgate.experts.layout import expert_keys
 from flexgate.experts.sibling.bench import Bench
 from flexgate.experts.sibling.methods import ABLATIONS, MERGING, OURS, TUNED, UNRESTRICTED
@@ -19,6 +22,7 @@ from flexgate.experts.sibling.report import PAPER, heatmap_rows, report
 from flexgate.experts.sibling.settings import QUICK, Settings
 from flexgate.experts.sibling.summary import aims
 
+DOCS = Path(__file__).parents[2] / "docs"
 ROWS = {OURS, TUNED, UNRESTRICTED, "public only", *MERGING, *ABLATIONS}
 JUDGED = (
     "other domains, accuracy",
@@ -117,3 +121,10 @@ def test_ablations_and_baselines_differ_from_ours_in_what_their_name_says(tmp_pa
     assert {key for key in ours if not torch.equal(btx[key], ours[key])} == {
         f"model.layers.{layer}.mlp.gate.weight" for layer in range(QUICK.layers)
     }
+
+
+def test_the_committed_report_is_what_the_command_makes_of_its_figures() -> None:
+    found = json.loads((DOCS / "results/evaluation.json").read_text())
+    assert (DOCS / "evaluation.md").read_text().split(MARK)[1] == f"\n\n{report(found)}"
+    assert found["settings"] == json.loads(json.dumps(asdict(Settings())))
+    assert len(found["settings"]["seeds"]) >= 3
