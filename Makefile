@@ -10,7 +10,7 @@ TIMES ?= 20
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills demo-model defects mutants repeat-engine-tests lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, 
 
 residency-kills: $(VENV)/.dev ## Kill what adds and withdraws experts 1,000 times; fail if anything half done is left.
 	PYTHONPATH=tests/support $(BIN)/python -m residencykit.kills --kills 1000 --report docs/results/residency-kills.json
+
+server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if anything else comes back.
+	PYTHONPATH=tests/support $(BIN)/python -m residencykit.servers --kills 50 --report docs/results/server-kills.json
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

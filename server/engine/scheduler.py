@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexgate.server.engine.gates import Gate
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
+from flexgate.server.engine.lifeline import end_with_parent
 from flexgate.server.engine.seam import (
     AsyncScheduler,
     BlockHash,
@@ -56,9 +57,10 @@ class _Held:
 
 
 class _Gated(_Base):
-    """Mixin over :class:`Scheduler`; installing it installs the guard, so neither is alone."""
+    """Mixin over :class:`Scheduler`; installing it installs guard and lifeline, so none is alone."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        end_with_parent()
         self._table = SlotTable.from_config(vllm_config.additional_config)
         guard_requests(EngineGuard(seal_key_from_environment(), self._table))
         offer_to_engine_core(SLOTS_UTILITY, _change_slots)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from packagekit import statement
 
@@ -185,7 +186,7 @@ def test_what_is_no_package_is_refused(changing: Any, body: dict[str, str], stat
 
 
 def test_a_restart_comes_back_to_the_last_answer(text_checkpoint: Path, tmp_path: Path, package: Path) -> None:
-    """Killed, not stopped: one expert of the checkpoint withdrawn, one package added."""
+    """Killed, not stopped, after a withdrawal and an addition. The engine goes with its server."""
     first = live.start(text_checkpoint, tmp_path, "--allow-unsigned-experts")
     record = command(first, "revoke", "news")
     command(first, "add", str(package))
@@ -194,9 +195,10 @@ def test_a_restart_comes_back_to_the_last_answer(text_checkpoint: Path, tmp_path
     family = live.family(first)
     first.process.kill()
     first.process.wait(30)
-    for process in family:
-        if process.is_running():
-            process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
     second = live.start(text_checkpoint, tmp_path, "--allow-unsigned-experts")
     try:
         after = ask(second, flexgate={"experts": {"only": ["extra"]}})

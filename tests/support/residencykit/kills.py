@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,12 +252,12 @@ def recover(world: World, place: Path) -> Callable[[Any], None]:
     return work
 
 
-def stored(database: Path) -> dict[str, tuple[int, int]]:
-    """Expert -> (slot, version) of what was added and not withdrawn since, and of `news` (1, 0); by SQL alone."""
+def stored(database: Path, checkpoint: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Expert -> (slot, version) of the checkpoint and of what was added, less what was withdrawn; by SQL alone."""
     with sqlite3.connect(database) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         query = "SELECT action, expert, slot, detail FROM weights_epochs ORDER BY epoch"
-        state = {"news": (1, 0)}
+        state = dict(checkpoint)
         for action, expert, slot, detail in connection.execute(query):
             if action == "added":
                 state[expert] = (slot, json.loads(detail)["version"])
@@ -308,7 +308,7 @@ def trial(world: World, place: Path, seed: int) -> dict[str, Any]:
     _, status = os.waitpid(pid, 0)
     acknowledged = sum(line.startswith("ack") for line in said)
     wrong = [line for line in said if line.startswith("failed")]
-    state = stored(place / "policy.db")
+    state = stored(place / "policy.db", {"news": (1, 0)})
     versions = {expert: version for expert, (_, version) in state.items()}
     if versions not in (after(ops[:acknowledged]), after(ops[: acknowledged + 1])):
         wrong.append(f"the store says {versions}, acknowledged were {ops[:acknowledged]} of {ops}")
