@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import cast
 
 from flexgate.policies.clauses import Clause, Terms, compile_clause
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.terms import Agreement, ExpertId, SetId, TenantId
-
-_NOBODY: Final[frozenset[ExpertId]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +85,6 @@ class Scope:
                 yield expert, clause
 
     def _expand(self, where: str, references: frozenset[str]) -> frozenset[ExpertId]:
-        if not references:
-            return _NOBODY
         if references <= self.experts.keys():
             return cast(frozenset[ExpertId], references)
         plain = {ExpertId(name) for name in references if not name.startswith("set:")}

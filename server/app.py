@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flexgate.policies.tenants import Role
 from flexgate.server.admin.operation import Administration
 from flexgate.server.admin.operations import OPERATIONS
+from flexgate.server.auth import EVERY_ROLE
 from flexgate.server.context import context_of
 from flexgate.server.errors import ApiError
 from flexgate.server.experts.changes import ExpertChanges
@@ -27,20 +30,65 @@ from flexgate.server.operations import Operations
 from flexgate.server.services import Services
 
 Answer = Callable[[Request], Awaitable[Response]]
+_OPERATORS: Final = EVERY_ROLE - {Role.TENANT}
 
 
-def build_app(services: Services, *, hosts: Collection[str] | None = None) -> FastAPI:
-    """The server's application. `hosts` restricts the Host header."""
+def build_app(
+    services: Services, *, hosts: Collection[str] | None = None, roles: Collection[Role] = EVERY_ROLE
+) -> FastAPI:
+    """The server's application. `hosts` restricts the Host header.
+
+    Keys of other `roles` are not known, and routes that only they may use do not exist.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for method, path, endpoint in _endpoints(services):
+    for method, path, endpoint in _endpoints(services, roles):
         app.add_route(path, _named(path, endpoint), [method])
-    app.add_middleware(Gateway, hosts=hosts, denials=services.denials)
+    app.add_middleware(Gateway, hosts=hosts, roles=roles, denials=services.denials)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app
 
 
-def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
+class Listeners:
+    """Two applications, told apart by the address on this machine that a connection came in at."""
+
+    def __init__(self, public: ASGIApp, admin: ASGIApp, admin_address: tuple[str, int]) -> None:
+        self._public = public
+        self._admin = admin
+        self._admin_address = admin_address
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one connection."""
+        at_admin = tuple(scope.get("server") or ()) == self._admin_address
+        await (self._admin if at_admin else self._public)(scope, receive, send)
+
+
+def build_listeners(
+    services: Services, admin_address: tuple[str, int], *, hosts: Collection[str] | None = None
+) -> Listeners:
+    """Tenants at every address but one, everybody else there."""
+    public = build_app(services, hosts=hosts, roles={Role.TENANT})
+    return Listeners(public, build_app(services, hosts=hosts, roles=_OPERATORS), admin_address)
+
+
+def _endpoints(services: Services, roles: Collection[Role]) -> Iterator[tuple[str, str, Answer]]:
+    if Role.TENANT in roles:
+        yield from _inference(services)
+    if not _OPERATORS.isdisjoint(roles):
+        yield from _changes(services)
+    for operation in OPERATIONS:
+        if not set(operation.roles).isdisjoint(roles):
+            yield operation.method, operation.path, Administration(services, operation).answer
+    experts = Experts(services)
+    yield "GET", "/v1/experts", experts.list
+    yield "GET", "/v1/experts/{expert}", experts.retrieve
+    yield "GET", "/v1/openapi.json", OpenApi(services).document
+    operations = Operations(services)
+    yield "GET", "/health", operations.health
+    yield "GET", "/ready", operations.ready
+
+
+def _inference(services: Services) -> Iterator[tuple[str, str, Answer]]:
     yield "POST", "/v1/chat/completions", Generation(services, chat.ENDPOINT).answer
     yield "POST", "/v1/completions", Generation(services, completions.ENDPOINT).answer
     yield "POST", "/v1/responses", Generation(services, responses.ENDPOINT).answer
@@ -50,9 +98,9 @@ def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
     models = Models(services)
     yield "GET", "/v1/models", models.list
     yield "GET", "/v1/models/{model:path}", models.retrieve
-    experts = Experts(services)
-    yield "GET", "/v1/experts", experts.list
-    yield "GET", "/v1/experts/{expert}", experts.retrieve
+
+
+def _changes(services: Services) -> Iterator[tuple[str, str, Answer]]:
     changes = ExpertChanges(services)
     yield "POST", "/v1/experts", changes.add
     yield "DELETE", "/v1/experts/{expert}", changes.revoke
@@ -61,13 +109,7 @@ def _endpoints(services: Services) -> Iterator[tuple[str, str, Answer]]:
     yield "GET", "/v1/expert_uploads/{upload}", changes.upload
     yield "DELETE", "/v1/expert_uploads/{upload}", changes.drop_upload
     yield "PATCH", "/v1/expert_uploads/{upload}/{file}", changes.write_upload
-    for operation in OPERATIONS:
-        yield operation.method, operation.path, Administration(services, operation).answer
-    yield "GET", "/v1/openapi.json", OpenApi(services).document
-    operations = Operations(services)
-    yield "GET", "/health", operations.health
-    yield "GET", "/ready", operations.ready
-    yield "GET", "/metrics", operations.metrics
+    yield "GET", "/metrics", Operations(services).metrics
 
 
 def _named(path: str, endpoint: Answer) -> Answer:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +25,7 @@ from flexgate.policies.tenants import KeyRecord, Role
 from flexgate.policies.terms import OwnerId, TenantId
 
 MAX_HEADER_CHARACTERS: Final = 512
+EVERY_ROLE: Final = frozenset(Role)
 _NO_KEY: Final = bytes(32)
 
 
@@ -65,16 +67,19 @@ class Principal:
     owner_id: OwnerId | None
 
 
-def authenticate(snapshot: Snapshot, authorization_header: str | None, now: float) -> Principal:
+def authenticate(
+    snapshot: Snapshot, authorization_header: str | None, now: float, roles: Collection[Role] = EVERY_ROLE
+) -> Principal:
     """The principal behind `Authorization: Bearer sk-…`; raises `Unauthenticated`.
 
-    `now` is Unix seconds. Nothing of the key appears in the error.
+    `now` is Unix seconds. A key of another role than `roles` is like no key. Nothing of the key
+    appears in the error.
     """
     key = _bearer(authorization_header)
     digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
     found = snapshot.keys.get(digest)
     equal = hmac.compare_digest(digest, _NO_KEY if found is None else found.sha256)
-    if found is None or not equal or _archived(snapshot, found):
+    if found is None or not equal or found.role not in roles or _archived(snapshot, found):
         raise KeyWrong("The API key is not valid. Check the key, or ask an administrator for one.")
     if found.revoked is not None and found.revoked <= now:
         raise KeyRevoked("The API key was revoked. Use another key of the project.")

@@ -35,6 +35,7 @@ def serve(
     demo: Annotated[bool | None, _option("demo")] = None,
     host: Annotated[str | None, _option("host")] = None,
     port: Annotated[int | None, _option("port")] = None,
+    admin_port: Annotated[int | None, _option("admin_port")] = None,
     allow_remote: Annotated[bool | None, _option("allow_remote")] = None,
     state_dir: Annotated[Path | None, _option("state_dir")] = None,
     database_url: Annotated[str | None, _option("database_url")] = None,

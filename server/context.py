@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 from starlette.requests import Request
 
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.auth import AuthError, Principal, authenticate
+from flexgate.policies.tenants import Role
+from flexgate.server.auth import EVERY_ROLE, AuthError, Principal, authenticate
 from flexgate.server.errors import ApiError
 from flexgate.server.refusals import from_auth, from_policy
 from flexgate.server.services import Services
@@ -22,9 +24,11 @@ class Context:
     `error` is what the request is answered with, if it is answered with one.
     """
 
-    __slots__ = ("error", "noted", "request_id", "route")
+    __slots__ = ("error", "noted", "request_id", "roles", "route")
 
-    def __init__(self) -> None:
+    def __init__(self, roles: Collection[Role] = EVERY_ROLE) -> None:
+        """`roles` are those whose keys are known where the request came in."""
+        self.roles = roles
         self.request_id = f"req_{uuid.uuid4().hex}"
         self.route = "unmatched"
         self.noted: dict[str, Any] = {}
@@ -46,7 +50,9 @@ async def identify(request: Request, services: Services) -> tuple[Principal, Sna
     """The caller by its key, and the snapshot that knows it; raises `ApiError`."""
     try:
         snapshot = await services.policy.current()
-        principal = authenticate(snapshot, request.headers.get("authorization"), services.clock())
+        principal = authenticate(
+            snapshot, request.headers.get("authorization"), services.clock(), context_of(request).roles
+        )
     except AuthError as error:
         raise from_auth(error) from error
     except PolicyError as error:

@@ -12,7 +12,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flexgate.policies.tenants import Role
 from flexgate.server import metrics
+from flexgate.server.auth import EVERY_ROLE
 from flexgate.server.context import STATE, Context
 from flexgate.server.denials import ANONYMOUS, Denial, Denials
 from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid
@@ -25,10 +27,20 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Wraps the routes. Nothing that a route raises leaves it."""
 
-    def __init__(self, app: ASGIApp, *, denials: Denials, hosts: Collection[str] | None = None) -> None:
-        """`hosts` are the only names that a Host header may have; None allows all."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        denials: Denials,
+        roles: Collection[Role] = EVERY_ROLE,
+        hosts: Collection[str] | None = None,
+    ) -> None:
+        """`roles` are those whose keys are known; `hosts` the only names that a Host header may have,
+        None allows all.
+        """
         self._app = app
         self._denials = denials
+        self._roles = roles
         self._hosts = None if hosts is None else frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +53,7 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1000})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = scope[STATE] = Context()
+        context = scope[STATE] = Context(self._roles)
         exchange = _Exchange(scope, context, send)
         try:
             self._check_host(scope)

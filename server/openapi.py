@@ -82,11 +82,21 @@ class OpenApi:
     async def document(self, request: Request) -> Response:
         """The document."""
         await identify(request, self._services)
-        return JSONResponse(document())
+        whole = document()
+        served = {
+            (method.lower(), route.path.replace(":path}", "}"))
+            for route in request.app.routes
+            for method in route.methods
+        }
+        here = {
+            path: {method: described for method, described in methods.items() if (method, path) in served}
+            for path, methods in whole["paths"].items()
+        }
+        return JSONResponse({**whole, "paths": {path: methods for path, methods in here.items() if methods}})
 
 
 def document() -> Json:
-    """OpenAPI 3.1."""
+    """OpenAPI 3.1, of every route."""
     schemas: Json = {"Error": _error_schema()}
     paths: dict[str, Json] = {}
     for path, summary in _GETS:

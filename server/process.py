@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from flexgate.policies.store.hints import Hints
 from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
-from flexgate.server.app import build_app
+from flexgate.server.app import build_app, build_listeners
 from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.launch import EngineSettings, LaunchPlan, RunningEngine, launch, plan
 from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
@@ -55,7 +56,12 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     engine_settings = _engine_settings(settings, model)
     checkpoint = plan(engine_settings).checkpoint
     _require_tokenizer(model)
-    with _bound(settings.host, settings.port) as sock, _alone(settings.directory()), _store(settings) as store:
+    with (
+        _bound(settings.host, settings.port) as sock,
+        _bound_admin(settings) as admin,
+        _alone(settings.directory()),
+        _store(settings) as store,
+    ):
         store.migrate()
         before = at_start(store, checkpoint.experts)
         engine_settings = replace(
@@ -74,7 +80,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             _settle_heap()
             host, port = sock.getsockname()[:2]
             ready(planned, engine.client, _url(host, port), secret)
-            await _run(settings, services, sock)
+            await _run(settings, services, sock, admin)
         finally:
             await launching.__aexit__(None, None, None)
 
@@ -118,9 +124,15 @@ def _services(settings: Settings, model: Path, engine: RunningEngine, store: Sto
     )
 
 
-async def _run(settings: Settings, services: Services, sock: socket.socket) -> None:
+async def _run(settings: Settings, services: Services, sock: socket.socket, admin: socket.socket | None = None) -> None:
+    listening = [sock]
+    app: ASGIApp = build_app(services, hosts=settings.hosts)
+    if admin is not None:
+        listening.append(admin)
+        app = build_listeners(services, admin.getsockname()[:2], hosts=settings.hosts)
+        logger.info("administration listens on %s", _url(*admin.getsockname()[:2]))
     config = uvicorn.Config(
-        build_app(services, hosts=settings.hosts),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -140,7 +152,7 @@ async def _run(settings: Settings, services: Services, sock: socket.socket) -> N
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         with server.stopped_by_signals():
-            await server.serve(sockets=[sock])
+            await server.serve(sockets=listening)
     finally:
         for task in tasks:
             task.cancel()
@@ -207,6 +219,15 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         sock.close()
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from error
     with sock:
+        yield sock
+
+
+@contextmanager
+def _bound_admin(settings: Settings) -> Iterator[socket.socket | None]:
+    if settings.admin_port is None:
+        yield None
+        return
+    with _bound("127.0.0.1", settings.admin_port) as sock:
         yield sock
 
 

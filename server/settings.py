@@ -63,6 +63,10 @@ class Settings(StoreSettings):
     model: Annotated[Path | None, Field(description="Directory of a FlexOlmo checkpoint.")] = None
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
+    admin_port: Annotated[
+        int | None,
+        Field(ge=0, le=65535, description="Administer on this port, on loopback only; the other then serves tenants."),
+    ] = None
     allow_remote: Annotated[
         bool,
         Field(description="Allow an address other than loopback. There is no TLS here."),

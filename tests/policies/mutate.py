@@ -60,8 +60,10 @@ def mutants(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
 
 
 def _annotations(tree: ast.Module) -> Iterator[ast.expr]:
-    """Annotations and decorators: they decide no request."""
+    """Annotations, decorators and declarations of fields: they decide no request."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "field":
+            yield node
         yield from getattr(node, "decorator_list", ())
         for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if note is not None:

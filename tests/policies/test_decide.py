@@ -271,3 +271,10 @@ def test_allowed_experts_cannot_be_made_by_hand():
         AllowedExperts(["news"])
     with pytest.raises(TypeError):
         AllowedExperts()
+
+
+def test_an_end_does_not_matter_beside_a_permission_without_one(world):
+    terms = [world.agreement("forever"), world.agreement("ends", not_after="2030-01-01T00:00:00Z")]
+    decision = world.ask(world.build(terms, [world.tenant(mode="deny_list")]))
+    assert decision.allowed == ("public", "news")
+    assert decision.valid_until == math.inf

@@ -1,0 +1,102 @@
+"""With an administration port, the other one knows tenants alone, and that one everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from flexgate.server.process import _run
+from flexgate.server.settings import Settings
+
+ADMIN_PATHS = [
+    ("GET", "/v1/organization/projects"),
+    ("POST", "/v1/organization/admin_api_keys"),
+    ("POST", "/v1/policy/simulate"),
+    ("GET", "/v1/policy/revisions"),
+    ("GET", "/v1/organization/audit_logs"),
+    ("POST", "/v1/expert_uploads"),
+    ("GET", "/v1/expert_jobs/x"),
+    ("GET", "/metrics"),
+]
+
+
+def _listening() -> socket.socket:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+@pytest_asyncio.fixture
+async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
+    """The public and the administration address of a running server without an engine."""
+    services.client.errored = False
+    services.experts = type("None_", (), {"follow": staticmethod(lambda *_: asyncio.Event().wait())})()
+    public, admin = _listening(), _listening()
+    settings = Settings(model=Path("none"), admin_port=0)
+    running = asyncio.create_task(_run(settings, services, public, admin))
+    addresses = tuple(f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in (public, admin))
+    async with httpx.AsyncClient() as http:
+        for address in addresses:
+            while True:
+                try:
+                    await http.get(f"{address}/health")
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.02)
+    yield addresses
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    for sock in (public, admin):
+        sock.close()
+
+
+async def _ask(method: str, url: str, key: str) -> tuple[int, bytes]:
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as http:
+        answer = await http.request(method, url, json={})
+    return answer.status_code, answer.content
+
+
+@pytest.mark.asyncio
+async def test_each_address_serves_its_own_keys_and_routes(urls: tuple[str, str]) -> None:
+    public, admin = urls
+    nonsense = await _ask("GET", f"{public}/v1/nonsense", "sk-admin")
+    assert nonsense[0] == 404
+    for method, path in ADMIN_PATHS:
+        for key in ("sk-admin", "sk-t"):
+            assert await _ask(method, f"{public}{path}", key) == nonsense, path
+        assert (await _ask(method, f"{admin}{path}", "sk-admin"))[1] != nonsense[1], path
+    wrong = await _ask("GET", f"{public}/v1/experts", "sk-wrong")
+    assert wrong[0] == 401
+    assert await _ask("GET", f"{public}/v1/experts", "sk-admin") == wrong
+    assert await _ask("GET", f"{admin}/v1/experts", "sk-t") == wrong
+    assert (await _ask("GET", f"{public}/v1/experts", "sk-t"))[0] == 200
+    assert (await _ask("GET", f"{admin}/v1/experts", "sk-admin"))[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_the_administration_address_serves_no_inference(urls: tuple[str, str], handler: Any) -> None:
+    public, admin = urls
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"):
+        for key in ("sk-t", "sk-admin"):
+            assert (await _ask("POST", f"{admin}{path}", key))[0] == 404
+        assert (await _ask("POST", f"{public}{path}", "sk-t"))[0] != 404
+    assert (await _ask("GET", f"{public}/v1/policy/explain", "sk-t"))[0] == 200
+    assert not handler.seen
+
+
+@pytest.mark.asyncio
+async def test_each_address_describes_its_own_routes(urls: tuple[str, str]) -> None:
+    public, admin = urls
+    described = [
+        (await _ask("GET", f"{address}/v1/openapi.json", key))[1].decode()
+        for address, key in ((public, "sk-t"), (admin, "sk-admin"))
+    ]
+    assert ["/v1/chat/completions" in text for text in described] == [True, False]
+    assert ["/v1/policy/simulate" in text for text in described] == [False, True]
