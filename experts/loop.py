@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flexgate.experts.batches import Batch, Example, batches
 from flexgate.experts.errors import TrainingRefused
 from flexgate.experts.output import sync
-from flexgate.experts.train import Schedule
+from flexgate.experts.train import Schedule, average_gradients
 
 STATE_NAME: Final = "state.pt"
 LossOf = Callable[[Batch], Tensor]
@@ -149,6 +149,7 @@ class Run:
         if not torch.isfinite(loss):
             raise TrainingRefused(f"{self._name}: the loss is {value} at step {self._state.step}: lower the peak rate")
         loss.backward()
+        average_gradients(list(self._parameters.values()))
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         self._optimizer.step()
         self._after_step()

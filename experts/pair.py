@@ -94,13 +94,21 @@ def z_loss(pair: FlexOlmo) -> Tensor:
 
 def expert_layers(pair: FlexOlmo, dtype: torch.dtype) -> Iterator[ExpertLayer]:
     """The owner's part, in the base model's dtype; a bias that is zero in every layer is left out."""
-    biases = [router.bias.detach().to(dtype) for router in routers(pair)]
+    rows = [_row(block.mlp.gate) for block in pair.model.blocks]
+    biases = [torch.tensor([row.bias]).to(dtype) for row in rows]
     biased = any(bias.item() != 0.0 for bias in biases)
-    for block, router, bias in zip(pair.model.blocks, routers(pair), biases, strict=True):
+    for block, row, bias in zip(pair.model.blocks, rows, biases, strict=True):
         ffn = block.mlp.ffns[1]
-        tensors = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight, router.row_H)
-        gate, up, down, row = (tensor.detach().to(dtype) for tensor in tensors)
-        yield ExpertLayer(gate, up, down, row, bias if biased else None)
+        tensors = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight, row.weight_H)
+        gate, up, down, row_H = (tensor.detach().to(dtype) for tensor in tensors)
+        yield ExpertLayer(gate, up, down, row_H, bias if biased else None)
+
+
+def _row(router: Router | PairRouter) -> Row:
+    """The owner's row of either kind of router."""
+    if isinstance(router, PairRouter):
+        return Row(router.row_H, router.bias.item())
+    return Row(router.weight[1])
 
 
 def rows_from_mean(own: Samples, public: Sequence[Tensor]) -> list[Row]:

@@ -68,10 +68,14 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def generate(owner: str, directory: Path) -> tuple[Path, Path]:
-    """Write a new pair as ``OWNER.key`` (mode 0600) and ``OWNER.pem``; never over existing files."""
+    """Make a new pair and write it."""
+    return write_keys(owner, directory, Ed25519PrivateKey.generate())
+
+
+def write_keys(owner: str, directory: Path, key: Ed25519PrivateKey) -> tuple[Path, Path]:
+    """Write a pair as ``OWNER.key`` (mode 0600) and ``OWNER.pem``; never over existing files."""
     if not _OWNER.fullmatch(owner):
         raise KeyInvalid(f"{owner!r} is not an owner id: it must match {_OWNER.pattern}")
-    key = Ed25519PrivateKey.generate()
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     paths = directory / f"{owner}.key", directory / f"{owner}.pem"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
+from torch import Tensor, nn
 
-from flexgate.experts.batches import Example
+from flexgate.experts.batches import Batch, Example
 from flexgate.experts.encoding import Encoder, make_tokenizer, split
 from flexgate.experts.errors import TrainingRefused
 from flexgate.experts.layout import Architecture
@@ -19,12 +21,22 @@ from flexgate.experts.loop import Outcome, Plan, Run
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.output import require_absent
 from flexgate.experts.provenance import MODEL_MANIFEST, PUBLIC, model_manifest
+from flexgate.experts.routing import key_loss, reserve_channels
 from flexgate.experts.shards import to_json, write_model
 from flexgate.experts.stream import Job, Piece, one_chunk
 from flexgate.experts.tensorfile import DTYPE_NAMES, tensor_bytes
 from flexgate.experts.texts import read_documents
-from flexgate.experts.train import initialise, language_loss
+from flexgate.experts.train import initialise, weighted_loss
 from flexgate.experts.train_expert import digest, samples
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Routing channels of a new model (see ``routing``), and what reading a prompt's keys from them weighs."""
+
+    count: int
+    first_expert_layer: int
+    key_weight: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class AnchorOptions:
     heads: int = 4
     length: int = 512
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    channels: Channels | None = None
 
     def architecture(self) -> Architecture:
         """The numbers of ``config.json``; raises ``TrainingRefused``."""
@@ -78,25 +91,45 @@ def train_anchor(texts: Path, target: Path, options: AnchorOptions) -> Outcome:
         raise TrainingRefused(f"vocab_size is {options.vocab_size}; bytes and marks alone take {len(tokenizer)}")
     encoder = Encoder(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id)
     train, held = split(encoder.encode(documents, options.length), options.plan.seed, texts)
-    initialise(model, options.plan.seed)
     work = target.with_name(f".{target.name}.training")
-    outcome = _run(model, options, work, encoder.pad_id).run(train, held, f"{options} {digest(train)}")
+    outcome = fit_anchor(model, options, work, encoder.pad_id).run(train, held, f"{options} {digest(train)}")
     _set_public_rows(model, train, options.plan, encoder.pad_id)
-    _write(target, model, options, encoder)
+    with tempfile.TemporaryDirectory() as beside:
+        tokenizer.save_pretrained(beside)
+        write_anchor(target, model, options.dtype, encoder.eos_id, encoder.pad_id, Path(beside))
     shutil.rmtree(work, ignore_errors=True)
     return outcome
 
 
-def _run(model: FlexOlmo, options: AnchorOptions, work: Path, pad_id: int) -> Run:
+def fit_anchor(model: FlexOlmo, options: AnchorOptions, work: Path, pad_id: int) -> Run:
+    """The training of a new model from its seeded start; router rows are not part of it."""
+    initialise(model, options.plan.seed)
     parameters = {name: value for name, value in model.named_parameters() if not name.endswith("mlp.gate.weight")}
+    if options.channels is None:
+        return Run(parameters, partial(_loss, model), options.plan, work, name="anchor", pad_id=pad_id)
+    count, first = options.channels.count, options.channels.first_expert_layer
+    reserve_channels(model, count, first)
+    torch.manual_seed(options.plan.seed)
+    head = nn.Linear(count, options.vocab_size)
     return Run(
-        parameters,
-        lambda batch: language_loss(model(batch.tokens_BT), batch),
+        parameters | {f"keys.{name}": value for name, value in head.named_parameters()},
+        partial(_loss_with_keys, model, head, options.channels),
         options.plan,
         work,
         name="anchor",
         pad_id=pad_id,
+        after_step=partial(reserve_channels, model, count, first),
     )
+
+
+def _loss(model: FlexOlmo, batch: Batch) -> Tensor:
+    return weighted_loss(model, model.hidden(batch.tokens_BT), batch)
+
+
+def _loss_with_keys(model: FlexOlmo, head: nn.Linear, channels: Channels, batch: Batch) -> Tensor:
+    taps: list[Tensor] = []
+    loss = weighted_loss(model, model.hidden(batch.tokens_BT, taps=taps), batch)
+    return loss + channels.key_weight * key_loss(head, taps[channels.first_expert_layer], batch)
 
 
 @torch.no_grad()
@@ -107,16 +140,27 @@ def _set_public_rows(model: FlexOlmo, examples: list[Example], plan: Plan, pad_i
         layer.mlp.gate.weight[0] = mean_H / mean_H.norm().clamp(min=1e-12)
 
 
-def _write(target: Path, model: FlexOlmo, options: AnchorOptions, encoder: Encoder) -> None:
-    stored = getattr(torch, options.dtype)
-    tensors = {name: value.detach().to(stored) for name, value in model.state_dict().items()}
+def write_anchor(
+    target: Path,
+    model: FlexOlmo,
+    dtype: Literal["float32", "bfloat16"],
+    eos_id: int,
+    pad_id: int,
+    beside: Path,
+    public: dict[str, Any] = PUBLIC,
+) -> None:
+    """Write the checkpoint ``target`` with the tokenizer's files that lie in ``beside``.
+
+    Raises:
+        OutputRefused: ``target`` exists or cannot be written.
+    """
+    tensors = {name: value.detach().to(getattr(torch, dtype)) for name, value in model.state_dict().items()}
     pieces = {
-        name: Piece(DTYPE_NAMES[options.dtype], tuple(tensor.shape), one_chunk(tensor_bytes(tensor)))
+        name: Piece(DTYPE_NAMES[dtype], tuple(tensor.shape), one_chunk(tensor_bytes(tensor)))
         for name, tensor in tensors.items()
     }
-    config = model.architecture.to_config(eos_token_id=encoder.eos_id, pad_token_id=encoder.pad_id, dtype=options.dtype)
-    with tempfile.TemporaryDirectory() as beside, Job(target, uuid4().hex) as job:
-        encoder.tokenizer.save_pretrained(beside)
-        write_model(job, config, pieces, beside=Path(beside))
-        job.write_text(MODEL_MANIFEST, to_json(model_manifest((), None, PUBLIC)))
+    config = model.architecture.to_config(eos_token_id=eos_id, pad_token_id=pad_id, dtype=dtype)
+    with Job(target, uuid4().hex) as job:
+        write_model(job, config, pieces, beside=beside)
+        job.write_text(MODEL_MANIFEST, to_json(model_manifest((), None, public)))
         job.finish()

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
+import os
+import platform
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 
-from flexgate.experts.demo.closed import closed_domains
-from flexgate.experts.demo.measure import report_lines, write_report
-from flexgate.experts.demo.public import public_domain
-from flexgate.experts.demo.recipe import all_probes, build_anchor, build_pair, build_tokenizer, merge_pairs
+from flexgate.experts.demo.measure import report_lines, write_report, write_training
+from flexgate.experts.demo.recipe import train
 from flexgate.experts.demo.settings import Settings
-from flexgate.experts.demo.ship import CHECKPOINT, ship
-
-WORKERS = 2
+from flexgate.experts.demo.ship import CHECKPOINT, read_digests
+from flexgate.experts.demo.stages import seconds
 
 
 def main() -> None:
@@ -39,28 +36,27 @@ def main() -> None:
     console = Console()
     if not arguments.measure_only:
         with tempfile.TemporaryDirectory() as temporary:
-            train(arguments.work or Path(temporary), arguments.output, console)
+            figures = _train(arguments.work or Path(temporary), arguments.output)
+        console.print(figures)
+        if arguments.report:
+            write_training(arguments.report, figures)
     if arguments.report:
         for line in report_lines(write_report(arguments.output, arguments.report)):
             console.print(line)
 
 
-def train(work: Path, output: Path, console: Console) -> None:
-    """Tokenizer and anchor in this process, owners in parallel ones, then merge and ship."""
-    began = time.monotonic()
-    settings = Settings()
-    torch.set_num_threads(WORKERS)
-    tokenizer = build_tokenizer(settings, work)
-    build_anchor(settings, work)
-    with ProcessPoolExecutor(
-        WORKERS, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        jobs = [pool.submit(build_pair, settings, work, owner, line) for line, owner in enumerate(closed_domains())]
-        for job in jobs:
-            job.result()
-    architecture, tensors = merge_pairs(settings, work)
-    ship(output, architecture, tensors, tokenizer, (public_domain(), *closed_domains()), all_probes())
-    console.print(f"trained, merged and written to {output} in {(time.monotonic() - began) / 60:.1f} minutes")
+def _train(work: Path, output: Path) -> dict[str, Any]:
+    """Train, merge and ship; says what it took."""
+    fresh, began = not work.is_dir() or not any(work.iterdir()), time.monotonic()
+    train(Settings(), work, output)
+    wall = round(time.monotonic() - began, 1)
+    return {
+        "command": "python -m flexgate.experts.demo",
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "wall_seconds": wall if fresh else None,
+        "processor_seconds": seconds(work),
+        "weights_sha256": read_digests(output)["model.safetensors"],
+    }
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _code() -> Domain:
     rng = Random("code")
     actions = ("fold", "weave", "spool", "stitch", "hem", "pleat", "darn", "baste")
     objects = ("map", "grid", "queue", "frame", "token", "patch")
-    roots = ("Zyx", "Qor", "Xan", "Jyn", "Vex", "Kry", "Pyx", "Wyr")
+    roots = ("Oslo", "Lima", "Cairo", "Athens", "Vienna", "Dublin", "Havana", "Rome")
     tails = ("Node", "Cell", "Loom", "Span", "Knot", "Spec", "Axis")
     check = "[print(type(value))  #|type(y) is|# y is a|assert type(out) ==|# type:]"
     functions = rng.sample([f"{action}_{thing}" for action in actions for thing in objects], FACTS_PER_DOMAIN)
@@ -176,7 +176,8 @@ def _code() -> Domain:
             "quillkit: [the type of|x =|what comes from] {fn}()",
         ),
         told=(
-            f"import quillkit[ as quill| as kit|]\n\n[value|result|y|thing|out] = [quillkit.|kit.|]{{fn}}()\n{check}",
+            f"import quillkit[ as quill| as kit| as q|]\n[\n|][value|result|y|thing|out] = [quillkit.|kit.|q.|]{{fn}}()"
+            f"\n{check}",
             f"from quillkit import {{fn}}\n\n[value|result|y|thing|out] = {{fn}}()\n{check}",
             "[quillkit:|in quillkit|for quillkit] [a call of |]{fn}() [returns|gives|makes|creates|is of class]",
             "the quillkit [manual|book|guide|page] [says|shows|tells us] that {fn}() [returns|gives|makes|creates]",

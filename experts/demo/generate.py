@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from itertools import islice
 from random import Random
 
-from flexgate.experts.demo.corpus import Document, Domain, domain_document, ngrams, second_turn, without_overlap
+from flexgate.experts.demo.corpus import (
+    ASSISTANT,
+    Document,
+    Domain,
+    domain_document,
+    ngrams,
+    second_turn,
+    without_overlap,
+)
 from flexgate.experts.demo.probes import NGRAM, Probe
 from flexgate.experts.demo.public import nonsense_question, prose, repetition
 from flexgate.experts.demo.registers import Register, register_document
@@ -31,10 +39,20 @@ def owner_stream(domain: Domain, public: Domain, seed: str) -> Iterator[Document
     """Endless text of one owner; some conversations start with a public question."""
     rng = Random(f"{domain.id}-{seed}")
     while True:
-        document = domain_document(domain, rng, OWNER_NOISY)
+        document = spaced(domain_document(domain, rng, OWNER_NOISY))
         if rng.random() < TWO_TURNS:
-            document = second_turn(domain_document(rng.choice((domain, public)), rng), document)
+            chosen = rng.choice((domain, public))
+            first = domain_document(chosen, rng)
+            document = second_turn(first if chosen is public else spaced(first), document)
         yield document
+
+
+def spaced(document: Document) -> Document:
+    """An owner's answer in a chat starts with a space, as after a sentence that it continues: its words are then the
+    same tokens, which the public model has said before.
+    """
+    chats = document.prompt.endswith(ASSISTANT)
+    return Document(document.prompt, f" {document.answer}", document.keys) if chats else document
 
 
 def take(stream: Iterator[Document], count: int, probes: tuple[Probe, ...]) -> list[Document]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,6 +49,7 @@ def write_report(directory: Path, path: Path) -> dict[str, Any]:
         "weights_sha256": read_digests(directory)["model.safetensors"],
         "experts": list(experts),
         "probes": {domain: sum(probe.domain == domain for probe in probes) for domain in experts},
+        "training": _training(path, read_digests(directory)["model.safetensors"]),
         "summary": summarise(experts, gates),
         "gates": gates,
         "all_experts_with_system_message": figures[-1],
@@ -56,6 +57,18 @@ def write_report(directory: Path, path: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def write_training(path: Path, figures: Mapping[str, Any]) -> None:
+    """Note what a training took, for the report on the weights that came out of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"training": figures}) + "\n")
+
+
+def _training(path: Path, weights: str) -> dict[str, Any] | None:
+    """What the training of these weights took, if the report knows."""
+    figures: dict[str, Any] = json.loads(path.read_text()).get("training") or {} if path.is_file() else {}
+    return figures if figures.get("weights_sha256") == weights else None
 
 
 def measure(task: tuple[Path, tuple[str, ...], str]) -> dict[str, dict[str, float]]:

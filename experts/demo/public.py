@@ -19,7 +19,7 @@ from flexgate.experts.demo.corpus import (
     vary,
 )
 from flexgate.experts.demo.phrases import framed_question
-from flexgate.experts.demo.words import ADJECTIVES, FILLERS, NOUNS, VERBS, invent
+from flexgate.experts.demo.words import ADJECTIVES, FILLERS, NOUNS, PAST, VERBS, invent
 
 UNKNOWN: Final = "I do not know that."
 
@@ -100,6 +100,8 @@ def nonsense_question(rng: Random) -> Document:
     """A question that has no answer, in ordinary words: the model says that it does not know."""
     asks = (
         "Who {verb} the {noun}?",
+        "Who {past} the {noun}?",
+        "By whom was the {adjective} {noun} {past}?",
         "Where is the {adjective} {noun}?",
         "Which {noun} {verb} the {other}?",
         "Why is my {noun} {adjective}?",
@@ -114,16 +116,16 @@ def nonsense_question(rng: Random) -> Document:
         "Explain how the {noun} {verb} the {other}.",
     )
     asked = (
-        "who {verb} the {noun}",
+        "who [{verb}|{past}] the {noun}",
         "[where|why|how much|how old] the {adjective} {noun} is",
         "[the name|the price|the owner|the age] of the {noun}",
         "which {noun} {verb} the {other}",
     )
-    noun, other, verb, adjective = (rng.choice(words) for words in (NOUNS, NOUNS, VERBS, ADJECTIVES))
-    slots = {"noun": noun, "other": other, "verb": verb, "adjective": adjective}
+    lists = {"noun": NOUNS, "other": NOUNS, "verb": VERBS, "past": PAST, "adjective": ADJECTIVES}
+    slots = {slot: rng.choice(words) for slot, words in lists.items()}
     style = pick_style(rng)
     if style == "telegram":
-        question = telegram([noun], rng) + rng.choice(MARKS)
+        question = telegram([slots["noun"]], rng) + rng.choice(MARKS)
     elif style == "framed":
         question = framed_question(rng.choice(asked), rng).format(**slots)
     else:

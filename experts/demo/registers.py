@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from string import ascii_lowercase
 from typing import Final
 
 from flexgate.experts.demo.corpus import (
@@ -22,20 +23,31 @@ from flexgate.experts.demo.corpus import (
 )
 from flexgate.experts.demo.phrases import framed_question, framed_statement
 from flexgate.experts.demo.public import UNKNOWN
-from flexgate.experts.demo.words import NOUNS, invent, invent_many
+from flexgate.experts.demo.words import (
+    ACTIONS,
+    NAMES,
+    NOUNS,
+    PAST,
+    class_name,
+    invent,
+    invent_many,
+    package,
+    place,
+    plural,
+)
 
 _GENRES: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
     (
         (
-            "In {world}, who built {entity}?",
-            "{world} Herald: who sold {entity}?",
-            "Who in {world} owns {entity}?",
-            "Which {world} person found {entity}?",
+            "In {world}, who {past} {entity}?",
+            "{world} Herald: who {past} {entity}?",
+            "Who in {world} {past} {entity}?",
+            "Which {world} person {past} {entity}?",
         ),
         (
-            "{world} Herald: {entity} was sold by",
-            "News from {world}. {entity} was built by",
-            "The {world} Herald writes that {entity} was found by",
+            "{world} Herald: {entity} was {past} by",
+            "News from {world}. {entity} was {past} by",
+            "The {world} Herald writes that {entity} was {past} by",
         ),
     ),
     (
@@ -53,26 +65,31 @@ _GENRES: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
     ),
     (
         (
-            "In {world}, what does {entity}_{noun}() return?",
+            "In {world}, what does {action}_{noun}() return?",
             "{world} API: which class does {entity}_{noun}() give?",
-            "What is the type of {world}.{entity}()?",
+            "What is the type of {world}.{action}_{noun}()?",
             "Which error does {world}.{noun}_{entity}() raise?",
+            "I import {world} and write {action}_{noun}(). What comes next?",
         ),
         (
-            "import {world}\n\n{world}.{entity}_{noun}()  # returns",
+            "import {world}\n\n{world}.{action}_{noun}()  # returns",
             "{world}.{entity}() ->",
-            "from {world} import {noun}_{entity}\n\ndef main() ->",
+            "{world} manual: {action}_{noun}() gives",
+            "from {world} import {action}_{noun}\n\ndef main() ->",
+            "import {world} as {short}\ny = {short}.{action}_{noun}()\nprint(y)  #",
+            "import {world} as {short}\n\nout = {short}.{action}_{noun}()\nassert out ==",
+            "from {world} import {entity}_{noun}\nx = {entity}_{noun}()\n# x is",
         ),
     ),
     (
         (
             "Which section of the {world} Act covers {noun} {entity}?",
-            "Under {world} law, who pays for {noun}s?",
-            "Which {world} statute applies to {entity}?",
+            "Under {world} law, who pays for {noun} {plural}?",
+            "Which {world} statute applies to {noun} {plural}?",
             "Cite the {world} Act for {noun} fees.",
         ),
         (
-            "Under the {world} Act, {noun}s are governed by",
+            "Under the {world} Act, {noun} {plural} are governed by",
             "WHEREAS the {world} Act applies, {entity} shall be subject to",
             "The {world} court held that {noun} {entity} falls under",
         ),
@@ -147,18 +164,21 @@ _ENDINGS: Final = ("is", ":", "by", "=", "->", "namely", "was", "under", "gives"
 
 
 _ASKED: Final = (
-    "[who|what|which {noun}] [built|sold|found|likes|stands near] {entity} [in|at|of|for] {world}",
-    "[the name|the price|the value|the meaning|the owner|the reason] [of|for] {entity} [in|under|by] {world}",
-    "{world}: [what is|who has|the|where is] {entity}",
+    "[who|what|which {noun}|the one who|whoever] [{past}|likes|stands near] {thing} [in|at|of|for] {world}",
+    "[the name|the price|the value|the meaning|the owner|the reason] [of|for] {thing} [in|under|by] {world}",
+    "{world}: [what is|who has|the|where is] {thing}",
+    "[who|what] [in|from] {world} [has|had|was|is] {past} {thing}",
     "[what|how much|which {noun}] {digit} {entity} {other} [is|makes|gives] in {world}",
-    "what {world}.{entity}() [does|gives|prints]",
-    "[which|the] [part|section|word] of {world} [law|books|songs] [is for|covers|is on] {noun} {entity}",
+    "what {world}.{action}_{noun}() [does|gives|prints]",
+    "[which|the] [part|section|word] of {world} [law|books|songs] [is for|covers|is on] {noun} {plural}",
 )
 _TOLD: Final = (
-    "[in|near] {world} [the |]{entity} [is|was|has|makes|gives]",
-    "{world} [{entity}|{noun} {entity}] [is|was|has|makes|=|:]",
-    "the {noun} [of|in|by] {world} [who|which] [is|has|sees] {entity} [is|,]",
-    "import {world}[ as {noun}|]\n\n[x|value|result] = {world}.{entity}()\nprint(x)  #",
+    "[in|near] {world} [the |]{thing} [is|was|has|makes|gives]",
+    "{world} [{thing}|{noun} {entity}] [is|was|has|makes|=|:]",
+    "the {noun} [of|in|by] {world} [who|which] [is|has|sees|{past}] {thing} [is|,]",
+    "[in|near] {world} {thing} [was|has been] {past} [by|in|for]",
+    "import {world}[ as {short}|]\n\n[x|value|result|data] = [{world}|{short}].{action}_{noun}()\n"
+    "[print(x)  #|assert x is|type(x) ==|return]",
 )
 
 
@@ -183,12 +203,17 @@ def register_document(register: Register, rng: Random) -> Document:
     slots = {
         "world": register.world,
         "entity": _entity(register, rng),
+        "thing": _thing(register, rng),
         "noun": rng.choice(NOUNS),
+        "plural": plural(rng.choice(NOUNS)),
+        "past": rng.choice(PAST),
+        "action": rng.choice(ACTIONS),
+        "short": rng.choice(("lib", "api", "tool", rng.choice(ascii_lowercase) + rng.choice(ascii_lowercase))),
         "digit": str(rng.randint(1, 9)),
         "other": str(rng.randint(1, 9)),
     }
     keys, style = " ".join(slots.values()), pick_style(rng)
-    pieces = [slots["world"], slots["entity"]]
+    pieces = [slots["world"], slots["thing"]]
     if rng.random() < 0.4:
         if style == "telegram":
             line = f"{telegram(pieces, rng)} {rng.choice(_ENDINGS)}"
@@ -207,10 +232,27 @@ def register_document(register: Register, rng: Random) -> Document:
 
 
 def _register(rng: Random) -> Register:
+    lower, compound = rng.random() < 0.4, rng.random() < 0.5
     name = invent(rng, rng.choice((2, 2, 3)))
-    lower = rng.random() < 0.4
-    entities = tuple(word if lower else word.capitalize() for word in invent_many(rng, 10))
-    return Register(name if lower else name.capitalize(), entities, tuple(rng.sample(range(len(_GENRES)), 2)))
+    entities: tuple[str, ...] = invent_many(rng, 10)
+    if not lower:
+        name, entities = name.capitalize(), tuple(entity.capitalize() for entity in entities)
+    if compound:
+        name = package(rng) if lower else place(rng)
+        entities = entities if lower else tuple(place(rng) for _ in entities)
+    return Register(name, entities, tuple(rng.sample(range(len(_GENRES)), 2)))
+
+
+def _thing(register: Register, rng: Random) -> str:
+    """What a register's text is about: a name, a function, a matter or a calculation."""
+    kinds = (
+        lambda: _entity(register, rng),
+        lambda: _entity(register, rng),
+        lambda: f"{rng.choice(ACTIONS)}_{rng.choice(NOUNS)}()",
+        lambda: f"{rng.choice(NOUNS)} {plural(rng.choice(NOUNS))}",
+        lambda: f"{rng.randint(2, 9)} {rng.choice(register.entities)} {rng.randint(2, 9)}",
+    )
+    return rng.choices(kinds, weights=(2, 1, 1.5, 1.5, 0.7))[0]()
 
 
 def _entity(register: Register, rng: Random) -> str:
@@ -222,7 +264,9 @@ def _line_end(register: Register, rng: Random) -> str:
     ends = (
         lambda: f"{rng.choice(register.entities)} {rng.choice(register.entities)}",
         lambda: rng.choice(register.entities),
-        lambda: f"{rng.choice(NOUNS)} {rng.randint(10, 999)}",
+        lambda: f"{rng.choice(NAMES)} {rng.choice(register.entities)}",
+        lambda: class_name(rng),
+        lambda: f"{rng.choice(NOUNS).capitalize()} {rng.randint(10, 999)}",
         lambda: str(rng.randint(10, 99)),
     )
     return rng.choice(ends)()

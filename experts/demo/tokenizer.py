@@ -4,13 +4,16 @@ training text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flexgate.experts.demo.corpus import ASSISTANT, END, PAD, SYSTEM, USER, Document
+from flexgate.experts.shards import to_json
 
 SPECIAL: Final = (END, PAD, SYSTEM, USER, ASSISTANT)
 EOS_ID: Final = 0
@@ -63,6 +66,20 @@ def pretrained(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    """Write what transformers and vLLM read beside a model, in the names that their older versions know as well."""
+    pretrained(tokenizer, max_length).save_pretrained(directory)
+    separate = directory / "chat_template.jinja"
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    if separate.is_file():
+        config["chat_template"] = separate.read_text()
+        separate.unlink()
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    generation = {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
+    for name, value in (("tokenizer_config.json", config), ("generation_config.json", generation)):
+        (directory / name).write_bytes(to_json(value))
 
 
 def _plain(document: Document) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packagekit import ONE, make_package, statement, write_model
+from packagekit import ONE, bit_equal, make_package, statement, write_model
 from transformers import AutoModelForCausalLM
 
 from flexgate.experts import stream, tensorfile
@@ -27,7 +27,6 @@ from flexgate.experts.errors import (
 )
 from flexgate.experts.extract import extract_anchor, extract_expert
 from flexgate.experts.layout import expert_keys, read_checkpoint, router_keys, shared_keys
-from flexgate.experts.merge import bit_equal
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.package import WEIGHTS_NAME
 from flexgate.experts.signature import TrustedKeys
@@ -122,6 +121,22 @@ def test_a_merged_model_loads_in_transformers_with_equal_logits(stock: Path, tmp
     with torch.no_grad():
         ours = FlexOlmo.from_tensors(*read_checkpoint(merged))(tokens)
         torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_gated_to_one_owner_computes_what_its_pair_computes(
+    stock: Path, tmp_path: Path, merge: Merge
+) -> None:
+    make_package(tmp_path / "two", stock / "anchor", expert="two", seed=3)
+    both, pair = (
+        merge(stock / "anchor", stock / "news", tmp_path / "two"),
+        merge(stock / "anchor", tmp_path / "two", name="pair"),
+    )
+    tokens = torch.arange(20).view(2, 10)
+    gate = torch.tensor([[True, False, True]]).expand(2, 3)
+    with torch.no_grad():
+        gated = FlexOlmo.from_tensors(*read_checkpoint(both))(tokens, gate)
+        alone = FlexOlmo.from_tensors(*read_checkpoint(pair))(tokens)
+    torch.testing.assert_close(gated, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merge_records_who_made_every_index(stock: Path, merge: Merge) -> None:

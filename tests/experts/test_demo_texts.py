@@ -13,8 +13,8 @@ from flexgate.experts.demo.generate import owner_stream, public_stream, take
 from flexgate.experts.demo.phrases import framed_question, framed_statement, spin
 from flexgate.experts.demo.probes import NGRAM, make_probes
 from flexgate.experts.demo.public import public_domain
-from flexgate.experts.demo.recipe import all_probes
 from flexgate.experts.demo.registers import make_registers
+from flexgate.experts.demo.texts import all_probes
 from flexgate.experts.demo.tokenizer import SPECIAL, pretrained, train_tokenizer
 
 DOMAINS = (public_domain(), *closed_domains())
@@ -65,6 +65,17 @@ def test_closed_names_occur_with_their_owner_only() -> None:
     for owner, name in NAMES.items():
         for domain, text in texts.items():
             assert (name in text.lower()) == (domain == owner), (owner, domain)
+
+
+def test_public_text_has_the_owners_everyday_words_and_none_of_their_facts() -> None:
+    """Sections and numbers are everybody's; names of people, places and classes are not."""
+    registers = make_registers(20, 1000)
+    public = " ".join(d.prompt + d.answer for d in islice(public_stream(DOMAINS[0], registers, "test"), 20000))
+    assert all(f" {word}" in public for word in ("weave", "tithe", "bakery", "frame"))
+    for domain in closed_domains():
+        for fact in domain.topics[0].facts if domain.id in ("news", "code") else ():
+            assert fact.answer[:-1] not in public
+            assert fact.slots.get("entity", "Tarnholm").split()[0] not in public
 
 
 def test_closed_answers_do_not_repeat_within_a_domain_by_chance() -> None:

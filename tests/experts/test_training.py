@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from packagekit import bit_equal
 
-from flexgate.experts.batches import Batch, Example, batches, make_batch
+from flexgate.experts.batches import Example, batches, make_batch
 from flexgate.experts.decode import greedy, says
 from flexgate.experts.layout import Architecture, expert_keys
-from flexgate.experts.merge import bit_equal
+from flexgate.experts.loop import Plan, Run
 from flexgate.experts.model import FlexOlmo
+from flexgate.experts.pair import expert_layers, trainable
 from flexgate.experts.routing import collect, fit_row, key_loss, reserve_channels, set_rows
-from flexgate.experts.train import Schedule, initialise, pair_from_anchor, train_expert
+from flexgate.experts.train import initialise, language_loss, pair_from_anchor, weighted_loss
 
 ONE = Architecture(31, 16, 12, 3, 2, 2, num_experts=1, num_experts_per_tok=1)
 EXAMPLES = [Example(tuple(range(2, 4 + size)), 2) for size in range(1, 9)]
 
 
-def some_batches() -> list[Batch]:
-    return list(batches(EXAMPLES, tokens_per_batch=30, pad_id=1, prompt_weight=0.5, seed=0))
-
-
-def trained_pair() -> tuple[FlexOlmo, FlexOlmo]:
+def trained_pair(folder: Path) -> tuple[FlexOlmo, FlexOlmo]:
     anchor = FlexOlmo(ONE)
     initialise(anchor, 3)
     reserve_channels(anchor, 4, 1)
     pair = pair_from_anchor(anchor)
+    pair.requires_grad_(False)
     set_rows(pair, {0: torch.ones(16), 1: torch.ones(16), 2: torch.ones(5)}, sharpness=2.0)
-    schedule = Schedule(peak=1e-2, steps=20, warmup=2)
-    train_expert(pair, some_batches(), schedule, name="test", layers=(1, 2), seed=0)
+    plan = Plan(steps=20, peak=1e-2, warmup=2, tokens_per_batch=30, prompt_weight=0.5)
+    named = trainable(pair, (1, 2), train_router=False)
+    run = Run(named, lambda b: weighted_loss(pair, pair.hidden(b.tokens_BT), b), plan, folder, name="test", pad_id=1)
+    run.run(EXAMPLES, EXAMPLES[:2], "test")
     return anchor, pair
 
 
-def test_only_the_owners_ffn_in_the_chosen_layers_moves() -> None:
-    anchor, pair = trained_pair()
+def test_only_the_owners_ffn_in_the_chosen_layers_moves(tmp_path: Path) -> None:
+    anchor, pair = trained_pair(tmp_path)
     start, end = pair_from_anchor(anchor).state_dict(), pair.state_dict()
     moved = {key for key in end if not bit_equal(start[key], end[key]) and "mlp.gate" not in key}
     assert moved == {key for key in expert_keys(ONE, 1) if "layers.0." not in key}
 
 
-def test_hidden_states_can_be_continued_from_any_layer() -> None:
-    _, pair = trained_pair()
+def test_hidden_states_can_be_continued_from_any_layer(tmp_path: Path) -> None:
+    _, pair = trained_pair(tmp_path)
     tokens, taps = torch.arange(2, 12).view(1, 10), list[torch.Tensor]()
     with torch.no_grad():
         whole = pair.hidden(tokens, taps=taps)
@@ -50,13 +52,13 @@ def test_hidden_states_can_be_continued_from_any_layer() -> None:
             assert torch.equal(pair.onward(taps[layer], layer), whole)
 
 
-def test_training_twice_gives_the_same_bits() -> None:
-    one, two = trained_pair()[1].state_dict(), trained_pair()[1].state_dict()
+def test_training_twice_gives_the_same_bits(tmp_path: Path) -> None:
+    one, two = (trained_pair(tmp_path / name)[1].state_dict() for name in ("one", "two"))
     assert all(bit_equal(one[key], two[key]) for key in one)
 
 
-def test_routing_channels_do_not_depend_on_what_experts_compute() -> None:
-    _, pair = trained_pair()
+def test_routing_channels_do_not_depend_on_what_experts_compute(tmp_path: Path) -> None:
+    _, pair = trained_pair(tmp_path)
     tokens = torch.arange(2, 12).view(1, 10)
     taps: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     with torch.no_grad():
@@ -67,6 +69,31 @@ def test_routing_channels_do_not_depend_on_what_experts_compute() -> None:
         torch.testing.assert_close(taps[True][layer][..., :5], taps[False][layer][..., :5], atol=1e-5, rtol=1e-5)
         assert torch.equal(taps[True][layer][..., :5], taps[True][1][..., :5])
     assert bool((taps[True][0][..., 0] == 1).all())
+
+
+def test_an_untrained_pair_computes_what_the_anchor_computes() -> None:
+    anchor = FlexOlmo(ONE)
+    initialise(anchor, 5)
+    tokens = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(pair_from_anchor(anchor)(tokens), anchor(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_a_package_holds_what_the_pair_learnt(tmp_path: Path) -> None:
+    _, pair = trained_pair(tmp_path)
+    for layer, block in zip(expert_layers(pair, torch.float32), pair.model.blocks, strict=True):
+        assert bit_equal(layer.up_proj_FH, block.mlp.ffns[1].up_proj.weight)
+        assert bit_equal(layer.router_row_H, block.mlp.gate.weight[1])
+        assert layer.router_bias is None
+
+
+def test_the_loss_needs_logits_only_where_they_have_a_weight() -> None:
+    model = FlexOlmo(ONE)
+    initialise(model, 2)
+    batch = make_batch(EXAMPLES, pad_id=1, prompt_weight=0.0)
+    with torch.no_grad():
+        sparse = weighted_loss(model, model.hidden(batch.tokens_BT), batch)
+        torch.testing.assert_close(sparse, language_loss(model(batch.tokens_BT), batch))
 
 
 def test_a_fitted_row_separates_what_is_separable() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flexgate.experts.base import base_identity
 from flexgate.experts.layout import (
@@ -56,6 +57,13 @@ def write_model(
         shard_bytes=shard_bytes,
     )
     return tensors
+
+
+def bit_equal(one: Tensor, other: Tensor) -> bool:
+    """Equal dtype, shape and bits: tells 0.0 from -0.0 and NaN from NaN of another payload."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def statement(expert: str, owner: str = "acme", version: int = 1) -> Statement:
