@@ -37,7 +37,7 @@ from flexgate.server.services import Services
 from flexgate.server.settings import Settings, SettingsError
 
 Stage = Callable[[str, int, int], None]
-Ready = Callable[[LaunchPlan, GatedEngineClient, str, str | None], None]
+Ready = Callable[[LaunchPlan, GatedEngineClient, str, str | None, str | None], None]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     Args:
         model: the checkpoint's directory.
         stage: told what is happening at start.
-        ready: told the plan, the client, the address and a first admin key, once all is well.
+        ready: told the plan, the client, the address, administration's own one and a first admin key, once all is well.
 
     Raises:
         Exception: whatever stops the start; nothing was listening then.
@@ -78,8 +78,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             services.policy.confirm()
             services.spending.refresh()
             _settle_heap()
-            host, port = sock.getsockname()[:2]
-            ready(planned, engine.client, _url(host, port), secret)
+            ready(planned, engine.client, _url(sock), None if admin is None else _url(admin), secret)
             await _run(settings, services, sock, admin)
         finally:
             await launching.__aexit__(None, None, None)
@@ -130,7 +129,6 @@ async def _run(settings: Settings, services: Services, sock: socket.socket, admi
     if admin is not None:
         listening.append(admin)
         app = build_listeners(services, admin.getsockname()[:2], hosts=settings.hosts)
-        logger.info("administration listens on %s", _url(*admin.getsockname()[:2]))
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -295,5 +293,6 @@ def _require_tokenizer(model: Path) -> None:
         raise SettingsError(f"{model} has no tokenizer: tokenizer_config.json is missing")
 
 
-def _url(host: str, port: int) -> str:
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -46,10 +46,17 @@ class Progress:
             self._console.print(f"{what} ...", highlight=False)
         self._last = what
 
-    def ready(self, planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None) -> None:
+    def ready(
+        self,
+        planned: LaunchPlan,
+        client: GatedEngineClient,
+        address: str,
+        admin_address: str | None,
+        admin_key: str | None,
+    ) -> None:
         """Show the summary instead."""
         self.stop()
-        self._console.print(summary(planned, client, address, admin_key))
+        self._console.print(summary(planned, client, address, admin_address, admin_key))
 
     def stop(self) -> None:
         """Take the line away."""
@@ -57,8 +64,10 @@ class Progress:
             self._status.stop()
 
 
-def summary(planned: LaunchPlan, client: GatedEngineClient, address: str, admin_key: str | None) -> Group:
-    """Model, experts, slots and their memory, kernels, address; a first admin key, once."""
+def summary(
+    planned: LaunchPlan, client: GatedEngineClient, address: str, admin_address: str | None, admin_key: str | None
+) -> Group:
+    """Model, experts, slots and their memory, kernels, addresses; a first admin key, once."""
     from flexgate.server.engine.memory import human
 
     slots, a = planned.slots, planned.checkpoint.architecture
@@ -74,6 +83,7 @@ def summary(planned: LaunchPlan, client: GatedEngineClient, address: str, admin_
         ),
         ("kernels", client.kernels),
         ("address", address),
+        *([] if admin_address is None else [("administration", admin_address)]),
     ):
         rows.add_row(Text(name, style="bold"), Text(value))
     if admin_key is None:

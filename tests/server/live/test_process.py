@@ -64,15 +64,22 @@ def test_a_signal_drains_and_leaves_no_process(live: ModuleType, text_checkpoint
 
 
 @pytest.mark.slow
-def test_the_summary_says_what_computes_the_experts(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
-    running = live.start(text_checkpoint, tmp_path, "--moe-kernels=flexgate")
+def test_the_summary_says_what_computes_and_where_it_listens(
+    live: ModuleType, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    running = live.start(text_checkpoint, tmp_path, "--moe-kernels=flexgate", f"--admin-port={live.free_port()}")
     try:
+        said = running.log.read_text()
+        assert re.search(r"^kernels +flexgate \(torch reference\)\s*$", said, re.MULTILINE)
+        administration = re.search(r"^administration +(http://\S+)\s*$", said, re.MULTILINE)
+        assert administration is not None
         with running.client() as http:
-            answer = http.post("/v1/completions", json={"prompt": "the", "max_tokens": 4})
+            assert http.post("/v1/completions", json={"prompt": "the", "max_tokens": 4}).status_code == 200
+        with running.client("admin") as http:
+            projects = [http.get(f"{base}/v1/organization/projects") for base in ("", administration[1])]
+        assert [response.status_code for response in projects] == [404, 200]
     finally:
         assert live.stop(running) == 0
-    assert answer.status_code == 200
-    assert re.search(r"^kernels +flexgate \(torch reference\)\s*$", running.log.read_text(), re.MULTILINE)
 
 
 def test_a_dead_engine_ends_the_server_with_a_failure(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
