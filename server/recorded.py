@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Final
 
 from flexgate.policies.decision import DecisionRequest
@@ -25,7 +25,7 @@ from flexgate.policies.store.questions import Asked, Question, add_questions, re
 from flexgate.policies.store.store import Store
 from flexgate.policies.terms import TenantId
 
-MAX_WAITING: Final = 1_000
+MAX_WAITING_OF_ONE: Final = 50
 FLUSH_EVERY_S: Final = 5.0
 _ABOUT_LISTED: Final = (AnchorRequired, EmptyGate, ExpertDenied)
 """Refusals of requests that name nothing but listed experts."""
@@ -39,17 +39,18 @@ class Recorded:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[Question, tuple[int, float]] = OrderedDict()
+        self._waiting: dict[TenantId, OrderedDict[Question, tuple[int, float]]] = defaultdict(OrderedDict)
 
     def add(self, tenant_id: TenantId, request: DecisionRequest, now: float) -> None:
-        """Note one decided request; of too many the one that was asked longest ago makes way."""
+        """Note one decided request; of a tenant's too many the one that was asked longest ago makes way."""
         only = None if request.only is None else _names(request.only)
         question = Question(tenant_id, request.purpose, request.region, only, _names(request.ignore))
         with self._lock:
-            times, _ = self._waiting.pop(question, (0, now))
-            self._waiting[question] = (times + 1, now)
-            if len(self._waiting) > MAX_WAITING:
-                self._waiting.popitem(last=False)
+            waiting = self._waiting[tenant_id]
+            times, _ = waiting.pop(question, (0, now))
+            waiting[question] = (times + 1, now)
+            if len(waiting) > MAX_WAITING_OF_ONE:
+                waiting.popitem(last=False)
 
     def add_refused(self, tenant_id: TenantId, request: DecisionRequest, error: Exception, now: float) -> None:
         """Note a request that was refused, unless it names what is not there or may not be declared."""
@@ -59,9 +60,10 @@ class Recorded:
     def flush(self) -> None:
         """Write what has been counted; raises `StoreError`, and forgets it then. Blocks."""
         with self._lock:
-            batch, self._waiting = self._waiting, OrderedDict()
+            batch, self._waiting = self._waiting, defaultdict(OrderedDict)
         if batch:
-            add_questions(self._store.engine, [Asked(question, *counted) for question, counted in batch.items()])
+            asked = [Asked(question, *counted) for waiting in batch.values() for question, counted in waiting.items()]
+            add_questions(self._store.engine, asked)
 
     async def run(self) -> None:
         """Write again and again, for ever."""

@@ -128,6 +128,8 @@ class Settings(StoreSettings):
             raise ValueError("--demo serves its own model; leave the model directory out")
         if self.demo and not is_loopback(self.host):
             raise ValueError(f"--demo listens on loopback only, not on {self.host}")
+        if self.admin_port == self.port != 0:
+            raise ValueError(f"--admin-port and --port are both {self.port}; give administration a port of its own")
         if not is_loopback(self.host) and not self.allow_remote:
             raise ValueError(
                 f"{self.host} is not a loopback address; --allow-remote allows it, behind a proxy with TLS"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, func, select
-from sqlalchemy.exc import SQLAlchemyError
 
 CHANNEL: Final = "flexgate_policy"
+
+logger = logging.getLogger(__name__)
 
 
 def give_hint(connection: Connection) -> None:
@@ -25,14 +27,17 @@ class Hints:
         self._connection: Connection | None = None
 
     def wait(self, seconds: float) -> None:
-        """Block until a hint comes, and no longer than `seconds`. Never fails, and may miss hints."""
+        """Block until a hint comes, or for `seconds`; never fails, and may miss hints.
+
+        Making the connection again may take as long as the engine's connection time limit.
+        """
         began = time.monotonic()
         if self._engine.dialect.name == "postgresql":
-            dbapi: Any = self._engine.dialect.dbapi
             try:
                 if any(True for _ in self._driver().notifies(timeout=seconds, stop_after=1)):
                     return
-            except (SQLAlchemyError, dbapi.Error):
+            except Exception as error:  # whatever it is, who polls must not end
+                logger.warning("no hints from the database: %s", type(error).__name__)
                 self.close()
         time.sleep(max(0.0, began + seconds - time.monotonic()))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Engine, delete, func, insert, select, update
@@ -19,6 +20,7 @@ from flexgate.policies.store.schema import asked_questions
 
 MOST: Final = 10_000
 MOST_OF_ONE: Final = 500
+AT_ONCE: Final = 25
 
 
 class Question(NamedTuple):
@@ -45,14 +47,24 @@ class Asked(NamedTuple):
 
 
 def add_questions(engine: Engine, asked: Iterable[Asked]) -> None:
-    """Count questions, and forget those that were not asked for longest beyond the bounds."""
-    table = asked_questions
+    """Count questions, and forget those that were not asked for longest beyond the bounds.
+
+    A few at a time: a change of the policy, which may be a withdrawal, waits for no more.
+    """
+    rest = iter(asked)
+    while some := list(islice(rest, AT_ONCE)):
+        with writing(engine) as connection:
+            for question, times, last in some:
+                _add(connection, question, times, last)
     with writing(engine) as connection:
-        for question, times, last in asked:
-            known = update(table).where(table.c.id == question.id)
-            if connection.execute(known.values(times=table.c.times + times, last=last)).rowcount == 0:
-                connection.execute(insert(table).values(_row(question, times, last)))
         _forget(connection)
+
+
+def _add(connection: Connection, question: Question, times: int, last: float) -> None:
+    table = asked_questions
+    known = update(table).where(table.c.id == question.id)
+    if connection.execute(known.values(times=table.c.times + times, last=last)).rowcount == 0:
+        connection.execute(insert(table).values(_row(question, times, last)))
 
 
 def read_questions(engine: Engine) -> list[Asked]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import Connection, String, cast, or_, select
 
 from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
@@ -13,6 +15,9 @@ from flexgate.policies.store.revisions import ObjectChange, current_version, mad
 from flexgate.policies.store.schema import api_keys, policy_changes
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.terms import Agreement
+
+MOST_SETS_FOLLOWED: Final = 100
+"""More changed sets than these are a query that databases refuse: the whole is read instead."""
 
 
 def read_snapshot(connection: Connection) -> Snapshot:
@@ -44,6 +49,8 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
     changes = read_changes(connection, known.policy_version, version)
     sets = _edits(ExpertSet, changes)
     changed = {edit.id for edit in sets if edit.before is not None}
+    if len(changed) > MOST_SETS_FOLLOWED:
+        return read_snapshot(connection)
     try:
         return revise(
             known,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,15 @@ async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
     addresses = tuple(f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in (public, admin))
     async with httpx.AsyncClient() as http:
         for address in addresses:
-            while True:
+            deadline = time.monotonic() + 30
+            while not running.done():
+                assert time.monotonic() < deadline
                 try:
                     await http.get(f"{address}/health")
                     break
                 except httpx.TransportError:
                     await asyncio.sleep(0.02)
+    assert not running.done(), running.exception()
     yield addresses
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)

@@ -41,13 +41,17 @@ def test_replays_come_as_if_asked_now(real_store: Store) -> None:
     assert (replay.now, replay.request.purpose, replay.request.region) == (9.0, "search", "DE")
 
 
-def test_more_than_fits_before_writing_forgets_the_oldest(real_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "MAX_WAITING", 2)
+def test_more_of_a_tenant_than_fits_before_writing_forgets_its_oldest(
+    real_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "MAX_WAITING_OF_ONE", 2)
     process = Recorded(real_store)
+    process.add("quiet", _request(purpose="x-a"), 0.0)
     for purpose in ("x-a", "x-b", "x-a", "x-c"):
         process.add("t", _request(purpose=purpose), 1.0)
     process.flush()
-    assert {(r.request.purpose, r.times) for r in replays(real_store, 9.0)} == {("x-a", 2), ("x-c", 1)}
+    kept = {(r.tenant_id, r.request.purpose, r.times) for r in replays(real_store, 9.0)}
+    assert kept == {("quiet", "x-a", 1), ("t", "x-a", 2), ("t", "x-c", 1)}
 
 
 def test_a_store_that_fails_loses_the_record_and_nothing_else(

@@ -123,3 +123,9 @@ def test_our_kernels_folder_on_the_path_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "path", [*sys.path, str(root)])
     with pytest.raises(SettingsError, match="'kernels' hides"):
         cli_serve.refuse_shadowed_kernels()
+
+
+def test_administration_needs_a_port_of_its_own() -> None:
+    assert load_settings(model=MODEL, port=0, admin_port=0).admin_port == 0
+    with pytest.raises(SettingsError, match="--admin-port and --port are both 8000"):
+        load_settings(model=MODEL, admin_port=8000)

@@ -66,7 +66,12 @@ def test_a_broken_connection_loses_hints_and_is_made_again(store: Store, hints: 
     _only_postgresql(store)
     hints.wait(0.01)
     with store.engine.connect() as connection:
-        connection.execute(sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"))
+        connection.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+            )
+        )
     _put(store, "lost")
     assert _waited(hints, 0.3) >= 0.3
     hints.wait(0.01)

@@ -86,6 +86,16 @@ def test_a_set_that_changes_reaches_everything_that_names_it(store: Store) -> No
     assert set(after.terms["everyone"].unlimited) == {"legal"}
 
 
+def test_more_sets_than_one_query_can_name_are_followed(store: Store) -> None:
+    known = store.confirm(None)
+    for at, expert in ((2.0, "code"), (3.0, "legal")):
+        with store.change(actor="tester", at=at) as change:
+            for number in range(1_100):
+                change.put(ExpertSet(id=f"set:s{number}", experts=frozenset({expert})))
+        known = store.confirm(known)
+    assert known == store.snapshot()
+
+
 def test_a_change_is_read_without_reading_the_rest(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     known = store.confirm(None)
     with store.change(actor="tester", at=2.0) as change:

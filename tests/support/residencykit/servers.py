@@ -245,6 +245,7 @@ def trial(world: World, server: Any, rng: random.Random) -> tuple[dict[str, Any]
         time.sleep(rng.random() * LONGEST_CHANGE_S)
     else:
         change.wait_for(point, END_SECONDS)
+    reached = change.stages[-1] if change.stages else "before any stage"
     wrong = kill(server, victim)
     change.join()
     left = world.stored()
@@ -256,7 +257,7 @@ def trial(world: World, server: Any, rng: random.Random) -> tuple[dict[str, Any]
     wrong += judge(world, server, world.stored())
     if world.stored() != left:
         wrong.append(f"the start turned {left} into {world.stored()}")
-    where = {"op": op[0], "victim": victim, "point": point, "acknowledged": change.acknowledged}
+    where = {"op": op[0], "victim": victim, "aimed": point, "reached": reached, "acknowledged": change.acknowledged}
     return {**where, "became": left == made(state, op), "wrong": wrong}, server
 
 
@@ -292,7 +293,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - began),
         "kills": len(verdicts),
         "by_victim": dict(Counter(verdict["victim"] for verdict in verdicts)),
-        "by_point": dict(sorted(Counter(f"{verdict['op']}:{verdict['point']}" for verdict in verdicts).items())),
+        "by_point": dict(sorted(Counter(f"{verdict['op']}:{verdict['reached']}" for verdict in verdicts).items())),
         "became_new": sum(verdict["became"] for verdict in verdicts),
         "neither_old_nor_new": [verdict for verdict in verdicts if verdict["wrong"]],
     }
