@@ -129,6 +129,8 @@ def _loss(model: FlexOlmo, batch: Batch) -> Tensor:
 def _loss_with_keys(model: FlexOlmo, head: nn.Linear, channels: Channels, batch: Batch) -> Tensor:
     taps: list[Tensor] = []
     loss = weighted_loss(model, model.hidden(batch.tokens_BT, taps=taps), batch)
+    if not batch.keys_BT.any():
+        return loss
     return loss + channels.key_weight * key_loss(head, taps[channels.first_expert_layer], batch)
 
 

@@ -2,7 +2,7 @@
 
 Every training goes through ``loop.Run``: seeded, and resumed where it was stopped.
 
-Shapes: B sequences, T positions, N positions with a weight, V vocabulary, H hidden.
+Shapes: N positions with a weight, L layers, H hidden.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch.nn import functional as F
 
 from flexgate.experts.batches import Batch, Example, batches
 from flexgate.experts.demo.tokenizer import PAD_ID
-from flexgate.experts.layout import EXPERT_KEYS, ROUTER_KEY, Architecture, shared_keys
+from flexgate.experts.layout import EXPERT_KEYS, ROUTER_KEY, shared_keys
 from flexgate.experts.loop import Plan, Run
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.package import ExpertLayer
 from flexgate.experts.pair import Row, expert_layers, make_pair, trainable, z_loss
-from flexgate.experts.routing import Samples, collect, fit_rows, key_loss, reserve_channels, set_rows
+from flexgate.experts.routing import Samples, collect, fit_rows, set_rows
 from flexgate.experts.sibling.settings import Settings
-from flexgate.experts.train import initialise, language_loss, pair_from_anchor
+from flexgate.experts.train import pair_from_anchor, weighted_loss
+from flexgate.experts.train_anchor import AnchorOptions, Channels, fit_anchor
 from flexgate.experts.train_expert import Z_WEIGHT
 
 PUBLIC_SHARE = 0.25
@@ -36,39 +37,24 @@ CERTAIN = 30.0
 
 
 def answer_loss(model: FlexOlmo, batch: Batch) -> Tensor:
-    """``language_loss`` that computes logits only where they have a weight."""
-    used_BT = batch.weights_BT > 0
-    logits_NV = model.lm_head(model.hidden(batch.tokens_BT)[used_BT])
-    losses_N = F.cross_entropy(logits_NV, batch.tokens_BT.roll(-1, 1)[used_BT], reduction="none")
-    weights_N = batch.weights_BT[used_BT]
-    return (losses_N * weights_N).sum() / weights_N.sum()
+    """Next-token loss from a batch."""
+    return weighted_loss(model, model.hidden(batch.tokens_BT), batch)
 
 
 def train_anchor(settings: Settings, examples: Sequence[Example], seed: int, work: Path) -> FlexOlmo:
     """The public model by the demo's recipe: next tokens, and the prompt's key words readable from the channels."""
-    torch.manual_seed(seed)
-    model, head = FlexOlmo(_architecture(settings)), nn.Linear(settings.channels, settings.vocab_size)
-    first = settings.expert_layers[0]
-    initialise(model, seed)
-    reserve_channels(model, settings.channels, first)
-
-    def loss_of(batch: Batch) -> Tensor:
-        taps: list[Tensor] = []
-        loss = language_loss(model.lm_head(model.hidden(batch.tokens_BT, taps=taps)), batch)
-        return loss + settings.key_weight * key_loss(head, taps[first], batch) if batch.keys_BT.any() else loss
-
-    named = {name: value for name, value in model.named_parameters() if not name.endswith("mlp.gate.weight")}
-    named |= {f"keys.{name}": value for name, value in head.named_parameters()}
-    plan = _plan(settings.anchor_steps, settings.anchor_peak, settings.anchor_tokens, settings.prompt_weight, seed)
-    run = Run(
-        named,
-        loss_of,
-        plan,
-        work,
-        name="anchor",
-        pad_id=PAD_ID,
-        after_step=lambda: reserve_channels(model, settings.channels, first),
+    options = AnchorOptions(
+        plan=_plan(settings.anchor_steps, settings.anchor_peak, settings.anchor_tokens, settings.prompt_weight, seed),
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        layers=settings.layers,
+        heads=settings.heads,
+        length=settings.max_length,
+        channels=Channels(settings.channels, settings.expert_layers[0], settings.key_weight),
     )
+    model = FlexOlmo(options.architecture())
+    run = fit_anchor(model, options, work, PAD_ID)
     _go(run, examples, f"anchor {settings}", work)
     return model
 
@@ -116,7 +102,7 @@ class Owner:
         if not coordinated:
             self._fit_routers(pair, self._settings.channels, range(self._settings.layers), biased=biased)
             self._fit_routers(pair, self._settings.hidden_size - 1, upper, biased=biased)
-        return [_layer(pair, number) for number in range(self._settings.layers)]
+        return list(expert_layers(pair, torch.float32))
 
     def _uninitialised(self) -> list[ExpertLayer]:
         """Rows start at random and learn with the expert from the language-model loss, on own and public text."""
@@ -212,20 +198,6 @@ def train_jointly(
     _go(run, mixed, f"unrestricted {settings}", work)
 
 
-def _architecture(settings: Settings) -> Architecture:
-    return Architecture(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        num_experts=1,
-        num_experts_per_tok=1,
-        max_position_embeddings=settings.max_length,
-    )
-
-
 def _plan(steps: int, peak: float, tokens: int, prompt_weight: float, seed: int) -> Plan:
     return Plan(
         steps=steps,
@@ -259,11 +231,3 @@ def _samples(settings: Settings, model: FlexOlmo, examples: Sequence[Example]) -
 def _without_constant(samples: Samples) -> Samples:
     inputs = tuple(F.pad(inputs_NH[:, 1:], (1, 0)) for inputs_NH in samples.inputs_LNH)
     return replace(samples, inputs_LNH=inputs)
-
-
-def _layer(pair: FlexOlmo, number: int) -> ExpertLayer:
-    mlp = pair.model.blocks[number].mlp
-    ffn = mlp.ffns[1]
-    tensors = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight, mlp.gate.weight[1])
-    gate, up, down, row = (tensor.detach() for tensor in tensors)
-    return ExpertLayer(gate, up, down, row.clone(), None)
