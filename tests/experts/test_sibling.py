@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from flexgate.experts.sibling.report import PAPER, heatmap_rows, report
 from flexgate.experts.sibling.settings import QUICK, Settings
 from flexgate.experts.sibling.summary import aims
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS = {OURS, TUNED, UNRESTRICTED, "public only", *MERGING, *ABLATIONS}
 JUDGED = (
@@ -30,15 +31,6 @@ JUDGED = (
     "extraction, excluded less never had",
 )
 DOMAINS = ("public", "news", "math", "code", "legal")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices, and other tests beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seed(**accuracy: float) -> dict[str, Any]:

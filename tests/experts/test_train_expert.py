@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,20 +30,13 @@ from flexgate.experts.train_anchor import AnchorOptions, train_anchor
 from flexgate.experts.train_expert import ExpertOptions, RouterOptions, load_anchor, train_expert
 from flexgate.experts.verify import open_package
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAN = Plan(steps=8, peak=5e-3, warmup=2, tokens_per_batch=300, save_every=3, evaluate_every=4)
 SIZES = AnchorOptions(
     PLAN, vocab_size=270, hidden_size=16, intermediate_size=12, layers=2, heads=2, length=48, dtype="float32"
 )
 OPTIONS = ExpertOptions(PLAN, length=48)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices, and other tests beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -113,11 +113,14 @@ async def test_a_hint_brings_a_change_before_the_next_poll(store: Any, snapshot:
     source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=30.0, hints=hints)
     task = asyncio.create_task(source.run())
     try:
-        await asyncio.sleep(0.05)
+        while not source.fresh():
+            await asyncio.sleep(0.01)
         store.answer = replace(snapshot, policy_version=9)
+        assert (await source.current()).policy_version == 7
         hints.given.set()
-        await asyncio.sleep(0.2)
-        assert (await source.current()).policy_version == 9
+        async with asyncio.timeout(10):
+            while (await source.current()).policy_version != 9:
+                await asyncio.sleep(0.01)
     finally:
         task.cancel()
         hints.close()
