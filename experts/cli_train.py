@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flexgate.experts.cli_support import Json, KeyOption, read_statement, reported
+
+if TYPE_CHECKING:
+    from flexgate.experts.loop import Plan
 
 Steps = Annotated[int, typer.Option(help="Steps of the optimizer at most.")]
 Peak = Annotated[float, typer.Option(help="Highest learning rate.")]
@@ -18,6 +23,13 @@ Save = Annotated[int, typer.Option(help="Steps between saved states: what a kill
 Evaluate = Annotated[int, typer.Option(help="Steps between looks at held-out text.")]
 Patience = Annotated[int, typer.Option(help="Looks without improvement before stopping; 0 never stops early.")]
 Arithmetic = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the forward pass computes in.")]
+
+
+def _plan(given: Mapping[str, Any]) -> Plan:
+    """The plan among a command's options, which are named like its fields; raises ``TrainingRefused``."""
+    from flexgate.experts.loop import Plan
+
+    return Plan(**{field.name: given[field.name] for field in fields(Plan) if field.name in given})
 
 
 def train_anchor(
@@ -41,22 +53,12 @@ def train_anchor(
     as_json: Json = False,
 ) -> None:
     """Train a small public model from nothing; a killed run goes on when started again."""
+    given = dict(locals())
     with reported(as_json) as show:
-        from flexgate.experts.loop import Plan
         from flexgate.experts.train_anchor import AnchorOptions
         from flexgate.experts.train_anchor import train_anchor as run
 
-        plan = Plan(
-            steps=steps,
-            peak=peak,
-            tokens_per_batch=tokens_per_batch,
-            prompt_weight=1.0,
-            seed=seed,
-            arithmetic=arithmetic,
-            save_every=save_every,
-            evaluate_every=evaluate_every,
-            patience=patience,
-        )
+        plan = _plan(given | {"prompt_weight": 1.0})
         sizes = AnchorOptions(plan, vocab_size, hidden_size, intermediate_size, layers, heads, length, dtype)
         outcome = run(texts, target, sizes)
         show({"anchor": str(target), **vars(outcome)})
@@ -90,21 +92,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an expert on texts that stay where they are; a killed run goes on when started again."""
+    given = dict(locals())
     with reported(as_json) as show:
-        from flexgate.experts.loop import Plan
         from flexgate.experts.train_expert import ExpertOptions, RouterOptions, train_expert
 
-        plan = Plan(
-            steps=steps,
-            peak=peak,
-            tokens_per_batch=tokens_per_batch,
-            prompt_weight=prompt_weight,
-            seed=seed,
-            arithmetic=arithmetic,
-            save_every=save_every,
-            evaluate_every=evaluate_every,
-            patience=patience,
-        )
+        plan = _plan(given)
         start = RouterOptions(router, embedding, train_router, sharpness)
         options = ExpertOptions(plan, start, length, tuple(layer) if layer else None, public_share)
         written = read_statement(statement)
@@ -129,20 +121,10 @@ def tune_router(
     as_json: Json = False,
 ) -> None:
     """Train a merge's routers on public texts: it is then marked as not strictly separable."""
+    given = dict(locals())
     with reported(as_json) as show:
-        from flexgate.experts.loop import Plan
         from flexgate.experts.tune_router import tune_router as run
 
-        plan = Plan(
-            steps=steps,
-            peak=peak,
-            tokens_per_batch=tokens_per_batch,
-            prompt_weight=prompt_weight,
-            seed=seed,
-            arithmetic=arithmetic,
-            save_every=save_every,
-            evaluate_every=evaluate_every,
-            patience=patience,
-        )
+        plan = _plan(given)
         outcome = run(model, texts, target, plan, length=length)
         show({"model": str(target), "strictly_separable": False, **vars(outcome)})
