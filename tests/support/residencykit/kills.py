@@ -9,12 +9,10 @@ reads the database with sqlite3 and computes what every rank must hold from the 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -34,6 +32,7 @@ from rich.progress import track
 
 from residencykit import local as kit
 from residencykit.local import LocalSlots, local
+from residencykit.report import command
 
 RANKS = 2
 POINTS = (
@@ -342,32 +341,16 @@ def run(kills: int, seed: int) -> list[dict[str, Any]]:
     return verdicts
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m residencykit.kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--report", type=Path)
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    verdicts = run(arguments.kills, arguments.seed)
+def figures(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report counts."""
     killed = [verdict for verdict in verdicts if verdict["killed"]]
-    report = {
-        "command": f"python -m residencykit.kills --kills {arguments.kills} --seed {arguments.seed}",
-        "device": platform.machine(),
+    return {
         "torch": torch.__version__,
-        "seconds": round(time.monotonic() - began),
         "trials": len(verdicts),
         "kills": len(killed),
         "by_point": dict(sorted(Counter(verdict["point"] for verdict in killed).items())),
-        "neither_old_nor_new": [verdict for verdict in verdicts if verdict["wrong"]],
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if arguments.report:
-        arguments.report.write_text(text)
-    sys.stdout.write(text)
-    sys.exit(bool(report["neither_old_nor_new"]))
 
 
 if __name__ == "__main__":
-    main()
+    command("kills", __doc__, 1000, run, figures)

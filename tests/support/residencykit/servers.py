@@ -9,10 +9,8 @@ log-probabilities included, with those that were given before the first kill.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import platform
 import random
 import re
 import sys
@@ -32,6 +30,7 @@ from rich.progress import track
 from safetensors.numpy import load_file
 
 from residencykit.kills import stored
+from residencykit.report import command
 
 SERVER_TESTS = Path(__file__).parents[2] / "server"
 PACKAGES = (("extra", 1), ("extra", 2), ("more", 1))
@@ -278,31 +277,15 @@ def run(kills: int, seed: int) -> list[dict[str, Any]]:
     return verdicts
 
 
-def main() -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m residencykit.servers", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--report", type=Path)
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    verdicts = run(arguments.kills, arguments.seed)
-    report = {
-        "command": f"python -m residencykit.servers --kills {arguments.kills} --seed {arguments.seed}",
-        "device": platform.machine(),
-        "seconds": round(time.monotonic() - began),
+def figures(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report counts."""
+    return {
         "kills": len(verdicts),
         "by_victim": dict(Counter(verdict["victim"] for verdict in verdicts)),
         "by_point": dict(sorted(Counter(f"{verdict['op']}:{verdict['reached']}" for verdict in verdicts).items())),
         "became_new": sum(verdict["became"] for verdict in verdicts),
-        "neither_old_nor_new": [verdict for verdict in verdicts if verdict["wrong"]],
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if arguments.report:
-        arguments.report.write_text(text)
-    sys.stdout.write(text)
-    sys.exit(bool(report["neither_old_nor_new"]))
 
 
 if __name__ == "__main__":
-    main()
+    command("servers", __doc__, 50, run, figures)
