@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -13,19 +14,42 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from flexgate.policies.tenants import Role
+from flexgate.server.app import build_app
 from flexgate.server.process import _run
 from flexgate.server.settings import Settings
 
-ADMIN_PATHS = [
-    ("GET", "/v1/organization/projects"),
-    ("POST", "/v1/organization/admin_api_keys"),
-    ("POST", "/v1/policy/simulate"),
-    ("GET", "/v1/policy/revisions"),
-    ("GET", "/v1/organization/audit_logs"),
-    ("POST", "/v1/expert_uploads"),
-    ("GET", "/v1/expert_jobs/x"),
-    ("GET", "/metrics"),
-]
+SHARED = {
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/v1/experts"),
+    ("GET", "/v1/experts/{expert}"),
+    ("GET", "/v1/openapi.json"),
+    ("GET", "/v1/organization/projects/{project_id}"),
+    ("GET", "/v1/organization/projects/{project_id}/expert_permissions"),
+    ("GET", "/v1/organization/projects/{project_id}/rate_limits"),
+    ("GET", "/v1/policy/explain"),
+}
+INFERENCE = {
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model:path}"),
+    ("POST", "/detokenize"),
+    ("POST", "/tokenize"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
+}
+
+
+def _routes(services: Any, *roles: Role) -> set[tuple[str, str]]:
+    routes: Any = build_app(services, roles=roles).routes
+    return {(method, route.path) for route in routes for method in route.methods - {"HEAD"}}
+
+
+def test_the_public_address_has_the_reviewed_routes_and_no_other(services: Any) -> None:
+    everything = _routes(services, *Role)
+    assert _routes(services, Role.TENANT) == SHARED | INFERENCE
+    assert _routes(services, Role.ADMIN, Role.AUDITOR, Role.OWNER) == everything - INFERENCE
 
 
 def _listening() -> socket.socket:
@@ -68,11 +92,15 @@ async def _ask(method: str, url: str, key: str) -> tuple[int, bytes]:
 
 
 @pytest.mark.asyncio
-async def test_each_address_serves_its_own_keys_and_routes(urls: tuple[str, str]) -> None:
+async def test_each_address_serves_its_own_keys_and_routes(urls: tuple[str, str], services: Any) -> None:
     public, admin = urls
     nonsense = await _ask("GET", f"{public}/v1/nonsense", "sk-admin")
     assert nonsense[0] == 404
-    for method, path in ADMIN_PATHS:
+    tenants = {path for _, path in SHARED | INFERENCE}
+    operators = {(method, path) for method, path in _routes(services, *Role) if path not in tenants}
+    assert len(operators) > 25
+    for method, template in sorted(operators):
+        path = re.sub(r"{\w+}", "x", template)
         for key in ("sk-admin", "sk-t"):
             assert await _ask(method, f"{public}{path}", key) == nonsense, path
         assert (await _ask(method, f"{admin}{path}", "sk-admin"))[1] != nonsense[1], path
