@@ -30,6 +30,9 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     What computes with routed tokens, between vLLM's dispatch and its reduction.
 ``CPUUnquantizedExperts._use_zentorch / isa``, ``cpu_prepack_moe_weight`` (…/experts/cpu_moe.py, vllm/_custom_ops.py)
     How vLLM's CPU kernel lays out one expert; a slot written while the engine runs has to look the same.
+``torch.cpu._is_amx_tile_supported / _init_amx`` (vllm/v1/attention/backends/cpu_attn.py asks the first only)
+    Linux kills a process that touches AMX tiles without having asked for them. vLLM's attention never asks;
+    it lives where oneDNN, which does, happens to have used them before.
 ``EngineCore`` attributes, called by name as utilities (vllm/v1/engine/core.py)
     The only way from the API process to the scheduler; a utility runs between two steps.
 ``Scheduler.kv_cache_manager.block_pool`` (vllm/v1/core/block_pool.py)
@@ -39,6 +42,7 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import vllm
 from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
@@ -94,6 +98,7 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "UnquantizedMoeBackend",
     "UntestedVersionError",
+    "allow_amx_tiles",
     "ask_engine_core",
     "cached_among",
     "cpu_prepack_moe_weight",
@@ -121,6 +126,16 @@ def require_tested_version() -> None:
     if vllm.__version__.partition("+")[0] not in TESTED_VERSIONS:
         tested = ", ".join(sorted(TESTED_VERSIONS))
         raise UntestedVersionError(f"vLLM {vllm.__version__} is installed; flexgate was tested with {tested} only")
+
+
+def allow_amx_tiles() -> None:
+    """Ask Linux for the AMX tiles of this processor, if it has any, for this process and its threads.
+
+    Raises:
+        RuntimeError: it refuses, and vLLM's bfloat16 attention would end the process.
+    """
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise RuntimeError("the kernel refuses AMX tiles, which bfloat16 needs on this processor: use --dtype float32")
 
 
 def external_id(request_id: str) -> str:

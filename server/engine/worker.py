@@ -17,6 +17,7 @@ from flexgate.server.engine.seam import (
     DefaultModelState,
     ModelRunnerOutput,
     SchedulerOutput,
+    allow_amx_tiles,
 )
 from flexgate.server.engine.slots import SlotTable
 from flexgate.server.engine.state import GateState, PendingUsage
@@ -92,6 +93,8 @@ class GatedWorker(_Worker):
 
     def init_device(self) -> None:
         """Build vLLM's model runner and put the gated one in its place."""
+        if current_platform.is_cpu():
+            allow_amx_tiles()
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner.__class__ = gated_runner(type(self.model_runner))
