@@ -35,7 +35,7 @@ def test_pooled_quantiles_weigh_every_request_alike() -> None:
 def test_the_admission_benchmark_writes_a_file_that_names_its_machine(tmp_path: Path) -> None:
     admission.run(quick=True, rounds=20, results=tmp_path)
     report = json.loads((tmp_path / "admission.json").read_text())
-    assert report["command"] == "make bench BENCH=admission"
+    assert report["command"] == 'make bench BENCH="admission --rounds 20"'
     assert {"device", "versions", "model", "calls"} <= report.keys()
     assert 0 < report["pieces"]["all"]["p50_us"] <= report["pieces"]["all"]["p99_us"]
 
@@ -82,6 +82,8 @@ def test_the_startup_benchmark_runs(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_the_changes_benchmark_runs_and_no_token_comes_after_a_withdrawal(tmp_path: Path) -> None:
     changes.run(quick=True, rounds=1, results=tmp_path)
+    draw(tmp_path)
+    assert "while an expert is added" in (tmp_path / "changes.svg").read_text()
     cycles = json.loads((tmp_path / "changes.json").read_text())["cycles"]
     assert cycles["users_ended_and_others_unharmed"] == cycles["cycles"] == 3
     assert cycles["tokens_after_the_answer"] == 0

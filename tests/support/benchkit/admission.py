@@ -51,7 +51,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
         store.close()
     what = "microseconds per request, one after another; a tenant's decision is cached from its second request on"
     measured = {"what": what, "calls": calls, "pieces": pieces}
-    write("admission", measured, shape=shape, directory=results)
+    write("admission", measured, shape=shape, directory=results, rounds=rounds)
 
 
 async def _measure(store: Store, calls: int) -> dict[str, Any]:

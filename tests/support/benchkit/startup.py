@@ -35,7 +35,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
             },
             "slots": _slots(model, shape.experts, bar),
         }
-    write("startup", measured, shape=described(shape), directory=results)
+    write("startup", measured, shape=described(shape), directory=results, rounds=rounds)
 
 
 def _first_requests(logprobs: int | None, starts: int, bar: Any) -> dict[str, Any]:
