@@ -63,6 +63,7 @@ class GateState(torch.nn.Module):
         self._step: dict[str, _Scheduled] = {}
         self._order: Sequence[str] = ()
         self._num_tokens = 0
+        self._memory_now: _HostBuffers | _DeviceBuffers | None = None
         closed = torch.full((max_tokens,), CLOSED_GATE, dtype=torch.int64)
         self.register_buffer("gate_T", closed, persistent=False)
         mass = torch.zeros(max_tokens, table.total, dtype=torch.int64)
@@ -112,13 +113,9 @@ class GateState(torch.nn.Module):
         step = [self._step[request_id] for request_id in order]
         counts = [entry.tokens for entry in step]
         total = sum(counts)
-        gates = np.full(num_padded, CLOSED_GATE, np.int64)
         masks = np.array([entry.bitmask for entry in step], np.uint64).view(np.int64)
-        gates[:total] = np.repeat(masks, counts)
         self._order, self._num_tokens = order, total
-        _write(self.gate_T, gates)
-        _clear(self.mass_TE, num_padded)
-        _clear(self.chosen_T, num_padded)
+        self._memory().start(masks if total == len(step) else np.repeat(masks, counts), num_padded)
 
     def close(self) -> None:
         """Close every token, for profiling, warm-up, capture and dummy batches."""
@@ -129,13 +126,17 @@ class GateState(torch.nn.Module):
         """Send the forward pass's attribution on its way to the host."""
         if not self._num_tokens:
             return None
-        return PendingUsage(
-            list(self._order),
-            [self._step[request_id] for request_id in self._order],
-            _on_host(self.mass_TE, self._num_tokens),
-            _on_host(self.chosen_T, self._num_tokens),
-            _record_event(self.gate_T.device),
-        )
+        mass_TE, chosen_T, copied = self._memory().take(self._num_tokens)
+        step = [self._step[request_id] for request_id in self._order]
+        return PendingUsage(list(self._order), step, mass_TE, chosen_T, copied)
+
+    def _memory(self) -> "_HostBuffers | _DeviceBuffers":
+        """The buffers where they lie now: a module may be moved after it was made."""
+        gate_T = self.gate_T
+        if self._memory_now is None or self._memory_now.gate_T is not gate_T:
+            kind = _HostBuffers if gate_T.is_cpu else _DeviceBuffers
+            self._memory_now = kind(gate_T, self.mass_TE, self.chosen_T)
+        return self._memory_now
 
     def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
         gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
@@ -190,36 +191,44 @@ class PendingUsage:
         return sums
 
 
-# On CPU the buffers' own memory is written and read: next to a small step, a tensor
-# operation's overhead is what gating costs.
+class _HostBuffers:
+    """On CPU, their own memory: next to a small step, a tensor operation's overhead is what gating costs."""
+
+    def __init__(self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor) -> None:
+        self.gate_T = gate_T
+        self._gate_T: Int64Array = gate_T.numpy()
+        self._mass_TE: Int64Array = mass_TE.numpy()
+        self._chosen_T: Int64Array = chosen_T.numpy()
+
+    def start(self, gates: Int64Array, num_padded: int) -> None:
+        """Write a step's gates, close its padding, and count from zero."""
+        self._gate_T[: len(gates)] = gates
+        self._gate_T[len(gates) : num_padded] = CLOSED_GATE
+        self._mass_TE[:num_padded] = 0
+        self._chosen_T[:num_padded] = 0
+
+    def take(self, length: int) -> tuple[Int64Array, Int64Array, None]:
+        """Copies that the next step does not write to."""
+        return self._mass_TE[:length].copy(), self._chosen_T[:length].copy(), None
 
 
-def _write(buffer: torch.Tensor, values: Int64Array) -> None:
-    """Set the first entries; on CUDA through fresh pinned memory, never a reused buffer."""
-    if buffer.is_cpu:
-        buffer.numpy()[: len(values)] = values
-    else:
-        buffer[: len(values)].copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+class _DeviceBuffers:
+    """On CUDA, through fresh pinned memory, never a reused buffer, and without waiting."""
 
+    def __init__(self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor) -> None:
+        self.gate_T, self._mass_TE, self._chosen_T = gate_T, mass_TE, chosen_T
 
-def _clear(buffer: torch.Tensor, length: int) -> None:
-    """Zero the first entries."""
-    if buffer.is_cpu:
-        buffer.numpy()[:length] = 0
-    else:
-        buffer[:length].zero_()
+    def start(self, gates: Int64Array, num_padded: int) -> None:
+        """As on CPU."""
+        padded = np.full(num_padded, CLOSED_GATE, np.int64)
+        padded[: len(gates)] = gates
+        self.gate_T[:num_padded].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+        self._mass_TE[:num_padded].zero_()
+        self._chosen_T[:num_padded].zero_()
 
-
-def _on_host(buffer: torch.Tensor, length: int) -> Int64Array:
-    """A copy that the next step does not write to; on CUDA it arrives with the recorded event."""
-    if buffer.is_cpu:
-        return buffer.numpy()[:length].copy()
-    return buffer[:length].to("cpu", non_blocking=True).numpy()
-
-
-def _record_event(device: torch.device) -> "torch.cuda.Event | None":
-    if device.type == "cpu":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+    def take(self, length: int) -> "tuple[Int64Array, Int64Array, torch.cuda.Event]":
+        """Copies that are complete once the event has happened."""
+        mass_TE, chosen_T = (buffer[:length].to("cpu", non_blocking=True) for buffer in (self._mass_TE, self._chosen_T))
+        copied = torch.cuda.Event()
+        copied.record()
+        return mass_TE.numpy(), chosen_T.numpy(), copied
