@@ -4,9 +4,11 @@ import asyncio
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ STREAMS = 4
 BIN_SECONDS = 0.005
 ALLOWED_GAP = 0.05  # seconds beyond the quiet p99, or one step if that is longer
 BYSTANDER = "expert-1"  # of the checkpoint; always there
+Stages = defaultdict[str, list[float]]
 LONG_PROMPT = "The old mill by the river was opened by the mayor of the town. " * 12
 
 
@@ -69,13 +72,14 @@ async def _gaps(server: Server, package: Path, turns: int, *, tokens: int) -> di
     during: list[float] = []
     loads: list[float] = []
     reads: list[float] = []
+    stages: Stages = defaultdict(list)
     async with _clients(server) as (asking, changing):
         for _ in tqdm(range(turns), desc="gaps"):
             quiet += _between(await _streams(asking, tokens))
             reading = asyncio.ensure_future(_streams(asking, tokens))
             await asyncio.sleep(0.3)
             began = time.perf_counter()
-            job = await _add(changing, package)
+            job = await _add(changing, package, stages)
             ended = time.perf_counter()
             streams = await reading
             busy += _between(streams)
@@ -92,6 +96,7 @@ async def _gaps(server: Server, package: Path, turns: int, *, tokens: int) -> di
         "beyond_bound": sum(gap > bound for gap in busy),
         "beyond_bound_when_quiet": sum(gap > bound for gap in quiet),
         "add_seconds": spread(loads),
+        "stage_seconds": {stage: spread(seconds) for stage, seconds in stages.items()},
         "read_file_seconds": spread(reads),
         "histogram": {
             "bin_seconds": BIN_SECONDS,
@@ -105,12 +110,15 @@ async def _gaps(server: Server, package: Path, turns: int, *, tokens: int) -> di
 async def _cycles(server: Server, package: Path, cycles: int) -> dict[str, Any]:
     """Add, ask, withdraw while two streams use the expert and one does not."""
     revokes: list[float] = []
+    lasted: list[float] = []
     late = hits = unharmed = undelivered = 0
     memory = []
+    part = max(1, cycles // 10)
     async with _clients(server) as (asking, changing):
         for cycle in tqdm(range(cycles), desc="cycles"):
-            if cycle % max(1, cycles // 10) == 0:
+            if cycle % part == 0:
                 memory.append(resident_bytes(server))
+            cycle_began = time.perf_counter()
             job = await _add(changing, package)
             answer = await asking.post("/v1/completions", json=_body(2, job["expert"], prompt=LONG_PROMPT))
             hits += answer.json()["flexgate"]["attribution"]["cached_prompt_tokens"]
@@ -125,12 +133,14 @@ async def _cycles(server: Server, package: Path, cycles: int) -> dict[str, Any]:
             answered = time.perf_counter()
             revokes.append(answered - began)
             await asyncio.gather(*reading)
+            lasted.append(time.perf_counter() - cycle_began)
             late += sum(at > answered for user in users for at in user.times)
             undelivered += record["undelivered_responses"]
             unharmed += other.error is None and [user.error for user in users] == ["expert_revoked"] * 2
         memory.append(resident_bytes(server))
     return {
         "cycles": cycles,
+        "cycle_seconds": {"first_tenth": spread(lasted[:part]), "last_tenth": spread(lasted[-part:])},
         "revoke_seconds": _described(revokes),
         "tokens_after_the_answer": late,
         "prompt_tokens_hit_in_the_cache_of_a_withdrawn_expert": hits,
@@ -155,13 +165,19 @@ async def _stream(client: httpx.AsyncClient, stream: Stream, body: dict[str, Any
                 stream.times.append(time.perf_counter())
 
 
-async def _add(client: httpx.AsyncClient, package: Path) -> dict[str, Any]:
-    """Add a package by name and wait until it is live; returns the job."""
+async def _add(client: httpx.AsyncClient, package: Path, stages: Stages | None = None) -> dict[str, Any]:
+    """Add a package by name and wait until it is live; returns the job, and into ``stages`` how long each took."""
+    seen: list[tuple[str, float]] = []
     job = (await client.post("/v1/experts", json={"package": package.name})).raise_for_status().json()
     async with client.stream("GET", f"/v1/expert_jobs/{job['id']}", params={"stream": "true"}) as response:
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 job = json.loads(line.removeprefix("data: "))
+                if not seen or seen[-1][0] != job["stage"]:
+                    seen.append((job["stage"], time.perf_counter()))
+    if stages is not None:
+        for (stage, began), (_, ended) in pairwise(seen):
+            stages[stage].append(ended - began)
     if job["status"] != "succeeded":
         raise RuntimeError(f"the expert was not added: {job['error']}")
     return job

@@ -94,7 +94,7 @@ def _fill_gaps(axis: Any, gaps: dict[str, Any]) -> None:
     for name, label in names.items():
         counts = histogram[name]
         edges = [1000 * histogram["bin_seconds"] * number for number in range(len(counts) + 1)]
-        axis.stairs([count / sum(counts) for count in counts], edges, label=label)
+        axis.stairs([count / max(1, sum(counts)) for count in counts], edges, label=label)
     axis.axvline(1000 * gaps["bound_seconds"], color="black", linewidth=0.8, label="bound")
     axis.set_yscale("log")
     axis.set_xlabel("milliseconds between two tokens of an answer")
