@@ -1,5 +1,6 @@
-"""Requests that must fail, and one that must not, before the server says it is ready."""
+"""Requests that must fail, and one that must not, before the server says it is ready or an expert is live."""
 
+import asyncio
 import math
 import uuid
 from typing import Any
@@ -12,6 +13,7 @@ from flexgate.server.engine.client import (
     GateGrant,
 )
 from flexgate.server.engine.gates import GATE_ARG
+from flexgate.server.engine.operator import SlotOperator
 from flexgate.server.engine.seam import EngineGenerateError
 
 TENANT = "flexgate-canary"
@@ -20,6 +22,10 @@ PROMPT = {"prompt_token_ids": [0, 1, 2, 3]}
 
 class CanaryError(RuntimeError):
     """The running engine does not gate as it should."""
+
+
+class CanaryNotScheduled(RuntimeError):
+    """The engine had no place for the canary, which says nothing about the expert."""
 
 
 async def sing(engine: Any, client: GatedEngineClient) -> None:
@@ -40,7 +46,7 @@ async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:
     Raises:
         CanaryError: the engine refused, answered with NaN, or attributed anything outside of the gate.
     """
-    call = GatedCall(GateGrant(TENANT, leases, math.inf), client_salt=str(uuid.uuid4()))
+    call = GatedCall(GateGrant(TENANT, leases, math.inf), client_salt=str(uuid.uuid4()), priority=-1)
     token = CURRENT_CALL.set(call)
     try:
         worst = await _answer(client.generate(PROMPT, _params(), "canary"))
@@ -52,6 +58,33 @@ async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:
         raise CanaryError(f"a request for {_names(leases)} was answered with NaN")
     if outside := call.used_slots() - {lease.slot for lease in leases}:
         raise CanaryError(f"a request for {_names(leases)} used slots {sorted(outside)}")
+
+
+async def try_added(
+    client: GatedEngineClient, slots: SlotOperator, public: ExpertLease, added: ExpertLease, *, seconds: float
+) -> None:
+    """Try an expert that nobody else may use yet, in an engine that is serving.
+
+    Args:
+        seconds: how long it may wait for a place in the batch, and then for its answer.
+
+    Raises:
+        CanaryNotScheduled: the batch stayed full.
+        CanaryError: like :func:`try_experts`, or there is no answer.
+    """
+    trial = asyncio.ensure_future(try_experts(client, public, added))
+    try:
+        await asyncio.wait({trial}, timeout=seconds)
+        if not trial.done():
+            async with asyncio.timeout(seconds):
+                if await slots.waiting(added.slot):
+                    raise CanaryNotScheduled(f"no place in the batch was free within {seconds:g} seconds")
+                await asyncio.wait({trial})
+        trial.result()
+    except TimeoutError as error:
+        raise CanaryError(f"a request for {_names((public, added))} got no answer in {seconds:g} seconds") from error
+    finally:
+        trial.cancel()
 
 
 def _names(leases: tuple[ExpertLease, ...]) -> str:

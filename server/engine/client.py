@@ -97,12 +97,14 @@ class GatedCall:
     Attributes:
         failed: why the engine ended a request of this call early, if it did.
         ended: set once nothing of this call's answer is left to send.
+        priority: below zero goes ahead of all that waits; for canaries alone.
     """
 
     grant: GateGrant
     client_salt: str | None = None
     failed: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    priority: int = 0
     _usage: dict[str, list[Any]] = field(default_factory=dict)
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
@@ -323,7 +325,7 @@ class GatedEngineClient:
         call._names, call._layers = self._names_for(call.grant), self._layers
         self._calls[request_id] = call
         cumulative = params.output_kind != RequestOutputKind.DELTA
-        outputs = self._engine.generate(prompt, params, request_id, **options)
+        outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
         try:
             async for output in outputs:
                 _refuse_withdrawn(call)

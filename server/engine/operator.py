@@ -83,6 +83,10 @@ class SlotOperator:
         """Requests in the engine that may use the slot."""
         return int(await self._ask("users", slot))
 
+    async def waiting(self, slot: int) -> int:
+        """Those of :meth:`users` that wait for a place in the batch."""
+        return int(await self._ask("waiting", slot))
+
     async def digests(self) -> list[list[str]]:
         """Per rank, SHA-256 of every slot. Reads all of them: for checks, not while serving."""
         found: list[list[str]] = await self._engine.collective_rpc("flexgate_digests")

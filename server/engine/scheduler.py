@@ -78,6 +78,9 @@ class _Gated(_Base):
         self._held[request.request_id] = _Held(request, gate)
         self._next_deadline = min(self._next_deadline, gate.valid_until)
         super().add_request(request)
+        if request.priority < 0:  # a canary's: the next free place is its own, and all others keep their order
+            self.waiting.remove_request(request)
+            self.waiting.prepend_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """End requests whose gate has expired, then schedule the rest."""
@@ -108,6 +111,11 @@ class _Gated(_Base):
     def users_of(self, slot: int) -> int:
         """Requests that have not ended and may use ``slot``."""
         return sum(held.may_use(slot) for held in self._held.values())
+
+    def waiting_for(self, slot: int) -> int:
+        """Requests that may use ``slot`` and are not in the running batch."""
+        users = (held.request for held in self._held.values() if held.may_use(slot))
+        return sum(request.status != RequestStatus.RUNNING for request in users)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -181,11 +189,12 @@ class _Gated(_Base):
 
 
 def _change_slots(scheduler: _Gated, command: dict[str, Any]) -> Any:
-    """What the API process asks of the engine core: ``open``, ``close`` or ``users`` of a slot."""
+    """What the API process asks of the engine core: ``open``, ``close``, ``users`` or ``waiting`` of a slot."""
     slot = int(command["slot"])
     if command["do"] == "open":
         return scheduler.open_slot(slot, int(command["generation"]))
-    return scheduler.close_slot(slot) if command["do"] == "close" else scheduler.users_of(slot)
+    does = {"close": scheduler.close_slot, "users": scheduler.users_of, "waiting": scheduler.waiting_for}
+    return does[command["do"]](slot)
 
 
 class GatedScheduler(_Gated, Scheduler):

@@ -15,6 +15,8 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     Model Runner V1: the order of requests in the batch is final; dummy batches.
 ``Scheduler.schedule / update_from_output / add_request`` (vllm/v1/core/sched/scheduler.py)
     Expiry before a step; attribution with every output.
+``Scheduler.waiting`` (vllm/v1/core/sched/scheduler.py)
+    First come, first served; a canary's request is put in front.
 ``FusedMoEFactory(num_expert_group=...)``, ``RoutedExperts.expert_map_manager``
     Deals experts out to ranks in turn only for a model with expert groups; where each went. The
     handshake compares the outcome.

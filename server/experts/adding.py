@@ -18,14 +18,15 @@ from flexgate.experts.errors import ExpertsError
 from flexgate.experts.manifest import Manifest
 from flexgate.experts.verify import VerifiedPackage, open_package
 from flexgate.policies.errors import PolicyError
+from flexgate.server.engine.canary import CanaryNotScheduled
 from flexgate.server.engine.client import ExpertInfo, ExpertLease
-from flexgate.server.experts.errors import ChangeConflict, EngineFailed, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, EngineBusy, EngineFailed, PackageRefused
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
 
 Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
-"""Tries the public expert and a new one; raises when the engine misbehaves."""
+"""Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,11 @@ class Adding:
             await residence.slots.open(slot, generation)
             await job.at("canary")
             await self._canary(public, ExpertLease(expert, slot, generation))
+        except CanaryNotScheduled as error:
+            raise EngineBusy(
+                f"The engine was too busy to try the expert: {error}. Nothing was changed. "
+                "Add it again when fewer requests are running, or start the server with a larger --max-num-seqs."
+            ) from error
         except Exception as error:
             raise EngineFailed(f"The loaded expert does not behave: {error}.") from error
 

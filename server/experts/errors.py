@@ -4,6 +4,7 @@ ExpertError              a code for programs, a sentence for people
 ├── NotResident          no such expert is loaded, or it is none of the caller's
 ├── PackageRefused       the package itself may not be used
 ├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, store, another change
+├── EngineBusy           there was no place to try a new expert in; nothing is left of it
 └── EngineFailed         a rank could not do its part: of an add nothing is left, a withdrawal stays committed
 """
 
@@ -34,6 +35,12 @@ class ChangeConflict(ExpertError):
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class EngineBusy(ExpertError):
+    """The engine had no place to try an expert in."""
+
+    code = "canary_not_scheduled"
 
 
 class EngineFailed(ExpertError):

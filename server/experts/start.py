@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from flexgate.experts.base import base_identity
 from flexgate.experts.signature import TrustedKeys
 from flexgate.policies.audit import Event
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.canary import try_experts
+from flexgate.server.engine.canary import try_added
+from flexgate.server.engine.client import ExpertLease
 from flexgate.server.engine.launch import RunningEngine
 from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.residence import Places, Residence
@@ -21,6 +21,8 @@ from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.uploads import Uploads
 from flexgate.server.policy import PolicySource
 from flexgate.server.settings import Settings
+
+CANARY_SECONDS: Final = 60.0
 
 
 class Loaded(Protocol):
@@ -82,9 +84,8 @@ def expert_service(
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
         store.record([Event(at=time.time(), actor=actor, action=action, detail=detail)])
 
-    async def canary(*leases: Any) -> None:
-        async with asyncio.timeout(60):
-            await try_experts(engine.client, *leases)
+    async def canary(public: ExpertLease, added: ExpertLease) -> None:
+        await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
 
     return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record)
 

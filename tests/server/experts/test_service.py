@@ -15,6 +15,7 @@ from flexgate.experts.signature import TrustedKeys
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
 from flexgate.policies.store.store import Store
+from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
 from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
 from flexgate.server.experts.repository import Added
@@ -146,7 +147,7 @@ async def test_what_fails_before_the_commit_leaves_nothing_behind(
     here: Local, tmp_path: Path, anchor: Path, what: str
 ) -> None:
     here.slots.fails[what] = 1
-    here.canary_fails += ["it answers with NaN"] if what == "canary" else []
+    here.canary_fails += [CanaryError("it answers with NaN")] if what == "canary" else []
     job = await here.add(package(tmp_path, anchor))
     assert (job.state, job.error["code"]) == ("failed", "engine_failed")
     assert here.slots.digests(2) == zeros(here)
@@ -155,6 +156,21 @@ async def test_what_fails_before_the_commit_leaves_nothing_behind(
     assert here.store.weights().last == {}
     assert "math" not in here.store.snapshot().experts
     assert not list((tmp_path / "experts").iterdir())
+    assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
+
+
+async def test_an_engine_too_busy_to_try_an_expert_says_so_and_leaves_nothing_behind(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    here.canary_fails.append(CanaryNotScheduled("no place in the batch was free within 60 seconds"))
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error == {
+        "code": "canary_not_scheduled",
+        "message": "The engine was too busy to try the expert: no place in the batch was free within 60 seconds. "
+        "Nothing was changed. Add it again when fewer requests are running, or start the server with a larger "
+        "--max-num-seqs.",
+    }
+    assert here.slots.digests(2) == zeros(here)
     assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
 
 

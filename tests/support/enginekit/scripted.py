@@ -30,6 +30,7 @@ class Ask:
     prompt_logprobs: bool = False
     valid_for: float = math.inf
     generations: dict[int, int] | None = None  # other than the live ones
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Answer:
     chosen: tuple[int, ...]
     finish_reason: str | None
     stop_reason: Any
+    step: int = field(compare=False)  # after which it was complete
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class _Engine:
 
     def run(self, script: list[Ask], changes: list[SlotChange]) -> list[Answer]:
         ids: dict[int, str] = {}
-        finished: dict[str, Any] = {}
+        finished: dict[str, tuple[Any, int]] = {}
         step = 0
         while len(finished) < len(script):
             self.change([change for change in changes if change.at_step == step])
@@ -227,9 +229,9 @@ class _Engine:
                     ids[index] = self._submit(ask)
             for output in self.engine.step() if self.engine.has_unfinished_requests() else []:
                 if output.finished:
-                    finished[output.request_id] = output
+                    finished[output.request_id] = output, step
             step += 1
-        return [self._answer(finished[ids[index]]) for index in range(len(script))]
+        return [self._answer(*finished[ids[index]]) for index in range(len(script))]
 
     def on_every_rank(self, what: Any, *args: Any) -> Any:
         return self.engine.collective_rpc(what, args=args)
@@ -370,7 +372,7 @@ class _Engine:
             detokenize=False,
             extra_args={"flexgate": sealed} if sealed is not None else None,
         )
-        self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, params)
+        self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, params, priority=ask.priority)
 
     def _gate(self, ask: Ask, request_id: str) -> Any:
         import time
@@ -393,7 +395,7 @@ class _Engine:
         self.count += 1
         return f"request-{self.count}"
 
-    def _answer(self, output: Any) -> Answer:
+    def _answer(self, output: Any, step: int) -> Answer:
         completion = output.outputs[0]
         extras = (output.kv_transfer_params or {}).get("flexgate", [0, [], []])
         return Answer(
@@ -405,6 +407,7 @@ class _Engine:
             chosen=tuple(extras[2]),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
+            step=step,
         )
 
 

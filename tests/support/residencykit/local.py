@@ -139,7 +139,7 @@ class Local:
     slots: LocalSlots
     store: Store
     recorded: list[tuple[str, str, dict[str, Any]]]
-    canary_fails: list[str] = field(default_factory=list)
+    canary_fails: list[Exception] = field(default_factory=list)
 
     async def add(self, package: Path, **options: Any) -> Any:
         """Add and wait; the ended job."""
@@ -173,7 +173,7 @@ def local(
 
     async def canary(*_: ExpertLease) -> None:
         if made[0].canary_fails:
-            raise RuntimeError(made[0].canary_fails.pop())
+            raise made[0].canary_fails.pop()
 
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
         store.record([Event(at=1.0, actor=actor, action=action, detail=detail)])
