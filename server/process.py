@@ -14,7 +14,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from flexgate.server.app import build_app, build_listeners
 from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.launch import EngineSettings, LaunchPlan, RunningEngine, launch, plan
 from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
+from flexgate.server.experts.versions import Merged, merged_versions
 from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
@@ -37,7 +38,7 @@ from flexgate.server.services import Services
 from flexgate.server.settings import Settings, SettingsError
 
 Stage = Callable[[str, int, int], None]
-Ready = Callable[[LaunchPlan, GatedEngineClient, str, str | None, str | None], None]
+Ready = Callable[[LaunchPlan, GatedEngineClient, str, str | None, str | None, Sequence[str]], None]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     Args:
         model: the checkpoint's directory.
         stage: told what is happening at start.
-        ready: told the plan, the client, the address, administration's own one and a first admin key, once all is well.
+        ready: told the plan, the client, the address, administration's own one, a first admin key and which packages
+            were set aside, once all is well.
 
     Raises:
         Exception: whatever stops the start; nothing was listening then.
@@ -63,7 +65,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _store(settings) as store,
     ):
         store.migrate()
-        before = at_start(store, checkpoint.experts)
+        merged = merged_versions(model, len(checkpoint.experts))
+        before = at_start(store, checkpoint.experts, merged)
         engine_settings = replace(
             engine_settings, withdrawn=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
@@ -73,12 +76,13 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             launching = launch(engine_settings, stage)
             engine = await launching.__aenter__()
         try:
-            services = _services(settings, model, engine, store)
+            services = _services(settings, model, engine, store, merged)
             await services.experts.restore(stage)
             services.policy.confirm()
             services.spending.refresh()
             _settle_heap()
-            ready(planned, engine.client, _url(sock), None if admin is None else _url(admin), secret)
+            addresses = _url(sock), None if admin is None else _url(admin)
+            ready(planned, engine.client, *addresses, secret, before.set_aside)
             await _run(settings, services, sock, admin)
         finally:
             await launching.__aexit__(None, None, None)
@@ -90,7 +94,7 @@ def _settle_heap() -> None:
     gc.freeze()
 
 
-def _services(settings: Settings, model: Path, engine: RunningEngine, store: Store) -> Services:
+def _services(settings: Settings, model: Path, engine: RunningEngine, store: Store, merged: Merged) -> Services:
     client = engine.client
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
@@ -112,7 +116,7 @@ def _services(settings: Settings, model: Path, engine: RunningEngine, store: Sto
         handlers=handlers,
         policy=policy,
         store=store,
-        experts=expert_service(settings, model, engine, store, policy),
+        experts=expert_service(settings, model, engine, store, policy, merged),
         uploads=uploads(settings),
         experts_dir=settings.experts_dir,
         model_names=names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -53,10 +54,11 @@ class Progress:
         address: str,
         admin_address: str | None,
         admin_key: str | None,
+        set_aside: Sequence[str],
     ) -> None:
         """Show the summary instead."""
         self.stop()
-        self._console.print(summary(planned, client, address, admin_address, admin_key))
+        self._console.print(summary(planned, client, address, admin_address, admin_key, set_aside))
 
     def stop(self) -> None:
         """Take the line away."""
@@ -65,9 +67,14 @@ class Progress:
 
 
 def summary(
-    planned: LaunchPlan, client: GatedEngineClient, address: str, admin_address: str | None, admin_key: str | None
+    planned: LaunchPlan,
+    client: GatedEngineClient,
+    address: str,
+    admin_address: str | None,
+    admin_key: str | None,
+    set_aside: Sequence[str],
 ) -> Group:
-    """Model, experts, slots and their memory, kernels, addresses; a first admin key, once."""
+    """Model, experts, packages set aside, slots and their memory, kernels, addresses; a first admin key, once."""
     from flexgate.server.engine.memory import human
 
     slots, a = planned.slots, planned.checkpoint.architecture
@@ -75,6 +82,7 @@ def summary(
     for name, value in (
         ("model", f"{planned.checkpoint.path} ({a.num_hidden_layers} layers, {planned.dtype})"),
         ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
+        *(("set aside", sentence) for sentence in set_aside),
         (
             "slots",
             f"{slots.slots}, on each rank {slots.held} of {human(slots.slot_bytes)} "

@@ -24,6 +24,7 @@ from flexgate.server.experts.errors import ChangeConflict, EngineBusy, EngineFai
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
+from flexgate.server.experts.versions import UNSAID
 
 Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
 """Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
@@ -171,6 +172,7 @@ class Adding:
             package.directory.name,
             manifest.weights.digest,
             manifest.base.digest,
+            self._residence.merged.get(manifest.id),
         )
         try:
             await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
@@ -186,10 +188,18 @@ class Adding:
             return False
 
     def _check_version(self, manifest: Manifest) -> None:
-        if self._residence.find(manifest.id) is None:
+        residence = self._residence
+        info = residence.find(manifest.id)
+        if info is None:
             return
-        known = self._residence.repository.added()
-        loaded = next((entry.version for entry in known if entry.expert == manifest.id), 0)
+        packages = {(entry.expert, entry.generation): entry.version for entry in residence.repository.added()}
+        loaded = packages.get((info.id, info.generation), residence.merged.get(info.id, UNSAID))
+        if loaded == UNSAID:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' is loaded from the checkpoint, which does not say in which version. "
+                "Withdraw it before a package takes its place.",
+                code="expert_version_unknown",
+            )
         if manifest.version <= loaded:
             raise ChangeConflict(
                 f"Expert '{manifest.id}' is loaded in version {loaded}. A package that replaces it needs a higher one.",

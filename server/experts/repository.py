@@ -17,7 +17,11 @@ MAX_DOMAIN: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A package that is loaded: in which slot, and where its private copy is."""
+    """A package that is loaded: in which slot, and where its private copy is.
+
+    `merged` is the version of the same expert that the checkpoint held then: 0 where it did not say, None where it
+    held none.
+    """
 
     expert: str
     version: int
@@ -26,6 +30,7 @@ class Added:
     package: str
     weights_digest: str
     base_digest: str
+    merged: int | None = None
 
 
 class ResidencyRepository:
@@ -53,6 +58,7 @@ class ResidencyRepository:
                 change.package or "",
                 change.detail["weights_digest"],
                 change.detail["base_digest"],
+                change.detail.get("merged_version"),
             )
             for change in self._store.weights().added
         )
@@ -76,6 +82,7 @@ class ResidencyRepository:
                 "version": added.version,
                 "weights_digest": added.weights_digest,
                 "base_digest": added.base_digest,
+                "merged_version": added.merged,
             }
             epoch = change.add_weights(added.expert, slot=added.slot, package=added.package, detail=detail)
             if epoch != added.generation:

@@ -18,6 +18,7 @@ from flexgate.experts.signature import TrustedKeys
 from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed
 from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.versions import Merged
 
 Progress = Callable[[int, int, int], None]
 
@@ -68,14 +69,18 @@ class Residence:
 
     Attributes:
         arriving: names of private copies that are being made and loaded.
+        merged: versions of the checkpoint's experts.
         retiring: former versions that requests may still be using, by expert.
     """
 
-    def __init__(self, client: EngineClient, slots: Slots, repository: ResidencyRepository, places: Places) -> None:
+    def __init__(
+        self, client: EngineClient, slots: Slots, repository: ResidencyRepository, places: Places, merged: Merged
+    ) -> None:
         self.client = client
         self.slots = slots
         self.repository = repository
         self.places = places
+        self.merged = merged
         self.changing = asyncio.Lock()
         self.arriving: set[str] = set()
         self.retiring: dict[str, list[ExpertInfo]] = defaultdict(list)

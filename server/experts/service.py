@@ -21,6 +21,7 @@ from flexgate.server.experts.errors import ChangeConflict, ExpertError, PackageR
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
+from flexgate.server.experts.versions import is_set_aside
 from flexgate.server.experts.withdrawing import Record, Withdrawing
 
 RETIRE_SECONDS: Final = 600.0
@@ -73,7 +74,8 @@ class ExpertService:
     async def restore(self, stage: Callable[[str, int, int], None]) -> None:
         """Load what was added before the last stop, before anything is served.
 
-        What is not signed by a key that is trusted now is left out, and said in the log.
+        What the checkpoint holds in a newer version is not loaded; nor is, and the log says so, what is not signed by
+        a key that is trusted now.
 
         Raises:
             PackageRefused: a private copy is missing, damaged, or belongs to another base model.
@@ -83,6 +85,8 @@ class ExpertService:
         added = await asyncio.to_thread(residence.repository.added)
         await residence.forget_copies()
         for entry in added:
+            if is_set_aside(entry, residence.merged):
+                continue
             stage(f"loading expert {entry.expert}", 0, 0)
             try:
                 manifest = await self._recall(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.residence import Places, Residence
 from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.uploads import Uploads
+from flexgate.server.experts.versions import Merged, is_set_aside
 from flexgate.server.policy import PolicySource
 from flexgate.server.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 CANARY_SECONDS: Final = 60.0
 
@@ -45,25 +49,37 @@ class AtStart:
         least_slots: slots that added experts need.
         epoch: the newest weights epoch.
         resident: what will be served, in slot order.
+        set_aside: packages that were added and are not loaded, since the checkpoint holds a newer version; a
+            sentence each.
     """
 
     without: frozenset[str]
     least_slots: int
     epoch: int
     resident: tuple[Loaded, ...]
+    set_aside: tuple[str, ...]
 
 
-def at_start(store: Store, checkpoint: Sequence[Loaded]) -> AtStart:
-    """Read it; the store is migrated."""
+def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtStart:
+    """Read it; the store is migrated. Raises `PackageRefused` where versions cannot be compared."""
     state = store.weights()
-    added = state.added
+    packages = ResidencyRepository(store).added()
+    old = [package for package in packages if is_set_aside(package, merged)]
+    added = [package for package in packages if package not in old]
     without = state.withdrawn | {change.expert for change in added}
     kept = tuple(expert for expert in checkpoint if expert.id not in without)
     catalogue = store.snapshot().experts if added else {}
     known = {str(id_): expert for id_, expert in catalogue.items()}
     resident = (*kept, *(known[change.expert] for change in added if change.expert in known))
     least = 1 + max((change.slot for change in added), default=-1)
-    return AtStart(frozenset(without), least, state.epoch, resident)
+    set_aside = tuple(
+        f"{package.expert} version {package.version}, which was added: the checkpoint holds version "
+        f"{merged[package.expert]}"
+        for package in old
+    )
+    for sentence in set_aside:
+        logger.warning("set aside: %s", sentence)
+    return AtStart(frozenset(without), least, state.epoch, resident, set_aside)
 
 
 def expert_service(
@@ -72,6 +88,7 @@ def expert_service(
     engine: RunningEngine,
     store: Store,
     policy: PolicySource,
+    merged: Merged,
 ) -> ExpertService:
     """The service over a running engine."""
     places = Places(
@@ -79,7 +96,7 @@ def expert_service(
         base=lambda: base_identity(model),
         trusted_keys=_trusted_keys(settings),
     )
-    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places)
+    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
 
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
         store.record([Event(at=time.time(), actor=actor, action=action, detail=detail)])

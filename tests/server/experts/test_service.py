@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from packagekit import make_package, write_model
-from residencykit.local import Local, local
+from residencykit.local import MERGED, Local, local
 
 from flexgate.experts.signature import TrustedKeys
 from flexgate.policies.errors import StoreUnavailable
@@ -86,7 +86,7 @@ async def test_an_expert_of_the_checkpoint_stays_away_after_a_restart(
     here: Local, store: Store, anchor: Path, tmp_path: Path
 ) -> None:
     await here.service.revoke("news", actor="key_admin")
-    state = at_start(store, CHECKPOINT)
+    state = at_start(store, CHECKPOINT, MERGED)
     assert state.without == {"news"}
     assert [expert.id for expert in state.resident] == ["public"]
     again = local(store, anchor, tmp_path, without=state.without, epoch=state.epoch)
@@ -100,7 +100,7 @@ async def test_a_restart_loads_what_was_added_and_nothing_else(
 ) -> None:
     job = await here.add(package(tmp_path, anchor))
     (tmp_path / "experts" / "left-over").mkdir()
-    state = at_start(store, CHECKPOINT)
+    state = at_start(store, CHECKPOINT, MERGED)
     assert (state.least_slots, state.epoch, state.without) == (3, 2, frozenset({"math"}))
     again = local(store, anchor, tmp_path, epoch=state.epoch)
     await again.service.restore(lambda *_: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from packagekit import statement
 
 from flexgate.experts.extract import extract_expert
 from flexgate.policies.store.store import Store
+from flexgate.server.experts.repository import Added, ResidencyRepository
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -210,3 +212,31 @@ def test_a_restart_comes_back_to_the_last_answer(text_checkpoint: Path, tmp_path
     store = Store.open(f"sqlite:///{first.database}")
     assert store.weights().withdrawn == {"news"}
     store.close()
+
+
+def test_a_start_says_that_the_checkpoint_holds_a_newer_version_than_a_package_and_serves_it(
+    text_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of `secret`, which is merged in version 2 and was added in version 1."""
+    model = shutil.copytree(text_checkpoint, tmp_path / "model")
+    manifest = json.loads((model / "flexgate.json").read_text())
+    manifest["experts"][4]["version"] = 2
+    (model / "flexgate.json").write_text(json.dumps(manifest))
+    live.seed_store(f"sqlite:///{tmp_path / 'flexgate.db'}", live.experts_of(model))
+    older = tmp_path / "experts" / "job_1"
+    made = extract_expert(model, "code", older, statement=statement("secret", "vault"))
+    store = Store.open(f"sqlite:///{tmp_path / 'flexgate.db'}")
+    added = Added("secret", 1, 5, 2, older.name, made.weights.digest, made.base.digest)
+    ResidencyRepository(store).add(made, added, actor="key_admin", at=time.time())
+    store.close()
+    server = live.start(model, tmp_path, "--allow-unsigned-experts")
+    try:
+        of_secret, of_code = (ask(server, flexgate={"experts": {"only": [who]}}) for who in ("secret", "code"))
+    finally:
+        assert live.stop(server) == 0
+    assert of_secret["flexgate"]["allowed"] == ["public", "secret"]
+    assert of_secret["choices"] != of_code["choices"]
+    sentence = "secret version 1, which was added: the checkpoint holds version 2"
+    lines = [line for line in server.log.read_text().splitlines() if sentence in line]
+    assert len(lines) == 2
+    assert any(line.startswith("set aside  ") for line in lines)

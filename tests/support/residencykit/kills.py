@@ -236,7 +236,7 @@ def recover(world: World, place: Path) -> Callable[[Any], None]:
 
         store = Store.open(f"sqlite:///{place / 'policy.db'}")
         experts = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
-        state = at_start(store, experts)
+        state = at_start(store, experts, kit.MERGED)
         here = local(store, world.anchor, place, ranks=RANKS, without=state.without, epoch=state.epoch)
         asyncio.run(here.service.restore(lambda *_: None))
         store.verify_audit()

@@ -7,7 +7,7 @@ inference engine around them is missing. Gates are admitted as an engine core wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ SLOTS = 5
 LAYERS = ONE.num_hidden_layers
 PUBLIC = ExpertInfo("public", "public", "", 0, 1, True)
 NEWS = ExpertInfo("news", "gazette", "news", 1, 1, True)
+MERGED = {"public": 0, "news": 1}  # versions that the checkpoint names
 
 
 def rank_writer(shard: int, shards: int) -> SlotWriter:
@@ -157,6 +158,7 @@ def local(
     ranks: int = 2,
     without: frozenset[str] = frozenset(),
     epoch: int = 1,
+    merged: Mapping[str, int] = MERGED,
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
     experts = tuple(info for info in (PUBLIC, NEWS) if info.id not in without)
@@ -180,7 +182,7 @@ def local(
         recorded.append((actor, action, detail))
 
     confirm: Callable[[], object] = lambda: None  # noqa: E731
-    residence = Residence(client, slots, ResidencyRepository(store), places)
+    residence = Residence(client, slots, ResidencyRepository(store), places, merged)
     service = ExpertService(residence, canary=canary, confirm=confirm, record=record)
     made.append(Local(service, client, slots, store, recorded))
     return made[0]

@@ -1,0 +1,57 @@
+"""Which of two versions of an expert is served: the one in the checkpoint, or a package that was added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from flexgate.experts.errors import LayoutError
+from flexgate.experts.provenance import MODEL_MANIFEST, expert_entries, read_record
+from flexgate.server.experts.errors import PackageRefused
+from flexgate.server.experts.repository import Added
+
+Merged = Mapping[str, int]
+"""The experts of the served checkpoint, each with its version: 1 or more, or `UNSAID`."""
+UNSAID: Final = 0
+
+
+def merged_versions(model: Path, count: int) -> Merged:
+    """The versions that a checkpoint of `count` experts names; raises `LayoutError` where it contradicts itself."""
+    return {entry["id"]: _version(model, entry) for entry in expert_entries(model, count)}
+
+
+def is_set_aside(package: Added, merged: Merged) -> bool:
+    """Whether the checkpoint holds a newer version than a package that was added.
+
+    Nobody withdraws what was acknowledged: a package stays for as long as the checkpoint says of its expert what it
+    said when the package was added, also where a newer version had been withdrawn to go back to an older one.
+
+    Raises:
+        PackageRefused: the checkpoint has changed and does not say in which version it holds the expert.
+    """
+    now = merged.get(package.expert)
+    if now is None or now == package.merged:
+        return False
+    if now == UNSAID:
+        raise PackageRefused(
+            f"expert '{package.expert}', which was added in version {package.version}, is also in the checkpoint, "
+            f'which does not say in which version: give its entry in {MODEL_MANIFEST} a "version", or serve the '
+            "former checkpoint and withdraw the expert there"
+        )
+    return now > package.version
+
+
+def _version(model: Path, entry: Mapping[str, Any]) -> int:
+    said = entry.get("version", UNSAID)
+    if type(said) is not int or said < UNSAID:
+        raise LayoutError(f"{model / MODEL_MANIFEST}: the version of '{entry['id']}' must be a whole number from 1")
+    record = read_record(model, entry["id"])
+    if record is None:
+        return said
+    if said not in (UNSAID, record.manifest.version):
+        raise LayoutError(
+            f"{model} contradicts itself: {MODEL_MANIFEST} names version {said} of '{entry['id']}', "
+            f"its provenance version {record.manifest.version}"
+        )
+    return record.manifest.version

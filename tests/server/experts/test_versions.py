@@ -1,0 +1,180 @@
+"""A checkpoint and an added package that hold the same expert: the newer version is served, and never both."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packagekit import make_package, write_model
+from residencykit.local import MERGED, Local, local
+
+from flexgate.experts.errors import LayoutError
+from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
+from flexgate.policies.store.store import Store
+from flexgate.server.experts.errors import PackageRefused
+from flexgate.server.experts.start import AtStart, at_start
+from flexgate.server.experts.versions import merged_versions
+
+CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("anchor") / "model"
+    write_model(path)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
+    opened.migrate()
+    sync_catalogue(opened, CHECKPOINT, at=1.0)
+    yield opened
+    opened.close()
+
+
+class Place:
+    """One server's store and files, which outlive it."""
+
+    def __init__(self, store: Store, anchor: Path, directory: Path) -> None:
+        self.store, self.anchor, self.directory = store, anchor, directory
+
+    def serve(self, news: int) -> Local:
+        """A server whose checkpoint holds that version of `news`; 0 where it does not say."""
+        return local(self.store, self.anchor, self.directory, merged={**MERGED, "news": news})
+
+    async def restart(self, news: int) -> tuple[AtStart, Local]:
+        merged = {**MERGED, "news": news}
+        state = at_start(self.store, CHECKPOINT, merged)
+        here = local(self.store, self.anchor, self.directory, without=state.without, epoch=state.epoch, merged=merged)
+        await here.service.restore(lambda *_: None)
+        return state, here
+
+    async def add(self, here: Local, version: int) -> Any:
+        """Add `news` in a version of its own weights; the ended job."""
+        target = self.directory / f"package-{version}-{len(list(self.directory.iterdir()))}"
+        make_package(target, self.anchor, expert="news", owner="gazette", version=version, seed=version)
+        return await here.add(target)
+
+
+@pytest.fixture
+def place(store: Store, anchor: Path, tmp_path: Path) -> Place:
+    return Place(store, anchor, tmp_path)
+
+
+def news_generation(here: Local) -> list[int]:
+    """1 is the checkpoint's; one entry, or it is served twice."""
+    return [info.generation for info in here.client.experts() if info.id == "news"]
+
+
+@pytest.mark.asyncio
+async def test_a_newer_version_in_the_checkpoint_is_served_and_the_package_set_aside(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await place.add(place.serve(news=1), 2)).state == "succeeded"
+    with caplog.at_level(logging.WARNING, "flexgate.server.experts.start"):
+        state, here = await place.restart(news=3)
+    assert state.set_aside == ("news version 2, which was added: the checkpoint holds version 3",)
+    assert caplog.messages == [f"set aside: {state.set_aside[0]}"]
+    assert state.without == frozenset()
+    assert [expert.id for expert in state.resident] == ["public", "news"]
+    assert state.least_slots == 0
+    assert news_generation(here) == [1]
+    assert here.slots.digests(2) == here.slots.digests(4)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("merged", [1, 2])
+async def test_a_package_that_is_as_new_as_the_checkpoint_stays(place: Place, merged: int) -> None:
+    job = await place.add(place.serve(news=1), 2)
+    state, here = await place.restart(news=merged)
+    assert state.set_aside == ()
+    assert state.without == {"news"}
+    assert news_generation(here) == [job.result["generation"]]
+    assert here.slots.digests(2) == job.result["digests"]
+
+
+@pytest.mark.asyncio
+async def test_a_version_that_was_withdrawn_to_go_back_to_an_older_one_does_not_return(place: Place) -> None:
+    here = place.serve(news=5)
+    await here.service.revoke("news", actor="key_owner")
+    assert (await place.add(here, 4)).state == "succeeded"
+    state, again = await place.restart(news=5)
+    assert (state.set_aside, state.without) == ((), {"news"})
+    assert news_generation(again) == [3]
+    state, again = await place.restart(news=6)
+    assert len(state.set_aside) == 1
+    assert news_generation(again) == [1]
+
+
+@pytest.mark.asyncio
+async def test_a_checkpoint_that_changed_and_names_no_version_stops_the_start(place: Place) -> None:
+    await place.add(place.serve(news=1), 2)
+    with pytest.raises(PackageRefused) as refused:
+        await place.restart(news=0)
+    assert str(refused.value) == (
+        "expert 'news', which was added in version 2, is also in the checkpoint, which does not say in which version: "
+        'give its entry in flexgate.json a "version", or serve the former checkpoint and withdraw the expert there'
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_checkpoint_that_never_named_a_version_comes_back_as_it_was_left(place: Place) -> None:
+    here = place.serve(news=0)
+    job = await place.add(here, 9)
+    assert job.error == {
+        "code": "expert_version_unknown",
+        "message": "Expert 'news' is loaded from the checkpoint, which does not say in which version. "
+        "Withdraw it before a package takes its place.",
+    }
+    await here.service.revoke("news", actor="key_owner")
+    assert (await place.add(here, 9)).state == "succeeded"
+    _, again = await place.restart(news=0)
+    assert news_generation(again) == [3]
+
+
+@pytest.mark.asyncio
+async def test_a_package_replaces_only_an_older_version_of_the_checkpoint(place: Place) -> None:
+    await place.add(place.serve(news=1), 2)
+    _, here = await place.restart(news=3)
+    for version in (2, 3):
+        job = await place.add(here, version)
+        assert job.error == {
+            "code": "expert_version_not_newer",
+            "message": "Expert 'news' is loaded in version 3. A package that replaces it needs a higher one.",
+        }
+    assert (await place.add(here, 4)).state == "succeeded"
+    state, again = await place.restart(news=3)
+    assert (state.set_aside, news_generation(again)) == ((), [3])
+
+
+def write_manifest(directory: Path, **news: Any) -> None:
+    entries = [{"id": "public"}, {"id": "news", **news}]
+    (directory / "flexgate.json").write_text(json.dumps({"experts": entries}))
+
+
+def test_versions_come_from_the_manifest_or_the_package_that_was_merged(tmp_path: Path, anchor: Path) -> None:
+    assert merged_versions(tmp_path, 2) == {"public": 0, "expert-1": 0}
+    write_manifest(tmp_path)
+    assert merged_versions(tmp_path, 2) == {"public": 0, "news": 0}
+    write_manifest(tmp_path, version=7)
+    assert merged_versions(tmp_path, 2) == {"public": 0, "news": 7}
+    make_package(tmp_path / "package", anchor, expert="news", version=3)
+    (tmp_path / "provenance").mkdir()
+    (tmp_path / "package" / "manifest.json").rename(tmp_path / "provenance" / "news.json")
+    with pytest.raises(LayoutError, match=r"flexgate.json names version 7 of 'news', its provenance version 3"):
+        merged_versions(tmp_path, 2)
+    write_manifest(tmp_path)
+    assert merged_versions(tmp_path, 2) == {"public": 0, "news": 3}
+
+
+@pytest.mark.parametrize("version", [-1, True, "2", 1.0, None])
+def test_a_version_that_is_no_number_is_refused(tmp_path: Path, version: object) -> None:
+    write_manifest(tmp_path, version=version)
+    with pytest.raises(LayoutError, match="the version of 'news' must be a whole number from 1"):
+        merged_versions(tmp_path, 2)
