@@ -1,7 +1,8 @@
 """Adding an expert: private copy, checks, masked slot on every rank, canary, commit, publish.
 
 Whatever fails before the commit leaves the slot zeroed and nothing else behind; what was committed
-is what a restart comes back to, and nothing undoes it. A server that is stopped in the middle undoes
+is what a restart comes back to, and nothing undoes it. Where the store does not say whether it took the
+change, the private copy stays for the restart and the slot stays empty. A server that is stopped in the middle undoes
 nothing either: its memory is gone, and the next start removes copies that were not committed.
 """
 
@@ -64,14 +65,14 @@ class Adding:
         self._residence.arriving.add(job.id)
         try:
             with await self._take_in(job, source) as package:
-                try:
-                    await asyncio.to_thread(self._check_owner, package.manifest, owner)
-                    job.expert, job.version = package.manifest.id, package.manifest.version
-                    return await self._load(job, package)
-                except Exception:
-                    if not job.committed:
-                        await asyncio.to_thread(shutil.rmtree, package.directory, ignore_errors=True)
-                    raise
+                await asyncio.to_thread(self._check_owner, package.manifest, owner)
+                job.expert, job.version = package.manifest.id, package.manifest.version
+                return await self._load(job, package)
+        except Exception:
+            if job.committed is False:
+                copy = self._residence.places.private / job.id
+                await asyncio.to_thread(shutil.rmtree, copy, ignore_errors=True)
+            raise
         finally:
             self._residence.arriving.discard(job.id)
 
@@ -112,6 +113,8 @@ class Adding:
         except Exception:
             if not job.committed:
                 await residence.give_back(slot)
+            if job.committed is None:
+                residence.soil(slot)  # it is empty, but the store may name it
             raise
 
     async def _make_live(self, job: Job, package: VerifiedPackage, slot: int, digests: list[str]) -> ExpertInfo | None:
@@ -121,7 +124,6 @@ class Adding:
         generation = await asyncio.to_thread(residence.repository.epoch) + 1
         await self._try(job, manifest.id, slot, generation)
         await self._commit(job, package, slot, generation)
-        job.committed = True
         if former is not None:
             residence.soil(former.slot)
             residence.retiring[manifest.id].append(former)
@@ -177,15 +179,23 @@ class Adding:
         try:
             await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
         except PolicyError as error:
-            if await asyncio.to_thread(self._was_committed, added):
-                return  # and its answer was lost
-            raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+            job.committed = await asyncio.to_thread(self._was_committed, added)
+            if job.committed is None:
+                raise ChangeConflict(
+                    f"The store broke off: {error}. Nothing tells whether it took the change. "
+                    "Nobody can use the expert; add it again, or restart the server, which loads it if it was taken.",
+                    code="commit_unknown",
+                ) from error
+            if not job.committed:
+                raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+        job.committed = True
 
-    def _was_committed(self, added: Added) -> bool:
+    def _was_committed(self, added: Added) -> bool | None:
+        """Whether only the answer was lost; None where the store does not say."""
         try:
             return added in self._residence.repository.added()
         except PolicyError:
-            return False
+            return None
 
     def _check_version(self, manifest: Manifest) -> None:
         residence = self._residence

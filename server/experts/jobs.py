@@ -21,7 +21,7 @@ State = Literal["running", "succeeded", "failed"]
 class Job:
     """One expert on its way in. Times are Unix seconds; `done` of `total` is in `unit`.
 
-    `committed` says that a restart will load it, whatever happens now.
+    `committed` says that a restart will load it, whatever happens now; None where the store did not say.
     """
 
     id: str
@@ -38,7 +38,7 @@ class Job:
     finished: float | None = None
     error: dict[str, str] | None = None
     result: dict[str, Any] | None = None
-    committed: bool = False
+    committed: bool | None = False
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _revision: int = 0
 

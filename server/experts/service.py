@@ -125,6 +125,10 @@ class ExpertService:
             logger.warning("job %s failed at %s: %s", job.id, job.stage, error)
             await job.fail(error.code, str(error), self._clock())
             return
+        except PolicyError as error:
+            logger.error("job %s failed at %s: %s", job.id, job.stage, error)
+            await job.fail("store_refused", f"The store could not be asked: {error}.", self._clock())
+            return
         except Exception as error:
             logger.error("job %s failed at %s", job.id, job.stage, exc_info=error)
             await job.fail("internal_error", "The server could not add it. Its log has the job id.", self._clock())
@@ -135,8 +139,8 @@ class ExpertService:
         if former is not None:
             try:
                 await self._retire(former)
-            except (PolicyError, ExpertError) as error:
-                logger.error("the former version of expert %s is not out yet: %s", former.id, error)
+            except Exception as error:
+                logger.error("the former version of expert %s is not out yet", former.id, exc_info=error)
 
     async def _revoke(self, expert: str, actor: str, drain_seconds: float) -> dict[str, Any]:
         info = self._withdrawing.resident(expert)

@@ -134,9 +134,9 @@ class Withdrawing:
         return record
 
     async def _tidy(self, *steps: Awaitable[object]) -> None:
-        """What follows once the expert is gone; a store that fails now does not bring it back."""
+        """What follows once the expert is gone; a store or a disk that fails now does not bring it back."""
         for error in await asyncio.gather(*steps, return_exceptions=True):
-            if isinstance(error, PolicyError):
+            if isinstance(error, (PolicyError, OSError)):
                 logger.error("after a withdrawal: %s", error)
             elif isinstance(error, BaseException):
                 raise error
