@@ -107,7 +107,7 @@ class KeyRecord:
     """What is kept of an API key: its SHA-256 and what it stands for, never the key.
 
     A tenant's key carries `tenant_id`, an owner's key `owner_id`, the others neither. Times are
-    Unix seconds; `expires` and `revoked` take effect at that second.
+    Unix seconds; `expires` takes effect at that second, and a key that has `revoked` at once.
     """
 
     key_id: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.store.store import Store
+from flexgate.server.clock import Clock
 from flexgate.server.denials import Denials
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
@@ -41,7 +41,7 @@ class Services:
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     decisions: DecisionCache = field(default_factory=DecisionCache)
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = field(default_factory=Clock)
     draining: bool = False
     denials: Denials = field(init=False)
     recorded: Recorded = field(init=False)

@@ -1,0 +1,88 @@
+"""A clock that is set back brings nothing back: neither an agreement that ended nor a key that did."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from flexgate.policies.store import Store
+from flexgate.policies.tenants import Role
+from flexgate.policies.terms import Agreement
+from flexgate.server.clock import Clock
+from flexgate.server.policy import PolicySource
+
+NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()
+MATH = {"owner": "academy", "experts": ["math"], "assignee": "everyone", "effect": "permit", "version": 2}
+
+
+class Machine:
+    """Two clocks of a machine: one that can be set, and one that only goes on."""
+
+    def __init__(self) -> None:
+        self.wall, self.steady = NOON, 5.0
+
+    def passes(self, seconds: float, *, and_set: float = 0.0) -> None:
+        self.steady += seconds
+        self.wall += seconds + and_set
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@pytest.fixture
+def clock(machine: Machine) -> Clock:
+    return Clock(lambda: machine.wall, lambda: machine.steady)
+
+
+def test_time_goes_on_from_the_latest_that_was_seen(clock: Clock, machine: Machine) -> None:
+    assert clock() == NOON
+    machine.passes(10)
+    assert clock() == NOON + 10
+    machine.passes(10, and_set=-3600)
+    assert clock() == NOON + 20
+    machine.passes(10, and_set=-3600)
+    assert clock() == NOON + 30
+    machine.passes(10, and_set=9000)
+    assert clock() == NOON + 40 + 1800
+
+
+def test_a_clock_that_went_back_is_logged_once_for_each_time(
+    clock: Clock, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "flexgate.server.clock")
+    for and_set in (-0.5, -3600, 0, 0, 3601, -60, 0):
+        machine.passes(1, and_set=and_set)
+        clock()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in said] == [
+        "the machine's clock went back by 3600 seconds",
+        "the machine's clock went back by 60 seconds",
+    ]
+
+
+@pytest.mark.asyncio
+async def test_what_has_ended_stays_ended(services: Any, real_store: Store, machine: Machine, make_client: Any) -> None:
+    services.clock = Clock(lambda: machine.wall, lambda: machine.steady)
+    services.policy = PolicySource(real_store, lambda: ("public", "math"), lease_s=60, poll_s=1)
+    with real_store.change(actor="test", at=NOON) as change:
+        change.put(Agreement.model_validate({**MATH, "id": "a-math", "not_after": "2026-11-28T12:01:00Z"}))
+        key = change.mint_key(Role.TENANT, tenant_id="u", expires=NOON + 60).secret
+    services.policy.confirm()
+
+    async def asked() -> tuple[int, bool]:
+        async with make_client(key) as http:
+            status = (await http.get("/v1/experts")).status_code
+        async with make_client("sk-u") as http:
+            math = (await http.get("/v1/experts/math")).json()
+        return status, math["allowed"]
+
+    assert await asked() == (200, True)
+    machine.passes(60)
+    assert await asked() == (401, False)
+    machine.passes(1, and_set=-3600)
+    assert await asked() == (401, False)
