@@ -29,10 +29,6 @@ class Edit(NamedTuple, Generic[D]):
     after: D | None
 
 
-class NotRevisable(Exception):
-    """An expert went, or changed its owner: agreements about it would have to be looked for."""
-
-
 def revise(
     snapshot: Snapshot,
     *,
@@ -46,8 +42,9 @@ def revise(
 ) -> Snapshot:
     """`snapshot` after edits, each kind's in their order, and with `keys` that are new or changed.
 
-    Tenants and agreements that name a set which changed must be among the edits. Raises
-    `SnapshotInvalid` when the documents do not fit together, or `NotRevisable`.
+    Among the edits must be the tenants and agreements that name a set which changed, and whatever named
+    an expert that went or changed its owner: the store refuses either while something names the expert.
+    Raises `SnapshotInvalid` when the documents do not fit together.
     """
     catalogue = _experts(snapshot.experts.copy(), experts)
     expanded, rules = snapshot.sets.copy(), snapshot.tenants.copy()
@@ -74,9 +71,10 @@ def revise(
 
 def _experts(experts: dict[ExpertId, Expert], edits: Iterable[Edit[Expert]]) -> dict[ExpertId, Expert]:
     for edit in edits:
-        if edit.after is None or experts.get(edit.after.id, edit.after).owner != edit.after.owner:
-            raise NotRevisable
-        experts[edit.after.id] = edit.after
+        if edit.after is None:
+            experts.pop(ExpertId(edit.id), None)
+        else:
+            experts[edit.after.id] = edit.after
     return experts
 
 

@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import Connection, String, cast, or_, select
 
 from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
-from flexgate.policies.revise import D, Edit, NotRevisable, revise
+from flexgate.policies.revise import D, Edit, revise
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.documents import KINDS, from_json, read_all
 from flexgate.policies.store.keys import key_from_row
@@ -62,8 +62,6 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
             agreements=[*_edits(Agreement, changes), *_naming(connection, Agreement, changed)],
             keys=_keys_of(connection, known.policy_version),
         )
-    except NotRevisable:
-        return read_snapshot(connection)
     except SnapshotInvalid as error:
         raise StoreDamaged(f"the stored policy does not fit together: {error}") from error
 

@@ -11,19 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgate.policies.errors import SnapshotInvalid
-from flexgate.policies.revise import Edit, NotRevisable, revise
+from flexgate.policies.revise import Edit, revise
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Role, Tenant
+from flexgate.policies.terms import Agreement
 
 KEY = KeyRecord(key_id="k", sha256=b"1" * 32, prefix="sk-1", role=Role.TENANT, tenant_id="acme", created=0.0)
 PUBLIC = Expert(id="public", owner="commons")
 
 
 def _changed_world(rng, worlds, before):
-    """The same world with one to four things new, other or gone; experts keep their owners."""
+    """The same world with one to four things new, other or gone. Of experts only the new ones go or change hands."""
     world = copy.deepcopy(before)
     for _ in range(rng.randint(1, 4)):
-        what = rng.choice(["expert", "new expert", "set", "tenant", "new tenant", "agreement", "no agreement"])
+        what = rng.choice(
+            ["expert", "new expert", "moved expert", "set", "tenant", "new tenant", "agreement", "no agreement"]
+        )
         some = rng.randrange(10**6)
+        new = [expert for expert in world["experts"] if expert["id"] not in worlds.IDS]
         if what == "expert":
             expert = rng.choice(world["experts"])
             expert["live"] = rng.random() < 0.5
@@ -31,6 +35,15 @@ def _changed_world(rng, worlds, before):
         elif what == "new expert":
             visibility = rng.choice(["listed", "hidden"])
             world["experts"].append({"id": f"n{some}", "owner": "ann", "live": True, "visibility": visibility})
+        elif what == "moved expert" and new:
+            expert = rng.choice(new)
+            world["agreements"] = [a for a in world["agreements"] if expert["id"] not in a["experts"]]
+            if rng.random() < 0.5:
+                world["experts"].remove(expert)
+            else:
+                expert["owner"] = rng.choice(worlds.OWNERS)
+                terms = worlds.agreement(rng, f"n{some}", [])
+                world["agreements"].append({**terms, "owner": expert["owner"], "experts": [expert["id"]]})
         elif what == "set":
             world["sets"][rng.choice([*world["sets"], f"set:n{some}"])] = set(rng.sample(worlds.IDS[1:], 2))
         elif what == "tenant":
@@ -122,16 +135,27 @@ def test_steps_of_one_document_count_as_one(world):
     assert not after.sets
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        Edit("news", Expert(id="news", owner="wire"), None),
-        Edit("news", Expert(id="news", owner="wire"), Expert(id="news", owner="forge")),
-    ],
-)
-def test_an_expert_that_goes_or_changes_hands_is_not_revised(world, edit):
-    with pytest.raises(NotRevisable):
-        revise(world.build(), policy_version=8, made=0.0, experts=[edit])
+def test_an_expert_that_goes_comes_back_at_the_end_and_under_another_owner(world):
+    """Its former owner's terms are gone, and the new one's hold."""
+    news, other = Expert(id="news", owner="wire"), Expert(id="news", owner="forge")
+    permit = Agreement.model_validate(world.agreement("a"))
+    before = world.build([world.agreement("a")])
+    gone = revise(
+        before, policy_version=8, made=0.0, experts=[Edit("news", news, None)], agreements=[Edit("a", permit, None)]
+    )
+    assert "news" not in gone.experts
+    assert not gone.terms
+    back = permit.model_copy(update={"owner": "forge", "version": 2})
+    after = revise(
+        before,
+        policy_version=9,
+        made=0.0,
+        experts=[Edit("news", news, None), Edit("news", None, other)],
+        agreements=[Edit("a", permit, back)],
+    )
+    assert list(after.experts)[-1] == "news"
+    (clause,) = after.terms["everyone"].unlimited["news"]
+    assert clause.version == 2
 
 
 @pytest.mark.parametrize(
