@@ -20,6 +20,7 @@ from typing import Final, Protocol
 
 from flexgate.policies.errors import PolicyError, SnapshotStale
 from flexgate.policies.snapshot import Snapshot
+from flexgate.server.past import Past
 from flexgate.server.peers import Peers
 
 WAIT_FOR_VERSION_S: Final = 1.0
@@ -63,9 +64,10 @@ class PolicySource:
         clock: Callable[[], float] = time.monotonic,
         peers: Peers | None = None,
         hints: Hints | None = None,
+        past: Past | None = None,
     ) -> None:
         """`live` names the experts that the engine serves now; `peers` are told what is confirmed;
-        `hints` cut the time between polls short.
+        `hints` cut the time between polls short; `past` keeps what is confirmed for the next start.
         """
         self._store = store
         self._live = live
@@ -74,6 +76,7 @@ class PolicySource:
         self._clock = clock
         self._peers = peers
         self._hints = hints
+        self._past = past
         self._stored: Snapshot | None = None
         self._served: tuple[Snapshot, frozenset[str], Snapshot] | None = None
         self._confirmed = -float("inf")
@@ -85,9 +88,11 @@ class PolicySource:
         with self._confirming:  # else a slow answer could replace a newer one
             if self._peers is not None and self._stored is None:
                 self._peers.announce(0)
-            asked = self._clock()
-            self._stored = self._store.confirm(self._stored)
+            asked, before = self._clock(), self._stored
+            self._stored = self._store.confirm(before)
             self._confirmed = asked
+            if self._past is not None and self._stored is not before:
+                self._past.note(self._stored)
             if self._peers is not None:
                 self._peers.announce(self._stored.policy_version)
             return self._serve(self._stored)
@@ -136,9 +141,9 @@ class PolicySource:
             try:
                 await self._ask()
                 failing = False
-            except PolicyError as error:
+            except Exception as error:  # whatever it is, who polls must not end
                 if not failing:
-                    logger.error("the policy store fails: %s", type(error).__name__)
+                    logger.error("the policy cannot be confirmed: %s", error)
                 failing = True
             if self._hints is None:
                 await asyncio.sleep(self._poll_s)

@@ -32,6 +32,7 @@ from flexgate.server.engine.launch import EngineSettings, LaunchPlan, RunningEng
 from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
 from flexgate.server.experts.versions import Merged, merged_versions
 from flexgate.server.openai.handlers import build_handlers
+from flexgate.server.past import Past, require_clock
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 from flexgate.server.services import Services
@@ -65,6 +66,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _store(settings) as store,
     ):
         store.migrate()
+        _past(settings).require(store)
+        require_clock(store, time.time())
         merged = merged_versions(model, len(checkpoint.experts))
         before = at_start(store, checkpoint.experts, merged)
         engine_settings = replace(
@@ -104,6 +107,7 @@ def _services(settings: Settings, model: Path, engine: RunningEngine, store: Sto
         poll_s=settings.policy_poll_seconds,
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
         hints=Hints(store.engine),
+        past=_past(settings),
     )
     handlers = build_handlers(
         client,
@@ -270,10 +274,17 @@ def _interruptible() -> Iterator[None]:
 
 
 def _prepare(settings: Settings, store: Store, experts: Iterable[Loaded]) -> str | None:
+    secret = None
     if settings.demo:
         tenancy.prepare_demo(store, experts, at=time.time())
-        return None
-    return tenancy.prepare(store, experts, at=time.time())
+    else:
+        secret = tenancy.prepare(store, experts, at=time.time())
+    store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
+    return secret
+
+
+def _past(settings: Settings) -> Past:
+    return Past(settings.directory() / "policy.json")
 
 
 def _engine_settings(settings: Settings, model: Path) -> EngineSettings:

@@ -106,11 +106,13 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.engine.capabilities import RefusedConfigurationError
     from flexgate.server.engine.checkpoint import CheckpointError
     from flexgate.server.experts.errors import ExpertError
+    from flexgate.server.past import ClockBehind
     from flexgate.server.settings import SettingsError
     from flexgate.server.tenancy import DemoKeysFound, ManifestRefused
 
     return (
         CheckpointError,
+        ClockBehind,
         DemoKeysFound,
         ExpertError,
         ExpertsError,

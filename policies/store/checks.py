@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 from sqlalchemy import Connection
 
 from flexgate.policies.errors import ChangeRefused
@@ -9,6 +12,8 @@ from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
 from flexgate.policies.store.revisions import agreement_versions
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement, Document
+
+_MOST_NAMED: Final = 20
 
 
 def check_put(connection: Connection, document: PolicyDocument, before: PolicyDocument | None) -> None:
@@ -19,10 +24,10 @@ def check_put(connection: Connection, document: PolicyDocument, before: PolicyDo
         _check_expert(connection, document, before)
     elif isinstance(document, ExpertSet):
         for expert in sorted(document.experts):
-            _owner(connection, expert)
+            _owner(connection, f"set {document.id!r}", expert)
     else:
         for reference in _references(document):
-            _owners(connection, reference)
+            _owners(connection, f"tenant {document.id!r}", reference)
 
 
 def check_remove(connection: Connection, kind: type[Document], id_: str) -> None:
@@ -39,7 +44,7 @@ def check_remove(connection: Connection, kind: type[Document], id_: str) -> None
 
 def _check_agreement(connection: Connection, agreement: Agreement) -> None:
     for reference in sorted(agreement.experts):
-        foreign = _owners(connection, reference) - {agreement.owner}
+        foreign = _owners(connection, f"agreement {agreement.id!r}", reference) - {agreement.owner}
         if foreign:
             raise ChangeRefused(
                 f"agreement {agreement.id!r} is {agreement.owner!r}'s, and {reference!r} belongs "
@@ -47,13 +52,14 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
             )
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
-        raise ChangeRefused(f"agreement {agreement.id!r} names the unknown tenant {name!r}")
-    for stored in agreement_versions(connection, agreement.id):
-        if stored.version >= agreement.version and stored != agreement:
-            raise ChangeRefused(
-                f"agreement {agreement.id!r} was stored as version {stored.version}: "
-                "different terms need a higher version"
-            )
+        raise ChangeRefused(f"agreement {agreement.id!r} names the unknown tenant {name!r}: create it first")
+    stored = agreement_versions(connection, agreement.id)
+    newest = max((terms.version for terms in stored), default=0)
+    if any(terms.version >= agreement.version and terms != agreement for terms in stored):
+        raise ChangeRefused(
+            f"agreement {agreement.id!r} was stored as version {newest}: different terms need version {newest + 1} "
+            "or a higher one"
+        )
 
 
 def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None) -> None:
@@ -69,20 +75,29 @@ def _references(tenant: Tenant) -> list[str]:
     return sorted(named)
 
 
-def _owners(connection: Connection, reference: str) -> set[str]:
+def _owners(connection: Connection, who: str, reference: str) -> set[str]:
     if not reference.startswith("set:"):
-        return {_owner(connection, reference)}
+        return {_owner(connection, who, reference)}
     members = read_one(connection, ExpertSet, reference)
     if members is None:
-        raise ChangeRefused(f"there is no set {reference!r}")
-    return {_owner(connection, expert) for expert in members.experts}
+        raise unknown(who, "set", reference, read_all(connection, ExpertSet))
+    return {_owner(connection, who, expert) for expert in members.experts}
 
 
-def _owner(connection: Connection, expert_id: str) -> str:
+def _owner(connection: Connection, who: str, expert_id: str) -> str:
     expert = read_one(connection, Expert, expert_id)
     if expert is None:
-        raise ChangeRefused(f"there is no expert {expert_id!r}")
+        raise unknown(who, "expert", expert_id, read_all(connection, Expert))
     return expert.owner
+
+
+def unknown(who: str, what: str, name: str, there: Iterable[Expert | ExpertSet]) -> ChangeRefused:
+    """`who` names something that is not there. Operators read this: hidden experts are told, too."""
+    ids = sorted(str(document.id) for document in there)
+    if len(ids) > _MOST_NAMED:
+        ids[_MOST_NAMED:] = [f"{len(ids) - _MOST_NAMED} more"]
+    there_are = f"there are {', '.join(ids)}" if ids else "there is none yet"
+    return ChangeRefused(f"{who} names the unknown {what} {name!r}: {there_are}")
 
 
 def _users(connection: Connection, reference: str) -> list[str]:

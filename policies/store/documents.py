@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
@@ -9,6 +10,7 @@ from sqlalchemy import Connection, Table, select
 
 from flexgate.policies.errors import ChangeRefused, StoreDamaged
 from flexgate.policies.store import schema
+from flexgate.policies.store.engine import PUT_BACK
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement, Document
 
@@ -37,7 +39,13 @@ def from_json(kind: type[D], values: Any) -> D:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise StoreDamaged(f"a stored {KINDS[kind][0]} does not parse: {error}") from error
+        raise damaged(KINDS[kind][0], values, error) from error
+
+
+def damaged(what: str, values: Any, error: ValidationError) -> StoreDamaged:
+    """Something stored does not parse."""
+    which = f" {values['id']!r}" if isinstance(values, Mapping) and "id" in values else ""
+    return StoreDamaged(f"the stored {what}{which} does not parse ({first_mistake(error, what)}): {PUT_BACK}")
 
 
 def checked(kind: type[D], values: dict[str, Any]) -> D:
@@ -58,7 +66,7 @@ def first_mistake(error: ValidationError, whole: str) -> str:
 def read_all(connection: Connection, kind: type[D]) -> list[D]:
     """Every document of a kind, in the order in which they were first stored."""
     table = KINDS[kind][1]
-    rows = connection.execute(select(table.c.document).order_by(table.c.position))
+    rows = connection.execute(select(table.c.document).order_by(table.c.position)).all()
     return [from_json(kind, row.document) for row in rows]
 
 

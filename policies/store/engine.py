@@ -7,6 +7,7 @@ PostgreSQL server that does not answer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -15,10 +16,11 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.errors import StoreDamaged, StoreUnavailable
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2
+PUT_BACK: Final = "put a copy of the database back"
 _WRITE_LOCK: Final = 0x666C6578
 
 
@@ -96,5 +98,7 @@ def _translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise StoreUnavailable(f"the store cannot be used: {error.orig}") from error
+    except json.JSONDecodeError as error:
+        raise StoreDamaged(f"a stored document is not JSON ({error}): {PUT_BACK}") from error
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"the store cannot be used: {error}") from error

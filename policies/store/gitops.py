@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ValidationError
 
 from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.store import checks
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import first_mistake, read_all, to_json
 from flexgate.policies.store.engine import reading
@@ -115,7 +116,7 @@ def _set_visibility(change: Change, hidden: frozenset[ExpertIdField]) -> None:
     experts = change.all(Expert)
     unknown = hidden - {expert.id for expert in experts}
     if unknown:
-        raise ChangeRefused(f"there is no expert {min(unknown)!r}")
+        raise checks.unknown("hidden_experts", "expert", min(unknown), experts)
     for expert in experts:
         visibility = "hidden" if expert.id in hidden else "listed"
         change.put(expert.model_copy(update={"visibility": visibility}))

@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass, field
+from typing import Final
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Row
 
-from flexgate.policies.tenants import KeyRecord, Role
-from flexgate.policies.terms import OwnerId, TenantId
+from flexgate.policies.store.documents import damaged
+from flexgate.policies.tenants import KeyRecord
+
+_RECORD: Final = TypeAdapter(KeyRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +40,9 @@ def digest(secret: str) -> bytes:
 
 
 def key_from_row(row: Row[tuple[object, ...]]) -> KeyRecord:
-    """A row of `api_keys` as a record."""
-    values = row._mapping
-    return KeyRecord(
-        key_id=values["id"],
-        sha256=bytes(values["sha256"]),
-        prefix=values["prefix"],
-        role=Role(values["role"]),
-        tenant_id=None if values["tenant_id"] is None else TenantId(values["tenant_id"]),
-        owner_id=None if values["owner_id"] is None else OwnerId(values["owner_id"]),
-        created=values["created"],
-        expires=values["expires"],
-        revoked=values["revoked"],
-        name=values["name"],
-    )
+    """A row of `api_keys` as a record; raises `StoreDamaged`."""
+    values = {**row._mapping}
+    try:
+        return _RECORD.validate_python({**values, "key_id": values["id"]})
+    except ValidationError as error:
+        raise damaged("key", values, error) from error

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Final
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Select, column, select, table
 
 from flexgate.policies.errors import ChangeRefused, StoreFromNewerVersion
 from flexgate.policies.store.engine import reading, writing
+
+_AT: Final[Select[tuple[str]]] = select(column("version_num")).select_from(table("alembic_version"))
 
 
 def migrate(engine: Engine) -> None:
     """Create or upgrade the tables in one transaction; refuses a schema from a newer version."""
     with writing(engine) as connection:
         config = _config(connection)
-        _refuse_newer(connection, ScriptDirectory.from_config(config))
+        _refuse_unknown(MigrationContext.configure(connection).get_current_heads())
         command.upgrade(config, "head")
+
+
+def refuse_newer(connection: Connection) -> None:
+    """Raise `StoreFromNewerVersion` if a newer version has migrated the store, also while this one runs.
+
+    It may keep there what this version would not obey.
+    """
+    _refuse_unknown(connection.scalars(_AT))
 
 
 def check_current(engine: Engine) -> None:
     """Raise a `StoreError` unless the schema is this version's."""
     scripts = ScriptDirectory.from_config(_config(None))
     with reading(engine) as connection:
-        _refuse_newer(connection, scripts)
         heads = MigrationContext.configure(connection).get_current_heads()
+    _refuse_unknown(heads)
     if set(heads) != set(scripts.get_heads()):
         raise ChangeRefused("the store has no tables of this version: start this version's server on it once")
 
@@ -39,10 +52,14 @@ def _config(connection: Connection | None) -> Config:
     return config
 
 
-def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
-    known = {script.revision for script in scripts.walk_revisions()}
-    for revision in MigrationContext.configure(connection).get_current_heads():
-        if revision not in known:
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(script.revision for script in ScriptDirectory.from_config(_config(None)).walk_revisions())
+
+
+def _refuse_unknown(revisions: Iterable[str]) -> None:
+    for revision in revisions:
+        if revision not in _known():
             raise StoreFromNewerVersion(
                 f"the store's schema is at {revision!r}, which this version of flexgate does not "
                 "know: start the newer version that migrated it"

@@ -10,6 +10,7 @@ from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledB
 from flexgate.policies.revise import D, Edit, revise
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.documents import KINDS, from_json, read_all
+from flexgate.policies.store.engine import PUT_BACK
 from flexgate.policies.store.keys import key_from_row
 from flexgate.policies.store.revisions import ObjectChange, current_version, made_at, read_changes
 from flexgate.policies.store.schema import api_keys, policy_changes
@@ -31,10 +32,10 @@ def read_snapshot(connection: Connection) -> Snapshot:
             tenants=read_all(connection, Tenant),
             agreements=read_all(connection, Agreement),
             sets=read_all(connection, ExpertSet),
-            keys=map(key_from_row, connection.execute(select(api_keys))),
+            keys=[key_from_row(row) for row in connection.execute(select(api_keys)).all()],
         )
     except SnapshotInvalid as error:
-        raise StoreDamaged(f"the stored policy does not fit together: {error}") from error
+        raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
 
 
 def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
@@ -43,7 +44,7 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
     Raises `StoreRolledBack` when `known` is not of the store's past, and `StoreDamaged`.
     """
     version = current_version(connection)
-    _require_same_history(connection, known, version)
+    require_past(connection, known.policy_version, known.made)
     if version == known.policy_version:
         return known
     changes = read_changes(connection, known.policy_version, version)
@@ -63,16 +64,17 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
             keys=_keys_of(connection, known.policy_version),
         )
     except SnapshotInvalid as error:
-        raise StoreDamaged(f"the stored policy does not fit together: {error}") from error
+        raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
 
 
-def _require_same_history(connection: Connection, known: Snapshot, version: int) -> None:
-    read_before, advice = known.policy_version, "put the newer copy back, or restart to accept the older one"
+def require_past(connection: Connection, read_before: int, made: float) -> None:
+    """Raise `StoreRolledBack` unless the store's past holds version `read_before`, made at that very moment."""
+    version, advice = current_version(connection), "put the newer copy back"
     if version < read_before:
         raise StoreRolledBack(
             f"the store is at policy version {version}, and version {read_before} was read from it before: {advice}"
         )
-    if made_at(connection, read_before) != known.made:
+    if made_at(connection, read_before) != made:
         raise StoreRolledBack(
             f"the store's policy version {read_before} is not the one that was read from it before: {advice}"
         )

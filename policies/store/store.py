@@ -13,9 +13,9 @@ from flexgate.policies.store import audit, schema
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.engine import open_engine, reading, writing
 from flexgate.policies.store.keys import key_from_row
-from flexgate.policies.store.migrate import migrate
+from flexgate.policies.store.migrate import migrate, refuse_newer
 from flexgate.policies.store.revisions import current_version
-from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after
+from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
 from flexgate.policies.store.weights import WeightsState, weights_state
 from flexgate.policies.tenants import KeyRecord
 
@@ -53,7 +53,13 @@ class Store:
         somebody has looked.
         """
         with reading(self.engine) as connection:
+            refuse_newer(connection)
             return read_snapshot(connection) if known is None else read_snapshot_after(connection, known)
+
+    def require_past(self, version: int, made: float) -> None:
+        """Raise `StoreRolledBack` unless policy version `version` was made here, at `made` (Unix seconds)."""
+        with reading(self.engine) as connection:
+            require_past(connection, version, made)
 
     def keys(self) -> list[KeyRecord]:
         """Every key's record, revoked ones too, oldest first."""
@@ -75,6 +81,7 @@ class Store:
         when the result would not fit together. A block that changes nothing makes no revision.
         """
         with writing(self.engine) as connection:
+            refuse_newer(connection)
             change = Change(connection, actor=actor, note=note, at=at)
             yield change
             change.finish()

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sqlalchemy import Connection, func, insert, select
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Connection, RowMapping, func, insert, select
 
+from flexgate.policies.store.documents import damaged
 from flexgate.policies.store.schema import weights_epochs
 
 FIRST_EPOCH: Final = 1
@@ -39,6 +41,9 @@ class WeightsChange:
     detail: dict[str, Any]
 
 
+_CHANGE: Final = TypeAdapter(WeightsChange)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsState:
     """The newest epoch, and each expert's last change."""
@@ -61,9 +66,16 @@ class WeightsState:
 def weights_state(connection: Connection) -> WeightsState:
     """What the engine should hold, as a transaction sees it."""
     rows = connection.execute(select(weights_epochs).order_by(weights_epochs.c.epoch))
-    changes = [WeightsChange(**row._mapping) for row in rows]
+    changes = [_change(row._mapping) for row in rows]
     newest = changes[-1].epoch if changes else FIRST_EPOCH
     return WeightsState(newest, {change.expert: change for change in changes})
+
+
+def _change(values: RowMapping) -> WeightsChange:
+    try:
+        return _CHANGE.validate_python(dict(values))
+    except ValidationError as error:
+        raise damaged("change of weights", {"id": values["epoch"]}, error) from error
 
 
 def append_weights(

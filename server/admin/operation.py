@@ -8,6 +8,7 @@ up, so that a key of another role learns nothing about what exists.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from flexgate.server.services import Services
 Json = dict[str, Any]
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")
 _THREADS: Final = ThreadPoolExecutor(4, "admin")
+logger = logging.getLogger(__name__)
 
 
 class Closed(BaseModel):
@@ -128,7 +130,10 @@ class Administration:
         try:
             result = await in_thread(operation.work, call)
         except PolicyError as error:
-            raise from_change(error) from error
+            refusal = from_change(error)
+            if isinstance(refusal, Unavailable):
+                logger.error("the policy store cannot be used: %s", error)
+            raise refusal from error
         if operation.writes:
             snapshot = await self._enforced(query)
         version = str(snapshot.policy_version)

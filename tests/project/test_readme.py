@@ -14,6 +14,7 @@ from benchkit.tables import speed
 from flexgate.server.engine.capabilities import CAPABILITIES
 
 README = Path(__file__).parents[2] / "README.md"
+DOCUMENTS = [README, *sorted((README.parent / "docs").rglob("*.md"))]
 
 
 def capabilities() -> str:
@@ -41,6 +42,17 @@ def test_generated_parts_are_up_to_date(part: str) -> None:
 def test_every_file_that_the_readme_names_exists() -> None:
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", README.read_text())
     assert [link for link in links if not (README.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_a_document_names_exists(document: Path) -> None:
+    text, tests = document.read_text(), README.parent / "tests"
+    everywhere = "".join(path.read_text() for path in tests.rglob("test_*.py"))
+    places = re.findall(r"\b(tests/[\w/.]*\w)(?:::(test_\w+))?", text)
+    missing = [path for path, _ in places if not (README.parent / path).exists()]
+    missing += [name for path, name in places if name and f"def {name}(" not in (README.parent / path).read_text()]
+    missing += [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in everywhere]
+    assert missing == []
 
 
 if __name__ == "__main__" and "--write" in sys.argv:

@@ -92,7 +92,7 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         (FORMAT + "tenants: []\ntenants: []", "'tenants' is there twice"),
         (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not used in policy files"),
         (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "tenants: 'x' is there twice"),
-        (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "there is no expert 'zzz'"),
+        (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "tenant 'x' names the unknown expert 'zzz'"),
         (FORMAT + "tenants: !!python/object:os.system {}", "could not determine a constructor"),
         (FORMAT + "tenants: [{id: x, name: x, regions: [XX]}]", "tenants.0.regions.0: 'XX' is not a region"),
         ("\x00", "unacceptable character"),

@@ -147,6 +147,26 @@ def test_a_bad_checkpoint_is_one_sentence_and_nothing_listens(text_checkpoint: P
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
+def test_a_restart_refuses_yesterdays_database(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
+    """What the server confirmed while it ran is remembered beside the database."""
+    database, yesterday = tmp_path / "flexgate.db", tmp_path / "yesterday.db"
+    live.seed_store(f"sqlite:///{database}", live.experts_of(text_checkpoint))
+    shutil.copy(database, yesterday)
+    running = live.start(text_checkpoint, tmp_path)
+    try:
+        with running.client("admin") as http:
+            assert http.post("/v1/organization/projects/proj_press/archive").status_code == 200
+    finally:
+        assert live.stop(running) == 0
+    options = (f"--database-url=sqlite:///{database}", f"--state-dir={tmp_path}")
+    shutil.copy(yesterday, database)
+    status, said, _ = refused(tmp_path, str(text_checkpoint), *options)
+    assert status == 1
+    assert "was read from it before: put the newer copy back, or remove " in said
+    assert "Traceback" not in said
+
+
 def test_a_taken_port_is_one_sentence(text_checkpoint: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
