@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from flexgate.server.services import Services
 
 Json = dict[str, Any]
 _SCHEMAS: Final = "#/components/schemas/"
+_REFERENCE: Final = re.compile(f'"{re.escape(_SCHEMAS)}([^"]+)"')
 _ERROR: Final = {"$ref": f"{_SCHEMAS}Error"}
 
 # Path, table, fields that a request must have, and what the endpoint does.
@@ -92,7 +94,19 @@ class OpenApi:
             path: {method: described for method, described in methods.items() if (method, path) in served}
             for path, methods in whole["paths"].items()
         }
-        return JSONResponse({**whole, "paths": {path: methods for path, methods in here.items() if methods}})
+        return JSONResponse(_restricted(whole, {path: methods for path, methods in here.items() if methods}))
+
+
+def _restricted(whole: Json, paths: Json) -> Json:
+    """The document of some paths: with the schemas that they lead to, and no other."""
+    schemas = whole["components"]["schemas"]
+    reached, waiting = set[str](), [paths]
+    while waiting:
+        names = set(_REFERENCE.findall(json.dumps(waiting.pop()))) - reached
+        reached |= names
+        waiting += [schemas[name] for name in names]
+    kept = {name: schema for name, schema in schemas.items() if name in reached}
+    return {**whole, "paths": paths, "components": {**whole["components"], "schemas": kept}}
 
 
 def document() -> Json:

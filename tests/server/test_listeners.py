@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import time
@@ -16,6 +17,7 @@ import pytest_asyncio
 
 from flexgate.policies.tenants import Role
 from flexgate.server.app import build_app
+from flexgate.server.openapi import document
 from flexgate.server.process import _run
 from flexgate.server.settings import Settings
 
@@ -132,3 +134,8 @@ async def test_each_address_describes_its_own_routes(urls: tuple[str, str]) -> N
     ]
     assert ["/v1/chat/completions" in text for text in described] == [True, False]
     assert ["/v1/policy/simulate" in text for text in described] == [False, True]
+    schemas = [set(json.loads(text)["components"]["schemas"]) for text in described]
+    references = [set(re.findall(r'"#/components/schemas/([^"]+)"', text)) for text in described]
+    assert schemas == references
+    assert schemas[0] | schemas[1] == set(document()["components"]["schemas"])
+    assert ["Agreement" in names for names in schemas] == [False, True]
