@@ -43,7 +43,7 @@ def build_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for method, path, endpoint in _endpoints(services, roles):
         app.add_route(path, _named(path, endpoint), [method])
-    app.add_middleware(Gateway, hosts=hosts, roles=roles, denials=services.denials)
+    app.add_middleware(Gateway, hosts=hosts, roles=roles, services=services)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app

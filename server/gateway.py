@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
-from typing import Any
+from contextlib import suppress
+from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -14,13 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexgate.policies.tenants import Role
 from flexgate.server import metrics
-from flexgate.server.auth import EVERY_ROLE
+from flexgate.server.auth import EVERY_ROLE, AuthError, authenticate
 from flexgate.server.context import STATE, Context
-from flexgate.server.denials import ANONYMOUS, Denial, Denials
+from flexgate.server.denials import ANONYMOUS, Denial
 from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid
 from flexgate.server.logs import FIELDS
 from flexgate.server.refusals import is_denial
+from flexgate.server.services import Services
 
+_ELSEWHERE: Final = {False: "administration_at_public_address", True: "inference_at_administration_address"}
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +34,7 @@ class Gateway:
         self,
         app: ASGIApp,
         *,
-        denials: Denials,
+        services: Services,
         roles: Collection[Role] = EVERY_ROLE,
         hosts: Collection[str] | None = None,
     ) -> None:
@@ -39,7 +42,7 @@ class Gateway:
         None allows all.
         """
         self._app = app
-        self._denials = denials
+        self._services = services
         self._roles = roles
         self._hosts = None if hosts is None else frozenset(hosts)
 
@@ -67,15 +70,32 @@ class Gateway:
             failure = ApiError(INTERNAL_MESSAGE, code="internal_error")
             await exchange.fail(failure, receive)
         finally:
+            await self._note_stranger(scope, context)
             exchange.log()
             self._note_denial(context)
 
+    async def _note_stranger(self, scope: Scope, context: Context) -> None:
+        """Whose good key it was that is not known at this address. The answer, which does not say so, has gone out."""
+        header, policy = Headers(scope=scope).get("authorization"), self._services.policy
+        if context.error is None or "key" in context.noted or header is None or self._roles == EVERY_ROLE:
+            return
+        if not policy.fresh():  # this must not wait: it may be all that is left of a request
+            return
+        with suppress(AuthError):
+            snapshot = await policy.current()
+            key = authenticate(snapshot, header, self._services.clock(), EVERY_ROLE - set(self._roles))
+            context.noted |= {
+                "key": key.key_id,
+                "tenant": key.tenant_id,
+                "elsewhere": _ELSEWHERE[key.role is Role.TENANT],
+            }
+
     def _note_denial(self, context: Context) -> None:
-        error = context.error
-        if error is not None and is_denial(error):
-            actor, tenant = context.noted.get("key", ANONYMOUS), context.noted.get("tenant")
-            said = (context.route, error.status, error.code, error.param, error.rules)
-            self._denials.add(Denial(actor, tenant, *said), context.request_id)
+        error, noted = context.error, context.noted
+        if error is not None and ("elsewhere" in noted or is_denial(error)):
+            actor, code = noted.get("key", ANONYMOUS), noted.get("elsewhere", error.code)
+            said = (context.route, error.status, code, error.param, error.rules)
+            self._services.denials.add(Denial(actor, noted.get("tenant"), *said), context.request_id)
 
     def _check_host(self, scope: Scope) -> None:
         if self._hosts is None:

@@ -15,8 +15,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from flexgate.policies.audit import Entry
 from flexgate.policies.tenants import Role
 from flexgate.server.app import build_app
+from flexgate.server.denials import ACTION, ANONYMOUS
 from flexgate.server.openapi import document
 from flexgate.server.process import _run
 from flexgate.server.settings import Settings
@@ -139,3 +141,56 @@ async def test_each_address_describes_its_own_routes(urls: tuple[str, str]) -> N
     assert schemas == references
     assert schemas[0] | schemas[1] == set(document()["components"]["schemas"])
     assert ["Agreement" in names for names in schemas] == [False, True]
+
+
+# Where an administrator's key and a tenant's are strangers, and what the audit log calls it.
+STRANGERS = [
+    (0, "sk-admin", "GET", "/v1/organization/projects", "unmatched", 404, "administration_at_public_address"),
+    (0, "sk-auditor", "GET", "/metrics", "unmatched", 404, "administration_at_public_address"),
+    (0, "sk-owner", "POST", "/v1/experts", "unmatched", 405, "administration_at_public_address"),
+    (0, "sk-admin", "GET", "/v1/experts", "/v1/experts", 401, "administration_at_public_address"),
+    (1, "sk-t", "GET", "/v1/experts", "/v1/experts", 401, "inference_at_administration_address"),
+    (1, "sk-t", "POST", "/v1/completions", "unmatched", 404, "inference_at_administration_address"),
+]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("place", "key", "method", "path", "route", "status", "code"), STRANGERS)
+async def test_a_key_at_the_wrong_address_is_audited_and_told_nothing(
+    urls: tuple[str, str],
+    services: Any,
+    place: int,
+    key: str,
+    method: str,
+    path: str,
+    route: str,
+    status: int,
+    code: str,
+) -> None:
+    url = f"{urls[place]}{path}"
+    answers = [await _answered(method, url, used) for used in (key, "sk-nobody", "sk-revoked")]
+    assert answers[0][0] == status
+    assert answers[0] == answers[1]
+    deadline = time.monotonic() + 30
+    while not (named := [entry for entry in _denied(services) if entry.actor != ANONYMOUS]):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    (entry,) = named
+    assert entry.actor == f"key_{key}"
+    assert entry.detail["code"] == code
+    assert entry.detail["tenant_id"] == ("t" if key == "sk-t" else None)
+    assert (entry.detail["route"], entry.detail["status"], entry.detail["requests"]) == (route, status, 1)
+    assert code not in {entry.detail["code"] for entry in _denied(services) if entry.actor == ANONYMOUS}
+
+
+async def _answered(method: str, url: str, key: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """All of an answer but its id and time."""
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}) as http:
+        answer = await http.request(method, url, json={})
+    headers = [(name, value) for name, value in answer.headers.raw if name.lower() not in (b"x-request-id", b"date")]
+    return answer.status_code, headers, answer.content
+
+
+def _denied(services: Any) -> list[Entry]:
+    services.denials.flush()
+    return [entry for entry in services.store.audit_log(limit=1000) if entry.action == ACTION]
