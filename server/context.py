@@ -11,7 +11,7 @@ from starlette.requests import Request
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
-from flexgate.server.auth import EVERY_ROLE, AuthError, Principal, authenticate
+from flexgate.server.auth import EVERY_ROLE, AuthError, Principal, authenticate, require_role
 from flexgate.server.errors import ApiError
 from flexgate.server.refusals import from_auth, from_policy
 from flexgate.server.services import Services
@@ -46,16 +46,18 @@ def context_of(request: Request) -> Context:
     return context
 
 
-async def identify(request: Request, services: Services) -> tuple[Principal, Snapshot]:
-    """The caller by its key, and the snapshot that knows it; raises `ApiError`."""
+async def identify(
+    request: Request, services: Services, roles: Collection[Role] = EVERY_ROLE
+) -> tuple[Principal, Snapshot]:
+    """The caller by its key, which must have one of `roles`, and the snapshot that knows it; raises `ApiError`."""
+    context = context_of(request)
     try:
         snapshot = await services.policy.current()
-        principal = authenticate(
-            snapshot, request.headers.get("authorization"), services.clock(), context_of(request).roles
-        )
+        principal = authenticate(snapshot, request.headers.get("authorization"), services.clock(), context.roles)
+        context.noted |= {"key": principal.key_id, "tenant": principal.tenant_id}
+        require_role(principal, *roles)
     except AuthError as error:
         raise from_auth(error) from error
     except PolicyError as error:
         raise from_policy(error) from error
-    context_of(request).noted |= {"key": principal.key_id, "tenant": principal.tenant_id}
     return principal, snapshot

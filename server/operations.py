@@ -7,9 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from flexgate.policies.tenants import Role
 from flexgate.server import metrics
-from flexgate.server.auth import AuthError, require_role
 from flexgate.server.context import identify
-from flexgate.server.refusals import from_auth
 from flexgate.server.services import Services
 
 
@@ -32,10 +30,6 @@ class Operations:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics, for auditors and administrators."""
-        principal, snapshot = await identify(request, self._services)
-        try:
-            require_role(principal, Role.AUDITOR, Role.ADMIN)
-        except AuthError as error:
-            raise from_auth(error) from error
+        _, snapshot = await identify(request, self._services, (Role.AUDITOR, Role.ADMIN))
         metrics.epochs(snapshot.policy_version, self._services.client.weights_epoch)
         return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, TypeVar, cast
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
@@ -24,11 +24,11 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
 from flexgate.server.admin.queries import parse_query
-from flexgate.server.auth import AuthError, Principal, require_role
+from flexgate.server.auth import Principal
 from flexgate.server.body import read_json
 from flexgate.server.context import identify
 from flexgate.server.errors import Unavailable, from_validation
-from flexgate.server.refusals import from_auth, from_change, not_found
+from flexgate.server.refusals import from_change, not_found
 from flexgate.server.services import Services
 
 Json = dict[str, Any]
@@ -117,15 +117,11 @@ class Administration:
     async def answer(self, request: Request) -> Response:
         """Authenticate, authorise, check, do, and wait until the change is enforced."""
         operation, services = self._operation, self._services
-        principal, snapshot = await identify(request, services)
-        try:
-            require_role(principal, *operation.roles)
-        except AuthError as error:
-            raise from_auth(error) from error
+        principal, snapshot = await identify(request, services, operation.roles)
         if not all(_ID.fullmatch(value) for value in request.path_params.values()):
             raise not_found()
         query = parse_query(request.query_params.multi_items(), operation.query)
-        body = await self._body(request)
+        body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
         call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock())
         try:
             result = await in_thread(operation.work, call)
@@ -139,18 +135,6 @@ class Administration:
         version = str(snapshot.policy_version)
         return JSONResponse(result, headers={"x-flexgate-policy-version": version})
 
-    async def _body(self, request: Request) -> BaseModel:
-        if self._operation.body is Nothing:
-            return Nothing()
-        services = self._services
-        raw = await read_json(
-            request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds
-        )
-        try:
-            return cast("BaseModel", self._operation.body.model_validate(raw))
-        except ValidationError as error:
-            raise from_validation(error) from None
-
     async def _enforced(self, query: Written) -> Snapshot:
         """The new snapshot, once this process has it, and every process if that was asked for."""
         policy = self._services.policy
@@ -162,6 +146,15 @@ class Administration:
             message = "The change was made, and it cannot be confirmed right now where it is in force."
             raise Unavailable(message, code="change_not_confirmed") from error
         return snapshot
+
+
+async def read_body(request: Request, services: Services, model: type[B]) -> B:
+    """The request's body as `model`; raises `ApiError` naming the field at fault."""
+    raw = await read_json(request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:

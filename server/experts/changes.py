@@ -9,7 +9,6 @@ import json
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -17,15 +16,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import ExpertId
+from flexgate.server.admin.operation import read_body
 from flexgate.server.admin.queries import parse_query
-from flexgate.server.auth import AuthError, Principal, require_role
-from flexgate.server.body import read_json
+from flexgate.server.auth import Principal
 from flexgate.server.context import identify
 from flexgate.server.errors import ApiError, Invalid, NotFound
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident
 from flexgate.server.experts.jobs import Job
-from flexgate.server.experts.schemas import AddBody, JobQuery, M, RevokeQuery, UploadBody, WriteQuery, parsed
-from flexgate.server.refusals import UNKNOWN_EXPERT, from_auth
+from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
+from flexgate.server.refusals import UNKNOWN_EXPERT
 from flexgate.server.services import Services
 
 CHANGES = (Role.ADMIN, Role.OWNER)
@@ -43,8 +42,8 @@ class ExpertChanges:
 
     async def add(self, request: Request) -> Response:
         """Begin to add an expert: 202 with a job."""
-        principal, _ = await self._who(request, *CHANGES)
-        body = parsed(AddBody, await self._json(request))
+        principal, _ = await identify(request, self._services, CHANGES)
+        body = await read_body(request, self._services, AddBody)
         if self._service.jobs.running(principal.key_id) >= MOST_JOBS:
             raise ApiError(
                 f"{MOST_JOBS} jobs of this key are running. Wait for one of them.",
@@ -65,8 +64,8 @@ class ExpertChanges:
 
     async def job(self, request: Request) -> Response:
         """A job, or with ?stream=true all its states as they come."""
-        principal, _ = await self._who(request, *CHANGES, Role.AUDITOR)
-        query = self._query(request, JobQuery)
+        principal, _ = await identify(request, self._services, (*CHANGES, Role.AUDITOR))
+        query = parse_query(request.query_params.multi_items(), JobQuery)
         job = self._service.jobs.get(request.path_params["job"])
         if job is None or (principal.role is Role.OWNER and job.actor != principal.key_id):
             raise NotFound("There is no such job. The newest hundred are kept until a restart.", code="job_not_found")
@@ -76,8 +75,8 @@ class ExpertChanges:
 
     async def revoke(self, request: Request) -> Response:
         """Withdraw an expert: 200 with the record, once nothing can come of it any more."""
-        principal, snapshot = await self._who(request, *CHANGES)
-        query = self._query(request, RevokeQuery)
+        principal, snapshot = await identify(request, self._services, CHANGES)
+        query = parse_query(request.query_params.multi_items(), RevokeQuery)
         expert = request.path_params["expert"]
         if not _may_withdraw(principal, snapshot, expert):
             raise _unknown()
@@ -89,47 +88,30 @@ class ExpertChanges:
 
     async def open_upload(self, request: Request) -> Response:
         """Announce a package's files: 201 with the upload's id."""
-        principal, _ = await self._who(request, *CHANGES)
-        body = parsed(UploadBody, await self._json(request))
+        principal, _ = await identify(request, self._services, CHANGES)
+        body = await read_body(request, self._services, UploadBody)
         upload = self._uploads.open(principal.key_id, body.files)
         return JSONResponse(upload.to_json(), status_code=HTTPStatus.CREATED)
 
     async def upload(self, request: Request) -> Response:
         """How much of each file has arrived."""
-        principal, _ = await self._who(request, *CHANGES)
+        principal, _ = await identify(request, self._services, CHANGES)
         return JSONResponse(self._uploads.get(request.path_params["upload"], principal.key_id).to_json())
 
     async def write_upload(self, request: Request) -> Response:
         """Append the body to a file, from ?offset= on."""
-        principal, _ = await self._who(request, *CHANGES)
-        offset = self._query(request, WriteQuery).offset
+        principal, _ = await identify(request, self._services, CHANGES)
+        offset = parse_query(request.query_params.multi_items(), WriteQuery).offset
         upload = self._uploads.get(request.path_params["upload"], principal.key_id)
         await self._uploads.write(upload, request.path_params["file"], offset, request.stream())
         return JSONResponse(upload.to_json())
 
     async def drop_upload(self, request: Request) -> Response:
         """Forget an upload."""
-        principal, _ = await self._who(request, *CHANGES)
+        principal, _ = await identify(request, self._services, CHANGES)
         upload = self._uploads.get(request.path_params["upload"], principal.key_id)
         self._uploads.remove(upload)
         return JSONResponse({"id": upload.id, "object": "expert.upload", "deleted": True})
-
-    async def _who(self, request: Request, *roles: Role) -> tuple[Principal, Snapshot]:
-        principal, snapshot = await identify(request, self._services)
-        try:
-            require_role(principal, *roles)
-        except AuthError as error:
-            raise from_auth(error) from error
-        return principal, snapshot
-
-    async def _json(self, request: Request) -> dict[str, Any]:
-        services = self._services
-        return await read_json(
-            request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds
-        )
-
-    def _query(self, request: Request, kind: type[M]) -> M:
-        return parse_query(request.query_params.multi_items(), kind)
 
     def _under_experts_dir(self, name: str) -> Path:
         if self._packages is None:
