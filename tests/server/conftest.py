@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import live_server
 import pytest
 import pytest_asyncio
+from text_checkpoint import write_checkpoint
 
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.terms import Agreement, OwnerId, TenantId
 
-HERE = Path(__file__).parent
 EXPERTS = {"public": "commons", "news": "gazette", "math": "academy", "secret": "vault"}
-
-
-def load(name: str) -> ModuleType:
-    """A helper module next to this file, once per session."""
-    full = f"flexgate_tests_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[full]
 
 
 def key(secret: str, role: Role = Role.TENANT, **values: Any) -> KeyRecord:
@@ -242,14 +229,12 @@ async def client(make_client: Callable[..., httpx.AsyncClient]) -> AsyncIterator
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model directory that can be served."""
-    path: Path = load("text_checkpoint").write_checkpoint(tmp_path_factory.mktemp("model"))
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def server(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The one real server of the session."""
-    live = load("live_server")
-    running = live.start(text_checkpoint, tmp_path_factory.mktemp("server"))
+    running = live_server.start(text_checkpoint, tmp_path_factory.mktemp("server"))
     yield running
-    live.stop(running)
+    live_server.stop(running)

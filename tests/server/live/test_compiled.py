@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import live_server
 import pytest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -17,27 +15,16 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 FIRST_TOKEN_SECONDS = 2.0
 
 
-def live_server() -> ModuleType:
-    name = "flexgate_tests_live_server"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "live_server.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def compiled(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server started as by default, with nothing compiled before."""
-    live, directory = live_server(), tmp_path_factory.mktemp("compiled")
+    directory = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(directory / "vllm"))
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory / "inductor"))
-        running = live.start(text_checkpoint, directory, "--no-enforce-eager", "--dtype=auto")
+        running = live_server.start(text_checkpoint, directory, "--no-enforce-eager", "--dtype=auto")
     yield running
-    live.stop(running)
+    live_server.stop(running)
 
 
 BODIES: dict[str, dict[str, Any]] = {

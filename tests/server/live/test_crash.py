@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
+import live_server
 import psutil
 import pytest
 
@@ -40,17 +38,6 @@ def wait(path):
 
 threading.Thread(target=wait, args=(os.environ["CRASH_FILE"],), daemon=True).start()
 """
-
-
-def live_server() -> ModuleType:
-    name = "flexgate_tests_live_server"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "live_server.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def engine_core(family: list[psutil.Process]) -> psutil.Process:
@@ -99,8 +86,8 @@ def test_a_crash_tells_clients_and_leaves_no_word_of_a_prompt(
     (hooks / "sitecustomize.py").write_text(RAISE_WHEN_TOLD)
     monkeypatch.setenv("CRASH_FILE", str(tmp_path / "crash"))
     monkeypatch.setenv("PYTHONPATH", str(hooks), prepend=os.pathsep)
-    running = live_server().start(text_checkpoint, tmp_path)
-    family = live_server().family(running)
+    running = live_server.start(text_checkpoint, tmp_path)
+    family = live_server.family(running)
     answers: dict[str, httpx.Response] = {}
 
     def ask(path: str, body: dict[str, Any]) -> None:

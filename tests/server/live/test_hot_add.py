@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import live_server as live
 import psutil
 import pytest
 from packagekit import statement
@@ -23,21 +22,7 @@ from flexgate.server.experts.repository import Added, ResidencyRepository
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-HERE = Path(__file__).parents[1]
 BODY = {"prompt": "the quick brown fox jumps", "max_tokens": 8, "temperature": 0, "logprobs": 2}
-
-
-def _live() -> Any:
-    spec = importlib.util.spec_from_file_location("flexgate_tests_live_server_hot", HERE / "live_server.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-live = _live()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -14,32 +13,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
+import live_server
 import psutil
 import pytest
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def live() -> ModuleType:
-    name = "flexgate_tests_live_server"
-    if name not in sys.modules:
-        path = Path(__file__).parent.parent / "live_server.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def test_a_signal_drains_and_leaves_no_process(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
-    running = live.start(text_checkpoint, tmp_path)
-    family = live.family(running)
+def test_a_signal_drains_and_leaves_no_process(text_checkpoint: Path, tmp_path: Path) -> None:
+    running = live_server.start(text_checkpoint, tmp_path)
+    family = live_server.family(running)
     assert family, "the engine has a process of its own"
     answers: list[Any] = []
 
@@ -64,10 +50,10 @@ def test_a_signal_drains_and_leaves_no_process(live: ModuleType, text_checkpoint
 
 
 @pytest.mark.slow
-def test_the_summary_says_what_computes_and_where_it_listens(
-    live: ModuleType, text_checkpoint: Path, tmp_path: Path
-) -> None:
-    running = live.start(text_checkpoint, tmp_path, "--moe-kernels=flexgate", f"--admin-port={live.free_port()}")
+def test_the_summary_says_what_computes_and_where_it_listens(text_checkpoint: Path, tmp_path: Path) -> None:
+    running = live_server.start(
+        text_checkpoint, tmp_path, "--moe-kernels=flexgate", f"--admin-port={live_server.free_port()}"
+    )
     try:
         said = running.log.read_text()
         assert re.search(r"^kernels +flexgate \(torch reference\)\s*$", said, re.MULTILINE)
@@ -79,12 +65,12 @@ def test_the_summary_says_what_computes_and_where_it_listens(
             projects = [http.get(f"{base}/v1/organization/projects") for base in ("", administration[1])]
         assert [response.status_code for response in projects] == [404, 200]
     finally:
-        assert live.stop(running) == 0
+        assert live_server.stop(running) == 0
 
 
-def test_a_dead_engine_ends_the_server_with_a_failure(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
-    running = live.start(text_checkpoint, tmp_path)
-    family = live.family(running)
+def test_a_dead_engine_ends_the_server_with_a_failure(text_checkpoint: Path, tmp_path: Path) -> None:
+    running = live_server.start(text_checkpoint, tmp_path)
+    family = live_server.family(running)
     for process in family:
         if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
             process.kill()
@@ -148,17 +134,17 @@ def test_a_bad_checkpoint_is_one_sentence_and_nothing_listens(text_checkpoint: P
 
 
 @pytest.mark.slow
-def test_a_restart_refuses_yesterdays_database(live: ModuleType, text_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_restart_refuses_yesterdays_database(text_checkpoint: Path, tmp_path: Path) -> None:
     """What the server confirmed while it ran is remembered beside the database."""
     database, yesterday = tmp_path / "flexgate.db", tmp_path / "yesterday.db"
-    live.seed_store(f"sqlite:///{database}", live.experts_of(text_checkpoint))
+    live_server.seed_store(f"sqlite:///{database}", live_server.experts_of(text_checkpoint))
     shutil.copy(database, yesterday)
-    running = live.start(text_checkpoint, tmp_path)
+    running = live_server.start(text_checkpoint, tmp_path)
     try:
         with running.client("admin") as http:
             assert http.post("/v1/organization/projects/proj_press/archive").status_code == 200
     finally:
-        assert live.stop(running) == 0
+        assert live_server.stop(running) == 0
     options = (f"--database-url=sqlite:///{database}", f"--state-dir={tmp_path}")
     shutil.copy(yesterday, database)
     status, said, _ = refused(tmp_path, str(text_checkpoint), *options)

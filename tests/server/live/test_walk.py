@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import live_server
 import pytest
 from walkkit import OWN, PHRASES, PUBLIC, make_model
 
@@ -18,17 +16,6 @@ from flexgate.policies.tenants import Expert, Role, Tenant
 from flexgate.policies.terms import Agreement
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-
-def live_server() -> ModuleType:
-    name = "flexgate_tests_live_server"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "live_server.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def seed_store(database: Path) -> None:
@@ -43,7 +30,7 @@ def seed_store(database: Path) -> None:
         for name, mode in (("all", "deny_list"), ("public", "allow_list")):
             tenant = Tenant.model_validate({"id": f"proj_{name}", "name": name, "mode": mode})
             change.put(tenant)
-            key = live_server().KEYS[name]
+            key = live_server.KEYS[name]
             change.add_key(key, prefix=key, role=Role.TENANT, tenant_id=tenant.id)
     store.close()
 
@@ -53,9 +40,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The merged model, served."""
     model, directory = make_model(tmp_path_factory.mktemp("walk")), tmp_path_factory.mktemp("served")
     seed_store(directory / "flexgate.db")
-    running = live_server().start(model, directory)
+    running = live_server.start(model, directory)
     yield running
-    live_server().stop(running)
+    live_server.stop(running)
 
 
 def ask(server: Any, tenant: str, question: str) -> str:

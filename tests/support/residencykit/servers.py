@@ -9,7 +9,6 @@ log-probabilities included, with those that were given before the first kill.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
@@ -20,19 +19,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
+import live_server as live
 import psutil
 from packagekit import make_package
 from rich.progress import track
 from safetensors.numpy import load_file
+from text_checkpoint import write_checkpoint
 
 from residencykit.kills import stored
 from residencykit.report import command
 
-SERVER_TESTS = Path(__file__).parents[2] / "server"
 PACKAGES = (("extra", 1), ("extra", 2), ("more", 1))
 CHECKPOINT = ("news", "math", "code", "secret")
 STAGES = ("copied", "verified", "loaded", "agreed", "canary", "dark", "live")
@@ -40,18 +39,6 @@ LONGEST_CHANGE_S = 1.5
 END_SECONDS = 90
 CHUNK = 1 << 24
 State = dict[str, int]  # expert from a package -> version
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"flexgate_tests_{name}", SERVER_TESTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-live = _load("live_server")
 
 
 @dataclass
@@ -66,7 +53,7 @@ class World:
     def build(cls, root: Path) -> World:
         """Random weights; seeded."""
         world = cls(root)
-        model = _load("text_checkpoint").write_checkpoint(root / "model")
+        model = write_checkpoint(root / "model")
         (root / "state").mkdir()
         for seed, (expert, version) in enumerate(PACKAGES):
             target = world.package(expert, version)
