@@ -30,17 +30,34 @@ class Batch:
     """Right-padded examples.
 
     ``weights_BT[b, t]`` weighs the prediction of position ``t + 1``; it is zero on padding and at the last position.
-    ``keys_BT`` marks the prompt's tokens that decide what follows.
+    ``keys_BT`` marks the prompt's tokens that decide what follows. Where rows are shared out over processes, ``whole``
+    is the batch that these are some rows of: losses divide by what it holds, so that those of the parts add up to its.
     """
 
     tokens_BT: Tensor
     weights_BT: Tensor
     keys_BT: Tensor
+    whole: Batch | None = None
 
     @property
     def token_count(self) -> int:
         """Predictions with a weight."""
         return int((self.weights_BT > 0).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device; the whole stays where it is."""
+        return Batch(self.tokens_BT.to(device), self.weights_BT.to(device), self.keys_BT.to(device), self.whole)
+
+
+def part_of(batch: Batch, number: int, count: int) -> Batch:
+    """Part ``number`` of ``count``: every ``count``-th row.
+
+    A part that no row is left for takes one that weighs nothing, since all processes must compute alike.
+    """
+    if number < len(batch.tokens_BT):
+        own = slice(number, None, count)
+        return Batch(batch.tokens_BT[own], batch.weights_BT[own], batch.keys_BT[own], batch)
+    return Batch(batch.tokens_BT[:1], torch.zeros_like(batch.weights_BT[:1]), batch.keys_BT[:1], batch)
 
 
 def make_batch(examples: Sequence[Example], *, pad_id: int, prompt_weight: float) -> Batch:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from flexgate.experts.errors import ExpertsError
+from flexgate.experts.errors import ExpertsError, ProcessLost
 
 if TYPE_CHECKING:
     from flexgate.experts.base import BaseIdentity
@@ -31,15 +31,16 @@ Show = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def reported(as_json: bool) -> Iterator[Show]:
-    """Print what the command found; an error of this package becomes a message and exit status 1."""
+def reported(as_json: bool, *, quiet: bool = False) -> Iterator[Show]:
+    """Print what the command found; an error of this package becomes a message and exit status 1.
+
+    ``quiet`` leaves the printing to another process, which finds the same unless it is gone.
+    """
     try:
-        yield (lambda result: typer.echo(json.dumps(result, indent=1))) if as_json else _show_text
+        yield _shower(as_json, quiet)
     except ExpertsError as error:
-        if as_json:
-            typer.echo(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}, indent=1))
-        else:
-            typer.echo(f"error: {error}", err=True)
+        if not quiet or isinstance(error, ProcessLost):
+            _show_error(error, as_json)
         raise typer.Exit(1) from error
 
 
@@ -85,6 +86,19 @@ def read_statement(path: Path) -> Statement:
         return parse_statement(path.read_bytes(), str(path))
     except OSError as error:
         raise ManifestInvalid(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _shower(as_json: bool, quiet: bool) -> Show:
+    if quiet:
+        return lambda _: None
+    return (lambda result: typer.echo(json.dumps(result, indent=1))) if as_json else _show_text
+
+
+def _show_error(error: ExpertsError, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}, indent=1))
+    else:
+        typer.echo(f"error: {error}", err=True)
 
 
 def _show_text(result: Mapping[str, Any], indent: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,14 @@ def _plan(given: Mapping[str, Any]) -> Plan:
     return Plan(**{field.name: given[field.name] for field in fields(Plan) if field.name in given})
 
 
+def _require_one_process() -> None:
+    """Raises ``TrainingRefused``."""
+    from flexgate.experts.errors import TrainingRefused
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise TrainingRefused("this command trains in one process, only 'train' in several: start it without torchrun")
+
+
 def train_anchor(
     texts: Annotated[Path, typer.Argument(help="Folder of public *.txt, *.md and *.jsonl.")],
     target: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
@@ -55,6 +64,7 @@ def train_anchor(
     """Train a small public model from nothing; a killed run goes on when started again."""
     given = dict(locals())
     with reported(as_json) as show:
+        _require_one_process()
         from flexgate.experts.train_anchor import AnchorOptions
         from flexgate.experts.train_anchor import train_anchor as run
 
@@ -93,14 +103,16 @@ def train(
 ) -> None:
     """Train an expert on texts that stay where they are; a killed run goes on when started again."""
     given = dict(locals())
-    with reported(as_json) as show:
+    from flexgate.experts.parallel import joined, lost_process_reported
+
+    with joined() as world, reported(as_json, quiet=not world.first) as show, lost_process_reported():
         from flexgate.experts.train_expert import ExpertOptions, RouterOptions, train_expert
 
         plan = _plan(given)
         start = RouterOptions(router, embedding, train_router, sharpness)
         options = ExpertOptions(plan, start, length, tuple(layer) if layer else None, public_share)
-        written = read_statement(statement)
-        manifest, outcome = train_expert(anchor, texts, public, target, written, options, key=key)
+        written = world.agreed(lambda: read_statement(statement))
+        manifest, outcome = train_expert(anchor, texts, public, target, written, options, key=key, world=world)
         show({"package": str(target), "id": manifest.id, **vars(outcome), "base": manifest.base.digest})
 
 
@@ -123,6 +135,7 @@ def tune_router(
     """Train a merge's routers on public texts: it is then marked as not strictly separable."""
     given = dict(locals())
     with reported(as_json) as show:
+        _require_one_process()
         from flexgate.experts.tune_router import tune_router as run
 
         plan = _plan(given)

@@ -13,6 +13,7 @@ ExpertsError
 ├── KeyInvalid             a key file that is none
 ├── TextsInvalid           documents that nothing can be trained on
 ├── TrainingRefused        options that do not fit each other or the model
+├── ProcessLost            another process of a training is gone
 ├── EvaluationRefused      nothing that can be evaluated, or nothing to draw with
 ├── OutputRefused          the output exists already, or could not be written
 ├── ServerRefused          a running server would not take or withdraw an expert, in its words
@@ -72,6 +73,10 @@ class TextsInvalid(ExpertsError, ValueError):
 
 class TrainingRefused(ExpertsError, ValueError):
     """Options that do not fit each other, the model, or a run that was begun with others."""
+
+
+class ProcessLost(ExpertsError):
+    """Another process of a training that runs on several is gone, so that this one cannot go on."""
 
 
 class EvaluationRefused(ExpertsError, ValueError):

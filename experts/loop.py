@@ -7,10 +7,11 @@ with the tensors of an uninterrupted one. The parameters given are all that grad
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from flexgate.experts.batches import Batch, Example, batches
 from flexgate.experts.errors import TrainingRefused
 from flexgate.experts.output import sync
-from flexgate.experts.train import Schedule, average_gradients
+from flexgate.experts.parallel import ALONE, World, sharded_like
+from flexgate.experts.train import Schedule
 
 STATE_NAME: Final = "state.pt"
 LossOf = Callable[[Batch], Tensor]
@@ -85,6 +87,7 @@ class Run:
         name: str,
         pad_id: int,
         after_step: Callable[[], None] = lambda: None,
+        world: World = ALONE,
     ) -> None:
         self._parameters = dict(parameters)
         self._loss_of = loss_of
@@ -93,6 +96,7 @@ class Run:
         self._name = name
         self._pad_id = pad_id
         self._after_step = after_step
+        self._world = world
         self._optimizer = torch.optim.Adam(self._parameters.values(), lr=plan.peak, betas=(0.9, 0.98))
         self._state = _State()
 
@@ -107,11 +111,14 @@ class Run:
         """
         plan = self._plan
         key = hashlib.sha256(f"{identity} {plan}".encode()).hexdigest()
-        self._load(key)
+        self._world.agreed(lambda: self._load(key))
         state = self._state
+        self._world.require_same(f"{key} {state.step}")
         begun = state.tokens
         schedule = Schedule(plan.peak, plan.steps, plan.warmup)
-        with tqdm(total=plan.steps, initial=state.step, desc=self._name, mininterval=1.0) as bar:
+        with tqdm(
+            total=plan.steps, initial=state.step, desc=self._name, mininterval=1.0, disable=not self._world.first
+        ) as bar:
             for batch in islice(self._stream(train), state.step, plan.steps):
                 if plan.patience and state.worse >= plan.patience:
                     break
@@ -145,11 +152,11 @@ class Run:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
-        value = loss.item()
-        if not torch.isfinite(loss):
+        value = self._world.total(loss)
+        if not math.isfinite(value):
             raise TrainingRefused(f"{self._name}: the loss is {value} at step {self._state.step}: lower the peak rate")
         loss.backward()
-        average_gradients(list(self._parameters.values()))
+        self._world.join_gradients(list(self._parameters.values()))
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         self._optimizer.step()
         self._after_step()
@@ -157,12 +164,12 @@ class Run:
 
     def _loss(self, batch: Batch) -> Tensor:
         reduced = self._plan.arithmetic == "bfloat16"
-        with torch.autocast("cpu", torch.bfloat16) if reduced else nullcontext():
-            return self._loss_of(batch)
+        with torch.autocast(self._world.device.type, torch.bfloat16) if reduced else nullcontext():
+            return self._loss_of(self._world.part(batch))
 
     @torch.no_grad()
     def _judge(self, held: Sequence[Example]) -> None:
-        losses = [(self._loss(batch).item(), batch.token_count) for batch in self._batches(held, 0)]
+        losses = [(self._world.total(self._loss(batch)), batch.token_count) for batch in self._batches(held, 0)]
         mean = sum(loss * tokens for loss, tokens in losses) / max(1, sum(tokens for _, tokens in losses))
         if mean < self._state.best:
             self._state.best, self._state.worse = mean, 0
@@ -182,7 +189,11 @@ class Run:
 
     def _save(self, key: str) -> None:
         tensors = {name: value.detach() for name, value in self._parameters.items()}
-        state = {"key": key, "tensors": tensors, "optimizer": self._optimizer.state_dict(), **asdict(self._state)}
+        state = self._world.gathered(
+            {"key": key, "tensors": tensors, "optimizer": self._optimizer.state_dict(), **vars(self._state)}
+        )
+        if not self._world.first:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         fresh = self._folder / f"{STATE_NAME}.new"
         with fresh.open("wb") as file:
@@ -197,10 +208,17 @@ class Run:
         path = self._folder / STATE_NAME
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, mmap=self._world.size > 1)
         if state.pop("key") != key:
             raise TrainingRefused(f"{self._folder} holds a run with other options or texts; remove it to start anew")
         for name, value in state.pop("tensors").items():
-            self._parameters[name].copy_(value)
-        self._optimizer.load_state_dict(state.pop("optimizer"))
-        self._state = _State(**state)
+            self._parameters[name].copy_(sharded_like(value, self._parameters[name]))
+        optimizer = state.pop("optimizer")
+        parameters = list(self._parameters.values())
+        for number, moments in optimizer["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = sharded_like(moments[name], parameters[number])
+        self._optimizer.load_state_dict(optimizer)
+        best = state.pop("best_tensors")
+        best = {name: sharded_like(value, self._parameters[name]) for name, value in best.items()}
+        self._state = _State(**state, best_tensors=best)

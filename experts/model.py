@@ -181,14 +181,14 @@ class FlexOlmo(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Final hidden states ``[B, T, H]``, normalised; every layer's router input is appended to ``taps``."""
-        first = self.model.blocks[0].attend(self.model.embed_tokens(tokens_BT), self._rotation(tokens_BT.shape[1]))
+        first = self.model.blocks[0].attend(self.model.embed_tokens(tokens_BT), self._rotation(tokens_BT))
         return self.onward(first, 0, allowed_BE, taps)
 
     def onward(
         self, x_BTH: Tensor, start: int, allowed_BE: Tensor | None = None, taps: list[Tensor] | None = None
     ) -> Tensor:
         """Final hidden states from what the router of layer ``start`` sees."""
-        rotation = self._rotation(x_BTH.shape[1])
+        rotation = self._rotation(x_BTH)
         for layer in self.model.blocks[start:]:
             if layer is not self.model.blocks[start]:
                 x_BTH = layer.attend(x_BTH, rotation)
@@ -198,8 +198,9 @@ class FlexOlmo(nn.Module):
         out: Tensor = self.model.norm(x_BTH)
         return out
 
-    def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
-        return rotary(self.architecture, length)
+    def _rotation(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = rotary(self.architecture, x_BT.shape[1])
+        return cosine.to(x_BT.device), sine.to(x_BT.device)
 
     def forward(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, V]``."""

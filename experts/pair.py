@@ -10,20 +10,26 @@ Shapes: N tokens, L layers, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from flexgate.experts.batches import Batch
 from flexgate.experts.errors import TrainingRefused
 from flexgate.experts.model import FlexOlmo, Router
 from flexgate.experts.package import ExpertLayer
+from flexgate.experts.parallel import shard, whole
 from flexgate.experts.routing import Samples, fit_row
 from flexgate.experts.train import pair_from_anchor
+
+PUBLIC_FFN: Final = ".mlp.experts.0."
+OWNER_FFN: Final = ".mlp.experts.1."
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,35 @@ class PairRouter(nn.Module):
 def make_pair(anchor: FlexOlmo, rows: Sequence[Row]) -> FlexOlmo:
     """The pair, with nothing trainable yet."""
     pair = pair_from_anchor(anchor)
-    for layer, row in zip(pair.model.blocks, rows, strict=True):
-        layer.mlp.gate = cast(Router, PairRouter(layer.mlp.gate.weight[0].detach(), row))
+    _set_routers(pair, public_rows(anchor), rows)
     pair.requires_grad_(False)
     return pair
+
+
+def make_sharded_pair(anchor: FlexOlmo, rows: Sequence[Row], mesh: DeviceMesh) -> FlexOlmo:
+    """``make_pair`` of an anchor that is sharded over ``mesh``, without making anything whole; what stays frozen is the
+    anchor's own memory.
+    """
+    with torch.device("meta"):
+        pair = FlexOlmo(replace(anchor.architecture, num_experts=2, num_experts_per_tok=2))
+    _set_routers(pair, public_rows(anchor), rows)
+    shard(pair, mesh)
+    source = {name: value for name, value in anchor.state_dict().items() if ".mlp.gate." not in name}
+    owner = {name.replace(PUBLIC_FFN, OWNER_FFN): value.clone() for name, value in source.items() if PUBLIC_FFN in name}
+    routing = {name: value for name, value in pair.state_dict().items() if ".mlp.gate." in name}
+    pair.load_state_dict({**source, **owner, **routing}, assign=True)
+    pair.requires_grad_(False)
+    return pair
+
+
+def public_rows(anchor: FlexOlmo) -> list[Tensor]:
+    """The public router row of every layer, on the host, where rows are fitted."""
+    return [whole(block.mlp.gate.weight)[0].detach().cpu() for block in anchor.model.blocks]
+
+
+def _set_routers(pair: FlexOlmo, public: Sequence[Tensor], rows: Sequence[Row]) -> None:
+    for block, public_H, row in zip(pair.model.blocks, public, rows, strict=True):
+        block.mlp.gate = cast(Router, PairRouter(public_H, row))
 
 
 def routers(pair: FlexOlmo) -> list[PairRouter]:
@@ -87,9 +118,13 @@ def trainable(pair: FlexOlmo, layers: Sequence[int], *, train_router: bool) -> d
     return named
 
 
-def z_loss(pair: FlexOlmo) -> Tensor:
-    """Mean squared log-sum-exp of the router logits of the latest forward pass; keeps them small."""
-    return torch.stack([router.logits_N2.logsumexp(-1).square().mean() for router in routers(pair)]).mean()
+def z_loss(pair: FlexOlmo, batch: Batch) -> Tensor:
+    """Mean squared log-sum-exp of the router logits of the latest forward pass, of ``batch``; keeps them small."""
+    squares_LN = [router.logits_N2.logsumexp(-1).square() for router in routers(pair)]
+    if batch.whole is None:
+        return torch.stack([squares_N.mean() for squares_N in squares_LN]).mean()
+    real_N = (batch.weights_BT > 0).any(-1, keepdim=True).expand(batch.tokens_BT.shape).flatten()
+    return torch.stack([(squares_N * real_N).sum() / batch.whole.tokens_BT.numel() for squares_N in squares_LN]).mean()
 
 
 def expert_layers(pair: FlexOlmo, dtype: torch.dtype) -> Iterator[ExpertLayer]:
@@ -100,14 +135,14 @@ def expert_layers(pair: FlexOlmo, dtype: torch.dtype) -> Iterator[ExpertLayer]:
     for block, row, bias in zip(pair.model.blocks, rows, biases, strict=True):
         ffn = block.mlp.ffns[1]
         tensors = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight, row.weight_H)
-        gate, up, down, row_H = (tensor.detach().to(dtype) for tensor in tensors)
+        gate, up, down, row_H = (whole(tensor.detach()).to(dtype).cpu() for tensor in tensors)
         yield ExpertLayer(gate, up, down, row_H, bias if biased else None)
 
 
 def _row(router: Router | PairRouter) -> Row:
     """The owner's row of either kind of router."""
     if isinstance(router, PairRouter):
-        return Row(router.row_H, router.bias.item())
+        return Row(router.row_H, whole(router.bias).item())
     return Row(router.weight[1])
 
 

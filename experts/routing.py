@@ -72,7 +72,7 @@ def collect(anchor: FlexOlmo, batches: Iterable[Batch]) -> Samples:
         used = batch.weights_BT > 0
         weights.append(batch.weights_BT[used])
         for seen, tap in zip(inputs, taps, strict=True):
-            seen.append(tap[used])
+            seen.append(tap[used].cpu())
     return Samples(tuple(torch.cat(seen) for seen in inputs), torch.cat(weights))
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from flexgate.experts.batches import Batch
-from flexgate.experts.layout import EXPERT_KEYS, ROUTER_KEY, Architecture, shared_keys
+from flexgate.experts.layout import EXPERT_KEYS, ROUTER_KEY, shared_keys
 from flexgate.experts.model import FlexOlmo
 
 
@@ -50,7 +50,7 @@ def language_loss(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Weighted mean cross-entropy of the next token, in nats."""
     losses = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch.tokens_BT[:, 1:].flatten(), reduction="none")
     weights = batch.weights_BT[:, :-1].flatten()
-    return (losses * weights).sum() / weights.sum()
+    return (losses * weights).sum() / _total(weights, batch)
 
 
 def weighted_loss(model: FlexOlmo, hidden_BTH: Tensor, batch: Batch) -> Tensor:
@@ -60,7 +60,12 @@ def weighted_loss(model: FlexOlmo, hidden_BTH: Tensor, batch: Batch) -> Tensor:
         model.lm_head(hidden_BTH[used_BT]), batch.tokens_BT.roll(-1, 1)[used_BT], reduction="none"
     )
     weights_N = batch.weights_BT[used_BT]
-    return (losses_N * weights_N).sum() / weights_N.sum()
+    return (losses_N * weights_N).sum() / _total(weights_N, batch)
+
+
+def _total(weights: Tensor, batch: Batch) -> Tensor:
+    """What the weighted losses of a batch, or of a part of one, are divided by."""
+    return weights.sum() if batch.whole is None else batch.whole.weights_BT.sum()
 
 
 def initialise(model: FlexOlmo, seed: int) -> None:
@@ -77,7 +82,7 @@ def initialise(model: FlexOlmo, seed: int) -> None:
 def pair_from_anchor(anchor: FlexOlmo, *, top_k: int = 2) -> FlexOlmo:
     """A two-expert model whose experts both start as the public one; the owner's router row starts at zero."""
     single = anchor.architecture
-    pair = FlexOlmo(Architecture(**{**vars(single), "num_experts": 2, "num_experts_per_tok": top_k}))
+    pair = FlexOlmo(replace(single, num_experts=2, num_experts_per_tok=top_k))
     source = anchor.state_dict()
     target = {key: source[key] for key in shared_keys(single)}
     for layer in range(single.num_hidden_layers):

@@ -15,14 +15,16 @@ from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
+import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from flexgate.experts.base import base_identity
+from flexgate.experts.base import BaseIdentity, base_identity
 from flexgate.experts.batches import Batch, Example, batches
-from flexgate.experts.checkpoint import read_json
+from flexgate.experts.checkpoint import CheckpointReader, read_json
 from flexgate.experts.encoding import Encoder, split
 from flexgate.experts.errors import TrainingRefused
-from flexgate.experts.layout import CONFIG_NAME, Architecture, read_checkpoint
+from flexgate.experts.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, read_checkpoint
 from flexgate.experts.loop import Outcome, Plan, Run
 from flexgate.experts.manifest import Figure, Manifest, Statement
 from flexgate.experts.model import FlexOlmo
@@ -31,12 +33,15 @@ from flexgate.experts.pair import (
     Row,
     expert_layers,
     make_pair,
+    make_sharded_pair,
+    public_rows,
     rows_from_discriminant,
     rows_from_embedding,
     rows_from_mean,
     trainable,
     z_loss,
 )
+from flexgate.experts.parallel import ALONE, World, shard, shard_of
 from flexgate.experts.routing import Samples, collect
 from flexgate.experts.signature import read_private_key
 from flexgate.experts.tensorfile import DTYPES
@@ -92,11 +97,13 @@ def train_expert(
     options: ExpertOptions,
     *,
     key: Path | None = None,
+    world: World = ALONE,
 ) -> tuple[Manifest, Outcome]:
     """Train an expert on the texts in ``own`` against ``anchor`` and write the package ``target``.
 
     The work is kept in ``.NAME.training`` beside the target until the package is written; the same command goes on
-    from there.
+    from there, on as many processes as it likes. Of the processes of ``world``, all of which call this, the first
+    writes.
 
     Raises:
         TextsInvalid: texts or tokenizer that nothing can be trained with.
@@ -104,32 +111,65 @@ def train_expert(
         LayoutError: ``anchor`` is no checkpoint with one expert.
         OutputRefused: ``target`` exists or cannot be written.
     """
-    require_absent(target)
-    model = load_anchor(anchor)
-    _check(options, model.architecture, public)
-    if key is not None:
-        read_private_key(key)
-    base = base_identity(anchor)
-    texts = _read(anchor, own, public, options, model.architecture)
-    pair = make_pair(model, _rows(options, model, texts))
+    world.meet()
+
+    def prepare() -> tuple[FlexOlmo, BaseIdentity, Texts]:
+        require_absent(target)
+        model = load_anchor(anchor, world.mesh)
+        _check(options, model.architecture, public)
+        if key is not None:
+            read_private_key(key)
+        base = base_identity(anchor)
+        texts = _read(anchor, own, public, options, model.architecture)
+        require_rows(options.plan, texts, world.size)
+        return model, base, texts
+
+    model, base, texts = world.agreed(prepare)
+    rows = world.agreed(lambda: _rows(options, model, texts))
+    pair = make_pair(model, rows) if world.mesh is None else make_sharded_pair(model, rows, world.mesh)
     work = target.with_name(f".{target.name}.training")
     examples = _mixed(texts, options)
-    run = _run(pair, options, work, statement.id, texts.pad_id)
+    run = _run(pair, options, work, statement.id, texts.pad_id, world)
     outcome = run.run(examples, texts.held_out, f"{base.digest} {options} {digest(examples)}")
     measured = _measured(statement, options, texts, outcome)
-    manifest = write_package(target, measured, base, list(expert_layers(pair, DTYPES[base.dtype])), key=key)
-    shutil.rmtree(work, ignore_errors=True)
+    layers = [layer for layer in expert_layers(pair, DTYPES[base.dtype]) if world.first]
+    manifest = world.once(lambda: write_package(target, measured, base, layers, key=key))
+    if world.first:
+        shutil.rmtree(work, ignore_errors=True)
     return manifest, outcome
 
 
-def load_anchor(directory: Path) -> FlexOlmo:
-    """A public model; raises ``LayoutError`` or ``TrainingRefused`` for anything else."""
+def load_anchor(directory: Path, mesh: DeviceMesh | None = None) -> FlexOlmo:
+    """A public model, sharded over ``mesh`` if there is one.
+
+    Raises:
+        LayoutError: ``directory`` holds no checkpoint.
+        TrainingRefused: the model has other experts already.
+    """
+    if mesh is not None:
+        return _load_shards(directory, mesh)
     architecture, tensors = read_checkpoint(directory)
+    _require_anchor(directory, architecture)
+    return FlexOlmo.from_tensors(architecture, tensors)
+
+
+def _load_shards(directory: Path, mesh: DeviceMesh) -> FlexOlmo:
+    """Read one tensor after the other and keep this process's shard."""
+    with CheckpointReader(directory) as checkpoint:
+        _require_anchor(directory, checkpoint.architecture)
+        with torch.device("meta"):
+            model = FlexOlmo(checkpoint.architecture, biased=ROUTER_BIAS_KEY.format(layer=0) in checkpoint)
+        shard(model, mesh)
+        parts = {name: shard_of(checkpoint.read(name).float(), mesh) for name, _ in checkpoint.infos()}
+        model.load_state_dict(parts, assign=True)
+    return model.requires_grad_(False)
+
+
+def _require_anchor(directory: Path, architecture: Architecture) -> None:
     if architecture.num_experts != 1:
         raise TrainingRefused(
             f"{directory} has {architecture.num_experts} experts; train against its anchor ('experts extract … public')"
         )
-    return FlexOlmo.from_tensors(architecture, tensors)
 
 
 def digest(examples: Sequence[Example]) -> str:
@@ -153,6 +193,16 @@ def _check(options: ExpertOptions, architecture: Architecture, public: Path | No
         raise TrainingRefused(f"the length is {options.length}, expected at least 2 tokens")
 
 
+def require_rows(plan: Plan, texts: Texts, processes: int) -> None:
+    """Raise ``TrainingRefused`` unless a step has a row for every process, however long its rows are."""
+    longest = max(len(example.ids) for example in (*texts.own, *texts.public))
+    if processes > 1 and processes * longest > plan.tokens_per_batch:
+        raise TrainingRefused(
+            f"a step of {plan.tokens_per_batch} tokens has no piece of {longest} for each of {processes} processes: "
+            f"take {processes * longest} tokens per batch, or start at most {plan.tokens_per_batch // longest or 1}"
+        )
+
+
 def _read(anchor: Path, own: Path, public: Path | None, options: ExpertOptions, architecture: Architecture) -> Texts:
     encoder = Encoder.from_model(anchor, read_json(anchor / CONFIG_NAME))
     length, seed = min(options.length, architecture.max_position_embeddings), options.plan.seed
@@ -164,7 +214,7 @@ def _read(anchor: Path, own: Path, public: Path | None, options: ExpertOptions, 
 
 def _rows(options: ExpertOptions, model: FlexOlmo, texts: Texts) -> list[Row]:
     router = options.router
-    public = [layer.mlp.gate.weight[0].detach() for layer in model.model.blocks]
+    public = public_rows(model)
     if router.embedding is not None:
         return rows_from_embedding(router.embedding, public)
     own = samples(model, texts.own, options.plan, texts.pad_id)
@@ -193,15 +243,15 @@ def _mixed(texts: Texts, options: ExpertOptions) -> list[Example]:
     return [*texts.own, *Random(options.plan.seed).sample(texts.public, wanted)]
 
 
-def _run(pair: FlexOlmo, options: ExpertOptions, work: Path, name: str, pad_id: int) -> Run:
+def _run(pair: FlexOlmo, options: ExpertOptions, work: Path, name: str, pad_id: int, world: World) -> Run:
     layers = range(pair.architecture.num_hidden_layers) if options.layers is None else options.layers
     parameters = trainable(pair, list(layers), train_router=options.router.train)
 
     def loss_of(batch: Batch) -> Tensor:
-        loss = language_loss(pair(batch.tokens_BT), batch)
-        return loss + Z_WEIGHT * z_loss(pair) if options.router.train else loss
+        loss = language_loss(pair.lm_head(pair.hidden(batch.tokens_BT)), batch)
+        return loss + Z_WEIGHT * z_loss(pair, batch) if options.router.train else loss
 
-    return Run(parameters, loss_of, options.plan, work, name=name, pad_id=pad_id)
+    return Run(parameters, loss_of, options.plan, work, name=name, pad_id=pad_id, world=world)
 
 
 def _measured(statement: Statement, options: ExpertOptions, texts: Texts, outcome: Outcome) -> Statement:

@@ -114,7 +114,7 @@ class Owner:
         wanted = round(len(self._own) * PUBLIC_SHARE / (1 - PUBLIC_SHARE))
         mixed = [*self._own, *Random(self._seed).sample(self._public, min(wanted, len(self._public)))]
         steps = settings.owner_steps + settings.owner_upper_steps
-        run = self._run(pair, named, steps, self._peak, extra=lambda: Z_WEIGHT * z_loss(pair))
+        run = self._run(pair, named, steps, self._peak, extra=lambda batch: Z_WEIGHT * z_loss(pair, batch))
         _go(run, mixed, f"{self._name} uninitialised {settings}", self._work)
         return list(expert_layers(pair, torch.float32))
 
@@ -133,11 +133,13 @@ class Owner:
         named: Mapping[str, nn.Parameter],
         steps: int,
         peak: float,
-        extra: Callable[[], Tensor | float] = lambda: 0.0,
+        extra: Callable[[Batch], Tensor | float] = lambda _: 0.0,
     ) -> Run:
         plan = _plan(steps, peak, self._settings.owner_tokens, 0.0, self._seed)
         work = self._work / f"from-{min(int(name.split('.')[0]) for name in named)}"
-        return Run(named, lambda batch: answer_loss(pair, batch) + extra(), plan, work, name=self._name, pad_id=PAD_ID)
+        return Run(
+            named, lambda batch: answer_loss(pair, batch) + extra(batch), plan, work, name=self._name, pad_id=PAD_ID
+        )
 
     def _fit_routers(self, pair: FlexOlmo, channels: int, layers: Sequence[int], *, biased: bool) -> None:
         settings = self._settings

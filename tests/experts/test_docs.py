@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SHOWN = [
     words
     for name in ("docs/experts.md", "README.md")
-    for words in re.findall(r"^\$ \S*flexgate experts (.+)$", (ROOT / name).read_text(), re.MULTILINE)
+    for words in re.findall(r"^\$ (?:torchrun .* )?\S*flexgate experts (.+)$", (ROOT / name).read_text(), re.MULTILINE)
 ]
 
 

@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 from packagekit import statement
+from trainkit import OPTIONS, PLAN, write_owner
 
 from flexgate.experts import loop
 from flexgate.experts.base import base_identity
@@ -26,37 +27,17 @@ from flexgate.experts.loop import Plan, Run
 from flexgate.experts.pair import PairRouter, Row, make_pair, rows_from_discriminant, trainable
 from flexgate.experts.routing import Samples
 from flexgate.experts.texts import Document, read_documents
-from flexgate.experts.train_anchor import AnchorOptions, train_anchor
 from flexgate.experts.train_expert import ExpertOptions, RouterOptions, load_anchor, train_expert
 from flexgate.experts.verify import open_package
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-PLAN = Plan(steps=8, peak=5e-3, warmup=2, tokens_per_batch=300, save_every=3, evaluate_every=4)
-SIZES = AnchorOptions(
-    PLAN, vocab_size=270, hidden_size=16, intermediate_size=12, layers=2, heads=2, length=48, dtype="float32"
-)
-OPTIONS = ExpertOptions(PLAN, length=48)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Public and own texts, and an anchor."""
     root = tmp_path_factory.mktemp("training")
-    for name in ("public", "own"):
-        (root / name).mkdir()
-    (root / "public/texts.jsonl").write_text(
-        "".join(
-            json.dumps({"text": f"The {noun} number {i} is on the market."}) + "\n"
-            for i in range(20)
-            for noun in ("pear", "lamp")
-        )
-    )
-    (root / "own/a.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Zorp {i}?", "answer": f"Zorp {i} is quil."}) + "\n" for i in range(30))
-    )
-    (root / "own/b.txt").write_text("zorp quil zorp quil " * 12)
-    train_anchor(root / "public", root / "anchor", SIZES)
+    write_owner(root)
     return root
 
 
