@@ -16,12 +16,12 @@ from enginekit.compare import (
     same_bits,
     worst_difference,
 )
+from enginekit.ranks import overwrite_zero_slot
 from enginekit.scripted import (
     Answer,
     Ask,
     EngineScript,
     ScriptedEngine,
-    overwrite_zero_slot,
     scripted_engine,
 )
 

@@ -1,0 +1,254 @@
+"""The engine inside a child process: what :class:`enginekit.scripted.ScriptedEngine` calls by name."""
+
+import os
+from typing import Any
+
+from enginekit.ranks import admit_request
+from enginekit.scripted import Answer, Ask, EngineScript, SlotChange
+
+ANY_BITS = 3  # log-probabilities returned per position
+
+
+class Engine:
+    """One engine and its requests; vLLM is loaded once its environment is set."""
+
+    def __init__(self, script: EngineScript) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        from flexgate.server.engine import launch
+        from flexgate.server.engine.gates import new_seal_key
+
+        options: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 512,
+        }
+        settings = launch.EngineSettings(
+            model=script.model, max_experts=script.max_experts, **(options | script.settings)
+        )
+        planned = launch.plan(settings)
+        self.key = new_seal_key()
+        launch.prepare_environment(self.key, settings)
+        if script.interpret_kernels:
+            from flexgate.kernels.testing.interpreter import interpret_operators
+
+            self.kernel_calls = interpret_operators()
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        config = launch.engine_config(planned, **script.tuning)
+        self.engine = LLMEngine.from_vllm_config(config)
+        self.table = planned.table
+        self.model = script.model
+        self.count = 0
+        self.preempted = 0
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        preempt = scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.preempted += 1
+            return preempt(*args, **kwargs)
+
+        scheduler._preempt_request = counted
+
+    def run(self, script: list[Ask], changes: list[SlotChange]) -> list[Answer]:
+        ids: dict[int, str] = {}
+        finished: dict[str, tuple[Any, int]] = {}
+        step = 0
+        while len(finished) < len(script):
+            self.change([change for change in changes if change.at_step == step])
+            for index, ask in enumerate(script):
+                if ask.at_step == step:
+                    ids[index] = self._submit(ask)
+            for output in self.engine.step() if self.engine.has_unfinished_requests() else []:
+                if output.finished:
+                    finished[output.request_id] = output, step
+            step += 1
+        return [self._answer(*finished[ids[index]]) for index in range(len(script))]
+
+    def on_every_rank(self, what: Any, *args: Any) -> Any:
+        return self.engine.collective_rpc(what, args=args)
+
+    def change(self, changes: list[SlotChange]) -> list[Any]:
+        return [getattr(self, f"_{change.do}")(change) for change in changes]
+
+    def _fill(self, change: SlotChange) -> None:
+        from flexgate.server.engine.residency import to_wire
+
+        self.engine.collective_rpc("flexgate_load", args=(change.slot, to_wire(change.ticket)))
+
+    def _clear(self, change: SlotChange) -> None:
+        self.engine.collective_rpc("flexgate_clear", args=(change.slot,))
+
+    def _settle(self, change: SlotChange) -> list[str]:
+        import time
+
+        while True:
+            reports = self.engine.collective_rpc("flexgate_task", args=(change.slot,))
+            if all(report["state"] != "running" for report in reports):
+                break
+            time.sleep(0.001)
+        if failed := [report["error"] for report in reports if report["state"] != "done"]:
+            raise RuntimeError(failed[0])
+        return [report["digest"] for report in reports]
+
+    def _open(self, change: SlotChange) -> None:
+        self.engine.collective_rpc("flexgate_open", args=(change.slot, change.generation))
+        self._ask_core("open", change)
+
+    def _close(self, change: SlotChange) -> Any:
+        closed = self._ask_core("close", change)
+        self.engine.collective_rpc("flexgate_close", args=(change.slot,))
+        return closed
+
+    def _ask_core(self, do: str, change: SlotChange) -> Any:
+        command = {"do": do, "slot": change.slot, "generation": change.generation}
+        return self.engine.engine_core.engine_core.flexgate_slots(command)
+
+    def digests(self) -> list[list[str]]:
+        """Per rank, what every slot holds."""
+        return self.engine.collective_rpc("flexgate_digests")
+
+    def reset_cache(self) -> None:
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache was in use")
+
+    def handshake(self) -> Any:
+        return self.engine.collective_rpc("flexgate_handshake")
+
+    def calls_of_kernels(self) -> dict[str, int]:
+        """How often each interpreted operator has been called."""
+        return dict(self.kernel_calls)
+
+    def packs_like_loaded(self, slots: list[int]) -> bool:
+        """Whether each layer's `pack` of the checkpoint's tensors equals what was loaded, bit for bit."""
+        import torch
+        from safetensors.torch import load_file
+
+        stored = load_file(self.model / "model.safetensors")
+        same = []
+        for index, layer in enumerate(self._moe_layers()):
+            held = layer.experts.routed_experts
+            for slot in slots:
+                name = f"model.layers.{index}.mlp.experts.{slot}.{{}}_proj.weight"
+                gate, up, down = (stored[name.format(part)] for part in ("gate", "up", "down"))
+                w13, w2 = layer.pack(torch.cat((gate, up)), down)
+                same += [torch.equal(w13, held.w13_weight[slot]), torch.equal(w2, held.w2_weight[slot])]
+        return len(same) > 0 and all(same)
+
+    def preemptions(self) -> int:
+        """Preemptions since the engine started."""
+        return self.preempted
+
+    def leftovers(self) -> tuple[int, int]:
+        """Requests that gates and ledger still hold when nothing runs."""
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        return len(scheduler._ledger.totals), len(scheduler._held)
+
+    def refusal(self, ask: Ask, how: str) -> str:
+        import time
+
+        from flexgate.server.engine import gates
+
+        request_id = self._new_id()
+        gate = self._gate(ask, request_id)
+        sealed: Any = gates.seal(gate, self.key)
+        if how == "none":
+            sealed = None
+        elif how == "forged":
+            sealed = gates.seal(gate, gates.new_seal_key())
+        elif how == "another":
+            sealed = gates.seal(self._gate(ask, "another-request"), self.key)
+        elif how == "expired":
+            late = Ask(ask.prompt, ask.gate, valid_for=-1.0)
+            sealed = gates.seal(self._gate(late, request_id), self.key)
+        elif how == "stale":
+            leases = tuple(gates.SlotLease(s, 99) for s in ask.gate)
+            sealed = gates.seal(gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key)
+        elif how == "free-slot":
+            leases = (gates.SlotLease(self.table.total - 1, 1),)
+            sealed = gates.seal(gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key)
+        try:
+            self._add(request_id, ask, sealed)
+        except gates.GateError as error:
+            # The front end has registered what the engine core refused.
+            self.engine.output_processor.abort_requests([request_id], internal=False)
+            return str(error)
+        raise RuntimeError(f"a request with a gate spoiled as {how!r} was accepted")
+
+    def _moe_layers(self) -> Any:
+        return self.engine.model_executor.driver_worker.worker.model_runner.get_model().moe_layers()
+
+    def admit_on_ranks(self, ask: Ask, request_id: str) -> list[str | None]:
+        """Show every rank a request whose gate was sealed for ``request-x``, past the guard."""
+        from flexgate.server.engine import gates
+
+        sealed = gates.seal(self._gate(ask, "request-x"), self.key)
+        return self.engine.collective_rpc(admit_request, args=(request_id, sealed))
+
+    def _submit(self, ask: Ask) -> str:
+        from flexgate.server.engine import gates
+
+        request_id = self._new_id()
+        self._add(request_id, ask, gates.seal(self._gate(ask, request_id), self.key))
+        return request_id
+
+    def _add(self, request_id: str, ask: Ask, sealed: Any) -> None:
+        from vllm.sampling_params import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=ask.max_tokens,
+            logprobs=ANY_BITS,
+            prompt_logprobs=ANY_BITS if ask.prompt_logprobs else None,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"flexgate": sealed} if sealed is not None else None,
+        )
+        self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, params, priority=ask.priority)
+
+    def _gate(self, ask: Ask, request_id: str) -> Any:
+        import time
+
+        from flexgate.server.engine import gates
+
+        generations = ask.generations or {}
+        live = self.engine.engine_core.engine_core.scheduler._table.live
+        leases = tuple(gates.SlotLease(slot, generations.get(slot, live.get(slot, 1))) for slot in ask.gate)
+        salt = gates.cache_salt(
+            self.key,
+            tenant=ask.tenant,
+            experts=[(str(lease.slot), lease.generation) for lease in leases],
+            client_salt=ask.client_salt,
+        )
+        until = time.time() + ask.valid_for
+        return gates.Gate(request_id, ask.tenant, leases, until, salt)
+
+    def _new_id(self) -> str:
+        self.count += 1
+        return f"request-{self.count}"
+
+    def _answer(self, output: Any, step: int) -> Answer:
+        completion = output.outputs[0]
+        extras = (output.kv_transfer_params or {}).get("flexgate", [0, [], []])
+        return Answer(
+            tokens=tuple(completion.token_ids),
+            logprobs=_exact(completion.logprobs),
+            prompt_logprobs=_exact(output.prompt_logprobs),
+            cached=extras[0],
+            mass=tuple(extras[1]),
+            chosen=tuple(extras[2]),
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            step=step,
+        )
+
+
+def _exact(positions: Any) -> tuple[tuple[tuple[int, float], ...], ...]:
+    return tuple(
+        tuple(sorted((token, value.logprob) for token, value in position.items()))
+        for position in positions or ()
+        if position is not None
+    )

@@ -1,0 +1,62 @@
+"""What tests run on every rank of an engine; each gets the rank's worker."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+
+def admit_request(worker: Any, request_id: str, sealed: str) -> str | None:
+    """Run on every rank: why it does not admit a request, or None."""
+    from flexgate.server.engine.gates import GATE_ARG, GateError
+
+    gates = worker.model_runner.get_model().gates
+    try:
+        gates._admit(request_id, {GATE_ARG: sealed})
+    except GateError as error:
+        return str(error)
+    del gates.requests[request_id]
+    return None
+
+
+def overwrite_slots(worker: Any, slots: list[int], kind: str) -> None:
+    """Run on every rank: fill what this one holds of the slots."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    worker.saved = getattr(worker, "saved", [])
+    for part in _parts(worker, slots):
+        worker.saved.append((part, part.clone()))
+        if kind == "random":
+            part.copy_(torch.randn(part.shape, generator=generator))
+        else:
+            part.fill_({"nan": math.nan, "1e30": 1e30, "-1e30": -1e30, "zero": 0.0}[kind])
+
+
+def overwrite_zero_slot(worker: Any) -> None:
+    """Run on every rank: fill the reserved slot with ones."""
+    worker.saved = getattr(worker, "saved", [])
+    for layer in worker.model_runner.get_model().moe_layers():
+        experts = layer.experts.routed_experts
+        for weight in (experts.w13_weight, experts.w2_weight):
+            part = weight.data[layer.router.zero_slot]
+            worker.saved.append((part, part.clone()))
+            part.fill_(1.0)
+
+
+def restore_slots(worker: Any) -> None:
+    """Run on every rank: undo every overwrite."""
+    for part, original in reversed(worker.saved):
+        part.copy_(original)
+    worker.saved = []
+
+
+def _parts(worker: Any, slots: list[int]) -> Iterator[Any]:
+    for layer in worker.model_runner.get_model().moe_layers():
+        experts = layer.experts.routed_experts
+        for slot in slots:
+            yield layer.gate.weight.data[slot]
+            yield layer.gate.bias.data[slot : slot + 1]
+            local = experts.expert_map_manager.map_global_to_local(slot)
+            if local >= 0:
+                yield experts.w13_weight.data[local]
+                yield experts.w2_weight.data[local]
