@@ -7,8 +7,8 @@ the engine lives on.
 
 import logging
 import os
-import time
 
+from flexgate.server.clock import Clock
 from flexgate.server.engine.gates import (
     GATE_ARG,
     SEAL_KEY_VARIABLE,
@@ -47,10 +47,11 @@ class _AlreadySaid(logging.Filter):
 class EngineGuard:
     """Verifies sealed gates and forces the prefix-cache salt that they name."""
 
-    def __init__(self, key: SealKey, table: SlotTable) -> None:
-        """``table`` says which slots are live in this engine."""
+    def __init__(self, key: SealKey, table: SlotTable, clock: Clock) -> None:
+        """``table`` says which slots are live in this engine, ``clock`` which gates have expired."""
         self.key = key
         self.table = table
+        self.clock = clock
         logging.getLogger("vllm.v1.engine.core").addFilter(_AlreadySaid())
 
     def __call__(self, request: EngineCoreRequest) -> Gate:
@@ -64,7 +65,7 @@ class EngineGuard:
         sealed = (params.extra_args or {}).get(GATE_ARG) if params is not None else None
         try:
             gate = open_seal(sealed, self.key)
-            check(gate, request_id=request.external_req_id or "", now=time.time())
+            check(gate, request_id=request.external_req_id or "", now=self.clock())
             self.table.admit(gate)
         except GateError as error:
             logger.warning("refused request %s: %s", request.request_id, error)

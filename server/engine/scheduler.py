@@ -2,11 +2,11 @@
 
 import logging
 import math
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flexgate.server.clock import Clock
 from flexgate.server.engine.gates import Gate
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.lifeline import end_with_parent
@@ -62,7 +62,8 @@ class _Gated(_Base):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         end_with_parent()
         self._table = SlotTable.from_config(vllm_config.additional_config)
-        guard_requests(EngineGuard(seal_key_from_environment(), self._table))
+        self._clock = Clock()
+        guard_requests(EngineGuard(seal_key_from_environment(), self._table, self._clock))
         offer_to_engine_core(SLOTS_UTILITY, _change_slots)
         self._ledger = UsageLedger(self._table.total)
         self._held: dict[str, _Held] = {}
@@ -84,7 +85,7 @@ class _Gated(_Base):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """End requests whose gate has expired, then schedule the rest."""
-        now = time.time()
+        now = self._clock()
         if now >= self._next_deadline:
             self._expire(now)
         return super().schedule(*args, **kwargs)

@@ -201,6 +201,15 @@ def test_a_gate_that_expires_in_mid_stream_ends_its_request_alone(engine: Script
     assert (other.finish_reason, len(other.tokens)) == ("length", 20)
 
 
+def test_a_gate_ends_also_when_the_clock_is_set_back(engine: ScriptedEngine) -> None:
+    engine.call("set_clock_back", 3600.0)
+    try:
+        alone = engine.solo(Ask(PROMPT, ALL, max_tokens=400, valid_for=3600.2))
+    finally:
+        engine.call("set_clock_back", 0.0)
+    assert (alone.finish_reason, alone.stop_reason) == ("error", "gate_expired")
+
+
 def test_nothing_is_held_for_requests_that_have_ended(engine: ScriptedEngine) -> None:
     engine.run(mixed_script())
     assert engine.call("leftovers") == (0, 0)

@@ -142,6 +142,15 @@ class Engine:
         """Preemptions since the engine started."""
         return self.preempted
 
+    def set_clock_back(self, seconds: float) -> None:
+        """The machine's clock, as the engine core reads it, from now on; 0 sets it right."""
+        import time
+
+        clock = self.engine.engine_core.engine_core.scheduler._clock
+        self._right_clock = getattr(self, "_right_clock", time.time)
+        right = self._right_clock
+        time.time = clock._machine = lambda: right() - seconds
+
     def leftovers(self) -> tuple[int, int]:
         """Requests that gates and ledger still hold when nothing runs."""
         scheduler = self.engine.engine_core.engine_core.scheduler
