@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -16,7 +16,8 @@ from flexgate.policies.store.store import Store
 from flexgate.server.engine.canary import try_added
 from flexgate.server.engine.client import ExpertLease
 from flexgate.server.engine.launch import RunningEngine
-from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.errors import PackageRefused
+from flexgate.server.experts.repository import Added, ResidencyRepository
 from flexgate.server.experts.residence import Places, Residence
 from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.uploads import Uploads
@@ -61,12 +62,17 @@ class AtStart:
 
 
 def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtStart:
-    """Read it; the store is migrated. Raises `PackageRefused` where versions cannot be compared."""
+    """Read it; the store is migrated.
+
+    Raises:
+        PackageRefused: versions cannot be compared, or the checkpoint needs the slot of an expert that was added.
+    """
     state = store.weights()
     packages = ResidencyRepository(store).added()
     old = [package for package in packages if is_set_aside(package, merged)]
     added = [package for package in packages if package not in old]
     without = state.withdrawn | {change.expert for change in added}
+    _require_own_slots(added, checkpoint, without)
     kept = tuple(expert for expert in checkpoint if expert.id not in without)
     catalogue = store.snapshot().experts if added else {}
     known = {str(id_): expert for id_, expert in catalogue.items()}
@@ -80,6 +86,16 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
     for sentence in set_aside:
         logger.warning("set aside: %s", sentence)
     return AtStart(frozenset(without), least, state.epoch, resident, set_aside)
+
+
+def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], without: Collection[str]) -> None:
+    for package in added:
+        holders = [expert.id for expert in checkpoint[package.slot : package.slot + 1] if expert.id not in without]
+        for holder in holders:
+            raise PackageRefused(
+                f"expert '{package.expert}' was added into slot {package.slot}, which '{holder}' of this checkpoint "
+                f"needs: serve the former checkpoint, withdraw '{package.expert}' there, and add it again to this one"
+            )
 
 
 def expert_service(

@@ -178,3 +178,12 @@ def test_a_version_that_is_no_number_is_refused(tmp_path: Path, version: object)
     write_manifest(tmp_path, version=version)
     with pytest.raises(LayoutError, match="the version of 'news' must be a whole number from 1"):
         merged_versions(tmp_path, 2)
+
+
+@pytest.mark.asyncio
+async def test_a_slot_that_a_later_checkpoint_needs_is_refused_in_words(place: Place) -> None:
+    job = await place.add(place.serve(news=1), 2)
+    assert job.result["slot"] == len(CHECKPOINT)
+    longer = (*CHECKPOINT, ManifestExpert("math", "academy", "math"))
+    with pytest.raises(PackageRefused, match="'news' was added into slot 2, which 'math' of this checkpoint needs"):
+        at_start(place.store, longer, {**MERGED, "news": 1, "math": 1})
