@@ -109,13 +109,18 @@ class GateState(torch.nn.Module):
         Args:
             order: request ids in batch order; each occupies its scheduled tokens, contiguously.
             num_padded: tokens of the forward pass, padding included.
+
+        Raises:
+            GateError: the forward pass has fewer tokens than were scheduled.
         """
         step = [self._step[request_id] for request_id in order]
         counts = [entry.tokens for entry in step]
         total = sum(counts)
+        if total > num_padded:
+            raise GateError(f"{total} tokens were scheduled, the forward pass has {num_padded}")
         masks = np.array([entry.bitmask for entry in step], np.uint64).view(np.int64)
         self._order, self._num_tokens = order, total
-        self._memory().start(masks if total == len(step) else np.repeat(masks, counts), num_padded)
+        self._memory().start(np.repeat(masks, counts), num_padded)
 
     def close(self) -> None:
         """Close every token, for profiling, warm-up, capture and dummy batches."""

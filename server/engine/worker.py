@@ -93,7 +93,7 @@ class GatedWorker(_Worker):
 
     def init_device(self) -> None:
         """Build vLLM's model runner and put the gated one in its place."""
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and self.model_config.dtype is torch.bfloat16:
             allow_amx_tiles()
         super().init_device()
         if not self.use_v2_model_runner:

@@ -29,7 +29,7 @@ import asyncio, math, sys
 from pathlib import Path
 from vllm.sampling_params import SamplingParams
 from flexgate.server.engine import launch
-from flexgate.server.engine.canary import CanaryNotScheduled, try_added
+from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled, try_added
 from flexgate.server.engine.client import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
 
 ADDED = ExpertLease("added", 4, 7)
@@ -61,17 +61,20 @@ async def main():
             try:
                 await try_added(engine.client, engine.slots, public, ADDED, seconds=seconds)
                 return f"answered after {len(begun) - 2} of 4 that waited"
-            except CanaryNotScheduled as error:
+            except (CanaryNotScheduled, CanaryError) as error:
                 return str(error)
             finally:
                 await asyncio.gather(*load)
                 assert await engine.slots.users(ADDED.slot) == 0
 
-        for _ in range(10):  # one is enough, unless this process was halted meanwhile
-            if "no place" in (told := await attempt(0.01)):
-                break
-        print("TOLD", told)
-        print("TOLD", await attempt(60))
+        async def attempts(seconds, expected):
+            for _ in range(10):  # one is enough, unless this process was halted meanwhile
+                if expected in (told := await attempt(seconds)):
+                    break
+            print("TOLD", told)
+
+        await attempts(0.01, "no place")
+        await attempts(60, "answered")
 
 if __name__ == "__main__":
     asyncio.run(main())

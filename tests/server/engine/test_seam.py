@@ -27,3 +27,12 @@ def test_amx_tiles_are_asked_for() -> None:
     """Linux ends a process that uses them without having asked; importing vLLM does not ask."""
     said = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == "False True"
+
+
+def test_a_refusal_of_amx_tiles_is_told_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexgate.server.engine.seam import allow_amx_tiles
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    with pytest.raises(RuntimeError, match="use --dtype float32"):
+        allow_amx_tiles()
