@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flexgate.policies.errors import PolicyError
 from flexgate.policies.tenants import Role
 from flexgate.server import metrics
 from flexgate.server.auth import EVERY_ROLE, AuthError, authenticate
@@ -70,9 +71,11 @@ class Gateway:
             failure = ApiError(INTERNAL_MESSAGE, code="internal_error")
             await exchange.fail(failure, receive)
         finally:
-            await self._note_stranger(scope, context)
-            exchange.log()
-            self._note_denial(context)
+            try:
+                await self._note_stranger(scope, context)
+            finally:
+                exchange.log()
+                self._note_denial(context)
 
     async def _note_stranger(self, scope: Scope, context: Context) -> None:
         """Whose good key it was that is not known at this address. The answer, which does not say so, has gone out."""
@@ -81,7 +84,7 @@ class Gateway:
             return
         if not policy.fresh():  # this must not wait: it may be all that is left of a request
             return
-        with suppress(AuthError):
+        with suppress(AuthError, PolicyError):  # the lease may have run out since
             snapshot = await policy.current()
             key = authenticate(snapshot, header, self._services.clock(), EVERY_ROLE - set(self._roles))
             context.noted |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -10,7 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from flexgate.server.logs import JsonFormatter
+from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.tenants import Role
+from flexgate.server.app import build_app
+from flexgate.server.denials import ACTION, ANONYMOUS
+from flexgate.server.logs import FIELDS, JsonFormatter
+from flexgate.server.policy import PolicySource
 
 CANARY = "zebra-canary-prompt"
 
@@ -72,14 +78,35 @@ async def test_a_failure_inside_is_told_without_its_words(
 
 @pytest.mark.asyncio
 async def test_a_failure_of_the_policy_store_is_503(client: httpx.AsyncClient, services: Any, store: Any) -> None:
-    from flexgate.policies.errors import StoreUnavailable
-
     store.answer = StoreUnavailable("locked")
     services.policy._confirmed = -1e9
     response = await client.post("/v1/completions", json={"prompt": "x"})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "policy_unavailable"
     assert (await client.get("/ready")).status_code == 503
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("error", [StoreUnavailable("locked"), RuntimeError("a bug")], ids=["store", "bug"])
+async def test_a_denied_request_is_noted_also_when_nobody_can_say_whose_key_it_was(
+    services: Any, store: Any, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """The policy's lease runs out between the last look at it and its use."""
+    times = iter((0.0, 0.0, 0.0))
+    services.policy = PolicySource(store, lambda: (), lease_s=1.0, poll_s=1.0, clock=lambda: next(times, 9.0))
+    services.policy.confirm()
+    store.answer, asked = error, store.asked
+    caplog.set_level(logging.INFO, "flexgate.server.gateway")
+    escapes = pytest.raises(RuntimeError) if isinstance(error, RuntimeError) else contextlib.nullcontext()
+    transport = httpx.ASGITransport(build_app(services, roles=[Role.TENANT]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        with escapes:
+            await http.get("/v1/experts", headers={"authorization": "Bearer sk-admin"})
+    assert store.asked == asked + 1
+    assert [(record.getMessage(), getattr(record, FIELDS)["status"]) for record in caplog.records] == [("request", 401)]
+    services.denials.flush()
+    (entry,) = [entry for entry in services.store.audit_log(limit=100) if entry.action == ACTION]
+    assert (entry.actor, entry.detail["code"]) == (ANONYMOUS, "invalid_api_key")
 
 
 @pytest.mark.asyncio
