@@ -13,7 +13,6 @@ import gc
 import logging
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ from flexgate.policies.store.hints import Hints
 from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
 from flexgate.server.app import build_app, build_listeners
+from flexgate.server.clock import Clock
 from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.launch import EngineSettings, LaunchPlan, RunningEngine, launch, plan
 from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
@@ -56,6 +56,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     Raises:
         Exception: whatever stops the start; nothing was listening then.
     """
+    clock = Clock()  # one for all, from before the first look at it: a step back while the engine starts is seen
     engine_settings = _engine_settings(settings, model)
     checkpoint = plan(engine_settings).checkpoint
     _require_tokenizer(model)
@@ -67,19 +68,19 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     ):
         store.migrate()
         _past(settings).require(store)
-        require_clock(store, time.time())
+        require_clock(store, clock())
         merged = merged_versions(model, len(checkpoint.experts))
         before = at_start(store, checkpoint.experts, merged)
         engine_settings = replace(
             engine_settings, withdrawn=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
         planned = plan(engine_settings)
-        secret = _prepare(settings, store, before.resident)
+        secret = _prepare(settings, store, before.resident, at=clock())
         with _interruptible():
             launching = launch(engine_settings, stage)
             engine = await launching.__aenter__()
         try:
-            services = _services(settings, model, engine, store, merged)
+            services = _services(settings, model, engine, store, merged, clock)
             await services.experts.restore(stage)
             services.policy.confirm()
             services.spending.refresh()
@@ -97,7 +98,9 @@ def _settle_heap() -> None:
     gc.freeze()
 
 
-def _services(settings: Settings, model: Path, engine: RunningEngine, store: Store, merged: Merged) -> Services:
+def _services(
+    settings: Settings, model: Path, engine: RunningEngine, store: Store, merged: Merged, clock: Clock
+) -> Services:
     client = engine.client
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
@@ -120,11 +123,12 @@ def _services(settings: Settings, model: Path, engine: RunningEngine, store: Sto
         handlers=handlers,
         policy=policy,
         store=store,
-        experts=expert_service(settings, model, engine, store, policy, merged),
+        experts=expert_service(settings, model, engine, store, policy, merged, clock),
         uploads=uploads(settings),
         experts_dir=settings.experts_dir,
         model_names=names,
-        started=time.time(),
+        started=clock(),
+        clock=clock,
         limits=settings.limits,
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
@@ -273,12 +277,12 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare(settings: Settings, store: Store, experts: Iterable[Loaded]) -> str | None:
+def _prepare(settings: Settings, store: Store, experts: Iterable[Loaded], *, at: float) -> str | None:
     secret = None
     if settings.demo:
-        tenancy.prepare_demo(store, experts, at=time.time())
+        tenancy.prepare_demo(store, experts, at=at)
     else:
-        secret = tenancy.prepare(store, experts, at=time.time())
+        secret = tenancy.prepare(store, experts, at=at)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
     return secret
 

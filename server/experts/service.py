@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -41,9 +40,11 @@ class ExpertService:
         canary: Canary,
         confirm: Callable[[], object],
         record: Record,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
-        """`confirm` refreshes the policy snapshot; `record` writes to the audit log. Both block."""
+        """`confirm` refreshes the policy snapshot; `record` writes to the audit log. Both block. `clock` (Unix seconds)
+        stamps every change.
+        """
         self.jobs = Jobs(clock)
         self._residence = residence
         self._clock = clock

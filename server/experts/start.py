@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -105,8 +105,9 @@ def expert_service(
     store: Store,
     policy: PolicySource,
     merged: Merged,
+    clock: Callable[[], float],
 ) -> ExpertService:
-    """The service over a running engine."""
+    """The service over a running engine; `clock` (Unix seconds) stamps every change."""
     places = Places(
         private=settings.directory() / "experts",
         base=lambda: base_identity(model),
@@ -115,12 +116,12 @@ def expert_service(
     residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
 
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
-        store.record([Event(at=time.time(), actor=actor, action=action, detail=detail)])
+        store.record([Event(at=clock(), actor=actor, action=action, detail=detail)])
 
     async def canary(public: ExpertLease, added: ExpertLease) -> None:
         await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
 
-    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record)
+    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)
 
 
 def uploads(settings: Settings) -> Uploads:

@@ -204,7 +204,7 @@ def _expert_service(client: Any, store: Store, directory: Path) -> Any:
 
     places = Places(private=directory / "experts", base=unused, trusted_keys=None)
     residence = Residence(client, SimpleNamespace(), ResidencyRepository(store), places, {})  # type: ignore[arg-type]
-    return ExpertService(residence, canary=unused, confirm=unused, record=unused)
+    return ExpertService(residence, canary=unused, confirm=unused, record=unused, clock=time.time)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from flexgate.policies.store import Store, engine, gitops
 from flexgate.policies.tenants import Tenant
 from flexgate.server import process
 from flexgate.server.cli import app
+from flexgate.server.clock import Clock
 from flexgate.server.past import Past
 from flexgate.server.policy import PolicySource
 from flexgate.server.settings import Settings
@@ -429,8 +430,8 @@ def test_a_start_refuses_an_empty_database_in_place_of_the_one_it_had(
 def test_a_start_refuses_a_clock_that_is_behind_the_policy(
     serve: Callable[[], Result], database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, set_back = time.time, [30.0]
-    monkeypatch.setattr(process.time, "time", lambda: there() - set_back[0])
+    set_back = [30.0]
+    monkeypatch.setattr(process, "Clock", lambda: Clock(lambda: time.time() - set_back[0]))
     assert _refusal(serve()).endswith("the engine would be started now")
     before = _content_of(database)
     set_back[0] = 3600.0

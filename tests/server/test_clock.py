@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from residencykit.local import Local, local
 
-from flexgate.policies.store import Store
+from flexgate.policies.store import Store, history
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import Agreement
+from flexgate.server import process
 from flexgate.server.clock import Clock
 from flexgate.server.policy import PolicySource
+from flexgate.server.settings import Settings
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()
 MATH = {"owner": "academy", "experts": ["math"], "assignee": "everyone", "effect": "permit", "version": 2}
@@ -86,3 +93,36 @@ async def test_what_has_ended_stays_ended(services: Any, real_store: Store, mach
     assert await asked() == (401, False)
     machine.passes(1, and_set=-3600)
     assert await asked() == (401, False)
+
+
+@pytest.mark.asyncio
+async def test_a_clock_set_back_while_the_engine_starts_stamps_nothing(
+    text_checkpoint: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that a start does, around experts on plain tensors in place of an engine."""
+    settings = Settings(model=text_checkpoint, port=0, state_dir=tmp_path / "state")
+    store = Store.open(settings.database())
+    here: list[Local] = []
+
+    @asynccontextmanager
+    async def launch(*_: object) -> AsyncIterator[Local]:
+        machine.passes(60, and_set=-3600)
+        here.append(local(store, text_checkpoint, tmp_path))
+        yield here[0]
+
+    async def run(_: Settings, services: Any, *_sockets: object) -> None:
+        assert services.started == services.clock() == NOON + 60
+        await services.experts.revoke("news", actor="key_admin")
+
+    monkeypatch.setattr(process, "Clock", lambda: Clock(lambda: machine.wall, lambda: machine.steady))
+    monkeypatch.setattr(process, "launch", launch)
+    monkeypatch.setattr(process, "build_handlers", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(process, "_settle_heap", lambda: None)  # else the tests' own heap stays for ever
+    monkeypatch.setattr(process, "_run", run)
+    await process.serve(settings, text_checkpoint, stage=lambda *_: None, ready=lambda *_: None)
+    assert store.weights().last["news"].at == NOON + 60
+    (cleared,) = [entry for entry in store.audit_log(limit=100) if entry.action == "weights.cleared"]
+    assert (cleared.at, cleared.detail["requested_at"], cleared.detail["effective_at"]) == (NOON + 60,) * 3
+    assert {revision.at for revision in history.list_revisions(store)} <= {NOON, NOON + 60}
+    assert [info.id for info in here[0].client.experts()] == ["public"]
+    store.close()

@@ -7,6 +7,7 @@ inference engine around them is missing. Gates are admitted as an engine core wo
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,6 @@ def local(
 
     confirm: Callable[[], object] = lambda: None  # noqa: E731
     residence = Residence(client, slots, ResidencyRepository(store), places, merged)
-    service = ExpertService(residence, canary=canary, confirm=confirm, record=record)
+    service = ExpertService(residence, canary=canary, confirm=confirm, record=record, clock=time.time)
     made.append(Local(service, client, slots, store, recorded))
     return made[0]
