@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Final
 
-from sqlalchemy import Connection, func, insert, select
+from pydantic import Field, TypeAdapter, ValidationError
+from sqlalchemy import Connection, Row, func, insert, select
 
-from flexgate.policies.store.documents import from_json
+from flexgate.policies.store.documents import damaged, from_json
 from flexgate.policies.store.schema import policy_changes, policy_revisions
 from flexgate.policies.terms import Agreement
+
+LAST_SECOND: Final = 253402300799.0
+"""Of the year 9999: no later moment can be written as a date."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +32,12 @@ class Revision:
     """Who changed the policy, when (Unix seconds) and why."""
 
     version: int
-    at: float
+    at: Annotated[float, Field(ge=0, le=LAST_SECOND)]
     actor: str
     note: str
+
+
+_REVISION: Final = TypeAdapter(Revision)
 
 
 def current_version(connection: Connection) -> int:
@@ -41,15 +48,15 @@ def current_version(connection: Connection) -> int:
 
 def made_at(connection: Connection, version: int) -> float:
     """When a version was made (Unix seconds); 0.0 if it never was."""
-    at: float | None = connection.scalar(select(policy_revisions.c.at).where(policy_revisions.c.version == version))
-    return at or 0.0
+    row = connection.execute(select(policy_revisions).where(policy_revisions.c.version == version)).one_or_none()
+    return 0.0 if row is None else _revision(row).at
 
 
 def read_revisions(connection: Connection, after: int, limit: int) -> list[Revision]:
     """Revisions newer than `after`, oldest first."""
     table = policy_revisions
     query = select(table).where(table.c.version > after).order_by(table.c.version).limit(limit)
-    return [Revision(**row._mapping) for row in connection.execute(query)]
+    return [_revision(row) for row in connection.execute(query)]
 
 
 def read_changes(connection: Connection, after: int, until: int) -> list[ObjectChange]:
@@ -69,7 +76,14 @@ def read_newest(connection: Connection, before: int | None, limit: int) -> list[
     query = select(table).order_by(table.c.version.desc()).limit(limit)
     if before is not None:
         query = query.where(table.c.version < before)
-    return [Revision(**row._mapping) for row in connection.execute(query)]
+    return [_revision(row) for row in connection.execute(query)]
+
+
+def _revision(row: Row[Any]) -> Revision:
+    try:
+        return _REVISION.validate_python(dict(row._mapping))
+    except ValidationError as error:
+        raise damaged("revision", {"id": row.version}, error) from error
 
 
 def read_object(connection: Connection, kind: str, ids: Iterable[str]) -> list[tuple[float, ObjectChange]]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from pydantic import BaseModel, ValidationError
+
 from flexgate.experts.manifest import Manifest
 from flexgate.policies.store.change import Change
+from flexgate.policies.store.documents import damaged
 from flexgate.policies.store.store import Store
+from flexgate.policies.store.weights import WeightsChange
 from flexgate.policies.tenants import Expert
 from flexgate.policies.terms import ExpertId
 from flexgate.server.experts.errors import ChangeConflict
@@ -33,6 +37,15 @@ class Added:
     merged: int | None = None
 
 
+class _Detail(BaseModel):
+    """What the store keeps of a package that was added."""
+
+    version: int
+    weights_digest: str
+    base_digest: str
+    merged_version: int | None = None
+
+
 class ResidencyRepository:
     """Blocking; every method is one transaction."""
 
@@ -48,20 +61,8 @@ class ResidencyRepository:
         return self._store.weights().withdrawn
 
     def added(self) -> tuple[Added, ...]:
-        """Experts that came from packages, in the order in which they came."""
-        return tuple(
-            Added(
-                change.expert,
-                change.detail["version"],
-                change.slot,
-                change.epoch,
-                change.package or "",
-                change.detail["weights_digest"],
-                change.detail["base_digest"],
-                change.detail.get("merged_version"),
-            )
-            for change in self._store.weights().added
-        )
+        """Experts that came from packages, in the order in which they came; raises `StoreDamaged`."""
+        return tuple(map(_added, self._store.weights().added))
 
     def require_owner(self, manifest: Manifest) -> None:
         """Refuse a package whose id belongs to another owner; raises `ChangeConflict`."""
@@ -98,6 +99,23 @@ class ResidencyRepository:
             if known is not None:
                 change.put(known.model_copy(update={"live": False}))
             return change.revoke_weights(expert, slot=slot, detail={})
+
+
+def _added(change: WeightsChange) -> Added:
+    try:
+        detail = _Detail.model_validate(change.detail, strict=True)
+    except ValidationError as error:
+        raise damaged("change of weights", {"id": change.epoch}, error) from error
+    return Added(
+        change.expert,
+        detail.version,
+        change.slot,
+        change.epoch,
+        change.package or "",
+        detail.weights_digest,
+        detail.base_digest,
+        detail.merged_version,
+    )
 
 
 def _put(change: Change, manifest: Manifest) -> None:

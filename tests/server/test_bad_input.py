@@ -239,6 +239,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "migrated it",
     ),
 }
+_ADDED = "INSERT INTO weights_epochs VALUES (2, 1.0, 'test', 'added', 'extra', 5, 'job_1', '{}')"
 DAMAGED: dict[str, tuple[Break, str]] = {
     "document": (
         _damaging('UPDATE tenants SET document = \'{"id": "acme", "name": 1}\' WHERE id = \'acme\''),
@@ -253,6 +254,24 @@ DAMAGED: dict[str, tuple[Break, str]] = {
         _damaging("UPDATE api_keys SET role = 'god'"),
         "' does not parse (role: Input should be 'tenant', 'admin', 'auditor' or 'owner'): put a copy of the database "
         "back",
+    ),
+    "time of a revision": (
+        _damaging("UPDATE policy_revisions SET at = 'x'"),
+        " does not parse (at: Input should be a valid number, unable to parse string as a number): put a copy of the "
+        "database back",
+    ),
+    "time that is no date": (
+        _damaging("UPDATE policy_revisions SET at = 1e300"),
+        " does not parse (at: Input should be less than or equal to 253402300799): put a copy of the database back",
+    ),
+    "change of weights without a version": (
+        _damaging(_ADDED.format("{}")),
+        "the stored change of weights 2 does not parse (version: Field required): put a copy of the database back",
+    ),
+    "version that is no number": (
+        _damaging(_ADDED.format('{"version": "1", "weights_digest": "", "base_digest": ""}')),
+        "the stored change of weights 2 does not parse (version: Input should be a valid integer): put a copy of the "
+        "database back",
     ),
     "what does not fit": (
         _damaging('UPDATE tenants SET document = \'{"id": "acme", "name": "A", "expert_ids": ["zzz"]}\''),
