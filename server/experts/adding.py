@@ -105,7 +105,7 @@ class Adding:
     async def _load(self, job: Job, package: VerifiedPackage) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
         await asyncio.to_thread(self._check_version, manifest)
-        slot = residence.take_slot()
+        slot = residence.take_slot(await asyncio.to_thread(residence.repository.slots_of_others, manifest.id))
         try:
             digests = await self._fill(job, package, slot)
             async with residence.changing:

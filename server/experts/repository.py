@@ -64,6 +64,10 @@ class ResidencyRepository:
         """Experts that came from packages, in the order in which they came; raises `StoreDamaged`."""
         return tuple(map(_added, self._store.weights().added))
 
+    def slots_of_others(self, expert: str) -> frozenset[int]:
+        """The slots of all other packages, also of those that this start did not load and a later one may."""
+        return frozenset(entry.slot for entry in self.added() if entry.expert != expert)
+
     def require_owner(self, manifest: Manifest) -> None:
         """Refuse a package whose id belongs to another owner; raises `ChangeConflict`."""
         known = self._store.snapshot().experts.get(ExpertId(manifest.id))

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +95,13 @@ class Residence:
         """All loaded experts but one."""
         return tuple(info for info in self.client.experts() if info.id != expert)
 
-    def take_slot(self) -> int:
-        """Reserve the lowest slot that is clean and nobody's; raises `ChangeConflict`."""
-        taken = {info.slot for info in self.client.experts()} | self._dirty
+    def take_slot(self, kept: Collection[int]) -> int:
+        """Reserve the lowest slot that is clean and nobody's; raises `ChangeConflict`.
+
+        Args:
+            kept: slots that are not given away; see `ResidencyRepository.slots_of_others`.
+        """
+        taken = {info.slot for info in self.client.experts()} | self._dirty | set(kept)
         free = [slot for slot in range(self.client.slots) if slot not in taken]
         if not free:
             raise ChangeConflict(

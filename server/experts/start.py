@@ -65,7 +65,7 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
     """Read it; the store is migrated.
 
     Raises:
-        PackageRefused: versions cannot be compared, or the checkpoint needs the slot of an expert that was added.
+        PackageRefused: versions cannot be compared, or the slot of an expert that was added is also another's.
     """
     state = store.weights()
     packages = ResidencyRepository(store).added()
@@ -95,6 +95,15 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
             raise PackageRefused(
                 f"expert '{package.expert}' was added into slot {package.slot}, which '{holder}' of this checkpoint "
                 f"needs: serve the former checkpoint, withdraw '{package.expert}' there, and add it again to this one"
+            )
+    first: dict[int, str] = {}
+    for package in added:
+        other = first.setdefault(package.slot, package.expert)
+        if other != package.expert:
+            raise PackageRefused(
+                f"expert '{package.expert}' was added into slot {package.slot} while '{other}', which was added into "
+                f"it before, was not loaded: start the server as it was then, withdraw '{package.expert}' there, and "
+                "add it again now"
             )
 
 

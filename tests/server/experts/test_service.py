@@ -313,6 +313,8 @@ async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_s
     await again.service.restore(lambda *_: None)
     assert again.client.published[-1] == ("public", "news")
     assert again.slots.digests(2) == zeros(again)
+    object.__setattr__(again.service._residence.places, "trusted_keys", None)
+    assert (await again.add(package(tmp_path, anchor, expert="code"))).result["slot"] == 3
 
 
 async def test_a_withdrawal_that_drains_holds_up_nobody_elses(here: Local, tmp_path: Path, anchor: Path) -> None:

@@ -55,10 +55,10 @@ class Place:
         await here.service.restore(lambda *_: None)
         return state, here
 
-    async def add(self, here: Local, version: int) -> Any:
-        """Add `news` in a version of its own weights; the ended job."""
+    async def add(self, here: Local, version: int, *, expert: str = "news", owner: str = "gazette") -> Any:
+        """Add an expert in a version of its own weights; the ended job."""
         target = self.directory / f"package-{version}-{len(list(self.directory.iterdir()))}"
-        make_package(target, self.anchor, expert="news", owner="gazette", version=version, seed=version)
+        make_package(target, self.anchor, expert=expert, owner=owner, version=version, seed=version)
         return await here.add(target)
 
 
@@ -187,3 +187,46 @@ async def test_a_slot_that_a_later_checkpoint_needs_is_refused_in_words(place: P
     longer = (*CHECKPOINT, ManifestExpert("math", "academy", "math"))
     with pytest.raises(PackageRefused, match="'news' was added into slot 2, which 'math' of this checkpoint needs"):
         at_start(place.store, longer, {**MERGED, "news": 1, "math": 1})
+
+
+@pytest.mark.asyncio
+async def test_the_slot_of_a_package_that_was_set_aside_is_not_given_away(place: Place) -> None:
+    news = await place.add(place.serve(news=1), 2)
+    _, here = await place.restart(news=3)
+    math = await place.add(here, 1, expert="math", owner="academy")
+    assert (news.result["slot"], math.result["slot"]) == (2, 3)
+    _, former = await place.restart(news=1)
+    assert news_generation(former) == [news.result["generation"]]
+    assert [info.id for info in former.client.experts()] == ["public", "news", "math"]
+
+
+@pytest.mark.asyncio
+async def test_a_package_that_was_set_aside_keeps_no_slot_from_its_successor_nor_after_its_withdrawal(
+    place: Place,
+) -> None:
+    await place.add(place.serve(news=1), 2)
+    _, here = await place.restart(news=3)
+    assert (await place.add(here, 4)).result["slot"] == 2
+    _, here = await place.restart(news=5)
+    await here.service.revoke("news", actor="key_owner")
+    job = await place.add(here, 1, expert="math", owner="academy")
+    await here.service.revoke("math", actor="key_owner")
+    assert job.result["slot"] == 1
+    jobs = [await place.add(here, 1, expert=name, owner="academy") for name in ("a", "b", "c", "d")]
+    assert [job.result["slot"] for job in jobs] == [1, 2, 3, 4]
+
+
+@pytest.mark.asyncio
+async def test_two_packages_that_were_added_into_one_slot_are_refused_in_words(place: Place) -> None:
+    """As a server wrote it that gave the slot of a package away that it had set aside."""
+    job = await place.add(place.serve(news=1), 2)
+    detail = {"version": 1, "weights_digest": "", "base_digest": "", "merged_version": None}
+    with place.store.change(actor="key_owner", note="add expert math", at=2.0) as change:
+        change.add_weights("math", slot=job.result["slot"], package="job_math", detail=detail)
+    assert at_start(place.store, CHECKPOINT, {**MERGED, "news": 3}).least_slots == 3
+    with pytest.raises(PackageRefused) as refused:
+        at_start(place.store, CHECKPOINT, MERGED)
+    assert str(refused.value) == (
+        "expert 'math' was added into slot 2 while 'news', which was added into it before, was not loaded: "
+        "start the server as it was then, withdraw 'math' there, and add it again now"
+    )
