@@ -17,6 +17,8 @@ from flexgate.policies.terms import ExpertId
 from flexgate.server.experts.errors import ChangeConflict
 
 MAX_DOMAIN: Final = 200
+UNRECORDED: Final = -1
+"""`Added.merged` of a package whose row was written before that was recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Added:
     """A package that is loaded: in which slot, and where its private copy is.
 
     `merged` is the version of the same expert that the checkpoint held then: 0 where it did not say, None where it
-    held none.
+    held none, `UNRECORDED` where nobody knows.
     """
 
     expert: str
@@ -43,7 +45,7 @@ class _Detail(BaseModel):
     version: int
     weights_digest: str
     base_digest: str
-    merged_version: int | None = None
+    merged_version: int | None = UNRECORDED
 
 
 class ResidencyRepository:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.provenance import MODEL_MANIFEST, expert_entries, read_record
 from flexgate.server.experts.errors import PackageRefused
-from flexgate.server.experts.repository import Added
+from flexgate.server.experts.repository import UNRECORDED, Added
 
 Merged = Mapping[str, int]
 """The experts of the served checkpoint, each with its version: 1 or more, or `UNSAID`."""
@@ -25,13 +25,14 @@ def is_set_aside(package: Added, merged: Merged) -> bool:
     """Whether the checkpoint holds a newer version than a package that was added.
 
     Nobody withdraws what was acknowledged: a package stays for as long as the checkpoint says of its expert what it
-    said when the package was added, also where a newer version had been withdrawn to go back to an older one.
+    said when the package was added, also where a newer version had been withdrawn to go back to an older one; and where
+    it was not recorded what it said.
 
     Raises:
         PackageRefused: the checkpoint has changed and does not say in which version it holds the expert.
     """
     now = merged.get(package.expert)
-    if now is None or now == package.merged:
+    if now is None or package.merged in (now, UNRECORDED):
         return False
     if now == UNSAID:
         raise PackageRefused(

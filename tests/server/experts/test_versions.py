@@ -153,6 +153,24 @@ async def test_a_package_replaces_only_an_older_version_of_the_checkpoint(place:
     assert (state.set_aside, news_generation(again)) == ((), [3])
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("merged", [0, 5, 6])
+async def test_a_package_of_a_store_that_did_not_record_the_checkpoints_version_stays(
+    place: Place, merged: int
+) -> None:
+    here = place.serve(news=5)
+    await here.service.revoke("news", actor="key_owner")
+    job = await place.add(here, 4)
+    (row,) = place.store.weights().added
+    former = {key: said for key, said in row.detail.items() if key != "merged_version"}
+    with place.store.change(actor="key_owner", note="add expert news", at=2.0) as change:
+        change.add_weights("news", slot=row.slot, package=job.id, detail=former)
+    state, again = await place.restart(news=merged)
+    assert (state.set_aside, state.without) == ((), {"news"})
+    assert news_generation(again) == [4]
+    assert again.slots.digests(row.slot) == job.result["digests"]
+
+
 def write_manifest(directory: Path, **news: Any) -> None:
     entries = [{"id": "public"}, {"id": "news", **news}]
     (directory / "flexgate.json").write_text(json.dumps({"experts": entries}))
