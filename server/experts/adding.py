@@ -181,9 +181,14 @@ class Adding:
         except PolicyError as error:
             job.committed = await asyncio.to_thread(self._was_committed, added)
             if job.committed is None:
+                now = (
+                    "Nobody can use the expert; add it again, or restart the server, which loads it if it was taken."
+                    if self._residence.find(manifest.id) is None
+                    else "The former version is still served. Restart the server, which loads the new one if it was "
+                    "taken; if it was not, add it again."
+                )
                 raise ChangeConflict(
-                    f"The store broke off: {error}. Nothing tells whether it took the change. "
-                    "Nobody can use the expert; add it again, or restart the server, which loads it if it was taken.",
+                    f"The store broke off: {error}. Nothing tells whether it took the change. {now}",
                     code="commit_unknown",
                 ) from error
             if not job.committed:

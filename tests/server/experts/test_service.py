@@ -304,6 +304,37 @@ async def test_an_add_whose_commit_was_made_and_not_answered_is_not_undone(
     assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
 
 
+async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    repository = here.service._residence.repository
+    added = repository.added
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailable("away")
+
+    def breaks_off(*_: Any, **__: Any) -> None:
+        repository.added = broken  # type: ignore[method-assign]
+        raise StoreUnavailable("away")
+
+    repository.add = breaks_off  # type: ignore[method-assign]
+    said = "The store broke off: away. Nothing tells whether it took the change. "
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error == {
+        "code": "commit_unknown",
+        "message": f"{said}Nobody can use the expert; add it again, or restart the server, which loads it if it was "
+        "taken.",
+    }
+    repository.added = added  # type: ignore[method-assign]
+    job = await here.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))
+    assert job.error == {
+        "code": "commit_unknown",
+        "message": f"{said}The former version is still served. Restart the server, which loads the new one if it was "
+        "taken; if it was not, add it again.",
+    }
+    assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
+
+
 async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_start(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
