@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from flexgate.experts.output import sync
 from flexgate.policies.errors import StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.history import newest_revisions
@@ -55,8 +56,12 @@ class Past:
         """Keep which policy was confirmed. A disk that is full ends nothing: it is logged, and tried the next time."""
         new = self._path.with_suffix(".new")
         try:
-            new.write_text(json.dumps({"policy_version": snapshot.policy_version, "made": snapshot.made}))
+            with new.open("w") as file:
+                file.write(json.dumps({"policy_version": snapshot.policy_version, "made": snapshot.made}))
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave the name with nothing under it
             os.replace(new, self._path)
+            sync(self._path.parent)
             self._failing = False
         except OSError as error:
             if not self._failing:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import shutil
 import sqlite3
 import time
@@ -470,3 +471,26 @@ def test_a_past_that_cannot_be_kept_is_logged_and_ends_nothing(
     (tmp_path / "gone").mkdir()
     past.note(real_store.snapshot())
     past.require(real_store)
+
+
+def test_what_was_confirmed_is_on_the_disk_before_it_gets_its_name(
+    real_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append((path.name, path.read_text() if path.is_file() else ""))
+
+    def replaced(source: Path, target: Path) -> None:
+        replace(source, target)
+        done.append(("replace", target.read_text()))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    path = tmp_path / "policy.json"
+    Past(path).note(real_store.snapshot())
+    text = path.read_text()
+    assert done == [("policy.new", text), ("replace", text), (tmp_path.name, "")]
