@@ -6,13 +6,15 @@ import hashlib
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from flexgate.server.openai.limits import Limits
 
+_PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
+"""Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -46,8 +48,11 @@ class StoreSettings(BaseSettings):
 
     def directory(self) -> Path:
         """Where private copies of packages are kept, for every database apart from others. Makes the directory."""
-        name = "demo" if self.demo else "served-" + hashlib.sha256(self.database().encode()).hexdigest()[:12]
-        directory = self._state() / name
+        url = self.database()
+        directory = self._state() / ("demo" if self.demo else _named(_place(url)))
+        former = self._state() / _named(url)  # what an earlier version called it
+        if former.is_dir() and not directory.exists():
+            directory.symlink_to(former.name)
         directory.mkdir(exist_ok=True, mode=0o700)
         return directory
 
@@ -174,6 +179,28 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     message = first["msg"].removeprefix("Value error, ")
     option = "".join(f"--{str(step).replace('_', '-')}: " for step in first["loc"][:1])
     raise SettingsError(f"{option}{message}")
+
+
+def _named(place: str) -> str:
+    return "served-" + hashlib.sha256(place.encode()).hexdigest()[:12]
+
+
+def _place(url: str) -> str:
+    """What of a URL says which database it is: another password or a demand for TLS makes no other one of it."""
+    from sqlalchemy import URL, make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return url  # opening the store says what is wrong with it
+    if parsed.get_backend_name() == "sqlite":
+        return url
+    query = {name: value for name, value in parsed.query.items() if name in _PLACES}
+    place = URL.create(
+        parsed.get_backend_name(), parsed.username, None, parsed.host, parsed.port, parsed.database, query
+    )
+    return place.render_as_string()
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,40 @@ def test_the_demo_has_a_database_of_its_own(tmp_path: Path) -> None:
     assert normal == f"sqlite:///{tmp_path}/flexgate/flexgate.db"
     assert demo == f"sqlite:///{tmp_path}/flexgate/demo.db"
     assert (tmp_path / "flexgate").stat().st_mode & 0o077 == 0
+
+
+POSTGRES = "postgresql://flexgate:old@db:5432/policy"
+
+
+def _directory(url: str) -> Path:
+    return load_settings(model=MODEL, database_url=url).directory()
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("postgresql://flexgate:new@db:5432/policy", True),
+        ("postgresql+psycopg://flexgate@db:5432/policy", True),
+        (f"{POSTGRES}?sslmode=verify-full&password=new", True),
+        ("postgresql://flexgate:old@other:5432/policy", False),
+        ("postgresql://flexgate:old@db:5433/policy", False),
+        ("postgresql://flexgate:old@db:5432/other", False),
+        (f"{POSTGRES}?options=-csearch_path%3Dother", False),
+        (f"{POSTGRES}?host=/run/other", False),
+    ],
+)
+def test_a_database_keeps_its_directory_whatever_its_password_and_parameters(url: str, same: bool) -> None:
+    assert (_directory(url) == _directory(POSTGRES)) is same
+
+
+def test_a_directory_that_an_earlier_version_named_is_found_again(tmp_path: Path) -> None:
+    former = tmp_path / "flexgate" / f"served-{hashlib.sha256(POSTGRES.encode()).hexdigest()[:12]}"
+    former.mkdir(parents=True)
+    (former / "policy.json").write_text("{}")
+    for url in (POSTGRES, POSTGRES.replace("old", "new")):
+        assert (_directory(url) / "policy.json").read_text() == "{}"
+    sqlite = f"sqlite:///{tmp_path}/p.db?timeout=5"
+    assert _directory(sqlite).name == f"served-{hashlib.sha256(sqlite.encode()).hexdigest()[:12]}"
 
 
 def test_every_setting_is_an_option_of_serve() -> None:
