@@ -97,6 +97,7 @@ def _fill_gaps(axis: Any, gaps: dict[str, Any]) -> None:
         axis.stairs([count / max(1, sum(counts)) for count in counts], edges, label=label)
     axis.axvline(1000 * gaps["bound_seconds"], color="black", linewidth=0.8, label="bound")
     axis.set_yscale("log")
+    axis.set_xlim(0, 1500 * max(gaps["bound_seconds"], gaps["with_an_add_seconds"]["worst"]))
     axis.set_xlabel("milliseconds between two tokens of an answer")
     axis.set_ylabel("share of gaps")
     axis.legend(fontsize=7)
@@ -106,6 +107,6 @@ def _fill_memory(axis: Any, cycles: dict[str, Any]) -> None:
     resident = cycles["resident_bytes"]
     done = [cycles["cycles"] * number / (len(resident) - 1) for number in range(len(resident))]
     axis.plot(done, [value / 1e9 for value in resident], marker="o", markersize=3)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.2e-9 * max(resident))
     axis.set_xlabel("experts added and withdrawn")
     axis.set_ylabel("resident memory, GB")

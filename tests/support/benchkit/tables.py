@@ -55,7 +55,22 @@ def _single(results: Path) -> Iterable[str]:
     yield f"| resident memory of the demo's processes | {plain['resident_bytes'] / 1e9:.1f} GB | |"
     measured, planned = slots["resident_bytes_per_slot"] / 1e6, slots["planned_bytes_per_slot"] / 1e6
     yield f"| one expert slot of the benchmarks' checkpoint: measured, announced | {measured:.1f}, {planned:.1f} MB | |"
+    yield from _changes(_read(results, "changes"))
     yield f"| key, body, decision, limits and seal of a request: p99 | {pieces['all']['p99_us']:.0f} µs | ≤ 300 µs |"
+
+
+def _changes(report: dict[str, Any]) -> Iterable[str]:
+    gaps, cycles = report["gaps"], report["cycles"]
+    worst, bound = (1000 * seconds for seconds in (gaps["with_an_add_seconds"]["worst"], gaps["bound_seconds"]))
+    what = "gap between two tokens of an answer while an expert of 50 MB is added: worst"
+    yield f"| {what} | {worst:.0f} ms | ≤ {bound:.0f} ms |"
+    added, read = gaps["add_seconds"]["median"], gaps["read_file_seconds"]["median"]
+    yield f"| adding it, against reading its file from the cache: medians | {added:.2f} s, {read:.2f} s | ≤ 1.5 × |"
+    told, count = cycles["revoke_seconds"]["p99"], cycles["cycles"]
+    yield f"| withdrawing an expert under load until it is acknowledged, {count:,} times: p99 | {told:.2f} s | ≤ 1 s |"
+    first, last = (f"{cycles['resident_bytes'][index] / 1e9:.2f}" for index in (1, -1))
+    what = "resident memory after the first tenth of these adds and withdrawals, after all"
+    yield f"| {what} | {first}, {last} GB | no growth |"
 
 
 def _cells(ratios: Iterable[float]) -> str:
