@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,17 +43,18 @@ class PostgresServer:
 
     def pause(self) -> None:
         """Stop answering."""
-        for process in self._family():
-            process.suspend()
+        self._each(psutil.Process.suspend)
 
     def resume(self) -> None:
         """Answer again."""
-        for process in self._family():
-            process.resume()
+        self._each(psutil.Process.resume)
 
-    def _family(self) -> list[psutil.Process]:
+    def _each(self, do: Callable[[psutil.Process], None]) -> None:
+        """The server and what serves its connections, which may end at any moment."""
         parent = psutil.Process(self.process.pid)
-        return [parent, *parent.children(recursive=True)]
+        for process in (parent, *parent.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                do(process)
 
 
 @contextmanager
