@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packagekit import make_package, write_model
-from residencykit.local import MERGED, Local, local
+from packagekit import make_package
+from residencykit.local import CHECKPOINT, MERGED, Local, local
 
 from flexgate.experts.signature import TrustedKeys
 from flexgate.policies.errors import StoreUnavailable
-from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
@@ -21,24 +19,7 @@ from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageR
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.start import at_start
 
-CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
 pytestmark = pytest.mark.asyncio
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("anchor") / "model"
-    write_model(path)
-    return path
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
-    opened.migrate()
-    sync_catalogue(opened, CHECKPOINT, at=1.0)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

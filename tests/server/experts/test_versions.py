@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packagekit import make_package, write_model
-from residencykit.local import MERGED, Local, local
+from packagekit import make_package
+from residencykit.local import CHECKPOINT, MERGED, Local, local
 
 from flexgate.experts.errors import LayoutError
-from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
+from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.start import AtStart, at_start
 from flexgate.server.experts.versions import merged_versions
-
-CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
-
-
-@pytest.fixture(scope="module")
-def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("anchor") / "model"
-    write_model(path)
-    return path
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
-    opened.migrate()
-    sync_catalogue(opened, CHECKPOINT, at=1.0)
-    yield opened
-    opened.close()
 
 
 class Place:

@@ -19,6 +19,7 @@ from packagekit import ONE
 from flexgate.experts.base import base_identity
 from flexgate.experts.package import WeightsTicket
 from flexgate.policies.audit import Event
+from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.engine.operator import Closed, SlotTaskFailed
@@ -34,6 +35,7 @@ SLOTS = 5
 LAYERS = ONE.num_hidden_layers
 PUBLIC = ExpertInfo("public", "public", "", 0, 1, True)
 NEWS = ExpertInfo("news", "gazette", "news", 1, 1, True)
+CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
 MERGED = {"public": 0, "news": 1}  # versions that the checkpoint names
 
 

@@ -1,0 +1,29 @@
+"""A base model and a policy store that knows the experts of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packagekit import write_model
+from residencykit.local import CHECKPOINT
+
+from flexgate.policies.store.catalogue import sync_catalogue
+from flexgate.policies.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("anchor") / "model"
+    write_model(path)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
+    opened.migrate()
+    sync_catalogue(opened, CHECKPOINT, at=1.0)
+    yield opened
+    opened.close()
