@@ -47,12 +47,17 @@ class Run:
     hold: Hold
 
     def finish(self) -> None:
-        """Settle what the request used, once nothing of its answer is left to send."""
-        self.hold.settle(self.call.tokens())
+        """End the call, once nothing of its answer is left to send."""
+        self._settle()
         self.services.client.end(self.call)
 
+    def _settle(self) -> None:
+        """Settle what the call used, before the client reads the end: its next request follows at once."""
+        self.hold.settle(self.call.tokens())
+
     def answer_object(self) -> dict[str, Any]:
-        """The `flexgate` object, once the engine is done with the call."""
+        """The `flexgate` object, once the engine is done with the call, which is settled."""
+        self._settle()
         used = self.call.attribution()
         attribution = report.attribution_object(
             self.admitted.snapshot, self.admitted.decision, used.experts, used.cached_prompt_tokens
@@ -69,7 +74,8 @@ class Run:
         return report.headers(self.admitted.decision, self.weights_epoch) | self.hold.headers
 
     def error(self, error: ApiError) -> ApiError:
-        """`error`, unless its gate or its constraint is the real cause."""
+        """The error that ends the call: `error`, unless its gate or its constraint is the real cause."""
+        self._settle()
         if error.status < HTTPStatus.INTERNAL_SERVER_ERROR or self.services.client.errored:
             return error
         refused = vllm_errors.ended_early(self.call)

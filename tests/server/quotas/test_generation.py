@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.tenants import Quota
+from flexgate.server.app import build_app
 from flexgate.server.engine.client import CURRENT_CALL
 from flexgate.server.quotas.subjects import most_tokens
 
@@ -102,6 +103,72 @@ async def test_a_stream_runs_until_it_is_closed(client: httpx.AsyncClient, handl
     handler.result = events
     assert (await post(client, stream=True)).status_code == 200
     assert inside == [429]
+    handler.result = answer
+    assert (await post(client)).status_code == 200
+
+
+FAILURE = 'data: {"error":{"message":"broken","type":"InternalServerError","param":null,"code":500}}\n\n'
+FINISHED = 'data: {"choices":[{"index":0,"finish_reason":"stop"}]}\n\n'
+
+
+@pytest.mark.parametrize("events", [None, (FINISHED, "data: [DONE]\n\n"), (FAILURE, "data: [DONE]\n\n")])
+async def test_who_has_read_the_end_may_ask_again_at_once(
+    services: Any, handler: Any, limit: Any, events: tuple[str, ...] | None
+) -> None:
+    limit(concurrent_requests=1, tokens_per_minute=100)
+    app = build_app(services)
+    headers = {"authorization": "Bearer sk-t"}
+    seen: list[httpx.Response] = []
+
+    async def stream() -> AsyncIterator[str]:
+        answer()
+        for event in events or ():
+            yield event
+
+    async def asking_as_it_reads(scope: Any, receive: Any, send: Any) -> None:
+        async def send_and_ask(message: Any) -> None:
+            await send(message)
+            if any(end in message.get("body", b"") for end in (b"finish_reason", b"[DONE]")):
+                handler.result = answer
+                async with httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app), base_url="http://test", headers=headers
+                ) as other:
+                    seen.append(await post(other, max_tokens=20))
+
+        await app(scope, receive, send_and_ask)
+
+    handler.result = stream if events else answer
+    transport = httpx.ASGITransport(asking_as_it_reads)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as http:
+        await post(http, stream=events is not None, max_tokens=90)
+    assert [response.status_code for response in seen] == [200] * len(seen) != []
+    assert seen[0].headers["x-ratelimit-remaining-tokens"] == "68"
+
+
+async def test_who_leaves_in_mid_stream_gives_back_what_is_held(
+    services: Any, client: httpx.AsyncClient, handler: Any, limit: Any
+) -> None:
+    limit(concurrent_requests=1)
+    app = build_app(services)
+
+    async def endless() -> AsyncIterator[str]:
+        while True:
+            yield 'data: {"choices":[{"index":0,"text":"x","finish_reason":null}]}\n\n'
+
+    async def leaving(scope: Any, receive: Any, send: Any) -> None:
+        async def send_once(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                raise OSError("the client is gone")
+            await send(message)
+
+        await app(scope, receive, send_once)
+
+    handler.result = endless
+    transport = httpx.ASGITransport(leaving, raise_app_exceptions=False)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test", headers={"authorization": "Bearer sk-t"}
+    ) as http:
+        await post(http, stream=True)
     handler.result = answer
     assert (await post(client)).status_code == 200
 
