@@ -25,7 +25,7 @@ from flexgate.server.experts.errors import ChangeConflict, EngineBusy, EngineFai
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
-from flexgate.server.experts.versions import UNSAID
+from flexgate.server.experts.versions import UNSAID, is_set_aside
 
 Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
 """Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
@@ -207,8 +207,17 @@ class Adding:
         info = residence.find(manifest.id)
         if info is None:
             return
-        packages = {(entry.expert, entry.generation): entry.version for entry in residence.repository.added()}
-        loaded = packages.get((info.id, info.generation), residence.merged.get(info.id, UNSAID))
+        package = next((entry for entry in residence.repository.added() if entry.expert == info.id), None)
+        if package is None or is_set_aside(package, residence.merged):
+            loaded = residence.merged.get(info.id, UNSAID)
+        elif package.generation == info.generation:
+            loaded = package.version
+        else:
+            raise ChangeConflict(
+                f"The store took version {package.version} of expert '{info.id}' when its answer was lost, and the "
+                "former version is still served. Restart the server, which loads the one that the store took.",
+                code="commit_unknown",
+            )
         if loaded == UNSAID:
             raise ChangeConflict(
                 f"Expert '{manifest.id}' is loaded from the checkpoint, which does not say in which version. "

@@ -104,8 +104,10 @@ class Residence:
         taken = {info.slot for info in self.client.experts()} | self._dirty | set(kept)
         free = [slot for slot in range(self.client.slots) if slot not in taken]
         if not free:
+            idle = len(set(kept).difference(self._dirty, (info.slot for info in self.client.experts())))
+            left_out = f", {idle} of them by packages that this start left out" if idle else ""
             raise ChangeConflict(
-                f"All {self.client.slots} expert slots are taken. Withdraw an expert, "
+                f"All {self.client.slots} expert slots are taken{left_out}. Withdraw an expert, "
                 "or start the server with a larger --max-experts.",
                 code="slots_full",
             )

@@ -316,6 +316,32 @@ async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
     assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
 
 
+async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_took(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    repository = here.service._residence.repository
+    added, commit = repository.added, repository.add
+
+    def away() -> Any:
+        raise StoreUnavailable("away")
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        commit(*args, **kwargs)
+        repository.added = away  # type: ignore[method-assign]
+        raise StoreUnavailable("the answer was lost")
+
+    await here.add(package(tmp_path, anchor))
+    repository.add = lost  # type: ignore[method-assign]
+    job = await here.add(package(tmp_path, anchor, version=2))
+    assert job.error["code"] == "commit_unknown"
+    repository.added, repository.add = added, commit  # type: ignore[method-assign]
+    assert (await here.add(package(tmp_path, anchor, version=3))).error == {
+        "code": "commit_unknown",
+        "message": "The store took version 2 of expert 'math' when its answer was lost, and the former version is "
+        "still served. Restart the server, which loads the one that the store took.",
+    }
+
+
 async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_start(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
@@ -327,6 +353,12 @@ async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_s
     assert again.slots.digests(2) == zeros(again)
     object.__setattr__(again.service._residence.places, "trusted_keys", None)
     assert (await again.add(package(tmp_path, anchor, expert="code"))).result["slot"] == 3
+    assert (await again.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 4
+    assert (await again.add(package(tmp_path, anchor, expert="wine"))).error == {
+        "code": "slots_full",
+        "message": "All 5 expert slots are taken, 1 of them by packages that this start left out. Withdraw an expert, "
+        "or start the server with a larger --max-experts.",
+    }
 
 
 async def test_a_withdrawal_that_drains_holds_up_nobody_elses(here: Local, tmp_path: Path, anchor: Path) -> None:
