@@ -13,7 +13,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from flexgate.server import tenancy
 from flexgate.server.app import build_app, build_listeners
 from flexgate.server.clock import Clock
 from flexgate.server.engine.client import GatedEngineClient
-from flexgate.server.engine.launch import EngineSettings, LaunchPlan, RunningEngine, launch, plan
+from flexgate.server.engine.launch import EngineSettings, RunningEngine, launch, plan
 from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
 from flexgate.server.experts.versions import Merged, merged_versions
 from flexgate.server.openai.handlers import build_handlers
@@ -37,9 +37,10 @@ from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 from flexgate.server.services import Services
 from flexgate.server.settings import Settings, SettingsError
+from flexgate.server.startup import Started
 
 Stage = Callable[[str, int, int], None]
-Ready = Callable[[LaunchPlan, GatedEngineClient, str, str | None, str | None, Sequence[str]], None]
+Ready = Callable[[Started], None]
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     Args:
         model: the checkpoint's directory.
         stage: told what is happening at start.
-        ready: told the plan, the client, the address, administration's own one, a first admin key and which packages
-            were set aside, once all is well.
+        ready: told what was started, once all is well.
 
     Raises:
         Exception: whatever stops the start; nothing was listening then.
@@ -85,8 +85,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             services.policy.confirm()
             services.spending.refresh()
             _settle_heap()
-            addresses = _url(sock), None if admin is None else _url(admin)
-            ready(planned, engine.client, *addresses, secret, before.set_aside)
+            admin_url = None if admin is None else _url(admin)
+            ready(Started(planned, engine.client, _url(sock), admin_url, secret, before.set_aside))
             await _run(settings, services, sock, admin)
         finally:
             await launching.__aexit__(None, None, None)

@@ -48,11 +48,7 @@ class StoreSettings(BaseSettings):
 
     def directory(self) -> Path:
         """Where private copies of packages are kept, for every database apart from others. Makes the directory."""
-        url = self.database()
-        directory = self._state() / ("demo" if self.demo else _named(_place(url)))
-        former = self._state() / _named(url)  # what an earlier version called it
-        if former.is_dir() and not directory.exists():
-            directory.symlink_to(former.name)
+        directory = self._state() / ("demo" if self.demo else _named(_place(self.database())))
         directory.mkdir(exist_ok=True, mode=0o700)
         return directory
 

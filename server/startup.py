@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -14,6 +15,24 @@ from rich.text import Text
 if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
     from flexgate.server.engine.launch import LaunchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that is about to answer.
+
+    Attributes:
+        admin_address: administration's own address, if it has one.
+        admin_key: a first admin key, if this start made it.
+        set_aside: packages that were added and are not loaded, a sentence each.
+    """
+
+    plan: LaunchPlan
+    client: GatedEngineClient
+    address: str
+    admin_address: str | None
+    admin_key: str | None
+    set_aside: Sequence[str]
 
 
 class Progress:
@@ -47,18 +66,10 @@ class Progress:
             self._console.print(f"{what} ...", highlight=False)
         self._last = what
 
-    def ready(
-        self,
-        planned: LaunchPlan,
-        client: GatedEngineClient,
-        address: str,
-        admin_address: str | None,
-        admin_key: str | None,
-        set_aside: Sequence[str],
-    ) -> None:
+    def ready(self, started: Started) -> None:
         """Show the summary instead."""
         self.stop()
-        self._console.print(summary(planned, client, address, admin_address, admin_key, set_aside))
+        self._console.print(summary(started))
 
     def stop(self) -> None:
         """Take the line away."""
@@ -66,23 +77,17 @@ class Progress:
             self._status.stop()
 
 
-def summary(
-    planned: LaunchPlan,
-    client: GatedEngineClient,
-    address: str,
-    admin_address: str | None,
-    admin_key: str | None,
-    set_aside: Sequence[str],
-) -> Group:
+def summary(started: Started) -> Group:
     """Model, experts, packages set aside, slots and their memory, kernels, addresses; a first admin key, once."""
     from flexgate.server.engine.memory import human
 
+    planned, client = started.plan, started.client
     slots, a = planned.slots, planned.checkpoint.architecture
     rows = Table.grid(padding=(0, 2))
     for name, value in (
         ("model", f"{planned.checkpoint.path} ({a.num_hidden_layers} layers, {planned.dtype})"),
         ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
-        *(("set aside", sentence) for sentence in set_aside),
+        *(("set aside", sentence) for sentence in started.set_aside),
         (
             "slots",
             f"{slots.slots}, on each rank {slots.held} of {human(slots.slot_bytes)} "
@@ -90,13 +95,13 @@ def summary(
             f"KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}",
         ),
         ("kernels", client.kernels),
-        ("address", address),
-        *([] if admin_address is None else [("administration", admin_address)]),
+        ("address", started.address),
+        *([] if started.admin_address is None else [("administration", started.admin_address)]),
     ):
         rows.add_row(Text(name, style="bold"), Text(value))
-    if admin_key is None:
+    if started.admin_key is None:
         return Group(rows)
-    return Group(rows, Text(f"first admin key, shown only now: {admin_key}", style="bold yellow"))
+    return Group(rows, Text(f"first admin key, shown only now: {started.admin_key}", style="bold yellow"))
 
 
 def expected_failures() -> tuple[type[Exception], ...]:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -23,11 +23,10 @@ from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
-from flexgate.server.admin.queries import parse_query
 from flexgate.server.auth import Principal
-from flexgate.server.body import read_json
 from flexgate.server.context import identify
-from flexgate.server.errors import Unavailable, from_validation
+from flexgate.server.errors import Unavailable
+from flexgate.server.forms import Closed, parse_query, read_body
 from flexgate.server.refusals import from_change, not_found
 from flexgate.server.services import Services
 
@@ -35,12 +34,6 @@ Json = dict[str, Any]
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")
 _THREADS: Final = ThreadPoolExecutor(4, "admin")
 logger = logging.getLogger(__name__)
-
-
-class Closed(BaseModel):
-    """Base of bodies and queries: a misspelt field is refused, not ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Nothing(Closed):
@@ -146,15 +139,6 @@ class Administration:
             message = "The change was made, and it cannot be confirmed right now where it is in force."
             raise Unavailable(message, code="change_not_confirmed") from error
         return snapshot
-
-
-async def read_body(request: Request, services: Services, model: type[B]) -> B:
-    """The request's body as `model`; raises `ApiError` naming the field at fault."""
-    raw = await read_json(request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds)
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise from_validation(error) from None
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -16,14 +16,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import ExpertId
-from flexgate.server.admin.operation import read_body
-from flexgate.server.admin.queries import parse_query
 from flexgate.server.auth import Principal
 from flexgate.server.context import identify
 from flexgate.server.errors import ApiError, Invalid, NotFound
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
+from flexgate.server.forms import parse_query, read_body
 from flexgate.server.refusals import UNKNOWN_EXPERT
 from flexgate.server.services import Services
 

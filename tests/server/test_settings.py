@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -114,16 +113,6 @@ def _directory(url: str) -> Path:
 )
 def test_a_database_keeps_its_directory_whatever_its_password_and_parameters(url: str, same: bool) -> None:
     assert (_directory(url) == _directory(POSTGRES)) is same
-
-
-def test_a_directory_that_an_earlier_version_named_is_found_again(tmp_path: Path) -> None:
-    former = tmp_path / "flexgate" / f"served-{hashlib.sha256(POSTGRES.encode()).hexdigest()[:12]}"
-    former.mkdir(parents=True)
-    (former / "policy.json").write_text("{}")
-    for url in (POSTGRES, POSTGRES.replace("old", "new")):
-        assert (_directory(url) / "policy.json").read_text() == "{}"
-    sqlite = f"sqlite:///{tmp_path}/p.db?timeout=5"
-    assert _directory(sqlite).name == f"served-{hashlib.sha256(sqlite.encode()).hexdigest()[:12]}"
 
 
 def test_every_setting_is_an_option_of_serve() -> None:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final
 from pydantic import Field
 
 from flexgate.policies.audit import Entry
-from flexgate.server.admin.operation import Closed, Json
+from flexgate.server.admin.operation import Json
+from flexgate.server.forms import Closed
 
 PREFIX: Final = "audit_log-"
 _KINDS: Final = {"tenant": "project"}

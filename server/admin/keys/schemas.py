@@ -10,7 +10,8 @@ from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
 from flexgate.policies.tenants import KeyRecord, Title
 from flexgate.policies.terms import OwnerIdField
-from flexgate.server.admin.operation import Closed, Json, Page
+from flexgate.server.admin.operation import Json, Page
+from flexgate.server.forms import Closed
 
 Seconds = Annotated[int, Field(ge=1, le=10 * 365 * 86_400)]
 

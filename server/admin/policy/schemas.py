@@ -11,7 +11,8 @@ from flexgate.policies.explain import Explanation
 from flexgate.policies.simulate import Difference
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.revisions import ObjectChange, Revision
-from flexgate.server.admin.operation import Closed, Json
+from flexgate.server.admin.operation import Json
+from flexgate.server.forms import Closed
 from flexgate.server.refusals import reason_json
 
 Version = Annotated[int, Field(ge=0, le=10**15)]

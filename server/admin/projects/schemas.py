@@ -10,7 +10,8 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
 from flexgate.policies.tenants import References, Tenant, Title
 from flexgate.policies.terms import ExpertReference, GroupIdField, PurposeField, RegionField, SetId
-from flexgate.server.admin.operation import Closed, Json, Page
+from flexgate.server.admin.operation import Json, Page
+from flexgate.server.forms import Closed
 
 _OWN_FIELDS: Final = ("groups", "purposes", "regions", "standing", "anchor_optional")
 _OPERATOR_FIELDS: Final = ("hidden", "listed")

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final
 from pydantic import Field
 
 from flexgate.policies.tenants import Quota
-from flexgate.server.admin.operation import Closed, Json, Page
+from flexgate.server.admin.operation import Json, Page
+from flexgate.server.forms import Closed
 
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
 PREFIX: Final = "rl-"

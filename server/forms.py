@@ -1,4 +1,7 @@
-"""Query strings as OpenAI's clients write them: `name=v`, `names[]=v&names[]=w`, `range[gte]=1`."""
+"""Bodies and query strings as closed, typed fields.
+
+Query strings come as OpenAI's clients write them: `name=v`, `names[]=v&names[]=w`, `range[gte]=1`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,33 @@ import re
 from collections.abc import Iterable
 from typing import Any, Final, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
 
+from flexgate.server.body import read_json
 from flexgate.server.errors import Invalid, from_validation
+from flexgate.server.services import Services
 
-Q = TypeVar("Q", bound=BaseModel)
+M = TypeVar("M", bound=BaseModel)
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
 
 
-def parse_query(pairs: Iterable[tuple[str, str]], model: type[Q]) -> Q:
+class Closed(BaseModel):
+    """Base of bodies and queries: a misspelt field is refused, not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+async def read_body(request: Request, services: Services, model: type[M]) -> M:
+    """The request's body as `model`; raises `ApiError` naming the field at fault."""
+    raw = await read_json(request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
     """The parameters as `model`; raises `Invalid` naming the one at fault."""
     values: dict[str, Any] = {}
     for key, value in pairs:

@@ -1,0 +1,49 @@
+"""A server's policy from the test's own database, and a start up to where the engine would be started."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from policy_file import LIVE, refusal, run
+from typer.testing import Result
+
+from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.store import Store
+from flexgate.policies.tenants import Tenant
+from flexgate.server import process
+from flexgate.server.policy import PolicySource
+
+
+@pytest.fixture
+def services(services: Any, real_store: Store) -> Any:
+    services.policy = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=0.01)
+    services.policy.confirm()
+    return services
+
+
+@pytest.fixture
+def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Result]:
+    """`flexgate serve` on a database of the test's own, up to where the engine would be started."""
+
+    def engine_started(*_: object) -> None:
+        raise ChangeRefused("the engine would be started now")
+
+    monkeypatch.setattr(process, "launch", engine_started)
+    monkeypatch.setattr("flexgate.server.logs.configure", lambda _: None)
+    return lambda: run("serve", str(text_checkpoint), "--port=0", f"--state-dir={tmp_path / 'state'}")
+
+
+@pytest.fixture
+def database(serve: Callable[[], Result], tmp_path: Path) -> Path:
+    """What a first start makes, with a tenant in it."""
+    assert refusal(serve()).endswith("the engine would be started now")
+    path = tmp_path / "state" / "flexgate.db"
+    store = Store.open(f"sqlite:///{path}")
+    with store.change(actor="test", at=time.time()) as change:
+        change.put(Tenant(id="acme", name="Acme"))
+    store.close()
+    return path
