@@ -65,7 +65,9 @@ class WeightsState:
 
 def weights_state(connection: Connection) -> WeightsState:
     """What the engine should hold, as a transaction sees it."""
-    rows = connection.execute(select(weights_epochs).order_by(weights_epochs.c.epoch))
+    epoch = weights_epochs.c.epoch
+    last = select(func.max(epoch)).group_by(weights_epochs.c.expert)
+    rows = connection.execute(select(weights_epochs).where(epoch.in_(last)).order_by(epoch))
     changes = [_change(row._mapping) for row in rows]
     newest = changes[-1].epoch if changes else FIRST_EPOCH
     return WeightsState(newest, {change.expert: change for change in changes})
