@@ -39,8 +39,9 @@ def revise(
     tenants: Iterable[Edit[Tenant]] = (),
     agreements: Iterable[Edit[Agreement]] = (),
     keys: Iterable[KeyRecord] = (),
+    revoked: Mapping[str, int] | None = None,
 ) -> Snapshot:
-    """`snapshot` after edits, each kind's in their order, and with `keys` that are new or changed.
+    """`snapshot` after edits, each kind's in their order, with `keys` that are new or changed, and all of `revoked`.
 
     Among the edits must be the tenants and agreements that name a set which changed, and whatever named
     an expert that went or changed its owner: the store refuses either while something names the expert.
@@ -66,6 +67,7 @@ def revise(
         tenants=MappingProxyType(rules),
         terms=MappingProxyType(_terms(snapshot.terms.copy(), scope, _net(agreements))),
         keys=MappingProxyType(keys_by_digest(keys, rules, snapshot.keys.copy())),
+        revoked=snapshot.revoked if revoked is None else MappingProxyType(dict(revoked)),
     )
 
 

@@ -7,7 +7,7 @@ an agreement is cut down to experts that its owner owns, and its times become Un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self, TypeVar
@@ -31,7 +31,8 @@ class Snapshot:
 
     `made` is when its version was made, in Unix seconds: two histories that have a version in
     common differ in it. `terms` are the agreements by assignee. `catalogue` is made of `experts`:
-    what a decision asks of each; `hidden` are those that nobody sees who is not told.
+    what a decision asks of each; `hidden` are those that nobody sees who is not told. `revoked` is the weights
+    epoch of each expert's last withdrawal: what was loaded before it must not be served.
     """
 
     policy_version: int
@@ -41,6 +42,7 @@ class Snapshot:
     tenants: MappingProxyType[TenantId, TenantRules]
     terms: MappingProxyType[str, Terms]
     keys: MappingProxyType[bytes, KeyRecord]
+    revoked: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
     hidden: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
 
@@ -63,6 +65,7 @@ class Snapshot:
         agreements: Iterable[Agreement] = (),
         sets: Iterable[ExpertSet] = (),
         keys: Iterable[KeyRecord] = (),
+        revoked: Mapping[str, int] = MappingProxyType({}),
     ) -> Self:
         """Compile the documents; raises `SnapshotInvalid` when they do not fit together.
 
@@ -83,6 +86,7 @@ class Snapshot:
             tenants=MappingProxyType(rules),
             terms=MappingProxyType(scope.terms(terms.values())),
             keys=MappingProxyType(keys_by_digest(keys, rules, {})),
+            revoked=MappingProxyType(dict(revoked)),
         )
 
     def hidden_from(self, tenant: TenantRules) -> frozenset[ExpertId]:

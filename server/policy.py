@@ -13,13 +13,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Protocol
 
 from flexgate.policies.errors import PolicyError, SnapshotStale
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.terms import ExpertId
 from flexgate.server.past import Past
 from flexgate.server.peers import Peers
 
@@ -34,12 +35,18 @@ class Confirms(Protocol):
     def confirm(self, known: Snapshot | None) -> Snapshot: ...
 
 
-def with_live(snapshot: Snapshot, live: frozenset[str]) -> Snapshot:
-    """`snapshot` with the experts that its catalogue says are live and that are in `live`, being served."""
-    if all(expert.id in live for expert in snapshot.experts.values() if expert.live):
+def with_live(snapshot: Snapshot, live: Mapping[str, int]) -> Snapshot:
+    """`snapshot` with the experts that its catalogue says are live and that are served, as loaded after any withdrawal.
+
+    Args:
+        live: the experts that are served, each with its generation.
+    """
+    served = {id_ for id_, generation in live.items() if generation >= snapshot.revoked.get(id_, 0)}
+    if all(expert.id in served for expert in snapshot.experts.values() if expert.live):
         return snapshot
     experts = {
-        id_: expert.model_copy(update={"live": expert.live and id_ in live}) for id_, expert in snapshot.experts.items()
+        id_: expert.model_copy(update={"live": expert.live and id_ in served})
+        for id_, expert in snapshot.experts.items()
     }
     return replace(snapshot, experts=MappingProxyType(experts))
 
@@ -57,7 +64,7 @@ class PolicySource:
     def __init__(
         self,
         store: Confirms,
-        live: Callable[[], Iterable[str]],
+        live: Callable[[], Mapping[str, int]],
         *,
         lease_s: float,
         poll_s: float,
@@ -66,8 +73,8 @@ class PolicySource:
         hints: Hints | None = None,
         past: Past | None = None,
     ) -> None:
-        """`live` names the experts that the engine serves now; `peers` are told what is confirmed;
-        `hints` cut the time between polls short; `past` keeps what is confirmed for the next start.
+        """`live` says which experts the engine serves now, each with its generation; `peers` are told what is
+        confirmed; `hints` cut the time between polls short; `past` keeps what is confirmed for the next start.
         """
         self._store = store
         self._live = live
@@ -78,7 +85,7 @@ class PolicySource:
         self._hints = hints
         self._past = past
         self._stored: Snapshot | None = None
-        self._served: tuple[Snapshot, frozenset[str], Snapshot] | None = None
+        self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
         self._asking: asyncio.Task[Snapshot] | None = None
@@ -161,13 +168,15 @@ class PolicySource:
         return snapshot
 
     def _serve(self, stored: Snapshot) -> Snapshot:
-        live = frozenset(self._live())
+        live = self._live()
         served = self._served
         if served is None or served[0] is not stored or served[1] != live:
             served = self._served = (stored, live, with_live(stored, live))
         return served[2]
 
-    def withdrawn(self) -> frozenset[str]:
-        """Experts that the store's catalogue says are not live."""
-        known = () if self._stored is None else self._stored.experts.values()
-        return frozenset(str(expert.id) for expert in known if not expert.live)
+    def withdrawn(self, expert: str, generation: int) -> bool:
+        """Whether the store says that an expert, as it was loaded then, must not be served."""
+        if self._stored is None:
+            return False
+        known = self._stored.experts.get(ExpertId(expert))
+        return (known is not None and not known.live) or self._stored.revoked.get(expert, 0) > generation

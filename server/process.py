@@ -13,7 +13,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from flexgate.server.app import build_app, build_listeners
 from flexgate.server.clock import Clock
 from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.launch import EngineSettings, RunningEngine, launch, plan
-from flexgate.server.experts.start import Loaded, at_start, expert_service, uploads
+from flexgate.server.experts.start import AtStart, at_start, expert_service, uploads
 from flexgate.server.experts.versions import Merged, merged_versions
 from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.past import Past, require_clock
@@ -75,7 +75,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             engine_settings, withdrawn=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
         planned = plan(engine_settings)
-        secret = _prepare(settings, store, before.resident, at=clock())
+        secret = _prepare(settings, store, before, at=clock())
         with _interruptible():
             launching = launch(engine_settings, stage)
             engine = await launching.__aenter__()
@@ -105,7 +105,7 @@ def _services(
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
         store,
-        lambda: (info.id for info in client.experts() if info.live),
+        lambda: {info.id: info.generation for info in client.experts() if info.live},
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
@@ -277,12 +277,12 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare(settings: Settings, store: Store, experts: Iterable[Loaded], *, at: float) -> str | None:
+def _prepare(settings: Settings, store: Store, start: AtStart, *, at: float) -> str | None:
     secret = None
     if settings.demo:
-        tenancy.prepare_demo(store, experts, at=at)
+        tenancy.prepare_demo(store, start.resident, epoch=start.epoch, at=at)
     else:
-        secret = tenancy.prepare(store, experts, at=at)
+        secret = tenancy.prepare(store, start.resident, epoch=start.epoch, at=at)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
     return secret
 

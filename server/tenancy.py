@@ -39,13 +39,13 @@ class Loaded(Protocol):
     def domain(self) -> str: ...
 
 
-def prepare_demo(store: Store, experts: Iterable[Loaded], *, at: float) -> None:
+def prepare_demo(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
     """Migrate and seed the demo's store."""
     store.migrate()
-    demo.seed(store, _manifest(experts), at=at)
+    demo.seed(store, _manifest(experts), epoch=epoch, at=at)
 
 
-def prepare(store: Store, experts: Iterable[Loaded], *, at: float) -> str | None:
+def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> str | None:
     """Migrate, add unknown experts without any agreement, and make a first admin key.
 
     Returns:
@@ -53,13 +53,14 @@ def prepare(store: Store, experts: Iterable[Loaded], *, at: float) -> str | None
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.
+        ChangeRefused: experts were added or withdrawn since the weights epoch `epoch`, at which `experts` was read.
     """
     store.migrate()
     if demo.holds_demo_keys(store):
         raise DemoKeysFound("the policy database holds the demo's public keys; use another one, or start with --demo")
     has_admin = any(key.role is Role.ADMIN for key in store.keys())
     with store.change(actor=_ACTOR, note="start", at=at) as change:
-        put_catalogue(change, _manifest(experts))
+        put_catalogue(change, _manifest(experts), epoch=epoch)
         return None if has_admin else change.mint_key(Role.ADMIN).secret
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
+from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert
-
-_ACTOR: Final = "checkpoint"
 
 
 class ManifestExpert(NamedTuple):
@@ -20,19 +18,23 @@ class ManifestExpert(NamedTuple):
     domain: str
 
 
-def sync_catalogue(store: Store, experts: Iterable[ManifestExpert], *, at: float) -> None:
+def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: int) -> list[Expert]:
     """Add unknown experts (nobody gets them by that) and set which ones are live.
 
-    Run it at every start, before the first snapshot; `experts` come in slot order and include
-    `public`. Experts that the checkpoint lacks stay in the catalogue, not live. An expert that
-    changed its owner while terms name it is refused (`ChangeRefused`). `at` is Unix seconds.
+    Every start does it, before its first snapshot. Experts that are not served stay in the catalogue, not live.
+
+    Args:
+        experts: what will be served, in slot order, `public` among them.
+        epoch: the weights epoch at which it was found out what will be served.
+
+    Returns:
+        The live experts.
+
+    Raises:
+        ChangeRefused: an expert changed its owner while terms name it, or experts came or went since `epoch`.
     """
-    with store.change(actor=_ACTOR, note="catalogue", at=at) as change:
-        put_catalogue(change, experts)
-
-
-def put_catalogue(change: Change, experts: Iterable[ManifestExpert]) -> list[Expert]:
-    """The same inside a running change; returns the live experts."""
+    if change.weights_epoch() != epoch:
+        raise ChangeRefused("experts were added or withdrawn while this server started: start it again")
     live = []
     for manifest in experts:
         known = change.get(Expert, manifest.id)

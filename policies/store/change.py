@@ -23,7 +23,7 @@ from flexgate.policies.store.revisions import (
     current_version,
 )
 from flexgate.policies.store.snapshots import read_snapshot
-from flexgate.policies.store.weights import Action, append_weights
+from flexgate.policies.store.weights import Action, append_weights, newest_epoch
 from flexgate.policies.tenants import KeyRecord, Role, Tenant
 from flexgate.policies.terms import OwnerId, TenantId
 
@@ -164,6 +164,10 @@ class Change:
         self._connection.execute(update(table).where(table.c.id == key_id).values(revoked=after.revoked))
         self._changes.append(ObjectChange("api_key", key_id, _public(before), _public(after)))
         return after
+
+    def weights_epoch(self) -> int:
+        """The newest weights epoch."""
+        return newest_epoch(self._connection)
 
     def add_weights(self, expert: str, *, slot: int, package: str, detail: dict[str, Any]) -> int:
         """Say that the engine holds an expert from now on; returns the weights epoch."""

@@ -29,15 +29,15 @@ _ADMIN_KEY: Final = "sk-demo-admin"
 DEMO_KEYS: Final = (*_TENANTS, _ADMIN_KEY)
 
 
-def seed(store: Store, experts: Iterable[ManifestExpert], *, at: float) -> None:
+def seed(store: Store, experts: Iterable[ManifestExpert], *, epoch: int, at: float) -> None:
     """Put the demo and the checkpoint's experts into a migrated store. `at` is Unix seconds.
 
-    `experts` come in slot order; they include `public` and `news`. On a store that has the demo
+    `experts` and `epoch` are those of `put_catalogue`; the experts include `news`. On a store that has the demo
     already only the catalogue is brought up to date, so that what an administrator changed stays
     changed, and an expert that is new gets no agreement.
     """
     with store.change(actor=_ACTOR, note="demo", at=at) as change:
-        catalogue = put_catalogue(change, experts)
+        catalogue = put_catalogue(change, experts, epoch=epoch)
         if not change.has_key(_ADMIN_KEY):
             _put_first(change, catalogue)
 

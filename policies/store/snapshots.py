@@ -14,6 +14,7 @@ from flexgate.policies.store.engine import PUT_BACK
 from flexgate.policies.store.keys import key_from_row
 from flexgate.policies.store.revisions import ObjectChange, current_version, made_at, read_changes
 from flexgate.policies.store.schema import api_keys, policy_changes
+from flexgate.policies.store.weights import revoked_epochs
 from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.terms import Agreement
 
@@ -33,6 +34,7 @@ def read_snapshot(connection: Connection) -> Snapshot:
             agreements=read_all(connection, Agreement),
             sets=read_all(connection, ExpertSet),
             keys=[key_from_row(row) for row in connection.execute(select(api_keys)).all()],
+            revoked=revoked_epochs(connection),
         )
     except SnapshotInvalid as error:
         raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
@@ -62,6 +64,7 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
             tenants=[*_edits(Tenant, changes), *_naming(connection, Tenant, changed)],
             agreements=[*_edits(Agreement, changes), *_naming(connection, Agreement, changed)],
             keys=_keys_of(connection, known.policy_version),
+            revoked=revoked_epochs(connection),
         )
     except SnapshotInvalid as error:
         raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error

@@ -16,7 +16,7 @@ from flexgate.policies.store.keys import key_from_row
 from flexgate.policies.store.migrate import migrate, refuse_newer
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
-from flexgate.policies.store.weights import WeightsState, weights_state
+from flexgate.policies.store.weights import WeightsState, revoked_epochs, weights_state
 from flexgate.policies.tenants import KeyRecord
 
 
@@ -72,6 +72,11 @@ class Store:
         """Which experts were added to the engine or withdrawn from it."""
         with reading(self.engine) as connection:
             return weights_state(connection)
+
+    def revoked(self) -> dict[str, int]:
+        """The weights epoch of each expert's last withdrawal: what was loaded before it must not be served."""
+        with reading(self.engine) as connection:
+            return revoked_epochs(connection)
 
     @contextmanager
     def change(self, *, actor: str, note: str = "", at: float) -> Iterator[Change]:

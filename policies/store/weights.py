@@ -69,8 +69,19 @@ def weights_state(connection: Connection) -> WeightsState:
     last = select(func.max(epoch)).group_by(weights_epochs.c.expert)
     rows = connection.execute(select(weights_epochs).where(epoch.in_(last)).order_by(epoch))
     changes = [_change(row._mapping) for row in rows]
-    newest = changes[-1].epoch if changes else FIRST_EPOCH
-    return WeightsState(newest, {change.expert: change for change in changes})
+    return WeightsState(newest_epoch(connection), {change.expert: change for change in changes})
+
+
+def newest_epoch(connection: Connection) -> int:
+    """The epoch of the last change of all."""
+    return connection.scalar(select(func.max(weights_epochs.c.epoch))) or FIRST_EPOCH
+
+
+def revoked_epochs(connection: Connection) -> dict[str, int]:
+    """The epoch of each expert's last withdrawal, also of one that was added again since."""
+    table = weights_epochs.c
+    query = select(table.expert, func.max(table.epoch)).where(table.action == "revoked").group_by(table.expert)
+    return dict(connection.execute(query).tuples().all())
 
 
 def _change(values: RowMapping) -> WeightsChange:
@@ -92,8 +103,7 @@ def append_weights(
     detail: dict[str, Any],
 ) -> int:
     """Append a change inside the caller's writing transaction; returns its epoch."""
-    newest: int | None = connection.scalar(select(func.max(weights_epochs.c.epoch)))
-    epoch = (newest or FIRST_EPOCH) + 1
+    epoch = newest_epoch(connection) + 1
     values = {"epoch": epoch, "at": at, "actor": actor, "action": action, "expert": expert, "slot": slot}
     connection.execute(insert(weights_epochs).values(**values, package=package, detail=detail))
     return epoch

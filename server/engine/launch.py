@@ -51,7 +51,7 @@ class EngineSettings:
         check_weights: read every tensor once and refuse NaN and infinity.
         withdrawn: experts of the checkpoint that must not be loaded.
         least_slots: slots that experts added earlier take, whatever the default would be.
-        weights_epoch: the newest change of what is loaded.
+        weights_epoch: the newest change of what is loaded; the generation of what the checkpoint holds.
     """
 
     model: Path
@@ -89,7 +89,8 @@ class LaunchPlan:
         """Which slot holds which expert at start."""
         experts = self.checkpoint.experts
         without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.withdrawn]
-        return SlotTable.of_checkpoint(len(experts), self.slots.slots, without)
+        generation = self.settings.weights_epoch
+        return SlotTable.of_checkpoint(len(experts), self.slots.slots, without, generation=generation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,11 @@ class SlotTable:
         self.live_mask = sum(1 << slot for slot in self.live)
 
     @classmethod
-    def of_checkpoint(cls, num_experts: int, total: int, without: Collection[int] = ()) -> "SlotTable":
-        """Expert *i* of a checkpoint takes slot *i*, generation 1; the rest, and ``without``, is free."""
-        return cls(total, {slot: 1 for slot in range(num_experts) if slot not in without})
+    def of_checkpoint(
+        cls, num_experts: int, total: int, without: Collection[int] = (), *, generation: int = 1
+    ) -> "SlotTable":
+        """Expert *i* of a checkpoint takes slot *i*; the rest, and ``without``, is free."""
+        return cls(total, {slot: generation for slot in range(num_experts) if slot not in without})
 
     def to_config(self) -> dict[str, Any]:
         """Plain data for vLLM's ``additional_config`` (JSON, no integer keys)."""

@@ -12,8 +12,11 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 from flexgate.experts.errors import ExpertsError
 from flexgate.experts.manifest import Manifest
@@ -21,7 +24,7 @@ from flexgate.experts.verify import VerifiedPackage, open_package
 from flexgate.policies.errors import PolicyError
 from flexgate.server.engine.canary import CanaryNotScheduled
 from flexgate.server.engine.client import ExpertInfo, ExpertLease
-from flexgate.server.experts.errors import ChangeConflict, EngineBusy, EngineFailed, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineBusy, EngineFailed, PackageRefused
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
@@ -29,6 +32,9 @@ from flexgate.server.experts.versions import UNSAID, is_set_aside
 
 Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
 """Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
+
+_CHECKS: Final = ThreadPoolExecutor(2, "packages")
+"""A package takes minutes to copy and check: the threads that confirm the policy and commit withdrawals stay free."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class Adding:
             The former version, which requests may still be using, if it replaces one.
 
         Raises:
+            CommitUnknown: the store may have it, and the private copy stays.
             ExpertError: nothing was changed.
         """
         self._residence.arriving.add(job.id)
@@ -88,7 +95,7 @@ class Adding:
         await job.at("copied", unit="bytes")
         base = await self._residence.base()
         try:
-            package = await asyncio.to_thread(
+            check = partial(
                 open_package,
                 source,
                 base=base,
@@ -96,6 +103,7 @@ class Adding:
                 into=places.new_copy(job.id),
                 progress=progress,
             )
+            package = await loop.run_in_executor(_CHECKS, check)
         except ExpertsError as error:
             told = str(error).replace(str(source), job.package).replace(str(places.private), "the server")
             raise PackageRefused(f"{told}.") from error
@@ -187,10 +195,7 @@ class Adding:
                     else "The former version is still served. Restart the server, which loads the new one if it was "
                     "taken; if it was not, add it again."
                 )
-                raise ChangeConflict(
-                    f"The store broke off: {error}. Nothing tells whether it took the change. {now}",
-                    code="commit_unknown",
-                ) from error
+                raise CommitUnknown(error, now) from error
             if not job.committed:
                 raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         job.committed = True

@@ -4,6 +4,7 @@ ExpertError              a code for programs, a sentence for people
 ├── NotResident          no such expert is loaded, or it is none of the caller's
 ├── PackageRefused       the package itself may not be used
 ├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, store, another change
+│   └── CommitUnknown    the store broke off, and nothing tells whether it took the change
 ├── EngineBusy           there was no place to try a new expert in; nothing is left of it
 └── EngineFailed         a rank could not do its part: of an add nothing is left, a withdrawal stays committed
 """
@@ -35,6 +36,15 @@ class ChangeConflict(ExpertError):
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class CommitUnknown(ChangeConflict):
+    """Asked afterwards, the store did not say either."""
+
+    def __init__(self, error: Exception, now: str) -> None:
+        """`now` says what is served until somebody knows."""
+        told = f"The store broke off: {error}. Nothing tells whether it took the change. {now}"
+        super().__init__(told, code="commit_unknown")
 
 
 class EngineBusy(ExpertError):

@@ -62,6 +62,10 @@ class ResidencyRepository:
         """Experts that must not be resident."""
         return self._store.weights().withdrawn
 
+    def revoked(self) -> dict[str, int]:
+        """The epoch of each expert's last withdrawal: what was loaded before it must not be served."""
+        return self._store.revoked()
+
     def added(self) -> tuple[Added, ...]:
         """Experts that came from packages, in the order in which they came; raises `StoreDamaged`."""
         return tuple(map(_added, self._store.weights().added))

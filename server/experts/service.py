@@ -14,9 +14,10 @@ from flexgate.experts.errors import ExpertsError, SignatureInvalid
 from flexgate.experts.manifest import Manifest, parse_manifest
 from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME, WeightsTicket
 from flexgate.policies.errors import PolicyError
+from flexgate.policies.terms import PUBLIC
 from flexgate.server.engine.client import ExpertInfo
 from flexgate.server.experts.adding import Adding, Canary
-from flexgate.server.experts.errors import ChangeConflict, ExpertError, PackageRefused
+from flexgate.server.experts.errors import ExpertError, NotResident, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
@@ -102,16 +103,16 @@ class ExpertService:
             info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.generation, live=True)
             residence.client.publish((*residence.others(entry.expert), info), residence.client.weights_epoch)
 
-    async def follow(self, withdrawn: Callable[[], frozenset[str]]) -> None:
+    async def follow(self, withdrawn: Callable[[str, int], bool]) -> None:
         """Take out what another process on the same store has withdrawn; runs for ever.
 
         Args:
-            withdrawn: experts that the policy's snapshot says are not live.
+            withdrawn: whether the policy's snapshot says so of an expert and its generation.
         """
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             for info in self._residence.client.experts():
-                if info.id not in withdrawn():
+                if not withdrawn(info.id, info.generation):
                     continue
                 try:
                     async with self._residence.changing:
@@ -144,15 +145,13 @@ class ExpertService:
                 logger.error("the former version of expert %s is not out yet", former.id, exc_info=error)
 
     async def _revoke(self, expert: str, actor: str, drain_seconds: float) -> dict[str, Any]:
-        info = self._withdrawing.resident(expert)
-        if drain_seconds:
+        if expert == PUBLIC:
+            raise NotResident("The public expert cannot be withdrawn.")
+        info = self._residence.find(expert)
+        if drain_seconds and info is not None:
             await self._drain(info, drain_seconds)
         async with self._residence.changing:
-            try:
-                return await self._withdrawing.revoke(expert, actor=actor)
-            except ChangeConflict:
-                self._wake(info)
-                raise
+            return await self._withdrawing.revoke(expert, actor=actor)
 
     async def _drain(self, info: ExpertInfo, seconds: float) -> None:
         """Seal no more gates for an expert, and wait for those that are out; holds up nobody else's change."""
@@ -160,11 +159,6 @@ class ExpertService:
         asleep = replace(info, live=False)
         client.publish((*self._residence.others(info.id), asleep), client.weights_epoch)
         await self._withdrawing.drained(info, seconds)
-
-    def _wake(self, info: ExpertInfo) -> None:
-        if replace(info, live=False) in self._residence.client.experts():
-            client = self._residence.client
-            client.publish((*self._residence.others(info.id), info), client.weights_epoch)
 
     async def _retire(self, former: ExpertInfo) -> None:
         """Let requests finish with the version that was replaced, then zero its slot."""

@@ -10,22 +10,44 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError
-from flexgate.policies.terms import PUBLIC
 from flexgate.server.engine.client import ExpertInfo, GatedCall
-from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotResident
+from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineFailed, NotResident
 from flexgate.server.experts.residence import Residence
 
 DELIVERY_SECONDS: Final = 2.0
 """How long it waits for clients that read slowly; what is on the wire then is out of its hands."""
 DRAIN_POLL_SECONDS: Final = 0.05
+NOBODY_GETS_IT: Final = (
+    "Nobody gets the expert from now on, and the requests that might use it are ended. Withdraw it again, or restart "
+    "the server, which loads it if the change was not taken."
+)
 
 Record = Callable[[str, str, dict[str, Any]], None]
 """Writes (actor, action, detail) to the audit log. Blocks."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Revocation:
+    """What an owner is told of a withdrawal. `digests` are the cleared slot's on every rank, none if it was not loaded.
+
+    Times are Unix seconds.
+    """
+
+    expert: str
+    slot: int
+    generation: int
+    weights_epoch: int
+    requested_at: float
+    aborted_requests: int = 0
+    evicted_blocks: int = 0
+    undelivered_responses: int = 0
+    digests: list[str] = field(default_factory=list)
 
 
 class Withdrawing:
@@ -45,37 +67,36 @@ class Withdrawing:
         self._record = record
         self._clock = clock
 
-    def resident(self, expert: str) -> ExpertInfo:
-        """A loaded expert that can be withdrawn; raises `NotResident`."""
-        info = self._residence.find(expert)
-        if info is None or expert == PUBLIC:
-            raise NotResident("No expert of that name is loaded that could be withdrawn.")
-        return info
-
     async def revoke(self, expert: str, *, actor: str) -> dict[str, Any]:
         """Withdraw an expert for good; returns the record.
 
         Raises:
-            NotResident: it is not loaded.
-            ChangeConflict: the store refused; nothing was changed.
+            NotResident: it is not loaded, nor would a start load it.
+            ChangeConflict: the store refused, and nothing was changed.
+            CommitUnknown: no gate is sealed for the expert any more and its users are ended; it is still loaded.
             EngineFailed: it is withdrawn, and a rank could not prove that it is gone.
         """
         began, residence = self._clock(), self._residence
-        info = self.resident(expert)
-        before = residence.client.experts()
+        info = residence.find(expert)
+        if info is None:
+            return await self._forget(expert, actor=actor, began=began)
         residence.client.publish(residence.others(expert), residence.client.weights_epoch)
         try:
-            epoch = await asyncio.to_thread(self._commit, info, actor)
+            epoch = await asyncio.to_thread(self._commit, info.id, info.slot, actor)
+        except CommitUnknown:
+            self._publish(replace(info, live=False))
+            self._stop(info)
+            raise
         except PolicyError as error:
-            residence.client.publish(before, residence.client.weights_epoch)
+            self._publish(replace(info, live=True))
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         return await self._take_out(info, self._stop(info), epoch, actor=actor, began=began)
 
     async def obey(self, info: ExpertInfo) -> None:
         """Take out an expert that another process on the same store has withdrawn."""
         residence, began = self._residence, self._clock()
-        withdrawn = await asyncio.to_thread(residence.repository.withdrawn)
-        if info.id in withdrawn and residence.find(info.id) == info:
+        revoked = await asyncio.to_thread(residence.repository.revoked)
+        if revoked.get(info.id, 0) > info.generation and residence.find(info.id) == info:
             epoch = await asyncio.to_thread(residence.repository.epoch)
             residence.client.publish(residence.others(info.id), epoch)
             await self._take_out(info, self._stop(info), epoch, actor="another process", began=began)
@@ -91,13 +112,34 @@ class Withdrawing:
         tenancies = (info, *self._residence.retiring.get(info.id, ()))
         return tuple(call for each in tenancies for call in self._residence.client.withdraw(each.lease))
 
-    def _commit(self, info: ExpertInfo, actor: str) -> int:
+    def _publish(self, info: ExpertInfo) -> None:
+        client = self._residence.client
+        client.publish((*self._residence.others(info.id), info), client.weights_epoch)
+
+    async def _forget(self, expert: str, *, actor: str, began: float) -> dict[str, Any]:
+        """Withdraw what is not loaded here, and what a start would load."""
+        residence = self._residence
+        entry = next((e for e in await asyncio.to_thread(residence.repository.added) if e.expert == expert), None)
+        if entry is None:
+            raise NotResident("No expert of that name is loaded that could be withdrawn.")
+        try:
+            epoch = await asyncio.to_thread(self._commit, expert, entry.slot, actor)
+        except PolicyError as error:
+            raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+        residence.client.publish(residence.client.experts(), epoch)
+        return await self._settle(Revocation(expert, entry.slot, entry.generation, epoch, began), actor)
+
+    def _commit(self, expert: str, slot: int, actor: str) -> int:
         repository, before = self._residence.repository, self._residence.repository.epoch()
         try:
-            return repository.revoke(info.id, info.slot, actor=actor, at=self._clock())
-        except PolicyError:
-            if info.id in repository.withdrawn() and repository.epoch() > before:
-                return repository.epoch()  # it was committed, and the answer was lost
+            return repository.revoke(expert, slot, actor=actor, at=self._clock())
+        except PolicyError as error:
+            try:
+                withdrawn, epoch = repository.withdrawn(), repository.epoch()
+            except PolicyError:
+                raise CommitUnknown(error, NOBODY_GETS_IT) from error
+            if expert in withdrawn and epoch > before:
+                return epoch  # it was committed, and the answer was lost
             raise
 
     async def _take_out(
@@ -115,22 +157,19 @@ class Withdrawing:
             raise EngineFailed(
                 f"Expert '{info.id}' is withdrawn and no restart loads it, but the engine failed: {error}. Restart it."
             ) from error
-        await self._tidy(residence.forget_copies(), asyncio.to_thread(self._confirm))
-        record = {
-            "object": "expert.revocation",
-            "expert": info.id,
-            "slot": info.slot,
-            "generation": info.generation,
-            "weights_epoch": epoch,
-            "aborted_requests": len(users),
-            "evicted_blocks": sum(one.evicted_blocks for one in closed),
-            "undelivered_responses": undelivered,
-            "digests": digests[0],
-            "requested_at": began,
-            "effective_at": self._clock(),
-        }
+        done = Revocation(info.id, info.slot, info.generation, epoch, began)
+        done.aborted_requests = len(users)
+        done.evicted_blocks = sum(one.evicted_blocks for one in closed)
+        done.undelivered_responses = undelivered
+        done.digests = digests[0]
+        return await self._settle(done, actor)
+
+    async def _settle(self, done: Revocation, actor: str) -> dict[str, Any]:
+        """Once nothing of the expert is left: confirm the policy, remove its copy, keep the record."""
+        await self._tidy(self._residence.forget_copies(), asyncio.to_thread(self._confirm))
+        record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
         await self._tidy(asyncio.to_thread(self._record, actor, "weights.cleared", record))
-        logger.info("expert %s is withdrawn from slot %d", info.id, info.slot)
+        logger.info("expert %s is withdrawn from slot %d", done.expert, done.slot)
         return record
 
     async def _tidy(self, *steps: Awaitable[object]) -> None:

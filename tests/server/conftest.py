@@ -179,7 +179,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
         has_chat_template=True,
         has_tool_parser=False,
     )
-    policy = PolicySource(store, lambda: EXPERTS, lease_s=2.0, poll_s=0.01)
+    policy = PolicySource(store, lambda: dict.fromkeys(EXPERTS, 1), lease_s=2.0, poll_s=0.01)
     policy.confirm()
     return Services(
         client=client,  # type: ignore[arg-type]

@@ -75,7 +75,7 @@ def test_a_clock_that_went_back_is_logged_once_for_each_time(
 @pytest.mark.asyncio
 async def test_what_has_ended_stays_ended(services: Any, real_store: Store, machine: Machine, make_client: Any) -> None:
     services.clock = Clock(lambda: machine.wall, lambda: machine.steady)
-    services.policy = PolicySource(real_store, lambda: ("public", "math"), lease_s=60, poll_s=1)
+    services.policy = PolicySource(real_store, lambda: {"public": 1, "math": 1}, lease_s=60, poll_s=1)
     with real_store.change(actor="test", at=NOON) as change:
         change.put(Agreement.model_validate({**MATH, "id": "a-math", "not_after": "2026-11-28T12:01:00Z"}))
         key = change.mint_key(Role.TENANT, tenant_id="u", expires=NOON + 60).secret

@@ -93,7 +93,7 @@ async def test_a_denied_request_is_noted_also_when_nobody_can_say_whose_key_it_w
 ) -> None:
     """The policy's lease runs out between the last look at it and its use."""
     times = iter((0.0, 0.0, 0.0))
-    services.policy = PolicySource(store, lambda: (), lease_s=1.0, poll_s=1.0, clock=lambda: next(times, 9.0))
+    services.policy = PolicySource(store, dict, lease_s=1.0, poll_s=1.0, clock=lambda: next(times, 9.0))
     services.policy.confirm()
     store.answer, asked = error, store.asked
     caplog.set_level(logging.INFO, "flexgate.server.gateway")

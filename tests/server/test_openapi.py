@@ -14,6 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonschema.validators import Draft202012Validator
+from policy_file import LIVE
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice
@@ -82,7 +83,7 @@ async def _events() -> AsyncIterator[str]:
 @pytest.fixture
 def http(services: Any, real_store: Any) -> Iterator[TestClient]:
     """The application with handlers that answer, and all else real."""
-    services.policy = PolicySource(real_store, lambda: ("public", "news", "math", "secret"), lease_s=60, poll_s=1)
+    services.policy = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=1)
     services.policy.confirm()
     for name in ("create_chat_completion", "create_completion", "create_tokenize", "create_detokenize"):
         for handlers in (services.handlers.chat, services.handlers.completion, services.handlers.tokenization):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.asyncio
 
 def source(store: Store, lease_s: float = 30.0) -> PolicySource:
     peers = Peers(store.engine, lease_s=lease_s)
-    found = PolicySource(store, lambda: ["public"], lease_s=lease_s, poll_s=0.01, peers=peers)
+    found = PolicySource(store, lambda: {"public": 1}, lease_s=lease_s, poll_s=0.01, peers=peers)
     found.confirm()
     return found
 

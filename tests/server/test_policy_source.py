@@ -29,13 +29,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def live() -> set[str]:
-    return {"public", "news", "math", "secret"}
+def live() -> dict[str, int]:
+    return dict.fromkeys(("public", "news", "math", "secret"), 1)
 
 
 @pytest.fixture
-def source(store: Any, clock: Clock, live: set[str]) -> PolicySource:
-    return PolicySource(store, lambda: live, lease_s=2.0, poll_s=0.01, clock=clock)
+def source(store: Any, clock: Clock, live: dict[str, int]) -> PolicySource:
+    return PolicySource(store, lambda: dict(live), lease_s=2.0, poll_s=0.01, clock=clock)
 
 
 @pytest.mark.asyncio
@@ -110,7 +110,7 @@ class Given:
 @pytest.mark.asyncio
 async def test_a_hint_brings_a_change_before_the_next_poll(store: Any, snapshot: Snapshot) -> None:
     hints = Given()
-    source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=30.0, hints=hints)
+    source = PolicySource(store, dict, lease_s=60.0, poll_s=30.0, hints=hints)
     task = asyncio.create_task(source.run())
     try:
         while not source.fresh():
@@ -129,7 +129,7 @@ async def test_a_hint_brings_a_change_before_the_next_poll(store: Any, snapshot:
 @pytest.mark.asyncio
 async def test_a_change_comes_with_the_poll_when_every_hint_is_lost(store: Any, snapshot: Snapshot) -> None:
     hints = Given()
-    source = PolicySource(store, lambda: (), lease_s=60.0, poll_s=0.05, hints=hints)
+    source = PolicySource(store, dict, lease_s=60.0, poll_s=0.05, hints=hints)
     task = asyncio.create_task(source.run())
     try:
         await asyncio.sleep(0.02)
@@ -156,7 +156,7 @@ async def test_a_slow_answer_never_replaces_a_newer_snapshot(snapshot: Snapshot,
             return answer
 
     store = Slow()
-    source = PolicySource(store, lambda: (), lease_s=2.0, poll_s=0.01, clock=clock)
+    source = PolicySource(store, dict, lease_s=2.0, poll_s=0.01, clock=clock)
     first = asyncio.create_task(asyncio.to_thread(source.confirm))
     await asyncio.to_thread(asked.wait, 5)
     store.answer = replace(snapshot, policy_version=8)
@@ -180,7 +180,7 @@ async def test_a_store_that_hangs_fails_closed_and_holds_one_thread(snapshot: Sn
                 go_on.wait(10)
             return snapshot
 
-    source = PolicySource(Hanging(), lambda: (), lease_s=0.2, poll_s=0.01)
+    source = PolicySource(Hanging(), dict, lease_s=0.2, poll_s=0.01)
     polling = asyncio.create_task(source.run())
     try:
         await asyncio.sleep(0.05)
@@ -219,18 +219,18 @@ async def test_a_wanted_version_is_waited_for(
 
 @pytest.mark.asyncio
 async def test_a_version_that_does_not_arrive_is_given_up(store: Any) -> None:
-    source = PolicySource(store, lambda: (), lease_s=2.0, poll_s=0.01)
+    source = PolicySource(store, dict, lease_s=2.0, poll_s=0.01)
     with pytest.raises(SnapshotStale, match="version 99"):
         await source.at_least(99)
 
 
 @pytest.mark.asyncio
-async def test_what_the_engine_serves_overrides_the_catalogue(source: PolicySource, live: set[str]) -> None:
-    live.discard("news")
+async def test_what_the_engine_serves_overrides_the_catalogue(source: PolicySource, live: dict[str, int]) -> None:
+    del live["news"]
     assert not source.confirm().experts[ExpertId("news")].live
     snapshot = await source.current()
     assert [e.id for e in snapshot.experts.values() if not e.live] == ["news"]
-    live.add("news")
+    live["news"] = 1
     assert all(e.live for e in (await source.current()).experts.values())
 
 
@@ -242,6 +242,6 @@ async def test_an_unchanged_world_keeps_one_snapshot_object(source: PolicySource
 
 
 def test_liveness_is_all_that_changes(snapshot: Snapshot) -> None:
-    served = with_live(snapshot, frozenset({"public"}))
+    served = with_live(snapshot, {"public": 1})
     assert served.keys is snapshot.keys
     assert [e.id for e in served.experts.values()] == [e.id for e in snapshot.experts.values()]

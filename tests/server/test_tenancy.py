@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_first_start_makes_one_admin_key_and_no_grant(store: Store) -> None:
-    secret = prepare(store, EXPERTS, at=time.time())
+    secret = prepare(store, EXPERTS, epoch=1, at=time.time())
     assert secret is not None
     snapshot = store.snapshot()
     assert authenticate(snapshot, f"Bearer {secret}", time.time()).role is Role.ADMIN
@@ -38,20 +38,20 @@ def test_a_first_start_makes_one_admin_key_and_no_grant(store: Store) -> None:
 
 
 def test_a_second_start_shows_no_key(store: Store) -> None:
-    prepare(store, EXPERTS, at=time.time())
-    assert prepare(store, EXPERTS, at=time.time()) is None
+    prepare(store, EXPERTS, epoch=1, at=time.time())
+    assert prepare(store, EXPERTS, epoch=1, at=time.time()) is None
 
 
 def test_a_normal_start_refuses_a_store_with_demo_keys(store: Store) -> None:
-    prepare_demo(store, EXPERTS, at=time.time())
+    prepare_demo(store, EXPERTS, epoch=1, at=time.time())
     version = store.version()
     with pytest.raises(DemoKeysFound, match="--demo"):
-        prepare(store, EXPERTS, at=time.time())
+        prepare(store, EXPERTS, epoch=1, at=time.time())
     assert store.version() == version
 
 
 def test_the_demo_store_has_the_demo_tenants(store: Store) -> None:
-    prepare_demo(store, EXPERTS, at=time.time())
+    prepare_demo(store, EXPERTS, epoch=1, at=time.time())
     snapshot = store.snapshot()
     now = time.time()
     for secret in ("sk-demo-all", "sk-demo-press", "sk-demo-public"):
@@ -77,6 +77,6 @@ def test_an_owners_name_becomes_an_id(name: str, id_: str) -> None:
 def test_owners_that_cannot_be_told_apart_are_refused(store: Store, owners: tuple[str, str]) -> None:
     experts = [EXPERTS[0], Entry("news", owners[0], ""), Entry("math", owners[1], "")]
     with pytest.raises(ManifestRefused):
-        prepare(store, experts, at=time.time())
+        prepare(store, experts, epoch=1, at=time.time())
     with pytest.raises(ManifestRefused):
-        prepare_demo(store, experts, at=time.time())
+        prepare_demo(store, experts, epoch=1, at=time.time())

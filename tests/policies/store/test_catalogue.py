@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from catalogue import sync_catalogue
 
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import ChangeRefused
-from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
+from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.tenants import Expert, Tenant
 from flexgate.policies.terms import Agreement
 
@@ -55,3 +56,13 @@ def test_expert_does_not_change_owner_under_existing_terms(store):
         change.put(terms)
     with pytest.raises(ChangeRefused):
         sync_catalogue(store, [PUBLIC, ManifestExpert("news", "thief", "")], at=3.0)
+
+
+def test_a_start_that_another_servers_change_overtook_is_refused(empty):
+    with empty.change(actor="key_else", at=1.0) as change:
+        epoch = change.weights_epoch()
+        change.revoke_weights("news", slot=1, detail={})
+    said = "experts were added or withdrawn while this server started: start it again"
+    with pytest.raises(ChangeRefused, match=said), empty.change(actor="start", at=2.0) as change:
+        put_catalogue(change, [PUBLIC, NEWS], epoch=epoch)
+    assert empty.version() == 0

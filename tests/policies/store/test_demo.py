@@ -23,7 +23,7 @@ MANIFEST = [
 
 @pytest.fixture
 def demo(empty):
-    seed(empty, MANIFEST, at=1.0)
+    seed(empty, MANIFEST, epoch=1, at=1.0)
     return empty
 
 
@@ -55,7 +55,7 @@ def test_admin_key_cannot_infer(demo):
 
 def test_seeding_again_changes_nothing(demo):
     before = demo.snapshot()
-    seed(demo, MANIFEST, at=9.0)
+    seed(demo, MANIFEST, epoch=1, at=9.0)
     assert demo.snapshot() == before
 
 
@@ -63,13 +63,13 @@ def test_seeding_again_keeps_what_an_administrator_changed(demo):
     with demo.change(actor="admin", at=2.0) as change:
         change.remove(Agreement, "demo-wire")
         change.put(Tenant(id="proj_demo_all", name="Renamed"))
-    seed(demo, MANIFEST, at=3.0)
+    seed(demo, MANIFEST, epoch=1, at=3.0)
     assert demo.snapshot().tenants["proj_demo_all"].name == "Renamed"
     assert _allowed(demo, "sk-demo-press") == ("public",)
 
 
 def test_expert_new_to_the_demo_comes_without_an_agreement(demo):
-    seed(demo, [*MANIFEST, ManifestExpert("medical", "clinic", "medicine")], at=3.0)
+    seed(demo, [*MANIFEST, ManifestExpert("medical", "clinic", "medicine")], epoch=1, at=3.0)
     assert "medical" in demo.snapshot().experts
     assert "medical" not in _allowed(demo, "sk-demo-all")
 
@@ -79,7 +79,7 @@ def test_demo_keys_are_recognised(empty):
     with empty.change(actor="t", at=1.0) as change:
         change.mint_key(Role.ADMIN)
     assert not holds_demo_keys(empty)
-    seed(empty, MANIFEST, at=2.0)
+    seed(empty, MANIFEST, epoch=1, at=2.0)
     assert holds_demo_keys(empty)
 
 

@@ -21,7 +21,7 @@ EXPERTS = ("public", "news", "math", "secret")
 def services(services: Any, real_store: Store) -> Any:
     """Decisions come from the store that the administration writes to."""
     peers = Peers(real_store.engine, lease_s=2.0)
-    services.policy = PolicySource(real_store, lambda: EXPERTS, lease_s=2.0, poll_s=0.01, peers=peers)
+    services.policy = PolicySource(real_store, lambda: dict.fromkeys(EXPERTS, 1), lease_s=2.0, poll_s=0.01, peers=peers)
     services.policy.confirm()
     return services
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from catalogue import sync_catalogue
 from packagekit import write_model
 from residencykit.local import CHECKPOINT
 
-from flexgate.policies.store.catalogue import sync_catalogue
 from flexgate.policies.store.store import Store
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packagekit import make_package
-from residencykit.local import CHECKPOINT, MERGED, Local, local
+from residencykit.local import CHECKPOINT, MERGED, Local, local, withdrawn_in
 
 from flexgate.experts.signature import TrustedKeys
+from flexgate.experts.verify import open_package
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.store import Store
+from flexgate.policies.terms import ExpertId
 from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
-from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
+from flexgate.server.engine.scheduler import EXPERT_REVOKED
+from flexgate.server.experts import adding
+from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, NotResident, PackageRefused
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.start import at_start
+from flexgate.server.policy import PolicySource
 
 pytestmark = pytest.mark.asyncio
 
@@ -216,7 +223,7 @@ async def test_the_anchor_and_what_is_not_loaded_cannot_be_withdrawn(here: Local
 
 async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
-    following = asyncio.ensure_future(here.service.follow(lambda: frozenset(here.store.weights().withdrawn)))
+    following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
     elsewhere = here.service._residence.repository
     await asyncio.to_thread(elsewhere.revoke, "math", 2, actor="key_else", at=5.0)
     for _ in range(300):
@@ -227,6 +234,58 @@ async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local,
     assert here.client.published[-1] == ("public", "news")
     assert here.slots.digests(2) == zeros(here)
     assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
+
+
+async def test_what_was_withdrawn_elsewhere_and_added_there_again_is_taken_out_here(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    source = PolicySource(here.store, lambda: {i.id: i.generation for i in here.client.experts()}, lease_s=9, poll_s=9)
+    assert source.confirm().experts[ExpertId("news")].live
+    other = local(here.store, anchor, tmp_path / "other")
+    await other.service.revoke("news", actor="key_else")
+    assert (await other.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))).state == "succeeded"
+    assert here.store.snapshot().experts[ExpertId("news")].live
+    assert not source.confirm().experts[ExpertId("news")].live
+    following = asyncio.ensure_future(here.service.follow(source.withdrawn))
+    async with asyncio.timeout(10):
+        while here.client.published[-1] != ("public",) or here.slots.digests(1) != zeros(here):
+            await asyncio.sleep(0.01)
+    following.cancel()
+
+
+async def test_what_only_a_start_would_load_can_be_withdrawn(
+    here: Local, store: Store, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    again = local(store, anchor, tmp_path, epoch=2)
+    object.__setattr__(again.service._residence.places, "trusted_keys", TrustedKeys({}))
+    await again.service.restore(lambda *_: None)
+    assert again.client.published[-1] == ("public", "news")
+    record = await again.service.revoke("math", actor="key_owner", drain_seconds=1.0)
+    assert (record["slot"], record["generation"], record["weights_epoch"], record["digests"]) == (2, 2, 3, [])
+    assert again.recorded == [("key_owner", "weights.cleared", record)]
+    assert list((tmp_path / "experts").glob("job*")) == []
+    assert at_start(store, CHECKPOINT, MERGED).resident == CHECKPOINT
+    with pytest.raises(NotResident):
+        await again.service.revoke("math", actor="key_owner")
+
+
+async def test_packages_that_are_checked_for_long_hold_up_no_thread_of_the_policy(
+    here: Local, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking = threading.Event()
+
+    def long(*args: Any, **kwargs: Any) -> Any:
+        checking.wait(30)
+        return open_package(*args, **kwargs)
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    monkeypatch.setattr(adding, "open_package", long)
+    jobs = [asyncio.ensure_future(here.add(package(tmp_path, anchor, expert=expert))) for expert in ("a", "b", "c")]
+    record = await asyncio.wait_for(here.service.revoke("news", actor="key_owner"), 10)
+    assert record["expert"] == "news"
+    checking.set()
+    assert [job.state for job in await asyncio.gather(*jobs)] == ["succeeded"] * 3
 
 
 async def test_a_withdrawal_does_not_wait_until_another_expert_is_loaded(
@@ -342,6 +401,49 @@ async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_
     }
 
 
+@pytest.mark.parametrize("again", ["by whoever asked", "as the store says"])
+@pytest.mark.parametrize("drain_seconds", [0.0, 0.05])
+async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_to_nobody(
+    here: Local, tmp_path: Path, anchor: Path, drain_seconds: float, again: str
+) -> None:
+    repository = here.service._residence.repository
+    commit, withdrawn = repository.revoke, repository.withdrawn
+
+    def broken() -> Any:
+        raise StoreUnavailable("away")
+
+    def lost(*args: Any, **kwargs: Any) -> int:
+        commit(*args, **kwargs)
+        repository.withdrawn = broken  # type: ignore[method-assign]
+        raise StoreUnavailable("the answer was lost")
+
+    await here.add(package(tmp_path, anchor))
+    call = GatedCall(GateGrant("t", (ExpertLease("math", 2, 2),), float("inf")))
+    call.ended.set()
+    here.client.open.append(call)
+    repository.revoke = lost  # type: ignore[method-assign]
+    with pytest.raises(CommitUnknown) as unknown:
+        await here.service.revoke("math", actor="key_admin", drain_seconds=drain_seconds)
+    assert (unknown.value.code, str(unknown.value)) == (
+        "commit_unknown",
+        "The store broke off: the answer was lost. Nothing tells whether it took the change. Nobody gets the expert "
+        "from now on, and the requests that might use it are ended. Withdraw it again, or restart the server, which "
+        "loads it if the change was not taken.",
+    )
+    assert call.failed == EXPERT_REVOKED
+    assert [info.live for info in here.client.experts()] == [True, True, False]
+    repository.revoke, repository.withdrawn = commit, withdrawn  # type: ignore[method-assign]
+    if again == "by whoever asked":
+        assert (await here.service.revoke("math", actor="key_admin"))["expert"] == "math"
+    else:
+        following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
+        while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
+            await asyncio.sleep(0.01)
+        following.cancel()
+    assert here.client.published[-1] == ("public", "news")
+    assert here.slots.digests(2) == zeros(here)
+
+
 async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_start(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
@@ -390,16 +492,16 @@ async def test_following_another_process_outlives_a_store_that_fails(here: Local
     await here.add(package(tmp_path, anchor))
     repository = here.service._residence.repository
     await asyncio.to_thread(repository.revoke, "math", 2, actor="key_else", at=5.0)
-    asked = repository.withdrawn
+    asked = repository.revoked
     failures = [StoreUnavailable("away")]
 
-    def failing() -> frozenset[str]:
+    def failing() -> dict[str, int]:
         if failures:
             raise failures.pop()
         return asked()
 
-    repository.withdrawn = failing  # type: ignore[method-assign]
-    following = asyncio.ensure_future(here.service.follow(lambda: frozenset({"math"})))
+    repository.revoked = failing  # type: ignore[method-assign]
+    following = asyncio.ensure_future(here.service.follow(lambda expert, _: expert == "math"))
     for _ in range(400):
         if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):
             break

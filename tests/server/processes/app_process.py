@@ -49,7 +49,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
     handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete))
     policy = PolicySource(
         store,
-        lambda: experts,
+        lambda: dict.fromkeys(experts, 1),
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),

@@ -111,7 +111,7 @@ def _seed(database: str, model: Path, expected: Sequence[str]) -> None:
     store = Store.open(database)
     now = time.time()
     experts = (*read_checkpoint(model).experts, *(ExpertEntry(id_, "unknown", "unknown") for id_ in expected))
-    prepare(store, experts, at=now)
+    prepare(store, experts, epoch=1, at=now)
     with store.change(actor="bench", at=now) as change:
         named = [expert.id for expert in experts if expert.id != PUBLIC]
         owners = {expert.owner for expert in experts if expert.id != PUBLIC}

@@ -28,7 +28,7 @@ from flexgate.server.experts.residence import Residence
 from flexgate.server.experts.start import at_start
 from residencykit import local as kit
 from residencykit.kills import RANKS, Op, World, expected_digests, plan, stored
-from residencykit.local import Local, LocalSlots, local
+from residencykit.local import Local, LocalSlots, local, withdrawn_in
 
 EXPERTS = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
 DISK = OSError(errno.ENOSPC, "No space left on device")
@@ -188,7 +188,7 @@ class Trial:
 
     async def _follow(self, here: Local, experts: set[str]) -> None:
         """A withdrawal that was committed and not answered: obeyed like another process's."""
-        following = asyncio.ensure_future(here.service.follow(lambda: self.store.weights().withdrawn))
+        following = asyncio.ensure_future(here.service.follow(withdrawn_in(self.store)))
         for _ in range(500):
             served = {info.id for info in here.client.experts()}
             if served == experts and not here.service._residence.changing.locked():

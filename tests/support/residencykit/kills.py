@@ -74,7 +74,9 @@ class World:
 
 def build_world(root: Path) -> World:
     """An anchor, versions of two experts, and a migrated database."""
-    from flexgate.policies.store.catalogue import ManifestExpert, sync_catalogue
+    from catalogue import sync_catalogue
+
+    from flexgate.policies.store.catalogue import ManifestExpert
     from flexgate.policies.store.store import Store
 
     write_model(root / "anchor")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,8 @@ def local(
     merged: Mapping[str, int] = MERGED,
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
-    experts = tuple(info for info in (PUBLIC, NEWS) if info.id not in without)
-    table = SlotTable(SLOTS, {info.slot: 1 for info in experts})
+    experts = tuple(replace(info, generation=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
+    table = SlotTable(SLOTS, {info.slot: epoch for info in experts})
     slots = LocalSlots(table, [rank_writer(shard, ranks) for shard in range(ranks)])
     if "news" in without:
         for rank in slots.ranks:
@@ -189,3 +189,8 @@ def local(
     service = ExpertService(residence, canary=canary, confirm=confirm, record=record, clock=time.time)
     made.append(Local(service, client, slots, store, recorded))
     return made[0]
+
+
+def withdrawn_in(store: Store) -> Callable[[str, int], bool]:
+    """What a policy source says of a store that it has just asked."""
+    return lambda expert, generation: store.revoked().get(expert, 0) > generation
