@@ -16,6 +16,7 @@ ExpertsError
 ├── ProcessLost            another process of a training is gone
 ├── EvaluationRefused      nothing that can be evaluated, or nothing to draw with
 ├── OutputRefused          the output exists already, or could not be written
+│   └── DiskFull           there is no room for it beside what must stay free
 ├── ServerRefused          a running server would not take or withdraw an expert, in its words
 └── MergeError             parts that do not make one model
 """
@@ -85,6 +86,10 @@ class EvaluationRefused(ExpertsError, ValueError):
 
 class OutputRefused(ExpertsError):
     """The output exists already, or the disk refused it; nothing that looks whole was left behind."""
+
+
+class DiskFull(OutputRefused):
+    """The disk has no room for the output beside what must stay free; the message gives the numbers."""
 
 
 class ServerRefused(ExpertsError):

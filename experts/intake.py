@@ -15,7 +15,7 @@ from typing import Final
 
 from flexgate.experts.base import Progress, silent
 from flexgate.experts.errors import PackageUnreadable
-from flexgate.experts.output import new_file, write_all
+from flexgate.experts.output import new_file, require_room, write_all
 from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 
 NAMES: Final = frozenset({MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME})
@@ -54,12 +54,17 @@ class Source:
             raise PackageUnreadable(f"{self.path}: {name} has more than {limit} bytes")
         return bytes(text)
 
-    def copy(self, name: str, size: int, target: Path, progress: Progress = silent) -> None:
-        """Copy a file of exactly ``size`` bytes to a new file that only this user may read."""
+    def copy(self, name: str, size: int, target: Path, progress: Progress = silent, *, keep_free: int = 0) -> None:
+        """Copy a file of exactly ``size`` bytes to a new file that only this user may read.
+
+        Raises:
+            DiskFull: the rest of the file does not fit beside ``keep_free`` bytes, before it is written.
+        """
         with self._open(name) as descriptor, new_file(target) as written:
             self._require_size(name, os.fstat(descriptor).st_size, size)
             copied = 0
             while chunk := os.read(descriptor, min(COPY_CHUNK, size + 1 - copied)):
+                require_room(target.parent, size - copied, keep_free, f"a copy of {self.path}")
                 copied += len(chunk)
                 self._require_at_most(name, copied, size)
                 write_all(written, chunk)

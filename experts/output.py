@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flexgate.experts.errors import OutputRefused
+from flexgate.experts.errors import DiskFull, OutputRefused
 
 
 @contextmanager
@@ -38,6 +38,16 @@ def require_absent(target: Path) -> None:
     """Raise ``OutputRefused`` if something has this name, were it a broken link."""
     if target.is_symlink() or target.exists():
         raise OutputRefused(f"{target} exists already; nothing is overwritten")
+
+
+def require_room(directory: Path, size: int, keep_free: int, what: str) -> None:
+    """Raise ``DiskFull``, which names ``what``, unless the disk has room for ``size`` bytes and ``keep_free`` more."""
+    free = shutil.disk_usage(directory).free
+    if free < size + keep_free:
+        raise DiskFull(
+            f"the disk has no room for {what}: {size} bytes are still to be written, {keep_free} must stay free, "
+            f"and {free} are free"
+        )
 
 
 def settle(partial: Path, target: Path) -> None:

@@ -72,6 +72,7 @@ def open_package(
     trusted_keys: TrustedKeys | None,
     into: Path,
     progress: Progress = silent,
+    keep_free: int = 0,
 ) -> VerifiedPackage:
     """Copy the package at ``path`` to the new private folder ``into`` and check the copy.
 
@@ -79,10 +80,11 @@ def open_package(
         base: the model that the expert must belong to; None checks no more than that the package fits its own manifest.
         trusted_keys: whose signatures count; None asks for no signature, which is for one's own packages only.
         into: must not exist; exists afterwards only if the package is good.
+        keep_free: bytes that the copy must leave free on the disk.
 
     Raises:
         PackageError: the package may not be used, and why.
-        OutputRefused: ``into`` exists or cannot be written.
+        OutputRefused: ``into`` exists or cannot be written; ``DiskFull`` before what does not fit is written.
     """
     with Source(path) as source, new_directory(into, mode=0o700) as partial:
         text = source.read(MANIFEST_NAME, MAX_MANIFEST)
@@ -91,7 +93,7 @@ def open_package(
         ticket = _check_base(manifest, base, into / WEIGHTS_NAME)
         _check_size(manifest, ticket)
         write_new(partial / MANIFEST_NAME, text, mode=0o600)
-        source.copy(WEIGHTS_NAME, manifest.weights.bytes, partial / WEIGHTS_NAME, progress)
+        source.copy(WEIGHTS_NAME, manifest.weights.bytes, partial / WEIGHTS_NAME, progress, keep_free=keep_free)
         weights = check_weights(os.open(partial / WEIGHTS_NAME, os.O_RDONLY | os.O_CLOEXEC), ticket, progress)
         try:
             _check_digests(manifest, weights)

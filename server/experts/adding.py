@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from flexgate.experts.errors import ExpertsError
+from flexgate.experts.errors import DiskFull, ExpertsError
 from flexgate.experts.manifest import Manifest
 from flexgate.experts.verify import VerifiedPackage, open_package
 from flexgate.policies.errors import PolicyError
@@ -28,6 +28,7 @@ from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, Engine
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
+from flexgate.server.experts.uploads import FREE_BYTES
 from flexgate.server.experts.versions import UNSAID, is_set_aside
 
 Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
@@ -102,10 +103,13 @@ class Adding:
                 trusted_keys=places.trusted_keys,
                 into=places.new_copy(job.id),
                 progress=progress,
+                keep_free=FREE_BYTES,
             )
             package = await loop.run_in_executor(_CHECKS, check)
         except ExpertsError as error:
             told = str(error).replace(str(source), job.package).replace(str(places.private), "the server")
+            if isinstance(error, DiskFull):
+                raise ChangeConflict(f"{told[:1].upper()}{told[1:]}.", code="disk_full") from error
             raise PackageRefused(f"{told}.") from error
         await job.at("verified")
         return package

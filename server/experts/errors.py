@@ -3,7 +3,7 @@
 ExpertError              a code for programs, a sentence for people
 ├── NotResident          no such expert is loaded, or it is none of the caller's
 ├── PackageRefused       the package itself may not be used
-├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, store, another change
+├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, disk, store, another change
 │   └── CommitUnknown    the store broke off, and nothing tells whether it took the change
 ├── EngineBusy           there was no place to try a new expert in; nothing is left of it
 └── EngineFailed         a rank could not do its part: of an add nothing is left, a withdrawal stays committed

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -27,7 +28,7 @@ META: Final = "upload.json"
 MOST_UPLOADS: Final = 4
 """Of one key."""
 FREE_BYTES: Final = 1 << 30
-"""What an announced package must leave free on the disk, which the policy database may be on too."""
+"""What packages must leave free on the disk, which the policy database may be on too."""
 KEPT_SECONDS: Final = 24 * 3600.0
 _ID: Final = re.compile(r"upload_[0-9a-f]{24}")
 
@@ -42,8 +43,7 @@ class Upload:
 
     def received(self, name: str) -> int:
         """Bytes of a file that have arrived."""
-        path = self.directory / name
-        return path.stat().st_size if path.exists() else 0
+        return _size(self.directory / name)
 
     def to_json(self) -> dict[str, Any]:
         """As the API shows it."""
@@ -72,12 +72,11 @@ class Uploads:
                 status=HTTPStatus.CONFLICT,
                 code="too_many_uploads",
             )
-        promised = sum(sum(meta["sizes"].values()) for meta in announced)
-        if promised + sum(sizes.values()) + FREE_BYTES > shutil.disk_usage(self._root).free:
-            raise ApiError(
-                "The disk has no room for the package beside those that are being uploaded.",
-                status=HTTPStatus.INSUFFICIENT_STORAGE,
-                code="disk_full",
+        needed = 2 * sum(sizes.values())
+        if self._to_come() + needed + FREE_BYTES > shutil.disk_usage(self._root).free:
+            raise _disk_full(
+                f"The package and the server's private copy of it take {needed} bytes, for which the disk has no room "
+                "beside the packages that are on their way."
             )
         id_ = f"upload_{secrets.token_hex(12)}"
         directory = self._root / id_
@@ -99,7 +98,8 @@ class Uploads:
 
         Raises:
             NotFound: the upload has no such file.
-            ApiError: 409, the offset is not where the file ends; the message says where it does.
+            ApiError: 409, the offset is not where the file ends, and the message says where it does, or another part is
+                being written; 507, the disk has no room for more.
             TooLarge: more arrives than was announced; what fits is kept.
         """
         if name not in upload.sizes:
@@ -112,8 +112,7 @@ class Uploads:
                 code="wrong_offset",
                 details={"received": received},
             )
-        if upload.id in self._writing:
-            raise ApiError("The upload is being written to.", status=HTTPStatus.CONFLICT, code="upload_busy")
+        self._require_idle(upload)
         self._writing.add(upload.id)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = -1
@@ -134,8 +133,9 @@ class Uploads:
         """The folder of a complete upload, as a package; it is the caller's to remove.
 
         Raises:
-            ApiError: 409, something has not arrived yet.
+            ApiError: 409, something has not arrived yet, or is being written.
         """
+        self._require_idle(upload)
         missing = [name for name, size in upload.sizes.items() if upload.received(name) != size]
         if missing:
             raise ApiError(
@@ -147,8 +147,30 @@ class Uploads:
         return upload.directory
 
     def remove(self, upload: Upload) -> None:
-        """Forget an upload and what has arrived of it."""
+        """Forget an upload and what has arrived of it; raises `ApiError` (409) while a part is being written.
+
+        Else the writer would go on filling files that have no name any more and count for nobody.
+        """
+        self._require_idle(upload)
         shutil.rmtree(upload.directory, ignore_errors=True)
+
+    def _require_idle(self, upload: Upload) -> None:
+        if upload.id in self._writing:
+            raise ApiError("The upload is being written to.", status=HTTPStatus.CONFLICT, code="upload_busy")
+
+    def _to_come(self) -> int:
+        """Bytes that are still to be written of the uploads there are, and of the private copies of them.
+
+        An upload and its copy exist side by side until the expert is live; a folder without `upload.json` was taken.
+        """
+        total = 0
+        for directory in self._root.iterdir():
+            arrived = sum(_size(directory / name) for name in NAMES)
+            total += arrived
+            with suppress(FileNotFoundError):
+                announced = json.loads((directory / META).read_text())["sizes"]
+                total += 2 * (sum(announced.values()) - arrived)
+        return total
 
     def _check(self, sizes: Mapping[str, int]) -> None:
         odd = sorted(sizes.keys() - NAMES)
@@ -163,12 +185,27 @@ class Uploads:
 
     def _forget_stale(self) -> None:
         for directory in self._root.iterdir():
-            newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
-            if newest < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
-                shutil.rmtree(directory, ignore_errors=True)
+            with suppress(FileNotFoundError):  # its job is removing it
+                newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+                if newest < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
+                    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _disk_full(message: str) -> ApiError:
+    return ApiError(message, status=HTTPStatus.INSUFFICIENT_STORAGE, code="disk_full")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
+    if shutil.disk_usage(descriptor).free < len(data) + FREE_BYTES:
+        raise _disk_full("The disk has no room for more of the upload. What has arrived is kept.")
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

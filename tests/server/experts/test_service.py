@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from flexgate.server.experts import adding
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, NotResident, PackageRefused
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.start import at_start
+from flexgate.server.experts.uploads import FREE_BYTES
 from flexgate.server.policy import PolicySource
 
 pytestmark = pytest.mark.asyncio
@@ -56,6 +58,25 @@ async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
     snapshot = here.store.snapshot()
     assert snapshot.experts["math"].live  # type: ignore[index]
     assert not snapshot.terms
+
+
+async def test_a_copy_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
+    here: Local, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = package(tmp_path, anchor)
+    size = (source / "expert.safetensors").stat().st_size
+    free = FREE_BYTES + size - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 60, 0, free))  # type: ignore[attr-defined]
+    job = await here.add(source)
+    assert (job.state, job.stage, job.error["code"], job.done) == ("failed", "copied", "disk_full", 0)
+    assert job.error["message"] == (
+        f"The disk has no room for a copy of {source.name}: {size} bytes are still to be written, {FREE_BYTES} must "
+        f"stay free, and {free} are free."
+    )
+    assert not list((tmp_path / "experts").iterdir())
+    free += 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 60, 0, free))  # type: ignore[attr-defined]
+    assert (await here.add(source)).state == "succeeded"
 
 
 async def test_a_revoked_expert_is_gone_from_slot_disk_and_catalogue(here: Local, tmp_path: Path, anchor: Path) -> None:

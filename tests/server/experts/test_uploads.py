@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
-from flexgate.server.experts.uploads import KEPT_SECONDS, MOST_UPLOADS, Uploads
+from flexgate.server.experts import uploads as uploads_module
+from flexgate.server.experts.uploads import FREE_BYTES, KEPT_SECONDS, MOST_UPLOADS, Uploads
 
 SIZES = {"manifest.json": 4, "expert.safetensors": 8}
+SIZE = sum(SIZES.values())
 
 
 @pytest.fixture
@@ -72,6 +75,75 @@ async def test_two_writers_at_once_cannot_write_more_than_one(uploads: Uploads) 
     assert refused.value.code == "upload_busy"
     waiting.set()
     assert await first == 4
+
+
+@pytest.mark.asyncio
+async def test_an_upload_that_is_being_written_is_neither_removed_nor_taken(uploads: Uploads) -> None:
+    upload = uploads.open("key_a", SIZES)
+    waiting = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield bytes(8)
+        await waiting.wait()
+
+    await uploads.write(upload, "manifest.json", 0, chunks(bytes(4)))
+    writing = asyncio.ensure_future(uploads.write(upload, "expert.safetensors", 0, slow()))
+    while upload.received("expert.safetensors") < 8:
+        await asyncio.sleep(0.001)
+    for change in (uploads.remove, uploads.take):
+        with pytest.raises(ApiError) as refused:
+            change(upload)
+        assert (refused.value.status, refused.value.code) == (409, "upload_busy")
+    assert upload.received("expert.safetensors") == 8
+    waiting.set()
+    await writing
+    uploads.remove(upload)
+    assert not upload.directory.exists()
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, root: Path, room: int) -> None:
+    """A disk with room for so many bytes beside what stays free; what is written under `root` takes of it."""
+
+    def usage(_: object) -> object:
+        used = sum(path.stat().st_size for path in root.rglob("*") if path.name in SIZES)
+        return shutil._ntuple_diskusage(1 << 60, 0, FREE_BYTES + room - used)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(uploads_module.shutil, "disk_usage", usage)
+
+
+@pytest.mark.asyncio
+async def test_a_package_needs_room_for_its_private_copy_too(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(monkeypatch, tmp_path, 2 * SIZE - 1)
+    with pytest.raises(ApiError) as refused:
+        uploads.open("key_a", SIZES)
+    assert (refused.value.status, refused.value.code) == (507, "disk_full")
+    assert f"take {2 * SIZE} bytes" in str(refused.value)
+    leave(monkeypatch, tmp_path, 4 * SIZE - 1)
+    first = uploads.open("key_a", SIZES)
+    for name, size in SIZES.items():
+        with pytest.raises(ApiError):
+            uploads.open("key_b", SIZES)
+        await uploads.write(first, name, 0, chunks(bytes(size)))
+    uploads.take(first)  # its private copy is still to come
+    with pytest.raises(ApiError):
+        uploads.open("key_b", SIZES)
+    leave(monkeypatch, tmp_path, 4 * SIZE)
+    uploads.open("key_b", SIZES)
+
+
+@pytest.mark.asyncio
+async def test_a_part_that_the_disk_has_no_room_for_is_refused_and_what_fits_is_kept(
+    uploads: Uploads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = uploads.open("key_a", SIZES)
+    leave(monkeypatch, tmp_path, 3)
+    with pytest.raises(ApiError) as refused:
+        await uploads.write(upload, "manifest.json", 0, chunks(b"12", b"34"))
+    assert (refused.value.status, refused.value.code) == (507, "disk_full")
+    leave(monkeypatch, tmp_path, 4)
+    assert await uploads.write(upload, "manifest.json", 2, chunks(b"34")) == 4
 
 
 def test_one_key_cannot_take_every_place(uploads: Uploads) -> None:
