@@ -1,13 +1,18 @@
 """Spare repeated requests the work: finished decisions, kept for as long as they hold.
 
 The pure function stays the authority: what is kept was computed by it, from the same snapshot
-object and inside the same time slot, so a kept answer cannot differ from a computed one. One
-cache per process; calls from several threads are safe, and at worst compute twice.
+object and inside the same time slot, so a kept answer cannot differ from a computed one. In which order,
+and how often, a request names experts changes no decision, so it makes no other question. Refusals are not kept.
+
+A tenant has places of its own, and what it asks too much pushes out what it asked before. One cache per
+process; calls from several threads are safe, and at worst compute twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import Final
 
 from flexgate.policies.decide import declared_context, find_tenant, narrow
@@ -17,9 +22,12 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import TenantId
 from flexgate.policies.words import Purpose, Region
 
-_Question = tuple[str, str | None, str | None, tuple[str, ...] | None, tuple[str, ...]]
+_Names = frozenset[str] | tuple[str, ...]
+_Question = tuple[str | None, str | None, _Names | None, _Names]
 _Outcome = tuple[TenantId, int, AllowedExperts, tuple[Reason, ...], float, Purpose | None, Region | None]
 MAX_ENTRIES: Final = 65_536
+MAX_OF_ONE: Final = 256
+"""Decisions of one tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +37,59 @@ class _Kept:
     until: float
 
 
-class DecisionCache:
-    """`decide` with a memory. A new snapshot, or a full memory, starts an empty one."""
+@dataclass(slots=True)
+class _Memory:
+    """What is kept of one snapshot, by tenant; `size` counts it all."""
 
-    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+    snapshot: Snapshot | None
+    tenants: OrderedDict[str, dict[_Question, _Kept]] = field(default_factory=OrderedDict)
+    size: int = 0
+
+
+class DecisionCache:
+    """`decide` with a memory. A new snapshot starts an empty one.
+
+    Once it is full, what a tenant asks anew takes the place of its own oldest decision; only a tenant that has none
+    takes the places of another, the one that came first.
+    """
+
+    def __init__(self, max_entries: int = MAX_ENTRIES, max_of_one: int = MAX_OF_ONE) -> None:
         self._max_entries = max_entries
-        self._memory: tuple[Snapshot | None, dict[_Question, _Kept]] = (None, {})
+        self._max_of_one = max_of_one
+        self._memory = _Memory(None)
+        self._keeping = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._memory[1])
+        return self._memory.size
 
     def decide(self, snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> Decision:
         """Same values and same errors as `flexgate.policies.decide.decide`."""
-        holder, kept = self._memory
-        if holder is not snapshot:
-            kept = {}
-            self._memory = (snapshot, kept)
-        question = (tenant_id, request.purpose, request.region, request.only, request.ignore)
-        found = kept.get(question)
+        memory = self._memory
+        if memory.snapshot is not snapshot:
+            memory = self._memory = _Memory(snapshot)
+        only, ignore = request.only, request.ignore
+        question = (request.purpose, request.region, only and frozenset(only), ignore and frozenset(ignore))
+        own = memory.tenants.get(tenant_id)
+        found = None if own is None else own.get(question)
         if found is not None and found.since <= now < found.until:
             return Decision(request.decision_id, *found.outcome)
         tenant = find_tenant(snapshot, tenant_id)
         context = declared_context(tenant, request.purpose, request.region)
         granted = grant(snapshot, tenant, context, now)
         decision = narrow(snapshot, tenant, granted, context, request)
-        if len(kept) >= self._max_entries:
-            kept.clear()
-        kept[question] = _Kept(decision[1:], granted.since, granted.until)
+        with self._keeping:
+            self._keep(memory, tenant_id, question, _Kept(decision[1:], granted.since, granted.until))
         return decision
+
+    def _keep(self, memory: _Memory, tenant_id: str, question: _Question, kept: _Kept) -> None:
+        own = memory.tenants.setdefault(tenant_id, {})
+        if question not in own:
+            full = memory.size >= self._max_entries
+            if own and (full or len(own) >= self._max_of_one):
+                del own[next(iter(own))]
+                memory.size -= 1
+            elif full:
+                _, others = memory.tenants.popitem(last=False)
+                memory.size -= len(others)
+            memory.size += 1
+        own[question] = kept

@@ -8,7 +8,7 @@ from flexgate.policies import cache as cache_module
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.errors import ExpertDenied, TenantArchived
+from flexgate.policies.errors import ExpertDenied, TenantArchived, UnknownExpert
 
 REQUEST = DecisionRequest(decision_id="dec_1")
 
@@ -85,10 +85,68 @@ def test_refusals_are_raised_every_time(world):
             cache.decide(snapshot, "acme", request, 1.0)
 
 
-def test_memory_is_bounded(dated, grants_computed):
-    cache = DecisionCache(max_entries=2)
-    for count in range(5):
-        request = DecisionRequest(decision_id="d", ignore=("news",) * count)
-        cache.decide(dated, "acme", request, 0.0)
-    assert len(grants_computed) == 5
-    assert len(cache) <= 2
+def test_order_and_repetition_of_names_make_no_other_question(dated, grants_computed):
+    cache = DecisionCache()
+    for only, ignore in (
+        (None, ("news", "math")),
+        (None, ("math", "news")),
+        (None, ("news", "news", "math")),
+        (("public", "news"), ()),
+        (("news", "public", "news"), ()),
+    ):
+        request = DecisionRequest(decision_id="d", only=only, ignore=ignore)
+        assert cache.decide(dated, "acme", request, 1500.0) == decide(dated, "acme", request, 1500.0)
+    assert len(grants_computed) == len(cache) == 2
+
+
+def test_refusals_take_no_place_and_name_the_position_of_this_request(world):
+    cache, snapshot = DecisionCache(), world.build()
+    for names in (("zzz", "public"), ("public", "zzz")):
+        with pytest.raises(UnknownExpert) as refused:
+            cache.decide(snapshot, "acme", DecisionRequest(decision_id="d", only=names), 1.0)
+        assert refused.value.param == f"flexgate.experts.only[{names.index('zzz')}]"
+    assert len(cache) == 0
+
+
+def ask(cache, snapshot, who, *questions):
+    """Ask `who`'s questions, each by the purpose that it declares."""
+    for purpose in questions:
+        cache.decide(snapshot, who, DecisionRequest(decision_id="d", purpose=purpose), 1.0)
+
+
+@pytest.fixture
+def many(world):
+    purposes = ["x-search", "x-chat", "x-code", "x-news"]
+    return world.build([], [world.tenant(id=id_, purposes=purposes) for id_ in ("a", "b", "c")])
+
+
+def test_a_tenant_pushes_out_its_own_decisions_alone(many, grants_computed):
+    cache = DecisionCache(max_entries=100, max_of_one=2)
+    ask(cache, many, "a", "x-search", "x-chat")
+    ask(cache, many, "b", "x-search", "x-chat", "x-code", "x-news")
+    assert (len(cache), len(grants_computed)) == (4, 6)
+    ask(cache, many, "a", "x-search", "x-chat")
+    ask(cache, many, "b", "x-code", "x-news")
+    assert len(grants_computed) == 6
+    ask(cache, many, "b", "x-search")
+    assert (len(cache), len(grants_computed)) == (4, 7)
+
+
+def test_a_full_memory_gives_way_to_a_tenant_that_has_nothing_in_it(many, grants_computed):
+    cache = DecisionCache(max_entries=3, max_of_one=2)
+    ask(cache, many, "a", "x-search")
+    ask(cache, many, "b", "x-search", "x-chat")
+    ask(cache, many, "a", "x-chat")
+    assert (len(cache), len(grants_computed)) == (3, 4)
+    ask(cache, many, "b", "x-search", "x-chat")
+    assert len(grants_computed) == 4
+    ask(cache, many, "c", "x-search")
+    ask(cache, many, "b", "x-search", "x-chat")
+    assert (len(cache), len(grants_computed)) == (3, 5)
+
+
+def test_a_decision_that_is_computed_anew_takes_no_other_place(dated):
+    cache = DecisionCache(max_entries=2, max_of_one=2)
+    for now in (0.0, 1500.0, 9000.0):
+        cache.decide(dated, "acme", REQUEST, now)
+    assert len(cache) == 1
