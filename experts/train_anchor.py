@@ -106,7 +106,7 @@ def fit_anchor(model: FlexOlmo, options: AnchorOptions, work: Path, pad_id: int)
     initialise(model, options.plan.seed)
     parameters = {name: value for name, value in model.named_parameters() if not name.endswith("mlp.gate.weight")}
     if options.channels is None:
-        return Run(parameters, partial(_loss, model), options.plan, work, name="anchor", pad_id=pad_id)
+        return Run(parameters, partial(answer_loss, model), options.plan, work, name="anchor", pad_id=pad_id)
     count, first = options.channels.count, options.channels.first_expert_layer
     reserve_channels(model, count, first)
     torch.manual_seed(options.plan.seed)
@@ -122,7 +122,8 @@ def fit_anchor(model: FlexOlmo, options: AnchorOptions, work: Path, pad_id: int)
     )
 
 
-def _loss(model: FlexOlmo, batch: Batch) -> Tensor:
+def answer_loss(model: FlexOlmo, batch: Batch) -> Tensor:
+    """Next-token loss from a batch."""
     return weighted_loss(model, model.hidden(batch.tokens_BT), batch)
 
 

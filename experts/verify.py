@@ -10,7 +10,7 @@ from typing import Final
 from flexgate.experts.base import BaseIdentity, Progress, silent
 from flexgate.experts.errors import BaseMismatch, DigestMismatch, PackageUnreadable, SignatureInvalid
 from flexgate.experts.intake import Source
-from flexgate.experts.manifest import MAX_MANIFEST, Manifest, parse_manifest, sha256
+from flexgate.experts.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from flexgate.experts.output import new_directory, write_new
 from flexgate.experts.package import (
     MANIFEST_NAME,
@@ -34,7 +34,6 @@ class VerifiedPackage:
 
     token: object
     manifest: Manifest
-    manifest_sha256: str
     signer: str | None
     """Id of the key that signed; None only where the caller asked for no signature."""
     directory: Path
@@ -100,7 +99,7 @@ def open_package(
         except BaseException:
             weights.close()
             raise
-    return VerifiedPackage(_VERIFIED, manifest, sha256(text), signer, into, weights)
+    return VerifiedPackage(_VERIFIED, manifest, signer, into, weights)
 
 
 def _check_signature(

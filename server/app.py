@@ -74,8 +74,10 @@ def build_listeners(
 def _endpoints(services: Services, roles: Collection[Role]) -> Iterator[tuple[str, str, Answer]]:
     if Role.TENANT in roles:
         yield from _inference(services)
+    operations = Operations(services)
     if not _OPERATORS.isdisjoint(roles):
         yield from _changes(services)
+        yield "GET", "/metrics", operations.metrics
     for operation in OPERATIONS:
         if not set(operation.roles).isdisjoint(roles):
             yield operation.method, operation.path, Administration(services, operation).answer
@@ -83,7 +85,6 @@ def _endpoints(services: Services, roles: Collection[Role]) -> Iterator[tuple[st
     yield "GET", "/v1/experts", experts.list
     yield "GET", "/v1/experts/{expert}", experts.retrieve
     yield "GET", "/v1/openapi.json", OpenApi(services).document
-    operations = Operations(services)
     yield "GET", "/health", operations.health
     yield "GET", "/ready", operations.ready
 
@@ -109,7 +110,6 @@ def _changes(services: Services) -> Iterator[tuple[str, str, Answer]]:
     yield "GET", "/v1/expert_uploads/{upload}", changes.upload
     yield "DELETE", "/v1/expert_uploads/{upload}", changes.drop_upload
     yield "PATCH", "/v1/expert_uploads/{upload}/{file}", changes.write_upload
-    yield "GET", "/metrics", Operations(services).metrics
 
 
 def _named(path: str, endpoint: Answer) -> Answer:

@@ -53,10 +53,15 @@ def schema() -> None:
 
 
 @app.command()
-def export(demo: Demo = None, state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
+def export(
+    version: Annotated[int | None, typer.Option(help="As it was at this policy version.", show_default="now")] = None,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
     """Print the policy as a file. Applied again, it changes nothing."""
     with opened(demo, state_dir, database_url) as store:
-        sys.stdout.write(policy_yaml.dump(gitops.export(store)))
+        sys.stdout.write(policy_yaml.dump(gitops.export(store, version)))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`GET /v1/openapi.json`: this API, generated from the tables that the routes are served from."""
+"""`GET /v1/openapi.json`: this API, its bodies and queries generated from what requests are checked against."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ _GETS: Final = (
     ("/metrics", "Prometheus metrics, for administrators and auditors."),
     ("/v1/openapi.json", "This document."),
 )
-# Method, path, body, query, and what the route does.
-_CHANGES: Final[tuple[tuple[str, str, type[BaseModel] | None, type[BaseModel] | None, str], ...]] = (
-    ("post", "/v1/experts", AddBody, None, "Add an expert to the running engine, as a job."),
-    ("delete", "/v1/experts/{expert}", None, RevokeQuery, "Withdraw an expert from the running engine."),
-    ("get", "/v1/expert_jobs/{job}", None, JobQuery, "How far a job is."),
-    ("post", "/v1/expert_uploads", UploadBody, None, "Begin to upload a package."),
-    ("get", "/v1/expert_uploads/{upload}", None, None, "How much of an upload has arrived."),
-    ("delete", "/v1/expert_uploads/{upload}", None, None, "Give an upload up."),
-    ("patch", "/v1/expert_uploads/{upload}/{file}", None, WriteQuery, "Send a part of a file."),
+# Method, path, body, query, status of a success, and what the route does.
+_CHANGES: Final[tuple[tuple[str, str, type[BaseModel] | None, type[BaseModel] | None, int, str], ...]] = (
+    ("post", "/v1/experts", AddBody, None, 202, "Add an expert to the running engine, as a job."),
+    ("delete", "/v1/experts/{expert}", None, RevokeQuery, 200, "Withdraw an expert from the running engine."),
+    ("get", "/v1/expert_jobs/{job}", None, JobQuery, 200, "How far a job is."),
+    ("post", "/v1/expert_uploads", UploadBody, None, 201, "Begin to upload a package."),
+    ("get", "/v1/expert_uploads/{upload}", None, None, 200, "How much of an upload has arrived."),
+    ("delete", "/v1/expert_uploads/{upload}", None, None, 200, "Give an upload up."),
+    ("patch", "/v1/expert_uploads/{upload}/{file}", None, WriteQuery, 200, "Send a part of a file."),
 )
 _OPEN: Final = ("/health", "/ready")
 _TYPES: Final[Mapping[str, Json]] = {
@@ -118,8 +118,8 @@ def document() -> Json:
     for path, table, required, summary in _POSTS:
         body = _body(_table_schema(table, required, schemas))
         paths.setdefault(path, {})["post"] = {**_described(path, summary), "requestBody": body}
-    for method, path, body_model, query, summary in _CHANGES:
-        described = paths.setdefault(path, {})[method] = _described(path, summary)
+    for method, path, body_model, query, status, summary in _CHANGES:
+        described = paths.setdefault(path, {})[method] = _described(path, summary, status=status)
         described["parameters"] += [] if query is None else _query_parameters(query, schemas)
         if body_model is not None:
             described["requestBody"] = _body(_model_schema(body_model, schemas))
@@ -145,7 +145,7 @@ def _operation(operation: Operation[Any, Any], schemas: Json) -> Json:
     return described
 
 
-def _described(path: str, summary: str, description: str = "") -> Json:
+def _described(path: str, summary: str, description: str = "", *, status: int = 200) -> Json:
     names = re.findall(r"{(\w+)}", path)
     parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
     refused = {"description": "Refused.", "content": {"application/json": {"schema": _ERROR}}}
@@ -154,7 +154,7 @@ def _described(path: str, summary: str, description: str = "") -> Json:
         "description": description,
         "parameters": parameters,
         "security": [] if path in _OPEN else [{"key": []}],
-        "responses": {"200": {"description": "Done."}, "4XX": refused, "503": refused},
+        "responses": {str(status): {"description": "Done."}, "4XX": refused, "503": refused},
     }
 
 

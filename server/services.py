@@ -1,4 +1,4 @@
-"""What the routes work with, put together once by `flexgate.server.app`."""
+"""What the routes work with, put together once by `flexgate.server.process`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class ManifestRefused(Exception):
 
 
 class Loaded(Protocol):
-    """An expert of the checkpoint."""
+    """An expert that will be served."""
 
     @property
     def id(self) -> str: ...

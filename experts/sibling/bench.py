@@ -19,8 +19,9 @@ from flexgate.experts.pair import trainable
 from flexgate.experts.sibling import models
 from flexgate.experts.sibling.settings import Settings
 from flexgate.experts.sibling.texts import PUBLIC, Texts, all_ids, closed_ids, draw, make_tokenizer
-from flexgate.experts.sibling.training import Owner, answer_loss, train_anchor, train_jointly, unrestricted
+from flexgate.experts.sibling.training import Owner, train_anchor, train_jointly, unrestricted
 from flexgate.experts.train import pair_from_anchor
+from flexgate.experts.train_anchor import answer_loss
 from flexgate.experts.tune_router import fit_routers
 
 

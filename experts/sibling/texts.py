@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from flexgate.experts.demo.generate import owner_stream, public_stream, take
 from flexgate.experts.demo.probes import Probe, make_probes
 from flexgate.experts.demo.public import public_domain
 from flexgate.experts.demo.registers import make_registers
+from flexgate.experts.demo.texts import encode
 from flexgate.experts.demo.tokenizer import EOS_ID, train_tokenizer
 from flexgate.experts.evaluation.measure import DomainTexts
 from flexgate.experts.sibling.settings import Settings
@@ -73,25 +73,6 @@ def draw(settings: Settings, tokenizer: Tokenizer, seed: int) -> Texts:
         {name: DomainTexts(documents, probes[name]) for name, documents in held["test"].items()},
         {name: train[name][: settings.attacked_documents] for name in closed_ids()},
     )
-
-
-def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Example]:
-    """Token ids with the end token, and the tokens of each prompt's key words."""
-
-    @cache
-    def forms(word: str) -> frozenset[int]:
-        return frozenset((*tokenizer.encode(word).ids, *tokenizer.encode(f" {word}").ids))
-
-    prompts = tokenizer.encode_batch([document.prompt for document in documents])
-    answers = tokenizer.encode_batch([document.answer for document in documents])
-    return [
-        Example(
-            (*prompt.ids, *answer.ids, EOS_ID),
-            len(prompt.ids),
-            frozenset().union(*map(forms, document.keys.replace("|", " ").split())),
-        )
-        for prompt, answer, document in zip(prompts, answers, documents, strict=True)
-    ]
 
 
 @cache

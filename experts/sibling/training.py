@@ -26,19 +26,14 @@ from flexgate.experts.package import ExpertLayer
 from flexgate.experts.pair import Row, expert_layers, make_pair, trainable, z_loss
 from flexgate.experts.routing import Samples, collect, fit_rows, set_rows
 from flexgate.experts.sibling.settings import Settings
-from flexgate.experts.train import pair_from_anchor, weighted_loss
-from flexgate.experts.train_anchor import AnchorOptions, Channels, fit_anchor
+from flexgate.experts.train import pair_from_anchor
+from flexgate.experts.train_anchor import AnchorOptions, Channels, answer_loss, fit_anchor
 from flexgate.experts.train_expert import Z_WEIGHT
 
 PUBLIC_SHARE = 0.25
 """Of the text that a router is trained with by the language-model loss, as in ``experts train``."""
 CERTAIN = 30.0
 """A router logit that leaves nothing to the other expert."""
-
-
-def answer_loss(model: FlexOlmo, batch: Batch) -> Tensor:
-    """Next-token loss from a batch."""
-    return weighted_loss(model, model.hidden(batch.tokens_BT), batch)
 
 
 def train_anchor(settings: Settings, examples: Sequence[Example], seed: int, work: Path) -> FlexOlmo:

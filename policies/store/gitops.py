@@ -16,9 +16,10 @@ from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import checks
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import first_mistake, read_all, to_json
+from flexgate.policies.store.documents import first_mistake, to_json
 from flexgate.policies.store.engine import reading
-from flexgate.policies.store.revisions import ObjectChange
+from flexgate.policies.store.history import documents_at
+from flexgate.policies.store.revisions import ObjectChange, current_version
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement, Document, ExpertIdField
@@ -59,16 +60,24 @@ def parse_file(content: object) -> PolicyFile:
         raise ChangeRefused(first_mistake(error, "the file")) from None
 
 
-def export(store: Store) -> dict[str, Any]:
-    """The stored policy as a file's content, in the same order every time, without defaults."""
+def export(store: Store, version: int | None = None) -> dict[str, Any]:
+    """The policy as a file's content, in the same order every time, without defaults.
+
+    Args:
+        version: as it was then; None for now.
+
+    Raises:
+        ChangeRefused: there never was that version.
+    """
     with reading(store.engine) as connection:
-        experts = read_all(connection, Expert)
+        at = current_version(connection) if version is None else version
+        experts = documents_at(connection, at, Expert)
         return {
             "format": "flexgate-policy/v1",
             "hidden_experts": sorted(e.id for e in experts if e.visibility == "hidden"),
-            "expert_sets": _sparse(read_all(connection, ExpertSet)),
-            "tenants": _sparse(read_all(connection, Tenant)),
-            "agreements": _sparse(read_all(connection, Agreement)),
+            "expert_sets": _sparse(documents_at(connection, at, ExpertSet)),
+            "tenants": _sparse(documents_at(connection, at, Tenant)),
+            "agreements": _sparse(documents_at(connection, at, Agreement)),
         }
 
 

@@ -7,8 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from flexgate.policies.errors import ChangeRefused, SnapshotInvalid, StoreDamaged
-from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import KINDS, D, from_json, read_all, to_json
 from flexgate.policies.store.engine import reading
@@ -16,22 +15,14 @@ from flexgate.policies.store.revisions import (
     ObjectChange,
     Revision,
     current_version,
-    made_at,
     read_changes,
     read_newest,
-    read_revisions,
 )
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement
 
 _BEFORE_USERS: Final = (Expert, ExpertSet, Tenant, Agreement)
-
-
-def list_revisions(store: Store, *, after: int = 0, limit: int = 100) -> list[Revision]:
-    """Revisions newer than `after`, oldest first, at most `limit`."""
-    with reading(store.engine) as connection:
-        return read_revisions(connection, after, limit)
 
 
 def newest_revisions(store: Store, *, before: int | None = None, limit: int = 100) -> list[Revision]:
@@ -50,23 +41,16 @@ def diff(store: Store, old: int, new: int) -> list[ObjectChange]:
         return _net(connection, old, new)
 
 
-def snapshot_at(store: Store, version: int) -> Snapshot:
-    """The policy as it was at a version, without keys."""
-    with reading(store.engine) as connection:
-        newest = current_version(connection)
-        _check_versions(connection, version)
-        changes = _net(connection, newest, version)
-        try:
-            return Snapshot.build(
-                policy_version=version,
-                made=made_at(connection, version),
-                experts=_as_of(connection, Expert, changes),
-                tenants=_as_of(connection, Tenant, changes),
-                agreements=_as_of(connection, Agreement, changes),
-                sets=_as_of(connection, ExpertSet, changes),
-            )
-        except SnapshotInvalid as error:
-            raise StoreDamaged(f"policy version {version} does not fit together: {error}") from error
+def documents_at(connection: Connection, version: int, kind: type[D]) -> list[D]:
+    """The documents of a kind as they were at a version; raises `ChangeRefused` for one that never was."""
+    _check_versions(connection, version)
+    documents = {str(to_json(document)["id"]): document for document in read_all(connection, kind)}
+    for entry in _of(kind, _net(connection, current_version(connection), version)):
+        if entry.after is None:
+            del documents[entry.object_id]
+        else:
+            documents[entry.object_id] = from_json(kind, entry.after)
+    return list(documents.values())
 
 
 def roll_back(store: Store, to: int, *, actor: str, at: float) -> int:
@@ -130,16 +114,6 @@ def _net(connection: Connection, old: int, new: int) -> list[ObjectChange]:
         for (kind, id_), (before, after) in sorted(ends.items(), key=lambda item: item[0])
         if before != after
     ]
-
-
-def _as_of(connection: Connection, kind: type[D], changes: list[ObjectChange]) -> list[D]:
-    documents = {str(to_json(d)["id"]): d for d in read_all(connection, kind)}
-    for entry in _of(kind, changes):
-        if entry.after is None:
-            del documents[entry.object_id]
-        else:
-            documents[entry.object_id] = from_json(kind, entry.after)
-    return list(documents.values())
 
 
 def _check_versions(connection: Connection, *versions: int) -> None:

@@ -52,13 +52,6 @@ def made_at(connection: Connection, version: int) -> float:
     return 0.0 if row is None else _revision(row).at
 
 
-def read_revisions(connection: Connection, after: int, limit: int) -> list[Revision]:
-    """Revisions newer than `after`, oldest first."""
-    table = policy_revisions
-    query = select(table).where(table.c.version > after).order_by(table.c.version).limit(limit)
-    return [_revision(row) for row in connection.execute(query)]
-
-
 def read_changes(connection: Connection, after: int, until: int) -> list[ObjectChange]:
     """What the revisions `after < version <= until` changed, in order."""
     table = policy_changes

@@ -96,7 +96,7 @@ class Store:
         return audit.record(self.engine, events)
 
     def audit_head(self) -> Head:
-        """The audit log's newest entry: keep it outside, `verify_audit` checks against it."""
+        """The audit log's newest entry: keep it outside, to check the log against."""
         return audit.read_head(self.engine)
 
     def audit_log(self, *, after: int = 0, limit: int = 100) -> list[Entry]:

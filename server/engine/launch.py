@@ -238,7 +238,7 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
 
 
 def on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build."""
+    """Whether there is no GPU to run on."""
     import torch
 
     return not torch.cuda.is_available()

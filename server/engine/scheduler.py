@@ -32,7 +32,7 @@ from flexgate.server.engine.usage import USAGE_ATTRIBUTE, UsageLedger
 USAGE_KEY = "flexgate"  # key of ``EngineCoreOutput.kv_transfer_params``
 GATE_EXPIRED = "gate_expired"  # stop reason of a request whose gate ran out
 EXPERT_REVOKED = "expert_revoked"  # stop reason of a request that may use an expert just withdrawn
-SLOTS_UTILITY = "flexgate_slots"  # name under which the engine core takes :meth:`_Gated.change_slots`
+SLOTS_UTILITY = "flexgate_slots"  # name under which the engine core takes :func:`_change_slots`
 
 logger = logging.getLogger(__name__)
 

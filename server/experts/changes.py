@@ -23,6 +23,7 @@ from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResid
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
 from flexgate.server.forms import parse_query, read_body
+from flexgate.server.openai.sse import DONE
 from flexgate.server.refusals import UNKNOWN_EXPERT
 from flexgate.server.services import Services
 
@@ -146,4 +147,4 @@ def _answer(error: ExpertError) -> ApiError:
 async def _events(job: Job) -> AsyncIterator[str]:
     async for state in job.watch():
         yield f"data: {json.dumps(state)}\n\n"
-    yield "data: [DONE]\n\n"
+    yield DONE

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from flexgate.experts.base import base_identity
 from flexgate.experts.signature import TrustedKeys
@@ -24,21 +24,11 @@ from flexgate.server.experts.uploads import Uploads
 from flexgate.server.experts.versions import Merged, is_set_aside
 from flexgate.server.policy import PolicySource
 from flexgate.server.settings import Settings
+from flexgate.server.tenancy import Loaded
 
 logger = logging.getLogger(__name__)
 
 CANARY_SECONDS: Final = 60.0
-
-
-class Loaded(Protocol):
-    """An expert that will be resident."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def owner(self) -> str: ...
-    @property
-    def domain(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

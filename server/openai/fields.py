@@ -9,7 +9,7 @@ compares the tables with the request types of vLLM and of the `openai` package.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -207,11 +207,6 @@ def keep_honoured(body: Mapping[str, Any], table: Table, *, under: str = "") -> 
         if rule.fate is Fate.HONOURED and value is not None:
             kept[name] = value
     return kept
-
-
-def of_fate(table: Table, fate: Fate) -> Iterable[str]:
-    """The fields with a fate, in the table's order."""
-    return (name for name, rule in table.items() if rule.fate is fate)
 
 
 def _shown(name: str) -> str:

@@ -9,8 +9,8 @@ import pytest
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import ChangeRefused, StoreRolledBack
-from flexgate.policies.store import Store
-from flexgate.policies.store.history import diff, list_revisions, roll_back, snapshot_at
+from flexgate.policies.store import Store, gitops
+from flexgate.policies.store.history import diff, newest_revisions, roll_back
 from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.terms import Agreement
 
@@ -42,19 +42,25 @@ def past(store):
 
 
 def test_revisions_are_numbered_and_attributed(past):
-    listed = list_revisions(past)
-    assert [r.version for r in listed] == [1, 2, 3, 4, 5, 6]
-    assert (listed[2].actor, listed[2].note, listed[2].at) == ("actor-3.0", "note-3.0", 3.0)
-    assert [r.version for r in list_revisions(past, after=2, limit=2)] == [3, 4]
+    listed = newest_revisions(past)
+    assert [r.version for r in listed] == [6, 5, 4, 3, 2, 1]
+    assert (listed[3].actor, listed[3].note, listed[3].at) == ("actor-3.0", "note-3.0", 3.0)
+    assert [r.version for r in newest_revisions(past, before=5, limit=2)] == [4, 3]
 
 
 def test_old_versions_can_be_read(past):
-    answers = {version: _allowed(snapshot_at(past, version)) for version in range(2, 7)}
-    only_news = ("public", "news")
-    assert answers == {2: ("public",), 3: only_news, 4: ("public",), 5: ("public",), 6: ("public",)}
-    assert snapshot_at(past, 5).tenants["acme"].name == "Acme"
-    assert "acme" not in snapshot_at(past, 1).tenants
-    assert snapshot_at(past, 6) == past.snapshot()
+    was = {version: gitops.export(past, version) for version in range(1, 7)}
+    assert {version: [a["effect"] for a in file["agreements"]] for version, file in was.items()} == {
+        1: [],
+        2: [],
+        3: ["permit"],
+        4: ["prohibit"],
+        5: [],
+        6: [],
+    }
+    names = [[tenant["name"] for tenant in was[version]["tenants"]] for version in (1, 5, 6)]
+    assert names == [[], ["Acme"], ["Acme 2"]]
+    assert was[6] == gitops.export(past)
 
 
 def test_diff_is_net_and_turns_round(past):
@@ -71,7 +77,7 @@ def test_rolling_back_is_a_new_revision_with_the_old_meaning(past):
     snapshot = past.snapshot()
     assert _allowed(snapshot) == ("public", "news")
     assert snapshot.tenants["acme"].name == "Acme"
-    assert list_revisions(past, after=6)[0].note == "roll back to 3"
+    assert newest_revisions(past)[0].note == "roll back to 3"
     (clause,) = snapshot.terms["everyone"].unlimited["news"]
     assert clause.version == 3
 
@@ -110,7 +116,7 @@ def test_version_that_never_was_is_refused(past, version):
     for call in (
         lambda: diff(past, 1, version),
         lambda: diff(past, version, 1),
-        lambda: snapshot_at(past, version),
+        lambda: gitops.export(past, version),
         lambda: roll_back(past, version, actor="a", at=9.0),
     ):
         with pytest.raises(ChangeRefused):

@@ -29,6 +29,15 @@ def test_an_export_applied_again_changes_nothing(flexgate: Run, policy_file: Run
     assert flexgate("policy", "simulate", path).exit_code == 0
 
 
+def test_an_export_shows_what_the_policy_said_at_a_version(flexgate: Run, policy_file: Run, real_store: Store) -> None:
+    before, version = flexgate("policy", "export").output, str(real_store.version())
+    assert flexgate("policy", "apply", policy_file(PROPOSAL)).exit_code == 0
+    assert flexgate("policy", "export").output != before
+    assert flexgate("policy", "export", "--version", version).output == before
+    missing = flexgate("policy", "export", "--version", "99")
+    assert (missing.exit_code, missing.stderr) == (1, "flexgate: there is no policy version 99: the newest is 3\n")
+
+
 def test_diff_and_dry_run_change_nothing_and_apply_does(flexgate: Run, policy_file: Run, real_store: Store) -> None:
     path, version = policy_file(PROPOSAL), real_store.version()
     found = flexgate("policy", "diff", path)
