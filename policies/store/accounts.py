@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.keys import MintedKey
+from flexgate.policies.store.engine import reading
+from flexgate.policies.store.keys import MintedKey, read_keys
 from flexgate.policies.store.projects import active_project, get_project
+from flexgate.policies.store.schema import api_keys
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import KeyRecord, Role
 
@@ -49,9 +51,14 @@ def create_service_account(
 
 def list_service_accounts(store: Store, project_id: str) -> list[ServiceAccount]:
     """The accounts of a project that are not deleted, oldest first; raises `ObjectUnknown`."""
+    return [ServiceAccount(key) for key in list_project_keys(store, project_id)]
+
+
+def list_project_keys(store: Store, project_id: str) -> list[KeyRecord]:
+    """The keys of a project that are not revoked, oldest first; raises `ObjectUnknown`."""
     get_project(store, project_id)
-    keys = [key for key in store.keys() if key.tenant_id == project_id and key.revoked is None]
-    return [ServiceAccount(key) for key in keys]
+    with reading(store.engine) as connection:
+        return read_keys(connection, api_keys.c.tenant_id == project_id, api_keys.c.revoked.is_(None))
 
 
 def delete_service_account(store: Store, project_id: str, account_id: str, *, actor: str, at: float) -> ServiceAccount:
@@ -90,7 +97,8 @@ def create_admin_key(
 
 def list_admin_keys(store: Store) -> list[KeyRecord]:
     """The keys of administrators, auditors and owners that are not revoked, oldest first."""
-    return [key for key in store.keys() if key.role is not Role.TENANT and key.revoked is None]
+    with reading(store.engine) as connection:
+        return read_keys(connection, api_keys.c.role != Role.TENANT.value, api_keys.c.revoked.is_(None))
 
 
 def revoke_admin_key(store: Store, key_id: str, *, actor: str, at: float) -> KeyRecord:
@@ -99,7 +107,7 @@ def revoke_admin_key(store: Store, key_id: str, *, actor: str, at: float) -> Key
         key = _find(change, key_id)
         if key is None or key.role is Role.TENANT:
             raise ObjectUnknown(f"there is no admin key {key_id!r}")
-        others = [other for other in change.keys() if other.key_id != key_id]
+        others = change.keys(api_keys.c.role == Role.ADMIN.value, api_keys.c.id != key_id)
         if key.role is Role.ADMIN and not any(_lasting_admin(other) for other in others):
             raise ChangeRefused("this is the last admin key that lasts: create another one first")
         return change.revoke_key(key_id)
@@ -110,4 +118,4 @@ def _lasting_admin(key: KeyRecord) -> bool:
 
 
 def _find(change: Change, key_id: str) -> KeyRecord | None:
-    return next((key for key in change.keys() if key.key_id == key_id), None)
+    return next(iter(change.keys(api_keys.c.id == key_id)), None)

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from flexgate.policies.audit import Event
 from flexgate.policies.errors import ChangeRefused
@@ -14,7 +14,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, checks, schema
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
 from flexgate.policies.store.hints import give_hint
-from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret
+from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret, read_keys
 from flexgate.policies.store.revisions import (
     ObjectChange,
     Revision,
@@ -90,9 +90,9 @@ class Change:
         """The policy as it would be with this change, still under the version before it."""
         return read_snapshot(self._connection)
 
-    def keys(self) -> list[KeyRecord]:
-        """Every key's record as this transaction sees them."""
-        return [key_from_row(row) for row in self._connection.execute(select(schema.api_keys))]
+    def keys(self, *where: ColumnElement[bool]) -> list[KeyRecord]:
+        """The records of the keys of which all of `where` holds, as this transaction sees them, oldest first."""
+        return read_keys(self._connection, *where)
 
     def has_key(self, secret: str) -> bool:
         """Whether this very key is stored, revoked or not."""

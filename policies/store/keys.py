@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import Row
+from sqlalchemy import ColumnElement, Connection, Row, select
 
 from flexgate.policies.store.documents import damaged
+from flexgate.policies.store.schema import api_keys
 from flexgate.policies.tenants import KeyRecord
 
 _RECORD: Final = TypeAdapter(KeyRecord)
@@ -37,6 +38,12 @@ def new_secret() -> tuple[str, str]:
 def digest(secret: str) -> bytes:
     """What is kept of a key."""
     return hashlib.sha256(secret.encode()).digest()
+
+
+def read_keys(connection: Connection, *where: ColumnElement[bool]) -> list[KeyRecord]:
+    """The records of the keys of which all of `where` holds, oldest first; raises `StoreDamaged`."""
+    query = select(api_keys).where(*where).order_by(api_keys.c.created, api_keys.c.id)
+    return [key_from_row(row) for row in connection.execute(query)]
 
 
 def key_from_row(row: Row[tuple[object, ...]]) -> KeyRecord:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import checked, read_all
+from flexgate.policies.store.documents import checked, read_all, read_one
 from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import read_object
+from flexgate.policies.store.schema import api_keys
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Quota, Tenant
 
@@ -33,10 +34,11 @@ def create_project(store: Store, name: str, *, actor: str, at: float, fields: di
 
 def get_project(store: Store, project_id: str) -> Tenant:
     """One project, archived or not; raises `ObjectUnknown`."""
-    for tenant in list_projects(store, archived=True):
-        if tenant.id == project_id:
-            return tenant
-    raise _unknown(project_id)
+    with reading(store.engine) as connection:
+        tenant = read_one(connection, Tenant, project_id)
+    if tenant is None:
+        raise _unknown(project_id)
+    return tenant
 
 
 def list_projects(store: Store, *, archived: bool = False) -> list[Tenant]:
@@ -83,7 +85,7 @@ def set_quota(
         if key_id is None:
             change.put(tenant.model_copy(update={"quota": quota}))
             return quota
-        if not any(key.key_id == key_id and key.tenant_id == project_id for key in change.keys()):
+        if not change.keys(api_keys.c.id == key_id, api_keys.c.tenant_id == project_id):
             raise ObjectUnknown(f"there is no key {key_id!r} in this project")
         change.put(tenant.model_copy(update={"key_quotas": {**tenant.key_quotas, key_id: quota}}))
     return quota
@@ -97,9 +99,8 @@ def archive_project(store: Store, project_id: str, *, actor: str, at: float) -> 
             raise _unknown(project_id)
         tenant = tenant.model_copy(update={"archived": True})
         change.put(tenant)
-        for key in change.keys():
-            if key.tenant_id == project_id:
-                change.revoke_key(key.key_id)
+        for key in change.keys(api_keys.c.tenant_id == project_id):
+            change.revoke_key(key.key_id)
     return tenant
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine
 
 from flexgate.policies.audit import Entry, Event, Head
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.store import audit, schema
+from flexgate.policies.store import audit
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.engine import open_engine, reading, writing
-from flexgate.policies.store.keys import key_from_row
+from flexgate.policies.store.keys import read_keys
 from flexgate.policies.store.migrate import migrate, refuse_newer
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
@@ -63,10 +63,8 @@ class Store:
 
     def keys(self) -> list[KeyRecord]:
         """Every key's record, revoked ones too, oldest first."""
-        order = (schema.api_keys.c.created, schema.api_keys.c.id)
         with reading(self.engine) as connection:
-            rows = connection.execute(select(schema.api_keys).order_by(*order))
-            return [key_from_row(row) for row in rows]
+            return read_keys(connection)
 
     def weights(self) -> WeightsState:
         """Which experts were added to the engine or withdrawn from it."""

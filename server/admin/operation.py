@@ -1,17 +1,15 @@
 """One administrative operation: who may do it, what it takes, and the function that does it.
 
-An operation's function is plain: it gets a `Call` and returns JSON, in a thread of its own, because
-the store blocks. What it raises becomes an answer here. Roles are checked before anything is looked
+An operation's function is plain: it gets a `Call` and returns JSON, in a thread, because the
+store blocks. What it raises becomes an answer here. Roles are checked before anything is looked
 up, so that a key of another role learns nothing about what exists.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
 
@@ -23,6 +21,7 @@ from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
+from flexgate.server.admin.turns import in_thread, in_turn
 from flexgate.server.auth import Principal
 from flexgate.server.context import identify
 from flexgate.server.errors import Unavailable
@@ -32,7 +31,6 @@ from flexgate.server.services import Services
 
 Json = dict[str, Any]
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")
-_THREADS: Final = ThreadPoolExecutor(4, "admin")
 logger = logging.getLogger(__name__)
 
 
@@ -117,7 +115,7 @@ class Administration:
         body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
         call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock())
         try:
-            result = await in_thread(operation.work, call)
+            result = await in_turn(principal, operation.writes, operation.work, call)
         except PolicyError as error:
             refusal = from_change(error)
             if isinstance(refusal, Unavailable):
@@ -139,8 +137,3 @@ class Administration:
             message = "The change was made, and it cannot be confirmed right now where it is in force."
             raise Unavailable(message, code="change_not_confirmed") from error
         return snapshot
-
-
-async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Blocking work, away from the loop and from the threads that keep the policy fresh."""
-    return await asyncio.get_running_loop().run_in_executor(_THREADS, work, *arguments)

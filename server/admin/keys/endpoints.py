@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from flexgate.policies.store import accounts, projects
+from flexgate.policies.store import accounts
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.tenants import KeyRecord, Role
 from flexgate.server.admin.keys.schemas import (
@@ -56,19 +56,21 @@ def delete_account(call: Call[Nothing, Written]) -> Json:
 
 def list_keys(call: Call[Nothing, ListApiKeys]) -> Json:
     """List a project's keys that are not revoked, oldest first."""
-    chosen, more = page_of(_project_keys(call), call.query, lambda key: key.key_id)
+    found = accounts.list_project_keys(call.store, call.path["project_id"])
+    chosen, more = page_of(found, call.query, lambda key: key.key_id)
     return list_object([api_key_object(key) for key in chosen], more)
 
 
 def retrieve_key(call: Call[Nothing, Nothing]) -> Json:
     """Show one key, without its value."""
-    return api_key_object(_one(_project_keys(call), call))
+    return api_key_object(_one(accounts.list_project_keys(call.store, call.path["project_id"]), call))
 
 
 def delete_key(call: Call[Nothing, Written]) -> Json:
     """Revoke a key for good."""
-    key = _one(_project_keys(call), call)
-    accounts.revoke_project_key(call.store, call.path["project_id"], key.key_id, **call.attributed)
+    project_id = call.path["project_id"]
+    key = _one(accounts.list_project_keys(call.store, project_id), call)
+    accounts.revoke_project_key(call.store, project_id, key.key_id, **call.attributed)
     return {"id": key.key_id, "object": "organization.project.api_key.deleted", "deleted": True}
 
 
@@ -111,12 +113,6 @@ def _account(call: Call[Any, Any]) -> ServiceAccount:
         if account.id == call.path["service_account_id"]:
             return account
     raise not_found()
-
-
-def _project_keys(call: Call[Any, Any]) -> list[KeyRecord]:
-    project_id = call.path["project_id"]
-    projects.get_project(call.store, project_id)
-    return [key for key in call.store.keys() if key.tenant_id == project_id and key.revoked is None]
 
 
 def _one(keys: list[KeyRecord], call: Call[Any, Any]) -> KeyRecord:

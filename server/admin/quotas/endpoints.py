@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from flexgate.policies.store import projects
-from flexgate.policies.store.accounts import list_service_accounts
+from flexgate.policies.store.accounts import list_project_keys
 from flexgate.policies.tenants import Quota, Role, Tenant
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
 from flexgate.server.admin.pages import list_object, page_of
@@ -22,11 +22,7 @@ from flexgate.server.refusals import not_found
 
 def list_(call: Call[Nothing, ListRateLimits]) -> Json:
     """List the project's limits, then those of its keys. A project's own key sees its own."""
-    tenant = visible_project(call)
-    quotas = _quotas(call, tenant)
-    if call.principal.tenant_id is not None:
-        own = f"{PREFIX}{call.principal.key_id}"
-        quotas = {id_: quota for id_, quota in quotas.items() if id_ in (PROJECT, own)}
+    quotas = _quotas(call, visible_project(call))
     chosen, more = page_of(list(quotas), call.query, str)
     return list_object([_shown(call, id_, quotas[id_]) for id_ in chosen], more)
 
@@ -43,8 +39,11 @@ def update(call: Call[UpdateRateLimit, Written]) -> Json:
 
 
 def _quotas(call: Call[Any, Any], tenant: Tenant) -> dict[str, Quota]:
-    """By the id of the rate limit: the project's, then every key's."""
-    keys = [account.key.key_id for account in list_service_accounts(call.store, tenant.id)]
+    """By the id of the rate limit: the project's, then those of the keys that the caller may know of."""
+    if call.principal.tenant_id is not None:
+        keys = [call.principal.key_id]
+    else:
+        keys = [key.key_id for key in list_project_keys(call.store, tenant.id)]
     return {PROJECT: tenant.quota, **{f"{PREFIX}{key}": tenant.key_quotas.get(key, Quota()) for key in keys}}
 
 

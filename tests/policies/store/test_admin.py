@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import update
 
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
-from flexgate.policies.store import accounts, licences, projects
+from flexgate.policies.store import accounts, licences, projects, schema
+from flexgate.policies.store.engine import writing
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import Agreement
 from flexgate.server.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
@@ -44,6 +46,28 @@ def test_a_whole_tenant_life(store):
     projects.archive_project(store, project.id, **ADMIN)
     assert projects.list_projects(store) == []
     assert projects.get_project(store, project.id).archived
+
+
+def test_no_other_projects_rows_are_read_for_one_project(store, project):
+    """Rows that could not be read show what is."""
+    account, minted = accounts.create_service_account(store, project.id, "robot", **ADMIN)
+    spare, _ = accounts.create_service_account(store, project.id, "spare", actor="admin", at=3.0)
+    other = projects.create_project(store, "Other", **ADMIN)
+    _, foreign = accounts.create_service_account(store, other.id, "robot", **ADMIN)
+    with writing(store.engine) as connection:
+        damage = update(schema.tenants).where(schema.tenants.c.id == other.id).values(document={})
+        connection.execute(damage)
+        connection.execute(
+            update(schema.api_keys).where(schema.api_keys.c.id == foreign.record.key_id).values(role="?")
+        )
+    assert projects.get_project(store, project.id) == project
+    assert accounts.list_service_accounts(store, project.id) == [account, spare]
+    key_id = minted.record.key_id
+    projects.set_quota(store, project.id, {"requests_per_minute": 5}, key_id=key_id, **ADMIN)
+    assert accounts.revoke_project_key(store, project.id, key_id, **ADMIN).revoked == 2.0
+    assert accounts.list_service_accounts(store, project.id) == [spare]
+    projects.archive_project(store, project.id, **ADMIN)
+    assert accounts.list_service_accounts(store, project.id) == []
 
 
 def test_new_project_is_empty_allow_list(store, project):
