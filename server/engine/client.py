@@ -14,8 +14,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm.sampling_params import RequestOutputKind
-
 from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.gates import (
     GATE_ARG,
@@ -27,7 +25,7 @@ from flexgate.server.engine.gates import (
     seal,
 )
 from flexgate.server.engine.scheduler import EXPERT_REVOKED, GATE_EXPIRED, USAGE_KEY
-from flexgate.server.engine.seam import EngineCoreOutput, EngineGenerateError, take_output_extras
+from flexgate.server.engine.seam import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -109,19 +107,19 @@ class GatedCall:
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
-    _new_tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    _new_tokens: int = 0
 
     def tokens(self) -> int:
-        """Prompt and new tokens so far, over all prompts and choices."""
-        return sum(self._prompt_tokens.values()) + sum(self._new_tokens.values())
+        """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
+        return sum(self._prompt_tokens.values()) + self._new_tokens
 
-    def count(self, request_id: str, output: RequestOutput, *, cumulative: bool) -> None:
-        """Count the tokens of one output."""
-        self._prompt_tokens[request_id] = len(output.prompt_token_ids or ())
-        for choice in output.outputs:
-            place = (request_id, choice.index)
-            before = 0 if cumulative else self._new_tokens.get(place, 0)
-            self._new_tokens[place] = before + len(choice.token_ids)
+    def count_prompt(self, request_id: str, tokens: int) -> None:
+        """Count the prompt of an engine request, once for all its choices."""
+        self._prompt_tokens[request_id] = tokens
+
+    def count_new(self, tokens: int) -> None:
+        """Count tokens that the engine has just generated."""
+        self._new_tokens += tokens
 
     def attribution(self) -> Attribution:
         """Totals so far; complete once every output of the call has been seen."""
@@ -168,6 +166,7 @@ class GatedEngineClient:
         self._ready = False
         self.publish(experts, weights_epoch)
         self.kernels = ""  # what computes the experts, as every rank reported it
+        see_requests(engine, self._see)
         take_output_extras(engine, self._take)
 
     # What flexgate's own routes ask.
@@ -324,12 +323,10 @@ class GatedEngineClient:
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
         call._names, call._layers = self._names_for(call.grant), self._layers
         self._calls[request_id] = call
-        cumulative = params.output_kind != RequestOutputKind.DELTA
         outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
         try:
             async for output in outputs:
                 _refuse_withdrawn(call)
-                call.count(request_id, output, cumulative=cumulative)
                 yield output
         finally:
             await outputs.aclose()
@@ -353,11 +350,17 @@ class GatedEngineClient:
         )
         return Gate(request_id, grant.tenant, leases, grant.valid_until, salt)
 
+    def _see(self, request_id: str, prompt_tokens: int) -> None:
+        call = self._calls.get(request_id)
+        if call is not None:
+            call.count_prompt(request_id, prompt_tokens)
+
     def _take(self, output: EngineCoreOutput, request_id: str | None) -> None:
         extras, output.kv_transfer_params = output.kv_transfer_params, None
         call = self._calls.get(request_id) if request_id is not None else None
         if call is None:
             return
+        call.count_new(len(output.new_token_ids))
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
         if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED):

@@ -20,8 +20,9 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 ``FusedMoEFactory(num_expert_group=...)``, ``RoutedExperts.expert_map_manager``
     Deals experts out to ranks in turn only for a model with expert groups; where each went. The
     handshake compares the outcome.
-``AsyncLLM.output_processor.process_outputs`` (vllm/v1/engine/output_processor.py)
-    Where outputs of the engine core reach the API process, one per request and step.
+``AsyncLLM.output_processor.add_request / process_outputs`` (vllm/v1/engine/output_processor.py)
+    Where a request that passed all checks goes to the engine core; where outputs of the engine core
+    reach the API process, one per request and step.
 ``EngineCoreOutput.kv_transfer_params`` (vllm/v1/engine/__init__.py)
     A free-form dictionary that rides on each output; flexgate refuses KV connectors, whose it is.
 ``RoutedExperts._get_quant_method`` (vllm/model_executor/layers/fused_moe/routed_experts.py)
@@ -109,6 +110,7 @@ __all__ = [
     "guard_requests",
     "offer_to_engine_core",
     "require_tested_version",
+    "see_requests",
     "take_output_extras",
 ]
 
@@ -165,6 +167,24 @@ def guard_requests(guard: RequestGuard) -> None:
 
     from_engine_core_request.flexgate_unguarded = create  # type: ignore[attr-defined]
     Request.from_engine_core_request = classmethod(from_engine_core_request)
+
+
+def see_requests(engine: Any, see: Callable[[str, int], None]) -> None:
+    """Tell ``see`` of every request that goes to the engine core.
+
+    Args:
+        engine: an ``AsyncLLM`` or ``LLMEngine``.
+        see: gets the id that the request was submitted under, and how many tokens its prompt has; each
+            of several choices is a request of its own with the same id.
+    """
+    processor = engine.output_processor
+    add = processor.add_request
+
+    def add_request(request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        add(request, *args, **kwargs)
+        see(request.external_req_id, len(request.prompt_token_ids or ()))
+
+    processor.add_request = add_request
 
 
 def take_output_extras(engine: Any, take: Callable[[EngineCoreOutput, str | None], None]) -> None:

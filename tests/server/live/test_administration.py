@@ -177,6 +177,42 @@ def test_limits_count_what_the_engine_used(server: Any, project: str, admin: Any
         assert 0 < 1000 - remaining - usage < 60
 
 
+def test_limits_count_up_to_a_stop_string(server: Any, project: str, admin: Any) -> None:
+    key = admin.projects.service_accounts.create(project, name="robot").api_key.value
+    admin.projects.rate_limits.update_rate_limit(
+        "rl-project", project_id=project, max_tokens_per_1_minute=1000, extra_query=NOW
+    )
+    asked = {"prompt": "the quick", "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as http:
+        whole = http.post("/v1/completions", json=asked).json()
+        text = whole["choices"][0]["text"]
+        stopped = http.post("/v1/completions", json={**asked, "stop": text[len(text) // 2 :][:3]}).json()
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        usages = [answer["usage"]["total_tokens"] for answer in (whole, stopped)]
+        assert usages[1] < usages[0]
+        assert 1000 - int(_next_remaining(http)) == sum(usages) + 1
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True, "stream_interval": 5000}], ids=["plain", "rare events"])
+def test_who_leaves_before_the_answer_is_charged_for_what_was_generated(
+    server: Any, project: str, admin: Any, more: dict[str, Any]
+) -> None:
+    key = admin.projects.service_accounts.create(project, name="robot").api_key.value
+    admin.projects.rate_limits.update_rate_limit(
+        "rl-project", project_id=project, max_tokens_per_1_minute=9000, extra_query=NOW
+    )
+    asked = {"prompt": "the quick brown fox", "max_tokens": 1000, "n": 8, "ignore_eos": True, **more}
+    with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as http:
+        prompt = http.post("/tokenize", json={"prompt": asked["prompt"]}).json()["count"]
+        with pytest.raises(httpx.ReadTimeout), http.stream("POST", "/v1/completions", json=asked, timeout=1) as leaving:
+            leaving.read()
+        used, deadline = 8000, time.monotonic() + 10
+        while used >= 8000 and time.monotonic() < deadline:  # held until the server has seen that nobody is there
+            time.sleep(0.1)
+            used = 9000 - int(http.post("/tokenize", json={"prompt": "x"}).headers["x-ratelimit-remaining-tokens"])
+    assert prompt + 8 < used < prompt + 8000
+
+
 def _next_remaining(http: httpx.Client) -> str:
     """What the next request is told; it reserves one token itself."""
     answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -40,12 +40,9 @@ def limit(store: Any, services: Any) -> Any:
 def answer() -> CompletionResponse:
     call = CURRENT_CALL.get()
     assert call is not None
-    call.count("r", SimpleNamespace(prompt_token_ids=[1] * 5, outputs=[_choice(0, 7)]), cumulative=True)
+    call.count_prompt("r", 5)
+    call.count_new(7)
     return CompletionResponse(model="tiny", choices=[CompletionResponseChoice(index=0, text="hi")], usage=UsageInfo())
-
-
-def _choice(index: int, tokens: int) -> SimpleNamespace:
-    return SimpleNamespace(index=index, token_ids=[1] * tokens)
 
 
 async def post(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
@@ -94,8 +91,9 @@ async def test_a_stream_runs_until_it_is_closed(client: httpx.AsyncClient, handl
     async def events() -> AsyncIterator[str]:
         call = CURRENT_CALL.get()
         assert call is not None
+        call.count_prompt("r", 5)
         for tokens in (3, 4):
-            call.count("r", SimpleNamespace(prompt_token_ids=[1] * 5, outputs=[_choice(0, tokens)]), cumulative=False)
+            call.count_new(tokens)
         inside.append((await post(client)).status_code)
         yield 'data: {"choices":[{"index":0,"finish_reason":"stop"}]}\n\n'
         yield "data: [DONE]\n\n"
