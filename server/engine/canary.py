@@ -17,7 +17,8 @@ from flexgate.server.engine.operator import SlotOperator
 from flexgate.server.engine.seam import EngineGenerateError
 
 TENANT = "flexgate-canary"
-PROMPT = {"prompt_token_ids": [0, 1, 2, 3]}
+# With a type it is rendered: anything else waits for the thread that makes tokens of tenants' text.
+PROMPT = {"type": "token", "prompt_token_ids": [0, 1, 2, 3]}
 
 
 class CanaryError(RuntimeError):

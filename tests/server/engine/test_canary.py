@@ -25,7 +25,7 @@ def test_a_canary_takes_the_next_free_place_and_nobody_else_changes_places(engin
 
 
 CANARIES = """
-import asyncio, math, sys
+import asyncio, math, sys, threading
 from pathlib import Path
 from vllm.sampling_params import SamplingParams
 from flexgate.server.engine import launch
@@ -75,6 +75,15 @@ async def main():
 
         await attempts(0.01, "no place")
         await attempts(60, "answered")
+        busy = threading.Event()
+        engine.client.renderer._executor.submit(busy.wait)
+        try:
+            await try_added(engine.client, engine.slots, public, ADDED, seconds=10)
+            print("TOLD answered while the tokenizer was busy")
+        except CanaryError as error:
+            print("TOLD", error)
+        finally:
+            busy.set()
 
 if __name__ == "__main__":
     asyncio.run(main())
@@ -92,4 +101,5 @@ def test_a_canary_that_finds_no_place_says_so_and_else_overtakes_whoever_waits(
     told = [line[5:] for line in run.stdout.splitlines() if line.startswith("TOLD ")]
     assert run.returncode == 0, run.stderr
     assert told[0] == "no place in the batch was free within 0.01 seconds"
+    assert told[2] == "answered while the tokenizer was busy"
     assert told[1] in ("answered after 0 of 4 that waited", "answered after 1 of 4 that waited")
