@@ -32,6 +32,7 @@ from flexgate.server.engine.launch import EngineSettings, RunningEngine, launch,
 from flexgate.server.experts.start import AtStart, at_start, expert_service, uploads
 from flexgate.server.experts.versions import Merged, merged_versions
 from flexgate.server.openai.handlers import build_handlers
+from flexgate.server.openai.limits import Limits
 from flexgate.server.past import Past, require_clock
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
@@ -129,10 +130,17 @@ def _services(
         model_names=names,
         started=clock(),
         clock=clock,
-        limits=settings.limits,
+        limits=_limits(settings, client),
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
     )
+
+
+def _limits(settings: Settings, client: GatedEngineClient) -> Limits:
+    """With the longest text that could fit the model, as vLLM reckons: its longest token, over and over."""
+    tokens = int(client.model_config.max_model_len)
+    longest = int(client.renderer.tokenizer.max_chars_per_token)
+    return replace(settings.limits, prompt_tokens=tokens, prompt_chars=tokens * longest)
 
 
 async def _run(settings: Settings, services: Services, sock: socket.socket, admin: socket.socket | None = None) -> None:

@@ -16,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from flexgate.policies.decision import Decision
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.terms import TenantId
 from flexgate.server import report
 from flexgate.server.admission import Admitted, Kind, admit, honoured_body
 from flexgate.server.auth import AuthError, require_tenant
@@ -135,11 +137,7 @@ class Generation:
     async def _admit(self, request: Request) -> Run:
         services = self._services
         context = context_of(request)
-        principal, _ = await identify(request, services)
-        try:
-            tenant = require_tenant(principal)
-        except AuthError as error:
-            raise from_auth(error) from error
+        tenant, key_id, _ = await identify_tenant(request, services)
         raw = await read_request(request, services)
         body = honoured_body(self._endpoint.kind, raw, services.limits)
         check_model(body, services)
@@ -161,7 +159,7 @@ class Generation:
         }
         call = GatedCall(grant(decision, services), admitted.client_salt)
         epoch = services.client.weights_epoch
-        subjects = subjects_of(admitted.snapshot.tenants[tenant], principal.key_id)
+        subjects = subjects_of(admitted.snapshot.tenants[tenant], key_id)
         hold = services.limiter.admit(subjects, most_tokens(body))
         return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"), hold)
 
@@ -204,6 +202,15 @@ class EventStream(StreamingResponse):
             close = getattr(self.body_iterator, "aclose", None)
             if close is not None:
                 await close()
+
+
+async def identify_tenant(request: Request, services: Services) -> tuple[TenantId, str, Snapshot]:
+    """Who asks, by which key, and the snapshot that knows both; raises `ApiError`."""
+    principal, snapshot = await identify(request, services)
+    try:
+        return require_tenant(principal), principal.key_id, snapshot
+    except AuthError as error:
+        raise from_auth(error) from error
 
 
 def grant(decision: Decision, services: Services) -> GateGrant:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from flexgate.server.openai import fields
 from flexgate.server.openai.contents import check_input, check_messages, check_tools
 from flexgate.server.openai.grammars import check_pattern, check_schema, check_size
-from flexgate.server.openai.values import boolean, integer, invalid, sized, text, too_much
+from flexgate.server.openai.values import boolean, characters, integer, invalid, sized, text, too_much
 
 MAX_CACHE_SALT: Final = 128
 _LISTS: Final = {
@@ -36,12 +36,21 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The configurable ones; `grammar_bytes` holds for each schema, pattern and grammar."""
+    """What can be chosen, and what the model can hold.
+
+    Attributes:
+        grammar_bytes: of each schema, pattern and grammar.
+        prompt_tokens: the model's length.
+        prompt_chars: of a prompt, of an input, or of all messages, with tools: more is more than
+            `prompt_tokens`, whatever the text.
+    """
 
     n: int = 8
     prompts: int = 16
     logprobs: int = 20
     grammar_bytes: int = 16 * 1024
+    prompt_tokens: int = 1 << 20
+    prompt_chars: int = 1 << 20
 
 
 def check_chat(body: Body, limits: Limits) -> None:
@@ -52,8 +61,7 @@ def check_chat(body: Body, limits: Limits) -> None:
     if boolean(body, "logprobs") is None and body.get("top_logprobs"):
         invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     integer(body, "top_logprobs", 0, limits.logprobs)
-    check_messages(body.get("messages"))
-    _check_tools(body, limits, flat=False)
+    _check_conversation(body, limits)
 
 
 def check_completion(body: Body, limits: Limits) -> None:
@@ -63,6 +71,10 @@ def check_completion(body: Body, limits: Limits) -> None:
     integer(body, "logprobs", 0, limits.logprobs)
     if (count := prompt_count(body)) > limits.prompts:
         too_much(f"'prompt' may have at most {limits.prompts} prompts, not {count}.", "prompt")
+    prompt = body["prompt"]
+    for one in prompt if isinstance(prompt, list) else [prompt]:
+        if isinstance(one, str):
+            _check_length("prompt", limits, one)
 
 
 def check_responses(body: Body, limits: Limits) -> None:
@@ -71,6 +83,7 @@ def check_responses(body: Body, limits: Limits) -> None:
     integer(body, "max_output_tokens", 1)
     integer(body, "top_logprobs", 0, limits.logprobs)
     check_input(body.get("input"))
+    _check_length("input", limits, body.get("input"), body.get("instructions"), body.get("tools"))
     _check_tools(body, limits, flat=True)
     form = body.get("text")
     if isinstance(form, Mapping) and isinstance(form.get("format"), Mapping):
@@ -78,19 +91,21 @@ def check_responses(body: Body, limits: Limits) -> None:
 
 
 def check_tokenize(body: Body, limits: Limits) -> None:
-    """Refuse a tokenize request with something to fetch."""
+    """Refuse a tokenize request over its limits, or with something to fetch."""
     _check_flags(body)
     if "messages" in body:
-        check_messages(body["messages"])
-        _check_tools(body, limits, flat=False)
+        _check_conversation(body, limits)
     elif not isinstance(body.get("prompt"), str):
         invalid("'prompt' must be a string.", "prompt")
+    else:
+        _check_length("prompt", limits, body["prompt"])
 
 
-def check_detokenize(body: Body, limits: Limits) -> None:  # noqa: ARG001 - one shape for all
-    """Refuse tokens that are no list."""
+def check_detokenize(body: Body, limits: Limits) -> None:
+    """Refuse tokens that are no list, or more than the model can hold."""
     if not isinstance(body.get("tokens"), list):
         invalid("'tokens' must be a list of token ids.", "tokens")
+    sized(body, "tokens", most=limits.prompt_tokens)
 
 
 def prompt_count(body: Mapping[str, Any]) -> int:
@@ -103,6 +118,23 @@ def prompt_count(body: Mapping[str, Any]) -> int:
     if not isinstance(prompt, list):
         invalid("'prompt' must be a string, a list of strings, or token ids.", "prompt")
     return len(prompt)
+
+
+def _check_conversation(body: Body, limits: Limits) -> None:
+    check_messages(body.get("messages"))
+    _check_length("messages", limits, body["messages"], body.get("tools"))
+    _check_tools(body, limits, flat=False)
+
+
+def _check_length(name: str, limits: Limits, *texts: Any) -> None:
+    """Refuse text that cannot fit the model before the one thread that makes tokens of it has it."""
+    count = characters(texts)
+    if count > limits.prompt_chars:
+        too_much(
+            f"'{name}' may have at most {limits.prompt_chars} characters, not {count}: "
+            f"more cannot fit into the {limits.prompt_tokens} tokens of this model.",
+            name,
+        )
 
 
 def _check_generation(body: Body, limits: Limits) -> None:

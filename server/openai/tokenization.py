@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -15,14 +18,23 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeCompletionRequest,
 )
 
+from flexgate.policies.terms import TenantId
 from flexgate.server.admission import Kind, honoured_body
-from flexgate.server.auth import AuthError, require_tenant
-from flexgate.server.context import identify
 from flexgate.server.errors import ApiError
 from flexgate.server.openai import fields, limits, vllm_errors
-from flexgate.server.openai.generation import check_chat_template, check_model, read_request
-from flexgate.server.refusals import from_auth
+from flexgate.server.openai.generation import (
+    CLIENT_GONE,
+    check_chat_template,
+    check_model,
+    identify_tenant,
+    read_request,
+    until_gone,
+)
+from flexgate.server.quotas import refusals
+from flexgate.server.quotas.subjects import subjects_of
 from flexgate.server.services import Services
+
+AT_ONCE: Final = 4  # per project and process
 
 PROMPT = Kind("tokenize", fields.TOKENIZE_PROMPT, limits.check_tokenize)
 CHAT = Kind("tokenize", fields.TOKENIZE_CHAT, limits.check_tokenize)
@@ -30,52 +42,79 @@ DETOKENIZE = Kind("detokenize", fields.DETOKENIZE, limits.check_detokenize)
 
 
 class Tokenization:
-    """The two routes."""
+    """The two routes. One thread makes tokens for everybody: a tenant may not fill what waits for it."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._running: Counter[TenantId] = Counter()
 
     async def tokenize(self, request: Request) -> Response:
         """Text or messages as token ids."""
-        raw = await self._read(request)
+        return await self._answer(request, self._tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """Token ids as text."""
+        return await self._answer(request, self._detokenize)
+
+    def _tokenize(self, raw: dict[str, Any]) -> Work:
         chat = raw.get("messages") is not None
         body = self._body(CHAT if chat else PROMPT, raw)
         if chat:
             check_chat_template(self._services)
         model = TokenizeChatRequest if chat else TokenizeCompletionRequest
-        return await self._run(body, model, self._services.handlers.tokenization.create_tokenize)
+        return Work(body, model, self._services.handlers.tokenization.create_tokenize)
 
-    async def detokenize(self, request: Request) -> Response:
-        """Token ids as text."""
-        body = self._body(DETOKENIZE, await self._read(request))
-        handler = self._services.handlers.tokenization.create_detokenize
-        return await self._run(body, DetokenizeRequest, handler)
-
-    async def _read(self, request: Request) -> dict[str, Any]:
-        principal, _ = await identify(request, self._services)
-        try:
-            require_tenant(principal)
-        except AuthError as error:
-            raise from_auth(error) from error
-        return await read_request(request, self._services)
+    def _detokenize(self, raw: dict[str, Any]) -> Work:
+        body = self._body(DETOKENIZE, raw)
+        return Work(body, DetokenizeRequest, self._services.handlers.tokenization.create_detokenize)
 
     def _body(self, kind: Kind, raw: dict[str, Any]) -> dict[str, Any]:
         body = honoured_body(kind, raw, self._services.limits)
         check_model(body, self._services)
         return body
 
-    async def _run(
-        self,
-        body: dict[str, Any],
-        model: type[BaseModel],
-        handler: Callable[[Any, Any], Awaitable[Any]],
-    ) -> Response:
+    async def _answer(self, request: Request, prepare: Callable[[dict[str, Any]], Work]) -> Response:
+        services = self._services
+        tenant, key_id, snapshot = await identify_tenant(request, services)
+        work = prepare(await read_request(request, services))
+        with self._place(tenant):
+            hold = services.limiter.admit(subjects_of(snapshot.tenants[tenant], key_id), 0)
+            try:
+                result = await until_gone(request, work.run())
+            finally:
+                hold.settle(0)
+        if result is None:
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(result, headers=hold.headers)
+
+    @contextmanager
+    def _place(self, tenant: TenantId) -> Iterator[None]:
+        if self._running[tenant] >= AT_ONCE:
+            raise refusals.too_many_tokenizing(AT_ONCE)
+        self._running[tenant] += 1
         try:
-            result = await handler(model.model_validate(body), None)
+            yield
+        finally:
+            self._running[tenant] -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a handler of vLLM's is asked."""
+
+    body: dict[str, Any]
+    model: type[BaseModel]
+    handler: Callable[[Any, Any], Awaitable[Any]]
+
+    async def run(self) -> dict[str, Any]:
+        """Its answer; raises `ApiError`."""
+        try:
+            result = await self.handler(self.model.model_validate(self.body), None)
         except ApiError:
             raise
         except Exception as error:
-            raise vllm_errors.from_exception(error, body) from error
+            raise vllm_errors.from_exception(error, self.body) from error
         if isinstance(result, ErrorResponse):
             raise vllm_errors.from_response(result)
-        return JSONResponse(result.model_dump())
+        answer: dict[str, Any] = result.model_dump()
+        return answer

@@ -59,5 +59,19 @@ def sized(body: Mapping[str, Any], name: str, *, most: int) -> None:
         too_much(f"'{name}' may have at most {most} members, not {len(value)}.", name)
 
 
+def characters(value: Any) -> int:
+    """How many characters the texts inside a JSON value have, without the names of fields."""
+    total, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, list | tuple):
+            left += item
+        elif isinstance(item, dict):
+            left += item.values()
+    return total
+
+
 def _number(value: int) -> str:
     return str(value) if abs(value) < 10**12 else "that"

@@ -55,6 +55,11 @@ def too_many_at_once(kind: str, limit: int) -> ApiError:
     return _limited(message, "requests", 1.0)
 
 
+def too_many_tokenizing(limit: int) -> ApiError:
+    message = f"This project may have {limit} requests for the tokenizer at once. Trying again in 1s would change this."
+    return _limited(message, "requests", 1.0)
+
+
 def over_budget(kind: str, budget: int, spent: int, asked: int) -> ApiError:
     message = (
         f"{kind} has a budget of {budget} tokens, of which {spent} are used or reserved, and this request asks "
