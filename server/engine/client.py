@@ -241,16 +241,6 @@ class GatedEngineClient:
         return self._engine.input_processor
 
     @property
-    def is_running(self) -> bool:
-        """Whether the engine core runs."""
-        return bool(self._engine.is_running)
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether the engine core has stopped."""
-        return bool(self._engine.is_stopped)
-
-    @property
     def errored(self) -> bool:
         """Whether the engine core died."""
         return bool(self._engine.errored)
@@ -264,22 +254,6 @@ class GatedEngineClient:
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """vLLM's queue limits."""
         self._engine.check_admission(n, request_id)
-
-    async def check_health(self) -> None:
-        """Raise if the engine core died."""
-        await self._engine.check_health()
-
-    async def do_log_stats(self) -> None:
-        """Let vLLM write its statistics."""
-        await self._engine.do_log_stats()
-
-    async def is_tracing_enabled(self) -> bool:
-        """Never: traces could carry prompts."""
-        return False
-
-    async def get_supported_tasks(self) -> tuple[str, ...]:
-        """Generation only."""
-        return ("generate",)
 
     def generate(
         self,

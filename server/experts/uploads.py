@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,6 +31,10 @@ MOST_UPLOADS: Final = 4
 FREE_BYTES: Final = 1 << 30
 """What packages must leave free on the disk, which the policy database may be on too."""
 KEPT_SECONDS: Final = 24 * 3600.0
+IDLE_SECONDS: Final = 30.0
+"""How long a client may send nothing of a part that it has begun."""
+_WRITERS: Final = ThreadPoolExecutor(2, "uploads")
+"""A disk that halts must not halt the threads that confirm the policy."""
 _ID: Final = re.compile(r"upload_[0-9a-f]{24}")
 
 
@@ -98,8 +103,8 @@ class Uploads:
 
         Raises:
             NotFound: the upload has no such file.
-            ApiError: 409, the offset is not where the file ends, and the message says where it does, or another part is
-                being written; 507, the disk has no room for more.
+            ApiError: 408, nothing came for a while; 409, the offset is not where the file ends, and the message says
+                where it does, or another part is being written; 507, the disk has no room for more.
             TooLarge: more arrives than was announced; what fits is kept.
         """
         if name not in upload.sizes:
@@ -118,10 +123,10 @@ class Uploads:
         descriptor = -1
         try:
             descriptor = os.open(upload.directory / name, flags, 0o600)
-            async for chunk in chunks:
+            async for chunk in _arriving(chunks):
                 if received + len(chunk) > upload.sizes[name]:
                     raise TooLarge(f"'{name}' was announced with {upload.sizes[name]} bytes.")
-                await asyncio.to_thread(_write_all, descriptor, chunk)
+                await asyncio.get_running_loop().run_in_executor(_WRITERS, _write_all, descriptor, chunk)
                 received += len(chunk)
         finally:
             self._writing.discard(upload.id)
@@ -189,6 +194,23 @@ class Uploads:
                 newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
                 if newest < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
                     shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """`chunks` for as long as they come: who went without a word would keep the upload, and its room on the disk."""
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise ApiError(
+                f"Nothing more of the file came for {IDLE_SECONDS:g} seconds. What has arrived is kept.",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+                code="request_timeout",
+            ) from None
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _disk_full(message: str) -> ApiError:

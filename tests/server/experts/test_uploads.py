@@ -49,6 +49,20 @@ def test_an_upload_is_nobody_elses(uploads: Uploads) -> None:
 
 
 @pytest.mark.asyncio
+async def test_who_stops_sending_gives_the_upload_back(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"12"
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(uploads_module, "IDLE_SECONDS", 0.05)
+    upload = uploads.open("key_a", SIZES)
+    with pytest.raises(ApiError) as refused:
+        await asyncio.wait_for(uploads.write(upload, "manifest.json", 0, silent()), 10)
+    assert (refused.value.status, refused.value.code) == (408, "request_timeout")
+    assert await uploads.write(upload, "manifest.json", 2, chunks(b"34")) == 4
+
+
+@pytest.mark.asyncio
 async def test_what_is_more_than_announced_is_refused_and_what_fits_is_kept(uploads: Uploads) -> None:
     upload = uploads.open("key_a", SIZES)
     with pytest.raises(TooLarge):
