@@ -52,7 +52,7 @@ async def _run(threads: ThreadPoolExecutor, work: Callable[..., Any], *arguments
 
 def _too_many() -> ApiError:
     return ApiError(
-        f"This key may have {MOST_OF_ONE} requests to the administration under way at once. "
+        f"This key may have {MOST_OF_ONE} such requests to the administration under way at once. "
         "Trying again when one of them was answered would change this.",
         status=HTTPStatus.TOO_MANY_REQUESTS,
         code="rate_limit_exceeded",

@@ -123,17 +123,16 @@ class Adding:
             async with residence.changing:
                 return await self._make_live(job, package, slot, digests)
         except Exception:
-            if not job.committed:
-                await residence.give_back(slot)
-            if job.committed is None:
-                residence.soil(slot)  # it is empty, but the store may name it
+            if not job.committed and await residence.give_back(slot) and job.committed is None:
+                residence.hold(slot, package.directory.name)
             raise
 
     async def _make_live(self, job: Job, package: VerifiedPackage, slot: int, digests: list[str]) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
+        # Whatever another server changes from here on has the commit refused.
+        generation = await asyncio.to_thread(residence.repository.epoch) + 1
         await asyncio.to_thread(self._check_version, manifest)
         former = residence.find(manifest.id)
-        generation = await asyncio.to_thread(residence.repository.epoch) + 1
         await self._try(job, manifest.id, slot, generation)
         await self._commit(job, package, slot, generation)
         if former is not None:
@@ -216,6 +215,11 @@ class Adding:
         info = residence.find(manifest.id)
         if info is None:
             return
+        if residence.repository.revoked().get(info.id, 0) > info.generation:
+            raise ChangeConflict(
+                f"Another server withdrew expert '{info.id}', which is being taken out here. Try again in a moment.",
+                code="experts_changing",
+            )
         package = next((entry for entry in residence.repository.added() if entry.expert == info.id), None)
         if package is None or is_set_aside(package, residence.merged):
             loaded = residence.merged.get(info.id, UNSAID)
@@ -223,9 +227,9 @@ class Adding:
             loaded = package.version
         else:
             raise ChangeConflict(
-                f"The store took version {package.version} of expert '{info.id}' when its answer was lost, and the "
-                "former version is still served. Restart the server, which loads the one that the store took.",
-                code="commit_unknown",
+                f"The store has version {package.version} of expert '{info.id}', which this server did not load. "
+                + ("Restart it." if (residence.places.private / package.package).is_dir() else "Another one added it."),
+                code="expert_version_not_loaded",
             )
         if loaded == UNSAID:
             raise ChangeConflict(

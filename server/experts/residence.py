@@ -85,6 +85,7 @@ class Residence:
         self.arriving: set[str] = set()
         self.retiring: dict[str, list[ExpertInfo]] = defaultdict(list)
         self._dirty: set[int] = set()
+        self._held: dict[str, int] = {}
         self._base: BaseIdentity | None = None
 
     def find(self, expert: str) -> ExpertInfo | None:
@@ -118,6 +119,16 @@ class Residence:
         """The slot holds something that nobody may reach: not free until it was cleared."""
         self._dirty.add(slot)
 
+    def hold(self, slot: int, package: str) -> None:
+        """The slot is clear, but a package that the store may name may come back to it: not free until `release`."""
+        self._dirty.add(slot)
+        self._held[package] = slot
+
+    def release(self, package: str) -> None:
+        """The store does not name the package any more."""
+        if package in self._held:
+            self._dirty.discard(self._held.pop(package))
+
     def keep(self, slot: int) -> None:
         """A reserved slot has become a loaded expert's."""
         self._dirty.discard(slot)
@@ -141,14 +152,16 @@ class Residence:
         self._dirty.discard(slot)
         return digests
 
-    async def give_back(self, slot: int) -> None:
-        """Leave a slot as it was found: closed, zeroed, free. If that fails it is not used again."""
+    async def give_back(self, slot: int) -> bool:
+        """Leave a slot as it was found: closed, zeroed, free; whether it is. If that fails it is not used again."""
         with suppress(Exception):  # it may never have been opened
             await self.slots.close(slot)
         try:
             await self.clear(slot)
         except Exception as error:
             logger.error("slot %d cannot be cleared and is not used any more", slot, exc_info=error)
+            return False
+        return True
 
     async def forget_copies(self) -> None:
         """Remove private copies of packages that are not loaded."""

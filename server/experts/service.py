@@ -17,7 +17,7 @@ from flexgate.policies.errors import PolicyError
 from flexgate.policies.terms import PUBLIC
 from flexgate.server.engine.client import ExpertInfo
 from flexgate.server.experts.adding import Adding, Canary
-from flexgate.server.experts.errors import ExpertError, NotResident, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
@@ -151,7 +151,12 @@ class ExpertService:
         if drain_seconds and info is not None:
             await self._drain(info, drain_seconds)
         async with self._residence.changing:
-            return await self._withdrawing.revoke(expert, actor=actor)
+            try:
+                return await self._withdrawing.revoke(expert, actor=actor)
+            except ChangeConflict:
+                if drain_seconds and info is not None and info.live:
+                    self._withdrawing.wake(info)
+                raise
 
     async def _drain(self, info: ExpertInfo, seconds: float) -> None:
         """Seal no more gates for an expert, and wait for those that are out; holds up nobody else's change."""

@@ -31,6 +31,7 @@ MOST_UPLOADS: Final = 4
 FREE_BYTES: Final = 1 << 30
 """What packages must leave free on the disk, which the policy database may be on too."""
 KEPT_SECONDS: Final = 24 * 3600.0
+KEPT_FREE_SECONDS: Final = 600.0
 IDLE_SECONDS: Final = 30.0
 """How long a client may send nothing of a part that it has begun."""
 _WRITERS: Final = ThreadPoolExecutor(2, "uploads")
@@ -167,12 +168,15 @@ class Uploads:
         """Bytes that are still to be written of the uploads there are, and of the private copies of them.
 
         An upload and its copy exist side by side until the expert is live; a folder without `upload.json` was taken.
+        Nothing is kept free for an upload to which nothing was written for `KEPT_FREE_SECONDS`.
         """
         total = 0
         for directory in self._root.iterdir():
             arrived = sum(_size(directory / name) for name in NAMES)
             total += arrived
             with suppress(FileNotFoundError):
+                if _newest(directory) < self._clock() - KEPT_FREE_SECONDS and directory.name not in self._writing:
+                    continue
                 announced = json.loads((directory / META).read_text())["sizes"]
                 total += 2 * (sum(announced.values()) - arrived)
         return total
@@ -191,8 +195,7 @@ class Uploads:
     def _forget_stale(self) -> None:
         for directory in self._root.iterdir():
             with suppress(FileNotFoundError):  # its job is removing it
-                newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
-                if newest < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
+                if _newest(directory) < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
                     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -215,6 +218,11 @@ async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def _disk_full(message: str) -> ApiError:
     return ApiError(message, status=HTTPStatus.INSUFFICIENT_STORAGE, code="disk_full")
+
+
+def _newest(directory: Path) -> float:
+    """When something was written to an upload last, in Unix seconds; raises `FileNotFoundError`."""
+    return max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
 
 
 def _size(path: Path) -> int:

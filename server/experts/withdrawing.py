@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError
-from flexgate.server.engine.client import ExpertInfo, GatedCall
+from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineFailed, NotResident
 from flexgate.server.experts.residence import Residence
 
@@ -66,6 +66,7 @@ class Withdrawing:
         self._confirm = confirm
         self._record = record
         self._clock = clock
+        self._doubtful: set[ExpertLease] = set()  # may have been withdrawn in the store
 
     async def revoke(self, expert: str, *, actor: str) -> dict[str, Any]:
         """Withdraw an expert for good; returns the record.
@@ -84,11 +85,12 @@ class Withdrawing:
         try:
             epoch = await asyncio.to_thread(self._commit, info.id, info.slot, actor)
         except CommitUnknown:
+            self._doubtful.add(info.lease)
             self._publish(replace(info, live=False))
             self._stop(info)
             raise
         except PolicyError as error:
-            self._publish(replace(info, live=True))
+            self._publish(info)
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         return await self._take_out(info, self._stop(info), epoch, actor=actor, began=began)
 
@@ -112,6 +114,11 @@ class Withdrawing:
         tenancies = (info, *self._residence.retiring.get(info.id, ()))
         return tuple(call for each in tenancies for call in self._residence.client.withdraw(each.lease))
 
+    def wake(self, info: ExpertInfo) -> None:
+        """Seal gates again for an expert whose withdrawal was refused after a drain, unless it may be withdrawn."""
+        if replace(info, live=False) in self._residence.client.experts() and info.lease not in self._doubtful:
+            self._publish(info)
+
     def _publish(self, info: ExpertInfo) -> None:
         client = self._residence.client
         client.publish((*self._residence.others(info.id), info), client.weights_epoch)
@@ -127,10 +134,12 @@ class Withdrawing:
         except PolicyError as error:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         residence.client.publish(residence.client.experts(), epoch)
+        residence.release(entry.package)
         return await self._settle(Revocation(expert, entry.slot, entry.generation, epoch, began), actor)
 
     def _commit(self, expert: str, slot: int, actor: str) -> int:
-        repository, before = self._residence.repository, self._residence.repository.epoch()
+        repository = self._residence.repository
+        repository.epoch()  # a store that cannot be asked now has not been told either
         try:
             return repository.revoke(expert, slot, actor=actor, at=self._clock())
         except PolicyError as error:
@@ -138,8 +147,8 @@ class Withdrawing:
                 withdrawn, epoch = repository.withdrawn(), repository.epoch()
             except PolicyError:
                 raise CommitUnknown(error, NOBODY_GETS_IT) from error
-            if expert in withdrawn and epoch > before:
-                return epoch  # it was committed, and the answer was lost
+            if expert in withdrawn:
+                return epoch  # it was committed, and the answer was lost, now or before
             raise
 
     async def _take_out(

@@ -61,7 +61,7 @@ def check_chat(body: Body, limits: Limits) -> None:
     if boolean(body, "logprobs") is None and body.get("top_logprobs"):
         invalid("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     integer(body, "top_logprobs", 0, limits.logprobs)
-    _check_conversation(body, limits)
+    _check_conversation(body, limits, measure=_cuts(body))
 
 
 def check_completion(body: Body, limits: Limits) -> None:
@@ -73,7 +73,7 @@ def check_completion(body: Body, limits: Limits) -> None:
         too_much(f"'prompt' may have at most {limits.prompts} prompts, not {count}.", "prompt")
     prompt = body["prompt"]
     for one in prompt if isinstance(prompt, list) else [prompt]:
-        if isinstance(one, str):
+        if isinstance(one, str) and _cuts(body):
             _check_length("prompt", limits, one)
 
 
@@ -83,7 +83,8 @@ def check_responses(body: Body, limits: Limits) -> None:
     integer(body, "max_output_tokens", 1)
     integer(body, "top_logprobs", 0, limits.logprobs)
     check_input(body.get("input"))
-    _check_length("input", limits, body.get("input"), body.get("instructions"), body.get("tools"))
+    if _cuts(body):
+        _check_length("input", limits, body.get("input"), body.get("instructions"), body.get("tools"))
     _check_tools(body, limits, flat=True)
     form = body.get("text")
     if isinstance(form, Mapping) and isinstance(form.get("format"), Mapping):
@@ -94,7 +95,7 @@ def check_tokenize(body: Body, limits: Limits) -> None:
     """Refuse a tokenize request over its limits, or with something to fetch."""
     _check_flags(body)
     if "messages" in body:
-        _check_conversation(body, limits)
+        _check_conversation(body, limits, measure=True)
     elif not isinstance(body.get("prompt"), str):
         invalid("'prompt' must be a string.", "prompt")
     else:
@@ -120,19 +121,25 @@ def prompt_count(body: Mapping[str, Any]) -> int:
     return len(prompt)
 
 
-def _check_conversation(body: Body, limits: Limits) -> None:
+def _check_conversation(body: Body, limits: Limits, *, measure: bool) -> None:
     check_messages(body.get("messages"))
-    _check_length("messages", limits, body["messages"], body.get("tools"))
+    if measure:
+        _check_length("messages", limits, body["messages"], body.get("tools"))
     _check_tools(body, limits, flat=False)
 
 
+def _cuts(body: Body) -> bool:
+    """Whether a prompt may be longer than the model: vLLM makes tokens of all of it then, and refuses it else."""
+    return body.get("truncate_prompt_tokens") is not None or body.get("truncation") not in (None, "disabled")
+
+
 def _check_length(name: str, limits: Limits, *texts: Any) -> None:
-    """Refuse text that cannot fit the model before the one thread that makes tokens of it has it."""
+    """Refuse text of which the model can hold a part at most, before the one thread that makes tokens of it has it."""
     count = characters(texts)
     if count > limits.prompt_chars:
         too_much(
             f"'{name}' may have at most {limits.prompt_chars} characters, not {count}: "
-            f"more cannot fit into the {limits.prompt_tokens} tokens of this model.",
+            f"the {limits.prompt_tokens} tokens of this model hold no more.",
             name,
         )
 

@@ -78,7 +78,7 @@ class Tokenization:
         tenant, key_id, snapshot = await identify_tenant(request, services)
         work = prepare(await read_request(request, services))
         with self._place(tenant):
-            hold = services.limiter.admit(subjects_of(snapshot.tenants[tenant], key_id), 0)
+            hold = services.limiter.admit(subjects_of(snapshot.tenants[tenant], key_id), None)
             try:
                 result = await until_gone(request, work.run())
             finally:

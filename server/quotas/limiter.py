@@ -63,8 +63,11 @@ class Limiter:
         self._clock = clock
         self._states: dict[str, _State] = {}
 
-    def admit(self, subjects: Iterable[Subject], reserve: int) -> Hold:
-        """Hold one request and `reserve` tokens of every subject; raises `ApiError` (429)."""
+    def admit(self, subjects: Iterable[Subject], reserve: int | None) -> Hold:
+        """Hold one request and `reserve` tokens of every subject; raises `ApiError` (429).
+
+        None is a request that uses no tokens: limits and budgets of tokens do not concern it.
+        """
         limited = [subject for subject in subjects if subject.quota != UNLIMITED]
         now = self._clock()
         pairs = [(subject, self._states.setdefault(subject.id, _State())) for subject in limited]
@@ -73,7 +76,7 @@ class Limiter:
             if error is not None:
                 error.headers |= refusals.headers(self._standings(pairs, now))
                 raise error
-        hold = Hold([(s, state, self._take(s, state, reserve, now)) for s, state in pairs], reserve, self)
+        hold = Hold([(s, state, self._take(s, state, reserve, now)) for s, state in pairs], reserve or 0, self)
         hold.headers = refusals.headers(self._standings(pairs, now))
         return hold
 
@@ -87,19 +90,21 @@ class Limiter:
                 state.tokens.add(now, tokens - reserved)
             else:
                 state.tokens.shrink(use, tokens, now)
-        if subject.quota.total_tokens is not None:
+        if subject.quota.total_tokens is not None and tokens:
             self._spending.add(subject.id, tokens)
 
-    def _take(self, subject: Subject, state: _State, reserve: int, now: float) -> Use | None:
+    def _take(self, subject: Subject, state: _State, reserve: int | None, now: float) -> Use | None:
         state.running += 1
-        state.reserved += reserve
+        state.reserved += reserve or 0
         if subject.quota.requests_per_minute is not None:
             state.requests.add(now, 1)
-        return None if subject.quota.tokens_per_minute is None else state.tokens.add(now, reserve)
+        if subject.quota.tokens_per_minute is None or reserve is None:
+            return None
+        return state.tokens.add(now, reserve)
 
-    def _refusal(self, subject: Subject, state: _State, reserve: int, now: float) -> ApiError | None:
+    def _refusal(self, subject: Subject, state: _State, reserve: int | None, now: float) -> ApiError | None:
         quota = subject.quota
-        if quota.total_tokens is not None:
+        if quota.total_tokens is not None and reserve is not None:
             spent = self._spending.spent(subject.id)
             if spent is None:
                 return Unavailable("The used tokens are not known yet. Try again.", code="budget_unknown")
@@ -111,7 +116,7 @@ class Limiter:
             wait = state.requests.wait(quota.requests_per_minute, 1, now)
             if wait:
                 return refusals.too_many_requests(subject.kind, quota.requests_per_minute, wait)
-        if quota.tokens_per_minute is not None:
+        if quota.tokens_per_minute is not None and reserve is not None:
             wait = state.tokens.wait(quota.tokens_per_minute, max(reserve, 1), now)
             if wait:
                 return refusals.too_many_tokens(subject.kind, quota.tokens_per_minute, reserve, wait)

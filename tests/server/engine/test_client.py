@@ -109,6 +109,7 @@ async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int
 
     task = asyncio.ensure_future(read())
     while len(engine.children) < n:
+        assert not task.done()
         await asyncio.sleep(0)
     return task
 

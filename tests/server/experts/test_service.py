@@ -274,6 +274,23 @@ async def test_what_was_withdrawn_elsewhere_and_added_there_again_is_taken_out_h
     following.cancel()
 
 
+async def test_what_another_server_withdrew_is_replaced_only_once_it_is_out(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    path = package(tmp_path, anchor, expert="news", owner="gazette", version=2)
+    await local(here.store, anchor, tmp_path / "other").service.revoke("news", actor="key_else")
+    assert (await here.add(path)).error == {
+        "code": "experts_changing",
+        "message": "Another server withdrew expert 'news', which is being taken out here. Try again in a moment.",
+    }
+    following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
+    async with asyncio.timeout(10):
+        while here.client.published[-1] != ("public",) or here.service._residence.changing.locked():
+            await asyncio.sleep(0.01)
+    following.cancel()
+    assert (await here.add(path)).state == "succeeded"
+
+
 async def test_what_only_a_start_would_load_can_be_withdrawn(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
@@ -396,6 +413,28 @@ async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
     assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
 
 
+async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_withdrawn(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    repository = here.service._residence.repository
+    added, commit = repository.added, repository.add
+
+    def away() -> Any:
+        raise StoreUnavailable("away")
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        commit(*args, **kwargs)
+        repository.added = away  # type: ignore[method-assign]
+        raise StoreUnavailable("the answer was lost")
+
+    repository.add = lost  # type: ignore[method-assign]
+    assert (await here.add(package(tmp_path, anchor))).error["code"] == "commit_unknown"
+    repository.added, repository.add = added, commit  # type: ignore[method-assign]
+    assert (await here.add(package(tmp_path, anchor, expert="code"))).result["slot"] == 3
+    await here.service.revoke("math", actor="key_owner")
+    assert (await here.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 2
+
+
 async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_took(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
@@ -416,9 +455,8 @@ async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_
     assert job.error["code"] == "commit_unknown"
     repository.added, repository.add = added, commit  # type: ignore[method-assign]
     assert (await here.add(package(tmp_path, anchor, version=3))).error == {
-        "code": "commit_unknown",
-        "message": "The store took version 2 of expert 'math' when its answer was lost, and the former version is "
-        "still served. Restart the server, which loads the one that the store took.",
+        "code": "expert_version_not_loaded",
+        "message": "The store has version 2 of expert 'math', which this server did not load. Restart it.",
     }
 
 
@@ -431,6 +469,9 @@ async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_t
     commit, withdrawn = repository.revoke, repository.withdrawn
 
     def broken() -> Any:
+        raise StoreUnavailable("away")
+
+    def broken_off(*_: Any, **__: Any) -> int:
         raise StoreUnavailable("away")
 
     def lost(*args: Any, **kwargs: Any) -> int:
@@ -453,13 +494,23 @@ async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_t
     )
     assert call.failed == EXPERT_REVOKED
     assert [info.live for info in here.client.experts()] == [True, True, False]
+    repository.revoke = broken_off  # type: ignore[method-assign]
+    for seconds in (0.0, 0.05):
+        with pytest.raises(CommitUnknown):
+            await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
+    repository.withdrawn = frozenset  # type: ignore[method-assign]
+    for seconds in (0.0, 0.05):
+        with pytest.raises(ChangeConflict, match="The store refused"):
+            await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
+    assert [info.live for info in here.client.experts()] == [True, True, False]
     repository.revoke, repository.withdrawn = commit, withdrawn  # type: ignore[method-assign]
     if again == "by whoever asked":
         assert (await here.service.revoke("math", actor="key_admin"))["expert"] == "math"
     else:
         following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
-        while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(10):
+            while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
+                await asyncio.sleep(0.01)
         following.cancel()
     assert here.client.published[-1] == ("public", "news")
     assert here.slots.digests(2) == zeros(here)

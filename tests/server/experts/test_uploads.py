@@ -13,7 +13,7 @@ import pytest
 
 from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
 from flexgate.server.experts import uploads as uploads_module
-from flexgate.server.experts.uploads import FREE_BYTES, KEPT_SECONDS, MOST_UPLOADS, Uploads
+from flexgate.server.experts.uploads import FREE_BYTES, KEPT_FREE_SECONDS, KEPT_SECONDS, MOST_UPLOADS, Uploads
 
 SIZES = {"manifest.json": 4, "expert.safetensors": 8}
 SIZE = sum(SIZES.values())
@@ -82,8 +82,9 @@ async def test_two_writers_at_once_cannot_write_more_than_one(uploads: Uploads) 
         yield b"34"
 
     first = asyncio.ensure_future(uploads.write(upload, "manifest.json", 0, slow()))
-    while upload.received("manifest.json") < 2:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(10):
+        while upload.received("manifest.json") < 2:
+            await asyncio.sleep(0.001)
     with pytest.raises(ApiError) as refused:
         await uploads.write(upload, "manifest.json", 2, chunks(b"xx"))
     assert refused.value.code == "upload_busy"
@@ -102,8 +103,9 @@ async def test_an_upload_that_is_being_written_is_neither_removed_nor_taken(uplo
 
     await uploads.write(upload, "manifest.json", 0, chunks(bytes(4)))
     writing = asyncio.ensure_future(uploads.write(upload, "expert.safetensors", 0, slow()))
-    while upload.received("expert.safetensors") < 8:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(10):
+        while upload.received("expert.safetensors") < 8:
+            await asyncio.sleep(0.001)
     for change in (uploads.remove, uploads.take):
         with pytest.raises(ApiError) as refused:
             change(upload)
@@ -197,3 +199,19 @@ def test_uploads_that_nobody_goes_on_with_are_forgotten(uploads: Uploads) -> Non
     uploads.open("key_b", SIZES)
     assert not old.directory.exists()
     assert written.directory.exists()
+
+
+@pytest.mark.asyncio
+async def test_no_room_is_kept_for_who_announces_and_sends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [time.time()]
+    uploads = Uploads(tmp_path / "uploads", most_bytes=100, clock=lambda: now[0])
+    room = shutil.disk_usage(tmp_path)._replace(free=FREE_BYTES + 3 * SIZE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    uploads.open("key_a", SIZES)
+    with pytest.raises(ApiError) as refused:
+        uploads.open("key_b", SIZES)
+    assert refused.value.code == "disk_full"
+    now[0] += KEPT_FREE_SECONDS + 1
+    uploads.open("key_b", SIZES)

@@ -72,7 +72,7 @@ def busy(services: Any) -> Busy:
 async def test_requests_count_and_are_refused_like_generating_ones(
     client: httpx.AsyncClient, handler: Any, limit: Any, path: str
 ) -> None:
-    limit(requests_per_minute=1, tokens_per_minute=100, concurrent_requests=1)
+    limit(requests_per_minute=1, tokens_per_minute=100, concurrent_requests=1, total_tokens=0)
     handler.result = tokens if path == "/tokenize" else lambda: DetokenizeResponse(prompt="x")
     first = await client.post(path, json=BODIES[path])
     assert first.status_code == 200
@@ -148,7 +148,11 @@ async def test_nothing_is_done_for_a_client_that_has_gone(services: Any, busy: B
         ("/tokenize", {"messages": [HELLO], "tools": [TOOL]}, "messages"),
         ("/detokenize", {"tokens": [1] * 9}, "tokens"),
         ("/v1/completions", {"prompt": ["x", "x" * 81], "truncate_prompt_tokens": 4}, "prompt"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG_PARTS}]}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": LONG_PARTS}], "truncate_prompt_tokens": 4},
+            "messages",
+        ),
         ("/v1/responses", {"input": "x", "instructions": "x" * 80, "truncation": "auto"}, "input"),
     ],
 )
