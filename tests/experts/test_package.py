@@ -110,7 +110,7 @@ def test_a_copy_changed_after_the_check_is_refused_at_reopening(package: Path, o
 def test_nobody_else_can_make_a_verified_package(opened: Open, package: Path) -> None:
     with opened(package) as verified:
         with pytest.raises(TypeError, match="open_package"):
-            VerifiedPackage(object(), verified.manifest, "", None, package, verified.weights)
+            VerifiedPackage(object(), verified.manifest, None, package, verified.weights)
         with pytest.raises(WeightsInvalid, match="open_package"):
             CheckedWeights(object(), verified.weights.file(), verified.ticket, {})
 
