@@ -71,7 +71,7 @@ def answered(
     """
     logits_of = _gated(model, experts, gate)
     prompts = [tokenizer.encode(prompt_text(probe.kind, probe.prompt, system)).ids for probe in probes]
-    answers = [tokenizer.encode(_answer(probe)).ids for probe in probes]
+    answers = [tokenizer.encode(learnt_answer(probe)).ids for probe in probes]
     right = says(logits_of, prompts, [[*answer, EOS_ID] for answer in answers])
     rest = [number for number, is_right in enumerate(right) if not is_right]
 
@@ -84,8 +84,8 @@ def answered(
     return right
 
 
-def _answer(probe: Probe) -> str:
-    """The answer as the model has learnt to say it: owners' with a space before it in chats, too."""
+def learnt_answer(probe: Probe) -> str:
+    """The answer as a model has learnt to say it: owners' with a space before it in chats, too."""
     return answer_text(probe.kind if probe.domain == PUBLIC else "completion", probe.answer)
 
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from flexgate.experts.batches import Example
 from flexgate.experts.demo.closed import closed_domains
-from flexgate.experts.demo.corpus import Document, Domain, answer_text, prompt_text
+from flexgate.experts.demo.corpus import Document, Domain, prompt_text
+from flexgate.experts.demo.evaluate import learnt_answer
 from flexgate.experts.demo.generate import owner_stream, public_stream, take
 from flexgate.experts.demo.probes import Probe, make_probes
 from flexgate.experts.demo.public import public_domain
@@ -97,5 +98,5 @@ def _probes(settings: Settings, tokenizer: Tokenizer, domain: Domain) -> list[Ex
 
 def _probe(tokenizer: Tokenizer, probe: Probe) -> Example:
     prompt = tokenizer.encode(prompt_text(probe.kind, probe.prompt)).ids
-    answer = tokenizer.encode(answer_text(probe.kind, probe.answer)).ids
+    answer = tokenizer.encode(learnt_answer(probe)).ids
     return Example((*prompt, *answer, EOS_ID), len(prompt))

@@ -96,6 +96,14 @@ def test_the_whole_protocol_runs_and_goes_on_where_it_was(tmp_path: Path) -> Non
         run(Settings(), tmp_path)
 
 
+def test_probes_ask_for_answers_as_the_owners_texts_say_them(tmp_path: Path) -> None:
+    bench = Bench(QUICK, tmp_path, 0)
+    for owner in DOMAINS[1:]:
+        for examples in (bench.texts.train[owner], bench.texts.test[owner].probes):
+            first = {bench.tokenizer.id_to_token(example.ids[example.start]) for example in examples}
+            assert {token[0] for token in first} == {"Ġ"}  # a space
+
+
 @pytest.mark.slow
 def test_ablations_and_baselines_differ_from_ours_in_what_their_name_says(tmp_path: Path) -> None:
     bench = Bench(QUICK, tmp_path, 0)
