@@ -59,7 +59,7 @@ async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json() == {
         "error": {
-            "message": "This key may have 8 requests to the administration under way at once. "
+            "message": "This key may have 8 such requests to the administration under way at once. "
             "Trying again when one of them was answered would change this.",
             "type": "requests",
             "param": None,

@@ -182,7 +182,7 @@ def test_errors_are_the_openai_packages_own(ai: openai.OpenAI, server: Any) -> N
     assert refused.value.param == "vllm_xargs"
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         press.completions.create(model="tiny", prompt="the " * 2000)
-    with pytest.raises(openai.BadRequestError, match="more cannot fit into the 1024 tokens"):
+    with pytest.raises(openai.BadRequestError, match="the 1024 tokens of this model hold no more"):
         press.completions.create(model="tiny", prompt="the " * 9000, extra_body={"truncate_prompt_tokens": 4})
     with pytest.raises(openai.BadRequestError) as hopeless:
         press.completions.create(**ask, extra_body={"structured_outputs": {"grammar": "root ::= "}})
