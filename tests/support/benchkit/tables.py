@@ -7,9 +7,11 @@ from typing import Any
 
 from benchkit.record import RESULTS
 
+SERVING = 0.95
+
 
 def speed(results: Path = RESULTS) -> str:
-    """Every ratio beside its bound, then start-up, memory and admission."""
+    """Every ratio beside its bound, then start-up, memory and admission; bold is what misses its bound."""
     return "\n".join((*_engine(results), "", *_serving(results), "", *_single(results), ""))
 
 
@@ -17,16 +19,16 @@ def _engine(results: Path) -> Iterable[str]:
     yield "| Tokens per second, ratio | Prefill of 1, 8, 32 | Decode of 1, 8, 32 | Bound |"
     yield "|---|---|---|---|"
     for other, what, bound in (
-        ("ungated", "gate compiled out", "≥ 0.97"),
-        ("transformers", "vLLM's Transformers backend", "≥ 1.0"),
+        ("ungated", "gate compiled out", 0.97),
+        ("transformers", "vLLM's Transformers backend", 1.0),
     ):
         for mode in ("eager", "compiled"):
             cases = _read(results, f"engine-{mode}")["cases"]
             cells = (
-                _cells(case["ratio"][f"gated/{other}"]["median"] for case in cases if case["phase"] == phase)
+                _cells((case["ratio"][f"gated/{other}"]["median"] for case in cases if case["phase"] == phase), bound)
                 for phase in ("prefill", "decode")
             )
-            yield f"| gated / {what}, {mode} | {' | '.join(cells)} | {bound} |"
+            yield f"| gated / {what}, {mode} | {' | '.join(cells)} | ≥ {bound} |"
 
 
 def _serving(results: Path) -> Iterable[str]:
@@ -36,10 +38,10 @@ def _serving(results: Path) -> Iterable[str]:
     for endpoint, stream in sorted({(case["endpoint"], case["stream"]) for case in cases}):
         mine = [case["ratio"] for case in cases if (case["endpoint"], case["stream"]) == (endpoint, stream)]
         cells = (
-            _cells(ratio["requests_per_second"]["median"] for ratio in mine),
-            *(_cells(ratio[name]["ratio"] for ratio in mine) for name in ("p50", "p99")),
+            _cells((ratio["requests_per_second"]["median"] for ratio in mine), SERVING),
+            *(_cells((ratio[name]["ratio"] for ratio in mine), SERVING) for name in ("p50", "p99")),
         )
-        yield f"| {endpoint}{', streamed' * stream} | {' | '.join(cells)} | ≥ 0.95 |"
+        yield f"| {endpoint}{', streamed' * stream} | {' | '.join(cells)} | ≥ {SERVING} |"
 
 
 def _single(results: Path) -> Iterable[str]:
@@ -49,32 +51,45 @@ def _single(results: Path) -> Iterable[str]:
     yield "| | Measured | Bound |"
     yield "|---|---|---|"
     worst = max(plain["ready_seconds"]["worst"], logprobs["ready_seconds"]["worst"])
-    yield f"| `make serve`, once installed, until ready: worst of all starts | {worst:.0f} s | ≤ 60 s |"
+    shown = _most(f"{worst:.0f} s", worst, 60)
+    yield f"| `make serve`, once installed, until ready: worst of all starts | {shown} | ≤ 60 s |"
     first = max(plain["first_token_seconds"]["worst"], logprobs["first_token_seconds"]["worst"])
-    yield f"| first token of the first request, with log-probabilities or without: worst | {first:.2f} s | ≤ 2 s |"
+    shown = _most(f"{first:.2f} s", first, 2)
+    yield f"| first token of the first request, with log-probabilities or without: worst | {shown} | ≤ 2 s |"
     yield f"| resident memory of the demo's processes | {plain['resident_bytes'] / 1e9:.1f} GB | |"
     measured, planned = slots["resident_bytes_per_slot"] / 1e6, slots["planned_bytes_per_slot"] / 1e6
     yield f"| one expert slot of the benchmarks' checkpoint: measured, announced | {measured:.1f}, {planned:.1f} MB | |"
     yield from _changes(_read(results, "changes"))
-    yield f"| key, body, decision, limits and seal of a request: p99 | {pieces['all']['p99_us']:.0f} µs | ≤ 300 µs |"
+    p99 = pieces["all"]["p99_us"]
+    yield f"| key, body, decision, limits and seal of a request: p99 | {_most(f'{p99:.0f} µs', p99, 300)} | ≤ 300 µs |"
 
 
 def _changes(report: dict[str, Any]) -> Iterable[str]:
     gaps, cycles = report["gaps"], report["cycles"]
     worst, bound = (1000 * seconds for seconds in (gaps["with_an_add_seconds"]["worst"], gaps["bound_seconds"]))
-    what = "gap between two tokens of an answer while an expert of 50 MB is added: worst"
-    yield f"| {what} | {worst:.0f} ms | ≤ {bound:.0f} ms |"
+    size = gaps["package_bytes"] / 1e6
+    what = f"gap between two tokens of an answer while an expert of {size:.0f} MB is added: worst"
+    yield f"| {what} | {_most(f'{worst:.0f} ms', worst, bound)} | ≤ {bound:.0f} ms |"
     added, read = gaps["add_seconds"]["median"], gaps["read_file_seconds"]["median"]
-    yield f"| adding it, against reading its file from the cache: medians | {added:.2f} s, {read:.2f} s | ≤ 1.5 × |"
+    shown = _most(f"{added:.2f} s, {read:.2f} s", added, 1.5 * read)
+    yield f"| adding it, against reading its file from the cache: medians | {shown} | ≤ 1.5 × |"
     told, count = cycles["revoke_seconds"]["p99"], cycles["cycles"]
-    yield f"| withdrawing an expert under load until it is acknowledged, {count:,} times: p99 | {told:.2f} s | ≤ 1 s |"
+    what = f"withdrawing an expert under load until it is acknowledged, {count:,} times: p99"
+    yield f"| {what} | {_most(f'{told:.2f} s', told, 1)} | ≤ 1 s |"
+    first, last = (cycles["cycle_seconds"][part]["median"] for part in ("first_tenth", "last_tenth"))
+    what = "an addition and a withdrawal, the first tenth of these times and the last: medians"
+    yield f"| {what} | {first:.2f}, {last:.2f} s | |"
     first, last = (f"{cycles['resident_bytes'][index] / 1e9:.2f}" for index in (1, -1))
     what = "resident memory after the first tenth of these adds and withdrawals, after all"
     yield f"| {what} | {first}, {last} GB | no growth |"
 
 
-def _cells(ratios: Iterable[float]) -> str:
-    return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+def _cells(ratios: Iterable[float], bound: float) -> str:
+    return ", ".join(f"{ratio:.2f}" if ratio >= bound else f"**{ratio:.3f}**" for ratio in ratios)
+
+
+def _most(shown: str, measured: float, bound: float) -> str:
+    return shown if measured <= bound else f"**{shown}**"
 
 
 def _read(results: Path, name: str) -> dict[str, Any]:
