@@ -18,8 +18,8 @@ from flexgate.policies.store import checks
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import first_mistake, to_json
 from flexgate.policies.store.engine import reading
-from flexgate.policies.store.history import documents_at
-from flexgate.policies.store.revisions import ObjectChange, current_version
+from flexgate.policies.store.history import changes_back, documents_after
+from flexgate.policies.store.revisions import ObjectChange
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement, Document, ExpertIdField
@@ -70,14 +70,14 @@ def export(store: Store, version: int | None = None) -> dict[str, Any]:
         ChangeRefused: there never was that version.
     """
     with reading(store.engine) as connection:
-        at = current_version(connection) if version is None else version
-        experts = documents_at(connection, at, Expert)
+        changes = [] if version is None else changes_back(connection, version)
+        experts = documents_after(connection, changes, Expert)
         return {
             "format": "flexgate-policy/v1",
             "hidden_experts": sorted(e.id for e in experts if e.visibility == "hidden"),
-            "expert_sets": _sparse(documents_at(connection, at, ExpertSet)),
-            "tenants": _sparse(documents_at(connection, at, Tenant)),
-            "agreements": _sparse(documents_at(connection, at, Agreement)),
+            "expert_sets": _sparse(documents_after(connection, changes, ExpertSet)),
+            "tenants": _sparse(documents_after(connection, changes, Tenant)),
+            "agreements": _sparse(documents_after(connection, changes, Agreement)),
         }
 
 

@@ -41,11 +41,16 @@ def diff(store: Store, old: int, new: int) -> list[ObjectChange]:
         return _net(connection, old, new)
 
 
-def documents_at(connection: Connection, version: int, kind: type[D]) -> list[D]:
-    """The documents of a kind as they were at a version; raises `ChangeRefused` for one that never was."""
+def changes_back(connection: Connection, version: int) -> list[ObjectChange]:
+    """What leads from the present back to a version; raises `ChangeRefused` for one that never was."""
     _check_versions(connection, version)
+    return _net(connection, current_version(connection), version)
+
+
+def documents_after(connection: Connection, changes: list[ObjectChange], kind: type[D]) -> list[D]:
+    """The present documents of a kind, as changes leave them."""
     documents = {str(to_json(document)["id"]): document for document in read_all(connection, kind)}
-    for entry in _of(kind, _net(connection, current_version(connection), version)):
+    for entry in _of(kind, changes):
         if entry.after is None:
             del documents[entry.object_id]
         else:
