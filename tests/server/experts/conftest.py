@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from catalogue import sync_catalogue
 from packagekit import write_model
-from residencykit.local import CHECKPOINT
+from residencykit.local import CHECKPOINT, Local, local
 
 from flexgate.policies.store.store import Store
 
@@ -27,3 +27,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
     sync_catalogue(opened, CHECKPOINT, at=1.0)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def here(store: Store, anchor: Path, tmp_path: Path) -> Local:
+    return local(store, anchor, tmp_path)

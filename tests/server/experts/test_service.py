@@ -10,41 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packagekit import make_package
-from residencykit.local import CHECKPOINT, MERGED, Local, local, withdrawn_in
+from residencykit.local import CHECKPOINT, MERGED, Local, local, package, zeros
 
 from flexgate.experts.signature import TrustedKeys
 from flexgate.experts.verify import open_package
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.store import Store
-from flexgate.policies.terms import ExpertId
 from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
-from flexgate.server.engine.scheduler import EXPERT_REVOKED
 from flexgate.server.experts import adding
-from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, NotResident, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.start import at_start
 from flexgate.server.experts.uploads import FREE_BYTES
-from flexgate.server.policy import PolicySource
 
 pytestmark = pytest.mark.asyncio
-
-
-@pytest.fixture
-def here(store: Store, anchor: Path, tmp_path: Path) -> Local:
-    return local(store, anchor, tmp_path)
-
-
-def package(tmp_path: Path, anchor: Path, expert: str = "math", owner: str = "acme", **options: Any) -> Path:
-    target = tmp_path / f"package-{expert}-{len(list(tmp_path.iterdir()))}"
-    make_package(target, anchor, expert=expert, owner=owner, **options)
-    return target
-
-
-def zeros(here: Local) -> list[str]:
-    """What a rank's empty slot hashes to; slot 4 is never the first free one in these tests."""
-    return here.slots.digests(4)
 
 
 async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
@@ -242,55 +222,6 @@ async def test_the_anchor_and_what_is_not_loaded_cannot_be_withdrawn(here: Local
             await here.service.revoke(name, actor="key_admin")
 
 
-async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local, tmp_path: Path, anchor: Path) -> None:
-    await here.add(package(tmp_path, anchor))
-    following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
-    elsewhere = here.service._residence.repository
-    await asyncio.to_thread(elsewhere.revoke, "math", 2, actor="key_else", at=5.0)
-    for _ in range(300):
-        if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):
-            break
-        await asyncio.sleep(0.01)
-    following.cancel()
-    assert here.client.published[-1] == ("public", "news")
-    assert here.slots.digests(2) == zeros(here)
-    assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
-
-
-async def test_what_was_withdrawn_elsewhere_and_added_there_again_is_taken_out_here(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    source = PolicySource(here.store, lambda: {i.id: i.generation for i in here.client.experts()}, lease_s=9, poll_s=9)
-    assert source.confirm().experts[ExpertId("news")].live
-    other = local(here.store, anchor, tmp_path / "other")
-    await other.service.revoke("news", actor="key_else")
-    assert (await other.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))).state == "succeeded"
-    assert here.store.snapshot().experts[ExpertId("news")].live
-    assert not source.confirm().experts[ExpertId("news")].live
-    following = asyncio.ensure_future(here.service.follow(source.withdrawn))
-    async with asyncio.timeout(10):
-        while here.client.published[-1] != ("public",) or here.slots.digests(1) != zeros(here):
-            await asyncio.sleep(0.01)
-    following.cancel()
-
-
-async def test_what_another_server_withdrew_is_replaced_only_once_it_is_out(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    path = package(tmp_path, anchor, expert="news", owner="gazette", version=2)
-    await local(here.store, anchor, tmp_path / "other").service.revoke("news", actor="key_else")
-    assert (await here.add(path)).error == {
-        "code": "experts_changing",
-        "message": "Another server withdrew expert 'news', which is being taken out here. Try again in a moment.",
-    }
-    following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
-    async with asyncio.timeout(10):
-        while here.client.published[-1] != ("public",) or here.service._residence.changing.locked():
-            await asyncio.sleep(0.01)
-    following.cancel()
-    assert (await here.add(path)).state == "succeeded"
-
-
 async def test_what_only_a_start_would_load_can_be_withdrawn(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
@@ -353,169 +284,6 @@ async def test_two_experts_arrive_at_the_same_time_in_slots_of_their_own(
     assert sorted(here.client.published[-1]) == ["a", "b", "c", "news", "public"]
 
 
-async def test_what_was_committed_is_not_undone_when_the_policy_cannot_be_confirmed(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    def fail() -> None:
-        raise StoreUnavailable("away")
-
-    here.service._adding._confirm = fail
-    job = await here.add(package(tmp_path, anchor))
-    assert job.state == "succeeded"
-    assert here.client.published[-1] == ("public", "news", "math")
-    assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
-
-
-async def test_an_add_whose_commit_was_made_and_not_answered_is_not_undone(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    repository = here.service._residence.repository
-    commit = repository.add
-
-    def lost(*args: Any, **kwargs: Any) -> None:
-        commit(*args, **kwargs)
-        raise StoreUnavailable("the answer was lost")
-
-    repository.add = lost  # type: ignore[method-assign]
-    job = await here.add(package(tmp_path, anchor))
-    assert job.state == "succeeded"
-    assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
-
-
-async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    repository = here.service._residence.repository
-    added = repository.added
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise StoreUnavailable("away")
-
-    def breaks_off(*_: Any, **__: Any) -> None:
-        repository.added = broken  # type: ignore[method-assign]
-        raise StoreUnavailable("away")
-
-    repository.add = breaks_off  # type: ignore[method-assign]
-    said = "The store broke off: away. Nothing tells whether it took the change. "
-    job = await here.add(package(tmp_path, anchor))
-    assert job.error == {
-        "code": "commit_unknown",
-        "message": f"{said}Nobody can use the expert; add it again, or restart the server, which loads it if it was "
-        "taken.",
-    }
-    repository.added = added  # type: ignore[method-assign]
-    job = await here.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))
-    assert job.error == {
-        "code": "commit_unknown",
-        "message": f"{said}The former version is still served. Restart the server, which loads the new one if it was "
-        "taken; if it was not, add it again.",
-    }
-    assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
-
-
-async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_withdrawn(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    repository = here.service._residence.repository
-    added, commit = repository.added, repository.add
-
-    def away() -> Any:
-        raise StoreUnavailable("away")
-
-    def lost(*args: Any, **kwargs: Any) -> None:
-        commit(*args, **kwargs)
-        repository.added = away  # type: ignore[method-assign]
-        raise StoreUnavailable("the answer was lost")
-
-    repository.add = lost  # type: ignore[method-assign]
-    assert (await here.add(package(tmp_path, anchor))).error["code"] == "commit_unknown"
-    repository.added, repository.add = added, commit  # type: ignore[method-assign]
-    assert (await here.add(package(tmp_path, anchor, expert="code"))).result["slot"] == 3
-    await here.service.revoke("math", actor="key_owner")
-    assert (await here.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 2
-
-
-async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_took(
-    here: Local, tmp_path: Path, anchor: Path
-) -> None:
-    repository = here.service._residence.repository
-    added, commit = repository.added, repository.add
-
-    def away() -> Any:
-        raise StoreUnavailable("away")
-
-    def lost(*args: Any, **kwargs: Any) -> None:
-        commit(*args, **kwargs)
-        repository.added = away  # type: ignore[method-assign]
-        raise StoreUnavailable("the answer was lost")
-
-    await here.add(package(tmp_path, anchor))
-    repository.add = lost  # type: ignore[method-assign]
-    job = await here.add(package(tmp_path, anchor, version=2))
-    assert job.error["code"] == "commit_unknown"
-    repository.added, repository.add = added, commit  # type: ignore[method-assign]
-    assert (await here.add(package(tmp_path, anchor, version=3))).error == {
-        "code": "expert_version_not_loaded",
-        "message": "The store has version 2 of expert 'math', which this server did not load. Restart it.",
-    }
-
-
-@pytest.mark.parametrize("again", ["by whoever asked", "as the store says"])
-@pytest.mark.parametrize("drain_seconds", [0.0, 0.05])
-async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_to_nobody(
-    here: Local, tmp_path: Path, anchor: Path, drain_seconds: float, again: str
-) -> None:
-    repository = here.service._residence.repository
-    commit, withdrawn = repository.revoke, repository.withdrawn
-
-    def broken() -> Any:
-        raise StoreUnavailable("away")
-
-    def broken_off(*_: Any, **__: Any) -> int:
-        raise StoreUnavailable("away")
-
-    def lost(*args: Any, **kwargs: Any) -> int:
-        commit(*args, **kwargs)
-        repository.withdrawn = broken  # type: ignore[method-assign]
-        raise StoreUnavailable("the answer was lost")
-
-    await here.add(package(tmp_path, anchor))
-    call = GatedCall(GateGrant("t", (ExpertLease("math", 2, 2),), float("inf")))
-    call.ended.set()
-    here.client.open.append(call)
-    repository.revoke = lost  # type: ignore[method-assign]
-    with pytest.raises(CommitUnknown) as unknown:
-        await here.service.revoke("math", actor="key_admin", drain_seconds=drain_seconds)
-    assert (unknown.value.code, str(unknown.value)) == (
-        "commit_unknown",
-        "The store broke off: the answer was lost. Nothing tells whether it took the change. Nobody gets the expert "
-        "from now on, and the requests that might use it are ended. Withdraw it again, or restart the server, which "
-        "loads it if the change was not taken.",
-    )
-    assert call.failed == EXPERT_REVOKED
-    assert [info.live for info in here.client.experts()] == [True, True, False]
-    repository.revoke = broken_off  # type: ignore[method-assign]
-    for seconds in (0.0, 0.05):
-        with pytest.raises(CommitUnknown):
-            await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
-    repository.withdrawn = frozenset  # type: ignore[method-assign]
-    for seconds in (0.0, 0.05):
-        with pytest.raises(ChangeConflict, match="The store refused"):
-            await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
-    assert [info.live for info in here.client.experts()] == [True, True, False]
-    repository.revoke, repository.withdrawn = commit, withdrawn  # type: ignore[method-assign]
-    if again == "by whoever asked":
-        assert (await here.service.revoke("math", actor="key_admin"))["expert"] == "math"
-    else:
-        following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
-        async with asyncio.timeout(10):
-            while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
-                await asyncio.sleep(0.01)
-        following.cancel()
-    assert here.client.published[-1] == ("public", "news")
-    assert here.slots.digests(2) == zeros(here)
-
-
 async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_start(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
@@ -558,29 +326,6 @@ async def test_a_record_that_cannot_be_audited_is_answered_all_the_same(
     here.service._withdrawing._confirm = fail
     record = await here.service.revoke("math", actor="key_admin")
     assert record["digests"] == zeros(here)
-
-
-async def test_following_another_process_outlives_a_store_that_fails(here: Local, tmp_path: Path, anchor: Path) -> None:
-    await here.add(package(tmp_path, anchor))
-    repository = here.service._residence.repository
-    await asyncio.to_thread(repository.revoke, "math", 2, actor="key_else", at=5.0)
-    asked = repository.revoked
-    failures = [StoreUnavailable("away")]
-
-    def failing() -> dict[str, int]:
-        if failures:
-            raise failures.pop()
-        return asked()
-
-    repository.revoked = failing  # type: ignore[method-assign]
-    following = asyncio.ensure_future(here.service.follow(lambda expert, _: expert == "math"))
-    for _ in range(400):
-        if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):
-            break
-        await asyncio.sleep(0.01)
-    following.cancel()
-    assert not failures
-    assert here.slots.digests(2) == zeros(here)
 
 
 async def test_tidying_up_leaves_what_is_arriving_and_what_has_just_been_committed(

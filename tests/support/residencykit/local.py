@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packagekit import ONE
+from packagekit import ONE, make_package
 
 from flexgate.experts.base import base_identity
 from flexgate.experts.package import WeightsTicket
@@ -194,3 +194,15 @@ def local(
 def withdrawn_in(store: Store) -> Callable[[str, int], bool]:
     """What a policy source says of a store that it has just asked."""
     return lambda expert, generation: store.revoked().get(expert, 0) > generation
+
+
+def package(tmp_path: Path, anchor: Path, expert: str = "math", owner: str = "acme", **options: Any) -> Path:
+    """A new package in a folder of its own."""
+    target = tmp_path / f"package-{expert}-{len(list(tmp_path.iterdir()))}"
+    make_package(target, anchor, expert=expert, owner=owner, **options)
+    return target
+
+
+def zeros(here: Local) -> list[str]:
+    """What a rank's empty slot hashes to; slot 4 is never the first free one in tests that ask."""
+    return here.slots.digests(4)

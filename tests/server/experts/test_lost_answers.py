@@ -1,0 +1,177 @@
+"""A database that breaks off in a change: what was committed stays, and what nobody knows is given to nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from residencykit.local import Local, package, withdrawn_in, zeros
+
+from flexgate.policies.errors import StoreUnavailable
+from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.scheduler import EXPERT_REVOKED
+from flexgate.server.experts.errors import ChangeConflict, CommitUnknown
+
+pytestmark = pytest.mark.asyncio
+
+
+@contextmanager
+def answer_lost(here: Local) -> Iterator[None]:
+    """An addition is committed, its answer lost, and the store cannot be asked what it holds."""
+    repository = here.service._residence.repository
+    added, commit = repository.added, repository.add
+
+    def away() -> Any:
+        raise StoreUnavailable("away")
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        commit(*args, **kwargs)
+        repository.added = away  # type: ignore[method-assign]
+        raise StoreUnavailable("the answer was lost")
+
+    repository.add = lost  # type: ignore[method-assign]
+    yield
+    repository.added, repository.add = added, commit  # type: ignore[method-assign]
+
+
+async def test_what_was_committed_is_not_undone_when_the_policy_cannot_be_confirmed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    def fail() -> None:
+        raise StoreUnavailable("away")
+
+    here.service._adding._confirm = fail
+    job = await here.add(package(tmp_path, anchor))
+    assert job.state == "succeeded"
+    assert here.client.published[-1] == ("public", "news", "math")
+    assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
+
+
+async def test_an_add_whose_commit_was_made_and_not_answered_is_not_undone(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    repository = here.service._residence.repository
+    commit = repository.add
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        commit(*args, **kwargs)
+        raise StoreUnavailable("the answer was lost")
+
+    repository.add = lost  # type: ignore[method-assign]
+    job = await here.add(package(tmp_path, anchor))
+    assert job.state == "succeeded"
+    assert (tmp_path / "experts" / job.id / "manifest.json").is_file()
+
+
+async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    repository = here.service._residence.repository
+    added = repository.added
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailable("away")
+
+    def breaks_off(*_: Any, **__: Any) -> None:
+        repository.added = broken  # type: ignore[method-assign]
+        raise StoreUnavailable("away")
+
+    repository.add = breaks_off  # type: ignore[method-assign]
+    said = "The store broke off: away. Nothing tells whether it took the change. "
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error == {
+        "code": "commit_unknown",
+        "message": f"{said}Nobody can use the expert; add it again, or restart the server, which loads it if it was "
+        "taken.",
+    }
+    repository.added = added  # type: ignore[method-assign]
+    job = await here.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))
+    assert job.error == {
+        "code": "commit_unknown",
+        "message": f"{said}The former version is still served. Restart the server, which loads the new one if it was "
+        "taken; if it was not, add it again.",
+    }
+    assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
+
+
+async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_withdrawn(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    with answer_lost(here):
+        assert (await here.add(package(tmp_path, anchor))).error["code"] == "commit_unknown"
+    assert (await here.add(package(tmp_path, anchor, expert="code"))).result["slot"] == 3
+    await here.service.revoke("math", actor="key_owner")
+    assert (await here.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 2
+
+
+async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_took(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    with answer_lost(here):
+        job = await here.add(package(tmp_path, anchor, version=2))
+    assert job.error["code"] == "commit_unknown"
+    assert (await here.add(package(tmp_path, anchor, version=3))).error == {
+        "code": "expert_version_not_loaded",
+        "message": "The store has version 2 of expert 'math', which this server did not load. Restart it.",
+    }
+
+
+@pytest.mark.parametrize("again", ["by whoever asked", "as the store says"])
+@pytest.mark.parametrize("drain_seconds", [0.0, 0.05])
+async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_to_nobody(
+    here: Local, tmp_path: Path, anchor: Path, drain_seconds: float, again: str
+) -> None:
+    repository = here.service._residence.repository
+    commit, withdrawn = repository.revoke, repository.withdrawn
+
+    def broken() -> Any:
+        raise StoreUnavailable("away")
+
+    def broken_off(*_: Any, **__: Any) -> int:
+        raise StoreUnavailable("away")
+
+    def lost(*args: Any, **kwargs: Any) -> int:
+        commit(*args, **kwargs)
+        repository.withdrawn = broken  # type: ignore[method-assign]
+        raise StoreUnavailable("the answer was lost")
+
+    await here.add(package(tmp_path, anchor))
+    call = GatedCall(GateGrant("t", (ExpertLease("math", 2, 2),), float("inf")))
+    call.ended.set()
+    here.client.open.append(call)
+    repository.revoke = lost  # type: ignore[method-assign]
+    with pytest.raises(CommitUnknown) as unknown:
+        await here.service.revoke("math", actor="key_admin", drain_seconds=drain_seconds)
+    assert (unknown.value.code, str(unknown.value)) == (
+        "commit_unknown",
+        "The store broke off: the answer was lost. Nothing tells whether it took the change. Nobody gets the expert "
+        "from now on, and the requests that might use it are ended. Withdraw it again, or restart the server, which "
+        "loads it if the change was not taken.",
+    )
+    assert call.failed == EXPERT_REVOKED
+    assert [info.live for info in here.client.experts()] == [True, True, False]
+    repository.revoke = broken_off  # type: ignore[method-assign]
+    for seconds in (0.0, 0.05):
+        with pytest.raises(CommitUnknown):
+            await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
+    repository.withdrawn = frozenset  # type: ignore[method-assign]
+    for seconds in (0.0, 0.05):
+        with pytest.raises(ChangeConflict, match="The store refused"):
+            await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
+    assert [info.live for info in here.client.experts()] == [True, True, False]
+    repository.revoke, repository.withdrawn = commit, withdrawn  # type: ignore[method-assign]
+    if again == "by whoever asked":
+        assert (await here.service.revoke("math", actor="key_admin"))["expert"] == "math"
+    else:
+        following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
+        async with asyncio.timeout(10):
+            while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
+                await asyncio.sleep(0.01)
+        following.cancel()
+    assert here.client.published[-1] == ("public", "news")
+    assert here.slots.digests(2) == zeros(here)
