@@ -104,15 +104,41 @@ def base_identity(directory: Path, progress: Progress = silent) -> BaseIdentity:
 
 def identity_of(checkpoint: CheckpointReader, progress: Progress = silent) -> BaseIdentity:
     """``base_identity`` of an open checkpoint."""
-    names = list(_record_names(checkpoint))
-    with Digests() as sums:
+    with SharedDigests(checkpoint) as shared:
+        return shared.identity(progress)
+
+
+class SharedDigests:
+    """A checkpoint's shared tensors, hashed while they pass on to somewhere else, so that they are read once."""
+
+    def __init__(self, checkpoint: CheckpointReader) -> None:
+        self._checkpoint = checkpoint
+        self._sums = Digests()
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> SharedDigests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sums.__exit__()
+
+    def chunks(self, key: str, *, row: bool = False) -> Iterator[memoryview]:
+        """A tensor, or with ``row`` the first of its rows, as ``CheckpointReader.chunks`` gives it; to be read once."""
+        name = key + ROW if row else key
+        for chunk in self._checkpoint.chunks(key, 0, 1 if row else None):
+            self._sums.add(name, chunk)
+            yield chunk
+        self._seen.add(name)
+
+    def identity(self, progress: Progress = silent) -> BaseIdentity:
+        """Who the model is, by what has passed; what has not is read now, and that alone is progress."""
+        names = list(_record_names(self._checkpoint))
         for name in names:
-            key, count = (name[:-3], 1) if name.endswith(ROW) else (name, None)
-            for chunk in checkpoint.chunks(key, 0, count):
-                sums.add(name, chunk)
-                progress(len(chunk))
-        digests = {name: sums.hex(name) for name in names}
-    return BaseIdentity(BaseArchitecture.of(checkpoint.architecture), checkpoint.dtype, digests)
+            if name not in self._seen:
+                for chunk in self.chunks(name.removesuffix(ROW), row=name.endswith(ROW)):
+                    progress(len(chunk))
+        digests = {name: self._sums.hex(name) for name in names}
+        return BaseIdentity(BaseArchitecture.of(self._checkpoint.architecture), self._checkpoint.dtype, digests)
 
 
 def base_digest(architecture: BaseArchitecture, dtype: str, tensors: Mapping[str, str]) -> str:

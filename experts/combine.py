@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flexgate.experts.base import Progress, identity_of, silent
+from flexgate.experts.base import BaseArchitecture, BaseIdentity, Progress, SharedDigests, silent
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.errors import MergeError
 from flexgate.experts.extract import anchor_pieces
@@ -41,15 +42,15 @@ def combine(
         MergeError: packages of another base (the message names the tensor), two of one id, or an impossible ``top_k``.
         OutputRefused: ``target`` exists or cannot be written.
     """
-    with CheckpointReader(anchor) as checkpoint:
+    with CheckpointReader(anchor) as checkpoint, SharedDigests(checkpoint) as shared:
         _check(checkpoint, packages, top_k)
-        digest = _check_bases(checkpoint, packages, progress)
         sources = [*checkpoint.files(), *(package.weights.file() for package in packages)]
         with Job(target, json.dumps([top_k, shard_bytes, fingerprint(sources)])) as job:
             config = {**checkpoint.config, "num_experts": 1 + len(packages), "num_experts_per_tok": top_k}
-            pieces = _pieces(checkpoint, packages)
+            pieces = _pieces(checkpoint, shared, packages)
             write_model(job, config, pieces, beside=anchor, shard_bytes=shard_bytes, progress=progress)
-            _write_provenance(job, anchor, packages, digest)
+            base = _written_base(job, shared, packages)
+            _write_provenance(job, anchor, packages, base.digest)
             job.finish()
 
 
@@ -64,19 +65,35 @@ def _check(checkpoint: CheckpointReader, packages: Sequence[VerifiedPackage], to
         raise MergeError(f"two packages have the id {twice[0]!r}")
     if not 1 <= top_k <= 1 + len(packages):
         raise MergeError(f"top_k is {top_k}; with {1 + len(packages)} experts it must be 1 to {1 + len(packages)}")
-
-
-def _check_bases(checkpoint: CheckpointReader, packages: Sequence[VerifiedPackage], progress: Progress) -> str:
-    base = identity_of(checkpoint, progress)
+    numbers = BaseArchitecture.of(checkpoint.architecture)
     for package in packages:
-        if difference := base.difference(package.manifest.base.identity()):
-            raise MergeError(f"expert {package.manifest.id!r} was made for another base model: {difference}")
-    return base.digest
+        _check_base(package, BaseIdentity(numbers, checkpoint.dtype, package.manifest.base.identity().tensors))
 
 
-def _pieces(checkpoint: CheckpointReader, packages: Sequence[VerifiedPackage]) -> dict[str, Piece]:
+def _check_base(package: VerifiedPackage, base: BaseIdentity) -> None:
+    if difference := base.difference(package.manifest.base.identity()):
+        raise MergeError(f"expert {package.manifest.id!r} was made for another base model: {difference}")
+
+
+def _written_base(job: Job, shared: SharedDigests, packages: Sequence[VerifiedPackage]) -> BaseIdentity:
+    """The base whose very bytes were written, if it is that of every package; else nothing of the merge stays."""
+    base = shared.identity()
+    try:
+        for package in packages:
+            _check_base(package, base)
+    except MergeError:
+        job.abandon()
+        raise
+    return base
+
+
+def _pieces(
+    checkpoint: CheckpointReader, shared: SharedDigests, packages: Sequence[VerifiedPackage]
+) -> dict[str, Piece]:
     """Every tensor of the merged model, layer by layer, those without a layer first."""
-    pieces = anchor_pieces(checkpoint)
+    pieces = {
+        key: replace(piece, chunks=partial(shared.chunks, key)) for key, piece in anchor_pieces(checkpoint).items()
+    }
     for index, package in enumerate(packages, start=1):
         file = package.weights.file()
         for layer in range(package.weights.layers):
@@ -88,10 +105,10 @@ def _pieces(checkpoint: CheckpointReader, packages: Sequence[VerifiedPackage]) -
     for layer in range(checkpoint.architecture.num_hidden_layers):
         size = (1 + len(packages), checkpoint.architecture.hidden_size)
         key = ROUTER_KEY.format(layer=layer)
-        pieces[key] = Piece(checkpoint.dtype, size, partial(_router_rows, checkpoint, packages, layer))
+        pieces[key] = Piece(checkpoint.dtype, size, partial(_router_rows, shared, packages, layer))
         if biased:
             key = ROUTER_BIAS_KEY.format(layer=layer)
-            pieces[key] = Piece(checkpoint.dtype, size[:1], partial(_biases, checkpoint, packages, layer))
+            pieces[key] = Piece(checkpoint.dtype, size[:1], partial(_biases, checkpoint, shared, packages, layer))
     return dict(sorted(pieces.items(), key=lambda item: _place(item[0])))
 
 
@@ -100,16 +117,18 @@ def _place(key: str) -> tuple[int, str]:
     return (int(words[2]), key) if words[1] == "layers" else (-1, key)
 
 
-def _router_rows(checkpoint: CheckpointReader, packages: Sequence[VerifiedPackage], layer: int) -> Iterable[memoryview]:
-    yield from checkpoint.chunks(ROUTER_KEY.format(layer=layer), 0, 1)
+def _router_rows(shared: SharedDigests, packages: Sequence[VerifiedPackage], layer: int) -> Iterable[memoryview]:
+    yield from shared.chunks(ROUTER_KEY.format(layer=layer), row=True)
     for package in packages:
         yield from package.weights.file().chunks(ROW_KEY.format(layer=layer))
 
 
-def _biases(checkpoint: CheckpointReader, packages: Sequence[VerifiedPackage], layer: int) -> Iterable[memoryview]:
+def _biases(
+    checkpoint: CheckpointReader, shared: SharedDigests, packages: Sequence[VerifiedPackage], layer: int
+) -> Iterable[memoryview]:
     zero = memoryview(bytes(DTYPES[checkpoint.dtype].itemsize))
     key = ROUTER_BIAS_KEY.format(layer=layer)
-    yield from checkpoint.chunks(key, 0, 1) if key in checkpoint else (zero,)
+    yield from shared.chunks(key, row=True) if key in checkpoint else (zero,)
     for package in packages:
         name = BIAS_KEY.format(layer=layer)
         yield from package.weights.file().chunks(name) if package.weights.biased else (zero,)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +61,8 @@ class Job:
         self._plan = hashlib.sha256(plan.encode()).hexdigest()
         self._done: dict[str, int] = {}
         self._waiting = 0
+        self._recorder = ThreadPoolExecutor(1)
+        self._recording: Future[None] | None = None
 
     def __enter__(self) -> Job:
         require_absent(self.target)
@@ -76,6 +79,7 @@ class Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._recorder.shutdown()
         os.close(self._lock)
         if isinstance(error, OSError):
             raise OutputRefused(f"{self.target} cannot be written: {error.strerror}; run it again to go on") from error
@@ -92,7 +96,10 @@ class Job:
                 self._fill(descriptor, name, pieces, sums, progress)
             size = os.lseek(descriptor, 0, os.SEEK_CUR)
         finally:
-            os.close(descriptor)
+            try:
+                self._wait_for_record()
+            finally:
+                os.close(descriptor)
         tensors = {key: sums.hex(key) for key in pieces} if digests else {}
         return Written(size, file_digest(header[8:], tensors) if digests else "", tensors)
 
@@ -107,6 +114,10 @@ class Job:
         """Give the folder its name."""
         (self.folder / JOURNAL).unlink(missing_ok=True)
         settle(self.folder, self.target)
+
+    def abandon(self) -> None:
+        """Leave nothing behind: what was written must not be gone on with."""
+        shutil.rmtree(self.folder)
 
     def _resume(self) -> None:
         try:
@@ -156,17 +167,24 @@ class Job:
             self._waiting += written
             self._done[name] = number
             if self._waiting >= RECORD_EVERY:
-                self._record(descriptor)
+                self._waiting = 0
+                self._wait_for_record()
+                self._recording = self._recorder.submit(self._record, descriptor, dict(self._done))
+        self._wait_for_record()
         os.fsync(descriptor)
 
-    def _record(self, descriptor: int) -> None:
-        """All files before this one are on the disk already."""
+    def _record(self, descriptor: int, done: dict[str, int]) -> None:
+        """Write down what is ``done``, once it is on the disk, as all earlier files are; writing goes on."""
         os.fsync(descriptor)
-        self._waiting = 0
-        journal = json.dumps({"plan": self._plan, "files": self._done})
+        journal = json.dumps({"plan": self._plan, "files": done})
         (self.folder / "journal.new").write_text(journal)
         os.replace(self.folder / "journal.new", self.folder / JOURNAL)
         sync(self.folder)
+
+    def _wait_for_record(self) -> None:
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.result()
 
 
 def one_chunk(chunk: memoryview) -> Callable[[], Iterable[memoryview]]:

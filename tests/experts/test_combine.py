@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from flexgate.experts import stream, tensorfile
 from flexgate.experts.base import base_identity
-from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.combine import combine
 from flexgate.experts.errors import (
     BaseMismatch,
@@ -30,7 +29,6 @@ from flexgate.experts.layout import expert_keys, read_checkpoint, router_keys, s
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.package import WEIGHTS_NAME
 from flexgate.experts.signature import TrustedKeys
-from flexgate.experts.tensorfile import TensorInfo
 from flexgate.experts.verify import VerifiedPackage, open_package
 
 Merge = Callable[..., Path]
@@ -182,7 +180,34 @@ def test_one_flipped_bit_in_a_shared_tensor_is_refused_by_its_name(
         merge(anchor, stock / "news")
     with pytest.raises(MergeError, match=message):
         combine(anchor, [base_of_news], tmp_path / "merged", top_k=2)
-    assert not (tmp_path / "merged").exists()
+    assert not [*tmp_path.glob("*merged*")], "what was written before the difference was found must not stay"
+
+
+def test_a_package_for_a_model_of_other_numbers_is_refused_before_anything_is_written(
+    tmp_path: Path, base_of_news: VerifiedPackage
+) -> None:
+    write_model(tmp_path / "anchor", replace(ONE, num_hidden_layers=ONE.num_hidden_layers + 1))
+    with pytest.raises(MergeError, match="another base model: num_hidden_layers is"):
+        combine(tmp_path / "anchor", [base_of_news], tmp_path / "merged", top_k=2, progress=cut_after(0))
+    assert not [*tmp_path.glob("*merged*")]
+
+
+def test_the_base_that_is_compared_is_the_one_that_was_written(
+    stock: Path, tmp_path: Path, base_of_news: VerifiedPackage
+) -> None:
+    anchor = Path(shutil.copytree(stock / "anchor", tmp_path / "anchor"))
+    weights = anchor / "model.safetensors"
+    whole = weights.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    begin, _ = json.loads(whole[8:start])["lm_head.weight"]["data_offsets"]
+
+    def changed_once_the_first_is_written(_count: int) -> None:
+        weights.write_bytes(whole)
+
+    flip(weights, start + begin)
+    with pytest.raises(MergeError, match=r"shared tensor lm_head\.weight differs"):
+        combine(anchor, [base_of_news], tmp_path / "merged", top_k=2, progress=changed_once_the_first_is_written)
+    assert not [*tmp_path.glob("*merged*")]
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +297,6 @@ def test_an_interrupted_merge_writes_no_finished_shard_again(
 ) -> None:
     combine(stock / "anchor", [base_of_news], tmp_path / "whole", top_k=2, shard_bytes=4000)
     monkeypatch.setattr(stream, "RECORD_EVERY", 1)
-    base = sum(info.end - info.begin for _, info in _infos(stock / "anchor"))
     with pytest.raises(Cut):
         combine(
             stock / "anchor",
@@ -280,15 +304,10 @@ def test_an_interrupted_merge_writes_no_finished_shard_again(
             tmp_path / "cut",
             top_k=2,
             shard_bytes=4000,
-            progress=cut_after(base + 9000),
+            progress=cut_after(9000),
         )
     first = min((tmp_path / ".cut.partial").glob("*.safetensors"))
     written = first.stat().st_mtime_ns
     combine(stock / "anchor", [base_of_news], tmp_path / "cut", top_k=2, shard_bytes=4000)
     assert (tmp_path / "cut" / first.name).stat().st_mtime_ns == written
     same_tensors(tmp_path / "whole", tmp_path / "cut")
-
-
-def _infos(directory: Path) -> list[tuple[str, TensorInfo]]:
-    with CheckpointReader(directory) as checkpoint:
-        return list(checkpoint.infos())
