@@ -1,4 +1,4 @@
-"""What the routes work with, put together once by `flexgate.server.process`."""
+"""What the routes work with, put together once by `flexgate.server.running`."""
 
 from __future__ import annotations
 

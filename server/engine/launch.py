@@ -234,7 +234,11 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "moe_backend": "auto" if on_cpu() else "triton",
         "additional_config": planned.table.to_config() | {MOE_KERNELS_KEY: settings.moe_kernels},
     }
-    return AsyncEngineArgs(**(arguments | tuning)).create_engine_config()
+    config = AsyncEngineArgs(**(arguments | tuning)).create_engine_config()
+    # For one rank on CPU, vLLM wants a process under the engine core, whose OpenMP threads it can set:
+    # `prepare_environment` has set them. Without it, a step crosses one process less.
+    config.parallel_config.distributed_executor_backend = (arguments | tuning)["distributed_executor_backend"]
+    return config
 
 
 def on_cpu() -> bool:

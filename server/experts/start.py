@@ -1,34 +1,18 @@
-"""What a start has to know of experts that were added or withdrawn, and the service that goes on from there."""
+"""What a start has to know of experts that were added or withdrawn."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
 
-from flexgate.experts.base import base_identity
-from flexgate.experts.signature import TrustedKeys
-from flexgate.policies.audit import Event
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.canary import try_added
-from flexgate.server.engine.client import ExpertLease
-from flexgate.server.engine.launch import RunningEngine
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import Added, ResidencyRepository
-from flexgate.server.experts.residence import Places, Residence
-from flexgate.server.experts.service import ExpertService
-from flexgate.server.experts.uploads import Uploads
 from flexgate.server.experts.versions import Merged, is_set_aside
-from flexgate.server.policy import PolicySource
-from flexgate.server.settings import Settings
 from flexgate.server.tenancy import Loaded
 
 logger = logging.getLogger(__name__)
-
-CANARY_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,43 +79,3 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
                 f"it before, was not loaded: start the server as it was then, withdraw '{package.expert}' there, and "
                 "add it again now"
             )
-
-
-def expert_service(
-    settings: Settings,
-    model: Path,
-    engine: RunningEngine,
-    store: Store,
-    policy: PolicySource,
-    merged: Merged,
-    clock: Callable[[], float],
-) -> ExpertService:
-    """The service over a running engine; `clock` (Unix seconds) stamps every change."""
-    places = Places(
-        private=settings.directory() / "experts",
-        base=lambda: base_identity(model),
-        trusted_keys=_trusted_keys(settings),
-    )
-    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
-
-    def record(actor: str, action: str, detail: dict[str, Any]) -> None:
-        store.record([Event(at=clock(), actor=actor, action=action, detail=detail)])
-
-    async def canary(public: ExpertLease, added: ExpertLease) -> None:
-        await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
-
-    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)
-
-
-def uploads(settings: Settings) -> Uploads:
-    """Where packages arrive."""
-    return Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time)
-
-
-def _trusted_keys(settings: Settings) -> TrustedKeys | None:
-    """None asks for no signature; without a folder of keys nobody is trusted."""
-    if settings.demo or settings.allow_unsigned_experts:
-        return None
-    if settings.trusted_keys is None:
-        return TrustedKeys({})
-    return TrustedKeys.from_directory(settings.trusted_keys)

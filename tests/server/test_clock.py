@@ -16,7 +16,7 @@ from residencykit.local import Local, local
 from flexgate.policies.store import Store, history
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import Agreement
-from flexgate.server import process
+from flexgate.server import process, running
 from flexgate.server.clock import Clock
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
@@ -117,10 +117,10 @@ async def test_a_clock_set_back_while_the_engine_starts_stamps_nothing(
 
     monkeypatch.setattr(process, "Clock", lambda: Clock(lambda: machine.wall, lambda: machine.steady))
     monkeypatch.setattr(process, "launch", launch)
-    monkeypatch.setattr(process, "build_handlers", lambda *_, **__: SimpleNamespace())
-    monkeypatch.setattr(process, "_limits", lambda *_: Limits())
+    monkeypatch.setattr(running, "build_handlers", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(running, "_limits", lambda *_: Limits())
     monkeypatch.setattr(process, "_settle_heap", lambda: None)  # else the tests' own heap stays for ever
-    monkeypatch.setattr(process, "_run", run)
+    monkeypatch.setattr(running, "run", run)
     await process.serve(settings, text_checkpoint, stage=lambda *_: None, ready=lambda *_: None)
     assert store.weights().last["news"].at == NOON + 60
     (cleared,) = [entry for entry in store.audit_log(limit=100) if entry.action == "weights.cleared"]

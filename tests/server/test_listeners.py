@@ -20,7 +20,7 @@ from flexgate.policies.tenants import Role
 from flexgate.server.app import build_app
 from flexgate.server.denials import ACTION, ANONYMOUS
 from flexgate.server.openapi import document
-from flexgate.server.process import _run
+from flexgate.server.running import run
 from flexgate.server.settings import Settings
 
 SHARED = {
@@ -69,7 +69,7 @@ async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
     services.experts = type("None_", (), {"follow": staticmethod(lambda *_: asyncio.Event().wait())})()
     public, admin = _listening(), _listening()
     settings = Settings(model=Path("none"), admin_port=0)
-    running = asyncio.create_task(_run(settings, services, public, admin))
+    running = asyncio.create_task(run(settings, services, public, admin))
     addresses = tuple(f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in (public, admin))
     async with httpx.AsyncClient() as http:
         for address in addresses:

@@ -49,6 +49,12 @@ def test_a_signal_drains_and_leaves_no_process(text_checkpoint: Path, tmp_path: 
     assert not alive
 
 
+def test_the_engine_core_runs_one_rank_itself(server: live_server.LiveServer) -> None:
+    names = [process.name() for process in live_server.family(server)]
+    assert sum("EngineCor" in name for name in names) == 1
+    assert not any("Worker" in name for name in names), "a step would cross one more process"
+
+
 @pytest.mark.slow
 def test_the_summary_says_what_computes_and_where_it_listens(text_checkpoint: Path, tmp_path: Path) -> None:
     running = live_server.start(
@@ -115,6 +121,11 @@ def broken(source: Path, target: Path, how: str) -> Path:
         (target / "tokenizer_config.json").unlink()
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def test_what_is_checked_before_the_engine_starts_does_not_wait_for_vllm_to_load() -> None:
+    program = "import flexgate.server.process, sys; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from flexgate.policies.store.hints import Hints
 from flexgate.server.engine.client import ExpertInfo, ExpertLease
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
-from flexgate.server.process import _run
+from flexgate.server.running import run
 from flexgate.server.services import Services
 from flexgate.server.settings import Settings
 
@@ -76,7 +76,7 @@ def main(database_url: str, port: str, *experts: str) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", int(port)))
-        asyncio.run(_run(settings, _services(settings, store, list(experts)), sock))
+        asyncio.run(run(settings, _services(settings, store, list(experts)), sock))
 
 
 if __name__ == "__main__":

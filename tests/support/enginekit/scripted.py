@@ -5,14 +5,17 @@ parent sends it commands over a pipe. Requests arrive at given steps, so two run
 same script have the same batches, and bits can be compared.
 """
 
+import functools
 import math
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from enginekit.ranks import overwrite_slots, restore_slots
 
@@ -74,6 +77,11 @@ class EngineScript:
     interpret_triton: bool = False  # lets Model Runner V2 run on CPU
     interpret_kernels: bool = False  # our Triton kernels in place of what computes CPU tensors
 
+    @property
+    def needs_its_own_imports(self) -> bool:
+        """Whether something is set that vLLM, torch or Triton read when they are imported, or other ranks inherit."""
+        return bool(self.environment or self.interpret_triton or self.interpret_kernels)
+
 
 class ScriptedEngine:
     """The parent's handle on a child with one engine."""
@@ -121,10 +129,21 @@ class ScriptedEngine:
         return text
 
 
+@functools.cache
+def _preloaded() -> Any:
+    """Forks of one process that has loaded vLLM, because loading it takes longer than starting an engine."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["enginekit.preloaded"])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    with mock.patch.dict(os.environ, PYTHONPATH=path.strip(os.pathsep)):
+        forkserver.ensure_running()
+    return context
+
+
 @contextmanager
 def scripted_engine(script: EngineScript) -> Iterator[ScriptedEngine]:
     """Start a child with one engine, and end it."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn") if script.needs_its_own_imports else _preloaded()
     parent, child = context.Pipe()
     process = context.Process(target=_child, args=(child, script))
     process.start()

@@ -1,0 +1,217 @@
+"""What a server is once its engine has proved itself: the services put together, and the process that answers.
+
+This loads vLLM's handlers, so it is imported after everything that can be refused without them. uvicorn's own signal
+handling would end the process before the engine's processes are stopped, so it is not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from flexgate.experts.base import base_identity
+from flexgate.experts.signature import TrustedKeys
+from flexgate.policies.audit import Event
+from flexgate.policies.store.hints import Hints
+from flexgate.policies.store.store import Store
+from flexgate.server.app import build_app, build_listeners
+from flexgate.server.engine.canary import try_added
+from flexgate.server.engine.client import ExpertLease, GatedEngineClient
+from flexgate.server.engine.launch import RunningEngine
+from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.residence import Places, Residence
+from flexgate.server.experts.service import ExpertService
+from flexgate.server.experts.uploads import Uploads
+from flexgate.server.experts.versions import Merged
+from flexgate.server.openai.handlers import build_handlers
+from flexgate.server.openai.limits import Limits
+from flexgate.server.past import Past
+from flexgate.server.peers import Peers
+from flexgate.server.policy import PolicySource
+from flexgate.server.services import Services
+from flexgate.server.settings import Settings
+
+CANARY_SECONDS: Final = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+def put_together(
+    settings: Settings,
+    model: Path,
+    engine: RunningEngine,
+    store: Store,
+    past: Past,
+    merged: Merged,
+    clock: Callable[[], float],
+) -> Services:
+    """What the routes work with."""
+    client = engine.client
+    names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
+    policy = PolicySource(
+        store,
+        lambda: {info.id: info.generation for info in client.experts() if info.live},
+        lease_s=settings.policy_lease_seconds,
+        poll_s=settings.policy_poll_seconds,
+        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
+        hints=Hints(store.engine),
+        past=past,
+    )
+    handlers = build_handlers(
+        client,
+        model_names=names,
+        chat_template=settings.chat_template,
+        tool_call_parser=settings.tool_call_parser,
+    )
+    return Services(
+        client=client,
+        handlers=handlers,
+        policy=policy,
+        store=store,
+        experts=_expert_service(settings, model, engine, store, policy, merged, clock),
+        uploads=Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time),
+        experts_dir=settings.experts_dir,
+        model_names=names,
+        started=clock(),
+        clock=clock,
+        limits=_limits(settings, client),
+        body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_seconds,
+    )
+
+
+def _limits(settings: Settings, client: GatedEngineClient) -> Limits:
+    """With the longest text that could fit the model, as vLLM reckons: its longest token, over and over."""
+    tokens = int(client.model_config.max_model_len)
+    longest = int(client.renderer.tokenizer.max_chars_per_token)
+    return replace(settings.limits, prompt_tokens=tokens, prompt_chars=tokens * longest)
+
+
+def _expert_service(
+    settings: Settings,
+    model: Path,
+    engine: RunningEngine,
+    store: Store,
+    policy: PolicySource,
+    merged: Merged,
+    clock: Callable[[], float],
+) -> ExpertService:
+    """The service over a running engine; `clock` (Unix seconds) stamps every change."""
+    places = Places(
+        private=settings.directory() / "experts",
+        base=lambda: base_identity(model),
+        trusted_keys=_trusted_keys(settings),
+    )
+    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
+
+    def record(actor: str, action: str, detail: dict[str, Any]) -> None:
+        store.record([Event(at=clock(), actor=actor, action=action, detail=detail)])
+
+    async def canary(public: ExpertLease, added: ExpertLease) -> None:
+        await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
+
+    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)
+
+
+def _trusted_keys(settings: Settings) -> TrustedKeys | None:
+    """None asks for no signature; without a folder of keys nobody is trusted."""
+    if settings.demo or settings.allow_unsigned_experts:
+        return None
+    if settings.trusted_keys is None:
+        return TrustedKeys({})
+    return TrustedKeys.from_directory(settings.trusted_keys)
+
+
+async def run(settings: Settings, services: Services, sock: socket.socket, admin: socket.socket | None = None) -> None:
+    """Answer at the bound addresses until a signal comes; raises `EngineDied`."""
+    listening = [sock]
+    app: ASGIApp = build_app(services, hosts=settings.hosts)
+    if admin is not None:
+        listening.append(admin)
+        app = build_listeners(services, admin.getsockname()[:2], hosts=settings.hosts)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        lifespan="off",
+    )
+    server = _Server(config, services)
+    work = (
+        services.policy.run(),
+        services.denials.run(),
+        services.recorded.run(),
+        services.spending.run(),
+        services.experts.follow(services.policy.withdrawn),
+        _stop_with_engine(server, services.client),
+    )
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    try:
+        with server.stopped_by_signals():
+            await server.serve(sockets=listening)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        services.denials.close()
+        services.recorded.close()
+        services.spending.close()
+        services.policy.withdraw()
+    if services.client.errored:
+        raise EngineDied("the engine has died; the log says where")
+
+
+class EngineDied(Exception):
+    """The engine ended by itself; nothing can be served without it."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: the first signal drains, the second cuts off."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Stop on SIGINT and SIGTERM while the block runs."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Take no more requests and finish the running ones; the second time, at once."""
+        logger.info("stopping")
+        self.force_exit = self._services.draining
+        self._services.draining = True
+        self.should_exit = True
+
+
+async def _stop_with_engine(server: _Server, client: GatedEngineClient) -> None:
+    while not client.errored:
+        await asyncio.sleep(1.0)
+    logger.error("the engine has died")
+    server.stop()
