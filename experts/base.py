@@ -28,6 +28,7 @@ from flexgate.experts.layout import (
     router_keys,
     shared_keys,
 )
+from flexgate.experts.tensorfile import DTYPES
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just done."""
@@ -120,7 +121,7 @@ class SharedDigests:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._sums.__exit__()
+        self._sums.close()
 
     def chunks(self, key: str, *, row: bool = False) -> Iterator[memoryview]:
         """A tensor, or with ``row`` the first of its rows, as ``CheckpointReader.chunks`` gives it; to be read once."""
@@ -132,13 +133,20 @@ class SharedDigests:
 
     def identity(self, progress: Progress = silent) -> BaseIdentity:
         """Who the model is, by what has passed; what has not is read now, and that alone is progress."""
-        names = list(_record_names(self._checkpoint))
+        architecture = self._checkpoint.architecture
+        biases = [key + ROW for key in bias_keys(architecture) if key in self._checkpoint]
+        rows = [*(key + ROW for key in router_keys(architecture)), *biases]
+        names = [*shared_keys(architecture), *expert_keys(architecture, 0), *rows]
         for name in names:
             if name not in self._seen:
                 for chunk in self.chunks(name.removesuffix(ROW), row=name.endswith(ROW)):
                     progress(len(chunk))
         digests = {name: self._sums.hex(name) for name in names}
-        return BaseIdentity(BaseArchitecture.of(self._checkpoint.architecture), self._checkpoint.dtype, digests)
+        zero = hashlib.sha256(bytes(DTYPES[self._checkpoint.dtype].itemsize)).hexdigest()
+        if all(digests[name] == zero for name in biases):
+            for name in biases:
+                del digests[name]
+        return BaseIdentity(BaseArchitecture.of(architecture), self._checkpoint.dtype, digests)
 
 
 def base_digest(architecture: BaseArchitecture, dtype: str, tensors: Mapping[str, str]) -> str:
@@ -159,13 +167,3 @@ def record_shapes(architecture: BaseArchitecture) -> dict[str, tuple[int, ...]]:
     records = {name: shapes[name] for name in (*shared_keys(one), *expert_keys(one, 0))}
     records |= {key + ROW: (one.hidden_size,) for key in router_keys(one)}
     return records | {key + ROW: (1,) for key in bias_keys(one)}
-
-
-def _record_names(checkpoint: CheckpointReader) -> Iterator[str]:
-    architecture = checkpoint.architecture
-    yield from shared_keys(architecture)
-    yield from expert_keys(architecture, 0)
-    yield from (key + ROW for key in router_keys(architecture))
-    present = [key for key in bias_keys(architecture) if key in checkpoint]
-    if any(any(bytes(chunk)) for key in present for chunk in checkpoint.chunks(key, 0, 1)):
-        yield from (key + ROW for key in present)

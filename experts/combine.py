@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flexgate.experts.base import BaseArchitecture, BaseIdentity, Progress, SharedDigests, silent
+from flexgate.experts.base import BaseArchitecture, BaseIdentity, Progress, SharedDigests, identity_of, silent
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.errors import MergeError
 from flexgate.experts.extract import anchor_pieces
@@ -49,7 +49,7 @@ def combine(
             config = {**checkpoint.config, "num_experts": 1 + len(packages), "num_experts_per_tok": top_k}
             pieces = _pieces(checkpoint, shared, packages)
             write_model(job, config, pieces, beside=anchor, shard_bytes=shard_bytes, progress=progress)
-            base = _written_base(job, shared, packages)
+            base = _written_base(job, shared, packages, progress)
             _write_provenance(job, anchor, packages, base.digest)
             job.finish()
 
@@ -75,9 +75,15 @@ def _check_base(package: VerifiedPackage, base: BaseIdentity) -> None:
         raise MergeError(f"expert {package.manifest.id!r} was made for another base model: {difference}")
 
 
-def _written_base(job: Job, shared: SharedDigests, packages: Sequence[VerifiedPackage]) -> BaseIdentity:
+def _written_base(
+    job: Job, shared: SharedDigests, packages: Sequence[VerifiedPackage], progress: Progress
+) -> BaseIdentity:
     """The base whose very bytes were written, if it is that of every package; else nothing of the merge stays."""
-    base = shared.identity()
+    if job.resumed:  # what an earlier run wrote has not passed here
+        with CheckpointReader(job.folder) as written:
+            base = identity_of(written, progress)
+    else:
+        base = shared.identity()
     try:
         for package in packages:
             _check_base(package, base)

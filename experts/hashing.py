@@ -23,6 +23,10 @@ class Digests:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread."""
         self._pool.shutdown()
 
     def add(self, key: str, chunk: memoryview) -> None:

@@ -25,6 +25,7 @@ from flexgate.experts.output import require_absent, settle, sync, write_all, wri
 from flexgate.experts.tensorfile import CHUNK, DTYPES, TensorFile, file_digest, make_header
 
 JOURNAL: Final = "journal.json"
+NEW_JOURNAL: Final = "journal.new"
 RECORD_EVERY: Final = 1 << 28
 """Bytes between two records, and so what an interruption can lose."""
 
@@ -60,6 +61,7 @@ class Job:
         self.folder = target.parent / f".{target.name}.partial"
         self._plan = hashlib.sha256(plan.encode()).hexdigest()
         self._done: dict[str, int] = {}
+        self._resumed = False
         self._waiting = 0
         self._recorder = ThreadPoolExecutor(1)
         self._recording: Future[None] | None = None
@@ -112,18 +114,29 @@ class Job:
 
     def finish(self) -> None:
         """Give the folder its name."""
-        (self.folder / JOURNAL).unlink(missing_ok=True)
+        self._forget()
         settle(self.folder, self.target)
 
     def abandon(self) -> None:
         """Leave nothing behind: what was written must not be gone on with."""
-        shutil.rmtree(self.folder)
+        self._forget()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run wrote some of it."""
+        return self._resumed
+
+    def _forget(self) -> None:
+        for name in (JOURNAL, NEW_JOURNAL):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _resume(self) -> None:
         try:
             journal: Any = json.loads((self.folder / JOURNAL).read_text())
             if journal["plan"] == self._plan:
                 self._done = {str(name): int(count) for name, count in journal["files"].items()}
+                self._resumed = True
                 return
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -177,14 +190,14 @@ class Job:
         """Write down what is ``done``, once it is on the disk, as all earlier files are; writing goes on."""
         os.fsync(descriptor)
         journal = json.dumps({"plan": self._plan, "files": done})
-        (self.folder / "journal.new").write_text(journal)
-        os.replace(self.folder / "journal.new", self.folder / JOURNAL)
+        (self.folder / NEW_JOURNAL).write_text(journal)
+        os.replace(self.folder / NEW_JOURNAL, self.folder / JOURNAL)
         sync(self.folder)
 
     def _wait_for_record(self) -> None:
-        recording, self._recording = self._recording, None
-        if recording is not None:
-            recording.result()
+        if self._recording is not None:
+            self._recording.result()
+            self._recording = None  # only now: whoever is interrupted here waits again before the file is closed
 
 
 def one_chunk(chunk: memoryview) -> Callable[[], Iterable[memoryview]]:

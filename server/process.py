@@ -1,4 +1,4 @@
-"""Starting a server in the right order: whatever can be refused is refused before vLLM is loaded, which takes seconds.
+"""Starting a server in the right order: what can be refused without vLLM is refused before it is loaded, for seconds.
 
 The address is bound first, so that a taken port fails at once; it is listened on last, so that
 nothing answers before the engine has proved itself.
@@ -20,7 +20,7 @@ from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
 from flexgate.server.clock import Clock
 from flexgate.server.engine.launch import EngineSettings, launch, plan
-from flexgate.server.experts.start import AtStart, at_start
+from flexgate.server.experts.start import AtStart, at_start, trusted_keys
 from flexgate.server.experts.versions import merged_versions
 from flexgate.server.past import Past, require_clock
 from flexgate.server.settings import Settings, SettingsError
@@ -45,6 +45,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     engine_settings = _engine_settings(settings, model)
     checkpoint = plan(engine_settings).checkpoint
     _require_tokenizer(model)
+    keys = trusted_keys(settings)
     with (
         _bound(settings.host, settings.port) as sock,
         _bound_admin(settings) as admin,
@@ -61,15 +62,17 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             engine_settings, withdrawn=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
         planned = plan(engine_settings)
-        secret = _prepare(settings, store, before, at=clock())
+        _prepare(settings, store, before, at=clock())
         with _interruptible():
             launching = launch(engine_settings, stage)
             engine = await launching.__aenter__()
         try:
-            from flexgate.server.running import put_together, run
+            with _interruptible():
+                from flexgate.server.running import put_together, run
 
-            services = put_together(settings, model, engine, store, past, merged, clock)
-            await services.experts.restore(stage)
+                services = put_together(settings, model, engine, store, past, merged, keys, clock)
+                await services.experts.restore(stage)
+            secret = None if settings.demo else tenancy.first_admin_key(store, at=clock())
             services.policy.confirm()
             services.spending.refresh()
             _settle_heap()
@@ -133,7 +136,7 @@ def _store(settings: Settings) -> Iterator[Store]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """While vLLM starts, it holds the event loop: let a signal end the start as an exception."""
+    """While vLLM starts or loads, it holds the event loop: let a signal end the start as an exception."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
         raise SystemExit(128 + number)
@@ -145,14 +148,10 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare(settings: Settings, store: Store, start: AtStart, *, at: float) -> str | None:
-    secret = None
-    if settings.demo:
-        tenancy.prepare_demo(store, start.resident, epoch=start.epoch, at=at)
-    else:
-        secret = tenancy.prepare(store, start.resident, epoch=start.epoch, at=at)
+def _prepare(settings: Settings, store: Store, start: AtStart, *, at: float) -> None:
+    prepare = tenancy.prepare_demo if settings.demo else tenancy.prepare
+    prepare(store, start.resident, epoch=start.epoch, at=at)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
-    return secret
 
 
 def _past(settings: Settings) -> Past:

@@ -54,6 +54,7 @@ def put_together(
     store: Store,
     past: Past,
     merged: Merged,
+    keys: TrustedKeys | None,
     clock: Callable[[], float],
 ) -> Services:
     """What the routes work with."""
@@ -79,7 +80,7 @@ def put_together(
         handlers=handlers,
         policy=policy,
         store=store,
-        experts=_expert_service(settings, model, engine, store, policy, merged, clock),
+        experts=_expert_service(settings, model, engine, store, policy, merged, keys, clock),
         uploads=Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time),
         experts_dir=settings.experts_dir,
         model_names=names,
@@ -105,13 +106,14 @@ def _expert_service(
     store: Store,
     policy: PolicySource,
     merged: Merged,
+    keys: TrustedKeys | None,
     clock: Callable[[], float],
 ) -> ExpertService:
     """The service over a running engine; `clock` (Unix seconds) stamps every change."""
     places = Places(
         private=settings.directory() / "experts",
         base=lambda: base_identity(model),
-        trusted_keys=_trusted_keys(settings),
+        trusted_keys=keys,
     )
     residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
 
@@ -122,15 +124,6 @@ def _expert_service(
         await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
 
     return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)
-
-
-def _trusted_keys(settings: Settings) -> TrustedKeys | None:
-    """None asks for no signature; without a folder of keys nobody is trusted."""
-    if settings.demo or settings.allow_unsigned_experts:
-        return None
-    if settings.trusted_keys is None:
-        return TrustedKeys({})
-    return TrustedKeys.from_directory(settings.trusted_keys)
 
 
 async def run(settings: Settings, services: Services, sock: socket.socket, admin: socket.socket | None = None) -> None:

@@ -45,11 +45,8 @@ def prepare_demo(store: Store, experts: Iterable[Loaded], *, epoch: int, at: flo
     demo.seed(store, _manifest(experts), epoch=epoch, at=at)
 
 
-def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> str | None:
-    """Migrate, add unknown experts without any agreement, and make a first admin key.
-
-    Returns:
-        The admin key when it was made now: the only time that it can be shown.
+def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
+    """Migrate, and add unknown experts without any agreement.
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.
@@ -58,10 +55,16 @@ def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -
     store.migrate()
     if demo.holds_demo_keys(store):
         raise DemoKeysFound("the policy database holds the demo's public keys; use another one, or start with --demo")
-    has_admin = any(key.role is Role.ADMIN for key in store.keys())
     with store.change(actor=_ACTOR, note="start", at=at) as change:
         put_catalogue(change, _manifest(experts), epoch=epoch)
-        return None if has_admin else change.mint_key(Role.ADMIN).secret
+
+
+def first_admin_key(store: Store, *, at: float) -> str | None:
+    """An admin key, if there never was one; the caller shows it at once, for it cannot be shown again."""
+    if any(key.role is Role.ADMIN for key in store.keys()):
+        return None
+    with store.change(actor=_ACTOR, note="first admin key", at=at) as change:
+        return change.mint_key(Role.ADMIN).secret
 
 
 def owner_id(name: str) -> str:

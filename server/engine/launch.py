@@ -204,6 +204,8 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
     """The ``VllmConfig`` of a plan; ``tuning`` overrides engine arguments (tests, benchmarks)."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from flexgate.server.engine.seam import keep_one_rank_in_the_engine_core
+
     settings = planned.settings
     scheduler = "GatedAsyncScheduler" if settings.async_scheduling else "GatedScheduler"
     model = str(settings.model.resolve())
@@ -235,9 +237,7 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "additional_config": planned.table.to_config() | {MOE_KERNELS_KEY: settings.moe_kernels},
     }
     config = AsyncEngineArgs(**(arguments | tuning)).create_engine_config()
-    # For one rank on CPU, vLLM wants a process under the engine core, whose OpenMP threads it can set:
-    # `prepare_environment` has set them. Without it, a step crosses one process less.
-    config.parallel_config.distributed_executor_backend = (arguments | tuning)["distributed_executor_backend"]
+    keep_one_rank_in_the_engine_core(config)
     return config
 
 

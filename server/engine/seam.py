@@ -25,6 +25,8 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     reach the API process, one per request and step.
 ``EngineCoreOutput.kv_transfer_params`` (vllm/v1/engine/__init__.py)
     A free-form dictionary that rides on each output; flexgate refuses KV connectors, whose it is.
+``CpuPlatform.check_and_update_config`` (vllm/platforms/cpu.py), ``ParallelConfig.distributed_executor_backend``
+    Puts a worker process under the engine core also for one rank, for its OpenMP threads, which flexgate sets itself.
 ``RoutedExperts._get_quant_method`` (vllm/model_executor/layers/fused_moe/routed_experts.py)
     Where a layer of experts gets the method that holds and applies its weights.
 ``UnquantizedFusedMoEMethod.unquantized_backend / experts_cls`` (…/unquantized_fused_moe_method.py)
@@ -47,7 +49,9 @@ from typing import Any
 
 import torch
 import vllm
+from vllm import envs
 from vllm._custom_ops import cpu_prepack_moe_weight
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
@@ -59,6 +63,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -108,6 +113,7 @@ __all__ = [
     "evict_cached",
     "external_id",
     "guard_requests",
+    "keep_one_rank_in_the_engine_core",
     "offer_to_engine_core",
     "require_tested_version",
     "see_requests",
@@ -130,6 +136,16 @@ def require_tested_version() -> None:
     if vllm.__version__.partition("+")[0] not in TESTED_VERSIONS:
         tested = ", ".join(sorted(TESTED_VERSIONS))
         raise UntestedVersionError(f"vLLM {vllm.__version__} is installed; flexgate was tested with {tested} only")
+
+
+def keep_one_rank_in_the_engine_core(config: VllmConfig) -> None:
+    """Take back the worker process that vLLM wants for a single rank on CPU (`CpuPlatform.check_and_update_config`).
+
+    It is there to bind that rank's OpenMP threads, and stays where ``VLLM_CPU_OMP_THREADS_BIND`` asks for binding.
+    """
+    parallel = config.parallel_config
+    if current_platform.is_cpu() and parallel.world_size == 1 and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+        parallel.distributed_executor_backend = "uni"
 
 
 def allow_amx_tiles() -> None:

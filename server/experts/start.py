@@ -6,10 +6,12 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from flexgate.experts.signature import TrustedKeys
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import Added, ResidencyRepository
 from flexgate.server.experts.versions import Merged, is_set_aside
+from flexgate.server.settings import Settings
 from flexgate.server.tenancy import Loaded
 
 logger = logging.getLogger(__name__)
@@ -79,3 +81,16 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
                 f"it before, was not loaded: start the server as it was then, withdraw '{package.expert}' there, and "
                 "add it again now"
             )
+
+
+def trusted_keys(settings: Settings) -> TrustedKeys | None:
+    """Whose packages may be added: None asks for no signature; without a folder of keys nobody is trusted.
+
+    Raises:
+        KeyInvalid: a file in the folder is no public key.
+    """
+    if settings.demo or settings.allow_unsigned_experts:
+        return None
+    if settings.trusted_keys is None:
+        return TrustedKeys({})
+    return TrustedKeys.from_directory(settings.trusted_keys)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packagekit import ONE, bit_equal, make_package, statement, write_model
 from transformers import AutoModelForCausalLM
 
-from flexgate.experts import stream, tensorfile
+from flexgate.experts import combine as combination
+from flexgate.experts import shards, stream, tensorfile
 from flexgate.experts.base import base_identity
 from flexgate.experts.combine import combine
 from flexgate.experts.errors import (
@@ -25,7 +30,7 @@ from flexgate.experts.errors import (
     OutputRefused,
 )
 from flexgate.experts.extract import extract_anchor, extract_expert
-from flexgate.experts.layout import expert_keys, read_checkpoint, router_keys, shared_keys
+from flexgate.experts.layout import bias_keys, expert_keys, read_checkpoint, router_keys, shared_keys
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.package import WEIGHTS_NAME
 from flexgate.experts.signature import TrustedKeys
@@ -181,6 +186,65 @@ def test_one_flipped_bit_in_a_shared_tensor_is_refused_by_its_name(
     with pytest.raises(MergeError, match=message):
         combine(anchor, [base_of_news], tmp_path / "merged", top_k=2)
     assert not [*tmp_path.glob("*merged*")], "what was written before the difference was found must not stay"
+
+
+def test_what_an_interrupted_merge_wrote_is_compared_too(
+    stock: Path, tmp_path: Path, base_of_news: VerifiedPackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its anchor was put right in between, by somebody who kept the file's times."""
+    anchor = Path(shutil.copytree(stock / "anchor", tmp_path / "anchor"))
+    weights = anchor / "model.safetensors"
+    whole, times = weights.read_bytes(), weights.stat()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    begin, end = json.loads(whole[8:start])["lm_head.weight"]["data_offsets"]
+    flip(weights, start + begin)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.setattr(stream, "RECORD_EVERY", 1)
+    with pytest.raises(Cut):
+        combine(anchor, [base_of_news], tmp_path / "merged", top_k=2, progress=cut_after(end - begin))
+    assert (tmp_path / ".merged.partial" / stream.JOURNAL).exists()
+    with weights.open("r+b") as file:
+        file.write(whole)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(MergeError, match=r"shared tensor lm_head\.weight differs"):
+        combine(anchor, [base_of_news], tmp_path / "merged", top_k=2)
+    assert not [*tmp_path.glob("*merged*")]
+    combine(anchor, [base_of_news], tmp_path / "merged", top_k=2)
+
+
+def test_a_public_bias_is_judged_by_what_was_written(
+    tmp_path: Path, base_of_news: VerifiedPackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "anchor", ONE, biased=True)
+    weights = tmp_path / "anchor" / "model.safetensors"
+    whole = weights.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    begin, _ = json.loads(whole[8:start])[bias_keys(ONE)[0]]["data_offsets"]
+    assert base_identity(tmp_path / "anchor") == base_of_news.manifest.base.identity()
+    flip(weights, start + begin)
+
+    def zero_once_it_is_written(*args: Any, **kwargs: Any) -> None:
+        shards.write_model(*args, **kwargs)
+        weights.write_bytes(whole)
+
+    monkeypatch.setattr(combination, "write_model", zero_once_it_is_written)
+    with pytest.raises(MergeError, match=re.escape(f"shared tensor {bias_keys(ONE)[0]}[0] differs")):
+        combine(tmp_path / "anchor", [base_of_news], tmp_path / "merged", top_k=2)
+
+
+def test_a_record_that_fails_stops_the_writing_and_says_why(
+    stock: Path, tmp_path: Path, base_of_news: VerifiedPackage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stream, "RECORD_EVERY", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "sync", full)
+        with pytest.raises(OutputRefused, match="No space left on device; run it again"):
+            combine(stock / "anchor", [base_of_news], tmp_path / "merged", top_k=2)
+    combine(stock / "anchor", [base_of_news], tmp_path / "merged", top_k=2)
+    assert not [*(tmp_path / "merged").glob("journal*")]
 
 
 def test_a_package_for_a_model_of_other_numbers_is_refused_before_anything_is_written(

@@ -11,7 +11,7 @@ import pytest
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
 from flexgate.server.auth import authenticate
-from flexgate.server.tenancy import DemoKeysFound, ManifestRefused, owner_id, prepare, prepare_demo
+from flexgate.server.tenancy import DemoKeysFound, ManifestRefused, first_admin_key, owner_id, prepare, prepare_demo
 
 
 class Entry(NamedTuple):
@@ -29,7 +29,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_first_start_makes_one_admin_key_and_no_grant(store: Store) -> None:
-    secret = prepare(store, EXPERTS, epoch=1, at=time.time())
+    prepare(store, EXPERTS, epoch=1, at=time.time())
+    secret = first_admin_key(store, at=time.time())
     assert secret is not None
     snapshot = store.snapshot()
     assert authenticate(snapshot, f"Bearer {secret}", time.time()).role is Role.ADMIN
@@ -39,7 +40,9 @@ def test_a_first_start_makes_one_admin_key_and_no_grant(store: Store) -> None:
 
 def test_a_second_start_shows_no_key(store: Store) -> None:
     prepare(store, EXPERTS, epoch=1, at=time.time())
-    assert prepare(store, EXPERTS, epoch=1, at=time.time()) is None
+    assert first_admin_key(store, at=time.time()) is not None
+    prepare(store, EXPERTS, epoch=1, at=time.time())
+    assert first_admin_key(store, at=time.time()) is None
 
 
 def test_a_normal_start_refuses_a_store_with_demo_keys(store: Store) -> None:

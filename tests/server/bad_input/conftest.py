@@ -13,7 +13,7 @@ from typer.testing import Result
 
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Tenant
+from flexgate.policies.tenants import Role, Tenant
 from flexgate.server import process
 from flexgate.server.policy import PolicySource
 
@@ -26,7 +26,7 @@ def services(services: Any, real_store: Store) -> Any:
 
 
 @pytest.fixture
-def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Result]:
+def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """`flexgate serve` on a database of the test's own, up to where the engine would be started."""
 
     def engine_started(*_: object) -> None:
@@ -34,16 +34,18 @@ def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(process, "launch", engine_started)
     monkeypatch.setattr("flexgate.server.logs.configure", lambda _: None)
-    return lambda: run("serve", str(text_checkpoint), "--port=0", f"--state-dir={tmp_path / 'state'}")
+    usual = (str(text_checkpoint), "--port=0", f"--state-dir={tmp_path / 'state'}")
+    return lambda *options: run("serve", *usual, *options)
 
 
 @pytest.fixture
-def database(serve: Callable[[], Result], tmp_path: Path) -> Path:
+def database(serve: Callable[..., Result], tmp_path: Path) -> Path:
     """What a first start makes, with a tenant in it."""
     assert refusal(serve()).endswith("the engine would be started now")
     path = tmp_path / "state" / "flexgate.db"
     store = Store.open(f"sqlite:///{path}")
     with store.change(actor="test", at=time.time()) as change:
         change.put(Tenant(id="acme", name="Acme"))
+        change.mint_key(Role.ADMIN)
     store.close()
     return path

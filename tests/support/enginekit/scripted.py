@@ -80,7 +80,8 @@ class EngineScript:
     @property
     def needs_its_own_imports(self) -> bool:
         """Whether something is set that vLLM, torch or Triton read when they are imported, or other ranks inherit."""
-        return bool(self.environment or self.interpret_triton or self.interpret_kernels)
+        compiled = not self.settings.get("enforce_eager", True)
+        return bool(compiled or self.environment or self.interpret_triton or self.interpret_kernels)
 
 
 class ScriptedEngine:
