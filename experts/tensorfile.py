@@ -203,19 +203,21 @@ def _header_bytes(file: TensorFile, max_header: int) -> bytes:
 
 
 def _tensor_info(key: str, entry: Any, base: int, name: str) -> TensorInfo:
-    where = f"{name}: {short(key)}"
+    def error(what: str) -> TensorFileError:
+        return TensorFileError(f"{name}: {short(key)} {what}")
+
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise TensorFileError(f"{where} must have exactly dtype, shape and data_offsets")
+        raise error("must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise TensorFileError(f"{where} has dtype {short(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise error(f"has dtype {short(dtype)}, expected one of {', '.join(DTYPES)}")
     if not _counts(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or 0 in shape:
-        raise TensorFileError(f"{where} has shape {short(shape)}, expected 1 to {MAX_DIMENSIONS} positive sizes")
+        raise error(f"has shape {short(shape)}, expected 1 to {MAX_DIMENSIONS} positive sizes")
     if not _counts(offsets) or len(offsets) != 2:
-        raise TensorFileError(f"{where} has data_offsets {short(offsets)}, expected two positions")
+        raise error(f"has data_offsets {short(offsets)}, expected two positions")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise TensorFileError(f"{where} spans {short(end - begin)} bytes, which {dtype} {short(shape)} does not fill")
+        raise error(f"spans {short(end - begin)} bytes, which {dtype} {short(shape)} does not fill")
     return TensorInfo(dtype, tuple(shape), base + begin, base + end)
 
 

@@ -53,10 +53,13 @@ def test_a_bomb_is_refused_within_a_second_and_256_mib(name: str, reader: str) -
     read: Callable[[], object] = (
         (lambda: parse_header(bomb, len(bomb) + 8, "x")) if reader == "header" else (lambda: parse_manifest(bomb))
     )
-    began = time.process_time()
-    with pytest.raises((TensorFileError, ManifestInvalid)):
-        read()
-    assert time.process_time() - began < 1
+    spent = []
+    for _ in range(3):  # what others do on the machine slows some of them, a hang all
+        began = time.process_time()
+        with pytest.raises((TensorFileError, ManifestInvalid)):
+            read()
+        spent.append(time.process_time() - began)
+    assert min(spent) < 1
     tracemalloc.start()
     try:
         with pytest.raises((TensorFileError, ManifestInvalid)):
