@@ -61,7 +61,8 @@ class Job:
         self.folder = target.parent / f".{target.name}.partial"
         self._plan = hashlib.sha256(plan.encode()).hexdigest()
         self._done: dict[str, int] = {}
-        self._resumed = False
+        self.resumed = False
+        """Whether an earlier run wrote some of it; known once the job is entered."""
         self._waiting = 0
         self._recorder = ThreadPoolExecutor(1)
         self._recording: Future[None] | None = None
@@ -122,11 +123,6 @@ class Job:
         self._forget()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @property
-    def resumed(self) -> bool:
-        """Whether an earlier run wrote some of it."""
-        return self._resumed
-
     def _forget(self) -> None:
         for name in (JOURNAL, NEW_JOURNAL):
             (self.folder / name).unlink(missing_ok=True)
@@ -136,7 +132,7 @@ class Job:
             journal: Any = json.loads((self.folder / JOURNAL).read_text())
             if journal["plan"] == self._plan:
                 self._done = {str(name): int(count) for name, count in journal["files"].items()}
-                self._resumed = True
+                self.resumed = True
                 return
         except (OSError, ValueError, KeyError, TypeError):
             pass

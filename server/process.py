@@ -1,4 +1,4 @@
-"""Starting a server in the right order: what can be refused without vLLM is refused before it is loaded, for seconds.
+"""Starting a server in the right order: what can be refused without vLLM does not wait for vLLM to load.
 
 The address is bound first, so that a taken port fails at once; it is listened on last, so that
 nothing answers before the engine has proved itself.

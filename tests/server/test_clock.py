@@ -17,10 +17,12 @@ from flexgate.policies.store import Store, history
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import Agreement
 from flexgate.server import process, running
+from flexgate.server.auth import authenticate
 from flexgate.server.clock import Clock
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
 from flexgate.server.settings import Settings
+from flexgate.server.startup import Started
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()
 MATH = {"owner": "academy", "experts": ["math"], "assignee": "everyone", "effect": "permit", "version": 2}
@@ -121,7 +123,9 @@ async def test_a_clock_set_back_while_the_engine_starts_stamps_nothing(
     monkeypatch.setattr(running, "_limits", lambda *_: Limits())
     monkeypatch.setattr(process, "_settle_heap", lambda: None)  # else the tests' own heap stays for ever
     monkeypatch.setattr(running, "run", run)
-    await process.serve(settings, text_checkpoint, stage=lambda *_: None, ready=lambda *_: None)
+    told: list[Started] = []
+    await process.serve(settings, text_checkpoint, stage=lambda *_: None, ready=told.append)
+    assert authenticate(store.snapshot(), f"Bearer {told[0].admin_key}", NOON + 60).role is Role.ADMIN
     assert store.weights().last["news"].at == NOON + 60
     (cleared,) = [entry for entry in store.audit_log(limit=100) if entry.action == "weights.cleared"]
     assert (cleared.at, cleared.detail["requested_at"], cleared.detail["effective_at"]) == (NOON + 60,) * 3
