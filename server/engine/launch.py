@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from flexgate.server.engine.checkpoint import (
     read_checkpoint,
     require_finite,
 )
+from flexgate.server.engine.core_process import EarlyContext, EarlyProcess
 from flexgate.server.engine.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_key
 from flexgate.server.engine.memory import SlotPlan, kv_bytes_of_one_request, plan_slots
 from flexgate.server.engine.requirements import require_servable
@@ -164,17 +165,21 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
     key = new_seal_key()
     prepare_environment(key, settings)
     stage("loading vLLM", 0, 0)
-    from flexgate.server.engine.seam import require_tested_version
+    with ExitStack() as starting:
+        early = starting.enter_context(EarlyProcess()) if on_cpu() else None
+        from flexgate.server.engine.seam import engine_core_of, require_tested_version
 
-    require_tested_version()
-    from vllm.v1.engine.async_llm import AsyncLLM
+        require_tested_version()
+        from vllm.v1.engine.async_llm import AsyncLLM
 
-    from flexgate.server.engine.operator import SlotOperator
+        from flexgate.server.engine.operator import SlotOperator
 
-    config = engine_config(planned)
-    refuse_untried(config)
-    stage("starting the engine", 0, 0)
-    engine = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
+        if early is not None:
+            starting.enter_context(engine_core_of(EarlyContext(early)))
+        config = engine_config(planned)
+        refuse_untried(config)
+        stage("starting the engine", 0, 0)
+        engine = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
     try:
         stage("proving the gate", 0, 0)
         client = await _prove(engine, planned, key)

@@ -27,6 +27,8 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     A free-form dictionary that rides on each output; flexgate refuses KV connectors, whose it is.
 ``CpuPlatform.check_and_update_config`` (vllm/platforms/cpu.py), ``ParallelConfig.distributed_executor_backend``
     Puts a worker process under the engine core also for one rank, for its OpenMP threads, which flexgate sets itself.
+``get_mp_context`` (vllm/v1/engine/utils.py)
+    What vLLM makes the engine core's process with.
 ``RoutedExperts._get_quant_method`` (vllm/model_executor/layers/fused_moe/routed_experts.py)
     Where a layer of experts gets the method that holds and applies its weights.
 ``UnquantizedFusedMoEMethod.unquantized_backend / experts_cls`` (…/unquantized_fused_moe_method.py)
@@ -44,7 +46,9 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     Cached blocks of a revoked expert are evicted by their hashes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -69,6 +73,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -110,6 +115,7 @@ __all__ = [
     "ask_engine_core",
     "cached_among",
     "cpu_prepack_moe_weight",
+    "engine_core_of",
     "evict_cached",
     "external_id",
     "guard_requests",
@@ -146,6 +152,17 @@ def keep_one_rank_in_the_engine_core(config: VllmConfig) -> None:
     parallel = config.parallel_config
     if current_platform.is_cpu() and parallel.world_size == 1 and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
         parallel.distributed_executor_backend = "uni"
+
+
+@contextmanager
+def engine_core_of(context: BaseContext) -> Iterator[None]:
+    """Let engines that are started meanwhile make their engine core's process with ``context``."""
+    usual = engine_utils.get_mp_context
+    engine_utils.get_mp_context = lambda: context
+    try:
+        yield
+    finally:
+        engine_utils.get_mp_context = usual
 
 
 def allow_amx_tiles() -> None:
