@@ -39,6 +39,8 @@ def measure(model: Path, *, eager: bool, cases: Sequence[tuple[str, Batch, int]]
     turns_in_all = sum(rounds for _, _, rounds in cases) * len(VARIANTS)
     with ExitStack() as stack, tqdm(total=turns_in_all, desc="starting engines") as bar:
         engines = {name: stack.enter_context(engine(name, model, eager=eager)) for name in VARIANTS}
+        for running in engines.values():
+            running.wait_until_started()
         found = []
         for phase, batch, rounds in cases:
             bar.set_description(f"{phase} of {batch.requests}")

@@ -50,6 +50,12 @@ class Engine:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
+    def wait_until_started(self) -> None:
+        """Wait once before the first batch; raises `RuntimeError` with what stopped it."""
+        started = self._connection.recv()
+        if started is not None:
+            raise RuntimeError(started)
+
     def run(self, batch: Batch) -> Timed:
         """Run one batch to its end."""
         self._connection.send(batch)
@@ -62,16 +68,13 @@ class Engine:
 
 @contextmanager
 def engine(variant: str, model: Path, *, eager: bool) -> Iterator[Engine]:
-    """Start a variant and end it."""
+    """Begin to start a variant, and end it."""
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
     process = context.Process(target=_child, args=(child, variant, model, eager))
     process.start()
     child.close()
     try:
-        started = parent.recv()
-        if started is not None:
-            raise RuntimeError(started)
         yield Engine(parent)
         parent.send(None)
         process.join(60)
@@ -82,6 +85,7 @@ def engine(variant: str, model: Path, *, eager: bool) -> Iterator[Engine]:
 
 
 def _child(connection: Any, variant: str, model: Path, eager: bool) -> None:
+    running = None
     try:
         running = _Running(variant, model, eager)
         connection.send(None)
@@ -90,8 +94,8 @@ def _child(connection: Any, variant: str, model: Path, eager: bool) -> None:
     except BaseException:
         connection.send(traceback.format_exc())
     finally:
-        # Ends the engine core, which is waited for.
-        running.engine.engine_core.shutdown()
+        if running is not None:
+            running.engine.engine_core.shutdown()  # ends the engine core, which is waited for
 
 
 class _Running:

@@ -3,6 +3,7 @@
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,9 @@ def measure(model: Path, directory: Path, rounds: int, clients: Sequence[int]) -
     ]
     found = []
     with ExitStack() as stack, tqdm(total=len(cases) * rounds * 2, desc="starting servers") as bar:
-        servers = {start.__name__: stack.enter_context(start(model, directory)) for start in (flexgate, vllm)}
+        with ThreadPoolExecutor() as pool:  # both load at once; neither is asked before both are ready
+            running = pool.map(lambda start: stack.enter_context(start(model, directory)), (flexgate, vllm))
+        servers = dict(zip(("flexgate", "vllm"), running, strict=True))
         for traffic in cases:
             bar.set_description(f"{traffic.endpoint}{' streamed' * traffic.stream} of {traffic.clients}")
             contenders = {name: _contender(server.url, traffic) for name, server in servers.items()}
