@@ -173,6 +173,7 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from flexgate.server.engine.operator import SlotOperator
+        from flexgate.server.engine.watch import end_if_it_hangs
 
         if early is not None:
             starting.enter_context(engine_core_of(EarlyContext(early)))
@@ -183,7 +184,12 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
     try:
         stage("proving the gate", 0, 0)
         client = await _prove(engine, planned, key)
-        yield RunningEngine(client, SlotOperator(engine))
+        slots = SlotOperator(engine)
+        watching = asyncio.create_task(end_if_it_hangs(slots))
+        try:
+            yield RunningEngine(client, slots)
+        finally:
+            watching.cancel()
     finally:
         await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
 

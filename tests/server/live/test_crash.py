@@ -66,11 +66,16 @@ def raise_in_core(family: list[psutil.Process], file: Path) -> None:
     file.write_text(str(engine_core(family).pid))
 
 
+def halt_core(family: list[psutil.Process], _file: Path) -> None:
+    engine_core(family).send_signal(signal.SIGSTOP)
+
+
 CRASHES: dict[str, Callable[[list[psutil.Process], Path], None]] = {
     "core-killed": kill_core,
     "core-aborted": abort_core,
     "worker-killed": kill_worker,
     "exception-in-core": raise_in_core,
+    "core-halted": halt_core,
 }
 
 
@@ -86,6 +91,8 @@ def test_a_crash_tells_clients_and_leaves_no_word_of_a_prompt(
     (hooks / "sitecustomize.py").write_text(RAISE_WHEN_TOLD)
     monkeypatch.setenv("CRASH_FILE", str(tmp_path / "crash"))
     monkeypatch.setenv("PYTHONPATH", str(hooks), prepend=os.pathsep)
+    if crash is halt_core:
+        monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "5")
     ranks = 2 if crash is kill_worker else 1  # one rank has no process of its own beside the engine core
     running = live_server.start(text_checkpoint, tmp_path, f"--tensor-parallel-size={ranks}")
     family = live_server.family(running)
