@@ -15,7 +15,7 @@ from flexgate.server.engine.checkpoint import (
     read_checkpoint,
     require_finite,
 )
-from flexgate.server.engine.core_process import EarlyContext, EarlyProcess
+from flexgate.server.engine.core_process import EarlyContext, EarlyProcess, modules_of_core
 from flexgate.server.engine.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_key
 from flexgate.server.engine.memory import SlotPlan, kv_bytes_of_one_request, plan_slots
 from flexgate.server.engine.requirements import require_servable
@@ -166,7 +166,9 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
     prepare_environment(key, settings)
     stage("loading vLLM", 0, 0)
     with ExitStack() as starting:
-        early = starting.enter_context(EarlyProcess()) if on_cpu() else None
+        early = None
+        if on_cpu():
+            early = starting.enter_context(EarlyProcess(modules_of_core(settings.tensor_parallel_size)))
         from flexgate.server.engine.seam import engine_core_of, require_tested_version
 
         require_tested_version()

@@ -28,7 +28,8 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 ``CpuPlatform.check_and_update_config`` (vllm/platforms/cpu.py), ``ParallelConfig.distributed_executor_backend``
     Puts a worker process under the engine core also for one rank, for its OpenMP threads, which flexgate sets itself.
 ``get_mp_context`` (vllm/v1/engine/utils.py)
-    What vLLM makes the engine core's process with.
+    What vLLM makes the engine core's process with. What that process imports, and which variables vLLM sets for it,
+    stands in ``core_process.py``, which is at work before vLLM is loaded.
 ``RoutedExperts._get_quant_method`` (vllm/model_executor/layers/fused_moe/routed_experts.py)
     Where a layer of experts gets the method that holds and applies its weights.
 ``UnquantizedFusedMoEMethod.unquantized_backend / experts_cls`` (…/unquantized_fused_moe_method.py)

@@ -60,10 +60,9 @@ class Engine:
         """Run one batch to its end."""
         self._connection.send(batch)
         answer = self._connection.recv()
-        if isinstance(answer, str):
+        if not isinstance(answer, Timed):
             raise RuntimeError(answer)
-        timed: Timed = answer
-        return timed
+        return answer
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from benchkit.load import NEW_TOKENS, PROMPT_WORDS, Traffic, Turn, send
 from benchkit.record import write
 from benchkit.servers import SAME, flexgate, vllm
 
+STARTS = (flexgate, vllm)
 CLIENTS = (1, 8, 32)
 REQUESTS = {1: 4, 8: 16, 32: 64}
 
@@ -39,8 +40,8 @@ def measure(model: Path, directory: Path, rounds: int, clients: Sequence[int]) -
     found = []
     with ExitStack() as stack, tqdm(total=len(cases) * rounds * 2, desc="starting servers") as bar:
         with ThreadPoolExecutor() as pool:  # both load at once; neither is asked before both are ready
-            running = pool.map(lambda start: stack.enter_context(start(model, directory)), (flexgate, vllm))
-        servers = dict(zip(("flexgate", "vllm"), running, strict=True))
+            running = pool.map(lambda start: stack.enter_context(start(model, directory)), STARTS)
+        servers = {start.__name__: server for start, server in zip(STARTS, running, strict=True)}
         for traffic in cases:
             bar.set_description(f"{traffic.endpoint}{' streamed' * traffic.stream} of {traffic.clients}")
             contenders = {name: _contender(server.url, traffic) for name, server in servers.items()}
