@@ -40,7 +40,7 @@ def serve(
     state_dir: Annotated[Path | None, _option("state_dir")] = None,
     database_url: Annotated[str | None, _option("database_url")] = None,
     served_model_name: Annotated[list[str] | None, _option("served_model_name")] = None,
-    chat_template: Annotated[str | None, _option("chat_template")] = None,
+    chat_template: Annotated[Path | None, _option("chat_template")] = None,
     tool_call_parser: Annotated[str | None, _option("tool_call_parser")] = None,
     max_experts: Annotated[int | None, _option("max_experts")] = None,
     experts_dir: Annotated[Path | None, _option("experts_dir")] = None,

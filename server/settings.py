@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, FilePath, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from flexgate.server.openai.limits import Limits
@@ -74,7 +74,7 @@ class Settings(StoreSettings):
     ] = False
     served_model_name: Annotated[tuple[str, ...], Field(description="Names that requests may give the model.")] = ()
     chat_template: Annotated[
-        str | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
+        FilePath | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
     ] = None
     tool_call_parser: Annotated[str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")] = None
     max_experts: Annotated[int | None, Field(ge=1, description="Expert slots; by default two more than experts.")] = (
@@ -171,8 +171,10 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     try:
         return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "path_not_file":  # other input may be a secret
+        message = f"{first['input']} is no file"
     option = "".join(f"--{str(step).replace('_', '-')}: " for step in first["loc"][:1])
     raise SettingsError(f"{option}{message}")
 

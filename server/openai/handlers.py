@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from jinja2 import TemplateError
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
-from vllm.renderers.chat_utils import load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tool_parsers import ToolParserManager
 from vllm.tool_parsers.abstract_tool_parser import ToolParser
+
+from flexgate.server.settings import SettingsError
 
 if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
@@ -53,22 +56,20 @@ def build_handlers(
     client: GatedEngineClient,
     *,
     model_names: Sequence[str],
-    chat_template: str | None,
+    chat_template: Path | None,
     tool_call_parser: str | None,
 ) -> Handlers:
     """Handlers that reach the engine through `client` only.
 
     Args:
-        chat_template: a path or a template that replaces the tokenizer's own.
+        chat_template: a file whose template replaces the tokenizer's own.
         tool_call_parser: vLLM's name of a parser, which lets requests choose tools by 'auto'.
 
     Raises:
-        KeyError: vLLM has no such tool parser.
+        SettingsError: vLLM has no such tool parser, or the template cannot say a user's word.
     """
-    ToolParserManager.register_module(CONSTRAINED_PARSER, module=ConstrainedToolParser)
-    parser = tool_call_parser or CONSTRAINED_PARSER
-    ToolParserManager.get_tool_parser(parser)
-    template = load_chat_template(chat_template)
+    parser = _parser(tool_call_parser)
+    template = None if chat_template is None else _template(chat_template, client.renderer.tokenizer)
     engine: Any = client
     models = OpenAIServingModels(engine, [BaseModelPath(name, name) for name in model_names])
     shown: dict[str, Any] = {
@@ -88,6 +89,23 @@ def build_handlers(
         has_chat_template=template is not None or _has_template(engine.renderer.tokenizer),
         has_tool_parser=tool_call_parser is not None,
     )
+
+
+def _parser(name: str | None) -> str:
+    known = [known for known in ToolParserManager.list_registered() if known != CONSTRAINED_PARSER]
+    ToolParserManager.register_module(CONSTRAINED_PARSER, module=ConstrainedToolParser)
+    if name is not None and name not in known:
+        raise SettingsError(f"--tool-call-parser {name}: vLLM has {', '.join(known)}")
+    return name or CONSTRAINED_PARSER
+
+
+def _template(file: Path, tokenizer: Any) -> str:
+    try:
+        template = file.read_text()
+        tokenizer.apply_chat_template([{"role": "user", "content": "."}], chat_template=template, tokenize=False)
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        raise SettingsError(f"--chat-template {file}: {error}") from error
+    return template
 
 
 def _has_template(tokenizer: Any) -> bool:
