@@ -19,7 +19,7 @@ from flexgate.experts.output import new_file, require_room, write_all
 from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 
 NAMES: Final = frozenset({MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME})
-COPY_CHUNK: Final = 1 << 22
+COPY_CHUNK: Final = 1 << 20
 
 
 class Source:

@@ -27,7 +27,8 @@ from flexgate.experts.errors import TensorFileError
 
 MAX_HEADER: Final = 1 << 20
 MAX_DIMENSIONS: Final = 8
-CHUNK: Final = 1 << 22
+CHUNK: Final = 1 << 20
+"""Bytes read at a time: several times as many leave the processor's cache before they are hashed and written."""
 DTYPES: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "BF16": torch.bfloat16}
 """Stored dtypes by their names in the file."""
 DTYPE_NAMES: Final[Mapping[str, str]] = {"float32": "F32", "bfloat16": "BF16"}
