@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import Field, FilePath, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from flexgate.server.openai.limits import Limits
@@ -74,7 +75,7 @@ class Settings(StoreSettings):
     ] = False
     served_model_name: Annotated[tuple[str, ...], Field(description="Names that requests may give the model.")] = ()
     chat_template: Annotated[
-        FilePath | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
+        Path | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
     ] = None
     tool_call_parser: Annotated[str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")] = None
     max_experts: Annotated[int | None, Field(ge=1, description="Expert slots; by default two more than experts.")] = (
@@ -120,6 +121,14 @@ class Settings(StoreSettings):
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="Least level logged.")] = (
         "info"
     )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _a_file(cls, path: Path | None) -> Path | None:
+        with suppress(OSError):  # a template itself, say, is no name that a file could have
+            if path is None or path.is_file():
+                return path
+        raise ValueError(f"{str(path)[:80]} is no file")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -171,10 +180,8 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     try:
         return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "path_not_file":  # other input may be a secret
-        message = f"{first['input']} is no file"
     option = "".join(f"--{str(step).replace('_', '-')}: " for step in first["loc"][:1])
     raise SettingsError(f"{option}{message}")
 

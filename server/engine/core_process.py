@@ -30,7 +30,7 @@ READ_WHEN_USED: Final = frozenset(
         "VLLM_WORKER_MULTIPROC_METHOD",
     }
 )
-"""Variables that vLLM sets for its processes and no process reads as it starts or loads."""
+"""Variables that vLLM sets for its processes and none of them reads as it starts or loads what we install."""
 
 
 class CannotBeTold(Exception):
@@ -87,8 +87,8 @@ class EarlyProcess:
         """End it, unless it was told."""
         if self.waiting:
             self.waiting = False
-            os.kill(self.pid, signal.SIGKILL)
-            with suppress(ChildProcessError):  # somebody else's handling of SIGCHLD
+            with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored
+                os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
             self.close_pipes()
 
@@ -99,7 +99,7 @@ class EarlyProcess:
 
 
 def modules_of_core(ranks: int) -> tuple[str, ...]:
-    """What an engine core of so many ranks on CPU imports: one rank runs in it, more have processes of their own."""
+    """What an engine core on CPU imports: one rank usually runs in it, more have processes of their own."""
     core = ("vllm.v1.engine.core",)
     return (*core, "vllm.v1.worker.cpu_worker", "flexgate.server.engine.worker") if ranks == 1 else core
 
@@ -132,8 +132,9 @@ def preloaded(before: str, torch: Path, *vllm: Path) -> str:
 def wait(modules: Sequence[str], tracker: int, told_by: int) -> NoReturn:
     """What an early process runs: load, then do what a spawned process does; end quietly if it is never told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's until the engine core takes it
-    for module in modules:
-        import_module(module)
+    with suppress(ImportError):  # what it is told to run finds out, and says so
+        for module in modules:
+            import_module(module)
     told = select.poll()
     told.register(told_by, select.POLLIN)
     if any(event & select.POLLIN for _, event in told.poll()):

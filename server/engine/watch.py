@@ -3,33 +3,58 @@
 import asyncio
 import logging
 import multiprocessing
+from contextlib import suppress
 
+import psutil
 from vllm import envs
 
 from flexgate.server.engine.operator import SlotOperator
 from flexgate.server.engine.seam import EngineDeadError
 from flexgate.server.engine.slots import ANCHOR_SLOT
 
-PAUSE_SECONDS = 1.0
+TICK_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
 
 async def end_if_it_hangs(slots: SlotOperator) -> None:
-    """Kill the engine core once it takes longer from step to step than vLLM lets a worker process take.
+    """Kill an engine that takes longer from step to step than vLLM lets a worker process take.
 
-    vLLM then sees a dead engine, as it does after a crash, and tells every request.
+    vLLM then sees a dead engine, as it does after a crash, and tells every request that is being answered.
     """
     seconds = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
     while True:
-        await asyncio.sleep(PAUSE_SECONDS)
+        await asyncio.sleep(TICK_SECONDS)
+        question = asyncio.ensure_future(slots.users(ANCHOR_SLOT))
         try:
-            async with asyncio.timeout(seconds):
-                await slots.users(ANCHOR_SLOT)
-        except TimeoutError:
-            logger.error("the engine has not answered for %d seconds", seconds)
-            for process in multiprocessing.active_children():
-                process.kill()
-            return
+            if not await _done_within(question, seconds):
+                logger.error("the engine has not answered for %d seconds", seconds)
+                _kill()
+                return
+            question.result()
         except EngineDeadError:
             return
+        except Exception:  # vLLM reports whatever happens in the engine core as one; it is an answer
+            logger.warning("the engine answered with an error", exc_info=True)
+        finally:
+            question.cancel()
+
+
+async def _done_within(question: "asyncio.Future[int]", seconds: int) -> bool:
+    """Whether it is done, by ticks: a process that was halted has an answer to read before it counts on."""
+    for _ in range(max(1, round(seconds / TICK_SECONDS))):
+        await asyncio.wait({question}, timeout=TICK_SECONDS)
+        if question.done():
+            return True
+    return False
+
+
+def _kill() -> None:
+    """End the engine core and the ranks below it, which would outlive it where they hang themselves."""
+    for core in multiprocessing.active_children():
+        with suppress(psutil.NoSuchProcess):
+            ranks = psutil.Process(core.pid).children(recursive=True)
+            core.kill()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()

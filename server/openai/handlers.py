@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from jinja2 import TemplateError
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
 
 CONSTRAINED_PARSER: Final = "flexgate_constrained"
+PROBE: Final = "a word of a user"
 
 
 class ConstrainedToolParser(ToolParser):
@@ -66,7 +66,7 @@ def build_handlers(
         tool_call_parser: vLLM's name of a parser, which lets requests choose tools by 'auto'.
 
     Raises:
-        SettingsError: vLLM has no such tool parser, or the template cannot say a user's word.
+        SettingsError: vLLM has no such tool parser, or the template does not pass on what a user says.
     """
     parser = _parser(tool_call_parser)
     template = None if chat_template is None else _template(chat_template, client.renderer.tokenizer)
@@ -102,10 +102,21 @@ def _parser(name: str | None) -> str:
 def _template(file: Path, tokenizer: Any) -> str:
     try:
         template = file.read_text()
-        tokenizer.apply_chat_template([{"role": "user", "content": "."}], chat_template=template, tokenize=False)
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--chat-template {file}: {error}") from error
-    return template
+    problems = []
+    for content in (PROBE, [{"type": "text", "text": PROBE}]):  # vLLM gives a template whichever of the two it reads
+        try:
+            said = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=template, tokenize=False
+            )
+        except Exception as error:  # a template is a program
+            problems.append(f"{type(error).__name__}: {error}")
+        else:
+            if PROBE in said:
+                return template
+            problems.append("what a user says is not in what it makes")
+    raise SettingsError(f"--chat-template {file}: {problems[0]}")
 
 
 def _has_template(tokenizer: Any) -> bool:

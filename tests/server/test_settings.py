@@ -54,6 +54,7 @@ def test_variables_set_and_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": MODEL, "moe_kernels": "auto"}, "--moe-kernels: Input should be 'flexgate' or 'vllm'"),
         ({"model": MODEL, "max_logprobs": 21}, "--max-logprobs: "),
         ({"model": MODEL, "chat_template": "/no/such.jinja"}, "--chat-template: /no/such.jinja is no file"),
+        ({"model": MODEL, "chat_template": "{% if %}" * 99}, "--chat-template: {% if %}{% if %}"),
     ],
 )
 def test_what_does_not_fit_together_is_one_sentence(given: dict[str, Any], message: str) -> None:

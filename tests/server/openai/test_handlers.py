@@ -29,6 +29,9 @@ def test_an_unknown_tool_parser_is_refused_with_those_there_are(text_checkpoint:
         (b"{% if %}", "Expected an expression"),
         (b"{{ raise_exception('only tools speak') }}", "only tools speak"),
         (b"\xff", "codec can't decode"),
+        (b"hello, I am a README", "not in what it makes"),
+        (b"{{ messages[0].content + 1 }}", "TypeError"),
+        (b"{{ messages[0].content // 0 }}", "Error"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(
@@ -40,8 +43,11 @@ def test_a_template_that_cannot_be_used_is_refused(
         build(text_checkpoint, chat_template=file)
 
 
-def test_a_template_that_can_be_used_is_not(text_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "said", ["{{ message.content }}", "{% for part in message.content %}{{ '<u>' + part['text'] }}{% endfor %}"]
+)
+def test_a_template_that_can_be_used_is_not(text_checkpoint: Path, tmp_path: Path, said: str) -> None:
     file = tmp_path / "chat.jinja"
-    file.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    file.write_text("{% for message in messages %}" + said + "{% endfor %}")
     with pytest.raises(AttributeError, match="model_config"):
         build(text_checkpoint, chat_template=file, tool_call_parser="hermes")

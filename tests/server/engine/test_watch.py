@@ -1,0 +1,86 @@
+"""An engine that hangs is ended; one that is slow, or that was halted together with its server, is not."""
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from flexgate.server.engine import watch
+from flexgate.server.engine.seam import EngineDeadError
+
+SECONDS = 3
+SLEEP = "import time; time.sleep(60)"
+WITH_A_CHILD = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); {SLEEP}"
+
+
+class Slots:
+    """Answers as it is told to, the first time, and then that the engine has died."""
+
+    def __init__(self, answer: Callable[[], Awaitable[int]]) -> None:
+        self.answer = answer
+        self.asked = 0
+
+    async def users(self, _slot: int) -> int:
+        self.asked += 1
+        if self.asked > 1:
+            raise EngineDeadError
+        return await self.answer()
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", str(SECONDS))
+    monkeypatch.setattr(watch, "TICK_SECONDS", 0.1)
+    process = multiprocessing.get_context("spawn").Process(target=exec, args=(WITH_A_CHILD,))
+    process.start()
+    yield process
+    for child in psutil.Process(process.pid).children() if process.is_alive() else []:
+        child.kill()
+    process.kill()
+    process.join()
+
+
+async def _never() -> int:
+    return await asyncio.get_running_loop().create_future()
+
+
+async def _slow() -> int:
+    await asyncio.sleep(SECONDS / 2)
+    return 0
+
+
+async def _halted() -> int:
+    asyncio.get_running_loop().call_soon(time.sleep, SECONDS + 0.5)
+    await asyncio.sleep(0.2)
+    return 0
+
+
+async def _fails() -> int:
+    raise Exception("Server shutting down")
+
+
+@pytest.mark.asyncio
+async def test_an_engine_that_hangs_is_ended_with_all_its_ranks(core: Any, caplog: pytest.LogCaptureFixture) -> None:
+    while not (ranks := psutil.Process(core.pid).children()):
+        await asyncio.sleep(0.05)
+    await watch.end_if_it_hangs(Slots(_never))
+    core.join(30)
+    assert core.exitcode == -9
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    assert "has not answered for 3 seconds" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("answer", [_slow, _halted, _fails])
+async def test_one_that_answers_in_whatever_way_lives_and_is_asked_again(
+    core: Any, answer: Callable[[], Awaitable[int]]
+) -> None:
+    slots = Slots(answer)
+    await watch.end_if_it_hangs(slots)
+    assert slots.asked == 2
+    assert core.is_alive()
