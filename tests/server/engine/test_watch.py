@@ -37,6 +37,8 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(watch, "TICK_SECONDS", 0.1)
     process = multiprocessing.get_context("spawn").Process(target=exec, args=(WITH_A_CHILD,))
     process.start()
+    # The tests' own engines are children too.
+    monkeypatch.setattr(watch.multiprocessing, "active_children", lambda: [process])
     yield process
     for child in psutil.Process(process.pid).children() if process.is_alive() else []:
         child.kill()
