@@ -17,9 +17,9 @@ from flexgate.experts.base import Progress, silent
 from flexgate.experts.errors import PackageUnreadable
 from flexgate.experts.output import new_file, require_room, write_all
 from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
+from flexgate.experts.tensorfile import CHUNK
 
 NAMES: Final = frozenset({MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME})
-COPY_CHUNK: Final = 1 << 20
 
 
 class Source:
@@ -48,7 +48,7 @@ class Source:
         """A small file; raises ``PackageUnreadable`` if it has more than ``limit`` bytes."""
         with self._open(name) as descriptor:
             text = bytearray()
-            while chunk := os.read(descriptor, min(COPY_CHUNK, limit + 1 - len(text))):
+            while chunk := os.read(descriptor, min(CHUNK, limit + 1 - len(text))):
                 text += chunk
         if len(text) > limit:
             raise PackageUnreadable(f"{self.path}: {name} has more than {limit} bytes")
@@ -63,7 +63,7 @@ class Source:
         with self._open(name) as descriptor, new_file(target) as written:
             self._require_size(name, os.fstat(descriptor).st_size, size)
             copied = 0
-            while chunk := os.read(descriptor, min(COPY_CHUNK, size + 1 - copied)):
+            while chunk := os.read(descriptor, min(CHUNK, size + 1 - copied)):
                 require_room(target.parent, size - copied, keep_free, f"a copy of {self.path}")
                 copied += len(chunk)
                 self._require_at_most(name, copied, size)

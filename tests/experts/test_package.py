@@ -374,7 +374,7 @@ def test_an_expert_whose_values_swap_between_check_and_use_never_shows_the_swapp
 def test_a_file_swapped_in_the_middle_of_copying_is_refused(
     package: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, stock: Path, base: BaseIdentity, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("flexgate.experts.intake.COPY_CHUNK", 1000)
+    monkeypatch.setattr("flexgate.experts.intake.CHUNK", 1000)
     size = (package / WEIGHTS_NAME).stat().st_size
 
     def swap(_count: int) -> None:
