@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from enginekit.launched import launched
 
 from flexgate.server.engine.core_process import EarlyContext, EarlyProcess, preloaded
 
@@ -140,7 +141,7 @@ def ended(pid: int) -> None:
 
 def after_its_parent(program: str, module: str = "json") -> subprocess.CompletedProcess[str]:
     """Make a process early in a parent that then ends without a word."""
-    begin = "import os, sys; from flexgate.server.engine.core_process import EarlyContext, EarlyProcess"
+    begin = "import os; from flexgate.server.engine.core_process import EarlyContext, EarlyProcess"
     lines = f"{begin}\nearly = EarlyProcess([{module!r}])\nprint(early.pid, flush=True)\n{program}\nos._exit(0)"
     return subprocess.run(
         [sys.executable, "-c", lines], capture_output=True, text=True, timeout=60, start_new_session=True
@@ -185,36 +186,20 @@ def test_told_it_notices_the_end_of_its_parent(tmp_path: Path) -> None:
     assert place.read_text() == "noticed"
 
 
-START = """
-import asyncio, multiprocessing, sys
-from pathlib import Path
-from flexgate.server.engine import launch
-
+NOTED = """
 class Early(launch.EarlyProcess):
     def __init__(self, modules):
         super().__init__(modules)
         print("EARLY", self.pid)
 
 launch.EarlyProcess = Early
-
-async def start():
-    settings = launch.EngineSettings(
-        Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20
-    )
-    async with launch.launch(settings):
-        print("CORE", *(process.pid for process in multiprocessing.active_children()))
-
-if __name__ == "__main__":
-    asyncio.run(start())
 """
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 def test_the_engine_core_is_the_process_that_was_begun_early(checkpoint: Path, tmp_path: Path) -> None:
-    script = tmp_path / "start.py"
-    script.write_text(START)
-    run = subprocess.run([sys.executable, script, checkpoint], capture_output=True, text=True, timeout=300)
+    run = launched(checkpoint, tmp_path, NOTED)
     assert run.returncode == 0, run.stderr
-    told = dict(line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("EARLY ", "CORE ")))
-    assert told["CORE"] == told["EARLY"]
+    told = dict(line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("EARLY ", "SERVED ")))
+    assert told["SERVED"] == told["EARLY"]

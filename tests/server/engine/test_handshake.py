@@ -1,12 +1,10 @@
 """Every rank proves what it runs; one that cannot stops the start."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from enginekit.launched import launched
 
 from flexgate.server.engine.gates import new_seal_key
 from flexgate.server.engine.handshake import HandshakeError, key_digest, verify
@@ -89,11 +87,7 @@ def test_a_rank_that_does_not_answer_is_missed(reports: tuple[object, ...]) -> N
         check(*reports)
 
 
-START_WITHOUT_PLUGIN = """
-import asyncio, os, sys
-from pathlib import Path
-from flexgate.server.engine import launch
-
+WITHOUT_PLUGIN = """
 prepare = launch.prepare_environment
 
 def without_plugin(key, settings):
@@ -101,46 +95,16 @@ def without_plugin(key, settings):
     os.environ["VLLM_PLUGINS"] = "none"
 
 launch.prepare_environment = without_plugin
-
-async def start():
-    settings = launch.EngineSettings(
-        Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20
-    )
-    async with launch.launch(settings):
-        print("SERVED")
-
-if __name__ == "__main__":
-    asyncio.run(start())
 """
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 def test_an_engine_whose_plugin_is_missing_does_not_start(checkpoint: Path, tmp_path: Path) -> None:
-    script = tmp_path / "start.py"
-    script.write_text(START_WITHOUT_PLUGIN)
-    run = subprocess.run(
-        [sys.executable, script, checkpoint], capture_output=True, text=True, timeout=300, env=os.environ
-    )
+    run = launched(checkpoint, tmp_path, WITHOUT_PLUGIN)
     assert run.returncode != 0
     assert "SERVED" not in run.stdout
 
-
-START = """
-import asyncio, sys
-from pathlib import Path
-from flexgate.server.engine import launch
-
-async def start():
-    settings = launch.EngineSettings(
-        Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20
-    )
-    async with launch.launch(settings):
-        print("SERVED")
-
-if __name__ == "__main__":
-    asyncio.run(start())
-"""
 
 # Read by every process of the engine: a gate for whatever asks, its own or not.
 GATES_FOR_ALL = """
@@ -159,16 +123,8 @@ gates.check = gates.check_owner = lambda *args, **named: None
 @pytest.mark.slow
 @pytest.mark.parametrize("guarded", [True, False])
 def test_an_engine_that_answers_without_a_gate_does_not_start(checkpoint: Path, tmp_path: Path, guarded: bool) -> None:
-    (tmp_path / "start.py").write_text(START)
     (tmp_path / "sitecustomize.py").write_text("" if guarded else GATES_FOR_ALL)
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    run = subprocess.run(
-        [sys.executable, tmp_path / "start.py", checkpoint],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+    run = launched(checkpoint, tmp_path)
     assert (run.returncode == 0) == guarded
     assert ("SERVED" in run.stdout) == guarded
     assert ("the engine answered a request without a gate" in run.stderr) != guarded
