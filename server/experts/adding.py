@@ -41,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 class Adding:
-    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock."""
+    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock: a withdrawal
+    waits neither for a package to be loaded nor for a place to try it in.
+    """
 
     def __init__(
         self,
@@ -72,10 +74,11 @@ class Adding:
         """
         self._residence.arriving.add(job.id)
         try:
+            since = await asyncio.to_thread(self._residence.repository.epoch)
             with await self._take_in(job, source) as package:
                 await asyncio.to_thread(self._check_owner, package.manifest, owner)
                 job.expert, job.version = package.manifest.id, package.manifest.version
-                return await self._load(job, package)
+                return await self._load(job, package, since)
         except Exception:
             if job.committed is False:
                 copy = self._residence.places.private / job.id
@@ -114,26 +117,39 @@ class Adding:
         await job.at("verified")
         return package
 
-    async def _load(self, job: Job, package: VerifiedPackage) -> ExpertInfo | None:
+    async def _load(self, job: Job, package: VerifiedPackage, since: int) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
-        await asyncio.to_thread(self._check_version, manifest)
+        await asyncio.to_thread(self._check_version, manifest, since)
         slot = residence.take_slot(await asyncio.to_thread(residence.repository.slots_of_others, manifest.id))
         try:
             digests = await self._fill(job, package, slot)
+            tried = await self._try(job, manifest.id, slot)
             async with residence.changing:
-                return await self._make_live(job, package, slot, digests)
+                generation = await self._newest(slot, tried)
+                await asyncio.to_thread(self._check_version, manifest, since)
+                return await self._make_live(job, package, slot, generation, digests)
         except Exception:
             if not job.committed and await residence.give_back(slot) and job.committed is None:
                 residence.hold(slot, package.directory.name)
             raise
 
-    async def _make_live(self, job: Job, package: VerifiedPackage, slot: int, digests: list[str]) -> ExpertInfo | None:
+    async def _newest(self, slot: int, tried: int) -> int:
+        """The generation that a commit will give the slot, under which it is open afterwards.
+
+        Others may have changed what is served while the expert was tried under `tried`. Whatever another server changes
+        from here on has the commit refused.
+        """
+        generation = await asyncio.to_thread(self._residence.repository.epoch) + 1
+        if generation != tried:
+            await self._residence.slots.close(slot)
+            await self._residence.slots.open(slot, generation)
+        return generation
+
+    async def _make_live(
+        self, job: Job, package: VerifiedPackage, slot: int, generation: int, digests: list[str]
+    ) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
-        # Whatever another server changes from here on has the commit refused.
-        generation = await asyncio.to_thread(residence.repository.epoch) + 1
-        await asyncio.to_thread(self._check_version, manifest)
         former = residence.find(manifest.id)
-        await self._try(job, manifest.id, slot, generation)
         await self._commit(job, package, slot, generation)
         if former is not None:
             residence.soil(former.slot)
@@ -160,9 +176,11 @@ class Adding:
         await job.at("agreed")
         return digests
 
-    async def _try(self, job: Job, expert: str, slot: int, generation: int) -> None:
+    async def _try(self, job: Job, expert: str, slot: int) -> int:
+        """Open the slot, which nobody else can name, and try its expert; returns the generation it was tried under."""
         residence = self._residence
         public = residence.client.experts()[0].lease
+        generation = await asyncio.to_thread(residence.repository.epoch) + 1
         try:
             await residence.slots.open(slot, generation)
             await job.at("canary")
@@ -174,6 +192,7 @@ class Adding:
             ) from error
         except Exception as error:
             raise EngineFailed(f"The loaded expert does not behave: {error}.") from error
+        return generation
 
     async def _commit(self, job: Job, package: VerifiedPackage, slot: int, generation: int) -> None:
         manifest, repository = package.manifest, self._residence.repository
@@ -210,11 +229,26 @@ class Adding:
         except PolicyError:
             return None
 
-    def _check_version(self, manifest: Manifest) -> None:
+    def _check_version(self, manifest: Manifest, since: int) -> None:
+        """Refuse a package that is none of the expert's next version, or that was sent before the expert was withdrawn.
+
+        Args:
+            since: the weights epoch at which its job began.
+        """
         residence = self._residence
+        if residence.repository.revoked().get(manifest.id, 0) > since:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' was withdrawn while this package was on its way. Add it again if it is to be "
+                "served all the same.",
+                code="experts_changing",
+            )
         info = residence.find(manifest.id)
         if info is None:
             return
+        if not info.live:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' is being withdrawn. Add it again once that is done.", code="experts_changing"
+            )
         if residence.repository.revoked().get(info.id, 0) > info.generation:
             raise ChangeConflict(
                 f"Another server withdrew expert '{info.id}', which is being taken out here. Try again in a moment.",

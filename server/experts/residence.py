@@ -34,6 +34,7 @@ class EngineClient(Protocol):
     def slots(self) -> int: ...
     def experts(self) -> tuple[ExpertInfo, ...]: ...
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None: ...
+    def in_use(self, lease: ExpertLease) -> bool: ...
     def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]: ...
 
 
@@ -164,8 +165,12 @@ class Residence:
         return True
 
     async def forget_copies(self) -> None:
-        """Remove private copies of packages that are not loaded."""
+        """Remove private copies of packages that are not loaded, and free slots that were held for one of them."""
+        held = set(self._held)
         await asyncio.to_thread(self._forget_copies)
+        if held:
+            for package in held - {entry.package for entry in await asyncio.to_thread(self.repository.added)}:
+                self.release(package)
 
     def _forget_copies(self) -> None:
         """The order matters: a copy stops to arrive only after it was committed, so whoever no longer

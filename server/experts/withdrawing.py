@@ -81,12 +81,11 @@ class Withdrawing:
         info = residence.find(expert)
         if info is None:
             return await self._forget(expert, actor=actor, began=began)
-        residence.client.publish(residence.others(expert), residence.client.weights_epoch)
+        self._publish(replace(info, live=False))  # it keeps its slot until it is known to be withdrawn
         try:
             epoch = await asyncio.to_thread(self._commit, info.id, info.slot, actor)
         except CommitUnknown:
             self._doubtful.add(info.lease)
-            self._publish(replace(info, live=False))
             self._stop(info)
             raise
         except PolicyError as error:
@@ -100,13 +99,14 @@ class Withdrawing:
         revoked = await asyncio.to_thread(residence.repository.revoked)
         if revoked.get(info.id, 0) > info.generation and residence.find(info.id) == info:
             epoch = await asyncio.to_thread(residence.repository.epoch)
-            residence.client.publish(residence.others(info.id), epoch)
             await self._take_out(info, self._stop(info), epoch, actor="another process", began=began)
 
     async def drained(self, info: ExpertInfo, seconds: float) -> None:
-        """Wait until nobody uses a slot, no longer than `seconds`."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and await self._residence.slots.users(info.slot):
+        """Wait until nobody uses an expert, no longer than `seconds`."""
+        residence, deadline = self._residence, time.monotonic() + seconds
+        while time.monotonic() < deadline and (
+            residence.client.in_use(info.lease) or await residence.slots.users(info.slot)
+        ):
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _stop(self, info: ExpertInfo) -> tuple[GatedCall, ...]:
@@ -126,10 +126,10 @@ class Withdrawing:
     async def _forget(self, expert: str, *, actor: str, began: float) -> dict[str, Any]:
         """Withdraw what is not loaded here, and what a start would load."""
         residence = self._residence
-        entry = next((e for e in await asyncio.to_thread(residence.repository.added) if e.expert == expert), None)
-        if entry is None:
-            raise NotResident("No expert of that name is loaded that could be withdrawn.")
         try:
+            entry = next((e for e in await asyncio.to_thread(residence.repository.added) if e.expert == expert), None)
+            if entry is None:
+                raise NotResident("No expert of that name is loaded that could be withdrawn.")
             epoch = await asyncio.to_thread(self._commit, expert, entry.slot, actor)
         except PolicyError as error:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
@@ -156,7 +156,7 @@ class Withdrawing:
     ) -> dict[str, Any]:
         residence = self._residence
         residence.soil(info.slot)
-        residence.client.publish(residence.client.experts(), epoch)
+        residence.client.publish(residence.others(info.id), epoch)
         tenancies = (info, *residence.retiring.pop(info.id, ()))
         try:
             closed = [await residence.slots.close(each.slot) for each in tenancies]

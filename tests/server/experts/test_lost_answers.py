@@ -108,6 +108,17 @@ async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_withdra
     assert (await here.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 2
 
 
+async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_another_took_its_place(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    with answer_lost(here):
+        assert (await here.add(package(tmp_path, anchor))).error["code"] == "commit_unknown"
+    assert (await here.add(package(tmp_path, anchor))).result["slot"] == 3
+    await here.service.revoke("math", actor="key_owner")
+    jobs = [await here.add(package(tmp_path, anchor, expert=expert)) for expert in ("a", "b", "c")]
+    assert sorted(job.result["slot"] for job in jobs if job.state == "succeeded") == [2, 3, 4]
+
+
 async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_took(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:

@@ -273,6 +273,71 @@ async def test_a_withdrawal_does_not_wait_until_another_expert_is_loaded(
     assert here.client.published[-1] == ("public", "math")
 
 
+async def test_a_withdrawal_does_not_wait_until_another_expert_is_tried(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    here.canary_hold = asyncio.Event()
+    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
+    while 2 not in here.slots.table.live:
+        await asyncio.sleep(0.001)
+    assert here.slots.table.live[2] == 2
+    record = await asyncio.wait_for(here.service.revoke("news", actor="key_admin"), 5)
+    assert record["weights_epoch"] == 2
+    here.canary_hold.set()
+    job = await adding
+    assert job.result["generation"] == 3
+    assert here.slots.table.live == {0: 1, 2: 3}
+    assert here.client.experts()[1].generation == 3
+
+
+async def test_what_was_withdrawn_while_a_package_of_it_was_on_its_way_stays_away(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    here.slots.hold = asyncio.Event()
+    replacing = asyncio.ensure_future(here.add(package(tmp_path, anchor, version=2)))
+    while not here.slots.held:
+        await asyncio.sleep(0.001)
+    await here.service.revoke("math", actor="key_owner")
+    here.slots.hold.set()
+    assert (await replacing).error == {
+        "code": "experts_changing",
+        "message": "Expert 'math' was withdrawn while this package was on its way. Add it again if it is to be served "
+        "all the same.",
+    }
+    assert here.client.published[-1] == ("public", "news")
+    assert here.store.weights().withdrawn == {"math"}
+    assert here.slots.digests(2) == here.slots.digests(3) == zeros(here)
+    assert (await here.add(package(tmp_path, anchor, version=2))).state == "succeeded"
+
+
+async def test_a_slot_is_nobodys_while_a_withdrawal_of_its_expert_is_being_committed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    committing, go = threading.Event(), threading.Event()
+
+    def refused(*_: object, **__: object) -> int:
+        committing.set()
+        go.wait(30)
+        raise StoreUnavailable("away")
+
+    here.service._residence.repository.revoke = refused  # type: ignore[method-assign]
+    before = here.slots.digests(1)
+    revoking = asyncio.ensure_future(here.service.revoke("news", actor="key_owner"))
+    await asyncio.to_thread(committing.wait, 30)
+    assert [info.id for info in here.client.experts() if info.live] == ["public"]
+    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
+    while len(here.slots.table.live) < 3 and not adding.done():
+        await asyncio.sleep(0.001)
+    go.set()
+    with pytest.raises(ChangeConflict, match="The store refused"):
+        await revoking
+    assert (await adding).result["slot"] == 2
+    assert here.slots.table.live == {0: 1, 1: 1, 2: 2}
+    assert here.slots.digests(1) == before
+    assert [info.id for info in here.client.experts() if info.live] == ["public", "news", "math"]
+
+
 async def test_two_experts_arrive_at_the_same_time_in_slots_of_their_own(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
@@ -313,6 +378,42 @@ async def test_a_withdrawal_that_drains_holds_up_nobody_elses(here: Local, tmp_p
     assert not draining.done()
     here.slots.busy = set()
     assert (await draining)["expert"] == "math"
+
+
+async def test_a_drain_waits_also_for_calls_that_have_not_reached_the_engine(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    call = GatedCall(GateGrant("t", (ExpertLease("math", 2, 2),), float("inf")))
+    here.client.open.append(call)
+    draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
+    await asyncio.sleep(0.2)
+    assert (draining.done(), call.failed) == (False, None)
+    call.ended.set()
+    assert (await asyncio.wait_for(draining, 10))["undelivered_responses"] == 0
+
+
+async def test_an_expert_that_is_being_withdrawn_is_not_replaced(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    here.slots.busy = {2}
+    draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
+    await asyncio.sleep(0.05)
+    assert (await here.add(package(tmp_path, anchor, version=2))).error == {
+        "code": "experts_changing",
+        "message": "Expert 'math' is being withdrawn. Add it again once that is done.",
+    }
+    here.slots.busy = set()
+    assert (await draining)["expert"] == "math"
+    assert (await here.add(package(tmp_path, anchor, version=2))).state == "succeeded"
+
+
+async def test_what_is_not_loaded_cannot_be_withdrawn_without_the_store(here: Local) -> None:
+    def away() -> Any:
+        raise StoreUnavailable("away")
+
+    here.service._residence.repository.added = away  # type: ignore[method-assign]
+    with pytest.raises(ChangeConflict, match="The store refused the change: away"):
+        await here.service.revoke("math", actor="key_owner")
 
 
 async def test_a_record_that_cannot_be_audited_is_answered_all_the_same(

@@ -127,6 +127,9 @@ class LocalClient:
         self.weights_epoch = weights_epoch
         self.published.append(tuple(info.id for info in self._experts))
 
+    def in_use(self, lease: ExpertLease) -> bool:
+        return any(lease in call.grant.experts and not call.ended.is_set() for call in self.open)
+
     def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
         users = tuple(call for call in self.open if lease in call.grant.experts)
         for call in users:
@@ -144,6 +147,7 @@ class Local:
     store: Store
     recorded: list[tuple[str, str, dict[str, Any]]]
     canary_fails: list[Exception] = field(default_factory=list)
+    canary_hold: asyncio.Event | None = None  # a canary waits for it
 
     async def add(self, package: Path, **options: Any) -> Any:
         """Add and wait; the ended job."""
@@ -177,6 +181,8 @@ def local(
     made: list[Local] = []
 
     async def canary(*_: ExpertLease) -> None:
+        if made[0].canary_hold is not None:
+            await made[0].canary_hold.wait()
         if made[0].canary_fails:
             raise made[0].canary_fails.pop()
 
