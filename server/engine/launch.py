@@ -158,6 +158,7 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
         CheckpointError, RefusedConfigurationError: before vLLM is loaded.
         UntestedVersionError: another vLLM than the ones tested is installed.
         HandshakeError, CanaryError: a rank does not gate; nothing was served.
+        EngineDeadError: it died, or it hung and was ended, before it had proved itself.
     """
     planned = plan(settings)
     if settings.check_weights:
@@ -183,16 +184,13 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
         refuse_untried(config)
         stage("starting the engine", 0, 0)
         engine = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
+    slots = SlotOperator(engine)
+    watching = asyncio.create_task(end_if_it_hangs(slots))
     try:
         stage("proving the gate", 0, 0)
-        client = await _prove(engine, planned, key)
-        slots = SlotOperator(engine)
-        watching = asyncio.create_task(end_if_it_hangs(slots))
-        try:
-            yield RunningEngine(client, slots)
-        finally:
-            watching.cancel()
+        yield RunningEngine(await _prove(engine, planned, key), slots)
     finally:
+        watching.cancel()
         await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
 
 
@@ -282,8 +280,9 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngine
     from flexgate.server.engine.canary import sing
     from flexgate.server.engine.client import GatedEngineClient
     from flexgate.server.engine.handshake import describe_kernels, verify
+    from flexgate.server.engine.seam import ask_ranks
 
-    reports = await engine.collective_rpc("flexgate_handshake")
+    reports = await ask_ranks(engine, "flexgate_handshake")
     verify(
         reports,
         world_size=planned.settings.tensor_parallel_size,

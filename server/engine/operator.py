@@ -16,7 +16,7 @@ from typing import Any
 from flexgate.experts.package import WeightsTicket
 from flexgate.server.engine.residency import to_wire
 from flexgate.server.engine.scheduler import SLOTS_UTILITY
-from flexgate.server.engine.seam import ask_engine_core
+from flexgate.server.engine.seam import RankFailed, ask_engine_core, ask_ranks
 
 POLL_SECONDS = 0.01
 
@@ -36,7 +36,10 @@ class Closed:
 
 
 class SlotOperator:
-    """The slots of one engine. Calls about different slots may overlap."""
+    """The slots of one engine. Calls about different slots may overlap.
+
+    All of them raise `EngineDeadError` when the engine is dead or dies meanwhile, and `RankFailed` when a rank refuses.
+    """
 
     def __init__(self, engine: Any) -> None:
         """``engine`` is an ``AsyncLLM``."""
@@ -52,7 +55,7 @@ class SlotOperator:
             SlotTaskFailed: some rank could not; the slot may be half written and stays masked.
         """
         try:
-            await self._engine.collective_rpc("flexgate_load", args=(slot, to_wire(ticket)))
+            await ask_ranks(self._engine, "flexgate_load", slot, to_wire(ticket))
         except Exception:
             with suppress(SlotTaskFailed):  # some ranks may have begun; the slot is theirs until they are done
                 await self._finish(slot, progress)
@@ -61,22 +64,23 @@ class SlotOperator:
 
     async def clear(self, slot: int) -> list[str]:
         """Zero a masked slot on every rank and read it back; returns and raises like :meth:`fill`."""
-        await self._engine.collective_rpc("flexgate_clear", args=(slot,))
+        await ask_ranks(self._engine, "flexgate_clear", slot)
         return await self._finish(slot, lambda *_: None)
 
     async def open(self, slot: int, generation: int) -> None:
         """Let sealed gates name the slot: on every rank, then in the engine core; everywhere or nowhere."""
-        await self._engine.collective_rpc("flexgate_open", args=(slot, generation))
         try:
+            await ask_ranks(self._engine, "flexgate_open", slot, generation)
             await self._ask("open", slot, generation)
         except BaseException:
-            await self._engine.collective_rpc("flexgate_close", args=(slot,))
+            with suppress(RankFailed):  # the ones that did not open it
+                await ask_ranks(self._engine, "flexgate_close", slot)
             raise
 
     async def close(self, slot: int) -> Closed:
         """Let no gate name the slot: in the engine core, which ends its users, then on every rank."""
         closed = Closed(**await self._ask("close", slot))
-        await self._engine.collective_rpc("flexgate_close", args=(slot,))
+        await ask_ranks(self._engine, "flexgate_close", slot)
         return closed
 
     async def users(self, slot: int) -> int:
@@ -89,7 +93,7 @@ class SlotOperator:
 
     async def digests(self) -> list[list[str]]:
         """Per rank, SHA-256 of every slot. Reads all of them: for checks, not while serving."""
-        found: list[list[str]] = await self._engine.collective_rpc("flexgate_digests")
+        found: list[list[str]] = await ask_ranks(self._engine, "flexgate_digests")
         return found
 
     async def _ask(self, do: str, slot: int, generation: int = 0) -> Any:
@@ -98,7 +102,7 @@ class SlotOperator:
 
     async def _finish(self, slot: int, progress: Progress) -> list[str]:
         while True:
-            reports = await self._engine.collective_rpc("flexgate_task", args=(slot,))
+            reports = await ask_ranks(self._engine, "flexgate_task", slot)
             running = [report for report in reports if report["state"] == "running"]
             done, total = (sum(report[name] for report in reports) for name in ("done", "total"))
             progress(len(reports) - len(running), done, total)

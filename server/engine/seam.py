@@ -41,16 +41,22 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 ``torch.cpu._is_amx_tile_supported / _init_amx`` (vllm/v1/attention/backends/cpu_attn.py asks the first only)
     Linux kills a process that touches AMX tiles without having asked for them. vLLM's attention never asks;
     it lives where oneDNN, which does, happens to have used them before.
+``MultiprocExecutor.collective_rpc`` (vllm/v1/executor/multiproc_executor.py)
+    Stops reading at the first rank that raises: the next call would take the other ranks' answers for its own. So no
+    method that is called this way lets an exception out; see :func:`answered`.
 ``EngineCore`` attributes, called by name as utilities (vllm/v1/engine/core.py)
-    The only way from the API process to the scheduler; a utility runs between two steps.
+    The only way from the API process to the scheduler; a utility runs between two steps. One that is in flight when the
+    engine dies is never answered (``AsyncMPClient.utility_results``, vllm/v1/engine/core_client.py).
 ``Scheduler.kv_cache_manager.block_pool`` (vllm/v1/core/block_pool.py)
     Cached blocks of a revoked expert are evicted by their hashes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import torch
 import vllm
@@ -82,6 +88,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 TESTED_VERSIONS = frozenset({"0.32.0"})
+DEAD_POLL_SECONDS: Final = 0.5
 
 __all__ = [
     "TESTED_VERSIONS",
@@ -102,6 +109,7 @@ __all__ = [
     "FusedMoEFactory",
     "MoEActivation",
     "ModelRunnerOutput",
+    "RankFailed",
     "Request",
     "RequestStatus",
     "RoutedExperts",
@@ -114,7 +122,10 @@ __all__ = [
     "UnquantizedMoeBackend",
     "UntestedVersionError",
     "allow_amx_tiles",
+    "answered",
+    "answers",
     "ask_engine_core",
+    "ask_ranks",
     "cached_among",
     "cpu_prepack_moe_weight",
     "engine_core_of",
@@ -128,7 +139,12 @@ __all__ = [
     "take_output_extras",
 ]
 
+T = TypeVar("T")
 RequestGuard = Callable[[EngineCoreRequest], Any]
+
+
+class RankFailed(RuntimeError):
+    """A rank could not do what it was asked; the message says which and why."""
 
 
 class UntestedVersionError(RuntimeError):
@@ -252,8 +268,58 @@ def offer_to_engine_core(name: str, handle: Callable[[Any, dict[str, Any]], Any]
 
 
 async def ask_engine_core(engine: Any, name: str, command: dict[str, Any]) -> Any:
-    """Call what :func:`offer_to_engine_core` offered; ``engine`` is an ``AsyncLLM``."""
-    return await engine.engine_core.call_utility_async(name, command)
+    """Call what :func:`offer_to_engine_core` offered.
+
+    Args:
+        engine: an ``AsyncLLM``.
+
+    Raises:
+        EngineDeadError: it is dead, or it died before it answered.
+    """
+    return await _unless_it_dies(engine, engine.engine_core.call_utility_async(name, command))
+
+
+async def ask_ranks(engine: Any, name: str, *args: Any) -> list[Any]:
+    """Call an :func:`answered` method of every rank's worker, between two steps; their results in the order of ranks.
+
+    Raises:
+        EngineDeadError: as :func:`ask_engine_core` does.
+        RankFailed: a rank raised; all of them have answered.
+    """
+    return answers(await _unless_it_dies(engine, engine.collective_rpc(name, args=args)))
+
+
+def answered(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a worker's method return what it raises; :func:`answers` is its counterpart."""
+
+    @functools.wraps(method)
+    def answering(*args: Any) -> dict[str, Any]:
+        try:
+            return {"result": method(*args), "error": None}
+        except Exception as error:
+            return {"result": None, "error": f"{type(error).__name__}: {error}"}
+
+    return answering
+
+
+def answers(replies: Sequence[dict[str, Any]]) -> list[Any]:
+    """What :func:`answered` methods returned, by rank; raises `RankFailed` for the first that raised."""
+    for rank, reply in enumerate(replies):
+        if reply["error"] is not None:
+            raise RankFailed(f"rank {rank}: {reply['error']}")
+    return [reply["result"] for reply in replies]
+
+
+async def _unless_it_dies(engine: Any, call: Awaitable[T]) -> T:
+    waiting = asyncio.ensure_future(call)
+    try:
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=DEAD_POLL_SECONDS)
+            if engine.errored and not waiting.done():
+                raise EngineDeadError
+        return waiting.result()
+    finally:
+        waiting.cancel()
 
 
 def evict_cached(scheduler: Scheduler, hashes: Iterable[BlockHash]) -> int:

@@ -18,6 +18,7 @@ from flexgate.server.engine.seam import (
     ModelRunnerOutput,
     SchedulerOutput,
     allow_amx_tiles,
+    answered,
 )
 from flexgate.server.engine.slots import SlotTable
 from flexgate.server.engine.state import GateState, PendingUsage
@@ -118,32 +119,39 @@ class GatedWorker(_Worker):
             return _AsyncOutput(output, usage)
         return _with_usage(output, usage)
 
+    @answered
     def flexgate_handshake(self) -> RankReport:
         """Prove to the launcher what this rank runs."""
         return report_rank(self)
 
+    @answered
     def flexgate_load(self, slot: int, ticket: dict[str, Any]) -> None:
         """Start copying an expert's file into a masked slot, beside the steps."""
         self._table.require_masked(slot)
         self._slots.load(slot, from_wire(ticket))
 
+    @answered
     def flexgate_clear(self, slot: int) -> None:
         """Start zeroing a masked slot, beside the steps."""
         self._table.require_masked(slot)
         self._slots.clear(slot)
 
+    @answered
     def flexgate_task(self, slot: int) -> TaskReport:
         """How far the last :meth:`flexgate_load` or :meth:`flexgate_clear` of a slot is on this rank."""
         return self._slots.report(slot)
 
+    @answered
     def flexgate_open(self, slot: int, generation: int) -> None:
         """Let gates name ``slot`` from the next step on."""
         self._table.open(slot, generation)
 
+    @answered
     def flexgate_close(self, slot: int) -> None:
         """Let no gate name ``slot`` any more; a request that does must not be scheduled again."""
         self._table.close(slot)
 
+    @answered
     def flexgate_digests(self) -> list[str]:
         """SHA-256 of what each slot holds on this rank; reads all of it, between two steps."""
         return [self._slots.digest(slot) for slot in range(self._table.total)]

@@ -22,6 +22,7 @@ from enginekit.scripted import (
     Ask,
     EngineScript,
     ScriptedEngine,
+    SlotChange,
     scripted_engine,
 )
 
@@ -231,6 +232,16 @@ def test_expert_parallel_ranks_equal_one_rank(expert_parallel: ScriptedEngine, e
     assert [report["slots_here"] for report in reports] == [[0, 2, 4, 6], [1, 3, 5]]
     assert all(report["zero_slot"] for report in reports)
     assert_ranks_equal_one(expert_parallel, engine)
+
+
+@pytest.mark.slow
+def test_ranks_that_refuse_something_answer_the_next_question_in_turn(expert_parallel: ScriptedEngine) -> None:
+    before = expert_parallel.call("digests")
+    for slot in (0, 1):
+        with pytest.raises(RuntimeError, match=f"rank 0: SlotError: slot {slot} is live"):
+            expert_parallel.change(SlotChange(0, "clear", slot))
+        assert [report["rank"] for report in expert_parallel.call("handshake")] == [0, 1]
+    assert expert_parallel.call("digests") == before
 
 
 @pytest.mark.slow

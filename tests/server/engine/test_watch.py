@@ -4,10 +4,12 @@ import asyncio
 import multiprocessing
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from enginekit.launched import launched
 
 from flexgate.server.engine import watch
 from flexgate.server.engine.seam import EngineDeadError
@@ -15,6 +17,18 @@ from flexgate.server.engine.seam import EngineDeadError
 SECONDS = 3
 SLEEP = "import time; time.sleep(60)"
 WITH_A_CHILD = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); {SLEEP}"
+
+HALTED_BEFORE_IT_PROVES_ITSELF = """
+import signal
+prove = launch._prove
+
+async def halted(*args):
+    for core in multiprocessing.active_children():
+        os.kill(core.pid, signal.SIGSTOP)
+    return await prove(*args)
+
+launch._prove = halted
+"""
 
 
 class Slots:
@@ -86,3 +100,14 @@ async def test_one_that_answers_in_whatever_way_lives_and_is_asked_again(
     await watch.end_if_it_hangs(slots)
     assert slots.asked == 2
     assert core.is_alive()
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_start_ends_whose_engine_hangs(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "5")
+    run = launched(checkpoint, tmp_path, HALTED_BEFORE_IT_PROVES_ITSELF)
+    assert run.returncode == 1
+    assert "SERVED" not in run.stdout
+    assert "has not answered for 5 seconds" in run.stderr
+    assert "EngineDeadError" in run.stderr

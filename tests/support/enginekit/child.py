@@ -71,22 +71,27 @@ class Engine:
     def on_every_rank(self, what: Any, *args: Any) -> Any:
         return self.engine.collective_rpc(what, args=args)
 
+    def ask_ranks(self, name: str, *args: Any) -> list[Any]:
+        from flexgate.server.engine.seam import answers
+
+        return answers(self.engine.collective_rpc(name, args=args))
+
     def change(self, changes: list[SlotChange]) -> list[Any]:
         return [getattr(self, f"_{change.do}")(change) for change in changes]
 
     def _fill(self, change: SlotChange) -> None:
         from flexgate.server.engine.residency import to_wire
 
-        self.engine.collective_rpc("flexgate_load", args=(change.slot, to_wire(change.ticket)))
+        self.ask_ranks("flexgate_load", change.slot, to_wire(change.ticket))
 
     def _clear(self, change: SlotChange) -> None:
-        self.engine.collective_rpc("flexgate_clear", args=(change.slot,))
+        self.ask_ranks("flexgate_clear", change.slot)
 
     def _settle(self, change: SlotChange) -> list[str]:
         import time
 
         while True:
-            reports = self.engine.collective_rpc("flexgate_task", args=(change.slot,))
+            reports = self.ask_ranks("flexgate_task", change.slot)
             if all(report["state"] != "running" for report in reports):
                 break
             time.sleep(0.001)
@@ -95,12 +100,12 @@ class Engine:
         return [report["digest"] for report in reports]
 
     def _open(self, change: SlotChange) -> None:
-        self.engine.collective_rpc("flexgate_open", args=(change.slot, change.generation))
+        self.ask_ranks("flexgate_open", change.slot, change.generation)
         self._ask_core("open", change)
 
     def _close(self, change: SlotChange) -> Any:
         closed = self._ask_core("close", change)
-        self.engine.collective_rpc("flexgate_close", args=(change.slot,))
+        self.ask_ranks("flexgate_close", change.slot)
         return closed
 
     def _ask_core(self, do: str, change: SlotChange) -> Any:
@@ -109,14 +114,14 @@ class Engine:
 
     def digests(self) -> list[list[str]]:
         """Per rank, what every slot holds."""
-        return self.engine.collective_rpc("flexgate_digests")
+        return self.ask_ranks("flexgate_digests")
 
     def reset_cache(self) -> None:
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("the prefix cache was in use")
 
     def handshake(self) -> Any:
-        return self.engine.collective_rpc("flexgate_handshake")
+        return self.ask_ranks("flexgate_handshake")
 
     def calls_of_kernels(self) -> dict[str, int]:
         """How often each interpreted operator has been called."""
