@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import uvicorn
 from starlette.types import ASGIApp
+from vllm.utils.system_utils import set_ulimit
 
 from flexgate.experts.base import base_identity
 from flexgate.experts.signature import TrustedKeys
@@ -26,6 +27,7 @@ from flexgate.policies.audit import Event
 from flexgate.policies.store.hints import Hints
 from flexgate.policies.store.store import Store
 from flexgate.server.app import build_app, build_listeners
+from flexgate.server.connections import BoundedProtocol
 from flexgate.server.engine.canary import try_added
 from flexgate.server.engine.client import ExpertLease, GatedEngineClient
 from flexgate.server.engine.launch import RunningEngine
@@ -128,6 +130,7 @@ def _expert_service(
 
 async def run(settings: Settings, services: Services, sock: socket.socket, admin: socket.socket | None = None) -> None:
     """Answer at the bound addresses until a signal comes; raises `EngineDied`."""
+    set_ulimit()
     listening = [sock]
     app: ASGIApp = build_app(services, hosts=settings.hosts)
     if admin is not None:
@@ -135,6 +138,8 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         app = build_listeners(services, admin.getsockname()[:2], hosts=settings.hosts)
     config = uvicorn.Config(
         app,
+        http=BoundedProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

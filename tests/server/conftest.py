@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import shutil
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -238,3 +240,39 @@ def server(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     running = live_server.start(text_checkpoint, tmp_path_factory.mktemp("server"))
     yield running
     live_server.stop(running)
+
+
+def _listening() -> socket.socket:
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+@pytest_asyncio.fixture
+async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
+    """The public and the administration address of a running server without an engine."""
+    from flexgate.server.running import run
+    from flexgate.server.settings import Settings
+
+    services.client.errored = False
+    services.experts = type("None_", (), {"follow": staticmethod(lambda *_: asyncio.Event().wait())})()
+    public, admin = _listening(), _listening()
+    settings = Settings(model=Path("none"), admin_port=0)
+    running = asyncio.create_task(run(settings, services, public, admin))
+    addresses = tuple(f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in (public, admin))
+    async with httpx.AsyncClient() as http:
+        for address in addresses:
+            deadline = time.monotonic() + 30
+            while not running.done():
+                assert time.monotonic() < deadline
+                try:
+                    await http.get(f"{address}/health")
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.02)
+    assert not running.done(), running.exception()
+    yield addresses
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    for sock in (public, admin):
+        sock.close()

@@ -5,23 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import pytest_asyncio
 
 from flexgate.policies.audit import Entry
 from flexgate.policies.tenants import Role
 from flexgate.server.app import build_app
 from flexgate.server.denials import ACTION, ANONYMOUS
 from flexgate.server.openapi import document
-from flexgate.server.running import run
-from flexgate.server.settings import Settings
 
 SHARED = {
     ("GET", "/health"),
@@ -54,39 +48,6 @@ def test_the_public_address_has_the_reviewed_routes_and_no_other(services: Any) 
     everything = _routes(services, *Role)
     assert _routes(services, Role.TENANT) == SHARED | INFERENCE
     assert _routes(services, Role.ADMIN, Role.AUDITOR, Role.OWNER) == everything - INFERENCE
-
-
-def _listening() -> socket.socket:
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    return sock
-
-
-@pytest_asyncio.fixture
-async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
-    """The public and the administration address of a running server without an engine."""
-    services.client.errored = False
-    services.experts = type("None_", (), {"follow": staticmethod(lambda *_: asyncio.Event().wait())})()
-    public, admin = _listening(), _listening()
-    settings = Settings(model=Path("none"), admin_port=0)
-    running = asyncio.create_task(run(settings, services, public, admin))
-    addresses = tuple(f"http://127.0.0.1:{sock.getsockname()[1]}" for sock in (public, admin))
-    async with httpx.AsyncClient() as http:
-        for address in addresses:
-            deadline = time.monotonic() + 30
-            while not running.done():
-                assert time.monotonic() < deadline
-                try:
-                    await http.get(f"{address}/health")
-                    break
-                except httpx.TransportError:
-                    await asyncio.sleep(0.02)
-    assert not running.done(), running.exception()
-    yield addresses
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    for sock in (public, admin):
-        sock.close()
 
 
 async def _ask(method: str, url: str, key: str) -> tuple[int, bytes]:
