@@ -95,6 +95,9 @@ def _permit(call: Call[Any, Written], mode: str, expert_ids: frozenset[str]) -> 
 
 def _shown(call: Call[Any, Any], tenant: Tenant) -> Json:
     times = projects.project_times(call.store, [tenant.id])[tenant.id]
+    if call.principal.tenant_id is not None and tenant.standing is not None:
+        standing = listed(tenant.standing, call.snapshot, call.snapshot.tenants[tenant.id])
+        tenant = tenant.model_copy(update={"standing": frozenset(standing)})
     return project_object(tenant, times, operator=call.principal.role in OPERATORS)
 
 

@@ -122,7 +122,10 @@ async def test_an_owner_knows_tenants_by_pseudonyms_alone(call: Any) -> None:
 
 
 async def test_hidden_experts_show_nowhere_to_a_tenant(call: Any, services: Any) -> None:
-    """`secret` is hidden from t, which has it on its allow list all the same."""
+    """`secret` is hidden from t, which has it on its allow list all the same, and as standing."""
+    standing = {"flexgate": {"standing": ["news", "secret"]}}
+    changed = await call("sk-admin", "POST", "/v1/organization/projects/t", json=standing)
+    assert changed.json()["flexgate"]["standing"] == ["news", "secret"]
     for path in (
         "/v1/organization/projects/t",
         "/v1/organization/projects/t/expert_permissions",
@@ -134,6 +137,8 @@ async def test_hidden_experts_show_nowhere_to_a_tenant(call: Any, services: Any)
         answer = await call("sk-t", "GET", path)
         assert answer.status_code == 200
         assert "secret" not in answer.text + str(answer.headers), path
+    shown = (await call("sk-t", "GET", "/v1/organization/projects/t")).json()
+    assert shown["flexgate"]["standing"] == ["news"]
     hidden, nonsense = await call("sk-t", "GET", "/v1/experts/secret"), await call("sk-t", "GET", "/v1/experts/zzz")
     assert hidden.status_code == 404
     assert same(hidden, nonsense)
