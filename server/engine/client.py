@@ -14,6 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
+
 from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.gates import (
     GATE_ARG,
@@ -301,18 +304,39 @@ class GatedEngineClient:
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
         call._names, call._layers = self._names_for(call.grant), self._layers
         self._calls[request_id] = call
+        self._refuse_many_bad_words(params)
         outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
         try:
             async for output in outputs:
                 _refuse_withdrawn(call)
                 yield output
+        except Exception:
+            # vLLM keeps a request that it could not hand over to the engine core.
+            await self._engine.abort(request_id)
+            raise
         finally:
             await outputs.aclose()
             del self._calls[request_id]
 
+    def _refuse_many_bad_words(self, params: SamplingParams) -> None:
+        """Model Runner V2 ends the engine over more (vllm/v1/worker/gpu/sample/bad_words.py); nobody else counts."""
+        if not params.bad_words:
+            return
+        params.update_from_tokenizer(self._engine.renderer.tokenizer)
+        tokens = sum(map(len, params.bad_words_token_ids or ()))
+        most = envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+        if tokens > most:
+            raise VLLMValidationError(
+                f"'bad_words' may have at most {most} tokens, with a space before each word and without, not {tokens}.",
+                parameter="bad_words",
+            )
+
     def _names_for(self, grant: GateGrant) -> tuple[str | None, ...]:
-        """Who is in each slot, by this call's gate; a slot may have changed hands since it was granted."""
-        names = list(self._names)
+        """Who is in each slot, by this call's gate; an expert may have changed slots since it was granted, and a slot
+        hands.
+        """
+        granted = {lease.expert for lease in grant.experts}
+        names = [None if name in granted else name for name in self._names]
         for lease in grant.experts:
             names[lease.slot] = lease.expert
         return tuple(names)

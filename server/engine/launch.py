@@ -213,6 +213,7 @@ def prepare_environment(key: SealKey, settings: EngineSettings) -> None:
 
 def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
     """The ``VllmConfig`` of a plan; ``tuning`` overrides engine arguments (tests, benchmarks)."""
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from flexgate.server.engine.seam import keep_one_rank_in_the_engine_core
@@ -239,6 +240,9 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else "mp",
         "enable_prefix_caching": settings.enable_prefix_caching,
         "async_scheduling": settings.async_scheduling,
+        # vLLM would fall back to backends that follow a schema's references without end, and keep the one that the
+        # first request got.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
         "trust_remote_code": False,
         "enable_log_requests": False,
         "worker_cls": "flexgate.server.engine.worker.GatedWorker",

@@ -16,7 +16,8 @@ from flexgate.server.openai.values import invalid, too_much
 MAX_DEPTH: Final = 32
 MAX_REPEAT: Final = 1024
 _COUNTS: Final = frozenset(["minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"])
-_QUANTIFIER: Final = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+# Possessive, so that it never goes back over what it has read: the pattern is the tenant's.
+_QUANTIFIER: Final = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?+\}")
 
 
 def check_schema(schema: Any, param: str, *, longest: int) -> None:

@@ -12,13 +12,18 @@ from flexgate.server.openai.grammars import check_pattern, check_schema, check_s
 from flexgate.server.openai.values import boolean, characters, integer, invalid, sized, text, too_much
 
 MAX_CACHE_SALT: Final = 128
+# No more than vLLM's Model Runner V2 has room for, which ends the engine over one more: nothing of vLLM's counts before
+# (MAX_NUM_… in vllm/v1/worker/gpu/sample/logit_bias.py; a model's own stop tokens come on top).
 _LISTS: Final = {
     "stop": 4,
-    "stop_token_ids": 256,
-    "bad_words": 256,
+    "stop_token_ids": 100,
+    "bad_words": 128,
     "logit_bias": 1024,
-    "allowed_token_ids": 4096,
+    "allowed_token_ids": 1024,
 }
+MAX_BAD_WORDS_CHARACTERS: Final = 8192
+MAX_INTEGER: Final = (1 << 31) - 1
+"""Of fields that have no bound of their own: a larger number breaks off a request on its way into the engine."""
 _FLAGS: Final = tuple(
     name
     for line in (
@@ -149,7 +154,7 @@ def _check_generation(body: Body, limits: Limits) -> None:
     integer(body, "n", 1, limits.n)
     integer(body, "prompt_logprobs", 0, limits.logprobs)
     integer(body, "min_tokens", 0)
-    integer(body, "stream_interval", 1)
+    integer(body, "stream_interval", 1, MAX_INTEGER)
     sized(body, "logprob_token_ids", most=limits.logprobs)
     form = body.get("response_format")
     if isinstance(form, Mapping):
@@ -164,8 +169,11 @@ def _check_sampling(body: Body, limits: Limits) -> None:
     _check_flags(body)
     text(body, "model", longest=256)
     text(body, "cache_salt", longest=MAX_CACHE_SALT)
+    integer(body, "top_k", -1, MAX_INTEGER)
     for name, most in _LISTS.items():
         sized(body, name, most=most)
+    if (count := characters(body.get("bad_words"))) > MAX_BAD_WORDS_CHARACTERS:
+        too_much(f"'bad_words' may have at most {MAX_BAD_WORDS_CHARACTERS} characters, not {count}.", "bad_words")
     constraint = body.get("structured_outputs")
     if constraint is not None:
         body["structured_outputs"] = _constraint(constraint, limits)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
@@ -50,13 +51,24 @@ def test_nothing_goes_out_without_a_call() -> None:
         client.generate({"prompt_token_ids": [1]}, None, "request")  # type: ignore[arg-type]
 
 
+class Characters:
+    """A tokenizer of one token for each character."""
+
+    max_token_id = 1 << 16
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [ord(character) for character in text]
+
+
 class Engine:
     """vLLM's own output processor without an engine core: a test says what is generated."""
 
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(hf_config=SimpleNamespace(num_hidden_layers=2))
         self.output_processor = OutputProcessor(None, log_stats=False)
+        self.renderer = SimpleNamespace(tokenizer=Characters())
         self.children: list[str] = []
+        self.unreachable = False  # requests are taken and do not get to the engine core
 
     async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **_: Any) -> AsyncIterator[Any]:
         """Hand over one request, or one for each choice, and answer from the queue, as `AsyncLLM` does."""
@@ -71,11 +83,17 @@ class Engine:
             made.external_req_id = request_id
             self.output_processor.add_request(made, None, parent, index, queue)
             self.children.append(child)
+        if self.unreachable:
+            raise OverflowError("an integer does not fit")
         finished = False
         while not finished:
             output = await queue.get()
             finished = output.finished
             yield output
+
+    async def abort(self, request_id: str) -> None:
+        """As `AsyncLLM` does, without an engine core."""
+        self.output_processor.abort_requests([request_id], internal=False)
 
     def step(self, *tokens: int, finish: bool = False) -> None:
         """One step in which every request gets these tokens."""
@@ -139,3 +157,45 @@ async def test_who_leaves_before_the_only_output_is_charged_for_what_there_was(e
     await asyncio.wait({reading})
     engine.step(8)
     assert call.tokens() == 4
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("n", [1, 3])
+async def test_nothing_is_kept_of_a_request_that_did_not_reach_the_engine_core(
+    engine: Engine, call: GatedCall, n: int
+) -> None:
+    engine.unreachable = True
+    with pytest.raises(OverflowError):
+        await (await begin(engine, call, RequestOutputKind.DELTA, n))
+    assert len(engine.children) == n
+    assert engine.output_processor.request_states == {}
+    assert engine.output_processor.external_req_ids == {}
+
+
+@pytest.mark.asyncio
+async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it_sees_them(
+    engine: Engine, call: GatedCall
+) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1)
+    for length, refused in ((1024, False), (1025, True)):
+        params = SamplingParams(max_tokens=1, bad_words=["x" * length])
+        outputs = client.generate({"prompt_token_ids": [1]}, params, "request")
+        asking = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0.01)
+        if refused:
+            with pytest.raises(VLLMValidationError, match=r"at most 1024 tokens, .* not 1025") as told:
+                await asking
+            assert told.value.parameter == "bad_words"
+        else:
+            assert engine.children
+            asking.cancel()
+            await asyncio.wait({asking})
+        assert len(engine.children) == 1
+
+
+def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_was_granted() -> None:
+    infos = (ExpertInfo("public", "o", "", 0, 1, True), ExpertInfo("math", "o", "", 2, 5, True))
+    client = GatedEngineClient(Engine(), key=KEY, experts=infos, slots=4)
+    former = GateGrant("t", (ExpertLease("public", 0, 1), ExpertLease("math", 1, 2)), math.inf)
+    assert client._names_for(former) == ("public", "math", None, None)
+    assert client._names_for(GateGrant("t", (ExpertLease("public", 0, 1),), math.inf)) == ("public", None, "math", None)
