@@ -56,6 +56,7 @@ BOMBS: dict[str, dict[str, Any]] = {
 def test_a_bomb_is_answered_soon_and_the_next_request_too(server: Any, name: str) -> None:
     body = {"prompt": "a", "max_tokens": 3, "structured_outputs": BOMBS[name]}
     with server.client() as http:
+        http.timeout = SECONDS
         began = time.monotonic()
         assert http.post("/v1/completions", json=body).status_code in (200, 400)
         # It did not choose another way to constrain answers, which not all constraints would fit.

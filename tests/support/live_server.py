@@ -114,9 +114,13 @@ def start(model: Path, directory: Path, *options: str, database_url: str | None 
 
 
 def stop(server: LiveServer, *, seconds: float = 60) -> int:
-    """End a server as an operator does; returns its exit status."""
+    """End a server as an operator does, or else kill it; returns its exit status."""
     server.process.send_signal(signal.SIGTERM)
-    return server.process.wait(seconds)
+    try:
+        return server.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise
 
 
 def family(server: LiveServer) -> list[psutil.Process]:

@@ -184,7 +184,7 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
         await asyncio.sleep(0.01)
         if refused:
             with pytest.raises(VLLMValidationError, match=r"at most 1024 tokens, .* not 1025") as told:
-                await asking
+                await asyncio.wait_for(asking, 10)
             assert told.value.parameter == "bad_words"
         else:
             assert engine.children
