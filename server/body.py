@@ -6,21 +6,36 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
+from weakref import WeakValueDictionary
 
 from flexgate.server.errors import ApiError, Invalid, TooLarge
 
+AT_ONCE: Final = 64
+
+
+class Arriving:
+    """The bodies that are being read: of each key ``AT_ONCE`` are in memory, and the next ones wait."""
+
+    def __init__(self) -> None:
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def place(self, key_id: str) -> asyncio.Semaphore:
+        """What to hold while a body is read that came with a key."""
+        return self._places.setdefault(key_id, asyncio.Semaphore(AT_ONCE))
+
 
 async def read_json(
-    chunks: AsyncIterator[bytes], headers: Mapping[str, str], *, limit: int, seconds: float
+    chunks: AsyncIterator[bytes], headers: Mapping[str, str], place: asyncio.Semaphore, *, limit: int, seconds: float
 ) -> dict[str, Any]:
     """The body as a JSON object.
 
     Args:
         chunks: the body as it arrives.
         headers: with lower-case names.
+        place: see `Arriving`.
         limit: bytes; more are refused without being kept.
-        seconds: how long the whole body may take.
+        seconds: how long the whole body may take, with the wait for a place.
 
     Raises:
         Invalid: not JSON, not UTF-8, not an object, compressed or of another media type.
@@ -29,7 +44,7 @@ async def read_json(
     """
     _check_headers(headers, limit)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds), place:
             raw = await _read(chunks, limit)
     except TimeoutError:
         raise ApiError(

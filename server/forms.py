@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
 from flexgate.server.body import read_json
+from flexgate.server.context import context_of
 from flexgate.server.errors import Invalid, from_validation
 from flexgate.server.services import Services
 
@@ -26,9 +27,20 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+async def read_request(request: Request, services: Services) -> dict[str, Any]:
+    """The JSON body of a request whose sender is known."""
+    return await read_json(
+        request.stream(),
+        request.headers,
+        services.arriving.place(context_of(request).noted["key"]),
+        limit=services.body_bytes,
+        seconds=services.body_seconds,
+    )
+
+
 async def read_body(request: Request, services: Services, model: type[M]) -> M:
     """The request's body as `model`; raises `ApiError` naming the field at fault."""
-    raw = await read_json(request.stream(), request.headers, limit=services.body_bytes, seconds=services.body_seconds)
+    raw = await read_request(request, services)
     try:
         return model.model_validate(raw)
     except ValidationError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.store.store import Store
+from flexgate.server.body import Arriving
 from flexgate.server.clock import Clock
 from flexgate.server.denials import Denials
 from flexgate.server.openai.limits import Limits
@@ -40,6 +41,7 @@ class Services:
     limits: Limits = field(default_factory=Limits)
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
+    arriving: Arriving = field(default_factory=Arriving)
     decisions: DecisionCache = field(default_factory=DecisionCache)
     clock: Callable[[], float] = field(default_factory=Clock)
     draining: bool = False

@@ -21,10 +21,10 @@ from flexgate.policies.terms import TenantId
 from flexgate.server import report
 from flexgate.server.admission import Admitted, Kind, admit, honoured_body
 from flexgate.server.auth import AuthError, require_tenant
-from flexgate.server.body import read_json
 from flexgate.server.context import context_of, identify
 from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
+from flexgate.server.forms import read_request
 from flexgate.server.openai import vllm_errors
 from flexgate.server.quotas.limiter import Hold
 from flexgate.server.quotas.subjects import most_tokens, subjects_of
@@ -220,16 +220,6 @@ def grant(decision: Decision, services: Services) -> GateGrant:
     if len(held) != len(leases):
         raise Unavailable("An expert of this request is being changed. Try again.", code="experts_changing")
     return GateGrant(decision.tenant_id, held, decision.valid_until)
-
-
-async def read_request(request: Request, services: Services) -> dict[str, Any]:
-    """The JSON body of a request."""
-    return await read_json(
-        request.stream(),
-        request.headers,
-        limit=services.body_bytes,
-        seconds=services.body_seconds,
-    )
 
 
 def check_model(body: Mapping[str, Any], services: Services) -> None:

@@ -21,13 +21,13 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 from flexgate.policies.terms import TenantId
 from flexgate.server.admission import Kind, honoured_body
 from flexgate.server.errors import ApiError
+from flexgate.server.forms import read_request
 from flexgate.server.openai import fields, limits, vllm_errors
 from flexgate.server.openai.generation import (
     CLIENT_GONE,
     check_chat_template,
     check_model,
     identify_tenant,
-    read_request,
     until_gone,
 )
 from flexgate.server.quotas import refusals

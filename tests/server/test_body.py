@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgate.server.body import parse_object, read_json
+from flexgate.server.body import AT_ONCE, Arriving, parse_object, read_json
 from flexgate.server.errors import ApiError, Invalid, TooLarge
 
 JSON_TYPE = {"content-type": "application/json; charset=utf-8"}
@@ -24,7 +24,9 @@ async def chunks(*parts: bytes, wait: float = 0) -> AsyncIterator[bytes]:
 
 
 async def read(*parts: bytes, limit: int = 100, wait: float = 0, **headers: str) -> object:
-    return await read_json(chunks(*parts, wait=wait), JSON_TYPE | headers, limit=limit, seconds=0.2)
+    return await read_json(
+        chunks(*parts, wait=wait), JSON_TYPE | headers, Arriving().place("k"), limit=limit, seconds=0.2
+    )
 
 
 @pytest.mark.asyncio
@@ -43,8 +45,30 @@ async def test_a_body_over_the_limit_is_refused_while_it_is_read() -> None:
             yield b" " * 10
 
     with pytest.raises(TooLarge, match="100 bytes"):
-        await read_json(endless(), JSON_TYPE, limit=100, seconds=5)
+        await read_json(endless(), JSON_TYPE, Arriving().place("k"), limit=100, seconds=5)
     assert seen == 110
+
+
+@pytest.mark.asyncio
+async def test_of_one_key_only_so_many_bodies_are_in_memory_and_nobody_elses_wait() -> None:
+    arriving, begun, go = Arriving(), 0, asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        nonlocal begun
+        begun += 1
+        yield b"{"
+        await go.wait()
+        yield b"}"
+
+    def asked(key: str, body: AsyncIterator[bytes]) -> Awaitable[object]:
+        return read_json(body, JSON_TYPE, arriving.place(key), limit=100, seconds=30)
+
+    waiting = [asyncio.ensure_future(asked("k", slow())) for _ in range(AT_ONCE + 8)]
+    assert await asked("other", chunks(b"{}")) == {}
+    assert begun == AT_ONCE
+    go.set()
+    assert await asyncio.gather(*waiting) == [{}] * (AT_ONCE + 8)
+    assert not arriving._places
 
 
 @pytest.mark.asyncio
