@@ -303,8 +303,8 @@ class GatedEngineClient:
         params = sampling_params.clone()
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
         call._names, call._layers = self._names_for(call.grant), self._layers
-        self._calls[request_id] = call
         self._refuse_many_bad_words(params)
+        self._calls[request_id] = call
         outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
         try:
             async for output in outputs:

@@ -139,10 +139,14 @@ class Adding:
         Others may have changed what is served while the expert was tried under `tried`. Whatever another server changes
         from here on has the commit refused.
         """
+        slots = self._residence.slots
         generation = await asyncio.to_thread(self._residence.repository.epoch) + 1
         if generation != tried:
-            await self._residence.slots.close(slot)
-            await self._residence.slots.open(slot, generation)
+            try:
+                await slots.close(slot)
+                await slots.open(slot, generation)
+            except Exception as error:
+                raise EngineFailed(f"The slot could not be opened anew: {error}.") from error
         return generation
 
     async def _make_live(
@@ -154,10 +158,12 @@ class Adding:
         if former is not None:
             residence.soil(former.slot)
             residence.retiring[manifest.id].append(former)
-        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=True)
         await job.at("dark")
         with suppress(PolicyError):  # else the next poll sees it
             await asyncio.to_thread(self._confirm)
+        present = residence.find(manifest.id)  # somebody may have begun to drain it for a withdrawal
+        live = present is None or present.live
+        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=live)
         residence.client.publish((*residence.others(manifest.id), info), generation)
         residence.keep(slot)
         logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)

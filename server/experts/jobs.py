@@ -112,6 +112,10 @@ class Jobs:
         """How many jobs of a key have not ended."""
         return sum(job.state == "running" and job.actor == actor for job in self._jobs.values())
 
+    def bring(self, expert: str) -> bool:
+        """Whether a job that has not ended is known to bring an expert."""
+        return any(job.state == "running" and job.expert == expert for job in self._jobs.values())
+
     def get(self, id_: str) -> Job | None:
         """A job by its id."""
         return self._jobs.get(id_)

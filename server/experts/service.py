@@ -155,7 +155,14 @@ class ExpertService:
                 return await self._withdrawing.revoke(expert, actor=actor)
             except ChangeConflict:
                 if drain_seconds and info is not None and info.live:
-                    self._withdrawing.wake(info)
+                    self._withdrawing.wake(expert)
+                raise
+            except NotResident as error:
+                if self.jobs.bring(expert):
+                    raise ChangeConflict(
+                        "A package of this expert is being added. Withdraw it once its job has ended.",
+                        code="experts_changing",
+                    ) from error
                 raise
 
     async def _drain(self, info: ExpertInfo, seconds: float) -> None:

@@ -114,10 +114,11 @@ class Withdrawing:
         tenancies = (info, *self._residence.retiring.get(info.id, ()))
         return tuple(call for each in tenancies for call in self._residence.client.withdraw(each.lease))
 
-    def wake(self, info: ExpertInfo) -> None:
+    def wake(self, expert: str) -> None:
         """Seal gates again for an expert whose withdrawal was refused after a drain, unless it may be withdrawn."""
-        if replace(info, live=False) in self._residence.client.experts() and info.lease not in self._doubtful:
-            self._publish(info)
+        info = self._residence.find(expert)
+        if info is not None and info.lease not in self._doubtful:
+            self._publish(replace(info, live=True))
 
     def _publish(self, info: ExpertInfo) -> None:
         client = self._residence.client

@@ -170,6 +170,7 @@ def _check_sampling(body: Body, limits: Limits) -> None:
     text(body, "model", longest=256)
     text(body, "cache_salt", longest=MAX_CACHE_SALT)
     integer(body, "top_k", -1, MAX_INTEGER)
+    integer(body, "seed", -(1 << 63), (1 << 63) - 1 - limits.n)  # each choice counts on from it, in 64 bits
     for name, most in _LISTS.items():
         sized(body, name, most=most)
     if (count := characters(body.get("bad_words"))) > MAX_BAD_WORDS_CHARACTERS:
@@ -198,11 +199,21 @@ def _constraint(value: Any, limits: Limits) -> Body:
             boolean(kept, key)
         elif key == "choice":
             _check_choices(item, param, longest)
-        elif isinstance(item, str):
-            check_pattern(item, param, longest=longest)
-        else:
+        elif not isinstance(item, str):
             invalid(f"'{param}' must be a string.", param)
+        else:
+            check_pattern(item, param, longest=longest)
+            if key == "grammar":
+                _check_notation(item, param)
     return kept
+
+
+def _check_notation(grammar: str, param: str) -> None:
+    """Refuse Lark's, which has other ways to repeat than those that are bounded."""
+    from vllm.v1.structured_output.utils import grammar_is_likely_lark
+
+    if grammar_is_likely_lark(grammar):
+        invalid(f"'{param}' must be in EBNF: its rules are written 'name ::= ...', the first one is 'root'.", param)
 
 
 def _check_choices(choices: Any, param: str, longest: int) -> None:

@@ -48,6 +48,8 @@ BOMBS: dict[str, dict[str, Any]] = {
     "spaces in a quantifier": {"regex": "{" + " " * 5000 + "," + " " * 11000},
     "spaces in a quantifier of a schema": {"json": {"type": "string", "pattern": "{" + " " * 4000 + "," + " " * 12000}},
     "references to references": {"json": fanned_references(40)},
+    "repeats in Lark": {"grammar": 'start: "a"~2000000000'},
+    "schema in Lark": {"grammar": 'start: %json {"type": "array", "minItems": 900000, "items": {"type": "integer"}}'},
     "many choices": {"choice": [str(number) for number in range(3000)]},
 }
 

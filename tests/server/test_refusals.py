@@ -103,6 +103,12 @@ CASES: dict[str, tuple[str | None, str, Any]] = {
     "many allowed ids": ("sk-t", CHAT, chat(allowed_token_ids=[1] * 1025)),
     "enormous top k": ("sk-t", CHAT, chat(top_k=10**20)),
     "enormous top k in responses": ("sk-t", RESPONSES, {"input": "x", "top_k": 10**20}),
+    "seed that choices count on from": ("sk-t", CHAT, chat(n=2, seed=2**63 - 1)),
+    "grammar of Lark": (
+        "sk-t",
+        COMPLETIONS,
+        completion(structured_outputs={"grammar": 'start: "a"~2000000000  // root ::= "a"'}),
+    ),
     "enormous stream interval": ("sk-t", COMPLETIONS, completion(stream=True, stream_interval=10**20)),
     "many stop strings": ("sk-t", CHAT, chat(stop=["a", "b", "c", "d", "e"])),
     "long cache salt": ("sk-t", CHAT, chat(cache_salt="s" * 129)),

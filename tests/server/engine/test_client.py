@@ -165,8 +165,9 @@ async def test_nothing_is_kept_of_a_request_that_did_not_reach_the_engine_core(
     engine: Engine, call: GatedCall, n: int
 ) -> None:
     engine.unreachable = True
+    reading = await begin(engine, call, RequestOutputKind.DELTA, n)
     with pytest.raises(OverflowError):
-        await (await begin(engine, call, RequestOutputKind.DELTA, n))
+        await reading
     assert len(engine.children) == n
     assert engine.output_processor.request_states == {}
     assert engine.output_processor.external_req_ids == {}
@@ -186,6 +187,7 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
             with pytest.raises(VLLMValidationError, match=r"at most 1024 tokens, .* not 1025") as told:
                 await asyncio.wait_for(asking, 10)
             assert told.value.parameter == "bad_words"
+            assert client._calls == {}
         else:
             assert engine.children
             asking.cancel()

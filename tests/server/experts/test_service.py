@@ -407,6 +407,62 @@ async def test_an_expert_that_is_being_withdrawn_is_not_replaced(here: Local, tm
     assert (await here.add(package(tmp_path, anchor, version=2))).state == "succeeded"
 
 
+async def test_an_expert_that_is_being_added_for_the_first_time_cannot_be_withdrawn_yet(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    here.slots.hold = asyncio.Event()
+    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
+    while not here.slots.held:
+        await asyncio.sleep(0.001)
+    with pytest.raises(ChangeConflict, match=r"being added\. Withdraw it once its job has ended") as refused:
+        await here.service.revoke("math", actor="key_owner")
+    assert refused.value.code == "experts_changing"
+    here.slots.hold.set()
+    assert (await adding).state == "succeeded"
+    assert (await here.service.revoke("math", actor="key_owner"))["expert"] == "math"
+
+
+async def test_a_version_that_was_committed_as_a_drain_began_is_given_to_nobody(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    here.slots.busy = {2}
+    confirming, go = threading.Event(), threading.Event()
+
+    def confirm() -> None:
+        confirming.set()
+        go.wait(30)
+
+    here.service._adding._confirm = confirm
+    replacing = asyncio.ensure_future(here.add(package(tmp_path, anchor, version=2)))
+    await asyncio.to_thread(confirming.wait, 30)
+    draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
+    await asyncio.sleep(0.05)
+    go.set()
+    assert (await replacing).state == "succeeded"
+    assert [info.id for info in here.client.experts() if info.live] == ["public", "news"]
+    here.slots.busy = set()
+    assert (await draining)["expert"] == "math"
+    assert here.client.published[-1] == ("public", "news")
+    assert here.slots.digests(2) == here.slots.digests(3) == zeros(here)
+
+
+async def test_an_engine_that_does_not_open_a_slot_anew_fails_the_job_and_keeps_nothing(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    here.canary_hold = asyncio.Event()
+    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
+    while 2 not in here.slots.table.live:
+        await asyncio.sleep(0.001)
+    await here.service.revoke("news", actor="key_admin")
+    here.slots.fails["open"] = 1
+    here.canary_hold.set()
+    job = await adding
+    assert job.error["code"] == "engine_failed"
+    assert here.slots.table.live == {0: 1}
+    assert here.slots.digests(2) == zeros(here)
+
+
 async def test_what_is_not_loaded_cannot_be_withdrawn_without_the_store(here: Local) -> None:
     def away() -> Any:
         raise StoreUnavailable("away")
