@@ -132,7 +132,7 @@ def test_a_stream_across_the_end_of_a_licence_stops_there_and_says_why(server: A
     ban = {"owner": "academy", "experts": ["math"], "assignee": f"tenant:{project}", "effect": "prohibit"}
     with server.client("admin") as http:
         http.post("/v1/agreements?wait=all", json={**ban, "not_before": when}).raise_for_status()
-    time.sleep(max(0.0, end - 0.5 - time.time()))
+    time.sleep(max(0.0, end - 1.0 - time.time()))
     body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     body["flexgate"] = {"experts": {"only": ["math"]}}
     headers = {"authorization": f"Bearer {key}"}
