@@ -1,4 +1,5 @@
-"""An engine must not outlive its server: nobody could end its requests or withdraw its experts any more.
+"""An engine must not outlive its server: nobody could end its requests or withdraw its experts any more. Nor may it end
+before it.
 
 vLLM's own worker processes follow the engine core; the engine core follows nobody.
 """
@@ -7,6 +8,15 @@ import multiprocessing
 import os
 import signal
 import threading
+
+
+def leave_interrupts_to_the_server() -> None:
+    """Ignore Ctrl-C, which a terminal sends to all processes: the server drains, and ends this one after that.
+
+    vLLM's engine core and its workers would end at once. Call it when they have set what they do at signals.
+    """
+    if multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:

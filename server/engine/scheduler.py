@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flexgate.server.clock import Clock
 from flexgate.server.engine.gates import Gate
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
-from flexgate.server.engine.lifeline import end_with_parent
+from flexgate.server.engine.lifeline import end_with_parent, leave_interrupts_to_the_server
 from flexgate.server.engine.seam import (
     AsyncScheduler,
     BlockHash,
@@ -61,6 +61,7 @@ class _Gated(_Base):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         end_with_parent()
+        leave_interrupts_to_the_server()
         self._table = SlotTable.from_config(vllm_config.additional_config)
         self._clock = Clock()
         guard_requests(EngineGuard(seal_key_from_environment(), self._table, self._clock))

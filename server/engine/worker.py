@@ -11,6 +11,7 @@ import torch
 from vllm.platforms import current_platform
 
 from flexgate.server.engine.handshake import RankReport, report_rank
+from flexgate.server.engine.lifeline import leave_interrupts_to_the_server
 from flexgate.server.engine.residency import SlotWriter, TaskReport, from_wire
 from flexgate.server.engine.seam import (
     AsyncModelRunnerOutput,
@@ -94,6 +95,7 @@ class GatedWorker(_Worker):
 
     def init_device(self) -> None:
         """Build vLLM's model runner and put the gated one in its place."""
+        leave_interrupts_to_the_server()
         if current_platform.is_cpu() and self.model_config.dtype is torch.bfloat16:
             allow_amx_tiles()
         super().init_device()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,26 @@ import pytest
 pytestmark = pytest.mark.engine
 
 
-def test_a_signal_drains_and_leaves_no_process(text_checkpoint: Path, tmp_path: Path) -> None:
-    running = live_server.start(text_checkpoint, tmp_path)
+def end(running: live_server.LiveServer, _family: list[psutil.Process]) -> None:
+    running.process.send_signal(signal.SIGTERM)
+
+
+def interrupt(running: live_server.LiveServer, family: list[psutil.Process]) -> None:
+    """What a terminal does at Ctrl-C."""
+    for process in (running.process, *family):
+        process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("stop", "ranks"), [(end, 1), (interrupt, 1), pytest.param(interrupt, 2, marks=pytest.mark.slow)]
+)
+def test_a_signal_drains_and_leaves_no_process(
+    stop: Callable[[live_server.LiveServer, list[psutil.Process]], None],
+    ranks: int,
+    text_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    running = live_server.start(text_checkpoint, tmp_path, f"--tensor-parallel-size={ranks}")
     family = live_server.family(running)
     assert family, "the engine has a process of its own"
     answers: list[Any] = []
@@ -37,7 +56,7 @@ def test_a_signal_drains_and_leaves_no_process(text_checkpoint: Path, tmp_path: 
     thread = threading.Thread(target=long_request)
     thread.start()
     time.sleep(0.5)
-    running.process.send_signal(signal.SIGTERM)
+    stop(running, family)
     time.sleep(0.2)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{running.url}/health")
