@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_the_anchor_can_go_where_the_tenant_may_do_without(server: Any) -> None:
 
 
 def test_the_cache_is_shared_within_a_gate_and_never_across(server: Any) -> None:
-    prompt = "the quick brown fox jumps over the lazy dog and reads the news " * 40
+    prompt = uuid.uuid4().hex + " the quick brown fox jumps over the lazy dog and reads the news" * 40
 
     def cached(who: str, **more: Any) -> int:
         answer = ask(server, who, prompt=prompt, max_tokens=1, **more)
