@@ -273,17 +273,23 @@ async def test_a_withdrawal_does_not_wait_until_another_expert_is_loaded(
     assert here.client.published[-1] == ("public", "math")
 
 
+async def being_tried(here: Local, source: Path) -> tuple[asyncio.Future[Any], asyncio.Event]:
+    """An addition whose canary has begun, into slot 2, and what lets it go on."""
+    here.canary_hold = asyncio.Event()
+    adding = asyncio.ensure_future(here.add(source))
+    while 2 not in here.slots.table.live:
+        await asyncio.sleep(0.001)
+    return adding, here.canary_hold
+
+
 async def test_a_withdrawal_does_not_wait_until_another_expert_is_tried(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    here.canary_hold = asyncio.Event()
-    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
-    while 2 not in here.slots.table.live:
-        await asyncio.sleep(0.001)
+    adding, go = await being_tried(here, package(tmp_path, anchor))
     assert here.slots.table.live[2] == 2
     record = await asyncio.wait_for(here.service.revoke("news", actor="key_admin"), 5)
     assert record["weights_epoch"] == 2
-    here.canary_hold.set()
+    go.set()
     job = await adding
     assert job.result["generation"] == 3
     assert here.slots.table.live == {0: 1, 2: 3}
@@ -450,13 +456,10 @@ async def test_a_version_that_was_committed_as_a_drain_began_is_given_to_nobody(
 async def test_an_engine_that_does_not_open_a_slot_anew_fails_the_job_and_keeps_nothing(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    here.canary_hold = asyncio.Event()
-    adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
-    while 2 not in here.slots.table.live:
-        await asyncio.sleep(0.001)
+    adding, go = await being_tried(here, package(tmp_path, anchor))
     await here.service.revoke("news", actor="key_admin")
     here.slots.fails["open"] = 1
-    here.canary_hold.set()
+    go.set()
     job = await adding
     assert job.error["code"] == "engine_failed"
     assert here.slots.table.live == {0: 1}
