@@ -9,6 +9,8 @@ TIMES ?= 20
 # The checkout's folders share names with other projects' packages: keep it off sys.path.
 export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
+# Benchmarks and kill harnesses, which do not ship, use the tests' kits.
+MEASURE := benchmarks:tests/support
 
 .PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests lock clean
 
@@ -31,17 +33,17 @@ lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME for one of them, BENCH="NAME --rounds N" for more).
-	PYTHONPATH=tests/support $(BIN)/python -m benchkit $(BENCH)
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m speed $(BENCH)
 
 bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, Triton and NumPy, nothing else.
 	mkdir -p build/kernels/flexgate && ln -sfn "$(CURDIR)/kernels" build/kernels/flexgate/kernels
 	PYTHONPATH=build/kernels $(PYTHON) -m flexgate.kernels.bench $(ARGS)
 
 residency-kills: $(VENV)/.dev ## Kill what adds and withdraws experts 1,000 times; fail if anything half done is left.
-	PYTHONPATH=tests/support $(BIN)/python -m residencykit.kills --kills 1000 --report docs/results/residency-kills.json
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.residency --kills 1000 --report docs/results/residency-kills.json
 
 server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if anything else comes back.
-	PYTHONPATH=tests/support $(BIN)/python -m residencykit.servers --kills 50 --report docs/results/server-kills.json
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.servers --kills 50 --report docs/results/server-kills.json
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

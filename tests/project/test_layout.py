@@ -53,6 +53,13 @@ def test_shipped_code_imports_itself_by_its_full_name() -> None:
     assert found == []
 
 
+def test_nothing_that_ships_imports_a_benchmark() -> None:
+    names = "|".join(sorted(folder.name for folder in (ROOT / "benchmarks").iterdir() if any(folder.glob("*.py"))))
+    pattern = re.compile(rf"^\s*(?:from|import) (?:benchmarks|{names})\b", re.MULTILINE)
+    found = [path for top in FOLDERS for path in (ROOT / top).rglob("*.py") if pattern.search(path.read_text())]
+    assert found == []
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_four_folders(tmp_path: Path) -> None:
     subprocess.run(

@@ -1,6 +1,6 @@
 """The README's generated parts are what code and result files say.
 
-``PYTHONPATH=tests/support python tests/project/test_readme.py --write`` renews them.
+``PYTHONPATH=benchmarks:tests/support python tests/project/test_readme.py --write`` renews them.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchkit.tables import speed
+from speed.tables import speed
 
 from flexgate.server.engine.capabilities import CAPABILITIES
 

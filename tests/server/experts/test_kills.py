@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-SUPPORT = Path(__file__).parents[2] / "support"
+ROOT = Path(__file__).parents[3]
 
 
 def kills(count: int, seed: int) -> tuple[int, dict[str, object]]:
     """In a process of its own, since it forks."""
-    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(
+        filter(None, (str(ROOT / "benchmarks"), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH")))
+    )
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "residencykit.kills", f"--kills={count}", f"--seed={seed}"]
+    command = [sys.executable, "-m", "kills.residency", f"--kills={count}", f"--seed={seed}"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return run.returncode, json.loads(run.stdout[run.stdout.index("{") :])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from residencykit.servers import run
+from kills.servers import run
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

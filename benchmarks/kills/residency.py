@@ -1,6 +1,6 @@
 """Kill a process that adds and withdraws experts, at named points and at random times, and judge what is left.
 
-``python -m residencykit.kills --kills 1000 --report docs/results/residency-kills.json``
+``python -m kills.residency --kills 1000 --report docs/results/residency-kills.json``
 
 The killed process runs the real service, store, package checks and slot writer (``residencykit.local``). What it
 acknowledged comes through a pipe. A second process recovers as a start does. The judge shares no code with either: it
@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 from packagekit import ONE, make_package, write_model
-from rich.progress import track
-
 from residencykit import local as kit
 from residencykit.local import LocalSlots, local
-from residencykit.report import command
+from rich.progress import track
+
+from kills.report import command
 
 RANKS = 2
 POINTS = (
@@ -355,4 +355,4 @@ def figures(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("kills", __doc__, 1000, run, figures)
+    command("residency", __doc__, 1000, run, figures)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchkit.record import write
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
@@ -21,6 +20,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.terms import Agreement, TenantId
 from flexgate.server.auth import authenticate
+from speed.record import write
 
 EXPERTS = [Expert.model_validate({"id": "public" if n == 0 else f"e{n}", "owner": f"o{n}"}) for n in range(32)]
 REQUEST = DecisionRequest(decision_id="d")

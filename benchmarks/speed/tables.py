@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchkit.record import RESULTS
+from speed.record import RESULTS
 
 SERVING = 0.95
 ADDING = 15

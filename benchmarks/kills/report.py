@@ -21,8 +21,8 @@ def command(
     run: Callable[[int, int], list[Verdict]],
     figures: Callable[[list[Verdict]], dict[str, Any]],
 ) -> None:
-    """Run ``python -m residencykit.NAME``; exit status 1 when a verdict is bad."""
-    parser = argparse.ArgumentParser(prog=f"python -m residencykit.{name}", description=description)
+    """Run ``python -m kills.NAME``; exit status 1 when a verdict is bad."""
+    parser = argparse.ArgumentParser(prog=f"python -m kills.{name}", description=description)
     parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path)
@@ -30,7 +30,7 @@ def command(
     began = time.monotonic()
     verdicts = run(arguments.kills, arguments.seed)
     report = {
-        "command": f"python -m residencykit.{name} --kills {arguments.kills} --seed {arguments.seed}",
+        "command": f"python -m kills.{name} --kills {arguments.kills} --seed {arguments.seed}",
         "device": platform.machine(),
         "seconds": round(time.monotonic() - began),
         **figures(verdicts),

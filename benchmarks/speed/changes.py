@@ -17,12 +17,12 @@ from enginekit.checkpoints import Shape
 from packagekit import statement
 from tqdm import tqdm
 
-from benchkit.checkpoint import MIDDLE, TINY, checkpoint, described
-from benchkit.compare import spread
-from benchkit.record import write
-from benchkit.servers import ADMIN_KEY, KEY, Server, flexgate
-from benchkit.startup import resident_bytes
 from flexgate.experts.extract import extract_expert
+from speed.checkpoint import MIDDLE, TINY, checkpoint, described
+from speed.compare import spread
+from speed.record import write
+from speed.servers import ADMIN_KEY, KEY, Server, flexgate
+from speed.startup import resident_bytes
 
 LARGE = replace(MIDDLE, intermediate=2048, experts=4)  # an expert takes 101 MB in its file, 50 MB in its bfloat16 slot
 STREAMS = 4

@@ -1,6 +1,6 @@
 """Kill a serving server or its engine while experts are added and withdrawn, start it again, and judge what it serves.
 
-``python -m residencykit.servers --kills 50 --report docs/results/server-kills.json``
+``python -m kills.servers --kills 50 --report docs/results/server-kills.json``
 
 Each start is the recovery from one kill and the ground of the next. The judge shares no code with the server: it reads
 the database with sqlite3, searches the engine's memory for the router rows of every package, and compares answers,
@@ -29,8 +29,8 @@ from rich.progress import track
 from safetensors.numpy import load_file
 from text_checkpoint import write_checkpoint
 
-from residencykit.kills import stored
-from residencykit.report import command
+from kills.report import command
+from kills.residency import stored
 
 PACKAGES = (("extra", 1), ("extra", 2), ("more", 1))
 CHECKPOINT = ("news", "math", "code", "secret")

@@ -10,13 +10,13 @@ from typing import Any
 
 from packagekit import statement, write_model
 
-from benchkit.compare import ratio, spread, take_turns
-from benchkit.record import write
 from flexgate.experts.base import base_identity
 from flexgate.experts.combine import combine
 from flexgate.experts.extract import extract_anchor, extract_expert
 from flexgate.experts.layout import Architecture
 from flexgate.experts.verify import open_package
+from speed.compare import ratio, spread, take_turns
+from speed.record import write
 
 
 def run(*, quick: bool, rounds: int | None, results: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchkit.record import write
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, Role, Tenant
@@ -27,6 +26,7 @@ from flexgate.server.quotas.limiter import Limiter
 from flexgate.server.quotas.spending import Spending
 from flexgate.server.quotas.subjects import most_tokens, subjects_of
 from flexgate.server.recorded import Recorded
+from speed.record import write
 
 TENANTS = 1000
 EVERY = [PUBLIC, *(f"e{number}" for number in range(1, 32))]

@@ -1,13 +1,13 @@
-"""``make bench``, or ``python -m benchkit NAME…``: run benchmarks and write their result files."""
+"""``make bench``, or ``python -m speed NAME…``: run benchmarks and write their result files."""
 
 import argparse
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchkit import admission, changes, decisions, enforcement, engine_speed, packages, serving, startup
-from benchkit.plot import draw
-from benchkit.record import RESULTS
+from speed import admission, changes, decisions, enforcement, engine_speed, packages, serving, startup
+from speed.plot import draw
+from speed.record import RESULTS
 
 BENCHMARKS = {
     "engine-eager": partial(engine_speed.run, "eager"),
@@ -24,7 +24,7 @@ BENCHMARKS = {
 
 def main() -> None:
     """Run what was asked for, one after the other."""
-    parser = argparse.ArgumentParser(prog="benchkit", description=__doc__)
+    parser = argparse.ArgumentParser(prog="speed", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds, to see that it runs")
     parser.add_argument("--rounds", type=int, help="turns of every contender")

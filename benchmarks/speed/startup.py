@@ -11,11 +11,11 @@ import httpx
 import psutil
 from tqdm import tqdm
 
-from benchkit.checkpoint import MIDDLE, TINY, checkpoint, described
-from benchkit.compare import spread
-from benchkit.record import write
-from benchkit.servers import KEY, Server, demo, flexgate
 from flexgate.server.engine.launch import EngineSettings, plan
+from speed.checkpoint import MIDDLE, TINY, checkpoint, described
+from speed.compare import spread
+from speed.record import write
+from speed.servers import KEY, Server, demo, flexgate
 
 DEMO_KEY = "sk-demo-all"
 EXTRA_SLOTS = 24

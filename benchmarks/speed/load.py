@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from benchkit.servers import KEY, MODEL
+from speed.servers import KEY, MODEL
 
 TEXT = "when the river rose over old stone bridges people walked north with bread salt and letters"
 PROMPT_WORDS = 16

@@ -9,10 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchkit.checkpoint import MIDDLE, TINY, checkpoint, described
-from benchkit.compare import ratio, spread, take_turns
-from benchkit.engines import VARIANTS, Batch, Timed, engine
-from benchkit.record import write
+from speed.checkpoint import MIDDLE, TINY, checkpoint, described
+from speed.compare import ratio, spread, take_turns
+from speed.engines import VARIANTS, Batch, Timed, engine
+from speed.record import write
 
 # Short turns, many rounds: what disturbs a turn then disturbs its neighbour too.
 CASES = (

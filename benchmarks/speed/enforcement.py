@@ -15,8 +15,6 @@ from postgreskit import find, running
 from sqlalchemy import insert
 from tqdm import tqdm
 
-from benchkit.decisions import EXPERTS, key, tenant, terms
-from benchkit.record import write
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.snapshot import Snapshot
@@ -26,6 +24,8 @@ from flexgate.policies.store.hints import Hints
 from flexgate.policies.terms import Document
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
+from speed.decisions import EXPERTS, key, tenant, terms
+from speed.record import write
 
 LEASE_S, POLL_S, LOOK_EVERY_S = 2.0, 0.25, 0.002
 WHAT = (

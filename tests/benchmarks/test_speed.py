@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchkit import admission, changes, compare, decisions, enforcement, engine_speed, packages, serving, startup
-from benchkit.plot import draw
+from speed import admission, changes, compare, decisions, enforcement, engine_speed, packages, serving, startup
+from speed.plot import draw
 
 
 def test_contenders_take_turns_in_alternating_order() -> None:
