@@ -48,8 +48,8 @@ server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo
 
-defects: $(VENV)/.dev ## Apply every planted defect; fail if a test survives one.
-	$(BIN)/python tests/defects/run.py
+defects: $(VENV)/.dev ## Plant every defect; fail if its tests do not notice (ARGS="NAME …", ARGS=--check).
+	$(BIN)/python tests/defects/run.py $(ARGS)
 
 mutants: $(VENV)/.dev ## Change one place of the decision code after another; fail if more than 5 % go unnoticed.
 	$(BIN)/python tests/policies/mutate.py
