@@ -49,10 +49,16 @@ class Extension(_Closed):
 
 
 def parse_extension(value: Any) -> Extension:
-    """`value` as an extension; None stands for an empty one. Raises `Invalid` naming the key."""
+    """`value` as an extension; null stands for nothing asked, at every depth. Raises `Invalid` naming the key."""
     if value is None:
         return Extension()
     try:
-        return Extension.model_validate_json(json.dumps(value))
+        return Extension.model_validate_json(json.dumps(_asked(value, depth=2)))
     except ValidationError as error:
         raise from_validation(error, FIELD) from None
+
+
+def _asked(value: Any, *, depth: int) -> Any:
+    if not depth or not isinstance(value, dict):
+        return value
+    return {name: _asked(item, depth=depth - 1) for name, item in value.items() if item is not None}

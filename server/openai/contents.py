@@ -1,7 +1,8 @@
 """What messages, input items and tools may hold: text and function calls, nothing to fetch.
 
 vLLM's own types accept images, audio, files and embeddings; some of those make the server open a
-URL. A text model has no use for them, so that only known parts of known kinds pass.
+URL. A text model has no use for them, so that only known parts of known kinds pass. What passes is
+read into one form of each kind: vLLM reads the others in part, or refuses them without saying why.
 """
 
 from __future__ import annotations
@@ -10,44 +11,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from flexgate.server.errors import Invalid, path_of
+from flexgate.server.openai import fields
 from flexgate.server.openai.values import invalid
 
 Place = tuple[str | int, ...]
+Object = dict[str, Any]
 
-_MESSAGE_KEYS: Final = frozenset(
-    ["role", "content", "name", "refusal", "tool_calls", "tool_call_id", "annotations", "audio", "function_call"]
-)
 _CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "tool"])
 _ITEM_ROLES: Final = frozenset(["system", "developer", "user", "assistant"])
-_TEXT_PARTS: Final[Mapping[str, str]] = {"text": "text", "refusal": "refusal"}
-_ITEM_PARTS: Final[Mapping[str, str]] = {
-    "input_text": "text",
-    "output_text": "text",
-    "text": "text",
-    "refusal": "refusal",
-}
-_CALL_ITEMS: Final[Mapping[str, frozenset[str]]] = {
-    "function_call": frozenset(["type", "id", "call_id", "name", "arguments", "status"]),
-    "function_call_output": frozenset(["type", "id", "call_id", "output", "status"]),
+_STATUSES: Final = frozenset(["in_progress", "completed", "incomplete"])
+_PARTS: Final[Mapping[str, tuple[fields.Table, str]]] = {
+    **dict.fromkeys(("text", "input_text", "output_text"), (fields.TEXT_PART, "text")),
+    "refusal": (fields.REFUSAL_PART, "refusal"),
 }
 
 
-def check_messages(messages: Any) -> None:
-    """Refuse chat messages that hold anything but text and function calls."""
+def read_messages(messages: Any) -> list[Object]:
+    """Chat messages with their honoured fields; refuses what is neither text nor a function call."""
     if not isinstance(messages, list) or not messages:
         invalid("'messages' must be a list with at least one message.", "messages")
-    for position, message in enumerate(messages):
-        _check_message(message, ("messages", position))
+    return [_message(message, ("messages", position)) for position, message in enumerate(messages)]
 
 
-def check_input(items: Any) -> None:
-    """Refuse Responses input that holds anything but text and function calls."""
+def read_input(items: Any) -> str | list[Object]:
+    """Responses input with its honoured fields; refuses what is neither text nor a function call."""
     if isinstance(items, str):
-        return
+        return items
     if not isinstance(items, list) or not items:
         invalid("'input' must be a string or a list of items.", "input")
-    for position, item in enumerate(items):
-        _check_item(item, ("input", position))
+    return [_item(item, ("input", position)) for position, item in enumerate(items)]
 
 
 def check_tools(tools: Any, *, flat: bool) -> None:
@@ -65,70 +57,98 @@ def check_tools(tools: Any, *, flat: bool) -> None:
             _bad("must be a JSON schema object", (*at, "parameters"))
 
 
-def _check_message(message: Any, place: Place) -> None:
-    if not isinstance(message, dict):
-        _bad("must be an object", place)
-    if message.get("role") not in _CHAT_ROLES:
-        _bad(f"must be one of {', '.join(sorted(_CHAT_ROLES))}", (*place, "role"))
-    _check_keys(message, _MESSAGE_KEYS, place)
-    for key in ("audio", "function_call"):
-        if message.get(key) is not None:
-            _unsupported("only text and 'tool_calls' are served", (*place, key))
-    _check_content(message.get("content"), _TEXT_PARTS, (*place, "content"))
-    calls = message.get("tool_calls")
-    if calls is None:
-        return
-    if not isinstance(calls, list):
-        _bad("must be a list", (*place, "tool_calls"))
-    for position, call in enumerate(calls):
-        _check_call(call, (*place, "tool_calls", position))
+def _message(message: Any, place: Place) -> Object:
+    kept = _object(message, fields.MESSAGE, place)
+    _one_of(kept, "role", _CHAT_ROLES, place)
+    if "content" in kept:
+        kept["content"] = _content(kept["content"], (*place, "content"), text_type="text")
+    calls = kept.get("tool_calls")
+    if calls is not None:
+        if not isinstance(calls, list):
+            _bad("must be a list", (*place, "tool_calls"))
+        kept["tool_calls"] = [_call(call, (*place, "tool_calls", n)) for n, call in enumerate(calls)]
+    return kept
 
 
-def _check_call(call: Any, place: Place) -> None:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or call.get("type", "function") != "function":
+def _call(call: Any, place: Place) -> Object:
+    kept = _object(call, fields.TOOL_CALL, place)
+    if kept.setdefault("type", "function") != "function":
         _bad("must be a function call", place)
-    for key in ("name", "arguments"):
-        if not isinstance(function.get(key), str):
-            _bad("must be a string", (*place, "function", key))
+    function = _object(kept.get("function"), fields.CALLED_FUNCTION, (*place, "function"))
+    _texts(function, ("name", "arguments"), (*place, "function"))
+    return kept | {"function": function}
 
 
-def _check_item(item: Any, place: Place) -> None:
+def _item(item: Any, place: Place) -> Object:
     if not isinstance(item, dict):
         _bad("must be an object", place)
-    kind = item.get("type", "message")
-    if isinstance(kind, str) and kind in _CALL_ITEMS:
-        _check_keys(item, _CALL_ITEMS[kind], place)
-        if not isinstance(item.get("output", ""), str):
-            _unsupported("only text is served", (*place, "output"))
-        return
-    if kind != "message":
+    kind = item.get("type") or "message"
+    if kind == "message":
+        return _item_message(_object(item, fields.ITEM_MESSAGE, place), place)
+    if kind == "function_call":
+        call = _object(item, fields.ITEM_CALL, place)
+        _texts(call, ("call_id", "name", "arguments"), place)
+        return call
+    if kind != "function_call_output":
         _unsupported("only messages and function calls are served", (*place, "type"))
-    if item.get("role") not in _ITEM_ROLES:
-        _bad(f"must be one of {', '.join(sorted(_ITEM_ROLES))}", (*place, "role"))
-    _check_keys(item, frozenset(["type", "role", "content", "id", "status"]), place)
-    _check_content(item.get("content"), _ITEM_PARTS, (*place, "content"))
+    output = _object(item, fields.ITEM_OUTPUT, place)
+    _texts(output, ("call_id",), place)
+    return output | {"output": _text(output.get("output"), (*place, "output"))}
 
 
-def _check_content(content: Any, parts: Mapping[str, str], place: Place) -> None:
-    if content is None or isinstance(content, str):
-        return
+def _item_message(item: Object, place: Place) -> Object:
+    """A message in the form that vLLM reads whole: of an assistant's it takes the first part alone."""
+    role = _one_of(item, "role", _ITEM_ROLES, place)
+    at = (*place, "content")
+    if role != "assistant":
+        return {"role": role, "content": _content(item.get("content"), at, text_type="input_text")}
+    part = {"type": "output_text", "text": _text(item.get("content"), at), "annotations": []}
+    status = _one_of({"status": "completed"} | item, "status", _STATUSES, place)
+    return {"type": "message", "id": "msg", "role": role, "status": status, "content": [part]}
+
+
+def _text(content: Any, place: Place) -> str:
+    """Content as one text, its parts joined as vLLM joins them for chat templates."""
+    parts = _content(content, place, text_type="text")
+    return parts if isinstance(parts, str) else "\n".join(part["text"] for part in parts)
+
+
+def _content(content: Any, place: Place, *, text_type: str) -> str | list[Object]:
+    """A text, or parts of the type `text_type`; to a text model a refusal is text."""
+    if isinstance(content, str):
+        return content
     if not isinstance(content, list):
         _bad("must be a string or a list of parts", place)
-    for position, part in enumerate(content):
-        at = (*place, position)
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind not in parts:
-            _unsupported("only text parts are served", (*at, "type"))
-        if not isinstance(part.get(parts[kind]), str):
-            _bad("must be a string", (*at, parts[kind]))
-        _check_keys(part, {"type", parts[kind], "annotations", "logprobs"}, at)
+    return [_part(part, (*place, n), text_type) for n, part in enumerate(content)]
 
 
-def _check_keys(value: Mapping[str, Any], known: frozenset[str] | set[str], place: Place) -> None:
-    for key in value:
-        if key not in known:
-            _unsupported("it is not a known field", (*place, key[:80]))
+def _part(part: Any, place: Place, text_type: str) -> Object:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in _PARTS:
+        _unsupported("only text parts are served", (*place, "type"))
+    table, name = _PARTS[kind]
+    kept = _object(part, table, place)
+    _texts(kept, (name,), place)
+    return {"type": text_type, "text": kept[name]}
+
+
+def _object(value: Any, table: fields.Table, place: Place) -> Object:
+    if not isinstance(value, dict):
+        _bad("must be an object", place)
+    return fields.keep_honoured(value, table, under=path_of(place) or "")
+
+
+def _one_of(value: Mapping[str, Any], name: str, known: frozenset[str], place: Place) -> str:
+    word = value.get(name)
+    if not isinstance(word, str) or word not in known:
+        _bad(f"must be one of {', '.join(sorted(known))}", (*place, name))
+    return word
+
+
+def _texts(value: Mapping[str, Any], names: Sequence[str], place: Place) -> None:
+    for name in names:
+        if not isinstance(value.get(name), str):
+            _bad("must be a string", (*place, name))
 
 
 def _bad(what: str, place: Sequence[str | int]) -> NoReturn:

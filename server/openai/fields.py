@@ -182,14 +182,59 @@ STREAM_OPTIONS: Final[Table] = MappingProxyType(
 )
 
 
+# What stands inside of a request. Answers go back into the next request, so that every field of an answer has a
+# place here too.
+
+MESSAGE: Final[Table] = MappingProxyType(
+    {
+        **_honour("role content name refusal tool_calls tool_call_id"),
+        **_ignore("annotations"),
+        **_refuse("audio function_call", "only text and 'tool_calls' are served"),
+        **_refuse("reasoning", "the model does not reason before it answers", ""),
+        **_refuse("tools", "name them in the request's own 'tools'"),
+        **_refuse("task", "the chat template has no place for it"),
+    }
+)
+
+TOOL_CALL: Final[Table] = MappingProxyType(
+    {
+        **_honour("id type function"),
+        **_ignore("index"),  # of the parts of a stream, which clients put together
+        **_refuse("custom", "only functions can be called"),
+    }
+)
+
+CALLED_FUNCTION: Final[Table] = MappingProxyType({**_honour("name arguments"), **_ignore("id")})
+
+_PART_NOTES: Final = _ignore("annotations logprobs prompt_cache_breakpoint")
+TEXT_PART: Final[Table] = MappingProxyType({**_honour("type text"), **_PART_NOTES})
+REFUSAL_PART: Final[Table] = MappingProxyType({**_honour("type refusal"), **_PART_NOTES})
+
+ITEM_MESSAGE: Final[Table] = MappingProxyType({**_honour("type role content id status"), **_ignore("phase")})
+
+_CALL: Final[Table] = {
+    **_honour("type id call_id status"),
+    **_refuse("caller", "only the model calls functions", {"type": "direct"}),
+    **_refuse("namespace", "functions have no namespaces"),
+}
+ITEM_CALL: Final[Table] = MappingProxyType(
+    {**_CALL, **_honour("name arguments"), **_refuse("async", "calls are not asynchronous", False)}
+)
+ITEM_OUTPUT: Final[Table] = MappingProxyType({**_CALL, **_honour("output"), **_ignore("name")})
+
+
 def keep_honoured(body: Mapping[str, Any], table: Table, *, under: str = "") -> dict[str, Any]:
     """The honoured fields of `body`; `under` names the object that `body` is, if not the request.
+
+    A field that is null asks for nothing, whatever its name.
 
     Raises:
         Invalid: a field is unknown, or refused and asks for something.
     """
     kept: dict[str, Any] = {}
     for name, value in body.items():
+        if value is None:
+            continue
         rule = table.get(name)
         param = f"{under}.{name}" if under else name
         if rule is None:
@@ -204,7 +249,7 @@ def keep_honoured(body: Mapping[str, Any], table: Table, *, under: str = "") -> 
                 param=param,
                 code="unsupported_parameter",
             )
-        if rule.fate is Fate.HONOURED and value is not None:
+        if rule.fate is Fate.HONOURED:
             kept[name] = value
     return kept
 

@@ -26,6 +26,7 @@ from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
 from flexgate.server.forms import read_request
 from flexgate.server.openai import vllm_errors
+from flexgate.server.openai.foreign import Answer
 from flexgate.server.quotas.limiter import Hold
 from flexgate.server.quotas.subjects import most_tokens, subjects_of
 from flexgate.server.refusals import from_auth
@@ -88,7 +89,7 @@ class Run:
 class Endpoint:
     """What differs between the generating endpoints.
 
-    `start` gives vLLM's answer, or its stream; `plain` and `stream` turn those into ours.
+    `start` gives vLLM's answer, or its stream; `plain` and `stream` turn those into ours, `response` writes the first.
     """
 
     kind: Kind
@@ -96,6 +97,7 @@ class Endpoint:
     start: Callable[[Run], Awaitable[Any]]
     plain: Callable[[Run, Any], dict[str, Any]]
     stream: Callable[[Run, Any], AsyncIterator[str]]
+    response: type[JSONResponse] = Answer
 
 
 class Generation:
@@ -132,7 +134,7 @@ class Generation:
         if hasattr(result, "__aiter__"):
             return EventStream(self._events(run, result), headers=run.headers())
         answer = {**self._endpoint.plain(run, result), "flexgate": run.answer_object()}
-        return JSONResponse(answer, headers=run.headers())
+        return self._endpoint.response(answer, headers=run.headers())
 
     async def _admit(self, request: Request) -> Run:
         services = self._services

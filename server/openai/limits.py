@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from flexgate.server.openai import fields
-from flexgate.server.openai.contents import check_input, check_messages, check_tools
+from flexgate.server.openai.contents import check_tools, read_input, read_messages
 from flexgate.server.openai.grammars import check_pattern, check_schema, check_size
 from flexgate.server.openai.values import boolean, characters, integer, invalid, sized, text, too_much
 
@@ -87,9 +87,9 @@ def check_responses(body: Body, limits: Limits) -> None:
     _check_sampling(body, limits)
     integer(body, "max_output_tokens", 1)
     integer(body, "top_logprobs", 0, limits.logprobs)
-    check_input(body.get("input"))
+    body["input"] = read_input(body.get("input"))
     if _cuts(body):
-        _check_length("input", limits, body.get("input"), body.get("instructions"), body.get("tools"))
+        _check_length("input", limits, body["input"], body.get("instructions"), body.get("tools"))
     _check_tools(body, limits, flat=True)
     form = body.get("text")
     if isinstance(form, Mapping) and isinstance(form.get("format"), Mapping):
@@ -127,7 +127,7 @@ def prompt_count(body: Mapping[str, Any]) -> int:
 
 
 def _check_conversation(body: Body, limits: Limits, *, measure: bool) -> None:
-    check_messages(body.get("messages"))
+    body["messages"] = read_messages(body.get("messages"))
     if measure:
         _check_length("messages", limits, body["messages"], body.get("tools"))
     _check_tools(body, limits, flat=False)

@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from pydantic import BaseModel
+from starlette.responses import JSONResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from flexgate.server.admission import Kind
 from flexgate.server.errors import ApiError
 from flexgate.server.openai import fields, limits, sse, vllm_errors
+from flexgate.server.openai.foreign import FOREIGN_IN_RESPONSES
 from flexgate.server.openai.generation import Endpoint, Run
 from flexgate.server.openai.plain import PEER_FIELDS
 from flexgate.server.openai.tools import check_tool_choice
@@ -43,7 +45,7 @@ async def _stream(run: Run, result: AsyncIterator[BaseModel]) -> AsyncIterator[s
             payload = event.model_dump(mode="json", by_alias=True)
             sequence = payload.get("sequence_number", sequence)
             if "response" in payload:
-                _without_hidden(payload["response"])
+                payload["response"] = _without_hidden(payload["response"])
             if payload["type"] == TERMINAL:
                 payload["response"]["flexgate"] = run.answer_object()
             yield sse.encode_named(payload)
@@ -65,9 +67,16 @@ def _error_event(error: ApiError, sequence: int) -> dict[str, Any]:
 
 
 def _without_hidden(answer: dict[str, Any]) -> dict[str, Any]:
-    for name in _HIDDEN:
-        answer.pop(name, None)
-    return answer
+    """Without what nobody but vLLM's peers reads, and without null fields that only vLLM has."""
+    hidden = {*_HIDDEN, *(name for name in FOREIGN_IN_RESPONSES if answer.get(name) is None)}
+    return {name: value for name, value in answer.items() if name not in hidden}
 
 
-ENDPOINT = Endpoint(KIND, needs_chat_template=True, start=_start, plain=_plain, stream=_stream)
+ENDPOINT = Endpoint(
+    KIND,
+    needs_chat_template=True,
+    start=_start,
+    plain=_plain,
+    stream=_stream,
+    response=JSONResponse,  # it repeats the request's tools, whose schemas may have fields of any name
+)

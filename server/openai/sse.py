@@ -2,7 +2,7 @@
 
 The object goes onto the usage chunk when the request asked for one, else onto the last chunk with
 a `finish_reason` (with several choices the last choice's). Chunks that vLLM writes for an error
-are given this server's error shape.
+are given this server's error shape, and fields that only vLLM has are left out where they are null.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
+
+from flexgate.server.openai.foreign import without_nulls
 
 DATA: Final = "data: "
 END: Final = "\n\n"
@@ -43,9 +45,9 @@ async def with_report(
         if data.startswith(_ERROR):
             yield encode(reshape_error(json.loads(data)))
         elif position.is_here(data):
-            yield encode({**json.loads(data), "flexgate": report()})
+            yield without_nulls(encode({**json.loads(data), "flexgate": report()}))
         else:
-            yield event
+            yield without_nulls(event)
 
 
 class _Position:

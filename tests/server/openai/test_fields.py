@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from openai.types import chat, responses
 from openai.types import completion_create_params as completion_params
+from openai.types.chat import chat_completion_message_function_tool_call as chat_call
+from openai.types.chat import chat_completion_message_function_tool_call_param as chat_call_param
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as responses_params
+from openai.types.responses import response_input_item_param as item_params
 from pydantic import BaseModel
-from vllm.entrypoints.generate.base.protocol import StreamOptions
+from vllm.entrypoints.generate.base.protocol import DeltaMessage, DeltaToolCall, FunctionCall, StreamOptions, ToolCall
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
     ChatCompletionRequest,
+    ChatMessage,
 )
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -21,6 +26,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 from vllm.sampling_params import StructuredOutputsParams
 
 from flexgate.server.errors import Invalid
@@ -42,6 +48,74 @@ OPENAI = {
     "responses": (fields.RESPONSES, responses_params.ResponseCreateParamsStreaming),
 }
 OURS = {"flexgate"}
+# What stands inside of a request: as OpenAI takes it, as OpenAI sends it, as vLLM takes or sends it.
+INSIDE: dict[str, tuple[fields.Table, tuple[type, ...]]] = {
+    "message": (
+        fields.MESSAGE,
+        (
+            chat.ChatCompletionDeveloperMessageParam,
+            chat.ChatCompletionSystemMessageParam,
+            chat.ChatCompletionUserMessageParam,
+            chat.ChatCompletionAssistantMessageParam,
+            chat.ChatCompletionToolMessageParam,
+            chat.ChatCompletionFunctionMessageParam,
+            chat.ChatCompletionMessage,
+            CustomChatCompletionMessageParam,
+            ChatMessage,
+            DeltaMessage,
+        ),
+    ),
+    "tool call": (
+        fields.TOOL_CALL,
+        (
+            chat.ChatCompletionMessageFunctionToolCallParam,
+            chat.ChatCompletionMessageCustomToolCallParam,
+            chat.ChatCompletionMessageFunctionToolCall,
+            ToolCall,
+            DeltaToolCall,
+        ),
+    ),
+    "called function": (fields.CALLED_FUNCTION, (chat_call_param.Function, chat_call.Function, FunctionCall)),
+    "text part": (
+        fields.TEXT_PART,
+        (
+            chat.ChatCompletionContentPartTextParam,
+            responses.ResponseInputTextParam,
+            responses.ResponseInputTextContentParam,
+            responses.ResponseOutputTextParam,
+            responses.ResponseOutputText,
+        ),
+    ),
+    "refusal part": (
+        fields.REFUSAL_PART,
+        (
+            chat.ChatCompletionContentPartRefusalParam,
+            responses.ResponseOutputRefusalParam,
+            responses.ResponseOutputRefusal,
+        ),
+    ),
+    "message item": (
+        fields.ITEM_MESSAGE,
+        (
+            responses.EasyInputMessageParam,
+            item_params.Message,
+            responses.ResponseOutputMessageParam,
+            responses.ResponseOutputMessage,
+        ),
+    ),
+    "function call": (
+        fields.ITEM_CALL,
+        (responses.ResponseFunctionToolCallParam, responses.ResponseFunctionToolCall),
+    ),
+    "function output": (fields.ITEM_OUTPUT, (item_params.FunctionCallOutput,)),
+}
+
+
+def fields_of(kind: type) -> set[str]:
+    """As they stand in JSON, of a pydantic model or of a typed dictionary."""
+    if issubclass(kind, BaseModel):
+        return {field.alias or name for name, field in kind.model_fields.items()}
+    return {name for base in kind.__mro__ for name in getattr(base, "__annotations__", {})}
 
 
 @pytest.mark.parametrize("name", VLLM)
@@ -55,7 +129,13 @@ def test_every_field_of_vllm_is_classified(name: str) -> None:
 @pytest.mark.parametrize("name", OPENAI)
 def test_every_field_of_openai_is_classified(name: str) -> None:
     table, params = OPENAI[name]
-    names = {key for base in params.__mro__ for key in getattr(base, "__annotations__", {})}
+    assert not fields_of(params) - table.keys(), "classify these fields in server/openai/fields.py"
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_every_field_inside_of_a_request_or_an_answer_is_classified(name: str) -> None:
+    table, kinds = INSIDE[name]
+    names = set().union(*map(fields_of, kinds))
     assert not names - table.keys(), "classify these fields in server/openai/fields.py"
 
 
@@ -137,6 +217,10 @@ def test_an_unknown_field_is_refused_by_name() -> None:
     with pytest.raises(Invalid, match="'guided_json' is not a field") as refused:
         keep_honoured({"guided_json": "{}"}, fields.CHAT)
     assert (refused.value.param, refused.value.code) == ("guided_json", "unknown_parameter")
+
+
+def test_an_unknown_field_that_is_null_is_ignored() -> None:
+    assert keep_honoured({"reasoning_content": None, "n": 2}, fields.CHAT) == {"n": 2}
 
 
 def test_a_long_unknown_name_is_not_repeated_whole() -> None:
