@@ -11,6 +11,9 @@ export PYTHONSAFEPATH := 1
 PYTEST := $(BIN)/python -m pytest
 # Benchmarks and kill harnesses, which do not ship, use the tests' kits.
 MEASURE := benchmarks:tests/support
+# Workers of a test run; tests/support/workers.py says which tests stay together.
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests lock clean
 
@@ -21,10 +24,10 @@ serve: $(VENV)/.runtime ## Serve the demo model on 127.0.0.1:$(PORT) with three 
 	$(BIN)/flexgate serve --demo --port $(PORT)
 
 test: $(VENV)/.dev ## Run the test suite.
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(SPREAD) -m "not slow"
 
 test-slow: $(VENV)/.dev ## Run the slow tests, which CI runs too.
-	$(PYTEST) -m slow
+	$(PYTEST) $(SPREAD) -m slow
 
 lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
 	$(BIN)/ruff check .

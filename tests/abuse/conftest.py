@@ -1,4 +1,4 @@
-"""The abuse suite works on the same application and the same live server as `tests/server`."""
+"""The abuse suite works on the same application as `tests/server`."""
 
 import importlib.util
 import sys
@@ -27,5 +27,3 @@ handler = _shared.handler
 services = _shared.services
 make_client = _shared.make_client
 client = _shared.client
-text_checkpoint = _shared.text_checkpoint
-server = _shared.server

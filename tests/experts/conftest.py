@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from packagekit import make_package, write_model
 
 from flexgate.experts.base import BaseIdentity, base_identity
@@ -24,15 +23,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
         generate(owner, root / "keys")
     make_package(root / "news", root / "anchor", key=root / "keys/acme.key")
     return root
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices, and other tests beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

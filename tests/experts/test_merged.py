@@ -22,8 +22,6 @@ from flexgate.experts.train_anchor import AnchorOptions, train_anchor
 from flexgate.experts.tune_router import tune_router
 from flexgate.experts.verify import open_package
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PLAN = Plan(steps=6, peak=5e-3, warmup=2, tokens_per_batch=300, save_every=3, evaluate_every=3)
 SIZES = AnchorOptions(
     PLAN, vocab_size=270, hidden_size=16, intermediate_size=12, layers=2, heads=2, length=48, dtype="float32"

@@ -30,8 +30,6 @@ from flexgate.experts.parallel import require_one_kind, take
 from flexgate.experts.train import initialise, language_loss, weighted_loss
 from flexgate.experts.train_expert import ExpertOptions, RouterOptions, Texts, require_rows, train_expert
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PLAN = Plan(steps=24, peak=5e-3, tokens_per_batch=100, save_every=6, evaluate_every=6)
 OPTIONS = ExpertOptions(PLAN, RouterOptions("mean-hidden", train=True), length=48)
 WORDS = [

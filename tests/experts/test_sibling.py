@@ -21,8 +21,6 @@ from flexgate.experts.sibling.report import PAPER, heatmap_rows, report
 from flexgate.experts.sibling.settings import QUICK, Settings
 from flexgate.experts.sibling.summary import aims
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS = {OURS, TUNED, UNRESTRICTED, "public only", *MERGING, *ABLATIONS}
 JUDGED = (

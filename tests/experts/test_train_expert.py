@@ -30,8 +30,6 @@ from flexgate.experts.texts import Document, read_documents
 from flexgate.experts.train_expert import ExpertOptions, RouterOptions, load_anchor, train_expert
 from flexgate.experts.verify import open_package
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -291,7 +289,7 @@ def test_a_run_killed_with_signal_9_goes_on_and_ends_with_the_same_bytes(folder:
     def command(name: str) -> list[str]:
         words = f"train {folder}/anchor {folder}/own {tmp_path}/{name} --public {folder}/public --steps 150"
         options = f"--statement {tmp_path}/s.json --length 48 --tokens-per-batch 300 --save-every 5 --patience 0"
-        program = "import torch; torch.set_num_threads(1); from flexgate.experts.cli import app; app()"
+        program = "from flexgate.experts.cli import app; app()"
         return [sys.executable, "-c", program, *words.split(), *options.split()]
 
     subprocess.run(command("whole"), check=True, timeout=300, capture_output=True)

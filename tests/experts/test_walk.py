@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The merged checkpoint."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_model(tmp_path_factory.mktemp("walk"))
-    torch.set_num_threads(before)
+    return make_model(tmp_path_factory.mktemp("walk"))
 
 
 def answers(model: Path, questions: list[str], gate: list[bool]) -> list[str]:

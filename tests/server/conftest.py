@@ -1,4 +1,4 @@
-"""A small policy world, an application without an engine, and one real server per session."""
+"""A small policy world and an application without an engine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import live_server
 import pytest
 import pytest_asyncio
-from text_checkpoint import write_checkpoint
 
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
@@ -226,20 +224,6 @@ def make_client(services: Any) -> Callable[..., httpx.AsyncClient]:
 async def client(make_client: Callable[..., httpx.AsyncClient]) -> AsyncIterator[httpx.AsyncClient]:
     async with make_client() as http:
         yield http
-
-
-@pytest.fixture(scope="session")
-def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model directory that can be served."""
-    return write_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def server(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The one real server of the session."""
-    running = live_server.start(text_checkpoint, tmp_path_factory.mktemp("server"))
-    yield running
-    live_server.stop(running)
 
 
 def _listening() -> socket.socket:
