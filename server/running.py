@@ -152,7 +152,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.policy.run(),
         services.denials.run(),
         services.recorded.run(),
-        services.spending.run(),
+        services.budget_usage.run(),
         services.experts.follow(services.policy.withdrawn),
         _stop_with_engine(server, services.client),
     )
@@ -166,7 +166,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         await asyncio.gather(*tasks, return_exceptions=True)
         services.denials.close()
         services.recorded.close()
-        services.spending.close()
+        services.budget_usage.close()
         services.policy.withdraw()
     if services.client.errored:
         raise EngineDied("the engine has died; the log says where")

@@ -12,10 +12,10 @@ from flexgate.policies.store.store import Store
 from flexgate.server.body import Arriving
 from flexgate.server.clock import Clock
 from flexgate.server.denials import Denials
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
-from flexgate.server.quotas.limiter import Limiter
-from flexgate.server.quotas.spending import Spending
 from flexgate.server.recorded import Recorded
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ class Services:
     draining: bool = False
     denials: Denials = field(init=False)
     recorded: Recorded = field(init=False)
-    spending: Spending = field(init=False)
+    budget_usage: BudgetUsage = field(init=False)
     limiter: Limiter = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
         self.recorded = Recorded(self.store)
-        self.spending = Spending(self.store)
-        self.limiter = Limiter(self.spending)
+        self.budget_usage = BudgetUsage(self.store)
+        self.limiter = Limiter(self.budget_usage)

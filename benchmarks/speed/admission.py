@@ -13,22 +13,25 @@ from tqdm import tqdm
 
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, Role, Tenant
+from flexgate.policies.tenants import Expert, Quota, Role, Tenant
 from flexgate.policies.terms import PUBLIC, Agreement
 from flexgate.server.admission import admit, honoured_body
 from flexgate.server.auth import authenticate, require_tenant
 from flexgate.server.body import parse_object
 from flexgate.server.engine.gates import Gate, SlotLease, cache_salt, new_seal_key, seal
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope
+from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.openai.chat import KIND
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
-from flexgate.server.quotas.limiter import Limiter
-from flexgate.server.quotas.spending import Spending
-from flexgate.server.quotas.subjects import most_tokens, subjects_of
 from flexgate.server.recorded import Recorded
 from speed.record import write
 
 TENANTS = 1000
+LIMITS = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "total_tokens": 10**12}
+BUSY = (60, 6_000, 60_000)
+"""Requests of one project in the last minute."""
 EVERY = [PUBLIC, *(f"e{number}" for number in range(1, 32))]
 BODY = json.dumps(
     {
@@ -57,10 +60,12 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
 async def _measure(store: Store, calls: int) -> dict[str, Any]:
     clock = _Clock()
     source = PolicySource(store, lambda: dict.fromkeys(EVERY, 1), lease_s=600.0, poll_s=1.0)
-    spending = Spending(store)
+    usage = BudgetUsage(store)
     source.confirm()
-    spending.refresh()
-    limiter, cache, recorded, key = Limiter(spending), DecisionCache(), Recorded(store), new_seal_key()
+    usage.refresh()
+    limiter, cache, recorded, key = Limiter(usage), DecisionCache(), Recorded(store), new_seal_key()
+    project = LimitScope("busy", "This project", Quota(**LIMITS))
+    busy = {f"limits_after_{uses}_requests_a_minute": _busy(usage, project, uses) for uses in BUSY}
     for number in tqdm(range(calls), desc="admissions"):
         now = time.time()
         clock.start()
@@ -74,14 +79,28 @@ async def _measure(store: Store, calls: int) -> dict[str, Any]:
             body, tenant=tenant, decision_id="dec", policy=source, cache=cache, recorded=recorded, now=now
         )
         clock.lap("decision")
-        subjects = subjects_of(admitted.snapshot.tenants[tenant], principal.key_id)
-        hold = limiter.admit(subjects, most_tokens(body))
+        scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)
+        reservation = limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
         clock.lap("limits")
         _seal(admitted.decision.allowed, tenant, key)
         clock.lap("seal")
         clock.stop("all")
-        hold.settle(64)
+        for name, other in busy.items():
+            clock.skip()
+            other.reserve([project], {REQUESTS: 1, TOKENS: 64}).commit({TOKENS: 64})
+            clock.lap(name)
+        reservation.commit({TOKENS: 64})
     return clock.report()
+
+
+def _busy(usage: BudgetUsage, project: LimitScope, uses: int) -> Limiter:
+    """A limiter whose clock stands still after a minute in which the project made this many requests."""
+    now = 0.0
+    limiter = Limiter(usage, clock=lambda: now)
+    for _ in range(uses):
+        now += 59.0 / uses
+        limiter.reserve([project], {REQUESTS: 1, TOKENS: 64}).commit({TOKENS: 64})
+    return limiter
 
 
 def _seal(allowed: Any, tenant: str, key: Any) -> str:
@@ -98,6 +117,9 @@ class _Clock:
 
     def start(self) -> None:
         self.began = self.last = time.perf_counter_ns()
+
+    def skip(self) -> None:
+        self.last = time.perf_counter_ns()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter_ns()
@@ -118,11 +140,10 @@ def _store(directory: Path) -> Store:
     """A real store: every expert is permitted to everyone, half of them with an end; every tenant has limits."""
     store = Store.open(f"sqlite:///{directory / 'policy.db'}")
     store.migrate()
-    limits = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "total_tokens": 10**12}
     with store.change(actor="bench", at=time.time()) as change:
         _put_experts(change.put)
         for number in range(TENANTS):
-            fields = {"id": f"t{number}", "name": "T", "mode": "allow_list", "expert_ids": EVERY[1:], "quota": limits}
+            fields = {"id": f"t{number}", "name": "T", "mode": "allow_list", "expert_ids": EVERY[1:], "quota": LIMITS}
             tenant = Tenant.model_validate(fields)
             change.put(tenant)
             change.add_key(f"sk-{number}", prefix="sk", role=Role.TENANT, tenant_id=tenant.id)

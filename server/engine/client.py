@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,7 @@ class GatedCall:
         failed: why the engine ended a request of this call early, if it did.
         ended: set once nothing of this call's answer is left to send.
         priority: below zero goes ahead of all that waits; for canaries alone.
+        reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
     """
 
     grant: GateGrant
@@ -106,6 +107,8 @@ class GatedCall:
     failed: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     priority: int = 0
+    reserve: Callable[[int], None] | None = None
+    _most_tokens: int = 0
     _usage: dict[str, list[Any]] = field(default_factory=dict)
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
@@ -115,6 +118,12 @@ class GatedCall:
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
         return sum(self._prompt_tokens.values()) + self._new_tokens
+
+    def claim(self, tokens: int) -> None:
+        """Reserve what one more prompt and its choices can use; raises what `reserve` raises."""
+        self._most_tokens += tokens
+        if self.reserve is not None:
+            self.reserve(self._most_tokens)
 
     def count_prompt(self, request_id: str, tokens: int) -> None:
         """Count the prompt of an engine request, once for all its choices."""
@@ -285,6 +294,7 @@ class GatedEngineClient:
         call = CURRENT_CALL.get()
         if call is None:
             raise GateError("a handler asked for tokens outside of an admitted call")
+        call.claim(_most_tokens(prompt, sampling_params))
         return self._generate(
             call,
             prompt,
@@ -367,6 +377,11 @@ class GatedEngineClient:
             call._usage[output.request_id] = extras[USAGE_KEY]
         if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED):
             call.failed = output.stop_reason
+
+
+def _most_tokens(prompt: Any, params: SamplingParams) -> int:
+    """What a prompt and all its choices use at most: vLLM's handlers cut `max_tokens` to the room that is left."""
+    return len(prompt["prompt_token_ids"]) + params.n * (params.max_tokens or 0)
 
 
 def _refuse_withdrawn(call: GatedCall) -> None:

@@ -25,10 +25,10 @@ from flexgate.server.context import context_of, identify
 from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
 from flexgate.server.forms import read_request
+from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Reservation
+from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.openai import vllm_errors
 from flexgate.server.openai.foreign import Answer
-from flexgate.server.quotas.limiter import Hold
-from flexgate.server.quotas.subjects import most_tokens, subjects_of
 from flexgate.server.refusals import from_auth
 from flexgate.server.services import Services
 
@@ -47,20 +47,20 @@ class Run:
     call: GatedCall
     weights_epoch: int
     request_id: str
-    hold: Hold
+    reservation: Reservation
 
     def finish(self) -> None:
         """End the call, once nothing of its answer is left to send."""
-        self._settle()
+        self._commit()
         self.services.client.end(self.call)
 
-    def _settle(self) -> None:
-        """Settle what the call used, before the client reads the end: its next request follows at once."""
-        self.hold.settle(self.call.tokens())
+    def _commit(self) -> None:
+        """Commit what the call used, before the client reads the end: its next request follows at once."""
+        self.reservation.commit({TOKENS: self.call.tokens()})
 
     def answer_object(self) -> dict[str, Any]:
-        """The `flexgate` object, once the engine is done with the call, which is settled."""
-        self._settle()
+        """The `flexgate` object, once the engine is done with the call, whose usage is committed."""
+        self._commit()
         used = self.call.attribution()
         attribution = report.attribution_object(
             self.admitted.snapshot, self.admitted.decision, used.experts, used.cached_prompt_tokens
@@ -74,11 +74,11 @@ class Run:
 
     def headers(self) -> dict[str, str]:
         """The `x-flexgate-*` and `x-ratelimit-*` headers."""
-        return report.headers(self.admitted.decision, self.weights_epoch) | self.hold.headers
+        return report.headers(self.admitted.decision, self.weights_epoch) | self.reservation.headers
 
     def error(self, error: ApiError) -> ApiError:
         """The error that ends the call: `error`, unless its gate or its constraint is the real cause."""
-        self._settle()
+        self._commit()
         if error.status < HTTPStatus.INTERNAL_SERVER_ERROR or self.services.client.errored:
             return error
         refused = vllm_errors.ended_early(self.call)
@@ -159,11 +159,11 @@ class Generation:
             "decision": decision.decision_id,
             "policy_version": decision.policy_version,
         }
-        call = GatedCall(grant(decision, services), admitted.client_salt)
-        epoch = services.client.weights_epoch
-        subjects = subjects_of(admitted.snapshot.tenants[tenant], key_id)
-        hold = services.limiter.admit(subjects, most_tokens(body))
-        return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"), hold)
+        granted, epoch = grant(decision, services), services.client.weights_epoch
+        scopes = scopes_of(admitted.snapshot.tenants[tenant], key_id)
+        reservation = services.limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
+        call = GatedCall(granted, admitted.client_salt, reserve=lambda tokens: reservation.raise_to({TOKENS: tokens}))
+        return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"), reservation)
 
     async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
         CURRENT_CALL.set(run.call)

@@ -22,6 +22,9 @@ from flexgate.policies.terms import TenantId
 from flexgate.server.admission import Kind, honoured_body
 from flexgate.server.errors import ApiError
 from flexgate.server.forms import read_request
+from flexgate.server.inference.limits import refusals
+from flexgate.server.inference.limits.limiter import REQUESTS
+from flexgate.server.inference.limits.scopes import scopes_of
 from flexgate.server.openai import fields, limits, vllm_errors
 from flexgate.server.openai.generation import (
     CLIENT_GONE,
@@ -30,8 +33,6 @@ from flexgate.server.openai.generation import (
     identify_tenant,
     until_gone,
 )
-from flexgate.server.quotas import refusals
-from flexgate.server.quotas.subjects import subjects_of
 from flexgate.server.services import Services
 
 AT_ONCE: Final = 4  # per project and process
@@ -78,14 +79,14 @@ class Tokenization:
         tenant, key_id, snapshot = await identify_tenant(request, services)
         work = prepare(await read_request(request, services))
         with self._place(tenant):
-            hold = services.limiter.admit(subjects_of(snapshot.tenants[tenant], key_id), None)
+            reservation = services.limiter.reserve(scopes_of(snapshot.tenants[tenant], key_id), {REQUESTS: 1})
             try:
                 result = await until_gone(request, work.run())
             finally:
-                hold.settle(0)
+                reservation.commit({})
         if result is None:
             return Response(status_code=CLIENT_GONE)
-        return JSONResponse(result, headers=hold.headers)
+        return JSONResponse(result, headers=reservation.headers)
 
     @contextmanager
     def _place(self, tenant: TenantId) -> Iterator[None]:

@@ -149,6 +149,27 @@ async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
     await reading
 
 
+def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1)
+    reserved: list[int] = []
+    call.reserve = reserved.append
+    for prompt in ([1, 2, 3], [4, 5]):
+        client.generate({"prompt_token_ids": prompt}, SamplingParams(n=2, max_tokens=9), "request")
+    assert reserved == [3 + 18, 3 + 18 + 2 + 18]
+
+
+def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1)
+
+    def refuse(tokens: int) -> None:
+        raise OverflowError(tokens)
+
+    call.reserve = refuse
+    with pytest.raises(OverflowError):
+        client.generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=9), "request")
+    assert engine.children == []
+
+
 @pytest.mark.asyncio
 async def test_who_leaves_before_the_only_output_is_charged_for_what_there_was(engine: Engine, call: GatedCall) -> None:
     reading = await begin(engine, call, RequestOutputKind.FINAL_ONLY, 1)

@@ -56,7 +56,7 @@ def limit(store: Any, services: Any) -> Callable[..., None]:
         store.answer = replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, "t": tenant}))
         services.policy.confirm()
         services.policy._served = None
-        services.spending.refresh()
+        services.budget_usage.refresh()
 
     return set_
 

@@ -16,7 +16,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from flexgate.policies.tenants import Quota
 from flexgate.server.app import build_app
 from flexgate.server.engine.client import CURRENT_CALL
-from flexgate.server.quotas.subjects import most_tokens
+from flexgate.server.inference.limits.scopes import stated_tokens
 
 pytestmark = pytest.mark.asyncio
 
@@ -32,7 +32,7 @@ def limit(store: Any, services: Any) -> Any:
         store.answer = replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, "t": tenant}))
         services.policy.confirm()
         services.policy._served = None
-        services.spending.refresh()
+        services.budget_usage.refresh()
 
     return set_
 
@@ -189,7 +189,7 @@ async def test_a_budget_that_is_spent_stays_spent(
     limit(total_tokens=20)
     handler.result = answer
     assert (await post(client)).status_code == 200
-    services.spending.refresh()
+    services.budget_usage.refresh()
     assert (await post(client)).status_code == 200
     refused = await post(client)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "insufficient_quota")
@@ -208,4 +208,4 @@ async def test_a_budget_that_is_spent_stays_spent(
     ],
 )
 async def test_what_a_request_asks_for_at_most(body: dict[str, Any], tokens: int) -> None:
-    assert most_tokens(body) == tokens
+    assert stated_tokens(body) == tokens

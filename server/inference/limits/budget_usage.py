@@ -1,4 +1,4 @@
-"""Tokens that projects and keys with a budget have used: here since the last write, and in the store.
+"""Budget usage: the tokens that projects and keys with a budget have used, here and in the store.
 
 Requests are checked against both in memory. Another process's use is known after its next write and
 our next reading, about two seconds later at most.
@@ -20,7 +20,7 @@ EVERY_S: Final = 1.0
 logger = logging.getLogger(__name__)
 
 
-class Spending:
+class BudgetUsage:
     """`run` writes and reads again and again. Safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
@@ -31,18 +31,18 @@ class Spending:
         self._unwritten: dict[str, int] = {}
         self._asked = False
 
-    def spent(self, subject: str) -> int | None:
+    def committed(self, scope: str) -> int | None:
         """Tokens used so far; None before the store was read for the first time."""
         with self._lock:
             self._asked = True
             if self._stored is None:
                 return None
-            return sum(part.get(subject, 0) for part in (self._stored, self._writing, self._unwritten))
+            return sum(part.get(scope, 0) for part in (self._stored, self._writing, self._unwritten))
 
-    def add(self, subject: str, tokens: int) -> None:
+    def add(self, scope: str, tokens: int) -> None:
         """Note what a request used."""
         with self._lock:
-            self._unwritten[subject] = self._unwritten.get(subject, 0) + tokens
+            self._unwritten[scope] = self._unwritten.get(scope, 0) + tokens
 
     def refresh(self) -> None:
         """Write what was used, and read what everybody used; raises `StoreError`. Blocks."""
@@ -82,12 +82,12 @@ class Spending:
         """What is written counts as stored at once: reading it back may fail, and must not write it again."""
         with self._lock:
             if self._stored is not None:
-                for subject, tokens in self._writing.items():
-                    self._stored[subject] = self._stored.get(subject, 0) + tokens
+                for scope, tokens in self._writing.items():
+                    self._stored[scope] = self._stored.get(scope, 0) + tokens
             self._writing = {}
 
     def _take_back(self) -> None:
         with self._lock:
-            for subject, tokens in self._writing.items():
-                self._unwritten[subject] = self._unwritten.get(subject, 0) + tokens
+            for scope, tokens in self._writing.items():
+                self._unwritten[scope] = self._unwritten.get(scope, 0) + tokens
             self._writing = {}

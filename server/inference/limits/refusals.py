@@ -19,6 +19,16 @@ class Standing(NamedTuple):
     reset_s: float
 
 
+class Refused(NamedTuple):
+    """What a limit has no room for: `amount` of it, `used` being in use, until `wait_s` have passed."""
+
+    kind: str
+    limit: int
+    used: int
+    amount: int
+    wait_s: float
+
+
 def headers(standings: Iterable[Standing]) -> dict[str, str]:
     """The limit of each kind of which least is left."""
     told: dict[str, str] = {}
@@ -40,18 +50,21 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest}s" if minutes else f"{rest}s"
 
 
-def too_many_requests(kind: str, limit: int, wait_s: float) -> ApiError:
-    message = f"{kind} may make {limit} requests per minute. {_advice(wait_s)}"
-    return _limited(message, "requests", wait_s)
+def too_many_requests(refused: Refused) -> ApiError:
+    message = f"{refused.kind} may make {refused.limit} requests per minute. {_advice(refused.wait_s)}"
+    return _limited(message, "requests", refused.wait_s)
 
 
-def too_many_tokens(kind: str, limit: int, asked: int, wait_s: float) -> ApiError:
-    message = f"{kind} may use {limit} tokens per minute, and this request asks for {asked}. {_advice(wait_s)}"
-    return _limited(message, "tokens", wait_s)
+def too_many_tokens(refused: Refused) -> ApiError:
+    message = (
+        f"{refused.kind} may use {refused.limit} tokens per minute, and this request asks for {refused.amount}. "
+        f"{_advice(refused.wait_s)}"
+    )
+    return _limited(message, "tokens", refused.wait_s)
 
 
-def too_many_at_once(kind: str, limit: int) -> ApiError:
-    message = f"{kind} may have {limit} requests running at once. {_advice(1.0)}"
+def too_many_at_once(refused: Refused) -> ApiError:
+    message = f"{refused.kind} may have {refused.limit} requests running at once. {_advice(1.0)}"
     return _limited(message, "requests", 1.0)
 
 
@@ -60,17 +73,17 @@ def too_many_tokenizing(limit: int) -> ApiError:
     return _limited(message, "requests", 1.0)
 
 
-def over_budget(kind: str, budget: int, spent: int, asked: int) -> ApiError:
+def over_budget(refused: Refused) -> ApiError:
     message = (
-        f"{kind} has a budget of {budget} tokens, of which {spent} are used or reserved, and this request asks "
-        f"for {asked}. An administrator raising the budget would change this."
+        f"{refused.kind} has a budget of {refused.limit} tokens, of which {refused.used} are used or reserved, and "
+        f"this request asks for {refused.amount}. An administrator raising the budget would change this."
     )
     return ApiError(message, status=HTTPStatus.TOO_MANY_REQUESTS, code="insufficient_quota", type_="insufficient_quota")
 
 
 def _advice(wait_s: float) -> str:
     if wait_s == math.inf:
-        return "A smaller request, or an administrator raising the limit, would change this."
+        return "A smaller request (a lower 'max_tokens'), or an administrator raising the limit, would change this."
     return f"Trying again in {duration(wait_s)}, or an administrator raising the limit, would change this."
 
 

@@ -6,19 +6,22 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from flexgate.policies.scope import TenantRules
-from flexgate.server.quotas.limiter import UNLIMITED, Subject
+from flexgate.server.inference.limits.limiter import UNLIMITED, LimitScope
 
 _STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
-def subjects_of(tenant: TenantRules, key_id: str) -> tuple[Subject, Subject]:
+def scopes_of(tenant: TenantRules, key_id: str) -> tuple[LimitScope, LimitScope]:
     """The project and the key."""
     key_quota = tenant.key_quotas.get(key_id, UNLIMITED)
-    return Subject(tenant.id, "This project", tenant.quota), Subject(key_id, "This key", key_quota)
+    return LimitScope(tenant.id, "This project", tenant.quota), LimitScope(key_id, "This key", key_quota)
 
 
-def most_tokens(body: Mapping[str, Any]) -> int:
-    """New tokens that a request asks for at most, as far as it says so."""
+def stated_tokens(body: Mapping[str, Any]) -> int:
+    """New tokens that a request says it asks for at most; 0 where it says nothing.
+
+    What it can use is known once its prompts are tokens: `Reservation.raise_to` reserves that.
+    """
     stated = next((body[name] for name in _STATED if body.get(name) is not None), 0)
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1

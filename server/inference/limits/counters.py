@@ -1,0 +1,178 @@
+"""What one limit has in use, in constant time and memory: a sliding window, requests in flight, a budget.
+
+Every counter has the same five methods, so that a limit over another time, in another unit, or on a share
+leased from a store that several replicas use is one more counter and nothing else. A counter never reads a clock:
+`now` is given, in seconds of a clock that never goes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, Final, Protocol
+
+from flexgate.server.errors import Unavailable
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+
+MINUTE_S: Final = 60.0
+BUCKETS: Final = 120
+"""Of a window: uses that begin within a 120th of it (half a second of a minute) are counted, and end, together."""
+
+
+class Counter(Protocol):
+    """What is reserved and used of one limit. `Part` is what `reserve` returns; `commit` takes it once."""
+
+    def used(self, now: float) -> int:
+        """What counts against the limit now, reservations included."""
+
+    def wait(self, limit: int, amount: int, now: float) -> float:
+        """Seconds until `amount` more fits under `limit`: 0 is now, infinite is never by waiting alone."""
+
+    def reset(self, now: float) -> float:
+        """Seconds until nothing is in use, if nothing more is reserved."""
+
+    def reserve(self, amount: int, now: float) -> Any:
+        """Count `amount` from now on."""
+
+    def commit(self, part: Any, used: int, now: float) -> None:
+        """Count `used` instead of what was reserved."""
+
+
+class _Bucket:
+    """Uses that began close together. They leave the window together, when the newest of them is too old."""
+
+    __slots__ = ("amount", "first", "last")
+
+    def __init__(self, now: float) -> None:
+        self.first = self.last = now
+        self.amount = 0
+
+
+class SlidingWindow:
+    """What was used in the last `seconds`.
+
+    No window of that length, wherever it begins, holds more than the limit. A use counts for at most a 120th of
+    the window longer than the window lasts, and exactly as long where uses are rarer than that.
+    """
+
+    __slots__ = ("_buckets", "_grain", "_seconds", "_total")
+
+    def __init__(self, seconds: float = MINUTE_S) -> None:
+        self._seconds = seconds
+        self._grain = seconds / BUCKETS
+        self._buckets: deque[_Bucket] = deque()
+        self._total = 0
+
+    def used(self, now: float) -> int:
+        """What was used in the window that ends now."""
+        while self._buckets and self._buckets[0].last <= now - self._seconds:
+            self._total -= self._buckets.popleft().amount
+        return self._total
+
+    def wait(self, limit: int, amount: int, now: float) -> float:
+        """Seconds until `amount` more fits; goes through `BUCKETS` at most, and only where it does not fit."""
+        if amount > limit:
+            return math.inf
+        excess = self.used(now) + amount - limit
+        if excess <= 0:
+            return 0.0
+        for bucket in self._buckets:
+            excess -= bucket.amount
+            if excess <= 0:
+                return bucket.last + self._seconds - now
+        return math.inf
+
+    def reset(self, now: float) -> float:
+        """Seconds until the newest use is too old."""
+        return self._buckets[-1].last + self._seconds - now if self.used(now) else 0.0
+
+    def reserve(self, amount: int, now: float) -> tuple[_Bucket, int]:
+        """Count `amount` from now on."""
+        self.used(now)
+        if not self._buckets or now >= self._buckets[-1].first + self._grain:
+            self._buckets.append(_Bucket(now))
+        bucket = self._buckets[-1]
+        bucket.last = now
+        bucket.amount += amount
+        self._total += amount
+        return bucket, amount
+
+    def commit(self, part: tuple[_Bucket, int], used: int, now: float) -> None:
+        """Count what was used: less where it was reserved, more from now on."""
+        bucket, reserved = part
+        self.used(now)
+        if used > reserved:
+            self.reserve(used - reserved, now)
+        elif bucket.last > now - self._seconds:
+            bucket.amount -= reserved - used
+            self._total -= reserved - used
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+
+class InFlight:
+    """What runs now."""
+
+    __slots__ = ("_running",)
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    def used(self, now: float) -> int:  # noqa: ARG002 - the protocol's
+        """What runs now."""
+        return self._running
+
+    def wait(self, limit: int, amount: int, now: float) -> float:  # noqa: ARG002 - the protocol's
+        """0, or infinite: nothing says when a request ends."""
+        return 0.0 if self._running + amount <= limit else math.inf
+
+    def reset(self, now: float) -> float:  # noqa: ARG002 - the protocol's
+        """0, or infinite."""
+        return math.inf if self._running else 0.0
+
+    def reserve(self, amount: int, now: float) -> int:  # noqa: ARG002 - the protocol's
+        """Count a request from its start."""
+        self._running += amount
+        return amount
+
+    def commit(self, part: int, used: int, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Count it no longer, whatever it used."""
+        self._running -= part
+
+
+class Budget:
+    """A total for good: what the store knows to be used, and what running requests have reserved."""
+
+    __slots__ = ("_reserved", "_scope", "_usage")
+
+    def __init__(self, usage: BudgetUsage, scope: str) -> None:
+        self._usage = usage
+        self._scope = scope
+        self._reserved = 0
+
+    def used(self, now: float) -> int:  # noqa: ARG002 - the protocol's
+        """What is used or reserved; raises `Unavailable` before the store was read."""
+        committed = self._usage.committed(self._scope)
+        if committed is None:
+            raise Unavailable("The used tokens are not known yet. Try again.", code="budget_unknown")
+        return committed + self._reserved
+
+    def wait(self, limit: int, amount: int, now: float) -> float:
+        """0, or infinite: time gives nothing back."""
+        return 0.0 if self.used(now) + amount <= limit else math.inf
+
+    def reset(self, now: float) -> float:
+        """0, or infinite."""
+        return math.inf if self.used(now) else 0.0
+
+    def reserve(self, amount: int, now: float) -> int:  # noqa: ARG002 - the protocol's
+        """Keep `amount` of what is left."""
+        self._reserved += amount
+        return amount
+
+    def commit(self, part: int, used: int, now: float) -> None:  # noqa: ARG002 - the protocol's
+        """Take what was used for good, and give the rest back."""
+        self._reserved -= part
+        if used:
+            self._usage.add(self._scope, used)

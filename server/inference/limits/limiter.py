@@ -1,0 +1,179 @@
+"""Requests and tokens per minute, requests at once, and budgets: checked in memory, per process.
+
+A request reserves what it may use at most, and commits at its end what it really used. A project's limits and its
+key's both hold; nothing is counted of a request that one of them refuses.
+
+    reserve(scopes, amounts) ──> Reservation ── raise_to(amounts) ──> commit(amounts)
+
+A kind of limit is one `Rule`: the quota's field, the unit it counts, its counter, and how it refuses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from flexgate.policies.tenants import Quota
+from flexgate.server.errors import ApiError
+from flexgate.server.inference.limits import refusals
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.inference.limits.counters import Budget, Counter, InFlight, SlidingWindow
+from flexgate.server.inference.limits.refusals import Refused, Standing
+
+UNLIMITED: Final = Quota()
+REQUESTS: Final = "requests"
+TOKENS: Final = "tokens"
+
+Amounts = Mapping[str, int]
+"""How much of each unit. A limit does not concern a request that has nothing of its unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitScope:
+    """A project or a key, with its limits. `kind` is how refusals name it."""
+
+    id: str
+    kind: str
+    quota: Quota
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One kind of limit. `shown` limits appear in the `x-ratelimit-*` headers."""
+
+    field: str
+    unit: str
+    counter: Callable[[str], Counter]
+    refuse: Callable[[Refused], ApiError]
+    shown: bool = True
+
+
+def default_rules(usage: BudgetUsage) -> tuple[Rule, ...]:
+    """The limits that a quota has, in the order in which they refuse."""
+    return (
+        Rule("total_tokens", TOKENS, lambda scope: Budget(usage, scope), refusals.over_budget, shown=False),
+        Rule("concurrent_requests", REQUESTS, lambda _: InFlight(), refusals.too_many_at_once, shown=False),
+        Rule("requests_per_minute", REQUESTS, lambda _: SlidingWindow(), refusals.too_many_requests),
+        Rule("tokens_per_minute", TOKENS, lambda _: SlidingWindow(), refusals.too_many_tokens),
+    )
+
+
+@dataclass(slots=True)
+class _Line:
+    """One limit that holds for a request, and what the request has reserved of it."""
+
+    scope: LimitScope
+    rule: Rule
+    limit: int
+    counter: Counter
+    amount: int = 0
+    part: Any = None
+
+    def check(self, more: int, now: float) -> None:
+        """Raise the limit's refusal where `more` does not fit. Nothing fits once a limit is used up."""
+        wait = self.counter.wait(self.limit, max(more, 1), now)
+        if wait:
+            used = self.counter.used(now)
+            raise self.rule.refuse(Refused(self.scope.kind, self.limit, used, self.amount + more, wait))
+
+    def reserve(self, amount: int, now: float) -> None:
+        """Reserve `amount` instead of what is reserved."""
+        if self.part is not None:
+            self.counter.commit(self.part, 0, now)
+        self.amount = amount
+        self.part = self.counter.reserve(amount, now)
+
+
+class Reservation:
+    """What one request has reserved. Commit it once, however the request ends."""
+
+    __slots__ = ("_clock", "_lines", "headers")
+
+    def __init__(self, lines: list[_Line], clock: Callable[[], float]) -> None:
+        self._lines = lines
+        self._clock = clock
+        self.headers: dict[str, str] = {}
+
+    def raise_to(self, amounts: Amounts) -> None:
+        """Reserve `amounts` in all, once it is known what a request can use; raises `ApiError` (429)."""
+        now = self._clock()
+        lines = [line for line in self._lines if amounts.get(line.rule.unit, 0) > line.amount]
+        with _telling(self._lines, now):
+            for line in lines:
+                line.check(amounts[line.rule.unit] - line.amount, now)
+        for line in lines:
+            line.reserve(amounts[line.rule.unit], now)
+
+    def commit(self, amounts: Amounts) -> None:
+        """Count what was used, and give back the rest; a unit that is not named was used as reserved. Done once."""
+        lines, self._lines = self._lines, []
+        now = self._clock()
+        for line in lines:
+            line.counter.commit(line.part, amounts.get(line.rule.unit, line.amount), now)
+
+
+class Limiter:
+    """Reserves for requests. Call it from the event loop alone."""
+
+    def __init__(
+        self,
+        usage: BudgetUsage,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rules: Sequence[Rule] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._rules = default_rules(usage) if rules is None else tuple(rules)
+        self._counters: dict[tuple[str, str], Counter] = {}
+
+    def reserve(self, scopes: Iterable[LimitScope], amounts: Amounts) -> Reservation:
+        """Reserve `amounts` within every scope's limits; raises `ApiError` (429)."""
+        now = self._clock()
+        lines = list(self._lines(scopes))
+        concerned = [line for line in lines if line.rule.unit in amounts]
+        with _telling(lines, now):
+            for line in concerned:
+                line.check(amounts[line.rule.unit], now)
+        for line in concerned:
+            line.reserve(amounts[line.rule.unit], now)
+        reservation = Reservation(concerned, self._clock)
+        reservation.headers = refusals.headers(_standings(lines, now))
+        return reservation
+
+    def _lines(self, scopes: Iterable[LimitScope]) -> Iterator[_Line]:
+        for scope in scopes:
+            if scope.quota is UNLIMITED:
+                continue
+            for rule in self._rules:
+                limit = getattr(scope.quota, rule.field)
+                if limit is not None:
+                    yield _Line(scope, rule, limit, self._counter(scope.id, rule))
+
+    def _counter(self, scope: str, rule: Rule) -> Counter:
+        key = (scope, rule.field)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._counters[key] = rule.counter(scope)
+        return counter
+
+
+@contextmanager
+def _telling(lines: Sequence[_Line], now: float) -> Iterator[None]:
+    """Give a refusal the headers that say how the limits stand."""
+    try:
+        yield
+    except ApiError as error:
+        error.headers |= refusals.headers(_standings(lines, now))
+        raise
+
+
+def _standings(lines: Iterable[_Line], now: float) -> list[Standing]:
+    found = []
+    for line in lines:
+        if line.rule.shown:
+            remaining = max(0, line.limit - line.counter.used(now))
+            found.append(Standing(line.rule.unit, line.limit, remaining, line.counter.reset(now)))
+    return found
