@@ -1,0 +1,173 @@
+"""Ratios whose intervals hold over starts: several starts per contender, several rounds within each.
+
+Two starts of one program differ by a few percent for as long as they live (memory layout, placement), so that rounds
+within one start, however many, say nothing of the next one. The unit of measurement is therefore a start. Contenders
+start side by side and take turns; a round gives one ratio, the median over a start's rounds is the start's ratio, and
+the geometric mean over starts is the result. Its interval comes from a nested bootstrap: starts are drawn with
+replacement, then rounds within each (Davison and Hinkley, Bootstrap Methods, 1997, 3.8). A bootstrap of few starts is
+too narrow; it is widened as Student's t is against the normal distribution (Hesterberg, The American Statistician 69,
+2015).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+NORMAL = 1.96  # quantile of the normal distribution that leaves 2.5 % above
+# The same quantile of Student's t for 1, 2, … degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+ALLOWED = 0.01  # how far from 1 the interval of a contender against itself may reach
+
+Starts = Sequence[Sequence[float]]  # of each start its rounds
+Logs = Sequence[NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio with its 95 % interval; the interval is without bound where one start cannot tell."""
+
+    value: float
+    low: float
+    high: float
+    starts: int
+    rounds: int
+
+    def farthest(self) -> float:
+        """How far from 1 the interval reaches."""
+        return max(abs(self.low - 1), abs(self.high - 1))
+
+    def report(self) -> dict[str, Any]:
+        """The ratio as result files have it; null is an end without bound."""
+        ends = [_rounded(end) if math.isfinite(end) and end > 0 else None for end in (self.low, self.high)]
+        return {"median": _rounded(self.value), "ci95": ends, "starts": self.starts, "rounds": self.rounds}
+
+
+def paired(ours: Starts, theirs: Starts, *, seed: int = 0) -> Ratio:
+    """`ours / theirs` where start by start, round by round, the two took turns.
+
+    Raises:
+        ValueError: the shapes differ, nothing was measured, or a value is not positive.
+    """
+    if [len(start) for start in ours] != [len(start) for start in theirs]:
+        raise ValueError("paired contenders need the same starts with the same rounds")
+    rounds = [mine - other for mine, other in zip(_logs(ours), _logs(theirs), strict=True)]
+    generator = np.random.default_rng(seed)
+    return _widened(_mean_of_medians(rounds), _resampled(rounds, generator), len(rounds), rounds)
+
+
+def unpaired(ours: Starts, theirs: Starts, *, seed: int = 0) -> Ratio:
+    """`ours / theirs` of contenders that did not run side by side; raises `ValueError` as `paired` does."""
+    mine, other = _logs(ours), _logs(theirs)
+    generator = np.random.default_rng(seed)
+    drawn = _resampled(mine, generator) - _resampled(other, generator)
+    point = _mean_of_medians(mine) - _mean_of_medians(other)
+    return _widened(point, drawn, min(len(mine), len(other)), [*mine, *other])
+
+
+def pooled_quantile(
+    ours: Sequence[Sequence[Sequence[float]]], theirs: Sequence[Sequence[Sequence[float]]], q: float, *, seed: int = 0
+) -> Ratio:
+    """`ours / theirs` of a quantile over all values of a start's rounds, such as latencies of single requests.
+
+    A quantile far out needs more values than a round has: of each start the rounds are pooled, and resampled in pairs.
+    """
+    pairs = [
+        [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(mine, other, strict=True)]
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    if not pairs or not all(pairs):
+        raise ValueError("nothing was measured")
+
+    def of(start: list[tuple[Any, Any]], chosen: Any) -> float:
+        over, under = (np.concatenate([start[i][side] for i in chosen]) for side in (0, 1))
+        return math.log(np.quantile(over, q)) - math.log(np.quantile(under, q))
+
+    generator = np.random.default_rng(seed)
+    drawn = np.array(
+        [
+            np.mean(
+                [of(pairs[s], generator.integers(0, len(pairs[s]), len(pairs[s]))) for s in _draw(pairs, generator)]
+            )
+            for _ in range(RESAMPLES // 4)
+        ]
+    )
+    point = float(np.mean([of(start, range(len(start))) for start in pairs]))
+    return _widened(point, drawn, len(pairs), [np.empty(len(start)) for start in pairs])
+
+
+def reasons(itself: Sequence[tuple[str, Ratio]]) -> list[str]:
+    """Why a result must not be published: where a contender against itself is not within ALLOWED of 1.
+
+    The whole interval counts, not its middle: a benchmark whose noise reaches 3 % cannot tell 0.99 from 1, even
+    where its own contender happens to come out at 1.000.
+    """
+    return [
+        f"{name}: the baseline against itself is {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], "
+        f"and may be at most {ALLOWED:.0%} from 1; measure more starts, or on a quieter machine"
+        for name, ratio in itself
+        if not ratio.farthest() <= ALLOWED
+    ]
+
+
+def _logs(starts: Starts) -> Logs:
+    logs = []
+    for start in starts:
+        values = np.asarray(start, dtype=float)
+        if values.size == 0 or not (np.isfinite(values).all() and (values > 0).all()):
+            raise ValueError("every start needs rounds, and every value must be positive")
+        logs.append(np.log(values))
+    if not logs:
+        raise ValueError("nothing was measured")
+    return logs
+
+
+def _mean_of_medians(rounds: Logs) -> float:
+    return float(np.mean([np.median(start) for start in rounds]))
+
+
+def _resampled(rounds: Logs, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Means over starts drawn with replacement, of medians over rounds drawn within each."""
+    drawn = np.empty((RESAMPLES, len(rounds)))
+    chosen = generator.integers(0, len(rounds), drawn.shape)
+    for number, start in enumerate(rounds):
+        places = np.argwhere(chosen == number)
+        medians = np.median(generator.choice(start, (len(places), len(start))), axis=1)
+        drawn[places[:, 0], places[:, 1]] = medians
+    means: NDArray[np.float64] = drawn.mean(axis=1)
+    return means
+
+
+def _draw(pairs: Sequence[Any], generator: np.random.Generator) -> Any:
+    return generator.integers(0, len(pairs), len(pairs))
+
+
+def _widened(point: float, drawn: NDArray[np.float64], starts: int, rounds: Sequence[Any]) -> Ratio:
+    """The percentile interval in logarithms, stretched around the result for the number of starts."""
+    count = sum(len(start) for start in rounds)
+    if starts < 2:
+        return Ratio(math.exp(point), 0.0, math.inf, starts, count)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    stretch = _student(starts - 1) / NORMAL * math.sqrt(starts / (starts - 1))
+    ends = (point + stretch * (end - point) for end in (low, high))
+    return Ratio(math.exp(point), *(_exponential(end) for end in ends), starts, count)
+
+
+def _student(freedom: int) -> float:
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else NORMAL + 2.5 / freedom
+
+
+def _exponential(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
