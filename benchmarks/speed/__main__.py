@@ -1,11 +1,12 @@
 """``make bench``, or ``python -m speed NAME…``: run benchmarks and write their result files."""
 
 import argparse
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from speed import admission, changes, decisions, enforcement, engine_speed, packages, serving, startup
+from speed import admission, changes, decisions, enforcement, engine_speed, loop, packages, serving, startup
 from speed.plot import draw
 from speed.record import RESULTS
 
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "changes": changes.run,
     "decisions": decisions.run,
     "enforcement": enforcement.run,
+    "loop": loop.run,
 }
 
 
@@ -33,9 +35,11 @@ def main() -> None:
     if unknown := set(asked.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(BENCHMARKS)}")
     results = asked.results or (Path(tempfile.mkdtemp(prefix="flexgate-bench-")) if asked.quick else RESULTS)
-    for name in asked.names or BENCHMARKS:
-        BENCHMARKS[name](quick=asked.quick, rounds=asked.rounds, results=results)
+    held = [
+        BENCHMARKS[name](quick=asked.quick, rounds=asked.rounds, results=results) for name in asked.names or BENCHMARKS
+    ]
     draw(results)
+    sys.exit(False in held)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ SAME = (
     f"--kv-cache-memory-bytes={1 << 30}",
     f"--served-model-name={MODEL}",
 )
+NOTHING: Mapping[str, str] = {}
 # What flexgate sets by itself; vLLM's defaults bind an engine thread to every core.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
 
@@ -46,12 +47,19 @@ class Server:
 
 
 @contextmanager
-def flexgate(model: Path, directory: Path, *more: str, expected: Sequence[str] = ()) -> Iterator[Server]:
-    """`flexgate serve` with one tenant that may use every expert; `expected` ones are permitted before they come."""
+def flexgate(
+    model: Path, directory: Path, *more: str, expected: Sequence[str] = (), environment: Mapping[str, str] = NOTHING
+) -> Iterator[Server]:
+    """`flexgate serve` with one tenant that may use every expert; `expected` ones are permitted before they come.
+
+    It goes on with the database of an earlier start in the same directory.
+    """
     database = f"sqlite:///{directory / 'bench.db'}"
-    _seed(database, model, expected)
+    if not (directory / "bench.db").exists():
+        _seed(database, model, expected)
     options = (*SAME, f"--database-url={database}", *more)
-    with _running((FLEXGATE, "serve", str(model), *options), directory / "flexgate.log", "/ready") as server:
+    command = (FLEXGATE, "serve", str(model), *options)
+    with _running(command, directory / "flexgate.log", "/ready", environment) as server:
         yield server
 
 
@@ -77,7 +85,9 @@ def demo(directory: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def _running(command: Sequence[str], log: Path, probe: str) -> Iterator[Server]:
+def _running(
+    command: Sequence[str], log: Path, probe: str, environment: Mapping[str, str] = NOTHING
+) -> Iterator[Server]:
     port = _free_port()
     began = time.perf_counter()
     with log.open("wb") as output:
@@ -85,7 +95,7 @@ def _running(command: Sequence[str], log: Path, probe: str) -> Iterator[Server]:
             [*command, "--host=127.0.0.1", f"--port={port}"],
             stdout=output,
             stderr=output,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **environment},
             cwd=log.parent,
         )
     try:
@@ -93,7 +103,10 @@ def _running(command: Sequence[str], log: Path, probe: str) -> Iterator[Server]:
         yield Server(f"http://127.0.0.1:{port}", process.pid, time.perf_counter() - began)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
 
 
 def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -113,9 +126,8 @@ def _seed(database: str, model: Path, expected: Sequence[str]) -> None:
     experts = (*read_checkpoint(model).experts, *(ExpertEntry(id_, "unknown", "unknown") for id_ in expected))
     prepare(store, experts, epoch=1, at=now)
     with store.change(actor="bench", at=now) as change:
-        named = [expert.id for expert in experts if expert.id != PUBLIC]
-        owners = {expert.owner for expert in experts if expert.id != PUBLIC}
-        for owner in owners:
+        for owner in sorted({expert.owner for expert in experts if expert.id != PUBLIC}):
+            named = [expert.id for expert in experts if expert.owner == owner and expert.id != PUBLIC]
             terms = {"id": f"all-{owner}", "owner": owner, "experts": named, "assignee": "everyone", "effect": "permit"}
             change.put(Agreement.model_validate(terms))
         tenant = Tenant.model_validate({"id": "proj_bench", "name": "bench", "mode": "deny_list"})

@@ -1,0 +1,146 @@
+"""What one body can take of everybody's time: thread time of callbacks on the event loop, and of engine steps.
+
+Every body of the corpus is sent alone to a real server. A callback of the HTTP process, and an engine step beyond one
+for as many tokens without the constraint, may take BOUND_MS of thread time. What takes more is sent again, and the
+least of the tries counts, since a garbage collection may fall into any of them.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from speed.loop import trace
+from speed.loop.bodies import Body, corpus
+from speed.loop.target import Target
+from speed.loop.trace import BOUND_MS, Sent
+from speed.record import write
+
+MINUTES = 60.0
+TRIES = 3
+SHOWN = 20
+BROKEN = ("callbacks_beyond", "steps_beyond", "unanswered")
+PER_QUICK = 60  # every so many bodies one is sent
+WHAT = (
+    "bodies made from the tables of fields, one request at a time: the most thread time of a callback on the event "
+    "loop of the HTTP process (asyncio's loop stands in for uvloop), and of an engine step beyond one for as many "
+    "tokens unconstrained; the least of three tries where the first is beyond the bound"
+)
+
+
+@dataclass
+class Case:
+    """A body at one size, and every try with it."""
+
+    body: Body
+    size: int
+    tries: list[Sent] = field(default_factory=list)
+    plain: list[Sent] = field(default_factory=list)
+
+    def excess(self) -> float:
+        """Thread time of its longest step beyond that of the plain request."""
+        return trace.least(self.tries, "step").busy("step") - self.unconstrained()
+
+    def unconstrained(self) -> float:
+        """The longest step of as many tokens without the constraint."""
+        return max((one.busy("step") for one in self.plain), default=0.0)
+
+    def beyond(self) -> bool:
+        """Whether either bound is broken."""
+        callback = trace.least(self.tries, "callback").busy("callback")
+        return callback > BOUND_MS or (bool(self.plain) and self.excess() > BOUND_MS)
+
+
+def run(*, quick: bool, rounds: int | None, results: Path, bodies: Sequence[Body] | None = None) -> bool:
+    """Send the corpus, or every so many of it, for `rounds` minutes at most; whether all stays within the bounds."""
+    everything = sorted(corpus(), key=lambda body: not body.typed)  # what is made something of comes first
+    chosen = list(bodies or everything)[:: PER_QUICK if quick and bodies is None else 1]
+    with tempfile.TemporaryDirectory(prefix="flexgate-loop-") as directory, Target(Path(directory)) as target:
+        cases, untried = send(target, chosen, seconds=60 * (rounds or MINUTES))
+        restarts = target.restarts
+    found = report(cases, untried) | {"restarts": restarts}
+    write("loop", {"what": WHAT, **found}, shape={"model": "the demo's"}, directory=results, rounds=rounds)
+    sys.stdout.writelines(lines(found))
+    return not any(found[name] for name in BROKEN)
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """What broke a bound, one line each."""
+    for name in BROKEN:
+        for one in found[name]:
+            took = f"{one['thread_ms']} ms in {one['where'][0]}" if "thread_ms" in one else "no answer"
+            yield f"{name}: {one['body']} ({one['bytes']} bytes): {took}; {one['outcome']}\n"
+
+
+def send(target: Target, bodies: Sequence[Body], *, seconds: float) -> tuple[list[Case], int]:
+    """Every body at its sizes, then again what was beyond a bound; the number of bodies there was no time for."""
+    deadline = time.monotonic() + seconds
+    cases: list[Case] = []
+    sent: list[Sent] = []
+    for number, body in enumerate(tqdm(bodies, desc="bodies")):
+        if time.monotonic() > deadline:
+            return _judged(cases, sent, target), len(bodies) - number
+        for size in body.sizes():
+            case = Case(body, size)
+            _try(target, case, sent)
+            cases.append(case)
+            if case.tries[0].accepted:
+                break
+    _judged(cases, sent, target)
+    for case in tqdm([case for case in cases if case.beyond() and case.tries[0].answered], desc="again"):
+        for _ in range(TRIES - 1):
+            if time.monotonic() < deadline:
+                _try(target, case, sent)
+    return _judged(cases, sent, target), 0
+
+
+def _try(target: Target, case: Case, sent: list[Sent]) -> None:
+    tried = target.send(case.body, case.body.content(case.size))
+    case.tries.append(tried)
+    sent.append(tried)
+    plain = case.body.unconstrained
+    if plain is not None and tried.accepted:
+        case.plain.append(target.send(case.body, plain, f"{case.body.name}, unconstrained"))
+        sent.append(case.plain[-1])
+
+
+def _judged(cases: list[Case], sent: list[Sent], target: Target) -> list[Case]:
+    for one in sent:
+        one.long.clear()
+    trace.assign(sent, trace.read(target.trace))
+    return cases
+
+
+def report(cases: Sequence[Case], untried: int) -> dict[str, Any]:
+    """What was beyond the bounds, the longest first, and the longest of all."""
+    callbacks = sorted((trace.least(case.tries, "callback") for case in cases), key=lambda one: -one.busy("callback"))
+    steps = sorted((case for case in cases if case.plain), key=Case.excess, reverse=True)
+    shown = [trace.step(trace.least(case.tries, "step"), case.unconstrained()) for case in steps]
+    return {
+        "bound_ms": BOUND_MS,
+        "bodies": len({case.body.name for case in cases}),
+        "requests": sum(len(case.tries) + len(case.plain) for case in cases),
+        "accepted": sum(case.tries[0].accepted for case in cases),
+        "bodies_without_time": untried,
+        "callbacks_beyond": [trace.callback(one) for one in callbacks if one.busy("callback") > BOUND_MS],
+        "steps_beyond": [step for step, case in zip(shown, steps, strict=True) if case.excess() > BOUND_MS],
+        "unanswered": [
+            {"body": one.body, "bytes": one.size, "outcome": one.outcome}
+            for case in cases
+            for one in case.tries
+            if not one.answered
+        ],
+        "server_errors": [
+            {"body": one.body, "bytes": one.size, "outcome": one.outcome}
+            for case in cases
+            for one in case.tries[:1]
+            if one.outcome.startswith("5")
+        ],
+        "longest_callbacks": [trace.callback(one) for one in callbacks[:SHOWN] if one.long],
+        "longest_steps": shown[:SHOWN],
+    }
