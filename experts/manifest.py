@@ -22,6 +22,8 @@ from flexgate.policies.terms import (
     Duty,
     ExpertId,
     ExpertIdField,
+    LicenseExpression,
+    ListOf,
     OwnerIdField,
     PurposeField,
     RegionField,
@@ -49,8 +51,8 @@ def _closed(expert: ExpertId) -> ExpertId:
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=500), AfterValidator(_printable)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\[\]-]{1,120}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 53, strict=True)]
-Size = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -60,7 +62,7 @@ class Numbers(Document):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Annotated[int, Field(ge=1, le=1024, strict=True)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1024)]
     num_attention_heads: Size
     num_key_value_heads: Size
     rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -80,11 +82,13 @@ class Base(Document):
     def of(cls, identity: BaseIdentity) -> Base:
         """The wire form of an identity."""
         numbers = Numbers(**asdict(identity.architecture))
-        return cls(
-            architecture=numbers,
-            dtype=identity.dtype,
-            digest=identity.digest,
-            tensors=dict(sorted(identity.tensors.items())),
+        return cls.model_validate(
+            {
+                "architecture": numbers,
+                "dtype": identity.dtype,
+                "digest": identity.digest,
+                "tensors": dict(sorted(identity.tensors.items())),
+            }
         )
 
     def identity(self) -> BaseIdentity:
@@ -116,14 +120,12 @@ class Training(Document):
 class Licence(Document):
     """The terms on which the owner offers the expert; words and types are those of agreements."""
 
-    license_expression: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+:() -]{0,199}$")] | None = (
-        None
-    )
+    license_expression: LicenseExpression | None = None
     terms_uri: Annotated[str, StringConstraints(pattern=r"^https://\S{1,2000}$")] | None = None
     terms_sha256: Sha256 | None = None
-    purposes: Annotated[tuple[PurposeField, ...], Field(min_length=1, max_length=64)] | None = None
-    regions: Annotated[tuple[RegionField, ...], Field(min_length=1, max_length=300)] | None = None
-    duties: Annotated[tuple[Duty, ...], Field(max_length=16)] = ()
+    purposes: Annotated[ListOf[PurposeField], Field(min_length=1, max_length=64)] | None = None
+    regions: Annotated[ListOf[RegionField], Field(min_length=1, max_length=300)] | None = None
+    duties: Annotated[ListOf[Duty], Field(max_length=16)] = ()
 
 
 class Figure(Document):
@@ -140,13 +142,13 @@ class Statement(Document):
     """The part of the manifest that people write."""
 
     id: Annotated[ExpertIdField, AfterValidator(_closed)]
-    version: Annotated[int, Field(ge=1, lt=1 << 31, strict=True)] = 1
+    version: Annotated[int, Field(ge=1, lt=1 << 31)] = 1
     owner: OwnerIdField
     owner_name: Words | None = None
     domain: Words
     training: Training
     licence: Licence = Licence()
-    evaluation: Annotated[tuple[Figure, ...], Field(max_length=256)] = ()
+    evaluation: Annotated[ListOf[Figure], Field(max_length=256)] = ()
 
 
 class Weights(Document):

@@ -21,6 +21,7 @@ from flexgate.policies.terms import (
     PurposeField,
     RegionField,
     SetIdField,
+    SetOf,
     TenantId,
     TenantIdField,
 )
@@ -33,7 +34,7 @@ def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
 
 
 Title = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
-References = Annotated[frozenset[ExpertReference], AfterValidator(_leaves_public_alone)]
+References = Annotated[SetOf[ExpertReference], AfterValidator(_leaves_public_alone)]
 
 
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
@@ -66,13 +67,13 @@ class Tenant(Document):
     expert_ids: References = frozenset()
     hidden: References = frozenset()
     listed: References = frozenset()
-    standing: frozenset[ExpertReference] | None = None
+    standing: SetOf[ExpertReference] | None = None
     anchor_optional: bool = False
-    groups: frozenset[GroupIdField] = frozenset()
-    purposes: frozenset[PurposeField] = frozenset()
-    regions: frozenset[RegionField] = frozenset()
+    groups: SetOf[GroupIdField] = frozenset()
+    purposes: SetOf[PurposeField] = frozenset()
+    regions: SetOf[RegionField] = frozenset()
     quota: Quota = Quota()
-    key_quotas: Mapping[str, Quota] = {}
+    key_quotas: Annotated[Mapping[str, Quota], Field(strict=False)] = {}
     archived: bool = False
 
 
@@ -90,7 +91,7 @@ class ExpertSet(Document):
     """A named set of experts, usable wherever an expert may be named."""
 
     id: SetIdField
-    experts: Annotated[frozenset[ExpertIdField], Field(min_length=1), AfterValidator(_leaves_public_alone)]
+    experts: Annotated[SetOf[ExpertIdField], Field(min_length=1), AfterValidator(_leaves_public_alone)]
 
 
 class Role(enum.StrEnum):
@@ -100,6 +101,9 @@ class Role(enum.StrEnum):
     ADMIN = "admin"
     AUDITOR = "auditor"
     OWNER = "owner"
+
+
+Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +120,7 @@ class KeyRecord:
     role: Role
     tenant_id: TenantId | None = None
     owner_id: OwnerId | None = None
-    created: float
-    expires: float | None = None
-    revoked: float | None = None
+    created: Seconds
+    expires: Seconds | None = None
+    revoked: Seconds | None = None
     name: str = ""

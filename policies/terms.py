@@ -10,11 +10,12 @@ import math
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Final, Literal, NewType
+from typing import Annotated, Any, Final, Literal, NewType, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -22,7 +23,13 @@ from pydantic import (
 )
 
 from flexgate.policies.errors import InvalidName
-from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
+from flexgate.policies.words import (
+    Purpose,
+    Region,
+    parse_license_expression,
+    parse_purpose,
+    parse_region,
+)
 
 ExpertId = NewType("ExpertId", str)
 SetId = NewType("SetId", str)
@@ -35,7 +42,13 @@ PUBLIC: Final = ExpertId("public")
 
 _EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-_SPDX_EXPRESSION: Final = r"^[A-Za-z0-9][A-Za-z0-9.+:() -]{0,199}$"
+_RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], Field(strict=False)]
+"""Written as an array. Its members are as strict as everything else."""
+SetOf = Annotated[frozenset[T], Field(strict=False)]
+"""Written as an array whose order says nothing."""
 
 
 def parse_expert_id(text: str) -> ExpertId:
@@ -69,6 +82,15 @@ def _without_public(references: frozenset[str]) -> frozenset[str]:
     return references
 
 
+def _written_time(value: Any) -> Any:
+    """A string as the time that it says. A number says none: 20271231 would be a day of 1970."""
+    if isinstance(value, datetime):
+        return value
+    if isinstance(value, str) and _RFC_3339.fullmatch(value):
+        return datetime.fromisoformat(value)
+    raise InvalidName(f"{str(value)[:40]!r} is not a time: write it as '2026-11-23T00:00:00Z'")
+
+
 def _whole_second(moment: datetime) -> datetime:
     if moment.tzinfo is None:
         raise InvalidName("a time needs a time zone, for example 2026-11-23T00:00:00Z")
@@ -91,13 +113,16 @@ ExpertReference = Annotated[str, AfterValidator(_parse_reference)]
 Assignee = Annotated[str, AfterValidator(_parse_assignee)]
 PurposeField = Annotated[Purpose, AfterValidator(parse_purpose)]
 RegionField = Annotated[Region, AfterValidator(parse_region)]
-Moment = Annotated[datetime, AfterValidator(_whole_second)]
+Moment = Annotated[datetime, BeforeValidator(_written_time), AfterValidator(_whole_second)]
+LicenseExpression = Annotated[str, AfterValidator(parse_license_expression)]
 
 
 class Document(BaseModel):
-    """Base of everything an operator or owner writes: frozen, and closed to unknown fields."""
+    """Base of everything an operator or owner writes: frozen, closed to unknown fields, and of the very
+    types that its schema says.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Attribute(Document):
@@ -117,7 +142,7 @@ class Compensate(Document):
     """Use is paid: `rate` of `currency` per `unit`."""
 
     kind: Literal["compensate"]
-    rate: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9)]
+    rate: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9, strict=False)]
     currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
     unit: Literal["request", "million_tokens", "million_share_weighted_tokens"]
 
@@ -135,15 +160,15 @@ class Agreement(Document):
     id: AgreementIdField
     version: Annotated[int, Field(ge=1)] = 1
     owner: OwnerIdField
-    experts: Annotated[frozenset[ExpertReference], Field(min_length=1), AfterValidator(_without_public)]
+    experts: Annotated[SetOf[ExpertReference], Field(min_length=1), AfterValidator(_without_public)]
     assignee: Assignee
     effect: Literal["permit", "prohibit"]
-    purposes: Annotated[frozenset[PurposeField], Field(min_length=1)] | None = None
-    regions: Annotated[frozenset[RegionField], Field(min_length=1)] | None = None
+    purposes: Annotated[SetOf[PurposeField], Field(min_length=1)] | None = None
+    regions: Annotated[SetOf[RegionField], Field(min_length=1)] | None = None
     not_before: Moment | None = None
     not_after: Moment | None = None
-    duties: tuple[Duty, ...] = ()
-    license_expression: Annotated[str, StringConstraints(pattern=_SPDX_EXPRESSION)] | None = None
+    duties: ListOf[Duty] = ()
+    license_expression: LicenseExpression | None = None
     terms_uri: Annotated[str, StringConstraints(pattern=r"^https://\S{1,2000}$")] | None = None
     terms_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
 

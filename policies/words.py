@@ -8,6 +8,7 @@ words start with `x-`:
         └─ x-…
 
 Regions are ISO 3166 countries (`DE`) and subdivisions (`DE-BY`) under the groups `EU` and `EEA`.
+Licenses are SPDX expressions (`CC-BY-4.0`); they are labels and decide nothing.
 A request that declares nothing stands for the top of the tree: a limited permission does not
 reach it, and every prohibition does.
 """
@@ -17,6 +18,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from typing import Final, NewType
+
+import pycountry
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from flexgate.policies.errors import InvalidName
 
@@ -37,18 +41,9 @@ _LOCAL_PURPOSE: Final = re.compile(r"x-[a-z0-9][a-z0-9-]{0,60}")
 _EU_CODES: Final = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
 EU: Final = frozenset(_EU_CODES.split())
 EEA: Final = EU | {"IS", "LI", "NO"}
-_COUNTRY_CODES: Final = """
-    AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS
-    BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE
-    EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM
-    HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC
-    LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR MS MT MU MV MW MX MY MZ NA
-    NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY QA RE RO RS RU RW
-    SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO
-    TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW
-"""
-COUNTRIES: Final = frozenset(_COUNTRY_CODES.split())
-_SUBDIVISION: Final = re.compile(r"([A-Z]{2})-[A-Z0-9]{1,3}")
+_COUNTRIES: Final = frozenset(country.alpha_2 for country in pycountry.countries)
+_SUBDIVISIONS: Final = frozenset(subdivision.code for subdivision in pycountry.subdivisions)
+_LONGEST_LICENSE: Final = 200
 
 
 def parse_purpose(text: str) -> Purpose:
@@ -62,13 +57,25 @@ def parse_purpose(text: str) -> Purpose:
 
 def parse_region(text: str) -> Region:
     """`text` as a region; raises `InvalidName`."""
-    if text in COUNTRIES or text in ("EU", "EEA"):
-        return Region(text)
-    subdivision = _SUBDIVISION.fullmatch(text)
-    if subdivision and subdivision[1] in COUNTRIES:
+    if text in _COUNTRIES or text in _SUBDIVISIONS or text in ("EU", "EEA"):
         return Region(text)
     raise InvalidName(
         f"{text!r} is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'"
+    )
+
+
+def parse_license_expression(text: str) -> str:
+    """`text`, as it was written, if it is an SPDX license expression; raises `InvalidName`."""
+    reason = f"it has more than {_LONGEST_LICENSE} characters"
+    if len(text) <= _LONGEST_LICENSE:
+        try:
+            canonicalize_license_expression(text)
+        except InvalidLicenseExpression as error:
+            reason = str(error)
+        else:
+            return text
+    raise InvalidName(
+        f"{text[:80]!r} is not an SPDX license expression ({reason}): use ids of the SPDX list, or 'LicenseRef-…'"
     )
 
 

@@ -22,9 +22,9 @@ _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
 
 
 class Closed(BaseModel):
-    """Base of bodies and queries: a misspelt field is refused, not ignored."""
+    """Base of bodies and queries: a misspelt field is refused, not ignored, and so is a value of another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 async def read_request(request: Request, services: Services) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
     for key, value in pairs:
         _put(values, key, value)
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, strict=False)  # strings are the only type that a query has
     except ValidationError as error:
         raise from_validation(error) from None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +16,18 @@ from flexgate.policies.store.gitops import PolicyFile, parse_file
 MAX_BYTES: Final = 16 * 1024 * 1024
 
 
+_CORE: Final = (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.nan|\.NaN|\.NAN", "-+."),
+)
+"""What plain words mean by YAML 1.2's core schema, by the characters that they may begin with."""
+
+
 class _Strict(yaml.SafeLoader):
-    """No key twice, no aliases, and `NO` is Norway rather than false."""
+    """YAML 1.2's core schema, no key twice and no aliases: `NO` is Norway, and `1:30` no number of minutes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -23,17 +35,50 @@ class _Strict(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if key.value in keys[:place]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is one word", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def _int(self, node: Any) -> int:
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
-_Strict.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool") or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+    def _float(self, node: Any) -> float:
+        return float(self.construct_scalar(node).replace(".inf", "inf").replace(".nan", "nan").lower())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever YAML 1.1 or 1.2 would not read as the text that it is."""
+
+
+def _resolvers(*tables: Mapping[str, Any]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    found: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for table in tables:
+        for first, resolvers in table.items():
+            found.setdefault(first, []).extend(resolvers)
+    return found
+
+
+_core: Final = _resolvers(
+    *(
+        {"" if first == "\0" else first: [(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"))]}
+        for tag, pattern, firsts in _CORE
+        for first in firsts
+    )
+)
+_Strict.yaml_implicit_resolvers = _core
+_Dumper.yaml_implicit_resolvers = _resolvers(yaml.SafeDumper.yaml_implicit_resolvers, _core)
+_safe: Final = yaml.SafeLoader.yaml_constructors
+_Strict.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in _safe.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "str", "seq", "map")
+} | {"tag:yaml.org,2002:int": _Strict._int, "tag:yaml.org,2002:float": _Strict._float}
 
 
 def load(path: Path) -> PolicyFile:
@@ -52,4 +97,4 @@ def load(path: Path) -> PolicyFile:
 
 def dump(content: dict[str, Any]) -> str:
     """A policy as YAML."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -28,6 +28,7 @@ from flexgate.experts.tensorfile import DTYPES
 from flexgate.experts.train import pair_from_anchor, weighted_loss
 from flexgate.experts.train_expert import load_anchor
 from flexgate.experts.write import write_package
+from flexgate.policies.terms import ExpertId, OwnerId
 
 
 def build_package(settings: Settings, work: Path, owner: Domain) -> None:
@@ -126,8 +127,8 @@ def _statement(settings: Settings, owner: Domain, documents: int, first: Outcome
         name="held_out_loss", value=second.held_out_loss, unit="nats per token", on="answers of held-out own text"
     )
     return Statement(
-        id=owner.id,
-        owner=owner_id(owner),
+        id=ExpertId(owner.id),
+        owner=OwnerId(owner_id(owner)),
         owner_name=owner.owner,
         domain=owner.description,
         training=training,

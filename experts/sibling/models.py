@@ -20,6 +20,7 @@ from flexgate.experts.model import FlexOlmo
 from flexgate.experts.package import ExpertLayer
 from flexgate.experts.verify import open_package
 from flexgate.experts.write import write_package
+from flexgate.policies.terms import ExpertId, OwnerId
 
 
 def save(model: FlexOlmo, target: Path) -> None:
@@ -39,7 +40,7 @@ def load(directory: Path) -> FlexOlmo:
 def package(target: Path, owner: str, anchor: Path, layers: Iterable[ExpertLayer]) -> None:
     """One owner's expert as a package, unsigned."""
     training = Training(data="invented facts of the demo", router="own", recipe={})
-    statement = Statement(id=owner, owner=owner, domain=owner, training=training)
+    statement = Statement(id=ExpertId(owner), owner=OwnerId(owner), domain=owner, training=training)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_package(target, statement, base_identity(anchor), layers, key=None)
 

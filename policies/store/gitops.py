@@ -22,7 +22,7 @@ from flexgate.policies.store.history import changes_back, documents_after
 from flexgate.policies.store.revisions import ObjectChange
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import Agreement, Document, ExpertIdField
+from flexgate.policies.terms import Agreement, Document, ExpertIdField, ListOf, SetOf
 
 
 def _once_each(documents: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -38,10 +38,10 @@ class PolicyFile(Document):
     """The file's content. Its JSON schema is `PolicyFile.model_json_schema()`."""
 
     format: Literal["flexgate-policy/v1"]
-    hidden_experts: frozenset[ExpertIdField] | None = None
-    expert_sets: Annotated[tuple[ExpertSet, ...], AfterValidator(_once_each)] = ()
-    tenants: Annotated[tuple[Tenant, ...], AfterValidator(_once_each)] = ()
-    agreements: Annotated[tuple[Agreement, ...], AfterValidator(_once_each)] = ()
+    hidden_experts: SetOf[ExpertIdField] | None = None
+    expert_sets: Annotated[ListOf[ExpertSet], AfterValidator(_once_each)] = ()
+    tenants: Annotated[ListOf[Tenant], AfterValidator(_once_each)] = ()
+    agreements: Annotated[ListOf[Agreement], AfterValidator(_once_each)] = ()
 
 
 class _DryRun(Exception):

@@ -32,7 +32,7 @@ class Revision:
     """Who changed the policy, when (Unix seconds) and why."""
 
     version: int
-    at: Annotated[float, Field(ge=0, le=LAST_SECOND)]
+    at: Annotated[float, Field(ge=0, le=LAST_SECOND, strict=True)]
     actor: str
     note: str
 

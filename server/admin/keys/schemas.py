@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
@@ -16,12 +16,18 @@ from flexgate.server.forms import Closed
 Seconds = Annotated[int, Field(ge=1, le=10 * 365 * 86_400)]
 
 
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):  # to a Literal, 0 is False
+        raise ValueError("Input should be a valid boolean")
+    return value
+
+
 class CreateServiceAccount(Closed):
     """A new account comes with its one key."""
 
     name: Title
     expires_in_seconds: Seconds | None = None
-    create_service_account_only: Literal[False] | None = None
+    create_service_account_only: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
 
 
 class CreateAdminKey(Closed):

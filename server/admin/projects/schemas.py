@@ -9,7 +9,7 @@ from flexgate.policies.scope import TenantRules
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
 from flexgate.policies.tenants import References, Tenant, Title
-from flexgate.policies.terms import ExpertReference, GroupIdField, PurposeField, RegionField, SetId
+from flexgate.policies.terms import ExpertReference, GroupIdField, PurposeField, RegionField, SetId, SetOf
 from flexgate.server.admin.operation import Json, Page
 from flexgate.server.forms import Closed
 
@@ -20,10 +20,10 @@ _OPERATOR_FIELDS: Final = ("hidden", "listed")
 class OwnFields(Closed):
     """What OpenAI's projects do not have. A field that is left out stays as it is."""
 
-    groups: frozenset[GroupIdField] = frozenset()
-    purposes: frozenset[PurposeField] = frozenset()
-    regions: frozenset[RegionField] = frozenset()
-    standing: frozenset[ExpertReference] | None = None
+    groups: SetOf[GroupIdField] = frozenset()
+    purposes: SetOf[PurposeField] = frozenset()
+    regions: SetOf[RegionField] = frozenset()
+    standing: SetOf[ExpertReference] | None = None
     anchor_optional: bool = False
     hidden: References = frozenset()
     listed: References = frozenset()

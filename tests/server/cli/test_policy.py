@@ -104,6 +104,13 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "tenant 'x' names the unknown expert 'zzz'"),
         (FORMAT + "tenants: !!python/object:os.system {}", "could not determine a constructor"),
         (FORMAT + "tenants: [{id: x, name: x, regions: [XX]}]", "tenants.0.regions.0: 'XX' is not a region"),
+        (FORMAT + "tenants: [{id: x, name: x, regions: [DE-XX]}]", "tenants.0.regions.0: 'DE-XX' is not a region"),
+        (FORMAT + "tenants: [{id: x, name: x, archived: yes}]", "tenants.0.archived: Input should be a valid boolean"),
+        (FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1:30}}]", "Input should be a valid integer"),
+        (FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1_000}}]", "Input should be a valid integer"),
+        (FORMAT + "tenants: [{id: x, name: 2026-01-01, <<: {archived: true}}]", "tenants.0.<<: Extra inputs"),
+        (FORMAT + "tenants: [{id: x, name: !!timestamp 2026-01-01}]", "could not determine a constructor"),
+        (FORMAT + "? [a]\n: b", "a key is one word"),
         ("\x00", "unacceptable character"),
     ],
 )
@@ -123,6 +130,47 @@ def test_yaml_does_not_turn_norway_into_false(flexgate: Run, policy_file: Run) -
     path = policy_file(FORMAT + "tenants: [{id: t, name: t, expert_ids: [news, secret], regions: [NO, DE]}]")
     assert flexgate("policy", "apply", path).exit_code == 0
     assert "- 'NO'" in flexgate("policy", "export").output
+
+
+@pytest.mark.parametrize("ends", ["20271231", "'20271231'", "2027-12-31", "1:30", "yes", "1.5"])
+def test_a_prohibition_is_not_ended_by_a_word_that_is_no_time(
+    flexgate: Run, policy_file: Run, real_store: Store, ends: str
+) -> None:
+    version = real_store.version()
+    ban = "id: ban, owner: gazette, experts: [news], assignee: everyone, effect: prohibit"
+    terms = f"{FORMAT}agreements: [{{{ban}, not_after: %s}}]"
+    found = flexgate("policy", "apply", policy_file(terms % ends))
+    assert (found.exit_code, real_store.version()) == (1, version)
+    assert "agreements.0.not_after: " in found.stderr
+    assert "is not a time: write it as '2026-11-23T00:00:00Z'" in found.stderr
+    assert flexgate("policy", "apply", policy_file(terms % "2027-12-31T00:00:00Z")).exit_code == 0
+    assert real_store.snapshot().terms["everyone"].limited["news"][-1].ends == 1830211200.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["yes", "NO", "~", "0o17", "0x1F", "017", "1e3", "1:30", "2026-01-01", ".inf", "true", "<<", "=", "1_000", "- a"],
+)
+def test_a_name_that_yaml_could_read_as_something_else_stays_a_name(
+    flexgate: Run, policy_file: Run, real_store: Store, name: str
+) -> None:
+    content = {"format": "flexgate-policy/v1", "tenants": [{"id": "t", "name": name}]}
+    assert flexgate("policy", "apply", policy_file(content)).exit_code == 0
+    exported = flexgate("policy", "export").output
+    assert flexgate("policy", "diff", policy_file(exported)).exit_code == 0
+    assert real_store.snapshot().tenants["t"].name == name
+
+
+def test_numbers_are_read_as_yaml_1_2_reads_them(flexgate: Run, policy_file: Run, real_store: Store) -> None:
+    quota = "quota: {requests_per_minute: 017, tokens_per_minute: 0o17, concurrent_requests: 0x1F, total_tokens: ~}"
+    path = policy_file(FORMAT + f"tenants: [{{id: t, name: t, {quota}}}]")
+    assert flexgate("policy", "apply", path).exit_code == 0
+    assert real_store.snapshot().tenants["t"].quota.model_dump() == {
+        "requests_per_minute": 17,
+        "tokens_per_minute": 15,
+        "concurrent_requests": 31,
+        "total_tokens": None,
+    }
 
 
 def test_a_file_may_come_through_a_pipe(flexgate: Run) -> None:
