@@ -14,8 +14,10 @@ MEASURE := benchmarks:tests/support
 # Workers of a test run; tests/support/workers.py says which tests stay together.
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# What chooses the cases of heavy tests: each commit tests others.
+SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,8 +28,8 @@ serve: $(VENV)/.runtime ## Serve the demo model on 127.0.0.1:$(PORT) with three 
 test: $(VENV)/.dev ## Run the test suite.
 	$(PYTEST) $(SPREAD) -m "not slow"
 
-test-slow: $(VENV)/.dev ## Run the slow tests, which CI runs too.
-	$(PYTEST) $(SPREAD) -m slow
+test-slow: $(VENV)/.dev ## Run the slow tests as CI does: of the heaviest a slice that the commit or SEED=… chooses.
+	$(PYTEST) $(SPREAD) --slice=$(SEED) -m slow
 
 lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
 	$(BIN)/ruff check .
@@ -59,6 +61,9 @@ mutants: $(VENV)/.dev ## Change one place of the decision code after another; fa
 
 repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find what fails by chance.
 	PYTHONPATH=tests/support $(PYTEST) -p enginekit.repeat --repeat $(TIMES) -m engine tests/server/engine
+
+verify: $(VENV)/.dev ## Everything, whole: tests, defects, mutants, kills (STEPS="…" for some; goes on where it was stopped).
+	$(BIN)/python tests/verify.py $(STEPS)
 
 lock: ## Pin and hash what locks/*.in name (needs uv).
 	for part in cpu dev; do uv pip compile --no-deps --generate-hashes --universal \

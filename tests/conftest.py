@@ -1,4 +1,4 @@
-"""What holds for every test: threads, the spreading over workers, and the one live server."""
+"""What holds for every test: threads, slices, workers, and the one live server."""
 
 import os
 from collections.abc import Iterator
@@ -9,11 +9,26 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from workers import (  # noqa: F401
-    pytest_collection_modifyitems,
-    pytest_configure_node,
-    pytest_xdist_make_scheduler,
-)
+import slices
+import workers
+from workers import pytest_configure_node, pytest_xdist_make_scheduler  # noqa: F401
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--slice`."""
+    slices.add_option(parser)
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say how to run the same slices again."""
+    return slices.header(config)
+
+
+@pytest.hookimpl(trylast=True)  # when what -m and -k leave out has gone
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take a slice of what is heavy, and spread the rest over workers."""
+    slices.keep(config, items)
+    workers.spread(config, items)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_the_enforcement_benchmark_sees_every_change_arrive(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
 def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(tmp_path: Path) -> None:
     engine_speed.run("eager", quick=True, rounds=1, results=tmp_path)
     serving.run(quick=True, rounds=1, results=tmp_path)
@@ -72,6 +73,7 @@ def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
 def test_the_startup_benchmark_runs(tmp_path: Path) -> None:
     startup.run(quick=True, rounds=1, results=tmp_path)
     slots = json.loads((tmp_path / "startup.json").read_text())["slots"]
@@ -80,6 +82,7 @@ def test_the_startup_benchmark_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
 def test_the_changes_benchmark_runs_and_no_token_comes_after_a_withdrawal(tmp_path: Path) -> None:
     changes.run(quick=True, rounds=1, results=tmp_path)
     draw(tmp_path)

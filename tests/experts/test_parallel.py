@@ -161,6 +161,7 @@ def test_a_training_killed_everywhere_goes_on_from_its_last_state_in_two_process
 
 
 @pytest.mark.slow
+@pytest.mark.sliced(1)
 @pytest.mark.parametrize(("how", "told"), [("kill", "Signal 9 (SIGKILL)"), ("error", "ValueError: unforeseen")])
 def test_a_process_that_dies_ends_the_others_and_nothing_is_written(how: str, told: str, folder: Path) -> None:
     status, out, err = observed(folder, f"orphan-{how}", "1:15", how)
@@ -172,6 +173,7 @@ def test_a_process_that_dies_ends_the_others_and_nothing_is_written(how: str, to
 
 
 @pytest.mark.slow
+@pytest.mark.sliced(1)
 @pytest.mark.parametrize(
     ("seen", "message"),
     [

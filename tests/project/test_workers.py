@@ -8,8 +8,11 @@ from pathlib import Path
 SUPPORT = Path(__file__).parents[1] / "support"
 FILES = {
     "conftest.py": """
-        import os, pytest
-        from workers import *
+        import os, pytest, workers
+        from workers import pytest_configure_node, pytest_xdist_make_scheduler
+
+        def pytest_collection_modifyitems(config, items):
+            workers.spread(config, items)
 
         def note(what):
             with open("started", "a") as file:

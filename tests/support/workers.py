@@ -2,7 +2,7 @@
 
 Nothing is listed by hand. A fixture of a module or of the session that has something to end (`yield`) keeps it running
 from test to test: the tests that share it form a unit, which one worker runs from beginning to end. Of the others, each
-that is slow or starts an engine of its own is a unit, and what is left goes by file.
+that is slow or starts an engine of its own is a unit unless it uses a fixture of its module; what is left goes by file.
 
 pytest 9.2 no longer reads the ids that xdist writes `loadgroup` into, so units have a scheduler of their own.
 Workers collect and know the fixtures, the controller schedules: the units pass from one to the other in a file.
@@ -36,9 +36,8 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["units"] = str(_file(node.config)) if node.gateway.id == "gw0" else None
 
 
-@pytest.hookimpl(trylast=True)  # when what is deselected has gone
-def pytest_collection_modifyitems(config: Any, items: list[pytest.Item]) -> None:
-    """In a worker, sort the longest units to the front."""
+def spread(config: Any, items: list[pytest.Item]) -> None:
+    """In a worker, sort the longest units to the front and write all of them down."""
     if not getattr(config.option, "loadgroup", False):
         return
     units = assign(items)
@@ -65,7 +64,7 @@ def assign(items: list[pytest.Item]) -> dict[str, str]:
     def unit(item: pytest.Item) -> str:
         if fixtures := held[item.nodeid]:
             return names.setdefault(leader(fixtures[0]), f"shared-{len(names)}")
-        return item.nodeid if _is_heavy(item) else item.nodeid.split("::")[0]
+        return item.nodeid if _is_heavy(item) and not _shares_with_its_file(item) else item.nodeid.split("::")[0]
 
     return {item.nodeid: unit(item) for item in items}
 
@@ -85,6 +84,10 @@ def _closure(name: str, definitions: dict[str, Any]) -> set[str]:
     """A fixture and all that it needs."""
     needed = definitions[name].argnames if name in definitions else ()
     return {name}.union(*(_closure(other, definitions) for other in needed if other != name))
+
+
+def _shares_with_its_file(item: Any) -> bool:
+    return any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values())
 
 
 def _is_heavy(item: pytest.Item) -> bool:

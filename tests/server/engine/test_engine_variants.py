@@ -130,6 +130,10 @@ def test_a_router_bias_lowers_logits_and_never_raises_one(checkpoint: Path, tmp_
             assert worst_difference(reference(reduced), prompt, answer) > 100 * TOLERANCE
 
 
+# Each of these engines takes long to start; in CI the commit chooses whether with one kernel or the other.
+ONE_OF_THE_KERNELS = pytest.mark.sliced(1, of="moe_kernels", family="kernels")
+
+
 @pytest.fixture(scope="module")
 def compiled(checkpoint: Path, moe_kernels: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
     """The default start, with nothing compiled before."""
@@ -146,6 +150,7 @@ def compiled(checkpoint: Path, moe_kernels: str, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_the_compiled_engine_equals_the_eager_one_under_mixed_gates(
     compiled: ScriptedEngine, engine: ScriptedEngine
 ) -> None:
@@ -162,6 +167,7 @@ def test_the_compiled_engine_equals_the_eager_one_under_mixed_gates(
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_compiled_code_reads_gates_and_weights_of_the_moment(compiled: ScriptedEngine) -> None:
     script = [ask for ask in crowd() if 1 not in ask.gate]
     compiled.reset_cache()
@@ -185,6 +191,7 @@ def runner_v2(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngine]:
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_model_runner_v2_gates_and_counts_like_v1(runner_v2: ScriptedEngine, engine: ScriptedEngine) -> None:
     (report,) = runner_v2.call("handshake")
     assert report["hook"] == "GatedModelState"
@@ -212,6 +219,7 @@ def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine) -> None:
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: ScriptedEngine, moe_kernels: str) -> None:
     with scripted_engine(two_ranks(checkpoint, moe_kernels=moe_kernels)) as ranks:
         reports = ranks.call("handshake")
@@ -227,6 +235,7 @@ def expert_parallel(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngi
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_expert_parallel_ranks_equal_one_rank(expert_parallel: ScriptedEngine, engine: ScriptedEngine) -> None:
     reports = expert_parallel.call("handshake")
     assert [report["slots_here"] for report in reports] == [[0, 2, 4, 6], [1, 3, 5]]
@@ -235,6 +244,7 @@ def test_expert_parallel_ranks_equal_one_rank(expert_parallel: ScriptedEngine, e
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_ranks_that_refuse_something_answer_the_next_question_in_turn(expert_parallel: ScriptedEngine) -> None:
     before = expert_parallel.call("digests")
     for slot in (0, 1):
@@ -245,6 +255,7 @@ def test_ranks_that_refuse_something_answer_the_next_question_in_turn(expert_par
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 @pytest.mark.parametrize("local_expert_0", [0, 1], ids=["of-rank-0", "of-rank-1"])
 @pytest.mark.parametrize("kind", ["nan", "1e30", "random"])
 def test_the_first_expert_of_a_rank_changes_no_bit_where_it_is_excluded(
@@ -264,6 +275,7 @@ def test_the_first_expert_of_a_rank_changes_no_bit_where_it_is_excluded(
 
 
 @pytest.mark.slow
+@ONE_OF_THE_KERNELS
 def test_a_rank_whose_zero_slot_holds_weights_fails_the_handshake(expert_parallel: ScriptedEngine) -> None:
     expert_parallel.call("on_every_rank", overwrite_zero_slot)
     try:

@@ -188,6 +188,7 @@ VARIANTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.sliced(2)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_experts_come_and_go_alike_on_other_engines(
     checkpoint: Path, ticket: WeightsTicket, tmp_path: Path, variant: EngineScript

@@ -24,7 +24,17 @@ def kills(count: int, seed: int) -> tuple[int, dict[str, object]]:
     return run.returncode, json.loads(run.stdout[run.stdout.index("{") :])
 
 
-@pytest.mark.parametrize(("count", "seed"), [(12, 7), pytest.param(150, 8, marks=pytest.mark.slow)])
-def test_a_killed_server_comes_back_to_the_old_or_the_new_state(count: int, seed: int) -> None:
+def assert_nothing_half_done(count: int, seed: int) -> None:
     status, report = kills(count, seed)
     assert (status, report["kills"], report["neither_old_nor_new"]) == (0, count, [])
+
+
+def test_a_killed_server_comes_back_to_the_old_or_the_new_state() -> None:
+    assert_nothing_half_done(12, seed=7)
+
+
+@pytest.mark.slow
+@pytest.mark.sliced(1)
+@pytest.mark.parametrize("seed", range(8, 13))
+def test_a_server_killed_at_other_moments_comes_back_to_the_old_or_the_new_state(seed: int) -> None:
+    assert_nothing_half_done(30, seed)

@@ -79,6 +79,7 @@ CRASHES: dict[str, Callable[[list[psutil.Process], Path], None]] = {
 }
 
 
+@pytest.mark.sliced(2)
 @pytest.mark.parametrize("crash", CRASHES.values(), ids=CRASHES.keys())
 def test_a_crash_tells_clients_and_leaves_no_word_of_a_prompt(
     crash: Callable[[list[psutil.Process], Path], None],

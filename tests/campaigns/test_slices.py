@@ -1,0 +1,28 @@
+"""Slices of what `make verify` runs whole by a program of its own: planted defects, mutants of the decision code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.sliced(1)]
+
+
+def assert_ends_well(program: str, part: int, parts: int) -> None:
+    command = [sys.executable, str(TESTS / program), f"--slice={part}/{parts}"]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+
+
+@pytest.mark.parametrize("part", range(1, 21))
+def test_tests_notice_every_planted_defect(part: int) -> None:
+    assert_ends_well("defects/run.py", part, 20)
+
+
+@pytest.mark.parametrize("part", range(1, 41))
+def test_tests_notice_mutants_of_the_decision_code(part: int) -> None:
+    assert_ends_well("policies/mutate.py", part, 40)
