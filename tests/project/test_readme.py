@@ -14,7 +14,7 @@ from speed.tables import speed
 from flexgate.server.engine.capabilities import CAPABILITIES
 
 README = Path(__file__).parents[2] / "README.md"
-DOCUMENTS = [README, *sorted((README.parent / "docs").rglob("*.md"))]
+DOCUMENTS = [README, README.with_name("CONTRIBUTING.md"), *sorted((README.parent / "docs").rglob("*.md"))]
 
 
 def capabilities() -> str:
@@ -39,8 +39,9 @@ def test_generated_parts_are_up_to_date(part: str) -> None:
     assert around(README.read_text(), part)[1] == PARTS[part]()
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README.read_text())
+@pytest.mark.parametrize("document", [README, README.with_name("CONTRIBUTING.md")], ids=lambda path: path.name)
+def test_every_file_that_a_page_of_the_root_names_exists(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text())
     assert [link for link in links if not (README.parent / link).exists()] == []
 
 
