@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from flexgate.policies.audit import Entry, Head, from_line, to_line, verify_with
+from flexgate.policies.audit import Entry, Head, from_line, no_key_twice, to_line, verify_with
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.store.store import Store
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing, opened
@@ -44,14 +44,20 @@ def verify(
 ) -> None:
     """Check every entry of the log against the one before it, and against heads kept outside."""
     with failing():
-        noted = [] if heads is None else [_head(line) for line in heads.read_text().splitlines() if line.strip()]
+        noted = [] if heads is None else _heads(heads)
         if file is not None:
             with file.open(encoding="utf-8") as lines:
                 found = verify_with(map(from_line, lines), noted)
         else:
             with opened(demo, state_dir, database_url) as store:
                 found = verify_with(_entries(store, 0), noted)
-    typer.echo(f"{found.sequence} entries verified; {len(noted)} heads from outside found")
+    if heads is None:
+        typer.echo(
+            f"{found.sequence} entries follow from each other; without --heads nothing tells whether the log was "
+            "replaced as a whole, or cut off"
+        )
+    else:
+        typer.echo(f"{found.sequence} entries verified; {len(noted)} heads from outside found")
 
 
 @app.command()
@@ -73,8 +79,18 @@ def _entries(store: Store, after: int) -> Iterator[Entry]:
         after = batch[-1].sequence
 
 
+def _heads(path: Path) -> list[Head]:
+    heads = [_head(line) for line in path.read_text().splitlines() if line.strip()]
+    if not any(head.sequence for head in heads):
+        raise AuditBroken(f"{path} holds no head to compare with: keep what 'flexgate audit head' prints")
+    return heads
+
+
 def _head(line: str) -> Head:
     try:
-        return Head(**json.loads(line))
+        head = Head(**json.loads(line, object_pairs_hook=no_key_twice))
+        if type(head.sequence) is not int or type(head.hash) is not str:
+            raise TypeError
+        return head
     except (TypeError, ValueError):
         raise AuditBroken(f"not a head: {line[:80]!r}") from None

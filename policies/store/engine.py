@@ -16,6 +16,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
+from flexgate.policies.audit import no_key_twice
 from flexgate.policies.errors import StoreDamaged, StoreUnavailable
 
 BUSY_TIMEOUT_MS: Final = 5_000
@@ -28,13 +29,19 @@ def open_engine(url: str) -> Engine:
     """An engine for `url`; connects lazily. Raises `StoreUnavailable` for a URL it cannot use."""
     try:
         parsed = make_url(url)
-        engine = create_engine(parsed, pool_pre_ping=True, connect_args=_connect_args(parsed))
+        engine = create_engine(
+            parsed, pool_pre_ping=True, connect_args=_connect_args(parsed), json_deserializer=_from_json
+        )
     except (ArgumentError, ImportError) as error:
         raise StoreUnavailable(f"the store's URL cannot be used: {error}") from error
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _from_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=no_key_twice)
 
 
 def _connect_args(url: URL) -> dict[str, int]:
@@ -99,6 +106,6 @@ def _translated() -> Iterator[None]:
     except DBAPIError as error:
         raise StoreUnavailable(f"the store cannot be used: {error.orig}") from error
     except json.JSONDecodeError as error:
-        raise StoreDamaged(f"a stored document is not JSON ({error}): {PUT_BACK}") from error
+        raise StoreDamaged(f"a stored document cannot be read as JSON ({error.msg}): {PUT_BACK}") from error
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"the store cannot be used: {error}") from error

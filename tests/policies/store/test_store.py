@@ -70,7 +70,6 @@ def test_full_documents_survive_the_round_trip(store):
             "regions": ["EU"],
             "not_before": "2026-01-01T00:00:00Z",
             "not_after": "2027-01-01T00:00:00Z",
-            "duties": [{"kind": "attribute"}],
         }
     )
     two = ExpertSet(id="set:two", experts=frozenset({"code", "legal"}))
@@ -221,6 +220,19 @@ def test_document_that_no_longer_parses_is_refused(store):
     with store.engine.begin() as connection:
         connection.execute(sa.update(schema.tenants).values(document={"id": "acme", "is": "bad"}))
     with pytest.raises(StoreDamaged):
+        store.snapshot()
+
+
+@pytest.mark.parametrize("table", [schema.tenants, schema.agreements])
+def test_a_stored_document_with_a_key_twice_is_refused(store, table):
+    terms = {"id": "a", "owner": "wire", "experts": ["news"], "assignee": "everyone", "effect": "prohibit"}
+    _put(store, Agreement.model_validate(terms), ACME)
+    with store.engine.begin() as connection:
+        text = connection.execute(sa.text(f"SELECT CAST(document AS TEXT) FROM {table.name}")).scalar_one()
+        connection.execute(
+            sa.text(f"UPDATE {table.name} SET document = :d"), {"d": text.replace("{", '{"id": "x", ', 1)}
+        )
+    with pytest.raises(StoreDamaged, match="the key 'id' is there twice"):
         store.snapshot()
 
 

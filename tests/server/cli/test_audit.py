@@ -55,6 +55,10 @@ def test_an_export_is_the_log_and_is_verified_without_a_database(
         ("UPDATE audit_log SET actor = 'nobody' WHERE sequence = 2", "entry 2 was changed"),
         ("DELETE FROM audit_log WHERE sequence = 2", "entry 3 follows entry 1"),
         ("DELETE FROM audit_log WHERE sequence > 3", "was cut off or rewritten"),
+        (
+            """UPDATE audit_log SET detail = replace(detail, '{"policy_version"', '{"note": "x", "policy_version"')""",
+            "the key 'note' is there twice",
+        ),
     ],
 )
 def test_tampering_is_found(flexgate: Run, heads: Path, real_store: Store, tampering: str, said: str) -> None:
@@ -79,3 +83,26 @@ def test_what_is_no_head_is_refused(flexgate: Run, heads: Path) -> None:
     found = flexgate("audit", "verify", "--heads", str(heads))
     assert found.exit_code == 1
     assert "not a head" in found.stderr
+
+
+def test_a_key_put_twice_into_an_export_is_found(flexgate: Run, tmp_path: Path) -> None:
+    path = tmp_path / "export.jsonl"
+    path.write_text(flexgate("audit", "export").output.replace('{"action"', '{"actor":"nobody","action"', 1))
+    found = flexgate("audit", "verify", "--file", str(path))
+    assert found.exit_code == 1
+    assert "not an audit entry" in found.stderr
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"sequence": 0, "hash": "%s"}\n' % ("0" * 64)])
+def test_a_file_without_a_head_is_not_praised(flexgate: Run, heads: Path, content: str) -> None:
+    heads.write_text(content)
+    found = flexgate("audit", "verify", "--heads", str(heads))
+    assert found.exit_code == 1
+    assert "holds no head to compare with" in found.stderr
+
+
+def test_without_heads_nothing_is_said_of_what_cannot_be_known(flexgate: Run) -> None:
+    found = flexgate("audit", "verify")
+    assert found.exit_code == 0
+    assert "verified" not in found.output
+    assert "without --heads nothing tells whether the log was replaced as a whole, or cut off" in found.output
