@@ -21,6 +21,7 @@ PolicyError
     ├── StoreDamaged       rows that no longer parse
     ├── ObjectUnknown      absent and not the caller's alike
     └── ChangeRefused      a change that would not make sense
+        └── ConfirmationRequired   a rollback that was not confirmed
 """
 
 from __future__ import annotations
@@ -122,3 +123,7 @@ class ObjectUnknown(StoreError):
 
 class ChangeRefused(StoreError):
     """The change names things that do not exist, or contradicts what is there."""
+
+
+class ConfirmationRequired(ChangeRefused):
+    """The rollback would change something, and the caller did not name the version that it starts from."""

@@ -17,7 +17,7 @@ from flexgate.policies.explain import Explanation
 from flexgate.policies.explain import explain as explain_policy
 from flexgate.policies.simulate import Difference, Replay, with_standard
 from flexgate.policies.simulate import simulate as simulate_policy
-from flexgate.policies.store import gitops
+from flexgate.policies.store import gitops, history
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.revisions import ObjectChange
 from flexgate.server import policy_yaml, recorded
@@ -98,6 +98,19 @@ def apply(
         else:
             changes = gitops.apply(store, content, actor=actor(), at=time.time(), prune=prune)
     _print_changes(changes, as_json)
+
+
+@app.command()
+def rollback(
+    version: Annotated[int, typer.Argument(min=0, help="The policy version that comes back.")],
+    confirm: Annotated[int | None, typer.Option(help="The present version: says that it is meant.")] = None,
+    demo: Demo = None,
+    state_dir: StateDir = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Make the policy say what it said at a version. Without --confirm, only say what would change, and fail."""
+    with opened(demo, state_dir, database_url) as store:
+        typer.echo(history.roll_back(store, version, confirm=confirm, actor=actor(), at=time.time()))
 
 
 @app.command()

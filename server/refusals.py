@@ -9,6 +9,7 @@ from flexgate.policies.decision import Reason
 from flexgate.policies.errors import (
     AnchorRequired,
     ChangeRefused,
+    ConfirmationRequired,
     ContextRefused,
     DecisionRefused,
     EmptyGate,
@@ -56,7 +57,9 @@ def from_change(error: PolicyError) -> ApiError:
     if isinstance(error, ObjectUnknown | UnknownTenant):
         return not_found()
     if isinstance(error, ChangeRefused):
-        return Invalid(_sentence(error), param=None, code="change_refused")
+        code = "confirmation_required" if isinstance(error, ConfirmationRequired) else "change_refused"
+        param = "confirm" if isinstance(error, ConfirmationRequired) else None
+        return Invalid(_sentence(error), param=param, code=code)
     return from_policy(error)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.errors import ChangeRefused, ConfirmationRequired
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import KINDS, D, from_json, read_all, to_json
+from flexgate.policies.store.documents import KINDS, D, checked, from_json, read_all, to_json
 from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import (
     ObjectChange,
@@ -22,6 +23,7 @@ from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
 from flexgate.policies.terms import Agreement
 
+_MOST_NAMED: Final = 10
 _BEFORE_USERS: Final = (Expert, ExpertSet, Tenant, Agreement)
 
 
@@ -58,14 +60,22 @@ def documents_after(connection: Connection, changes: list[ObjectChange], kind: t
     return list(documents.values())
 
 
-def roll_back(store: Store, to: int, *, actor: str, at: float) -> int:
+def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: float) -> int:
     """Make the policy say what it said at version `to`, as a new revision; returns its version.
 
     What cannot be undone stays: keys (a revoked key stays revoked), the catalogue (it follows the
-    checkpoint; only visibility goes back), and that a tenant existed (it is archived). An
+    checkpoint; only visibility goes back), that a tenant existed (it is archived), and that one was archived. An
     agreement whose terms come back gets a new, higher version.
+
+    Args:
+        confirm: the present version, by which the caller says that it knows what would change.
+
+    Raises:
+        ConfirmationRequired: something would change, and `confirm` is not the present version; says what.
+        ChangeRefused: there never was version `to`, or its documents are refused today.
     """
     with store.change(actor=actor, note=f"roll back to {to}", at=at) as change:
+        present = change.policy_version
         changes = diff(store, change.policy_version, to)
         for kind in _BEFORE_USERS:
             for entry in _of(kind, changes):
@@ -75,7 +85,33 @@ def roll_back(store: Store, to: int, *, actor: str, at: float) -> int:
             for entry in _of(kind, changes):
                 if entry.after is None:
                     _undo_creation(change, kind, entry)
+        if change.changes and confirm != present:
+            raise ConfirmationRequired(
+                f"going from policy version {present} back to {to} would {_in_words(change.changes)}: nothing was "
+                f"changed; confirm with {present}, the present version, to do it"
+            )
     return change.policy_version
+
+
+def _in_words(changes: list[ObjectChange]) -> str:
+    found: dict[str, list[str]] = defaultdict(list)
+    for change in changes:
+        found[f"{_verb(change)} {{}} {change.kind.replace('_', ' ')}s"].append(repr(change.object_id))
+    return ", ".join(f"{what.format(len(ids))} ({_some(ids)})" for what, ids in found.items())
+
+
+def _verb(change: ObjectChange) -> str:
+    before, after = change.before, change.after
+    if before is None:
+        return "bring back"
+    if after is None:
+        return "remove"
+    return "archive" if after.get("archived") and not before.get("archived") else "change"
+
+
+def _some(ids: list[str]) -> str:
+    more = [f"{len(ids) - _MOST_NAMED} more"] if len(ids) > _MOST_NAMED else []
+    return ", ".join([*ids[:_MOST_NAMED], *more])
 
 
 def _restored(change: Change, entry: ObjectChange) -> Expert | ExpertSet | Tenant | Agreement:
@@ -86,11 +122,12 @@ def _restored(change: Change, entry: ObjectChange) -> Expert | ExpertSet | Tenan
         case "expert_set":
             return from_json(ExpertSet, entry.after)
         case "tenant":
-            return from_json(Tenant, entry.after)
+            tenant, present = from_json(Tenant, entry.after), change.get(Tenant, entry.object_id)
+            archived = tenant.archived or (present is not None and present.archived)
+            return tenant.model_copy(update={"archived": archived})
         case _:
-            terms = from_json(Agreement, entry.after)
-            version = change.next_agreement_version(terms.id)
-            return terms.model_copy(update={"version": version})
+            version = change.next_agreement_version(entry.object_id)
+            return checked(Agreement, {**(entry.after or {}), "version": version})
 
 
 def _undo_creation(change: Change, kind: type[D], entry: ObjectChange) -> None:

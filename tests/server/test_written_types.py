@@ -106,7 +106,7 @@ WRITTEN: Final[dict[str, Any]] = {
     "CreateAdminKey": {"name": "T", "expires_in_seconds": 60, "role": "owner", "owner_id": "wire"},
     "UpdateRateLimit": LIMITS,
     "Simulate": {"policy": POLICY, "prune": True},
-    "RollBack": {"version": 1},
+    "RollBack": {"version": 1, "confirm": 2},
     "AddBody": {"package": "news"},
     "UploadBody": {"files": {"manifest.json": 10}},
 }

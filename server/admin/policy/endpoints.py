@@ -80,8 +80,11 @@ def diff(call: Call[Nothing, Compare]) -> Json:
 
 
 def roll_back(call: Call[RollBack, Written]) -> Json:
-    """Make the policy say what it said at a version, as a new revision. Revoked keys stay revoked."""
-    version = history.roll_back(call.store, call.body.version, **call.attributed)
+    """Make the policy say what it said at a version, as a new revision.
+
+    Revoked keys stay revoked, archived projects archived. The present version in `confirm` says that it is meant.
+    """
+    version = history.roll_back(call.store, call.body.version, confirm=call.body.confirm, **call.attributed)
     return {"object": "policy.rollback", "version": call.body.version, "policy_version": version}
 
 

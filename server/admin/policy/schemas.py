@@ -41,9 +41,13 @@ class Compare(Closed):
 
 
 class RollBack(Closed):
-    """The version whose policy comes back."""
+    """The version whose policy comes back; `confirm` is the present one.
+
+    Without it nothing is changed, and the refusal says what would be.
+    """
 
     version: Version
+    confirm: Version | None = None
 
 
 def explanation_object(explanation: Explanation) -> Json:

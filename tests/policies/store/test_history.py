@@ -8,9 +8,10 @@ import pytest
 
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.errors import ChangeRefused, StoreRolledBack
+from flexgate.policies.errors import ChangeRefused, ConfirmationRequired, StoreRolledBack
 from flexgate.policies.store import Store, gitops
 from flexgate.policies.store.history import diff, newest_revisions, roll_back
+from flexgate.policies.store.projects import list_projects
 from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.terms import Agreement
 
@@ -73,7 +74,7 @@ def test_diff_is_net_and_turns_round(past):
 
 
 def test_rolling_back_is_a_new_revision_with_the_old_meaning(past):
-    assert roll_back(past, 3, actor="admin", at=9.0) == 7
+    assert roll_back(past, 3, confirm=past.version(), actor="admin", at=9.0) == 7
     snapshot = past.snapshot()
     assert _allowed(snapshot) == ("public", "news")
     assert snapshot.tenants["acme"].name == "Acme"
@@ -83,14 +84,14 @@ def test_rolling_back_is_a_new_revision_with_the_old_meaning(past):
 
 
 def test_rolling_back_to_the_present_changes_nothing(past):
-    assert roll_back(past, 6, actor="admin", at=9.0) == 6
+    assert roll_back(past, 6, confirm=past.version(), actor="admin", at=9.0) == 6
 
 
 def test_rolling_back_archives_tenants_and_removes_what_came_later(past):
     two = ExpertSet(id="set:two", experts=frozenset({"code", "legal"}))
     terms = NEWS.model_copy(update={"id": "later", "owner": "forge", "experts": frozenset({"set:two"})})
     _do(past, 7.0, ("put", two), ("put", Tenant(id="new", name="N")), ("put", terms))
-    roll_back(past, 6, actor="admin", at=9.0)
+    roll_back(past, 6, confirm=past.version(), actor="admin", at=9.0)
     snapshot = past.snapshot()
     assert snapshot.tenants["new"].archived
     assert "set:two" not in snapshot.sets
@@ -103,12 +104,33 @@ def test_rolling_back_revives_no_key_and_no_expert(past):
     _do(past, 8.0, ("revoke_key", key.key_id))
     _do(past, 9.0, ("put", Expert(id="news", owner="wire", live=False, visibility="hidden")))
     _do(past, 10.0, ("put", Expert(id="extra", owner="wire")))
-    roll_back(past, 7, actor="admin", at=11.0)
+    roll_back(past, 7, confirm=past.version(), actor="admin", at=11.0)
     snapshot = past.snapshot()
     assert snapshot.keys[key.sha256].revoked == 8.0
     assert not snapshot.experts["news"].live
     assert snapshot.experts["news"].visibility == "listed"
     assert "extra" in snapshot.experts
+
+
+def test_a_rollback_that_is_not_confirmed_changes_nothing_and_says_what_it_would(past):
+    two = ExpertSet(id="set:two", experts=frozenset({"code"}))
+    _do(past, 7.0, ("put", two), ("put", Tenant(id="new", name="N")))
+    before = past.snapshot()
+    for confirm in (None, 0, 6, 8):
+        with pytest.raises(ConfirmationRequired) as refused:
+            roll_back(past, 0, confirm=confirm, actor="admin", at=9.0)
+        assert str(refused.value) == (
+            "going from policy version 7 back to 0 would archive 2 tenants ('acme', 'new'), remove 1 expert sets "
+            "('set:two'): nothing was changed; confirm with 7, the present version, to do it"
+        )
+    assert past.snapshot() == before
+
+
+def test_a_rollback_brings_back_no_archived_tenant(past):
+    (tenant,) = list_projects(past)
+    _do(past, 7.0, ("put", tenant.model_copy(update={"archived": True})))
+    roll_back(past, 6, confirm=7, actor="admin", at=9.0)
+    assert past.snapshot().tenants["acme"].archived
 
 
 @pytest.mark.parametrize("version", [-1, 7])
@@ -117,7 +139,7 @@ def test_version_that_never_was_is_refused(past, version):
         lambda: diff(past, 1, version),
         lambda: diff(past, version, 1),
         lambda: gitops.export(past, version),
-        lambda: roll_back(past, version, actor="a", at=9.0),
+        lambda: roll_back(past, version, confirm=past.version(), actor="a", at=9.0),
     ):
         with pytest.raises(ChangeRefused):
             call()

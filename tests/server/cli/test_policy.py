@@ -60,6 +60,17 @@ def test_prune_archives_what_the_file_lacks(flexgate: Run, policy_file: Run) -> 
     assert changes["a-news"]["after"] is None
 
 
+def test_a_rollback_says_what_it_would_change_and_is_done_once_confirmed(flexgate: Run, real_store: Store) -> None:
+    version = real_store.version()
+    refused = flexgate("policy", "rollback", "0")
+    assert (refused.exit_code, real_store.version()) == (1, version)
+    assert f"from policy version {version} back to 0 would remove 3 agreements" in refused.stderr
+    assert "archive 2 tenants ('t', 'u'): nothing was changed" in refused.stderr
+    assert f"confirm with {version}, the present version, to do it" in refused.stderr
+    assert flexgate("policy", "rollback", "0", "--confirm", str(version)).exit_code == 0
+    assert all(tenant.archived for tenant in real_store.snapshot().tenants.values())
+
+
 def test_explain_says_why_and_what_would_change_it(flexgate: Run) -> None:
     said = flexgate("policy", "explain", "t").output.splitlines()
     assert said[1].split() == ["public", "allowed", "by", "anchor"]
