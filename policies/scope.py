@@ -78,7 +78,9 @@ class Scope:
         return {assignee: Terms.of(found) for assignee, found in clauses.items() if found}
 
     def clauses(self, agreement: Agreement) -> Iterable[tuple[ExpertId, Clause]]:
-        """One agreement, for each expert that it is about."""
+        """One agreement, for each expert that it is about; none where duties that nothing executes go with it."""
+        if agreement.duties and agreement.effect == "permit":
+            return
         clause = compile_clause(agreement)
         for expert in self._expand(f"agreement {agreement.id}", agreement.experts):
             if self.experts[expert].owner == agreement.owner:

@@ -19,6 +19,8 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -39,6 +41,8 @@ GroupId = NewType("GroupId", str)
 AgreementId = NewType("AgreementId", str)
 
 PUBLIC: Final = ExpertId("public")
+STORED: Final = {"stored": True}
+"""Validation context of documents that are in the store already."""
 
 _EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -154,7 +158,8 @@ class Agreement(Document):
     """One set of terms between an owner and tenants.
 
     `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
-    could be read either way.
+    could be read either way. No duty is executed yet: new terms have none, and a stored permission with
+    duties permits nothing.
     """
 
     id: AgreementIdField
@@ -171,6 +176,13 @@ class Agreement(Document):
     license_expression: LicenseExpression | None = None
     terms_uri: Annotated[str, StringConstraints(pattern=r"^https://\S{1,2000}$")] | None = None
     terms_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @field_validator("duties")
+    @classmethod
+    def _are_executed(cls, duties: tuple[Duty, ...], info: ValidationInfo) -> tuple[Duty, ...]:
+        if duties and info.context != STORED:
+            raise InvalidName("nothing executes duties yet, so an agreement cannot have any: leave them out")
+        return duties
 
     @model_validator(mode="after")
     def _ends_after_it_starts(self) -> Agreement:

@@ -12,7 +12,7 @@ from flexgate.policies.errors import ChangeRefused, StoreDamaged
 from flexgate.policies.store import schema
 from flexgate.policies.store.engine import PUT_BACK
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import Agreement, Document
+from flexgate.policies.terms import STORED, Agreement, Document
 
 D = TypeVar("D", bound=Document)
 PolicyDocument = Tenant | Expert | ExpertSet | Agreement
@@ -37,7 +37,7 @@ def to_json(document: Document) -> dict[str, Any]:
 def from_json(kind: type[D], values: Any) -> D:
     """The document behind stored JSON; raises `StoreDamaged`."""
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values, context=STORED)
     except ValidationError as error:
         raise damaged(KINDS[kind][0], values, error) from error
 

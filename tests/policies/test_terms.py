@@ -51,6 +51,12 @@ REFUSED = [
         "negative rate",
         {"duties": [{"kind": "compensate", "rate": "-1", "currency": "EUR", "unit": "request"}]},
     ),
+    ("attribute", {"duties": [{"kind": "attribute"}]}),
+    ("report", {"duties": [{"kind": "report", "period": "month"}]}),
+    (
+        "compensate",
+        {"duties": [{"kind": "compensate", "rate": "0.5", "currency": "EUR", "unit": "million_tokens"}]},
+    ),
     ("plain http", {"terms_uri": "http://example.org/terms"}),
     ("short digest", {"terms_sha256": "ab"}),
 ]
@@ -70,11 +76,6 @@ def test_full_agreement_is_accepted(world):
             purposes=["train-ai", "x-lab"],
             regions=["DE-BY", "EEA"],
             not_before="2026-01-01T01:00:00+01:00",
-            duties=[
-                {"kind": "attribute"},
-                {"kind": "report", "period": "month"},
-                {"kind": "compensate", "rate": "0.5", "currency": "EUR", "unit": "million_tokens"},
-            ],
             license_expression="LicenseRef-Wire-1.0 OR CC-BY-4.0",
             terms_uri="https://example.org/terms",
             terms_sha256="0" * 64,
@@ -82,6 +83,11 @@ def test_full_agreement_is_accepted(world):
     )
     assert agreement.purposes == {"ai-train", "x-lab"}
     assert (agreement.starts, agreement.ends) == (1767225600.0, math.inf)
+
+
+def test_a_duty_is_refused_in_words(world):
+    with pytest.raises(ValidationError, match="nothing executes duties yet, so an agreement cannot have any"):
+        Agreement.model_validate(world.agreement(duties=[{"kind": "attribute"}], effect="prohibit"))
 
 
 def test_documents_are_frozen(world):

@@ -19,6 +19,7 @@ from flexgate.policies.errors import (
     StoreUnavailable,
 )
 from flexgate.policies.store import Store, schema
+from flexgate.policies.store.licences import revise_agreement
 from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.terms import Agreement
 
@@ -221,6 +222,19 @@ def test_document_that_no_longer_parses_is_refused(store):
         connection.execute(sa.update(schema.tenants).values(document={"id": "acme", "is": "bad"}))
     with pytest.raises(StoreDamaged):
         store.snapshot()
+
+
+@pytest.mark.parametrize(("effect", "limited"), [("permit", False), ("prohibit", True)])
+def test_stored_terms_with_duties_permit_nothing_and_still_prohibit(store, effect, limited):
+    terms = {"id": "a", "owner": "wire", "experts": ["news"], "assignee": "everyone", "effect": effect}
+    _put(store, Agreement.model_validate(terms), ACME)
+    with store.engine.begin() as connection:
+        stored = {**terms, "duties": [{"kind": "report", "period": "day"}]}
+        connection.execute(sa.update(schema.agreements).values(document=stored))
+    snapshot = store.snapshot()
+    assert "news" in snapshot.terms["everyone"].limited if limited else "everyone" not in snapshot.terms
+    with pytest.raises(ChangeRefused, match="nothing executes duties yet"):
+        revise_agreement(store, "a", {**terms, "duties": stored["duties"]}, actor="t", at=9.0)
 
 
 @pytest.mark.parametrize("table", [schema.tenants, schema.agreements])
