@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from live_server import free_port
 
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role, Tenant
@@ -88,7 +89,7 @@ def demo(directory: Path) -> Iterator[Server]:
 def _running(
     command: Sequence[str], log: Path, probe: str, environment: Mapping[str, str] = NOTHING
 ) -> Iterator[Server]:
-    port = _free_port()
+    port = free_port()
     began = time.perf_counter()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -135,9 +136,3 @@ def _seed(database: str, model: Path, expected: Sequence[str]) -> None:
         change.add_key(KEY, prefix=KEY, role=Role.TENANT, tenant_id=tenant.id)
         change.add_key(ADMIN_KEY, prefix=ADMIN_KEY, role=Role.ADMIN)
     store.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from demo_aim import assert_answered_by_licence, shares
+from live_server import free_port
 
 from flexgate.experts.demo.probes import Probe, read_probes
 from flexgate.experts.demo.ship import CHECKPOINT, PROBES_NAME
@@ -41,11 +42,7 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(state_dir: Path) -> Iterator[str]:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     directory = state_dir
     command = [str(Path(sys.executable).with_name("flexgate")), "serve", "--demo"]
     command += [f"--port={port}", "--enforce-eager", f"--state-dir={directory}"]

@@ -107,9 +107,7 @@ def test_a_dead_engine_ends_the_server_with_a_failure(text_checkpoint: Path, tmp
 
 def refused(directory: Path, *arguments: str, **environment: str) -> tuple[int, str, int]:
     """Exit status, standard error, and the port that was asked for."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = live_server.free_port()
     command = [str(Path(sys.executable).with_name("flexgate")), "serve", *arguments]
     done = subprocess.run(
         [*command, f"--port={port}", "--enforce-eager", "--kv-cache-memory-bytes=67108864"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from live_server import free_port
 from postgreskit import PostgresServer, find, running
 
 from flexgate.policies.store import Store
@@ -72,9 +72,7 @@ def seed(database: str) -> None:
 
 def start(database: str) -> tuple[str, subprocess.Popen[bytes]]:
     """A process and its URL."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, str(Path(__file__).with_name("app_process.py")), database, port, *EXPERTS]
     return f"http://127.0.0.1:{port}", subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"})
 
