@@ -104,7 +104,7 @@ def test_a_second_edit_of_a_file_keeps_the_first(tmp_path: Path) -> None:
 
 def small_project(root: Path) -> None:
     """A project of one function with a test that holds it and one that does not."""
-    for folder in ("policies", "kernels", "experts", "server"):
+    for folder in ("policies", "kernels", "experts", "server", "benchmarks"):
         (root / folder).mkdir(parents=True)
         (root / folder / "__init__.py").touch()
     (root / "server/a.py").write_text(MODULE)
