@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+CONTEXT_LENGTH_EXCEEDED: Final = "context_length_exceeded"
 INVALID_REQUEST: Final = "invalid_request_error"
 FORBIDDEN: Final = "request_forbidden"
 SERVER_ERROR: Final = "server_error"

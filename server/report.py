@@ -62,7 +62,7 @@ def answer_object(
 def attribution_object(
     snapshot: Snapshot, decision: Decision, uses: Iterable[Use], cached_prompt_tokens: int
 ) -> dict[str, Any]:
-    """Every listed expert's part, in catalogue order; excluded ones with exact zeros.
+    """Every listed expert's part, the largest first, then in catalogue order; excluded ones with exact zeros.
 
     Raises:
         GateViolated: an expert outside the gate has mass or tokens.
@@ -74,14 +74,12 @@ def attribution_object(
     listed = {*decision.allowed, *(reason.expert for reason in decision.excluded)}
     experts = [expert for expert in snapshot.experts if expert in listed]
     masses = [by_expert[e].gate_mass if e in by_expert else 0.0 for e in experts]
-    return {
-        "method": METHOD,
-        "cached_prompt_tokens": cached_prompt_tokens,
-        "experts": [
-            _part(snapshot, expert, by_expert.get(expert), mass, share)
-            for expert, mass, share in zip(experts, masses, share_ppm(masses), strict=True)
-        ],
-    }
+    parts = [
+        _part(snapshot, expert, by_expert.get(expert), mass, share)
+        for expert, mass, share in zip(experts, masses, share_ppm(masses), strict=True)
+    ]
+    parts.sort(key=lambda part: -part["gate_mass"])
+    return {"method": METHOD, "cached_prompt_tokens": cached_prompt_tokens, "experts": parts}
 
 
 def _part(snapshot: Snapshot, expert: ExpertId, use: Use | None, mass: float, share: int) -> dict[str, Any]:

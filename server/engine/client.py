@@ -100,6 +100,7 @@ class GatedCall:
         ended: set once nothing of this call's answer is left to send.
         priority: below zero goes ahead of all that waits; for canaries alone.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
+        prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
 
     grant: GateGrant
@@ -109,10 +110,12 @@ class GatedCall:
     priority: int = 0
     reserve: Callable[[int], None] | None = None
     _most_tokens: int = 0
+    prompt_only: bool = False
     _usage: dict[str, list[Any]] = field(default_factory=dict)
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
+    _cached_tokens: dict[str, int] = field(default_factory=dict)
     _new_tokens: int = 0
 
     def tokens(self) -> int:
@@ -128,6 +131,10 @@ class GatedCall:
     def count_prompt(self, request_id: str, tokens: int) -> None:
         """Count the prompt of an engine request, once for all its choices."""
         self._prompt_tokens[request_id] = tokens
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were read from the cache, each prompt counted once for all its choices."""
+        return sum(self._cached_tokens.values())
 
     def count_new(self, tokens: int) -> None:
         """Count tokens that the engine has just generated."""
@@ -316,9 +323,16 @@ class GatedEngineClient:
         self._refuse_many_bad_words(params)
         self._calls[request_id] = call
         outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
+        prompt_logprobs = None
         try:
             async for output in outputs:
                 _refuse_withdrawn(call)
+                # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
+                prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                call._cached_tokens.setdefault(request_id, output.num_cached_tokens or 0)
+                if call.prompt_only:
+                    for part in output.outputs:
+                        part.token_ids, part.text = [], ""
                 yield output
         except Exception:
             # vLLM keeps a request that it could not hand over to the engine core.
@@ -372,7 +386,8 @@ class GatedEngineClient:
         call = self._calls.get(request_id) if request_id is not None else None
         if call is None:
             return
-        call.count_new(len(output.new_token_ids))
+        if not call.prompt_only:
+            call.count_new(len(output.new_token_ids))
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
         if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
 from flexgate.server.admission import Kind
 from flexgate.server.openai import fields, limits
+from flexgate.server.openai.choices import ChatRequest
 from flexgate.server.openai.generation import Endpoint, Run
 from flexgate.server.openai.plain import plain_answer, stream_answer
 from flexgate.server.openai.tools import check_tool_choice
@@ -19,7 +18,7 @@ KIND = Kind("chat", fields.CHAT, limits.check_chat)
 async def _start(run: Run) -> Any:
     body = run.admitted.body
     check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
-    request = ChatCompletionRequest.model_validate({**body, "request_id": run.request_id})
+    request = ChatRequest.model_validate({**body, "request_id": run.request_id})
     return await run.services.handlers.chat.create_chat_completion(request)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
 from flexgate.server.admission import Kind
 from flexgate.server.openai import fields, limits
+from flexgate.server.openai.choices import TextRequest
 from flexgate.server.openai.generation import Endpoint, Run
 from flexgate.server.openai.plain import plain_answer, stream_answer
 
@@ -17,13 +16,14 @@ KIND = Kind("completion", fields.COMPLETION, limits.check_completion)
 
 async def _start(run: Run) -> Any:
     body = {**run.admitted.body, "request_id": run.request_id}
-    request = CompletionRequest.model_validate(body)
+    request = TextRequest.model_validate(body)
+    run.call.prompt_only = request.max_tokens == 0
     return await run.services.handlers.completion.create_completion(request)
 
 
 def _stream(run: Run, result: Any) -> AsyncIterator[str]:
     body = run.admitted.body
-    return stream_answer(run, result, choices=body.get("n", 1) * limits.prompt_count(body))
+    return stream_answer(run, result, choices=body.get("n", 1) * len(body["prompt"]))
 
 
 ENDPOINT = Endpoint(KIND, needs_chat_template=False, start=_start, plain=plain_answer, stream=_stream)

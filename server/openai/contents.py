@@ -19,6 +19,7 @@ Object = dict[str, Any]
 
 _CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "tool"])
 _ITEM_ROLES: Final = frozenset(["system", "developer", "user", "assistant"])
+_PROMPT: Final = "a text, a list of texts, a list of token ids (whole numbers), or a list of such lists"
 _STATUSES: Final = frozenset(["in_progress", "completed", "incomplete"])
 _PARTS: Final[Mapping[str, tuple[fields.Table, str]]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), (fields.TEXT_PART, "text")),
@@ -40,6 +41,24 @@ def read_input(items: Any) -> str | list[Object]:
     if not isinstance(items, list) or not items:
         invalid("'input' must be a string or a list of items.", "input")
     return [_item(item, ("input", position)) for position, item in enumerate(items)]
+
+
+def read_prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a completion, each a text or token ids; a list of ids is one prompt."""
+    if prompt is None or prompt in ("", []):
+        invalid("'prompt' must not be empty.", "prompt")
+    if isinstance(prompt, str) or _are_ids(prompt):
+        return [prompt]
+    if not isinstance(prompt, list):
+        invalid(f"'prompt' must be {_PROMPT}.", "prompt")
+    for position, one in enumerate(prompt):
+        if not (isinstance(one, str) or _are_ids(one)):
+            _bad(f"must be a text or a list of token ids: 'prompt' is {_PROMPT}", ("prompt", position))
+    return prompt
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def check_tools(tools: Any, *, flat: bool) -> None:

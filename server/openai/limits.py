@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, Invalid
 from flexgate.server.openai import fields
-from flexgate.server.openai.contents import check_tools, read_input, read_messages
+from flexgate.server.openai.contents import check_tools, read_input, read_messages, read_prompts
 from flexgate.server.openai.grammars import check_pattern, check_schema, check_size
 from flexgate.server.openai.values import boolean, characters, integer, invalid, sized, text, too_much
 
@@ -74,12 +75,14 @@ def check_completion(body: Body, limits: Limits) -> None:
     _check_generation(body, limits)
     integer(body, "max_tokens", 0 if body.get("echo") else 1)
     integer(body, "logprobs", 0, limits.logprobs)
-    if (count := prompt_count(body)) > limits.prompts:
-        too_much(f"'prompt' may have at most {limits.prompts} prompts, not {count}.", "prompt")
-    prompt = body["prompt"]
-    for one in prompt if isinstance(prompt, list) else [prompt]:
-        if isinstance(one, str) and _cuts(body):
-            _check_length("prompt", limits, one)
+    prompts = read_prompts(body.get("prompt"))
+    if len(prompts) > limits.prompts:
+        too_much(f"'prompt' may have at most {limits.prompts} prompts, not {len(prompts)}.", "prompt")
+    if _cuts(body):
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                _check_length("prompt", limits, prompt)
+    body["prompt"] = prompts
 
 
 def check_responses(body: Body, limits: Limits) -> None:
@@ -114,18 +117,6 @@ def check_detokenize(body: Body, limits: Limits) -> None:
     sized(body, "tokens", most=limits.prompt_tokens)
 
 
-def prompt_count(body: Mapping[str, Any]) -> int:
-    """How many prompts a completion request has: a list of ids is one prompt."""
-    prompt = body.get("prompt")
-    if prompt is None or prompt in ("", []):
-        invalid("'prompt' must not be empty.", "prompt")
-    if isinstance(prompt, str) or (isinstance(prompt, list) and type(prompt[0]) is int):
-        return 1
-    if not isinstance(prompt, list):
-        invalid("'prompt' must be a string, a list of strings, or token ids.", "prompt")
-    return len(prompt)
-
-
 def _check_conversation(body: Body, limits: Limits, *, measure: bool) -> None:
     body["messages"] = read_messages(body.get("messages"))
     if measure:
@@ -142,10 +133,11 @@ def _check_length(name: str, limits: Limits, *texts: Any) -> None:
     """Refuse text of which the model can hold a part at most, before the one thread that makes tokens of it has it."""
     count = characters(texts)
     if count > limits.prompt_chars:
-        too_much(
+        raise Invalid(
             f"'{name}' may have at most {limits.prompt_chars} characters, not {count}: "
             f"the {limits.prompt_tokens} tokens of this model hold no more.",
-            name,
+            param=name,
+            code=CONTEXT_LENGTH_EXCEEDED,
         )
 
 
@@ -161,8 +153,16 @@ def _check_generation(body: Body, limits: Limits) -> None:
         _check_format(form, form.get("json_schema"), "response_format", limits)
     options = body.get("stream_options")
     if isinstance(options, Mapping):
-        under = "stream_options"
-        body[under] = fields.keep_honoured(options, fields.STREAM_OPTIONS, under=under)
+        body["stream_options"] = _stream_options(options)
+
+
+def _stream_options(options: Mapping[str, Any]) -> Body:
+    under = "stream_options"
+    kept = fields.keep_honoured(options, fields.STREAM_OPTIONS, under=under)
+    for name, value in kept.items():
+        if type(value) is not bool:
+            invalid(f"'{under}.{name}' must be true or false.", f"{under}.{name}")
+    return kept
 
 
 def _check_sampling(body: Body, limits: Limits) -> None:

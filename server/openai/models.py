@@ -38,4 +38,5 @@ class Models:
             "object": "model",
             "created": int(self._services.started),
             "owned_by": "flexgate",
+            "max_model_len": self._services.limits.prompt_tokens,
         }

@@ -14,12 +14,12 @@ from flexgate.server.openai.generation import Run
 PEER_FIELDS: Final = ("kv_transfer_params", "ec_transfer_params")
 
 
-def plain_answer(run: Run, result: BaseModel) -> dict[str, Any]:  # noqa: ARG001 - one shape for all
+def plain_answer(run: Run, result: BaseModel) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     answer = result.model_dump()
     for name in PEER_FIELDS:
         answer.pop(name, None)
-    return answer
+    return _with_cached(run, answer)
 
 
 def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> AsyncIterator[str]:
@@ -34,6 +34,15 @@ def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> Asyn
         result,
         choices=choices,
         include_usage=bool(options.get("include_usage")),
-        report=run.answer_object,
+        report=lambda chunk: _with_cached(run, {**chunk, "flexgate": run.answer_object()}),
         reshape_error=reshape,
     )
+
+
+def _with_cached(run: Run, answer: dict[str, Any]) -> dict[str, Any]:
+    """With the prompt tokens of all prompts that were read from the cache: vLLM tells those of one."""
+    usage = answer.get("usage")
+    if not usage:
+        return answer
+    details = {**(usage.get("prompt_tokens_details") or {}), "cached_tokens": run.call.cached_tokens()}
+    return {**answer, "usage": {**usage, "prompt_tokens_details": details}}

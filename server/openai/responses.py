@@ -19,7 +19,7 @@ from flexgate.server.openai.plain import PEER_FIELDS
 from flexgate.server.openai.tools import check_tool_choice
 
 KIND = Kind("responses", fields.RESPONSES, limits.check_responses)
-TERMINAL: Final = "response.completed"
+TERMINAL: Final = frozenset(["response.completed", "response.incomplete", "response.failed"])
 _HIDDEN: Final = (*PEER_FIELDS, "input_messages", "output_messages")
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ async def _stream(run: Run, result: AsyncIterator[BaseModel]) -> AsyncIterator[s
             sequence = payload.get("sequence_number", sequence)
             if "response" in payload:
                 payload["response"] = _without_hidden(payload["response"])
-            if payload["type"] == TERMINAL:
+            if payload["type"] in TERMINAL:
+                payload["type"] = f"response.{payload['response']['status']}"  # vLLM calls every end 'completed'
                 payload["response"]["flexgate"] = run.answer_object()
             yield sse.encode_named(payload)
     except Exception as error:

@@ -20,7 +20,7 @@ _USAGE_CHUNK: Final = '"choices":[]'
 _FINISHED: Final = '"finish_reason":"'
 _ERROR: Final = '{"error"'
 
-Report = Callable[[], dict[str, Any]]
+Report = Callable[[dict[str, Any]], dict[str, Any]]
 Reshape = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -32,11 +32,11 @@ async def with_report(
     report: Report,
     reshape_error: Reshape,
 ) -> AsyncIterator[str]:
-    """`events` with `{"flexgate": report()}` on one of them.
+    """`events` with what `report` adds on one of them.
 
     Args:
         choices: how many choices the stream has, over all prompts.
-        report: called once, when the chunk that carries it is there.
+        report: the chunk that carries the report, with it; called once.
         reshape_error: a vLLM error chunk as this server's error body.
     """
     position = _Position(choices, include_usage)
@@ -45,7 +45,7 @@ async def with_report(
         if data.startswith(_ERROR):
             yield encode(reshape_error(json.loads(data)))
         elif position.is_here(data):
-            yield without_nulls(encode({**json.loads(data), "flexgate": report()}))
+            yield without_nulls(encode(report(json.loads(data))))
         else:
             yield without_nulls(event)
 

@@ -13,10 +13,12 @@ from vllm.exceptions import VLLMValidationError
 
 from flexgate.server.engine.client import GatedCall
 from flexgate.server.engine.scheduler import EXPERT_REVOKED, GATE_EXPIRED
-from flexgate.server.errors import INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
+from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
 
 _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
-_PLACES: Final[Mapping[str, str | None]] = {"input_tokens": None, "max_model_len": None}
+_PROMPTS: Final = ("messages", "prompt", "input", "tokens")
+_INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
+_TOO_LONG: Final = frozenset(["input_tokens", "input_text"])  # vLLM's words for what it counted
 
 
 def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
@@ -24,8 +26,7 @@ def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
     if isinstance(error, ValidationError):
         return _from_validation(error, body)
     if isinstance(error, VLLMValidationError):
-        param = _PLACES.get(error.parameter or "", error.parameter) or constraint_of(body)
-        return Invalid(str(error.args[0]), param=param, code="invalid_value")
+        return _from_vllm_validation(error, body)
     return from_info(create_error_response(error).error)
 
 
@@ -77,6 +78,21 @@ def ended_early(call: GatedCall) -> ApiError | None:
         status=HTTPStatus.FORBIDDEN,
         code="expert_permission_ended",
     )
+
+
+def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:
+    message, named = str(error.args[0]), error.parameter
+    prompt = next((name for name in _PROMPTS if name in body), None)
+    if named in _TOO_LONG:
+        return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
+    if named == "max_tokens" and error.value == 0:  # what vLLM has left for the answer: no request may ask for none
+        message = (
+            f"'{prompt}' takes all tokens of this model's context: none is left for an answer. "
+            "Shorten it by at least one token."
+        )
+        return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
+    param = None if named in _INSIDE else named
+    return Invalid(message, param=param or constraint_of(body), code="invalid_value")
 
 
 def _from_validation(error: ValidationError, body: dict[str, Any]) -> ApiError:

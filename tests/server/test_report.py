@@ -43,6 +43,12 @@ def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(snapshot: 
     }
 
 
+def test_parts_are_in_the_order_of_their_shares(snapshot: Snapshot, decision: Decision) -> None:
+    uses = [Use("public", 1.0, 4), Use("news", 3.0, 2)]
+    parts = attribution_object(snapshot, decision, uses, 0)["experts"]
+    assert [part["id"] for part in parts] == ["news", "public", "math"]
+
+
 def test_an_expert_that_the_engine_does_not_name_has_zeros(snapshot: Snapshot, decision: Decision) -> None:
     parts = attribution_object(snapshot, decision, [], 0)["experts"]
     assert [(p["gate_mass"], p["share_ppm"], p["tokens"]) for p in parts] == [(0.0, 0, 0)] * 3

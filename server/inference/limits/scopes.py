@@ -23,6 +23,4 @@ def stated_tokens(body: Mapping[str, Any]) -> int:
     What it can use is known once its prompts are tokens: `Reservation.raise_to` reserves that.
     """
     stated = next((body[name] for name in _STATED if body.get(name) is not None), 0)
-    prompt = body.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return int(stated * body.get("n", 1) * prompts)
+    return int(stated * body.get("n", 1) * len(body.get("prompt", (None,))))

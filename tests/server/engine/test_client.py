@@ -5,11 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.outputs import LogprobsTensors
 
 from flexgate.server.engine.client import (
     CURRENT_CALL,
@@ -30,6 +32,7 @@ def salt(*leases: ExpertLease, tenant: str = "t", client_salt: str | None = None
 
 
 KEY = new_seal_key()
+INFO = ExpertInfo("public", "o", "", 0, 1, True)
 
 
 def test_the_salt_names_experts_and_generations_and_no_slot() -> None:
@@ -117,7 +120,7 @@ def call(engine: Engine) -> Iterator[GatedCall]:
 
 
 async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
-    client = GatedEngineClient(engine, key=KEY, experts=(ExpertInfo("public", "o", "", 0, 1, True),), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
     CURRENT_CALL.set(call)
     params = SamplingParams(n=n, max_tokens=9, output_kind=kind, detokenize=False)
 
@@ -222,3 +225,51 @@ def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_was_grant
     former = GateGrant("t", (ExpertLease("public", 0, 1), ExpertLease("math", 1, 2)), math.inf)
     assert client._names_for(former) == ("public", "math", None, None)
     assert client._names_for(GateGrant("t", (ExpertLease("public", 0, 1),), math.inf)) == ("public", None, "math", None)
+
+
+def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
+    """An output with log-probabilities of the last `prompt` tokens of its prompt."""
+    if not prompt:
+        return EngineCoreOutput(child, list(tokens))
+    shape = (prompt, 2)
+    scores = LogprobsTensors(torch.ones(shape, dtype=torch.int32), torch.zeros(shape), torch.ones(prompt))
+    return EngineCoreOutput(child, list(tokens), new_prompt_logprobs_tensors=scores)
+
+
+@pytest.mark.asyncio
+async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be_read(engine: Engine) -> None:
+    """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
+    params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
+    token = CURRENT_CALL.set(GatedCall(GateGrant("t", (INFO.lease,), math.inf)))
+    outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
+    CURRENT_CALL.reset(token)
+    first = asyncio.ensure_future(anext(outputs))
+    while not engine.children:
+        await asyncio.sleep(0)
+    one, other = engine.children
+    engine.output_processor.process_outputs([scored(one, 5, prompt=2)])
+    scores = (await first).prompt_logprobs
+    assert len(scores) == 3
+    engine.output_processor.process_outputs([scored(one, 6), scored(other, 7, prompt=2)])
+    both = await anext(outputs)
+    assert [part.index for part in both.outputs] == [0, 1]
+    assert both.prompt_logprobs == scores
+    await outputs.aclose()
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
+    call = GatedCall(GateGrant("t", (INFO.lease,), math.inf), prompt_only=True)
+    token = CURRENT_CALL.set(call)
+    params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
+    outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
+    CURRENT_CALL.reset(token)
+    last = asyncio.ensure_future(anext(outputs))
+    while not engine.children:
+        await asyncio.sleep(0)
+    engine.step(5, finish=True)
+    assert (await last).outputs[0].token_ids == []
+    assert call.tokens() == 3
+    await outputs.aclose()

@@ -203,7 +203,7 @@ async def test_a_budget_that_is_spent_stays_spent(
         ({"max_completion_tokens": 7, "n": 2}, 14),
         ({"max_output_tokens": 9}, 9),
         ({"max_tokens": 5, "prompt": ["a", "b", "c"]}, 15),
-        ({"max_tokens": 5, "prompt": [1, 2, 3]}, 5),
+        ({"max_tokens": 5, "prompt": [[1, 2, 3]]}, 5),
         ({"max_tokens": 5, "prompt": [[1, 2], [3]]}, 10),
     ],
 )

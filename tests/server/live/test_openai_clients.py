@@ -41,7 +41,9 @@ def test_chat(ai: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 4
     attribution = gate_of(answer)["attribution"]
     assert sum(e["share_ppm"] for e in attribution["experts"]) == 1_000_000
-    assert [e["id"] for e in attribution["experts"]] == ["public", "news", "math", "code", "secret"]
+    assert {e["id"] for e in attribution["experts"]} == {"public", "news", "math", "code", "secret"}
+    shares = [e["share_ppm"] for e in attribution["experts"]]
+    assert shares == sorted(shares, reverse=True)
 
 
 def test_streamed_chat_with_and_without_usage(ai: openai.OpenAI) -> None:
@@ -84,6 +86,48 @@ def test_completions_with_echo_logprobs_and_token_ids(ai: openai.OpenAI, server:
     assert answer.choices[0].text.startswith("the quick fox")
     scored = ai.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
     assert scored.choices[0].text == "the quick fox"
+
+
+def test_a_stream_of_scored_choices_comes_to_its_end(ai: openai.OpenAI) -> None:
+    for _ in range(20):
+        chunks = list(
+            ai.completions.create(
+                model="tiny", prompt="the quick fox", max_tokens=4, n=4, echo=True, logprobs=1, stream=True
+            )
+        )
+        assert {c.choices[0].index for c in chunks if c.choices[0].finish_reason} == {0, 1, 2, 3}
+
+
+def test_a_scored_prompt_is_billed_as_its_prompt(ai: openai.OpenAI) -> None:
+    scored = ai.completions.create(model="tiny", prompt="the quick fox", max_tokens=0, echo=True, logprobs=1)
+    assert scored.usage is not None
+    assert scored.usage.completion_tokens == 0
+    assert scored.usage.total_tokens == scored.usage.prompt_tokens
+
+
+def test_greedy_choices_are_the_same(ai: openai.OpenAI) -> None:
+    answer = ai.completions.create(model="tiny", prompt="the quick fox", max_tokens=4, n=3, temperature=0)
+    assert len({choice.text for choice in answer.choices}) == 1
+    assert len(answer.choices) == 3
+
+
+def test_what_was_answered_is_asked_again(ai: openai.OpenAI) -> None:
+    first = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
+    messages: Any = [*HELLO, first.choices[0].message, *HELLO]
+    assert ai.chat.completions.create(model="tiny", messages=messages, max_tokens=4).choices
+    said = ai.responses.create(model="tiny", input=HELLO, max_output_tokens=4)
+    items: Any = [*HELLO, *said.output, *HELLO]
+    assert ai.responses.create(model="tiny", input=items, max_output_tokens=4).output
+
+
+def test_usage_says_what_was_cached(ai: openai.OpenAI) -> None:
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "the quick brown fox " * 20, "max_tokens": 1}
+    ai.completions.create(**ask)
+    answer = ai.completions.create(**ask)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == gate_of(answer)["attribution"]["cached_prompt_tokens"]
+    assert answer.usage.prompt_tokens_details.cached_tokens
 
 
 def test_several_prompts_and_choices(ai: openai.OpenAI) -> None:
@@ -154,7 +198,7 @@ def test_responses_plain_and_streamed(ai: openai.OpenAI) -> None:
     assert gate_of(final)["attribution"]["method"] == "gate_mass/v1"
     kinds = [event.type for event in events]
     assert kinds[0] == "response.created"
-    assert kinds[-1] == "response.completed"
+    assert kinds[-1] == "response.incomplete"
     earlier = [getattr(event, "response", None) for event in events[:-1]]
     assert not [r for r in earlier if r is not None and "flexgate" in (r.model_extra or {})]
 
@@ -180,8 +224,12 @@ def test_errors_are_the_openai_packages_own(ai: openai.OpenAI, server: Any) -> N
     with pytest.raises(openai.BadRequestError) as refused:
         press.completions.create(**ask, extra_body={"vllm_xargs": {"a": "b"}})
     assert refused.value.param == "vllm_xargs"
-    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as long:
         press.completions.create(model="tiny", prompt="the " * 2000)
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError, match="none is left for an answer") as full:
+        press.completions.create(model="tiny", prompt=[5] * 1024)
+    assert (full.value.code, full.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.BadRequestError, match="the 1024 tokens of this model hold no more"):
         press.completions.create(model="tiny", prompt="the " * 9000, extra_body={"truncate_prompt_tokens": 4})
     with pytest.raises(openai.BadRequestError) as hopeless:

@@ -15,6 +15,11 @@ from vllm.entrypoints.openai.completion.protocol import (
     CompletionResponse,
     CompletionResponseChoice,
 )
+from vllm.entrypoints.openai.responses.protocol import (
+    ResponseCompletedEvent,
+    ResponsesRequest,
+    ResponsesResponse,
+)
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
@@ -296,3 +301,137 @@ async def test_a_stream_that_nobody_reads_any_more_is_closed(services: Any, hand
     await arrived.put({"type": "http.disconnect"})
     await asyncio.wait_for(task, 5)
     assert closed.is_set()
+
+
+TOO_LONG = VLLMValidationError("your prompt contains 9 input tokens", parameter="input_tokens", value=9)
+LONG_TEXT = VLLMValidationError("your prompt contains 99 characters", parameter="input_text", value=99)
+FILLED = VLLMValidationError("max_tokens must be at least 1, got 0.", parameter="max_tokens", value=0)
+BODIES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("error", [TOO_LONG, LONG_TEXT, FILLED])
+async def test_a_prompt_too_long_is_told_by_openais_code_and_the_requests_own_field(
+    client: httpx.AsyncClient, handler: Any, path: str, error: Exception
+) -> None:
+    handler.result = error
+    response = await client.post(path, json=BODIES[path])
+    said = response.json()["error"]
+    (field,) = BODIES[path]
+    assert (response.status_code, said["code"], said["param"]) == (400, "context_length_exceeded", field)
+    if error is FILLED:
+        assert said["message"] == (
+            f"'{field}' takes all tokens of this model's context: none is left for an answer. "
+            "Shorten it by at least one token."
+        )
+
+
+def finish(index: int) -> str:
+    choice = {"index": index, "text": "x", "finish_reason": "stop"}
+    return f"data: {json.dumps({'id': 'c', 'choices': [choice]}, separators=(',', ':'))}\n\n"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("prompt", "choices"), [("x", 1), ([1, 2], 1), (["x", "y"], 2), ([[1, 2], [3]], 2), ([[1, 2]], 1)]
+)
+async def test_every_form_of_a_prompt_has_as_many_choices_as_vllm_answers(
+    client: httpx.AsyncClient, handler: Any, prompt: Any, choices: int
+) -> None:
+    async def events() -> AsyncIterator[str]:
+        for index in range(choices):
+            yield finish(index)
+        yield "data: [DONE]\n\n"
+
+    handler.result = events
+    response = await client.post(PATH, json={"prompt": prompt, "stream": True})
+    *_, last, _, _ = response.text.split("\n\n")
+    assert "flexgate" in json.loads(last.removeprefix("data: "))
+    (request,) = handler.seen
+    assert len(request.prompt) == choices
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        ([1.0, 2.0], "prompt[0]"),
+        ([1.0] * 17, "prompt[0]"),
+        ([1, 2.0], "prompt[0]"),
+        (["x", 1], "prompt[1]"),
+        ([[1], [2.0]], "prompt[1]"),
+        ([True], "prompt[0]"),
+        ([[]], "prompt[0]"),
+        ({"a": 1}, "prompt"),
+        (7, "prompt"),
+    ],
+)
+async def test_a_prompt_of_no_known_form_is_refused_by_place(
+    client: httpx.AsyncClient, handler: Any, prompt: Any, param: str
+) -> None:
+    response = await client.post(PATH, json={"prompt": prompt})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert not handler.seen
+
+
+@pytest.mark.asyncio
+async def test_options_of_a_stream_are_true_or_false(client: httpx.AsyncClient, handler: Any) -> None:
+    body = {"prompt": "x", "stream": True, "stream_options": {"include_usage": "false"}}
+    response = await client.post(PATH, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "stream_options.include_usage")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("status", ["completed", "incomplete"])
+async def test_a_responses_stream_ends_with_the_event_of_its_status(
+    client: httpx.AsyncClient, handler: Any, status: Any
+) -> None:
+    request = ResponsesRequest(input="x")
+    params = request.to_sampling_params(8, {})
+    ended = ResponsesResponse.from_request(request, params, "tiny", created_time=0, output=[], status=status)
+
+    async def events() -> AsyncIterator[Any]:
+        yield ResponseCompletedEvent(type="response.completed", sequence_number=1, response=ended)
+
+    handler.result = events
+    response = await client.post("/v1/responses", json={"input": "x", "stream": True})
+    name, data = response.text.strip().split("\n")
+    assert name == f"event: response.{status}"
+    payload = json.loads(data.removeprefix("data: "))
+    assert (payload["type"], payload["response"]["status"]) == (f"response.{status}", status)
+    assert payload["response"]["flexgate"]["allowed"] == ["public", "news"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_several_choices_are_answered_at_temperature_0(
+    client: httpx.AsyncClient, handler: Any, path: str
+) -> None:
+    handler.result = ValueError("reached")
+    await client.post(path, json={**BODIES[path], "n": 3, "temperature": 0})
+    (request,) = handler.seen
+    params = request.to_sampling_params(8, {})
+    assert (params.n, params.temperature, request.n) == (3, 0.0, 3)
+    assert params.clone().n == 3
+
+
+@pytest.mark.asyncio
+async def test_usage_says_how_much_of_all_prompts_was_cached(client: httpx.AsyncClient, handler: Any) -> None:
+    def cached() -> CompletionResponse:
+        handler.calls[-1]._cached_tokens.update(a=3, b=4)
+        return answer()
+
+    handler.result = cached
+    usage = (await client.post(PATH, json={"prompt": ["x", "y"]})).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 7}
+
+
+@pytest.mark.asyncio
+async def test_models_say_how_long_a_prompt_may_be(client: httpx.AsyncClient, services: Any) -> None:
+    card = (await client.get("/v1/models/tiny")).json()
+    assert card["max_model_len"] == services.limits.prompt_tokens

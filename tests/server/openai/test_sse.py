@@ -36,7 +36,7 @@ async def added(
         source(),
         choices=choices,
         include_usage=include_usage,
-        report=lambda: REPORT,
+        report=lambda payload: {**payload, "flexgate": REPORT},
         reshape_error=lambda payload: {"error": {"reshaped": payload["error"]["code"]}},
     )
     out = [event async for event in stream]
