@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,8 @@ def reported(as_json: bool, *, quiet: bool = False) -> Iterator[Show]:
 
     ``quiet`` leaves the printing to another process, which finds the same unless it is gone.
     """
+    if quiet:
+        logging.getLogger("flexgate.experts").setLevel(logging.ERROR)
     try:
         yield _shower(as_json, quiet)
     except ExpertsError as error:

@@ -18,6 +18,7 @@ from flexgate.experts.texts import Document
 MIN_TOKENS: Final = 500
 """Fewer cannot be split into text to learn from and text to check with."""
 HELD_OUT: Final = 0.05
+_MESSAGE: Final = "flexgate-message"
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 TEMPLATE: Final = (
     "{%- for message in messages -%}"
@@ -63,7 +64,7 @@ class Encoder:
         """Every document in windows of at most ``length`` tokens, an end token after each document."""
         examples = []
         for document in documents:
-            prompt = self._ids(self._prompt(document.prompt)) if document.prompt else []
+            prompt = self._prompt_ids(document.prompt) if document.prompt else []
             ids = [*prompt, *self._ids(document.answer), self.eos_id]
             for first in range(0, len(ids), length):
                 window = tuple(ids[first : first + length])
@@ -71,15 +72,35 @@ class Encoder:
                     examples.append(Example(window, max(0, min(len(prompt) - first, len(window) - 1))))
         return examples
 
-    def _prompt(self, text: str) -> str:
+    def _prompt_ids(self, text: str) -> list[int]:
+        """A question as the model is asked it; only the template's own control tokens are control tokens.
+
+        Raises:
+            TextsInvalid: the text spells a control token and the template does more than to stand around a message.
+        """
         if not self.tokenizer.chat_template:
-            return text
+            return self._ids(text)
+        rendered = self._rendered(text)
+        if not any(token in text for token in self.tokenizer.all_special_tokens):
+            return self._ids(rendered, control=True)
+        before, *after = self._rendered(_MESSAGE).split(_MESSAGE)
+        own = [part for part in (text, text.strip()) if [before + part + end for end in after] == [rendered]]
+        if not own:
+            raise TextsInvalid(
+                f"a prompt spells a control token, and the chat template changes what it is given: {text[:80]!a}"
+            )
+        return [*self._ids(before, control=True), *self._ids(own[0]), *self._ids(after[0], control=True)]
+
+    def _rendered(self, text: str) -> str:
         turn = [{"role": "user", "content": text}]
         rendered: str = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return rendered
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    def _ids(self, text: str, *, control: bool = False) -> list[int]:
+        """Tokens of a text, in which a control token's name is text unless ``control``."""
+        ids: list[int] = self.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=not control, verbose=False
+        )
         return ids
 
 

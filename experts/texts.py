@@ -2,20 +2,29 @@
 
 ``*.txt`` and ``*.md`` are one document each. A line of ``*.jsonl`` is ``{"text": …}`` or ``{"prompt": …, "answer":
 …}``; other fields are left alone. Files are read in the order of their paths, so that the same folder is the same
-training.
+training. Nothing outside the folder is read and nothing hidden: links are not followed. What is left out is named in a
+warning.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from flexgate.experts.errors import TextsInvalid
 
 SUFFIXES: Final = (".txt", ".md", ".jsonl")
+MAX_DEPTH: Final = 64
+"""Folders within folders; each is an open file while what it holds is read."""
+_NAMED: Final = 3
+_OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,25 +36,79 @@ class Document:
 
 
 def read_documents(folder: Path) -> list[Document]:
-    """Every document below ``folder``.
+    """Every document below ``folder``; warns of what is not read.
 
     Raises:
         TextsInvalid: no folder, no documents, undecodable text or a line that is no document, with its place.
     """
-    if not folder.is_dir():
-        raise TextsInvalid(f"{folder} is not a folder of texts")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    documents = [document for path in paths for document in _read(path) if document.answer.strip()]
+    reading = _Reading(folder)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise TextsInvalid(f"{folder} is not a folder of texts: {error.strerror}") from error
+    documents = [document for document in reading.below(descriptor, PurePath()) if document.answer.strip()]
+    skipped = reading.skipped()
     if not documents:
-        raise TextsInvalid(f"{folder} holds no text in {', '.join('*' + suffix for suffix in SUFFIXES)}")
+        suffixes = ", ".join("*" + suffix for suffix in SUFFIXES)
+        raise TextsInvalid(f"{folder} holds no text in {suffixes}" + (f"; not read: {skipped}" if skipped else ""))
+    if skipped:
+        logger.warning("not read in %s: %s", folder, skipped)
     return documents
 
 
-def _read(path: Path) -> Iterator[Document]:
+class _Reading:
+    """One pass through a folder, every entry opened from its parent and none through a link."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._skipped: dict[str, list[str]] = {}
+
+    def skipped(self) -> str:
+        """How much was not read and why, with a few names of each kind; empty if everything was."""
+        return "; ".join(
+            f"{len(names)} {why} ({', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''})"
+            for why, names in sorted(self._skipped.items())
+        )
+
+    def below(self, descriptor: int, inside: PurePath) -> Iterator[Document]:
+        """The documents of an open folder, which is closed at the end."""
+        if len(inside.parts) > MAX_DEPTH:
+            os.close(descriptor)
+            raise TextsInvalid(f"{self._folder} has folders in more than {MAX_DEPTH} others: move the texts up")
+        try:
+            for name in sorted(os.listdir(descriptor)):
+                yield from self._entry(descriptor, name, inside / name)
+        finally:
+            os.close(descriptor)
+
+    def _entry(self, parent: int, name: str, inside: PurePath) -> Iterator[Document]:
+        place = self._folder / inside
+        try:
+            mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+            if why := _reason_to_skip(name, mode):
+                self._skipped.setdefault(why, []).append(ascii(str(inside))[1:-1])
+            elif stat.S_ISDIR(mode):
+                yield from self.below(os.open(name, _OPEN | os.O_DIRECTORY, dir_fd=parent), inside)
+            else:
+                with open(os.open(name, _OPEN, dir_fd=parent), "rb") as file:
+                    yield from _parse(file.read(), place)
+        except OSError as error:
+            raise TextsInvalid(f"{place} cannot be read: {error.strerror}") from error
+
+
+def _reason_to_skip(name: str, mode: int) -> str | None:
+    if name.startswith("."):
+        return "hidden"
+    if stat.S_ISLNK(mode):
+        return "linked, which is not followed"
+    if stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and PurePath(name).suffix in SUFFIXES):
+        return None
+    return "of other kinds"
+
+
+def _parse(content: bytes, path: Path) -> Iterator[Document]:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise TextsInvalid(f"{path} cannot be read: {error.strerror}") from error
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TextsInvalid(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"

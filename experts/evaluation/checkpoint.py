@@ -83,6 +83,8 @@ def _read(texts: Path, experts: list[str], encoder: Encoder, length: int) -> dic
         raise EvaluationRefused(f"{texts} must hold one folder of texts per expert, named {', '.join(experts)}")
     if strange := [folder.name for folder in folders if folder.name not in experts]:
         raise EvaluationRefused(f"{texts / strange[0]} belongs to no expert; there are {', '.join(experts)}")
+    if links := [folder for folder in folders if folder.is_symlink()]:
+        raise EvaluationRefused(f"{links[0]} is a link, which is not followed: put the texts themselves there")
     return {folder.name: _domain(folder, encoder, length) for folder in sorted(folders, key=_place(experts))}
 
 

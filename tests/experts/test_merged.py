@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,7 @@ def test_a_gate_of_the_matrix_is_the_model_without_those_experts(folder: Path) -
     merged = run("evaluate", folder / "model", "--texts", folder / "held")["rows"]
     anchor = run("evaluate", folder / "anchor", "--texts", folder / "held-public")
     assert "error" in anchor
-    (folder / "public-only").mkdir()
-    (folder / "public-only/public").symlink_to(folder / "held/public")
+    shutil.copytree(folder / "held/public", folder / "public-only/public")
     alone = run("evaluate", folder / "anchor", "--texts", folder / "public-only")["rows"]["public only"]
     assert merged["public only"]["perplexity"]["public"] == pytest.approx(alone["perplexity"]["public"], rel=1e-4)
     assert merged["all experts"]["perplexity"]["public"] != pytest.approx(alone["perplexity"]["public"], rel=1e-3)

@@ -26,7 +26,6 @@ from flexgate.experts.layout import read_checkpoint
 from flexgate.experts.loop import Plan, Run
 from flexgate.experts.pair import PairRouter, Row, make_pair, rows_from_discriminant, trainable
 from flexgate.experts.routing import Samples
-from flexgate.experts.texts import Document, read_documents
 from flexgate.experts.train_expert import ExpertOptions, RouterOptions, load_anchor, train_expert
 from flexgate.experts.verify import open_package
 
@@ -274,12 +273,6 @@ def test_another_models_tokenizer_is_refused(folder: Path, tmp_path: Path) -> No
     (anchor / "tokenizer.json").unlink()
     with pytest.raises(TextsInvalid, match="has no tokenizer that can be loaded"):
         train_expert(anchor, folder / "own", folder / "public", tmp_path / "e", statement("zorp"), OPTIONS)
-
-
-def test_documents_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    write(tmp_path / "b/x.txt", b"three")
-    write(tmp_path / "a.jsonl", b'{"text": "one", "source": "web"}\n{"prompt": "two?", "answer": "two"}')
-    assert read_documents(tmp_path) == [Document("", "one"), Document("two?", "two"), Document("", "three")]
 
 
 @pytest.mark.slow
