@@ -16,6 +16,7 @@ PolicyError
 │   └── EmptyGate          nothing left; never widened
 └── StoreError
     ├── StoreUnavailable   no connection, locked, not a database
+    │   └── StoreReplaced  another file, or none, where the one was that this process opened
     ├── StoreFromNewerVersion
     ├── StoreRolledBack    older than what was read from it before
     ├── StoreDamaged       rows that no longer parse
@@ -103,6 +104,10 @@ class StoreError(PolicyError):
 
 class StoreUnavailable(StoreError):
     """The database cannot be reached, is locked, or is not a database."""
+
+
+class StoreReplaced(StoreUnavailable):
+    """Something that this process holds open is not what its path names any more."""
 
 
 class StoreFromNewerVersion(StoreError):

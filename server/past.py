@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from flexgate.experts.output import sync
-from flexgate.policies.errors import StoreRolledBack
+from flexgate.policies.errors import StoreReplaced, StoreRolledBack
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.history import newest_revisions
+from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 
 CLOCKS_DIFFER_S: Final = 60.0
@@ -35,6 +36,15 @@ class Past:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._failing = False
+        self._file = FileIdentity(path, "the memory of the policy")
+
+    def kept(self) -> bool:
+        """Whether what `note` wrote last is still there."""
+        try:
+            self._file.require()
+        except StoreReplaced:
+            return False
+        return True
 
     def require(self, store: Store) -> None:
         """Raise `StoreRolledBack` unless the store's past holds what was noted last; nothing noted is no claim."""
@@ -62,6 +72,8 @@ class Past:
                 os.fsync(file.fileno())  # else a power cut may leave the name with nothing under it
             os.replace(new, self._path)
             sync(self._path.parent)
+            self._file = FileIdentity(self._path, "the memory of the policy")
+            self._file.take()
             self._failing = False
         except OSError as error:
             if not self._failing:

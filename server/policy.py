@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from flexgate.policies.errors import PolicyError, SnapshotStale
+from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import ExpertId
 from flexgate.server.past import Past
@@ -72,9 +72,11 @@ class PolicySource:
         peers: Peers | None = None,
         hints: Hints | None = None,
         past: Past | None = None,
+        require_files: Callable[[], None] = lambda: None,
     ) -> None:
         """`live` says which experts the engine serves now, each with its generation; `peers` are told what is
-        confirmed; `hints` cut the time between polls short; `past` keeps what is confirmed for the next start.
+        confirmed; `hints` cut the time between polls short; `past` keeps what is confirmed for the next start;
+        `require_files` raises `StoreReplaced` when the server's own files are not those that it started with.
         """
         self._store = store
         self._live = live
@@ -84,6 +86,7 @@ class PolicySource:
         self._peers = peers
         self._hints = hints
         self._past = past
+        self._require_files = require_files
         self._stored: Snapshot | None = None
         self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
         self._confirmed = -float("inf")
@@ -96,9 +99,14 @@ class PolicySource:
             if self._peers is not None and self._stored is None:
                 self._peers.announce(0)
             asked, before = self._clock(), self._stored
-            self._stored = self._store.confirm(before)
+            try:
+                self._require_files()
+                self._stored = self._store.confirm(before)
+            except StoreReplaced:
+                self._confirmed = -float("inf")  # what was confirmed came from something that is not there any more
+                raise
             self._confirmed = asked
-            if self._past is not None and self._stored is not before:
+            if self._past is not None and (self._stored is not before or not self._past.kept()):
                 self._past.note(self._stored)
             if self._peers is not None:
                 self._peers.announce(self._stored.policy_version)

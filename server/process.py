@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
 from flexgate.server.clock import Clock
@@ -49,7 +50,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
     with (
         _bound(settings.host, settings.port) as sock,
         _bound_admin(settings) as admin,
-        _alone(settings.directory()),
+        _alone(settings.directory()) as directory,
         _store(settings) as store,
     ):
         store.migrate()
@@ -70,7 +71,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             with _interruptible():
                 from flexgate.server.running import put_together, run
 
-                services = put_together(settings, model, engine, store, past, merged, keys, clock)
+                services = put_together(settings, model, engine, store, past, directory, merged, keys, clock)
                 await services.experts.restore(stage)
             secret = None if settings.demo else tenancy.first_admin_key(store, at=clock())
             services.policy.confirm()
@@ -113,8 +114,8 @@ def _bound_admin(settings: Settings) -> Iterator[socket.socket | None]:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Nobody else keeps its experts there: a server removes copies that its store does not name."""
+def _alone(directory: Path) -> Iterator[FileIdentity]:
+    """Hold the directory's lock, because a server removes copies that its store does not name; yields the lock file."""
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,7 +123,9 @@ def _alone(directory: Path) -> Iterator[None]:
             raise SettingsError(
                 f"another server keeps its experts in {directory}; give this one a --state-dir of its own"
             ) from error
-        yield
+        file = FileIdentity(directory / "lock", "the lock of the state directory")
+        file.take()
+        yield file
 
 
 @contextmanager

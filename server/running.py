@@ -25,6 +25,7 @@ from flexgate.experts.base import base_identity
 from flexgate.experts.signature import TrustedKeys
 from flexgate.policies.audit import Event
 from flexgate.policies.store.hints import Hints
+from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server.app import build_app, build_listeners
 from flexgate.server.connections import BoundedProtocol
@@ -55,6 +56,7 @@ def put_together(
     engine: RunningEngine,
     store: Store,
     past: Past,
+    directory: FileIdentity,
     merged: Merged,
     keys: TrustedKeys | None,
     clock: Callable[[], float],
@@ -70,6 +72,7 @@ def put_together(
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
         hints=Hints(store.engine),
         past=past,
+        require_files=directory.require,
     )
     handlers = build_handlers(
         client,

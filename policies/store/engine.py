@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
@@ -18,11 +20,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from flexgate.policies.audit import no_key_twice
 from flexgate.policies.errors import StoreDamaged, StoreUnavailable
+from flexgate.policies.store.identity import FileIdentity
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2
 PUT_BACK: Final = "put a copy of the database back"
 _WRITE_LOCK: Final = 0x666C6578
+_files: Final[WeakKeyDictionary[Engine, FileIdentity]] = WeakKeyDictionary()
 
 
 def open_engine(url: str) -> Engine:
@@ -37,7 +41,24 @@ def open_engine(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+        if parsed.database and parsed.database != ":memory:":
+            _watch_file(engine, FileIdentity(Path(parsed.database), "the database"))
     return engine
+
+
+def _watch_file(engine: Engine, file: FileIdentity) -> None:
+    """Refuse every transaction, and every new connection, once the path names another file."""
+    _files[engine] = file
+    event.listen(engine, "do_connect", lambda *_: file.require())
+    event.listen(engine, "connect", lambda *_: file.take())
+    event.listen(engine, "begin", lambda _: file.require(), insert=True)
+
+
+def _require_kept(engine: Engine) -> None:
+    """Raise `StoreReplaced` if what was committed just now may have gone into a file without a name."""
+    file = _files.get(engine)
+    if file is not None:
+        file.require()
 
 
 def _from_json(text: str) -> Any:
@@ -88,6 +109,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
                 connection.execute(text(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}"))
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITE_LOCK})"))
             yield connection
+        _require_kept(engine)
 
 
 @contextmanager

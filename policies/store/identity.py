@@ -1,0 +1,42 @@
+"""Whether a path still names the file that this process opened, compared by device and inode.
+
+An open file lives on when its name is given to another one or deleted: reads are answered from what no one else
+sees, and writes go where no one will look.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flexgate.policies.errors import StoreReplaced
+
+
+class FileIdentity:
+    """One file, from the moment of `take` on."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        """`what` names the file in messages."""
+        self.path = path.absolute()
+        self._what = what
+        self._taken: tuple[int, int] | None = None
+
+    def take(self) -> None:
+        """Take the file that is there now for the right one; of later calls the first one counts."""
+        if self._taken is None:
+            self._taken = self._now()
+
+    def require(self) -> None:
+        """Raise `StoreReplaced` unless the path names the file that was taken; before `take` nothing is claimed."""
+        if self._taken is not None and self._now() != self._taken:
+            raise StoreReplaced(
+                f"{self._what} {self.path} was replaced or deleted while it was in use: put the very file back, or "
+                "restart the server to work with what is there now"
+            )
+
+    def _now(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
