@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgate.policies.cache import DecisionCache
-from flexgate.policies.decision import Decision
+from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.errors import PolicyError, SnapshotStale
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import TenantId
@@ -45,6 +45,7 @@ class Admitted:
     decision: Decision
     client_salt: str | None
     explain: str
+    request: DecisionRequest
 
 
 def honoured_body(kind: Kind, raw: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
@@ -84,7 +85,7 @@ async def admit(
         recorded.add_refused(tenant, question, error, now)
         raise from_policy(error) from error
     recorded.add(tenant, question, now)
-    return Admitted(left, snapshot, decision, client_salt, asked.explain)
+    return Admitted(left, snapshot, decision, client_salt, asked.explain, question)
 
 
 async def _snapshot(policy: PolicySource, asked: Extension) -> Snapshot:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from flexgate.policies.snapshot import Snapshot
@@ -59,12 +59,17 @@ class WrongRole(AuthError):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The caller. `tenant_id` is set exactly for `Role.TENANT`, `owner_id` for `Role.OWNER`."""
+    """The caller. `tenant_id` is set exactly for `Role.TENANT`, `owner_id` for `Role.OWNER`.
+
+    `digest` is the key's SHA-256, by which a snapshot finds it; `expires` is Unix seconds.
+    """
 
     key_id: str
     role: Role
     tenant_id: TenantId | None
     owner_id: OwnerId | None
+    digest: bytes = field(default=b"", repr=False, compare=False)
+    expires: float | None = field(default=None, compare=False)
 
 
 def authenticate(
@@ -85,7 +90,7 @@ def authenticate(
         raise KeyRevoked("The API key was revoked. Use another key of the project.")
     if found.expires is not None and found.expires <= now:
         raise KeyExpired("The API key has expired. Use another key of the project.")
-    return Principal(found.key_id, found.role, found.tenant_id, found.owner_id)
+    return Principal(found.key_id, found.role, found.tenant_id, found.owner_id, digest, found.expires)
 
 
 def require_tenant(principal: Principal) -> TenantId:

@@ -61,6 +61,7 @@ def serve(
     max_logprobs: Annotated[int | None, _option("max_logprobs")] = None,
     max_grammar_bytes: Annotated[int | None, _option("max_grammar_bytes")] = None,
     body_seconds: Annotated[float | None, _option("body_seconds")] = None,
+    revoked_keys: Annotated[str | None, _option("revoked_keys")] = None,
     drain_seconds: Annotated[int | None, _option("drain_seconds")] = None,
     policy_poll_seconds: Annotated[float | None, _option("policy_poll_seconds")] = None,
     policy_lease_seconds: Annotated[float | None, _option("policy_lease_seconds")] = None,

@@ -87,11 +87,16 @@ class PolicySource:
         self._hints = hints
         self._past = past
         self._require_files = require_files
+        self._enforce: Callable[[Snapshot], None] | None = None
         self._stored: Snapshot | None = None
         self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
         self._asking: asyncio.Task[Snapshot] | None = None
+
+    def enforce_with(self, enforce: Callable[[Snapshot], None]) -> None:
+        """End what a newer policy permits no more by `enforce`, before the peers are told of it. It may block."""
+        self._enforce = enforce
 
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
@@ -108,9 +113,16 @@ class PolicySource:
             self._confirmed = asked
             if self._past is not None and (self._stored is not before or not self._past.kept()):
                 self._past.note(self._stored)
+            if self._enforce is not None and self._stored is not before:
+                self._enforce(self._stored)
             if self._peers is not None:
                 self._peers.announce(self._stored.policy_version)
             return self._serve(self._stored)
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The newest snapshot that was read, confirmed or not."""
+        return self._stored
 
     async def current(self) -> Snapshot:
         """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed."""

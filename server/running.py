@@ -91,6 +91,7 @@ def put_together(
         model_names=names,
         started=clock(),
         clock=clock,
+        revoked_keys=settings.revoked_keys,
         limits=_limits(settings, client),
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,

@@ -12,6 +12,7 @@ from flexgate.policies.store.store import Store
 from flexgate.server.body import Arriving
 from flexgate.server.clock import Clock
 from flexgate.server.denials import Denials
+from flexgate.server.inference.enforcement import RevokedKeys, RunningRequests
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.openai.limits import Limits
@@ -45,13 +46,17 @@ class Services:
     decisions: DecisionCache = field(default_factory=DecisionCache)
     clock: Callable[[], float] = field(default_factory=Clock)
     draining: bool = False
+    revoked_keys: RevokedKeys = "end"
     denials: Denials = field(init=False)
     recorded: Recorded = field(init=False)
     budget_usage: BudgetUsage = field(init=False)
     limiter: Limiter = field(init=False)
+    running: RunningRequests = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
         self.recorded = Recorded(self.store)
         self.budget_usage = BudgetUsage(self.store)
         self.limiter = Limiter(self.budget_usage)
+        self.running = RunningRequests(self.client, clock=self.clock, revoked_keys=self.revoked_keys)
+        self.policy.enforce_with(self.running.enforce)

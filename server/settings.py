@@ -113,6 +113,9 @@ class Settings(StoreSettings):
     max_logprobs: Annotated[int, Field(ge=0, le=20, description="Most log-probabilities.")] = 20
     max_grammar_bytes: Annotated[int, Field(ge=1, description="Largest schema, pattern or grammar.")] = 16 * 1024
     body_seconds: Annotated[float, Field(gt=0, description="Time for a body to arrive.")] = 30.0
+    revoked_keys: Annotated[
+        Literal["end", "finish"], Field(description="What running requests of a revoked or expired key do.")
+    ] = "end"
     drain_seconds: Annotated[int, Field(ge=0, description="Time for running requests at shutdown.")] = 30
     policy_poll_seconds: Annotated[
         float, Field(gt=0, description="How often the policy database is asked for changes.")

@@ -8,6 +8,8 @@ Without a current call nothing goes out.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
@@ -18,6 +20,7 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 from flexgate.kernels.gated_topk import MASS_SCALE
+from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED
 from flexgate.server.engine.gates import (
     GATE_ARG,
     Gate,
@@ -27,7 +30,7 @@ from flexgate.server.engine.gates import (
     cache_salt,
     seal,
 )
-from flexgate.server.engine.scheduler import EXPERT_REVOKED, GATE_EXPIRED, USAGE_KEY
+from flexgate.server.engine.scheduler import USAGE_KEY
 from flexgate.server.engine.seam import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
 
 if TYPE_CHECKING:
@@ -96,7 +99,8 @@ class GatedCall:
     """One API call: the gate all its engine requests share, and what they used.
 
     Attributes:
-        failed: why the engine ended a request of this call early, if it did.
+        failed: why a request of this call was ended early, if it was.
+        valid_until: Unix seconds from which no more tokens are given, for the reason `expired`.
         ended: set once nothing of this call's answer is left to send.
         priority: below zero goes ahead of all that waits; for canaries alone.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
@@ -108,6 +112,8 @@ class GatedCall:
     failed: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     priority: int = 0
+    valid_until: float = math.inf
+    expired: str | None = None
     reserve: Callable[[int], None] | None = None
     _most_tokens: int = 0
     prompt_only: bool = False
@@ -121,6 +127,11 @@ class GatedCall:
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
         return sum(self._prompt_tokens.values()) + self._new_tokens
+
+    def end_at(self, valid_until: float, reason: str) -> None:
+        """Give no more tokens from a time on, unless that is said of an earlier one already."""
+        if valid_until < min(self.valid_until, self.grant.valid_until):
+            self.valid_until, self.expired = valid_until, reason
 
     def claim(self, tokens: int) -> None:
         """Reserve what one more prompt and its choices can use; raises what `reserve` raises."""
@@ -173,14 +184,24 @@ class GatedEngineClient:
     """Generation under a sealed gate, and the read-only facts that handlers need."""
 
     def __init__(
-        self, engine: Any, *, key: SealKey, experts: tuple[ExpertInfo, ...], slots: int, weights_epoch: int = 1
+        self,
+        engine: Any,
+        *,
+        key: SealKey,
+        experts: tuple[ExpertInfo, ...],
+        slots: int,
+        weights_epoch: int = 1,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`."""
         self._engine = engine
         self._key = key
         self._slots = slots
+        self._clock = clock
         self._calls: dict[str, GatedCall] = {}
         self._open: set[GatedCall] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._aborting: set[asyncio.Future[Any]] = set()
         self._layers = int(engine.model_config.hf_config.num_hidden_layers)
         self._ready = False
         self.publish(experts, weights_epoch)
@@ -223,12 +244,26 @@ class GatedEngineClient:
 
     def begin(self, call: GatedCall) -> None:
         """A call was admitted; :meth:`end` must follow."""
+        self._loop = asyncio.get_running_loop()
         self._open.add(call)
 
     def end(self, call: GatedCall) -> None:
         """Nothing of the call's answer is left to send."""
         self._open.discard(call)
         call.ended.set()
+
+    def stop(self, call: GatedCall, reason: str) -> None:
+        """Give no more tokens to a call, and end its requests in the engine. Safe from any thread."""
+        call.failed = call.failed or reason
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._abort, call)
+
+    def _abort(self, call: GatedCall) -> None:
+        ids = [id_ for id_, owner in self._calls.items() if owner is call]
+        if ids:
+            task = asyncio.ensure_future(self._engine.abort(ids))
+            self._aborting.add(task)
+            task.add_done_callback(self._aborting.discard)
 
     def in_use(self, lease: ExpertLease) -> bool:
         """Whether an open call may use ``lease``, on its way into the engine, in it, or out of it."""
@@ -315,7 +350,7 @@ class GatedEngineClient:
     async def _generate(
         self, call: GatedCall, prompt: Any, sampling_params: SamplingParams, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        _refuse_withdrawn(call)
+        self._refuse_ended(call)
         request_id = f"flexgate-{uuid.uuid4().hex}"
         params = sampling_params.clone()
         params.extra_args = {GATE_ARG: seal(self._gate(call, request_id), self._key)}
@@ -326,7 +361,7 @@ class GatedEngineClient:
         prompt_logprobs = None
         try:
             async for output in outputs:
-                _refuse_withdrawn(call)
+                self._refuse_ended(call)
                 # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
                 prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
                 call._cached_tokens.setdefault(request_id, output.num_cached_tokens or 0)
@@ -341,6 +376,13 @@ class GatedEngineClient:
         finally:
             await outputs.aclose()
             del self._calls[request_id]
+
+    def _refuse_ended(self, call: GatedCall) -> None:
+        """Raise where a call may get no more tokens; vLLM itself answers for a request that the engine core ended."""
+        if call.failed is None and call.valid_until <= self._clock():
+            call.failed = call.expired
+        if call.failed is not None and call.failed != GATE_EXPIRED:
+            raise EngineGenerateError(f"the request was ended: {call.failed}")
 
     def _refuse_many_bad_words(self, params: SamplingParams) -> None:
         """Model Runner V2 ends the engine over more (vllm/v1/worker/gpu/sample/bad_words.py); nobody else counts."""
@@ -397,8 +439,3 @@ class GatedEngineClient:
 def _most_tokens(prompt: Any, params: SamplingParams) -> int:
     """What a prompt and all its choices use at most: vLLM's handlers cut `max_tokens` to the room that is left."""
     return len(prompt["prompt_token_ids"]) + params.n * (params.max_tokens or 0)
-
-
-def _refuse_withdrawn(call: GatedCall) -> None:
-    if call.failed == EXPERT_REVOKED:
-        raise EngineGenerateError("an expert of this request was withdrawn")

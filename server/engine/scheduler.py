@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexgate.server.clock import Clock
+from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED
 from flexgate.server.engine.gates import Gate
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.lifeline import end_with_parent, leave_interrupts_to_the_server
@@ -30,8 +31,6 @@ from flexgate.server.engine.slots import ANCHOR_SLOT, SlotTable
 from flexgate.server.engine.usage import USAGE_ATTRIBUTE, UsageLedger
 
 USAGE_KEY = "flexgate"  # key of ``EngineCoreOutput.kv_transfer_params``
-GATE_EXPIRED = "gate_expired"  # stop reason of a request whose gate ran out
-EXPERT_REVOKED = "expert_revoked"  # stop reason of a request that may use an expert just withdrawn
 SLOTS_UTILITY = "flexgate_slots"  # name under which the engine core takes :func:`_change_slots`
 
 logger = logging.getLogger(__name__)

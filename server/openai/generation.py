@@ -20,11 +20,12 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import TenantId
 from flexgate.server import report
 from flexgate.server.admission import Admitted, Kind, admit, honoured_body
-from flexgate.server.auth import AuthError, require_tenant
+from flexgate.server.auth import AuthError, Principal, require_tenant
 from flexgate.server.context import context_of, identify
 from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
 from flexgate.server.forms import read_request
+from flexgate.server.inference.enforcement import Right
 from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Reservation
 from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.openai import vllm_errors
@@ -44,14 +45,28 @@ class Run:
 
     services: Services
     admitted: Admitted
-    call: GatedCall
+    right: Right
     weights_epoch: int
     request_id: str
     reservation: Reservation
 
+    @property
+    def call(self) -> GatedCall:
+        """What the engine is asked for."""
+        return self.right.call
+
+    def begin(self) -> None:
+        """Let the call be seen by whatever may end it; raises `ApiError` where its right has gone meanwhile."""
+        self.services.client.begin(self.call)
+        self.services.running.begin(self.right, self.services.policy.newest)
+        ended = vllm_errors.ended_early(self.call)
+        if ended is not None:
+            raise ended
+
     def finish(self) -> None:
         """End the call, once nothing of its answer is left to send."""
         self._commit()
+        self.services.running.end(self.call)
         self.services.client.end(self.call)
 
     def _commit(self) -> None:
@@ -110,8 +125,8 @@ class Generation:
     async def answer(self, request: Request) -> Response:
         """Authenticate, admit, generate, report."""
         run = await self._admit(request)
-        run.services.client.begin(run.call)
         try:
+            run.begin()
             return Delivery(await self._generate(request, run), run.finish)
         except BaseException:
             run.finish()
@@ -139,7 +154,7 @@ class Generation:
     async def _admit(self, request: Request) -> Run:
         services = self._services
         context = context_of(request)
-        tenant, key_id, _ = await identify_tenant(request, services)
+        tenant, principal, known_by = await identify_tenant(request, services)
         raw = await read_request(request, services)
         body = honoured_body(self._endpoint.kind, raw, services.limits)
         check_model(body, services)
@@ -160,10 +175,12 @@ class Generation:
             "policy_version": decision.policy_version,
         }
         granted, epoch = grant(decision, services), services.client.weights_epoch
-        scopes = scopes_of(admitted.snapshot.tenants[tenant], key_id)
+        scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)
         reservation = services.limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
         call = GatedCall(granted, admitted.client_salt, reserve=lambda tokens: reservation.raise_to({TOKENS: tokens}))
-        return Run(services, admitted, call, epoch, context.request_id.removeprefix("req_"), reservation)
+        version = min(known_by.policy_version, admitted.snapshot.policy_version)
+        right = Right(call, principal, tenant, admitted.request, version)
+        return Run(services, admitted, right, epoch, context.request_id.removeprefix("req_"), reservation)
 
     async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
         CURRENT_CALL.set(run.call)
@@ -206,11 +223,11 @@ class EventStream(StreamingResponse):
                 await close()
 
 
-async def identify_tenant(request: Request, services: Services) -> tuple[TenantId, str, Snapshot]:
+async def identify_tenant(request: Request, services: Services) -> tuple[TenantId, Principal, Snapshot]:
     """Who asks, by which key, and the snapshot that knows both; raises `ApiError`."""
     principal, snapshot = await identify(request, services)
     try:
-        return require_tenant(principal), principal.key_id, snapshot
+        return require_tenant(principal), principal, snapshot
     except AuthError as error:
         raise from_auth(error) from error
 

@@ -76,10 +76,10 @@ class Tokenization:
 
     async def _answer(self, request: Request, prepare: Callable[[dict[str, Any]], Work]) -> Response:
         services = self._services
-        tenant, key_id, snapshot = await identify_tenant(request, services)
+        tenant, principal, snapshot = await identify_tenant(request, services)
         work = prepare(await read_request(request, services))
         with self._place(tenant):
-            reservation = services.limiter.reserve(scopes_of(snapshot.tenants[tenant], key_id), {REQUESTS: 1})
+            reservation = services.limiter.reserve(scopes_of(snapshot.tenants[tenant], principal.key_id), {REQUESTS: 1})
             try:
                 result = await until_gone(request, work.run())
             finally:

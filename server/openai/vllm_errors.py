@@ -12,10 +12,48 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
 from flexgate.server.engine.client import GatedCall
-from flexgate.server.engine.scheduler import EXPERT_REVOKED, GATE_EXPIRED
+from flexgate.server.engine.endings import (
+    EXPERT_REVOKED,
+    GATE_EXPIRED,
+    KEY_EXPIRED,
+    KEY_REVOKED,
+    PERMISSION_ENDED,
+    PROJECT_ARCHIVED,
+)
 from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
 
 _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
+_PERMISSION_ENDED: Final = (
+    HTTPStatus.FORBIDDEN,
+    "expert_permission_ended",
+    "The permission to use an expert of this request ended while it ran. "
+    "Sending the request again uses what is permitted now.",
+)
+_ENDED: Final = {
+    EXPERT_REVOKED: (
+        HTTPStatus.FORBIDDEN,
+        "expert_revoked",
+        "An expert of this request was withdrawn while it ran. Sending the request again uses what is live now.",
+    ),
+    GATE_EXPIRED: _PERMISSION_ENDED,
+    PERMISSION_ENDED: _PERMISSION_ENDED,
+    KEY_REVOKED: (
+        HTTPStatus.UNAUTHORIZED,
+        "key_revoked",
+        "The API key was revoked while the request ran. Use another key of the project.",
+    ),
+    KEY_EXPIRED: (
+        HTTPStatus.UNAUTHORIZED,
+        "key_expired",
+        "The API key expired while the request ran. Use another key of the project.",
+    ),
+    PROJECT_ARCHIVED: (
+        HTTPStatus.UNAUTHORIZED,
+        "project_archived",
+        "The project was archived while the request ran. Ask an administrator.",
+    ),
+}
+"""By the reason that ended a call: status, code, message."""
 _PROMPTS: Final = ("messages", "prompt", "input", "tokens")
 _INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
 _TOO_LONG: Final = frozenset(["input_tokens", "input_text"])  # vLLM's words for what it counted
@@ -63,21 +101,12 @@ def not_generated(body: Mapping[str, Any]) -> ApiError | None:
 
 
 def ended_early(call: GatedCall) -> ApiError | None:
-    """Why the engine ended a call's request, if the gate was the cause."""
-    if call.failed == EXPERT_REVOKED:
-        return ApiError(
-            "An expert of this request was withdrawn while it ran. Sending the request again uses what is live now.",
-            status=HTTPStatus.FORBIDDEN,
-            code="expert_revoked",
-        )
-    if call.failed != GATE_EXPIRED:
+    """Why a call's request was ended, if its gate or its right to run was the cause."""
+    ended = _ENDED.get(call.failed or "")
+    if ended is None:
         return None
-    return ApiError(
-        "The permission to use an expert of this request ended while it ran. "
-        "Sending the request again uses what is permitted now.",
-        status=HTTPStatus.FORBIDDEN,
-        code="expert_permission_ended",
-    )
+    status, code, message = ended
+    return ApiError(message, status=status, code=code)
 
 
 def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:

@@ -9,6 +9,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsTensors
@@ -71,6 +72,7 @@ class Engine:
         self.output_processor = OutputProcessor(None, log_stats=False)
         self.renderer = SimpleNamespace(tokenizer=Characters())
         self.children: list[str] = []
+        self.client: Any = None
         self.unreachable = False  # requests are taken and do not get to the engine core
 
     async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **_: Any) -> AsyncIterator[Any]:
@@ -94,9 +96,10 @@ class Engine:
             finished = output.finished
             yield output
 
-    async def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str | list[str]) -> None:
         """As `AsyncLLM` does, without an engine core."""
-        self.output_processor.abort_requests([request_id], internal=False)
+        ids = [request_id] if isinstance(request_id, str) else request_id
+        self.output_processor.abort_requests(ids, internal=False)
 
     def step(self, *tokens: int, finish: bool = False) -> None:
         """One step in which every request gets these tokens."""
@@ -121,6 +124,8 @@ def call(engine: Engine) -> Iterator[GatedCall]:
 
 async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
+    engine.client = client
+    client.begin(call)
     CURRENT_CALL.set(call)
     params = SamplingParams(n=n, max_tokens=9, output_kind=kind, detokenize=False)
 
@@ -171,6 +176,31 @@ def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCa
     with pytest.raises(OverflowError):
         client.generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=9), "request")
     assert engine.children == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=lambda kind: kind.name)
+async def test_a_call_that_is_stopped_gets_no_more_tokens_and_leaves_the_engine(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind
+) -> None:
+    reading = await begin(engine, call, kind, 2)
+    engine.step(7)
+    await asyncio.to_thread(engine.client.stop, call, "key_revoked")
+    with pytest.raises(EngineGenerateError, match="key_revoked"):
+        await asyncio.wait_for(reading, 10)
+    assert call.failed == "key_revoked"
+    assert engine.output_processor.request_states == {}
+
+
+@pytest.mark.asyncio
+async def test_a_call_gets_no_more_tokens_from_its_end_on(engine: Engine, call: GatedCall) -> None:
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 1)
+    call.end_at(math.inf, "later")
+    call.end_at(5.0, "key_expired")
+    call.end_at(9.0, "later")
+    engine.step(7)
+    with pytest.raises(EngineGenerateError, match="key_expired"):
+        await asyncio.wait_for(reading, 10)
 
 
 @pytest.mark.asyncio

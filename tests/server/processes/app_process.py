@@ -42,6 +42,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         errored=False,
         ready=lambda: True,
         begin=lambda call: None,
+        stop=lambda call, reason: setattr(call, "failed", reason),
         end=lambda call: None,
         experts=lambda: infos,
         lease=lambda id_: ExpertLease(id_, experts.index(id_), 1),

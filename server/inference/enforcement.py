@@ -1,0 +1,139 @@
+"""End running requests whose right to run has gone: their key, their project, or the permission of an expert.
+
+A newer policy is compared with every running request before this process says that it enforces it, so that `wait=all`
+covers the requests that were admitted under an older one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import Decision, DecisionRequest
+from flexgate.policies.errors import PolicyError
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.terms import ExpertId, TenantId
+from flexgate.server.auth import Principal
+from flexgate.server.engine.endings import (
+    EXPERT_REVOKED,
+    KEY_EXPIRED,
+    KEY_REVOKED,
+    PERMISSION_ENDED,
+    PROJECT_ARCHIVED,
+)
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.client import GatedCall, GatedEngineClient
+
+END_SECONDS: Final = 0.5
+"""How long the enforcement of a policy waits for ended requests to be told; none of them gets a token meanwhile."""
+
+_Decisions = dict[tuple[object, ...], Decision | None]
+"""By project and what a request asks for; None is a refusal."""
+RevokedKeys = Literal["end", "finish"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """What a running request lives on, and the version of the policy that gave it."""
+
+    call: GatedCall
+    principal: Principal
+    tenant: TenantId
+    request: DecisionRequest
+    policy_version: int
+
+
+class RunningRequests:
+    """The requests that run in this process. Safe to use from several threads."""
+
+    def __init__(
+        self, client: GatedEngineClient, *, clock: Callable[[], float], revoked_keys: RevokedKeys = "end"
+    ) -> None:
+        """`clock` gives Unix seconds; `revoked_keys` says what the requests of a key do that is revoked or expires."""
+        self._client = client
+        self._clock = clock
+        self._ends_with_key = revoked_keys == "end"
+        self._lock = threading.Lock()
+        self._rights: dict[GatedCall, Right] = {}
+
+    def begin(self, right: Right, newest: Snapshot | None) -> None:
+        """Watch a request from now on, and end it at once if `newest` has taken its right away meanwhile."""
+        with self._lock:
+            self._rights[right.call] = right
+        if self._ends_with_key and right.principal.expires is not None:
+            right.call.end_at(right.principal.expires, KEY_EXPIRED)
+        if newest is not None and newest.policy_version != right.policy_version:
+            self._judge(right, newest, {})
+
+    def end(self, call: GatedCall) -> None:
+        """Watch a request no longer."""
+        with self._lock:
+            self._rights.pop(call, None)
+
+    def enforce(self, snapshot: Snapshot) -> None:
+        """End what `snapshot` permits no more, and wait a moment until it has ended. Blocks."""
+        with self._lock:
+            rights = tuple(self._rights.values())
+        decisions: _Decisions = {}
+        ended = [right.call for right in rights if self._judge(right, snapshot, decisions)]
+        if ended:
+            logger.info("policy %d ends %d running requests", snapshot.policy_version, len(ended))
+            _wait_for(ended)
+
+    def _judge(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> bool:
+        """Stop a request that has lost its right, or bring its end forward."""
+        reason = self._lost_identity(right, snapshot)
+        if reason is None:
+            asked = right.request
+            question = (right.tenant, asked.purpose, asked.region, asked.only, asked.ignore)
+            if question not in decisions:
+                decisions[question] = _decide(snapshot, right, self._clock())
+            reason = _lost_permission(right.call, snapshot, decisions[question])
+        if reason is None:
+            return False
+        self._client.stop(right.call, reason)
+        return True
+
+    def _lost_identity(self, right: Right, snapshot: Snapshot) -> str | None:
+        tenant, key = snapshot.tenants.get(right.tenant), snapshot.keys.get(right.principal.digest)
+        if tenant is None or tenant.archived:
+            return PROJECT_ARCHIVED
+        if self._ends_with_key and (key is None or key.revoked is not None):
+            return KEY_REVOKED
+        return None
+
+
+def _decide(snapshot: Snapshot, right: Right, now: float) -> Decision | None:
+    try:
+        return decide(snapshot, right.tenant, right.request, now)
+    except PolicyError:
+        return None
+
+
+def _lost_permission(call: GatedCall, snapshot: Snapshot, decision: Decision | None) -> str | None:
+    allowed = frozenset[ExpertId]() if decision is None else decision.allowed
+    lost = [lease.expert for lease in call.grant.experts if lease.expert not in allowed]
+    if not lost:
+        if decision is not None:
+            call.end_at(decision.valid_until, PERMISSION_ENDED)
+        return None
+    known = (snapshot.experts.get(ExpertId(expert)) for expert in lost)
+    return EXPERT_REVOKED if any(e is not None and not e.live for e in known) else PERMISSION_ENDED
+
+
+def _wait_for(calls: list[GatedCall]) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline and not all(call.ended.is_set() for call in calls):
+            time.sleep(0.005)
