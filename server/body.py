@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, NoReturn
@@ -56,9 +57,9 @@ async def read_json(
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """`raw` as a JSON object of strings that can be tokenized."""
+    """`raw` as a JSON object of strings that can be tokenized, with no key twice in any object of it."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -98,6 +99,14 @@ async def _read(chunks: AsyncIterator[bytes], limit: int) -> bytes:
 
 def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"The body is larger than the limit of {limit} bytes.")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        _refuse(f"The body has the key '{key[:80]}' twice in one object.")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

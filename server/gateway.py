@@ -24,6 +24,10 @@ from flexgate.server.logs import FIELDS
 from flexgate.server.refusals import is_denial
 from flexgate.server.services import Services
 
+_ONCE: Final = frozenset(
+    {b"authorization", b"host", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"}
+)
+"""Headers of which two could be read as two different requests, by this server and by what stands before it."""
 _ELSEWHERE: Final = {False: "administration_at_public_address", True: "inference_at_administration_address"}
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ class Gateway:
         context = scope[STATE] = Context(self._roles)
         exchange = _Exchange(scope, context, send)
         try:
+            _check_headers(scope)
             self._check_host(scope)
             await self._app(scope, receive, exchange.send)
         except ApiError as error:
@@ -144,6 +149,14 @@ class _Exchange:
         elapsed = round((time.perf_counter() - self._began) * 1000, 1)
         said = {"route": route, "status": self._status, "ms": elapsed}
         logger.info("request", extra=_fields(self._context, **said))
+
+
+def _check_headers(scope: Scope) -> None:
+    seen = set()
+    for name, _ in scope["headers"]:
+        if name in seen and (name in _ONCE or name.startswith(b"x-flexgate-")):
+            raise Invalid(f"The header '{name.decode('latin-1')}' is there twice.", param=None, code="duplicate_header")
+        seen.add(name)
 
 
 def _fields(context: Context, **more: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ async def test_no_header_changes_a_gate_or_an_id(client: httpx.AsyncClient, hand
 
 
 @pytest.mark.asyncio
-async def test_no_query_and_no_second_authorization_changes_a_gate(client: httpx.AsyncClient, handler: Any) -> None:
+async def test_no_query_changes_a_gate(client: httpx.AsyncClient, handler: Any) -> None:
     handler.result = ValueError("reached")
     for query in ("experts=math", "api_key=sk-admin", "flexgate=%7B%7D", "model=x&tenant=other"):
         await client.post(f"/v1/completions?{query}", json={"prompt": "x"})
@@ -135,15 +135,63 @@ async def test_no_query_and_no_second_authorization_changes_a_gate(client: httpx
     unchanged(handler)
 
 
+ONCE = {
+    "authorization": ("Bearer sk-t", "Bearer sk-u"),
+    "host": ("test", "evil.test"),
+    "content-type": ("application/json", "text/plain"),
+    "content-encoding": ("identity", "gzip"),
+    "content-length": ("15", "16"),
+    "transfer-encoding": ("identity", "chunked"),
+    "x-flexgate-experts": ("public", "math"),
+}
+
+
 @pytest.mark.asyncio
-async def test_the_last_of_two_equal_keys_is_the_one_that_is_checked(client: httpx.AsyncClient, handler: Any) -> None:
+@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("same", [False, True])
+async def test_a_header_that_is_there_twice_is_refused(services: Any, handler: Any, name: str, same: bool) -> None:
+    """By whichever of the two a proxy in front has judged the request."""
+    handler.result = ValueError("reached")
+    first, second = ONCE[name]
+    headers = {"authorization": "Bearer sk-t", "host": "test", "content-type": "application/json", name: first}
+    raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+    twice = (name.encode(), (first if same else second).encode())
+    for order in ([*raw, twice], [twice, *raw]):
+        status, body = await bare(services, order)
+        assert (status, body["error"]["code"]) == (400, "duplicate_header")
+        assert f"'{name}'" in body["error"]["message"]
+    assert not handler.seen
+
+
+async def bare(services: Any, headers: list[tuple[bytes, bytes]]) -> tuple[int, dict[str, Any]]:
+    """The answer to a completion with exactly these headers."""
+    from flexgate.server.app import build_app
+
+    sent: list[Any] = []
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+    scope |= {"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await build_app(services)(scope, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("place", ["%s", '{"prompt": "x", "a": [%s]}'], ids=["top", "deep"])
+async def test_a_key_that_is_there_twice_is_refused(client: httpx.AsyncClient, handler: Any, place: str) -> None:
     handler.result = ValueError("reached")
     inner = '{"experts": {"only": ["math"]}}'
-    for first, second in ((inner, "null"), ("null", inner)):
-        body = f'{{"prompt": "x", "flexgate": {first}, "flexgate": {second}}}'
-        headers = {"content-type": "application/json"}
-        await client.post("/v1/completions", content=body, headers=headers)
-    unchanged(handler)
+    for first, second in ((inner, "null"), ("null", inner), ("null", "null")):
+        body = place % f'{{"prompt": "x", "flexgate": {first}, "flexgate": {second}}}'
+        response = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_body")
+        assert "'flexgate' twice" in response.json()["error"]["message"]
+    assert not handler.seen
 
 
 JSON = st.recursive(
