@@ -10,7 +10,9 @@ import typer
 
 from flexgate.experts import cli_evaluate, cli_packages, cli_remote, cli_train
 
-app = typer.Typer(name="experts", no_args_is_help=True, help="Make, check and combine expert packages.")
+app = typer.Typer(
+    name="experts", no_args_is_help=True, add_completion=False, help="Make, check and combine expert packages."
+)
 app.command("train-anchor")(cli_train.train_anchor)
 app.command()(cli_train.train)
 app.command("tune-router")(cli_train.tune_router)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from flexgate.experts.cli_support import Json, reported
+from flexgate.experts.cli_support import Json, print_table, reported
 from flexgate.experts.errors import ServerRefused
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Url = Annotated[str, typer.Option(envvar="FLEXGATE_URL", help="The server.")]
 Key = Annotated[str, typer.Option(envvar="FLEXGATE_KEY", help="An administrator's or owner's key.", show_envvar=True)]
 LOCAL = "http://127.0.0.1:8000"
+_COLUMNS = ("id", "owner", "domain", "live", "visibility", "slot", "allowed", "reason")
 
 
 def add(
@@ -59,7 +60,24 @@ def list_experts(key: Key, url: Url = LOCAL, as_json: Json = False) -> None:
         from flexgate.experts.remote import Server
 
         with Server(url, key) as server:
-            show({"experts": server.experts()})
+            found = server.experts()
+        if as_json:
+            show({"experts": found})
+        else:
+            columns = [name for name in _COLUMNS if any(name in expert for expert in found)]
+            rows = [[_cell(expert.get(name)) for name in columns] for expert in found]
+            print_table(columns, rows, empty="no experts that this key may see")
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case {"message": str(message)}:
+            return message
+    return str(value)
 
 
 def _upload(server: Server, package: Path) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
-from flexgate.experts.errors import ExpertsError, ProcessLost
+from flexgate.experts.errors import ExpertsError, ProcessLost, UsageInvalid
 
 if TYPE_CHECKING:
     from flexgate.experts.base import BaseIdentity
@@ -44,7 +47,7 @@ def reported(as_json: bool, *, quiet: bool = False) -> Iterator[Show]:
     except ExpertsError as error:
         if not quiet or isinstance(error, ProcessLost):
             _show_error(error, as_json)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, UsageInvalid) else 1) from error
 
 
 @contextmanager
@@ -119,6 +122,28 @@ def _show_text(result: Mapping[str, Any], indent: str = "") -> None:
             _line(f"{indent}{name:<{width}}{text}")
 
 
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) -> None:
+    """Print aligned columns; whole lines where the output is no terminal, and ``empty`` where there are no rows."""
+    if not rows:
+        typer.echo(empty)
+        return
+    table = Table(*header, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(_printable(cell)) for cell in row))
+    console = Console(soft_wrap=True, highlight=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    console.width = 10_000
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
+
+
 def _line(text: str) -> None:
+    typer.echo(_printable(text))
+
+
+def _printable(text: str) -> str:
     """Foreign text must not steer the terminal."""
-    typer.echo("".join(character if character.isprintable() else "?" for character in text))
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -16,9 +16,10 @@ from flexgate.experts.base import BaseArchitecture, BaseIdentity, Progress, Shar
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.errors import MergeError
 from flexgate.experts.extract import anchor_pieces
+from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME
 from flexgate.experts.layout import EXPERT_KEYS, ROUTER_BIAS_KEY, ROUTER_KEY
 from flexgate.experts.manifest import parse_manifest
-from flexgate.experts.package import BIAS_KEY, FFN_KEYS, MANIFEST_NAME, ROW_KEY, SIGNATURE_NAME
+from flexgate.experts.package import BIAS_KEY, FFN_KEYS, ROW_KEY
 from flexgate.experts.provenance import FOLDER, MODEL_MANIFEST, Record, expert_entries, model_manifest
 from flexgate.experts.shards import SHARD_BYTES, to_json, write_model
 from flexgate.experts.stream import Job, Piece, fingerprint

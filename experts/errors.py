@@ -17,6 +17,7 @@ ExpertsError
 ├── EvaluationRefused      nothing that can be evaluated, or nothing to draw with
 ├── OutputRefused          the output exists already, or could not be written
 │   └── DiskFull           there is no room for it beside what must stay free
+├── UsageInvalid           what a command was given cannot be meant
 ├── ServerRefused          a running server would not take or withdraw an expert, in its words
 └── MergeError             parts that do not make one model
 """
@@ -90,6 +91,10 @@ class OutputRefused(ExpertsError):
 
 class DiskFull(OutputRefused):
     """The disk has no room for the output beside what must stay free; the message gives the numbers."""
+
+
+class UsageInvalid(ExpertsError):
+    """What the caller gave a command cannot be meant."""
 
 
 class ServerRefused(ExpertsError):

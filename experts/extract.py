@@ -13,6 +13,7 @@ from pathlib import Path
 from flexgate.experts.base import BaseIdentity, Progress, identity_of, silent
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.errors import LayoutError, ManifestInvalid
+from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.layout import (
     EXPERT_KEYS,
     ROUTER_BIAS_KEY,
@@ -23,7 +24,7 @@ from flexgate.experts.layout import (
     shared_keys,
 )
 from flexgate.experts.manifest import Manifest, Statement
-from flexgate.experts.package import BIAS_KEY, FFN_KEYS, MANIFEST_NAME, ROW_KEY, SIGNATURE_NAME, WEIGHTS_NAME
+from flexgate.experts.package import BIAS_KEY, FFN_KEYS, ROW_KEY
 from flexgate.experts.provenance import MODEL_MANIFEST, Record, expert_entries, model_manifest, read_record
 from flexgate.experts.shards import SHARD_BYTES, to_json, write_model
 from flexgate.experts.signature import read_private_key

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from flexgate.experts.checkpoint import CheckpointReader
+from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME
 from flexgate.experts.intake import Source
 from flexgate.experts.manifest import MAX_MANIFEST, parse_manifest
-from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME
 from flexgate.experts.provenance import expert_entries, strictly_separable
 
 

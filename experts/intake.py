@@ -11,15 +11,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 from flexgate.experts.base import Progress, silent
 from flexgate.experts.errors import PackageUnreadable
+from flexgate.experts.files import NAMES
 from flexgate.experts.output import new_file, require_room, write_all
-from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.tensorfile import CHUNK
-
-NAMES: Final = frozenset({MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME})
 
 
 class Source:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 
 from flexgate.experts.base import BaseArchitecture, BaseIdentity
 from flexgate.experts.errors import LayoutError, ManifestInvalid
-from flexgate.experts.package import MANIFEST_NAME
+from flexgate.experts.files import MANIFEST_NAME
 from flexgate.experts.tensorfile import parse_json
 from flexgate.policies.terms import (
     PUBLIC,

@@ -22,12 +22,9 @@ from torch import Tensor
 
 from flexgate.experts.base import BaseArchitecture, Progress, silent
 from flexgate.experts.errors import DigestMismatch, PackageUnreadable, TensorFileError, WeightsInvalid
+from flexgate.experts.files import WEIGHTS_NAME
 from flexgate.experts.hashing import Digests
 from flexgate.experts.tensorfile import DTYPES, TensorFile, TensorInfo, file_digest
-
-MANIFEST_NAME: Final = "manifest.json"
-SIGNATURE_NAME: Final = "manifest.sig"
-WEIGHTS_NAME: Final = "expert.safetensors"
 
 FFN_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "layers.{layer}.gate_proj.weight": ("F", "H"),

@@ -9,41 +9,27 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final
 
 import httpx
 
+from flexgate.experts.api import Api, Json, refused
 from flexgate.experts.errors import PackageUnreadable, ServerRefused
-from flexgate.experts.intake import NAMES
+from flexgate.experts.files import NAMES
 
 CHUNK: Final = 1 << 22
 PIECE: Final = 1 << 26
 """Bytes of one request: what is sent again at most when a connection breaks."""
 ATTEMPTS: Final = 5
 Progress = Callable[[int], None]
-Json = dict[str, Any]
 
 
-class Server:
-    """A server's experts, through its HTTP interface."""
-
-    def __init__(self, url: str, key: str) -> None:
-        """`key` is an administrator's or an owner's."""
-        headers = {"authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(60, read=None))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._http.close()
+class Server(Api):
+    """A server's experts, for an administrator's or owner's key."""
 
     def experts(self) -> list[Json]:
         """What `GET /v1/experts` lists for this key."""
-        listed: list[Json] = self._ask("GET", "/v1/experts")["data"]
+        listed: list[Json] = self.ask("GET", "/v1/experts")["data"]
         return listed
 
     def upload(self, package: Path, progress: Progress) -> str:
@@ -57,33 +43,33 @@ class Server:
         if not paths or not paths.keys() <= NAMES:
             raise PackageUnreadable(f"{package} is no expert package: it must hold {', '.join(sorted(NAMES))} only")
         sizes = {name: path.stat().st_size for name, path in paths.items()}
-        id_: str = self._ask("POST", "/v1/expert_uploads", json={"files": sizes})["id"]
+        id_: str = self.ask("POST", "/v1/expert_uploads", json={"files": sizes})["id"]
         for name, path in paths.items():
             self._send(id_, name, path, progress)
         return id_
 
     def add(self, source: Json) -> Json:
         """Begin to add ``{"upload": id}`` or ``{"package": name}``; returns the job."""
-        return self._ask("POST", "/v1/experts", json=source)
+        return self.ask("POST", "/v1/experts", json=source)
 
     def follow(self, job: str) -> Iterator[Json]:
         """Every state of a job until it has ended."""
-        with self._http.stream("GET", f"/v1/expert_jobs/{job}", params={"stream": "true"}) as response:
+        with self.http.stream("GET", f"/v1/expert_jobs/{job}", params={"stream": "true"}) as response:
             if response.is_error:
                 response.read()
-                raise _refused(response)
+                raise refused(response)
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     yield json.loads(line.removeprefix("data: "))
 
     def revoke(self, expert: str, drain_seconds: float) -> Json:
         """Withdraw an expert; returns the record."""
-        return self._ask("DELETE", f"/v1/experts/{expert}", params={"drain_seconds": drain_seconds})
+        return self.ask("DELETE", f"/v1/experts/{expert}", params={"drain_seconds": drain_seconds})
 
     def _send(self, id_: str, name: str, path: Path, progress: Progress) -> None:
         size, failures, shown = path.stat().st_size, 0, 0
         while True:
-            offset = self._ask("GET", f"/v1/expert_uploads/{id_}")["files"][name]["received"]
+            offset = self.ask("GET", f"/v1/expert_uploads/{id_}")["files"][name]["received"]
             progress(offset - shown)
             shown = offset
             if offset >= size:
@@ -91,7 +77,7 @@ class Server:
             try:
                 content = _pieces(path, offset)
                 url = f"/v1/expert_uploads/{id_}/{name}"
-                response = self._http.patch(url, params={"offset": offset}, content=content)
+                response = self.http.patch(url, params={"offset": offset}, content=content)
             except httpx.TransportError as error:
                 failures += 1
                 if failures >= ATTEMPTS:
@@ -101,17 +87,7 @@ class Server:
                 time.sleep(failures)
                 continue
             if response.is_error:
-                raise _refused(response)
-
-    def _ask(self, method: str, path: str, **options: Any) -> Json:
-        try:
-            response = self._http.request(method, path, **options)
-        except httpx.TransportError as error:
-            raise ServerRefused(f"{self._http.base_url} does not answer: {error}") from error
-        if response.is_error:
-            raise _refused(response)
-        answer: Json = response.json()
-        return answer
+                raise refused(response)
 
 
 def _pieces(path: Path, offset: int) -> Iterator[bytes]:
@@ -121,11 +97,3 @@ def _pieces(path: Path, offset: int) -> Iterator[bytes]:
         while left and (chunk := file.read(min(CHUNK, left))):
             left -= len(chunk)
             yield chunk
-
-
-def _refused(response: httpx.Response) -> ServerRefused:
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"HTTP {response.status_code}"
-    return ServerRefused(f"the server says: {message}")

@@ -9,19 +9,11 @@ from typing import Final
 
 from flexgate.experts.base import BaseIdentity, Progress, silent
 from flexgate.experts.errors import BaseMismatch, DigestMismatch, PackageUnreadable, SignatureInvalid
+from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.intake import Source
 from flexgate.experts.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from flexgate.experts.output import new_directory, write_new
-from flexgate.experts.package import (
-    MANIFEST_NAME,
-    SIGNATURE_NAME,
-    WEIGHTS_NAME,
-    CheckedWeights,
-    ExpertLayer,
-    WeightsTicket,
-    check_weights,
-    package_bytes,
-)
+from flexgate.experts.package import CheckedWeights, ExpertLayer, WeightsTicket, check_weights, package_bytes
 from flexgate.experts.signature import SIGNATURE_BYTES, TrustedKeys
 from flexgate.experts.tensorfile import MAX_HEADER
 

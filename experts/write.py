@@ -8,17 +8,10 @@ from uuid import uuid4
 
 from flexgate.experts.base import BaseIdentity
 from flexgate.experts.errors import PackageUnreadable
+from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.manifest import Base, Manifest, Statement, Weights
 from flexgate.experts.output import sync, write_new
-from flexgate.experts.package import (
-    BIAS_KEY,
-    FFN_KEYS,
-    MANIFEST_NAME,
-    ROW_KEY,
-    SIGNATURE_NAME,
-    WEIGHTS_NAME,
-    ExpertLayer,
-)
+from flexgate.experts.package import BIAS_KEY, FFN_KEYS, ROW_KEY, ExpertLayer
 from flexgate.experts.signature import read_private_key
 from flexgate.experts.stream import Job, Piece, Written, one_chunk
 from flexgate.experts.tensorfile import tensor_bytes

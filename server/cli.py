@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,6 +14,7 @@ SUBCOMMANDS: Final = {
     "serve": ("flexgate.server.cli_serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
     "experts": ("flexgate.experts.cli", "Make, check and change experts."),
     "tenants": ("flexgate.server.cli_tenants", "Create tenants, permit experts, hand out and revoke keys."),
+    "agreements": ("flexgate.server.cli_agreements", "Make, show, revise and end agreements."),
     "policy": ("flexgate.server.cli_policy", "The policy as a file; explain it, and simulate a change."),
     "audit": ("flexgate.server.cli_audit", "Verify the audit log, and export it."),
 }
@@ -54,8 +56,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flexgate {importlib.metadata.version('flexgate')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Serve merged mixture-of-experts models with a gate per request."""
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from flexgate.policies.audit import Entry, Head, from_line, no_key_twice, to_line, verify_with
+from flexgate.policies.audit import Head, from_line, no_key_twice, to_line, verify_with
 from flexgate.policies.errors import AuditBroken
-from flexgate.policies.store.store import Store
-from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing, opened
+from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing
+from flexgate.server.cli_target import Key, Target, Url, administers
+from flexgate.server.cli_target import target as target_of
 
 _HELP: Final = (
     "Verify the audit log, and take it out of the database.\n\n"
@@ -23,15 +23,11 @@ _HELP: Final = (
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
-_BATCH: Final = 1000
 
-
-@app.command()
-def head(demo: Demo = None, state_dir: StateDir = None, database_url: DatabaseUrl = None) -> None:
+@administers(app)
+def head(target: Target) -> None:
     """Print the log's newest entry as one line of JSON, to be kept outside."""
-    with opened(demo, state_dir, database_url) as store:
-        newest = store.audit_head()
-    typer.echo(json.dumps(newest._asdict()))
+    typer.echo(json.dumps(target.audit_head()._asdict()))
 
 
 @app.command()
@@ -41,6 +37,8 @@ def verify(
     demo: Demo = None,
     state_dir: StateDir = None,
     database_url: DatabaseUrl = None,
+    url: Url = None,
+    key: Key = None,
 ) -> None:
     """Check every entry of the log against the one before it, and against heads kept outside."""
     with failing():
@@ -49,8 +47,8 @@ def verify(
             with file.open(encoding="utf-8") as lines:
                 found = verify_with(map(from_line, lines), noted)
         else:
-            with opened(demo, state_dir, database_url) as store:
-                found = verify_with(_entries(store, 0), noted)
+            with target_of(demo, state_dir, database_url, url, key) as target:
+                found = verify_with(target.audit_log(0), noted)
     if heads is None:
         typer.echo(
             f"{found.sequence} entries follow from each other; without --heads nothing tells whether the log was "
@@ -60,23 +58,13 @@ def verify(
         typer.echo(f"{found.sequence} entries verified; {len(noted)} heads from outside found")
 
 
-@app.command()
+@administers(app)
 def export(
-    after: Annotated[int, typer.Option(min=0, help="Leave out entries up to this number.")] = 0,
-    demo: Demo = None,
-    state_dir: StateDir = None,
-    database_url: DatabaseUrl = None,
+    target: Target, after: Annotated[int, typer.Option(min=0, help="Leave out entries up to this number.")] = 0
 ) -> None:
     """Print the log as JSON Lines, oldest first."""
-    with opened(demo, state_dir, database_url) as store:
-        for entry in _entries(store, after):
-            sys.stdout.write(to_line(entry) + "\n")
-
-
-def _entries(store: Store, after: int) -> Iterator[Entry]:
-    while batch := store.audit_log(after=after, limit=_BATCH):
-        yield from batch
-        after = batch[-1].sequence
+    for entry in target.audit_log(after):
+        sys.stdout.write(to_line(entry) + "\n")
 
 
 def _heads(path: Path) -> list[Head]:

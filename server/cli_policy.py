@@ -12,6 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
+from flexgate.experts.cli_support import print_table
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.explain import Explanation
 from flexgate.policies.explain import explain as explain_policy
@@ -32,7 +33,6 @@ from flexgate.server.cli_store import (
     failing,
     opened,
     print_json,
-    print_rows,
 )
 
 _HELP: Final = (
@@ -76,7 +76,7 @@ def diff(
     """Say what applying a file would change. Exit status 3 if anything."""
     with opened(demo, state_dir, database_url) as store:
         changes = gitops.plan(store, policy_yaml.load(file), prune=prune).changes
-    _print_changes(changes, as_json)
+    _print_changes(changes, as_json, none="nothing would change")
     raise typer.Exit(DIFFERENT if changes else 0)
 
 
@@ -97,7 +97,7 @@ def apply(
             changes = gitops.plan(store, content, prune=prune).changes
         else:
             changes = gitops.apply(store, content, actor=actor(), at=time.time(), prune=prune)
-    _print_changes(changes, as_json)
+    _print_changes(changes, as_json, none="nothing would change" if dry_run else "nothing to change")
 
 
 @app.command()
@@ -130,7 +130,7 @@ def explain(
     if as_json:
         print_json([explanation_object(explanation) for explanation in found])
     else:
-        print_rows(("expert", "", "why"), [_row(explanation) for explanation in found])
+        print_table(("expert", "", "why"), [_row(explanation) for explanation in found], empty="no experts")
 
 
 @app.command()
@@ -154,7 +154,8 @@ def simulate(
     if as_json:
         print_json([difference_object(difference) for difference in differences])
     else:
-        print_rows(("tenant", "when declaring", "gains", "loses"), _difference_rows(differences, replays))
+        rows = _difference_rows(differences, replays)
+        print_table(("tenant", "when declaring", "gains", "loses"), rows, empty="nothing would change for any tenant")
     raise typer.Exit(DIFFERENT if differences else 0)
 
 
@@ -165,11 +166,11 @@ def check(file: File) -> None:
         policy_yaml.load(file)
 
 
-def _print_changes(changes: list[ObjectChange], as_json: bool) -> None:
+def _print_changes(changes: list[ObjectChange], as_json: bool, *, none: str) -> None:
     if as_json:
         print_json([change_object(change) for change in changes])
     else:
-        print_rows(("change", "kind", "id", "fields"), [_change_row(change) for change in changes])
+        print_table(("change", "kind", "id", "fields"), [_change_row(change) for change in changes], empty=none)
 
 
 def _change_row(change: ObjectChange) -> tuple[str, str, str, str]:

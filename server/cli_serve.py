@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from flexgate.server import logs
 from flexgate.server.settings import Settings, SettingsError, load_settings
 from flexgate.server.startup import Progress
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)  # plain help shortens no name
 logger = logging.getLogger(__name__)
 
 FAILED: Final = 1
@@ -23,58 +24,42 @@ BAD_USAGE: Final = 2
 INTERRUPTED: Final = 130
 
 
-def _option(name: str) -> Any:
-    """An option as its setting describes it; None stands for not given."""
-    description = Settings.model_fields[name].description
-    return typer.Option(help=description, show_default=False)
+def _parameters() -> list[inspect.Parameter]:
+    """A parameter for every setting, as its field describes it; None stands for not given."""
+    found = []
+    for name, field in Settings.model_fields.items():
+        kind = list[str] if field.annotation == tuple[str, ...] else field.annotation
+        described = typer.Argument(help=_help(name)) if name == "model" else typer.Option(help=_help(name))
+        described.show_default = False
+        annotation = Annotated[kind | None, described]  # type: ignore[valid-type]
+        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return found
 
 
-@app.command()
-def serve(
-    model: Annotated[Path | None, typer.Argument(help=Settings.model_fields["model"].description)] = None,
-    demo: Annotated[bool | None, _option("demo")] = None,
-    host: Annotated[str | None, _option("host")] = None,
-    port: Annotated[int | None, _option("port")] = None,
-    admin_port: Annotated[int | None, _option("admin_port")] = None,
-    allow_remote: Annotated[bool | None, _option("allow_remote")] = None,
-    state_dir: Annotated[Path | None, _option("state_dir")] = None,
-    database_url: Annotated[str | None, _option("database_url")] = None,
-    served_model_name: Annotated[list[str] | None, _option("served_model_name")] = None,
-    chat_template: Annotated[Path | None, _option("chat_template")] = None,
-    tool_call_parser: Annotated[str | None, _option("tool_call_parser")] = None,
-    max_experts: Annotated[int | None, _option("max_experts")] = None,
-    experts_dir: Annotated[Path | None, _option("experts_dir")] = None,
-    trusted_keys: Annotated[Path | None, _option("trusted_keys")] = None,
-    allow_unsigned_experts: Annotated[bool | None, _option("allow_unsigned_experts")] = None,
-    max_package_bytes: Annotated[int | None, _option("max_package_bytes")] = None,
-    dtype: Annotated[str | None, _option("dtype")] = None,
-    max_model_len: Annotated[int | None, _option("max_model_len")] = None,
-    max_num_seqs: Annotated[int | None, _option("max_num_seqs")] = None,
-    kv_cache_memory_bytes: Annotated[int | None, _option("kv_cache_memory_bytes")] = None,
-    tensor_parallel_size: Annotated[int | None, _option("tensor_parallel_size")] = None,
-    enable_expert_parallel: Annotated[bool | None, _option("enable_expert_parallel")] = None,
-    moe_kernels: Annotated[str | None, _option("moe_kernels")] = None,
-    enforce_eager: Annotated[bool | None, _option("enforce_eager")] = None,
-    max_body_bytes: Annotated[int | None, _option("max_body_bytes")] = None,
-    max_n: Annotated[int | None, _option("max_n")] = None,
-    max_prompts: Annotated[int | None, _option("max_prompts")] = None,
-    max_logprobs: Annotated[int | None, _option("max_logprobs")] = None,
-    max_grammar_bytes: Annotated[int | None, _option("max_grammar_bytes")] = None,
-    body_seconds: Annotated[float | None, _option("body_seconds")] = None,
-    revoked_keys: Annotated[str | None, _option("revoked_keys")] = None,
-    drain_seconds: Annotated[int | None, _option("drain_seconds")] = None,
-    policy_poll_seconds: Annotated[float | None, _option("policy_poll_seconds")] = None,
-    policy_lease_seconds: Annotated[float | None, _option("policy_lease_seconds")] = None,
-    log_level: Annotated[str | None, _option("log_level")] = None,
-) -> None:
-    """Serve a FlexOlmo checkpoint directory, or the demo with --demo."""
-    given = dict(locals())
-    given["served_model_name"] = given["served_model_name"] or None
+def _help(name: str) -> str:
+    field = Settings.model_fields[name]
+    default = field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    shown = "" if default in (None, ()) else f", default {default}"
+    return f"{field.description} (FLEXGATE_{name.upper()}{shown})"
+
+
+def serve(**given: Any) -> None:
+    """Serve a FlexOlmo checkpoint directory, or the demo with --demo.
+
+    Every option can also be set by the variable that is named with it; the option wins.
+    """
+    given["served_model_name"] = tuple(given["served_model_name"] or ()) or None
     try:
         settings = load_settings(**given)
     except SettingsError as error:
         raise _failed(error, BAD_USAGE) from None
     run(settings)
+
+
+serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+app.command()(serve)
 
 
 def run(settings: Settings) -> None:

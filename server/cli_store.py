@@ -10,16 +10,15 @@ import getpass
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy.engine import make_url
 
+from flexgate.experts.errors import ExpertsError, UsageInvalid
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.store.migrate import check_current
 from flexgate.policies.store.store import Store
@@ -57,9 +56,9 @@ def failing() -> Iterator[None]:
     """Turn what goes wrong on purpose into one sentence and exit status 1."""
     try:
         yield
-    except (PolicyError, SettingsError, OSError, UnicodeDecodeError) as error:
+    except (PolicyError, SettingsError, ExpertsError, OSError, UnicodeDecodeError) as error:
         typer.secho(f"flexgate: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(2 if isinstance(error, UsageInvalid) else FAILED) from None
 
 
 def actor() -> str:
@@ -73,21 +72,6 @@ def actor() -> str:
 def print_json(value: Any) -> None:
     """For programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """For people; whole lines where the output is no terminal."""
-    table = Table(*header, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(soft_wrap=True, highlight=False)
-    if console.is_terminal:
-        console.print(table)
-        return
-    console.width = 10_000
-    with console.capture() as captured:
-        console.print(table)
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _require_file(url: str) -> None:

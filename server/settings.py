@@ -16,6 +16,7 @@ from flexgate.server.openai.limits import Limits
 
 _PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
 """Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
+_DATABASES: Final = "give sqlite:////FOLDER/flexgate.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -34,6 +35,13 @@ class StoreSettings(BaseSettings):
     demo: Annotated[bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")] = False
     state_dir: Annotated[Path | None, Field(description="Where the policy database and added experts are kept.")] = None
     database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_database(cls, url: str | None) -> str | None:
+        if url is not None:
+            _require_database(url)
+        return url
 
     @model_validator(mode="after")
     def _one_database(self) -> Self:
@@ -187,6 +195,21 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     message = first["msg"].removeprefix("Value error, ")
     option = "".join(f"--{str(step).replace('_', '-')}: " for step in first["loc"][:1])
     raise SettingsError(f"{option}{message}")
+
+
+def _require_database(url: str) -> None:
+    """Raise ``ValueError`` for what names no database that could be opened, without repeating a password."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"not a database's URL; {_DATABASES}") from None
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ValueError(f"'{parsed.get_backend_name()}' is not served as a policy database; {_DATABASES}")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ValueError(f"a database in memory would be lost with the server; {_DATABASES}")
 
 
 def _named(place: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from flexgate.experts.errors import ExpertsError, SignatureInvalid
+from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.manifest import Manifest, parse_manifest
-from flexgate.experts.package import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME, WeightsTicket
+from flexgate.experts.package import WeightsTicket
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.terms import PUBLIC
 from flexgate.server.engine.client import ExpertInfo

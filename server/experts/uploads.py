@@ -21,8 +21,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from flexgate.experts.intake import NAMES
-from flexgate.experts.package import MANIFEST_NAME, WEIGHTS_NAME
+from flexgate.experts.files import MANIFEST_NAME, NAMES, WEIGHTS_NAME
 from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
 
 META: Final = "upload.json"

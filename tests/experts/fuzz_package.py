@@ -17,8 +17,9 @@ import atheris
 
 with atheris.instrument_imports(include=["flexgate.experts"]):
     from flexgate.experts.errors import ExpertsError
+    from flexgate.experts.files import WEIGHTS_NAME
     from flexgate.experts.manifest import parse_manifest
-    from flexgate.experts.package import WEIGHTS_NAME, WeightsTicket, check_weights
+    from flexgate.experts.package import WeightsTicket, check_weights
     from flexgate.experts.tensorfile import TensorFile
     from flexgate.experts.verify import open_package
 

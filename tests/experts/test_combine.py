@@ -30,9 +30,9 @@ from flexgate.experts.errors import (
     OutputRefused,
 )
 from flexgate.experts.extract import extract_anchor, extract_expert
+from flexgate.experts.files import WEIGHTS_NAME
 from flexgate.experts.layout import bias_keys, expert_keys, read_checkpoint, router_keys, shared_keys
 from flexgate.experts.model import FlexOlmo
-from flexgate.experts.package import WEIGHTS_NAME
 from flexgate.experts.signature import TrustedKeys
 from flexgate.experts.verify import VerifiedPackage, open_package
 

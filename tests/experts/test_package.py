@@ -30,8 +30,9 @@ from flexgate.experts.errors import (
     SignatureInvalid,
     WeightsInvalid,
 )
+from flexgate.experts.files import WEIGHTS_NAME
 from flexgate.experts.manifest import parse_manifest
-from flexgate.experts.package import WEIGHTS_NAME, CheckedWeights, open_weights
+from flexgate.experts.package import CheckedWeights, open_weights
 from flexgate.experts.signature import TrustedKeys, generate, read_private_key, read_public_keys
 from flexgate.experts.tensorfile import file_digest
 from flexgate.experts.verify import VerifiedPackage, open_package

@@ -46,7 +46,7 @@ def test_variables_set_and_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": MODEL, "demo": True}, "--demo serves its own model"),
         ({"demo": True, "host": "0.0.0.0"}, "--demo listens on loopback only, not on 0.0.0.0"),
         ({"demo": True, "host": "0.0.0.0", "allow_remote": True}, "loopback only"),
-        ({"demo": True, "database_url": "sqlite://"}, "--demo keeps its own database"),
+        ({"demo": True, "database_url": "sqlite:///x.db"}, "--demo keeps its own database"),
         ({"model": MODEL, "host": "0.0.0.0"}, "--allow-remote"),
         ({"model": MODEL, "host": "example.org"}, "not a loopback address"),
         ({"model": MODEL, "port": 70000}, "--port: Input should be less than or equal to 65535"),

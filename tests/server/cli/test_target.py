@@ -1,0 +1,147 @@
+"""`flexgate tenants|agreements|audit`: the same on the database and on a running server by URL and key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flexgate.policies.store import Store
+from flexgate.server.auth import KeyRevoked, authenticate
+from flexgate.server.cli import app
+from flexgate.server.peers import Peers
+from flexgate.server.policy import PolicySource
+
+Run = Callable[..., Result]
+TERMS = {"id": "a-new", "owner": "academy", "experts": ["math"], "assignee": "tenant:t", "effect": "permit"}
+
+
+@pytest.fixture
+def services(services: Any, real_store: Store) -> Any:
+    """Decisions come from the store that the administration writes to."""
+    peers = Peers(real_store.engine, lease_s=2.0)
+    live = dict.fromkeys(("public", "news", "math", "secret"), 1)
+    services.policy = PolicySource(real_store, lambda: live, lease_s=2.0, poll_s=0.01, peers=peers)
+    services.policy.confirm()
+    return services
+
+
+def on(options: list[str]) -> Run:
+    def run(*words: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, [*words, *options], input=stdin)
+
+    return run
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def administer(run: Run, store: Store, folder: Path) -> None:
+    """A tenant's life, limits, agreements and the audit log; the same whatever `run` acts on."""
+    project = ok(run("tenants", "create", "Acme [x]")).strip()
+    ok(run("tenants", "permit", project, "news", "math"))
+    assert store.snapshot().tenants[project].named == {"news", "math"}
+    row = next(line for line in ok(run("tenants", "list")).splitlines() if line.startswith(project))
+    assert row.split() == [project, "Acme", "[x]", "allow_list", "math,", "news"]
+    secret = ok(run("tenants", "create-key", project, "robot", "--expires-in-days", "30")).strip()
+    assert authenticate(store.snapshot(), f"Bearer {secret}", 5.0).tenant_id == project
+    shown = json.loads(ok(run("tenants", "show", project)))
+    assert (shown["name"], shown["mode"], sorted(shown["expert_ids"])) == ("Acme [x]", "allow_list", ["math", "news"])
+    (key,) = shown["keys"]
+    assert (key["name"], secret in json.dumps(shown)) == ("robot", False)
+
+    ok(run("tenants", "set-limits", project, "--requests-per-minute", "5", "--total-tokens", "900"))
+    ok(run("tenants", "set-limits", project, "--of-key", key["id"], "--concurrent-requests", "2"))
+    ok(run("tenants", "set-limits", project, "--total-tokens", "-1"))
+    nothing = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "concurrent_requests", "total_tokens"))
+    assert json.loads(ok(run("tenants", "limits", project, "--json"))) == {
+        "project": nothing | {"requests_per_minute": 5},
+        key["id"]: nothing | {"concurrent_requests": 2},
+    }
+    shown = [line.split() for line in ok(run("tenants", "limits", project)).splitlines()]
+    assert shown[1:] == [["project", "5", "none", "none", "none"], [key["id"], "none", "none", "2", "none"]]
+
+    assert ok(run("agreements", "create", "-", stdin=json.dumps(TERMS))) == "a-new\n"
+    (folder / "terms.json").write_text(json.dumps(TERMS | {"experts": ["math", "set:none"]}))
+    refused = run("agreements", "revise", "a-new", str(folder / "terms.json"))
+    assert refused.exit_code == 1
+    assert "set:none" in refused.stderr
+    (folder / "terms.json").write_text(json.dumps(TERMS | {"assignee": "everyone"}))
+    assert ok(run("agreements", "revise", "a-new", str(folder / "terms.json"))) == "2\n"
+    row = next(line for line in ok(run("agreements", "list")).splitlines() if line.startswith("a-new "))
+    assert row.split() == ["a-new", "2", "academy", "math", "everyone", "permit"]
+    assert json.loads(ok(run("agreements", "show", "a-new")))["assignee"] == "everyone"
+    ok(run("agreements", "end", "a-new"))
+    assert run("agreements", "show", "a-new").exit_code == 1
+
+    ok(run("tenants", "revoke-key", project, key["id"]))
+    with pytest.raises(KeyRevoked):
+        authenticate(store.snapshot(), f"Bearer {secret}", 9e9)
+    ok(run("tenants", "archive", project))
+    assert project not in ok(run("tenants", "list"))
+    assert f"{project}  Acme [x] (archived)" in ok(run("tenants", "list", "--archived"))
+
+    head = ok(run("audit", "head"))
+    (folder / "heads.jsonl").write_text(head)
+    sequence = json.loads(head)["sequence"]
+    said = f"{sequence} entries verified; 1 heads from outside found\n"
+    assert ok(run("audit", "verify", "--heads", str(folder / "heads.jsonl"))) == said
+    lines = ok(run("audit", "export", "--after", str(sequence - 2))).splitlines()
+    assert [json.loads(line)["sequence"] for line in lines] == [sequence - 1, sequence]
+    (folder / "log.jsonl").write_text(ok(run("audit", "export")))
+    assert CliRunner().invoke(app, ["audit", "verify", "--file", str(folder / "log.jsonl")]).exit_code == 0
+
+
+def test_the_database_is_administered(real_store: Store, tmp_path: Path) -> None:
+    administer(on(["--database-url", real_store.engine.url.render_as_string()]), real_store, tmp_path)
+
+
+@pytest.mark.asyncio
+async def test_a_running_server_is_administered_by_url_and_key(
+    urls: tuple[str, str], real_store: Store, tmp_path: Path
+) -> None:
+    run = on(["--url", urls[1], "--key", "sk-admin"])
+    await asyncio.to_thread(administer, run, real_store, tmp_path)
+
+
+@pytest.mark.asyncio
+async def test_a_server_refuses_in_its_own_words(urls: tuple[str, str]) -> None:
+    def refused(key: str, *words: str) -> str:
+        found = CliRunner().invoke(app, [*words, "--url", urls[1], "--key", key])
+        assert found.exit_code == 1
+        assert found.stdout == ""
+        return found.stderr
+
+    assert "There is no such object" in await asyncio.to_thread(refused, "sk-admin", "tenants", "show", "zzz")
+    said = await asyncio.to_thread(refused, "sk-auditor", "tenants", "create", "x")
+    assert said.startswith("flexgate: the server says: ")
+    assert "auditor" in said
+    for strange in ("../../../health", "a?b", "t/archive"):
+        assert "the server says" in await asyncio.to_thread(refused, "sk-admin", "tenants", "archive", strange)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--url", "http://127.0.0.1:9", "--demo"], "flexgate: --url and a database are two places to act on"),
+        (["--url", "http://127.0.0.1:9"], "flexgate: --key: the key is empty"),
+        (["--url", "127.0.0.1:9", "--key", "k"], "flexgate: --url: '127.0.0.1:9' has no scheme or host"),
+    ],
+)
+def test_a_target_that_cannot_be_meant_is_wrong_usage(options: list[str], said: str) -> None:
+    for words in (["tenants", "list"], ["agreements", "list"], ["audit", "verify"]):
+        found = CliRunner().invoke(app, [*words, *options])
+        assert found.exit_code == 2
+        assert found.stderr.startswith(said)
+
+
+def test_limits_without_a_limit_are_wrong_usage(real_store: Store) -> None:
+    run = on(["--database-url", real_store.engine.url.render_as_string()])
+    assert run("tenants", "set-limits", "t").exit_code == 2
