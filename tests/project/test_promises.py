@@ -40,6 +40,13 @@ def test_each_planted_defect_of_a_promise_is_noticed_by_one_of_its_tests(promise
         assert noticed_by & set(promise["tests"]), name
 
 
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise["sentence"])
+def test_the_tests_of_a_promise_are_defined_where_it_says(promise: dict[str, list[str]]) -> None:
+    for test in promise["tests"]:
+        file, name = test.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), test
+
+
 @pytest.mark.slow
 def test_every_test_of_a_promise_or_a_defect_is_collected() -> None:
     named = {test for promise in PROMISES for test in promise["tests"]}
