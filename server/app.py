@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,15 +35,27 @@ _OPERATORS: Final = EVERY_ROLE - {Role.TENANT}
 
 
 def build_app(
-    services: Services, *, hosts: Collection[str] | None = None, roles: Collection[Role] = EVERY_ROLE
+    services: Services,
+    *,
+    hosts: Collection[str] | None = None,
+    roles: Collection[Role] = EVERY_ROLE,
+    origins: Collection[str] = (),
 ) -> FastAPI:
-    """The server's application. `hosts` restricts the Host header.
+    """The server's application. `hosts` restricts the Host header; pages of the web `origins` may call it.
 
     Keys of other `roles` are not known, and routes that only they may use do not exist.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     for method, path, endpoint in _endpoints(services, roles):
         app.add_route(path, _named(path, endpoint), [method])
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(Gateway, hosts=hosts, roles=roles, services=services)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -64,10 +77,14 @@ class Listeners:
 
 
 def build_listeners(
-    services: Services, admin_address: tuple[str, int], *, hosts: Collection[str] | None = None
+    services: Services,
+    admin_address: tuple[str, int],
+    *,
+    hosts: Collection[str] | None = None,
+    origins: Collection[str] = (),
 ) -> Listeners:
     """Tenants at every address but one, everybody else there."""
-    public = build_app(services, hosts=hosts, roles={Role.TENANT})
+    public = build_app(services, hosts=hosts, roles={Role.TENANT}, origins=origins)
     return Listeners(public, build_app(services, hosts=hosts, roles=_OPERATORS), admin_address)
 
 

@@ -50,7 +50,8 @@ def serve(**given: Any) -> None:
 
     Every option can also be set by the variable that is named with it; the option wins.
     """
-    given["served_model_name"] = tuple(given["served_model_name"] or ()) or None
+    for name in ("served_model_name", "cors_origin"):
+        given[name] = tuple(given[name] or ()) or None
     try:
         settings = load_settings(**given)
     except SettingsError as error:

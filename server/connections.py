@@ -11,12 +11,14 @@ import json
 from http import HTTPStatus
 from typing import Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from flexgate.server.errors import ApiError
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS = 30.0
+PROBE_SECONDS = 1.0
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -39,6 +41,27 @@ class BoundedProtocol(HttpToolsProtocol):
         """Wait no longer."""
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: an answer that it waits for still goes out, and the connection ends with it.
+
+        A client that has gone altogether says the same, but what it is sent comes back as a reset.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self.pipeline:
+            return False
+        if not cycle.response_started:
+            if self.scope["http_version"] != "1.1":
+                return False  # to which nothing may be sent before the answer
+            self._probe(cycle)
+        cycle.keep_alive = False
+        return True
+
+    def _probe(self, cycle: RequestResponseCycle) -> None:
+        """Find out whether a client that sends no more still reads; a reset shows at the write after it."""
+        if not (cycle.response_started or self.transport.is_closing()):
+            self.transport.write(_CONTINUE)
+            self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
 
     def data_received(self, data: bytes) -> None:
         """Parse it, and judge what it was for."""

@@ -136,10 +136,10 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
     """Answer at the bound addresses until a signal comes; raises `EngineDied`."""
     set_ulimit()
     listening = [sock]
-    app: ASGIApp = build_app(services, hosts=settings.hosts)
+    app: ASGIApp = build_app(services, hosts=settings.hosts, origins=settings.cors_origin)
     if admin is not None:
         listening.append(admin)
-        app = build_listeners(services, admin.getsockname()[:2], hosts=settings.hosts)
+        app = build_listeners(services, admin.getsockname()[:2], hosts=settings.hosts, origins=settings.cors_origin)
     config = uvicorn.Config(
         app,
         http=BoundedProtocol,
@@ -148,6 +148,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.drain_seconds,
         lifespan="off",
     )

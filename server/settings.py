@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
@@ -17,6 +18,7 @@ from flexgate.server.openai.limits import Limits
 _PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
 """Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
 _DATABASES: Final = "give sqlite:////FOLDER/flexgate.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+_ORIGIN: Final = re.compile(r"https?://[^/?#\s@]+")
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -124,6 +126,12 @@ class Settings(StoreSettings):
     revoked_keys: Annotated[
         Literal["end", "finish"], Field(description="What running requests of a revoked or expired key do.")
     ] = "end"
+    keep_alive_seconds: Annotated[
+        int, Field(ge=1, description="How long an idle connection is kept; proxies must give theirs up sooner.")
+    ] = 75
+    cors_origin: Annotated[
+        tuple[str, ...], Field(description="Web origin whose pages may call the tenants' routes; '*' is every one.")
+    ] = ()
     drain_seconds: Annotated[int, Field(ge=0, description="Time for running requests at shutdown.")] = 30
     policy_poll_seconds: Annotated[
         float, Field(gt=0, description="How often the policy database is asked for changes.")
@@ -140,6 +148,14 @@ class Settings(StoreSettings):
             if path is None or path.is_file():
                 return path
         raise ValueError(f"{str(path)[:80]} is no file")
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin[:80]!r} is no origin: write a scheme and a host, 'https://app.example.com'")
+        return origins
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

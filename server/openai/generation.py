@@ -28,7 +28,7 @@ from flexgate.server.forms import read_request
 from flexgate.server.inference.enforcement import Right
 from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Reservation
 from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
-from flexgate.server.openai import vllm_errors
+from flexgate.server.openai import sse, vllm_errors
 from flexgate.server.openai.foreign import Answer
 from flexgate.server.refusals import from_auth
 from flexgate.server.services import Services
@@ -185,7 +185,7 @@ class Generation:
     async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
         CURRENT_CALL.set(run.call)
         try:
-            async for event in self._endpoint.stream(run, result):
+            async for event in sse.with_comments(self._endpoint.stream(run, result)):
                 yield event
         finally:
             CURRENT_CALL.set(None)

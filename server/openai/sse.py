@@ -7,6 +7,7 @@ are given this server's error shape, and fields that only vLLM has are left out 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
@@ -16,6 +17,8 @@ from flexgate.server.openai.foreign import without_nulls
 DATA: Final = "data: "
 END: Final = "\n\n"
 DONE: Final = "data: [DONE]\n\n"
+COMMENT: Final = ": waiting\n\n"
+SILENT_SECONDS = 15.0
 _USAGE_CHUNK: Final = '"choices":[]'
 _FINISHED: Final = '"finish_reason":"'
 _ERROR: Final = '{"error"'
@@ -48,6 +51,24 @@ async def with_report(
             yield without_nulls(encode(report(json.loads(data))))
         else:
             yield without_nulls(event)
+
+
+async def with_comments(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """`events`, and a comment every `SILENT_SECONDS` until the first: proxies close connections that say nothing."""
+    first = asyncio.ensure_future(anext(events, None))
+    try:
+        while not (await asyncio.wait({first}, timeout=SILENT_SECONDS))[0]:
+            yield COMMENT
+    finally:
+        if not first.done():
+            first.cancel()
+            await asyncio.wait({first})
+    event = first.result()
+    if event is None:
+        return
+    yield event
+    async for event in events:
+        yield event
 
 
 class _Position:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -120,4 +121,65 @@ async def test_a_body_may_be_slower_and_longer_than_a_head(
             writer.write(b"8000\r\n" + b" " * 0x8000 + b"\r\n")
         writer.write(b"2\r\n[]\r\n0\r\n\r\n")
         said = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    assert b"HTTP/1.1 400 " in said
+
+
+ASK = b'{"prompt": "x"}'
+COMPLETION = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer sk-t\r\n"
+    b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(ASK), ASK)
+)
+
+
+class Waiting:
+    """Stands for vLLM's handler: answers once it is told to."""
+
+    def __init__(self) -> None:
+        self.started, self.go, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, *_: Any) -> Any:
+        self.started.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        raise ValueError("answered")
+
+
+@pytest.fixture
+def waiting(services: Any) -> Waiting:
+    handler = Waiting()
+    services.handlers.completion.create_completion = handler
+    return handler
+
+
+async def test_a_half_closed_connection_gets_its_answer_and_ends(urls: tuple[str, str], waiting: Waiting) -> None:
+    async with connected(urls[0]) as (reader, writer):
+        writer.write(COMPLETION)
+        await waiting.started.wait()
+        writer.write_eof()
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        waiting.go.set()
+        said = await answers(reader)
     assert said.startswith(b"HTTP/1.1 400 ")
+    assert b"answered" in said
+    assert not waiting.cancelled.is_set()
+
+
+async def test_a_client_that_has_gone_altogether_ends_its_request(
+    urls: tuple[str, str], waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.05)
+    async with connected(urls[0]) as (_, writer):
+        writer.write(COMPLETION)
+        await waiting.started.wait()
+    async with asyncio.timeout(10):
+        await waiting.cancelled.wait()
+
+
+async def test_a_client_that_closes_before_its_request_is_whole_has_gone(urls: tuple[str, str]) -> None:
+    async with connected(urls[0]) as (reader, writer):
+        writer.write(COMPLETION[:-4])
+        writer.write_eof()
+        assert await answers(reader) == b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgate.server.openai.sse import DONE, encode, encode_named, with_report
+from flexgate.server.openai import sse
+from flexgate.server.openai.sse import COMMENT, DONE, encode, encode_named, with_comments, with_report
 
 REPORT = {"decision_id": "d"}
 
@@ -123,3 +125,52 @@ async def test_any_interleaving_carries_it_exactly_once(data: st.DataObject) -> 
 
 def test_a_named_event_has_its_type_as_name() -> None:
     assert encode_named({"type": "error", "code": None}) == ('event: error\ndata: {"type":"error","code":null}\n\n')
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_waits_says_so_until_its_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "SILENT_SECONDS", 0.01)
+    begin = asyncio.Event()
+
+    async def events() -> AsyncIterator[str]:
+        await begin.wait()
+        yield chunk()
+        yield DONE
+
+    stream = with_comments(events())
+    assert [await anext(stream), await anext(stream)] == [COMMENT, COMMENT]
+    begin.set()
+    left = [event async for event in stream]
+    assert [event for event in left if event != COMMENT] == [chunk(), DONE]
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_is_left_while_it_waits_is_closed() -> None:
+    waiting, closed = asyncio.Event(), asyncio.Event()
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            waiting.set()
+            await asyncio.Event().wait()
+            yield chunk()
+        finally:
+            closed.set()
+
+    async def read() -> None:
+        async for _ in with_comments(events()):
+            pass
+
+    reading = asyncio.create_task(read())
+    await waiting.wait()
+    reading.cancel()
+    await asyncio.wait({reading})
+    assert closed.is_set()
+
+
+@pytest.mark.asyncio
+async def test_a_stream_without_events_ends() -> None:
+    async def events() -> AsyncIterator[str]:
+        return
+        yield
+
+    assert [event async for event in with_comments(events())] == []
