@@ -49,3 +49,45 @@ def test_a_forward_pass_with_fewer_tokens_than_were_scheduled_is_refused() -> No
     state = begun({"a": 3, "b": 2})
     with pytest.raises(gates.GateError, match="5 tokens were scheduled, the forward pass has 4"):
         state.fill(["a-0123abcd", "b-0123abcd"], 4)
+
+
+def step(state: GateState, *new: Any, running: tuple[str, ...] = ()) -> None:
+    """One step of a token each for new requests and for those that run."""
+    names = [*(request.req_id for request in new), *(f"{name}-0123abcd" for name in running)]
+    cached = SimpleNamespace(req_ids=names[len(new) :], num_computed_tokens=[1] * len(running))
+    state.begin_step(
+        SimpleNamespace(  # type: ignore[arg-type]
+            finished_req_ids=(),
+            scheduled_cached_reqs=cached,
+            scheduled_new_reqs=list(new),
+            num_scheduled_tokens=dict.fromkeys(names, 1),
+        )
+    )
+
+
+def test_a_rank_refuses_a_running_request_of_a_slot_that_was_closed_though_the_engine_core_scheduled_it() -> None:
+    table = SlotTable(4, {0: 1, 1: 1, 2: 1})
+    state = GateState(table, 16, KEY)
+    step(state, new_request("a", (0, 1)), new_request("b", (0, 2)))
+    table.close(2)
+    step(state, running=("a",))
+    with pytest.raises(gates.GateError, match="closed slot was scheduled"):
+        step(state, running=("b",))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_rank_refuses_a_new_request_of_a_slot_that_was_closed(reopened: bool) -> None:
+    table = SlotTable(4, {0: 1, 1: 1, 2: 1})
+    state = GateState(table, 16, KEY)
+    table.close(2)
+    if reopened:
+        table.open(2, 2)
+    with pytest.raises(gates.GateError, match="no longer loaded"):
+        step(state, new_request("b", (0, 2)))
+
+
+def test_a_rank_refuses_a_gate_that_was_sealed_for_another_request() -> None:
+    request = new_request("a", (0, 1))
+    request.req_id = "b-0123abcd"
+    with pytest.raises(gates.GateError):
+        step(GateState(TABLE, 16, KEY), request)

@@ -1,0 +1,115 @@
+"""What owners may do to experts, jobs and uploads: their own alone, and what is another's is like what is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.asyncio
+
+ROUTES = [
+    ("POST", "/v1/experts", {"package": "news"}),
+    ("DELETE", "/v1/experts/news", None),
+    ("POST", "/v1/expert_uploads", {"files": {"manifest.json": 1, "weights.safetensors": 1}}),
+    ("GET", "/v1/expert_uploads/up_x", None),
+    ("PATCH", "/v1/expert_uploads/up_x/manifest.json?offset=0", None),
+    ("DELETE", "/v1/expert_uploads/up_x", None),
+]
+"""What changes experts, with a body that would be read."""
+
+
+@pytest.fixture
+def ask(make_client: Callable[..., httpx.AsyncClient]) -> Callable[..., Any]:
+    async def send(key: str, method: str, path: str, body: Any = None) -> httpx.Response:
+        async with make_client(key) as http:
+            return await http.request(method, path, json=body)
+
+    return send
+
+
+@pytest.fixture
+def revoked(services: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The experts that the service is told to revoke, with the actor."""
+    told: list[tuple[str, str]] = []
+
+    async def revoke(expert: str, *, actor: str, drain_seconds: float = 0.0) -> dict[str, Any]:
+        told.append((expert, actor))
+        return {"object": "expert.revocation", "expert": expert}
+
+    monkeypatch.setattr(services.experts, "revoke", revoke)
+    return told
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES, ids=[f"{m} {p.partition('?')[0]}" for m, p, _ in ROUTES])
+@pytest.mark.parametrize("key", ["sk-t", "sk-auditor"])
+async def test_only_administrators_and_owners_change_experts(
+    ask: Any, revoked: list[Any], key: str, method: str, path: str, body: Any
+) -> None:
+    answer = await ask(key, method, path, body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_key_role")
+    assert revoked == []
+
+
+@pytest.mark.parametrize("stream", ["", "?stream=true"])
+async def test_an_owner_reads_its_own_jobs_and_another_is_like_none(ask: Any, services: Any, stream: str) -> None:
+    mine = services.experts.jobs.open("mine", "key_sk-owner")
+    theirs = services.experts.jobs.open("theirs", "key_of_another_owner")
+    for job in (mine, theirs):
+        await job.fail("package_refused", "no", 1.0)
+    assert (await ask("sk-owner", "GET", f"/v1/expert_jobs/{mine.id}{stream}")).status_code == 200
+    refused = await ask("sk-owner", "GET", f"/v1/expert_jobs/{theirs.id}{stream}")
+    absent = await ask("sk-owner", "GET", f"/v1/expert_jobs/job_0{stream}")
+    assert refused.status_code == 404
+    assert refused.content == absent.content
+    for key, status in (("sk-admin", 200), ("sk-auditor", 200), ("sk-t", 403)):
+        assert (await ask(key, "GET", f"/v1/expert_jobs/{theirs.id}{stream}")).status_code == status
+
+
+async def test_an_owner_revokes_its_own_experts_and_another_is_like_none(ask: Any, revoked: list[Any]) -> None:
+    answers = [await ask("sk-owner", "DELETE", f"/v1/experts/{expert}") for expert in ("math", "secret", "nonsense")]
+    assert [answer.status_code for answer in answers] == [404, 404, 404]
+    assert len({answer.content for answer in answers}) == 1
+    assert revoked == []
+    assert (await ask("sk-owner", "DELETE", "/v1/experts/news")).status_code == 200
+    assert (await ask("sk-admin", "DELETE", "/v1/experts/math")).status_code == 200
+    assert revoked == [("news", "key_sk-owner"), ("math", "key_sk-admin")]
+
+
+async def test_an_owner_adds_no_package_of_the_servers_folder(
+    ask: Any, services: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "packages" / "news").mkdir(parents=True)
+    services.experts_dir = tmp_path / "packages"
+    begun: list[Any] = []
+
+    def start_add(source: Path, **more: Any) -> Any:
+        begun.append((source.name, more["owner"]))
+        return services.experts.jobs.open(source.name, more["actor"])
+
+    monkeypatch.setattr(services.experts, "start_add", start_add)
+    answers = [await ask("sk-owner", "POST", "/v1/experts", {"package": name}) for name in ("news", "nonsense")]
+    assert [answer.json()["error"]["code"] for answer in answers] == ["upload_required"] * 2
+    assert answers[0].content == answers[1].content
+    assert begun == []
+    assert (await ask("sk-admin", "POST", "/v1/experts", {"package": "news"})).status_code == 202
+    assert begun == [("news", None)]
+
+
+async def test_what_an_owner_uploads_is_added_as_a_package_of_that_owner_alone(
+    ask: Any, services: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+
+    def start_add(source: Path, **more: Any) -> Any:
+        begun.append(more["owner"])
+        return services.experts.jobs.open(source.name, more["actor"])
+
+    monkeypatch.setattr(services.experts, "start_add", start_add)
+    monkeypatch.setattr(services.uploads, "get", lambda id_, actor: (id_, actor))
+    monkeypatch.setattr(services.uploads, "take", lambda upload: tmp_path)
+    assert (await ask("sk-owner", "POST", "/v1/experts", {"upload": "up_x"})).status_code == 202
+    assert begun == ["gazette"]
