@@ -37,7 +37,7 @@ lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
 	MYPYPATH=build/typed $(BIN)/mypy -p flexgate
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME for one of them, BENCH="NAME --rounds N" for more).
+bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME for one of them, BENCH="NAME --starts N --rounds N" for more).
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m speed $(BENCH)
 
 bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, Triton and NumPy, nothing else.

@@ -6,9 +6,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
 from speed import admission, changes, decisions, enforcement, engine_speed, loop, packages, serving, startup
 from speed.plot import draw
-from speed.record import RESULTS
+from speed.record import RESULTS, Run, minutes
 
 BENCHMARKS = {
     "engine-eager": partial(engine_speed.run, "eager"),
@@ -29,15 +31,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="speed", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of: {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds, to see that it runs")
-    parser.add_argument("--rounds", type=int, help="turns of every contender")
+    parser.add_argument("--starts", type=int, help="how often every contender is started, where ratios are measured")
+    parser.add_argument("--rounds", type=int, help="turns of every contender within a start")
     parser.add_argument("--results", type=Path, help="where files are written; with --quick a temporary directory")
     asked = parser.parse_args()
     if unknown := set(asked.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(BENCHMARKS)}")
     results = asked.results or (Path(tempfile.mkdtemp(prefix="flexgate-bench-")) if asked.quick else RESULTS)
-    held = [
-        BENCHMARKS[name](quick=asked.quick, rounds=asked.rounds, results=results) for name in asked.names or BENCHMARKS
-    ]
+    options = {"quick": asked.quick, "rounds": asked.rounds, "starts": asked.starts, "results": results}
+    names = asked.names or list(BENCHMARKS)
+    console = Console(stderr=True)
+    for name in names:
+        console.print(minutes(name, Run(**options)))
+    held = [BENCHMARKS[name](Run(**options)) for name in names]
     draw(results)
     sys.exit(False in held)
 

@@ -26,7 +26,7 @@ from flexgate.server.openai.chat import KIND
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
 from flexgate.server.recorded import Recorded
-from speed.record import write
+from speed.record import Run
 
 TENANTS = 1000
 LIMITS = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "total_tokens": 10**12}
@@ -44,9 +44,9 @@ BODY = json.dumps(
 ).encode()
 
 
-def run(*, quick: bool, rounds: int | None, results: Path) -> None:
+def run(asked: Run) -> None:
     """Time every piece of the path for one caller after another."""
-    calls = rounds or (200 if quick else 20_000)
+    calls = asked.rounds or (200 if asked.quick else 20_000)
     shape = {"tenants": TENANTS, "experts": len(EVERY), "body_bytes": len(BODY)}
     with tempfile.TemporaryDirectory() as directory:
         store = _store(Path(directory))
@@ -54,7 +54,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
         store.close()
     what = "microseconds per request, one after another; a tenant's decision is cached from its second request on"
     measured = {"what": what, "calls": calls, "pieces": pieces}
-    write("admission", measured, shape=shape, directory=results, rounds=rounds)
+    asked.write("admission", measured, shape=shape)
 
 
 async def _measure(store: Store, calls: int) -> dict[str, Any]:

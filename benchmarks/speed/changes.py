@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flexgate.experts.extract import extract_expert
 from speed.checkpoint import MIDDLE, TINY, checkpoint, described
 from speed.compare import spread
-from speed.record import write
+from speed.record import Run
 from speed.servers import ADMIN_KEY, KEY, Server, flexgate
 from speed.startup import resident_bytes
 
@@ -33,19 +33,19 @@ Stages = defaultdict[str, list[float]]
 LONG_PROMPT = "The old mill by the river was opened by the mayor of the town. " * 12
 
 
-def run(*, quick: bool, rounds: int | None, results: Path) -> None:
+def run(asked: Run) -> None:
     """Gaps on a model with large experts, then cycles on a tiny one."""
-    shape = TINY if quick else LARGE
-    turns = rounds or (1 if quick else 6)
+    shape = TINY if asked.quick else LARGE
+    turns = asked.rounds or (1 if asked.quick else 6)
     with _server(shape) as (server, package):
         measured = {
             "what": f"{STREAMS} streams; one expert is added meanwhile, or not",
-            "gaps": asyncio.run(_gaps(server, package, turns, tokens=40 if quick else 150)),
+            "gaps": asyncio.run(_gaps(server, package, turns, tokens=40 if asked.quick else 150)),
         }
     with _server(TINY) as (server, package):
-        cycles = 3 if quick else 1000
+        cycles = 3 if asked.quick else 1000
         measured["cycles"] = asyncio.run(_cycles(server, package, cycles))
-    write("changes", measured, shape=described(shape), directory=results, rounds=rounds)
+    asked.write("changes", measured, shape=described(shape))
 
 
 @dataclass

@@ -9,7 +9,6 @@ import resource
 import time
 import timeit
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from flexgate.policies.cache import DecisionCache
@@ -20,7 +19,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.terms import Agreement, TenantId
 from flexgate.server.auth import authenticate
-from speed.record import write
+from speed.record import Run
 
 EXPERTS = [Expert.model_validate({"id": "public" if n == 0 else f"e{n}", "owner": f"o{n}"}) for n in range(32)]
 REQUEST = DecisionRequest(decision_id="d")
@@ -31,9 +30,9 @@ WHAT = (
 )
 
 
-def run(*, quick: bool, rounds: int | None, results: Path) -> None:
+def run(asked: Run) -> None:
     """Decisions, then snapshots of ever more tenants."""
-    repeat, sizes = rounds or (2 if quick else 7), (10, 1_000) if quick else (10, 1_000, 100_000)
+    repeat, sizes = asked.rounds or (2 if asked.quick else 7), (10, 1_000) if asked.quick else (10, 1_000, 100_000)
     numbers = range(32)
     measured = {
         "what": WHAT,
@@ -41,7 +40,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
         **_decisions(repeat),
         "tenants": {str(tenants): _at_scale(tenants, repeat) for tenants in sizes},
     }
-    write("decisions", measured, shape={"experts": len(EXPERTS)}, directory=results, rounds=rounds)
+    asked.write("decisions", measured, shape={"experts": len(EXPERTS)})
 
 
 def terms(number: int, assignee: str, **fields: Any) -> Agreement:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import Pipe, Process
 from multiprocessing.connection import Connection as PipeEnd
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from flexgate.policies.terms import Document
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 from speed.decisions import EXPERTS, key, tenant, terms
-from speed.record import write
+from speed.record import Run
 
 LEASE_S, POLL_S, LOOK_EVERY_S = 2.0, 0.25, 0.002
 WHAT = (
@@ -35,9 +34,9 @@ WHAT = (
 )
 
 
-def run(*, quick: bool, rounds: int | None, results: Path) -> None:
+def run(asked: Run) -> None:
     """Change, wait until it is enforced, change again: on both kinds of database."""
-    tenants, changes = (100 if quick else 100_000), rounds or (5 if quick else 100)
+    tenants, changes = (100 if asked.quick else 100_000), asked.rounds or (5 if asked.quick else 100)
     measured: dict[str, Any] = {"what": WHAT, "changes": changes}
     with tempfile.TemporaryDirectory() as directory:
         measured["sqlite"] = _measure(f"sqlite:///{directory}/policy.db", tenants, changes, hints=False, allowed=False)
@@ -47,7 +46,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
             measured["postgresql"] = _measure(url, tenants, changes, hints=True, allowed=False)
             measured["postgresql_hints_lost"] = _measure(url, tenants, changes, hints=False, allowed=True)
     shape = {"tenants": tenants, "experts": len(EXPERTS), "agreements": tenants // 10, "keys": tenants}
-    write("enforcement", measured, shape=shape, directory=results, rounds=rounds)
+    asked.write("enforcement", measured, shape=shape)
 
 
 def _measure(url: str, tenants: int, changes: int, *, hints: bool, allowed: bool) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 
 CPUCLOCK_SCHED = 2  # Linux: a process's id and this make the clock of its processor time
-VARIANTS = ("gated", "ungated", "transformers")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-Bar = tuple[str, float, Sequence[float]]  # label, ratio, its interval
+Bar = tuple[str, float, Sequence[float | None]]  # label, ratio, its interval; None: without bound
 TEXT = {"svg.hashsalt": "flexgate", "svg.fonttype": "none", "font.size": 9}
 
 
@@ -78,7 +78,10 @@ def _serving_bars(report: dict[str, Any]) -> list[Bar]:
 def _fill(axis: Any, title: str, bounds: dict[str, float], bars: list[Bar]) -> None:
     places = range(len(bars), 0, -1)
     values = [value for _, value, _ in bars]
-    errors = [[value - low for _, value, (low, _) in bars], [high - value for _, value, (_, high) in bars]]
+    errors = [
+        [value - (value if low is None else low) for _, value, (low, _) in bars],
+        [(value if high is None else high) - value for _, value, (_, high) in bars],
+    ]
     axis.errorbar(values, places, xerr=errors, fmt="o", capsize=2, markersize=4)
     for style, (label, bound) in zip(("-", "--"), bounds.items(), strict=False):
         axis.axvline(bound, color="black", linewidth=0.8, linestyle=style, label=f"{label} {bound}")

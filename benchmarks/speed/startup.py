@@ -14,17 +14,17 @@ from tqdm import tqdm
 from flexgate.server.engine.launch import EngineSettings, plan
 from speed.checkpoint import MIDDLE, TINY, checkpoint, described
 from speed.compare import spread
-from speed.record import write
+from speed.record import Run
 from speed.servers import KEY, Server, demo, flexgate
 
 DEMO_KEY = "sk-demo-all"
 EXTRA_SLOTS = 24
 
 
-def run(*, quick: bool, rounds: int | None, results: Path) -> None:
+def run(asked: Run) -> None:
     """Start the demo afresh for every first request, and the larger checkpoint with few and with many slots."""
-    shape = TINY if quick else MIDDLE
-    starts = rounds or (1 if quick else 5)
+    shape = TINY if asked.quick else MIDDLE
+    starts = asked.starts or asked.rounds or (1 if asked.quick else 5)
     with tqdm(total=2 * starts + 2, desc="starts") as bar, checkpoint(shape) as model:
         measured = {
             "what": "flexgate serve --demo, as `make serve` starts it; then slots of the checkpoint below",
@@ -35,7 +35,7 @@ def run(*, quick: bool, rounds: int | None, results: Path) -> None:
             },
             "slots": _slots(model, shape.experts, bar),
         }
-    write("startup", measured, shape=described(shape), directory=results, rounds=rounds)
+    asked.write("startup", measured, shape=described(shape))
 
 
 def _first_requests(logprobs: int | None, starts: int, bar: Any) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The committed result files as the README's tables."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from speed.record import RESULTS
+from speed.statistics import ALLOWED
 
 SERVING = 0.95
+ITSELF = "ungated again/ungated"
 ADDING = 15
 
 
@@ -30,6 +32,19 @@ def _engine(results: Path) -> Iterable[str]:
                 for phase in ("prefill", "decode")
             )
             yield f"| gated / {what}, {mode} | {' | '.join(cells)} | ≥ {bound} |"
+    for mode in ("eager", "compiled"):
+        yield from _itself(mode, _read(results, f"engine-{mode}")["cases"])
+
+
+def _itself(mode: str, cases: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """The noise: what two sets of starts of the same engine differ by."""
+    cells = [
+        ", ".join(f"{case['ratio'][ITSELF]['median']:.3f}" for case in cases if case["phase"] == phase)
+        for phase in ("prefill", "decode")
+        if all(ITSELF in case["ratio"] for case in cases)
+    ]
+    if cells:
+        yield f"| gate compiled out / itself (A/A), {mode} | {' | '.join(cells)} | within {ALLOWED:.0%} of 1 |"
 
 
 def _serving(results: Path) -> Iterable[str]:
@@ -40,7 +55,7 @@ def _serving(results: Path) -> Iterable[str]:
         mine = [case["ratio"] for case in cases if (case["endpoint"], case["stream"]) == (endpoint, stream)]
         cells = (
             _cells((ratio["requests_per_second"]["median"] for ratio in mine), SERVING),
-            *(_cells((ratio[name]["ratio"] for ratio in mine), SERVING) for name in ("p50", "p99")),
+            *(_cells((_value(ratio[name]) for ratio in mine), SERVING) for name in ("p50", "p99")),
         )
         yield f"| {endpoint}{', streamed' * stream} | {' | '.join(cells)} | ≥ {SERVING} |"
 
@@ -87,6 +102,11 @@ def _changes(report: dict[str, Any]) -> Iterable[str]:
 
 def _cells(ratios: Iterable[float], bound: float) -> str:
     return ", ".join(f"{ratio:.2f}" if ratio >= bound else f"**{ratio:.3f}**" for ratio in ratios)
+
+
+def _value(ratio: dict[str, Any]) -> float:
+    value: float = ratio.get("median", ratio.get("ratio"))
+    return value
 
 
 def _most(shown: str, measured: float, bound: float) -> str:

@@ -13,6 +13,7 @@ from speed import loop
 from speed.loop import trace
 from speed.loop.bodies import DOORS, LARGEST, SIZES, Body, corpus
 from speed.loop.trace import Long, Sent
+from speed.record import Run
 
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.openai.fields import Fate
@@ -127,7 +128,7 @@ def test_a_step_is_judged_beside_the_same_tokens_without_a_constraint(bodies: li
 def test_the_loop_benchmark_runs_against_a_server(bodies: list[Body], tmp_path: Path) -> None:
     names = ("chat: messages = parts", "chat: response_format = e-mail", "completions: prompt = ids", "/v1/experts")
     chosen = [body for body in bodies if body.name.endswith(names)]
-    loop.run(quick=True, rounds=None, results=tmp_path, bodies=chosen)
+    loop.run(Run(quick=True, results=tmp_path), chosen)
     report = json.loads((tmp_path / "loop.json").read_text())
     assert report["bodies"] == len(chosen) > 2
     assert report["accepted"] > 0

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from speed import compare, statistics
-from speed.statistics import ALLOWED, Ratio, paired, pooled_quantile, reasons, unpaired
+from speed import statistics
+from speed.statistics import ALLOWED, Ratio, paired, pooled_quantile, reasons
 
 TRUTH = 0.97
 TRIALS = 150
@@ -35,21 +35,21 @@ def coverage(starts: int, between: float, seed: int) -> float:
 
 @pytest.fixture(autouse=True)
 def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (statistics, compare):
-        monkeypatch.setattr(module, "RESAMPLES", 400)
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)
 
 
 @pytest.mark.parametrize("starts", [3, 5, 8])
 @pytest.mark.parametrize("between", [0.0, 0.02])
 def test_an_interval_over_several_starts_covers_the_truth_19_times_in_20(starts: int, between: float) -> None:
-    assert 0.91 <= coverage(starts, between, seed=starts) <= 1.0
+    assert 0.9 <= coverage(starts, between, seed=starts) <= 0.99
 
 
 def test_an_interval_over_the_rounds_of_one_start_does_not() -> None:
     generator, hits = np.random.default_rng(1), 0
     for _ in range(TRIALS):
         (ours,), (theirs,) = (measured(generator, level, 1, 75, 0.02) for level in (TRUTH, 1.0))
-        low, high = compare.median_interval(np.asarray(ours) / np.asarray(theirs))
+        drawn = generator.choice(np.asarray(ours) / np.asarray(theirs), (400, 75))
+        low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
         hits += low <= TRUTH <= high
     assert hits / TRIALS < 0.5
 
@@ -72,15 +72,6 @@ def test_drift_that_both_contenders_suffer_cancels_within_a_round() -> None:
     drift = [[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]
     found = paired([[0.9 * value for value in start] for start in drift], drift)
     assert (found.value, found.low, found.high) == pytest.approx((0.9, 0.9, 0.9))
-
-
-def test_an_unpaired_ratio_covers_the_truth_too() -> None:
-    generator, hits = np.random.default_rng(3), 0
-    for _ in range(TRIALS):
-        ours, theirs = (measured(generator, level, 5, 4, 0.05) for level in (TRUTH, 1.0))
-        found = unpaired(ours, theirs)
-        hits += found.low <= TRUTH <= found.high
-    assert hits / TRIALS >= 0.91
 
 
 def test_a_pooled_quantile_weighs_every_request_alike() -> None:

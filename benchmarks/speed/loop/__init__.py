@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from speed.loop import trace
 from speed.loop.bodies import Body, corpus
-from speed.loop.target import Target
+from speed.loop.target import CannotStart, Target
 from speed.loop.trace import BOUND_MS, Sent
-from speed.record import write
+from speed.record import Run
 
 MINUTES = 60.0
 TRIES = 3
@@ -56,15 +56,15 @@ class Case:
         return callback > BOUND_MS or (bool(self.plain) and self.excess() > BOUND_MS)
 
 
-def run(*, quick: bool, rounds: int | None, results: Path, bodies: Sequence[Body] | None = None) -> bool:
+def run(asked: Run, bodies: Sequence[Body] | None = None) -> bool:
     """Send the corpus, or every so many of it, for `rounds` minutes at most; whether all stays within the bounds."""
     everything = sorted(corpus(), key=lambda body: not body.typed)  # what is made something of comes first
-    chosen = list(bodies or everything)[:: PER_QUICK if quick and bodies is None else 1]
+    chosen = list(bodies or everything)[:: PER_QUICK if asked.quick and bodies is None else 1]
     with tempfile.TemporaryDirectory(prefix="flexgate-loop-") as directory, Target(Path(directory)) as target:
-        cases, untried = send(target, chosen, seconds=60 * (rounds or MINUTES))
+        cases, untried = send(target, chosen, seconds=60 * (asked.rounds or MINUTES))
         restarts = target.restarts
     found = report(cases, untried) | {"restarts": restarts}
-    write("loop", {"what": WHAT, **found}, shape={"model": "the demo's"}, directory=results, rounds=rounds)
+    asked.write("loop", {"what": WHAT, **found}, shape={"model": "the demo's"})
     sys.stdout.writelines(lines(found))
     return not any(found[name] for name in BROKEN)
 
@@ -85,18 +85,27 @@ def send(target: Target, bodies: Sequence[Body], *, seconds: float) -> tuple[lis
     for number, body in enumerate(tqdm(bodies, desc="bodies")):
         if time.monotonic() > deadline:
             return _judged(cases, sent, target), len(bodies) - number
-        for size in body.sizes():
-            case = Case(body, size)
-            _try(target, case, sent)
-            cases.append(case)
-            if case.tries[0].accepted:
-                break
+        try:
+            cases += _shrinking(target, body, sent)
+        except CannotStart as error:
+            sys.stdout.write(f"ended early: {error}\n")
+            return _judged(cases, sent, target), len(bodies) - number
     _judged(cases, sent, target)
     for case in tqdm([case for case in cases if case.beyond() and case.tries[0].answered], desc="again"):
         for _ in range(TRIES - 1):
             if time.monotonic() < deadline:
                 _try(target, case, sent)
     return _judged(cases, sent, target), 0
+
+
+def _shrinking(target: Target, body: Body, sent: list[Sent]) -> Iterator[Case]:
+    """The body at its sizes, until one is accepted."""
+    for size in body.sizes():
+        case = Case(body, size)
+        _try(target, case, sent)
+        yield case
+        if case.tries[0].accepted:
+            return
 
 
 def _try(target: Target, case: Case, sent: list[Sent]) -> None:

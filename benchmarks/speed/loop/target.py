@@ -24,6 +24,10 @@ MOST_BYTES = 5 << 30  # of resident memory in all processes of the server; a goo
 LOOK_EVERY = 0.1
 
 
+class CannotStart(Exception):
+    """The server was ended by a body and does not start again."""
+
+
 class Target:
     """`flexgate serve` with the demo's checkpoint and instruments; use it as a context manager."""
 
@@ -55,10 +59,16 @@ class Target:
         if not sent.answered and not self._recovers():
             late, large = f"not ready within {RECOVER_SECONDS:g} s after it", f"memory above {MOST_BYTES >> 30} GiB"
             sent.outcome += f"; {large if self._too_large else late}"
-            self._kill()
-            self._stop()
-            self._start()
+            self._restart(sent)
         return sent
+
+    def _restart(self, sent: Sent) -> None:
+        self._kill()
+        self._stop()
+        try:
+            self._start()
+        except RuntimeError as error:
+            raise CannotStart(f"after {sent.body} ({sent.size} bytes): {sent.outcome}: {error}") from error
 
     def _request(self, body: Body, content: bytes) -> int:
         headers = {"Authorization": f"Bearer {ADMIN_KEY if body.admin else KEY}", "Content-Type": "application/json"}
