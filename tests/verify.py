@@ -26,14 +26,14 @@ PYTEST = f"{PYTHON} -m pytest -n {os.environ.get('WORKERS', '2')} --dist loadgro
 COUNT = re.compile(r"(\d+)(?: of (\d+))? (passed|failed|skipped|errors?|killed|mutants killed|kills)\b")
 
 STEPS = {
-    "lint": "make lint",
+    "lint": "make --no-print-directory lint",
     "test": f"{PYTEST} -m 'not slow'",
     "test-slow": f"{PYTEST} -m slow --ignore=tests/campaigns",
     "defects": f"{PYTHON} tests/defects/run.py --results {{folder}}/defects.jsonl",
     "mutants": f"{PYTHON} tests/policies/mutate.py",
     "residency-kills": f"{PYTHON} -m kills.residency --kills 1000 --report {{folder}}/residency-kills.json",
     "server-kills": f"{PYTHON} -m kills.servers --kills 50 --report {{folder}}/server-kills.json",
-    "repeat-engine-tests": "make repeat-engine-tests",
+    "repeat-engine-tests": "make --no-print-directory repeat-engine-tests",
 }
 
 
