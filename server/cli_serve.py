@@ -68,7 +68,7 @@ def run(settings: Settings) -> None:
     from flexgate.server.startup import expected_failures
 
     os.environ["PYTHONSAFEPATH"] = "1"
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     try:
         refuse_shadowed_kernels()
         with Progress(Console(soft_wrap=True)) as progress:

@@ -1,8 +1,8 @@
-"""JSON logs without prompt text.
+"""Logs without prompt text: JSON for programs, or text for people at a terminal.
 
 A line has the fields of its record and nothing of a request's body. Exceptions are written as
 their type and the places they passed, never with their message, which may quote a request. The
-same formatter is given to vLLM's processes through `logging.json`.
+same formatter is given to vLLM's processes through `logging.json`; `FLEXGATE_LOG_FORMAT` tells them which.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import logging.config
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any, Final
 
 CONFIG_PATH: Final = Path(__file__).with_name("logging.json")
+FORMAT: Final = "FLEXGATE_LOG_FORMAT"
 FIELDS: Final = "flexgate"  # `extra={FIELDS: {...}}` adds these to the line
 MAX_FRAMES: Final = 20
 
@@ -27,26 +29,55 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as JSON."""
-        line: dict[str, Any] = {
-            "time": _utc(record.created),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, FIELDS, {}),
-        }
-        if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = record.exc_info[0].__qualname__
-            line["at"] = _places(record.exc_info[2])
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(_line(record), ensure_ascii=False, default=str)
 
 
-def configure(level: str) -> None:
-    """Log to standard error as JSON, here and in the processes that vLLM starts."""
+class TextFormatter(logging.Formatter):
+    """One line of text; what is not printable is shown as `?`, so that no line steers the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time of day, level, event, then the fields, the exception and where it was raised."""
+        line = _line(record)
+        time_, level, logger, event = (str(line.pop(name)) for name in ("time", "level", "logger", "event"))
+        places = line.pop("at", [])
+        fields = "".join(f" {name}={value}" for name, value in line.items())
+        text = f"{time_[11:19]} {level:<7} {event}{fields} ({logger})" + "".join(f" < {p}" for p in reversed(places))
+        return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def chosen_formatter() -> logging.Formatter:
+    """The formatter that `FLEXGATE_LOG_FORMAT` names; used by `logging.json`."""
+    return TextFormatter() if os.environ.get(FORMAT) == "text" else JsonFormatter()
+
+
+def configure(level: str, style: str = "json") -> None:
+    """Log to standard error, here and in the processes that vLLM starts.
+
+    Args:
+        style: `json`, `text`, or `auto`: text if standard error is a terminal.
+    """
+    if style == "auto":
+        style = "text" if sys.stderr.isatty() else "json"
+    os.environ[FORMAT] = style
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG_PATH)
     os.environ["VLLM_LOGGING_LEVEL"] = level.upper()
     config = json.loads(CONFIG_PATH.read_text())
     logging.config.dictConfig(config)
     logging.getLogger("flexgate").setLevel(level.upper())
+
+
+def _line(record: logging.LogRecord) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "time": _utc(record.created),
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "event": record.getMessage(),
+        **getattr(record, FIELDS, {}),
+    }
+    if record.exc_info and record.exc_info[0] is not None:
+        line["exception"] = record.exc_info[0].__qualname__
+        line["at"] = _places(record.exc_info[2])
+    return line
 
 
 def _places(trace: TracebackType | None) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexgate.policies.store.demo import DEMO_KEYS
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
@@ -78,7 +79,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             services.budget_usage.refresh()
             _settle_heap()
             admin_url = None if admin is None else _url(admin)
-            ready(Started(planned, engine.client, _url(sock), admin_url, secret, before.set_aside))
+            hint = _hint(_url(sock)) if settings.demo else None
+            ready(Started(planned, engine.client, _url(sock), admin_url, secret, hint, before.set_aside))
             await run(settings, services, sock, admin)
         finally:
             await launching.__aexit__(None, None, None)
@@ -155,6 +157,18 @@ def _prepare(settings: Settings, store: Store, start: AtStart, *, at: float) -> 
     prepare = tenancy.prepare_demo if settings.demo else tenancy.prepare
     prepare(store, start.resident, epoch=start.epoch, at=at)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
+
+
+def _hint(address: str) -> str:
+    """A demo's keys and a first question."""
+    *keys, admin = DEMO_KEYS
+    question = "Which Tarnholm citizen painted Norbrin Library?"
+    body = f'{{"model": "flexgate-demo", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+    return (
+        f"keys: {', '.join(keys)}; {admin} administers\n"
+        f"try:  curl {address}/v1/chat/completions -H 'Authorization: Bearer {keys[0]}' "
+        f"-H 'Content-Type: application/json' -d '{body}'"
+    )
 
 
 def _past(settings: Settings) -> Past:

@@ -141,6 +141,10 @@ class Settings(StoreSettings):
         "info"
     )
 
+    log_format: Annotated[
+        Literal["auto", "json", "text"], Field(description="How lines are logged; auto is text on a terminal.")
+    ] = "auto"
+
     @field_validator("chat_template")
     @classmethod
     def _a_file(cls, path: Path | None) -> Path | None:

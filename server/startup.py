@@ -24,6 +24,7 @@ class Started:
     Attributes:
         admin_address: administration's own address, if it has one.
         admin_key: a first admin key, if this start made it.
+        hint: what to try first, on a demo.
         set_aside: packages that were added and are not loaded, a sentence each.
     """
 
@@ -32,6 +33,7 @@ class Started:
     address: str
     admin_address: str | None
     admin_key: str | None
+    hint: str | None
     set_aside: Sequence[str]
 
 
@@ -99,9 +101,12 @@ def summary(started: Started) -> Group:
         *([] if started.admin_address is None else [("administration", started.admin_address)]),
     ):
         rows.add_row(Text(name, style="bold"), Text(value))
-    if started.admin_key is None:
-        return Group(rows)
-    return Group(rows, Text(f"first admin key, shown only now: {started.admin_key}", style="bold yellow"))
+    lines = []
+    if started.admin_key is not None:
+        lines.append(Text(f"first admin key, shown only now: {started.admin_key}", style="bold yellow"))
+    if started.hint is not None:
+        lines.append(Text(started.hint))
+    return Group(rows, *lines)
 
 
 def expected_failures() -> tuple[type[Exception], ...]:

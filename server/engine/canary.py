@@ -13,6 +13,7 @@ from flexgate.server.engine.client import (
     GateGrant,
 )
 from flexgate.server.engine.gates import GATE_ARG
+from flexgate.server.engine.guard import SELF_TEST
 from flexgate.server.engine.operator import SlotOperator
 from flexgate.server.engine.seam import EngineGenerateError
 
@@ -96,7 +97,7 @@ async def _must_refuse(engine: Any, what: str, extra_args: dict[str, Any] | None
     params = _params()
     params.extra_args = extra_args
     try:
-        await _answer(engine.generate(PROMPT, params, f"{TENANT}-{what.replace(' ', '-')}"))
+        await _answer(engine.generate(PROMPT, params, f"{SELF_TEST}{what.replace(' ', '-')}"))
     except _RefusedError:
         return
     raise CanaryError(f"the engine answered {what}")

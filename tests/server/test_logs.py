@@ -6,8 +6,12 @@ import json
 import logging
 import logging.config
 import sys
+from typing import Any
 
-from flexgate.server.logs import CONFIG_PATH, FIELDS, JsonFormatter
+import pytest
+
+from flexgate.server import logs
+from flexgate.server.logs import CONFIG_PATH, FIELDS, JsonFormatter, TextFormatter
 
 
 def line(**values: object) -> dict[str, object]:
@@ -58,3 +62,43 @@ def test_the_configuration_that_vllms_processes_read_is_valid() -> None:
     del config["root"], config["loggers"]
     logging.config.dictConfig(config)
     assert logging.getLogger().handlers == handlers
+
+
+def test_a_line_for_people_has_the_same_fields_and_steers_no_terminal() -> None:
+    record = logging.LogRecord("flexgate.x", logging.WARNING, "f.py", 1, "hello\n\x1b[2J", (), None)
+    setattr(record, FIELDS, {"status": 200})
+    record.created = 0.0
+    assert TextFormatter().format(record) == "00:00:00 warning hello??[2J status=200 (flexgate.x)"
+
+
+def test_an_exception_for_people_is_its_type_and_places_never_its_words() -> None:
+    try:
+        raise ValueError("the prompt")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "f", 1, "failed", (), sys.exc_info())
+    text = TextFormatter().format(record)
+    assert "exception=ValueError" in text
+    assert " < test_logs.py:" in text
+    assert "the prompt" not in text
+
+
+@pytest.mark.parametrize(
+    ("style", "terminal", "kind"),
+    [
+        ("auto", True, TextFormatter),
+        ("auto", False, JsonFormatter),
+        ("json", True, JsonFormatter),
+        ("text", False, TextFormatter),
+    ],
+)
+def test_text_is_for_terminals_unless_an_option_says_otherwise(
+    style: str, terminal: bool, kind: type[logging.Formatter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured: list[Any] = []
+    monkeypatch.setattr(logs.logging.config, "dictConfig", configured.append)
+    monkeypatch.setattr(logs.sys.stderr, "isatty", lambda: terminal, raising=False)
+    for name in (logs.FORMAT, "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")
+    logs.configure("info", style)
+    assert type(logs.chosen_formatter()) is kind
+    assert configured[0]["formatters"]["json"] == {"()": "flexgate.server.logs.chosen_formatter"}

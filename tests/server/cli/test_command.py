@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,13 +32,28 @@ def help_of(*words: str) -> str:
     return CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"}).output
 
 
+def shown_commands() -> list[str]:
+    """Every command of the page for the first hour, but for those that make experts."""
+    page = (Path(__file__).parents[3] / "docs" / "getting-started.md").read_text()
+    return re.findall(r"^\$ flexgate (?!experts extract)(.+)$", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", shown_commands())
+def test_a_command_of_the_first_hour_can_be_typed(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXGATE_KEY", "sk-x")
+    first, *rest = shlex.split(words)
+    command = typer.main.get_command(importlib.import_module(SUBCOMMANDS[first][0]).app)
+    if first != "serve":
+        command = command.get_command(typer.Context(command), rest.pop(0))
+        assert command is not None
+    command.make_context(first, rest)
+
+
 def test_the_version_is_printed() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == "flexgate 0.1.0\n"
 
 
 def test_no_command_offers_a_completion_that_does_not_work() -> None:
-    import importlib
-
     for name, (module, _) in SUBCOMMANDS.items():
         for words in commands(typer.main.get_command(importlib.import_module(module).app), (name,)):
             assert "completion" not in help_of(*words), words
