@@ -17,7 +17,7 @@ SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests test-clients verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -62,12 +62,22 @@ mutants: $(VENV)/.dev ## Change one place of the decision code after another; fa
 repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find what fails by chance.
 	PYTHONPATH=tests/support $(PYTEST) -p enginekit.repeat --repeat $(TIMES) -m engine tests/server/engine
 
+test-clients: $(VENV)/.runtime build/clients/.installed ## Run real clients against the demo, in an environment of their own (needs Node 20 and npm).
+	cd tests/clients && "$(CURDIR)/build/clients/bin/python" -m pytest -p no:cacheprovider $(ARGS)
+
+build/clients/.installed: locks/clients.txt tests/clients/package-lock.json
+	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install -q --no-deps --require-hashes -r locks/clients.txt
+	cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
 verify: $(VENV)/.dev ## Everything, whole: tests, defects, mutants, kills (STEPS="…" for some; goes on where it was stopped).
 	$(BIN)/python tests/verify.py $(STEPS)
 
 lock: ## Pin and hash what locks/*.in name (needs uv).
 	for part in cpu dev; do uv pip compile --no-deps --generate-hashes --universal \
 	  --python-version 3.11 --no-header --no-annotate -q locks/$$part.in -o locks/$$part.txt; done
+	uv pip compile --generate-hashes --python-version 3.11 --no-header --no-annotate -q locks/clients.in -o locks/clients.txt
 
 clean: ## Remove the environment and caches.
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

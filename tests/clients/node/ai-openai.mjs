@@ -1,0 +1,6 @@
+// The AI SDK with its default provider, which speaks Responses.
+import { createOpenAI } from "@ai-sdk/openai";
+import { paths } from "./ai.mjs";
+
+const provider = createOpenAI({ baseURL: process.env.OPENAI_BASE_URL, apiKey: process.env.OPENAI_API_KEY });
+export const { conversation, tools, stream, structured, refusal } = paths(provider(process.env.FLEXGATE_MODEL));
