@@ -7,15 +7,19 @@ read into one form of each kind: vLLM reads the others in part, or refuses them 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from flexgate.server.errors import Invalid, path_of
 from flexgate.server.openai import fields
-from flexgate.server.openai.values import invalid
+from flexgate.server.openai.values import invalid, too_much
 
 Place = tuple[str | int, ...]
 Object = dict[str, Any]
+
+MAX_TOOLS: Final = 128
+_FUNCTION_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 _CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "tool"])
 _ITEM_ROLES: Final = frozenset(["system", "developer", "user", "assistant"])
@@ -65,6 +69,8 @@ def check_tools(tools: Any, *, flat: bool) -> None:
     """Refuse tools other than functions. `flat` is the Responses form."""
     if not isinstance(tools, list):
         invalid("'tools' must be a list.", "tools")
+    if len(tools) > MAX_TOOLS:
+        too_much(f"'tools' may have at most {MAX_TOOLS} functions, not {len(tools)}.", "tools")
     for position, tool in enumerate(tools):
         place: Place = ("tools", position)
         if not isinstance(tool, dict) or tool.get("type") != "function":
@@ -72,6 +78,8 @@ def check_tools(tools: Any, *, flat: bool) -> None:
         function, at = (tool, place) if flat else (tool.get("function"), (*place, "function"))
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             _bad("must have a name", at)
+        if not _FUNCTION_NAME.fullmatch(function["name"]):
+            _bad("must be 1 to 64 of the characters a-z, A-Z, 0-9, '_' and '-'", (*at, "name"))
         if not isinstance(function.get("parameters", {}), dict | None):
             _bad("must be a JSON schema object", (*at, "parameters"))
 

@@ -1,7 +1,7 @@
-"""Limits on what constrains an answer: schemas, patterns and grammars compile inside the engine.
+"""Limits on what constrains an answer, and what of it is not enforced.
 
 A short grammar can stand for a huge automaton (`{"maxItems": 10000000}`, `a{1,99999}`), so that
-besides size, nesting and repetition counts are bounded.
+besides size and nesting the sum of all repetition counts is bounded.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
+from flexgate.server.constraints import patterns
+from flexgate.server.constraints.errors import Unenforceable
+from flexgate.server.constraints.schemas import enforceable
 from flexgate.server.openai.values import invalid, too_much
 
 MAX_DEPTH: Final = 32
-MAX_REPEAT: Final = 1024
-_COUNTS: Final = frozenset(["minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"])
+MAX_REPEATS: Final = 4096
+"""Of a whole constraint: each costs the compiler time and every token a look."""
+_COUNTS: Final = (("minItems", "maxItems"), ("minLength", "maxLength"), ("minProperties", "maxProperties"))
 # Possessive, so that it never goes back over what it has read: the pattern is the tenant's.
 _QUANTIFIER: Final = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?+\}")
+_UNLIKELY_DIGITS: Final = 9
 
 
-def check_schema(schema: Any, param: str, *, longest: int) -> None:
-    """Refuse a JSON schema that is too large, too deep or repeats too much."""
+def check_schema(schema: Any, param: str, *, longest: int) -> Any:
+    """Refuse a JSON schema that is too large, too deep or repeats too much; returns it."""
     if isinstance(schema, str):
         check_size(schema, param, longest=longest)
         try:
@@ -31,18 +36,36 @@ def check_schema(schema: Any, param: str, *, longest: int) -> None:
     if not isinstance(schema, dict | bool):
         invalid(f"'{param}' must be a JSON schema.", param)
     check_size(json.dumps(schema, ensure_ascii=False), param, longest=longest)
+    repeats = 0.0
     for depth, node in _nodes(schema, 1):
         if depth > MAX_DEPTH:
             too_much(f"'{param}' may be nested at most {MAX_DEPTH} deep.", param)
-        _check_node(node, param)
+        repeats += _repeats_of_node(node)
+    _check_repeats(repeats, param)
+    return schema
 
 
-def check_pattern(pattern: str, param: str, *, longest: int) -> None:
-    """Refuse a regular expression or EBNF grammar that is too long or repeats too much."""
-    check_size(pattern, param, longest=longest)
-    for bounds in _QUANTIFIER.findall(pattern):
-        if any(len(number) > 9 or int(number or 0) > MAX_REPEAT for number in bounds):
-            too_much(f"'{param}' may repeat at most {MAX_REPEAT} times.", param)
+def check_enforced(schema: Any, param: str, *, longest: int) -> Any:
+    """Refuse also what the compiler does not enforce; returns the schema as it is compiled."""
+    try:
+        return enforceable(check_schema(schema, param, longest=longest))
+    except Unenforceable as error:
+        invalid(f"'{param}': {error}.", param)
+
+
+def check_regex(pattern: str, param: str, *, longest: int) -> None:
+    """Refuse a regular expression that is too long, repeats too much or is not enforced."""
+    check_grammar(pattern, param, longest=longest)
+    try:
+        patterns.check_pattern(pattern, in_json=False)
+    except Unenforceable as error:
+        invalid(f"'{param}': {error}.", param)
+
+
+def check_grammar(grammar: str, param: str, *, longest: int) -> None:
+    """Refuse an EBNF grammar that is too long or repeats too much."""
+    check_size(grammar, param, longest=longest)
+    _check_repeats(_repeats_of_text(grammar), param)
 
 
 def check_size(text: str, param: str, *, longest: int) -> None:
@@ -51,14 +74,31 @@ def check_size(text: str, param: str, *, longest: int) -> None:
         too_much(f"'{param}' may have at most {longest} bytes.", param)
 
 
-def _check_node(node: dict[str, Any], param: str) -> None:
-    for name in _COUNTS & node.keys():
-        count = node[name]
-        if isinstance(count, int | float) and count > MAX_REPEAT:
-            too_much(f"'{name}' in '{param}' may be at most {MAX_REPEAT}.", param)
-    pattern = node.get("pattern")
-    if isinstance(pattern, str):
-        check_pattern(pattern, param, longest=len(pattern.encode()))
+def _check_repeats(repeats: float, param: str) -> None:
+    if repeats > MAX_REPEATS:
+        too_much(f"'{param}' may repeat at most {MAX_REPEATS} times, over all its counts.", param)
+
+
+def _repeats_of_text(text: str) -> float:
+    return sum(max(map(_number, bounds)) for bounds in _QUANTIFIER.findall(text))
+
+
+def _number(digits: str) -> float:
+    return float("inf") if len(digits) > _UNLIKELY_DIGITS else int(digits or 0)
+
+
+def _repeats_of_node(node: dict[str, Any]) -> float:
+    counts: float = sum(max(map(_count_of, (node.get(low), node.get(high)))) for low, high in _COUNTS)
+    pattern, named = node.get("pattern"), node.get("patternProperties")
+    texts = [pattern] if isinstance(pattern, str) else []
+    texts += list(named) if isinstance(named, dict) else []
+    return counts + sum(map(_repeats_of_text, texts))
+
+
+def _count_of(value: Any) -> float:
+    if type(value) not in (int, float):
+        return 0
+    return value if value <= MAX_REPEATS else float("inf")
 
 
 def _nodes(value: Any, depth: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,7 +10,8 @@ from typing import Any, Final
 from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, Invalid
 from flexgate.server.openai import fields
 from flexgate.server.openai.contents import check_tools, read_input, read_messages, read_prompts
-from flexgate.server.openai.grammars import check_pattern, check_schema, check_size
+from flexgate.server.openai.grammars import check_enforced, check_grammar, check_regex, check_schema, check_size
+from flexgate.server.openai.tools import forces_a_call
 from flexgate.server.openai.values import boolean, characters, integer, invalid, sized, text, too_much
 
 MAX_CACHE_SALT: Final = 128
@@ -194,17 +196,18 @@ def _constraint(value: Any, limits: Limits) -> Body:
     for key, item in kept.items():
         param = f"{name}.{key}"
         if key == "json":
-            check_schema(item, param, longest=longest)
+            check_enforced(item, param, longest=longest)
         elif key == "json_object":
             boolean(kept, key)
         elif key == "choice":
             _check_choices(item, param, longest)
         elif not isinstance(item, str):
             invalid(f"'{param}' must be a string.", param)
+        elif key == "regex":
+            check_regex(item, param, longest=longest)
         else:
-            check_pattern(item, param, longest=longest)
-            if key == "grammar":
-                _check_notation(item, param)
+            check_grammar(item, param, longest=longest)
+            _check_notation(item, param)
     return kept
 
 
@@ -228,7 +231,7 @@ def _check_format(form: Mapping[str, Any], holder: Any, param: str, limits: Limi
         invalid(f"'{param}.type' must be 'text', 'json_object' or 'json_schema'.", f"{param}.type")
     if kind == "json_schema":
         schema = holder.get("schema") if isinstance(holder, Mapping) else None
-        check_schema(schema, param, longest=limits.grammar_bytes)
+        check_enforced(schema, param, longest=limits.grammar_bytes)
 
 
 def _check_tools(body: Body, limits: Limits, *, flat: bool) -> None:
@@ -237,9 +240,15 @@ def _check_tools(body: Body, limits: Limits, *, flat: bool) -> None:
         return
     check_tools(tools, flat=flat)
     total = 0
-    for tool in tools:
-        schema = (tool if flat else tool["function"]).get("parameters") or {}
-        check_schema(schema, "tools", longest=limits.grammar_bytes)
-        total += len(str(schema))
+    for position, tool in enumerate(tools):
+        param = f"tools[{position}]." + ("parameters" if flat else "function.parameters")
+        function = tool if flat else tool["function"]
+        schema = function.get("parameters") or {}
+        check_schema(schema, param, longest=limits.grammar_bytes)
+        if schema and (forces_a_call(body) or function.get("strict")):
+            written = check_enforced(schema, param, longest=limits.grammar_bytes)
+            if written.get("type") != "object":
+                invalid(f"'{param}' must have the type 'object'.", param)
+        total += len(json.dumps(schema, ensure_ascii=False).encode())
     if total > limits.grammar_bytes:
         too_much(f"'tools' may have at most {limits.grammar_bytes} bytes of schemas.", "tools")

@@ -165,6 +165,32 @@ CASES: dict[str, tuple[str | None, str, Any]] = {
         RESPONSES,
         {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": {}}]},
     ),
+    "many tools": ("sk-t", CHAT, chat(tools=[TOOL] * 129, tool_choice="none")),
+    "tool name": (
+        "sk-t",
+        RESPONSES,
+        {"input": "x", "tools": [{"type": "function", "name": "f" * 65}], "tool_choice": "none"},
+    ),
+    "schema not enforced": ("sk-t", CHAT, chat(response_format=schema({"not": {"type": "null"}}))),
+    "pattern not enforced": ("sk-t", COMPLETIONS, completion(structured_outputs={"regex": "(?=a)b"})),
+    "repeats in all": ("sk-t", COMPLETIONS, completion(structured_outputs={"regex": "a{1,1000}" * 5})),
+    "tool not enforced": (
+        "sk-t",
+        CHAT,
+        chat(
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"required": ["a"]}}}],
+            tool_choice="required",
+        ),
+    ),
+    "tool without an object": (
+        "sk-t",
+        CHAT,
+        chat(
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
+            tool_choice="required",
+        ),
+    ),
+    "stop inside a call": ("sk-t", CHAT, chat(tools=[TOOL], tool_choice="required", stop=["{"])),
     "large tools": (
         "sk-t",
         CHAT,
