@@ -150,7 +150,7 @@ async def test_enforcing_waits_for_the_end_and_no_longer_than_its_bound(monkeypa
     running, running_right = RunningRequests(engine, clock=lambda: NOW), right("news")
     running.begin(running_right, None)
     enforcing = asyncio.create_task(asyncio.to_thread(running.enforce, policy(permitted=False)))
-    await asyncio.to_thread(stopped.wait)
+    assert await asyncio.to_thread(stopped.wait, 30)
     assert not enforcing.done()
     running_right.call.ended.set()
     await enforcing
