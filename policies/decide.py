@@ -20,7 +20,9 @@ from flexgate.policies.errors import (
     ContextRefused,
     EmptyGate,
     ExpertDenied,
+    ExpertRequired,
     InvalidName,
+    RequiredExpertMissing,
     TenantArchived,
     UnknownExpert,
     UnknownTenant,
@@ -106,11 +108,12 @@ def narrow(
     only = None if request.only is None else _named(snapshot, granted, request.only, ONLY)
     ignore = _named(snapshot, granted, request.ignore, IGNORE) if request.ignore else _NOTHING
     _check_anchor(tenant, granted, ignore)
+    _check_required(snapshot, granted, ignore)
     if only:
         _check_allowed(granted, only)
     kept, left_out = granted.lost_at, _NO_REASONS
     if only is not None or tenant.standing is not None or ignore:
-        left_out = _left_out(granted, only, tenant.standing, ignore)
+        left_out = _left_out(granted, only, tenant.standing, ignore, snapshot.required)
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
@@ -159,6 +162,24 @@ def _check_anchor(tenant: TenantRules, granted: Grant, ignore: frozenset[ExpertI
         )
 
 
+def _check_required(snapshot: Snapshot, granted: Grant, ignore: frozenset[ExpertId]) -> None:
+    """Required experts take part, or nothing is answered; `_check_anchor` has judged `public`."""
+    if len(snapshot.required) == 1:
+        return
+    for expert in (id_ for id_ in snapshot.experts if id_ in snapshot.required and id_ != PUBLIC):
+        if expert in ignore:
+            raise ExpertRequired(
+                f"Expert '{expert}' takes part in every request to this server. "
+                "Leaving it out of 'ignore' would change this.",
+                param=IGNORE,
+            )
+        if expert not in granted.lost_at:
+            raise RequiredExpertMissing(
+                f"Expert '{expert}' takes part in every request to this server, and cannot take part in this one. "
+                f"{granted.refused[expert].message}"
+            )
+
+
 def _check_allowed(granted: Grant, only: frozenset[ExpertId]) -> None:
     denied = [reason for expert, reason in granted.refused.items() if expert in only]
     if denied:
@@ -175,6 +196,7 @@ def _left_out(
     only: frozenset[ExpertId] | None,
     standing: frozenset[ExpertId] | None,
     ignore: frozenset[ExpertId],
+    required: frozenset[ExpertId],
 ) -> Mapping[ExpertId, Reason]:
     """The allowed experts that the request leaves out, each with its reason."""
     wanted, because = (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
@@ -182,7 +204,7 @@ def _left_out(
     for expert in granted.lost_at:
         if expert in ignore:
             left_out[expert] = reasons.ignored(expert)
-        elif wanted is not None and expert not in wanted and expert != PUBLIC:
+        elif wanted is not None and expert not in wanted and expert not in required:
             left_out[expert] = because(expert)
     return left_out
 

@@ -13,6 +13,8 @@ PolicyError
 │   ├── UnknownExpert      unknown and hidden alike, byte for byte
 │   ├── ExpertDenied       listed, but not allowed; carries `reasons`
 │   ├── AnchorRequired     `public` ignored by a tenant that may not
+│   ├── ExpertRequired     a required expert ignored
+│   ├── RequiredExpertMissing  a required expert is not served, or not permitted
 │   └── EmptyGate          nothing left; never widened
 └── StoreError
     ├── StoreUnavailable   no connection, locked, not a database
@@ -92,6 +94,14 @@ class ExpertDenied(DecisionRefused):
 
 class AnchorRequired(DecisionRefused):
     """The request ignores `public`, and the tenant's policy does not allow that."""
+
+
+class ExpertRequired(DecisionRefused):
+    """The request ignores an expert that every request of this server uses."""
+
+
+class RequiredExpertMissing(DecisionRefused):
+    """An expert that every request of this server uses cannot take part in this one."""
 
 
 class EmptyGate(DecisionRefused):

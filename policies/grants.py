@@ -85,7 +85,7 @@ def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float)
     found = [terms for name in tenant.assignees if (terms := snapshot.terms.get(name))]
     always, limited = (found[0].always, found[0].limited) if len(found) == 1 else _together(found)
     hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
-    named = tenant.named if deny_list else tenant.named | ANCHOR
+    named = tenant.named - snapshot.required if deny_list else tenant.named | snapshot.required
     forever = math.inf
     lost_at: dict[ExpertId, float] = {}
     refused: dict[ExpertId, Reason] = {}

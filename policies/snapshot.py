@@ -31,8 +31,9 @@ class Snapshot:
 
     `made` is when its version was made, in Unix seconds: two histories that have a version in
     common differ in it. `terms` are the agreements by assignee. `catalogue` is made of `experts`:
-    what a decision asks of each; `hidden` are those that nobody sees who is not told. `revoked` is the weights
-    epoch of each expert's last withdrawal: what was loaded before it must not be served.
+    what a decision asks of each; `hidden` are those that nobody sees who is not told, `required`
+    those that no request leaves out, `public` among them. `revoked` is the weights epoch of each
+    expert's last withdrawal: what was loaded before it must not be served.
     """
 
     policy_version: int
@@ -45,6 +46,7 @@ class Snapshot:
     revoked: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
     hidden: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
+    required: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if PUBLIC not in self.experts or self.experts[PUBLIC].visibility == "hidden":
@@ -53,6 +55,8 @@ class Snapshot:
         object.__setattr__(self, "catalogue", catalogue)
         hidden = frozenset(expert.id for expert in self.experts.values() if expert.visibility == "hidden")
         object.__setattr__(self, "hidden", hidden)
+        required = frozenset(expert.id for expert in self.experts.values() if expert.required)
+        object.__setattr__(self, "required", required | {PUBLIC})
 
     @classmethod
     def build(
@@ -90,10 +94,10 @@ class Snapshot:
         )
 
     def hidden_from(self, tenant: TenantRules) -> frozenset[ExpertId]:
-        """The experts that do not exist for a tenant."""
+        """The experts that do not exist for a tenant; one that takes part in every answer is never among them."""
         if not self.hidden:
-            return tenant.unlisted
-        return (self.hidden - tenant.listed) | tenant.unlisted
+            return tenant.unlisted - self.required
+        return ((self.hidden - tenant.listed) | tenant.unlisted) - self.required
 
 
 def _by_id(kind: str, pairs: Iterable[tuple[_Id, _Document]]) -> dict[_Id, _Document]:

@@ -78,13 +78,14 @@ class Tenant(Document):
 
 
 class Expert(Document):
-    """One expert of the catalogue. `live` says that the engine serves it now."""
+    """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it."""
 
     id: ExpertIdField
     owner: OwnerIdField
     domain: Annotated[str, Field(max_length=200)] = ""
     live: bool = True
     visibility: Literal["listed", "hidden"] = "listed"
+    required: bool = False
 
 
 class ExpertSet(Document):

@@ -14,8 +14,10 @@ from flexgate.policies.errors import (
     DecisionRefused,
     EmptyGate,
     ExpertDenied,
+    ExpertRequired,
     ObjectUnknown,
     PolicyError,
+    RequiredExpertMissing,
     TenantArchived,
     UnknownExpert,
     UnknownTenant,
@@ -25,7 +27,7 @@ from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
 
 UNKNOWN_EXPERT = "expert_not_found"
 _DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
-_DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required"})
+_DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required", "expert_required"})
 
 
 def is_denial(error: ApiError) -> bool:
@@ -89,10 +91,13 @@ def _from_decision(error: DecisionRefused) -> ApiError:
         return ApiError(message, status=HTTPStatus.FORBIDDEN, code="project_not_active")
     if isinstance(error, AnchorRequired) and error.param is None:
         return Unavailable(message, code="anchor_not_served")
+    if isinstance(error, RequiredExpertMissing):
+        return Unavailable(message, code="required_expert_missing")
     codes: dict[type[DecisionRefused], str] = {
         AnchorRequired: "anchor_required",
         ContextRefused: "context_refused",
         EmptyGate: "empty_gate",
+        ExpertRequired: "expert_required",
     }
     return Invalid(message, param=error.param, code=codes.get(type(error), "policy_refused"))
 

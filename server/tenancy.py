@@ -37,6 +37,8 @@ class Loaded(Protocol):
     def owner(self) -> str: ...
     @property
     def domain(self) -> str: ...
+    @property
+    def required(self) -> bool: ...
 
 
 def prepare_demo(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
@@ -84,5 +86,5 @@ def _manifest(experts: Iterable[Loaded]) -> list[ManifestExpert]:
         id_ = owner_id(expert.owner)
         if names.setdefault(id_, expert.owner) != expert.owner:
             raise ManifestRefused(f"the manifest's owners {names[id_]!r} and {expert.owner!r} have the same id {id_!r}")
-        entries.append(ManifestExpert(expert.id, id_, expert.domain))
+        entries.append(ManifestExpert(expert.id, id_, expert.domain, expert.required))
     return entries

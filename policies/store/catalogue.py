@@ -16,6 +16,7 @@ class ManifestExpert(NamedTuple):
     id: str
     owner: str
     domain: str
+    required: bool = False
 
 
 def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: int) -> list[Expert]:
@@ -39,7 +40,8 @@ def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: i
     for manifest in experts:
         known = change.get(Expert, manifest.id)
         visibility = known.visibility if known else "listed"
-        expert = Expert.model_validate({**manifest._asdict(), "visibility": visibility})
+        required = manifest.required or (known is not None and known.required)
+        expert = Expert.model_validate({**manifest._asdict(), "visibility": visibility, "required": required})
         change.put(expert)
         live.append(expert)
     present = {expert.id for expert in live}

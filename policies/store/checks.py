@@ -65,6 +65,8 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
 def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None) -> None:
     if expert.id == PUBLIC and expert.visibility == "hidden":
         raise ChangeRefused("'public' is every model's anchor and cannot be hidden")
+    if expert.required and expert.visibility == "hidden":
+        raise ChangeRefused(f"{expert.id!r} is required, so that it takes part in every answer: it cannot be hidden")
     if isinstance(before, Expert) and before.owner != expert.owner:
         for user in _users(connection, expert.id):
             raise ChangeRefused(f"{user} names {expert.id!r} under its present owner")

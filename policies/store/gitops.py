@@ -1,6 +1,6 @@
 """The policy as one file: export it, see what applying one would change, apply it.
 
-A file names tenants, sets, agreements and the visibility of experts. Experts themselves come from
+A file names tenants, sets, agreements, and which experts are hidden or required. Experts themselves come from
 the checkpoint, and keys are never in a file. What a file does not name is left alone, unless it is
 applied with `prune`: then agreements and sets are removed, and tenants archived.
 """
@@ -39,6 +39,7 @@ class PolicyFile(Document):
 
     format: Literal["flexgate-policy/v1"]
     hidden_experts: SetOf[ExpertIdField] | None = None
+    required_experts: SetOf[ExpertIdField] | None = None
     expert_sets: Annotated[ListOf[ExpertSet], AfterValidator(_once_each)] = ()
     tenants: Annotated[ListOf[Tenant], AfterValidator(_once_each)] = ()
     agreements: Annotated[ListOf[Agreement], AfterValidator(_once_each)] = ()
@@ -75,6 +76,7 @@ def export(store: Store, version: int | None = None) -> dict[str, Any]:
         return {
             "format": "flexgate-policy/v1",
             "hidden_experts": sorted(e.id for e in experts if e.visibility == "hidden"),
+            "required_experts": sorted(e.id for e in experts if e.required),
             "expert_sets": _sparse(documents_after(connection, changes, ExpertSet)),
             "tenants": _sparse(documents_after(connection, changes, Tenant)),
             "agreements": _sparse(documents_after(connection, changes, Agreement)),
@@ -111,6 +113,8 @@ def apply(store: Store, file: PolicyFile, *, actor: str, at: float, prune: bool 
 def _put_all(change: Change, file: PolicyFile, *, prune: bool) -> None:
     if file.hidden_experts is not None:
         _set_visibility(change, file.hidden_experts)
+    if file.required_experts is not None:
+        _set_required(change, file.required_experts)
     for expert_set in file.expert_sets:
         change.put(expert_set)
     for tenant in file.tenants:
@@ -121,12 +125,22 @@ def _put_all(change: Change, file: PolicyFile, *, prune: bool) -> None:
         _prune(change, file)
 
 
-def _set_visibility(change: Change, hidden: frozenset[ExpertIdField]) -> None:
+def _set_required(change: Change, required: frozenset[ExpertIdField]) -> None:
+    for expert in _catalogue(change, "required_experts", required):
+        change.put(expert.model_copy(update={"required": expert.id in required}))
+
+
+def _catalogue(change: Change, field: str, named: frozenset[ExpertIdField]) -> list[Expert]:
+    """All experts, once those that a field names are among them."""
     experts = change.all(Expert)
-    unknown = hidden - {expert.id for expert in experts}
+    unknown = named - {expert.id for expert in experts}
     if unknown:
-        raise checks.unknown("hidden_experts", "expert", min(unknown), experts)
-    for expert in experts:
+        raise checks.unknown(field, "expert", min(unknown), experts)
+    return experts
+
+
+def _set_visibility(change: Change, hidden: frozenset[ExpertIdField]) -> None:
+    for expert in _catalogue(change, "hidden_experts", hidden):
         visibility = "hidden" if expert.id in hidden else "listed"
         change.put(expert.model_copy(update={"visibility": visibility}))
 

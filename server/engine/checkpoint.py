@@ -53,6 +53,8 @@ class ExpertEntry:
     id: str
     owner: str
     domain: str
+    required: bool = False
+    """Whether every request uses it, whatever its tenant may leave out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +217,16 @@ def _experts(path: Path, architecture: Architecture) -> tuple[ExpertEntry, ...]:
     if not isinstance(entries, list) or len(entries) != count:
         raise CheckpointError(f"{path / MANIFEST_NAME} must list the checkpoint's {count} experts")
     try:
-        experts = tuple(ExpertEntry(str(e["id"]), str(e["owner"]), str(e["domain"])) for e in entries)
+        experts = tuple(
+            ExpertEntry(str(e["id"]), str(e["owner"]), str(e["domain"]), e.get("required", False)) for e in entries
+        )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST_NAME}: every expert needs id, owner and domain") from error
     if experts[0].id != PUBLIC_EXPERT:
         raise CheckpointError(f"{path / MANIFEST_NAME}: expert 0 must be {PUBLIC_EXPERT!r}")
+    for expert in experts:
+        if not isinstance(expert.required, bool):
+            raise CheckpointError(f"{path / MANIFEST_NAME}: 'required' of {expert.id!r} must be true or false")
     if len({expert.id for expert in experts}) != count:
         raise CheckpointError(f"{path / MANIFEST_NAME}: expert ids must be distinct")
     return experts

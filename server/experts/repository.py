@@ -134,7 +134,10 @@ def _put(change: Change, manifest: Manifest) -> None:
         _require_owner(known, manifest)
     visibility = "listed" if known is None else known.visibility
     domain = manifest.domain[:MAX_DOMAIN]
-    change.put(Expert(id=manifest.id, owner=manifest.owner, domain=domain, live=True, visibility=visibility))
+    required = known is not None and known.required
+    change.put(
+        Expert(id=manifest.id, owner=manifest.owner, domain=domain, live=True, visibility=visibility, required=required)
+    )
 
 
 def _require_owner(known: Expert, manifest: Manifest) -> None:

@@ -40,6 +40,8 @@ def applies(terms, tenant, expert, sets):
 
 
 def hidden(expert, tenant, sets):
+    if expert["required"]:
+        return False
     if expert["id"] in expand(tenant["hidden"], sets):
         return True
     return expert["visibility"] == "hidden" and expert["id"] not in expand(tenant["listed"], sets)
@@ -59,7 +61,7 @@ def granted(world, tenant, purpose, region, now):
                 permits |= terms["effect"] == "permit" and asked_p <= p and asked_r <= r
                 forbids |= terms["effect"] == "prohibit" and bool(asked_p & p) and bool(asked_r & r)
         named = expert["id"] in expand(tenant["expert_ids"], world["sets"])
-        admitted = named == (tenant["mode"] == "allow_list")
+        admitted = named == (tenant["mode"] == "allow_list") or expert["required"]
         anchor = expert["id"] == "public"
         licensed = anchor or (permits and not forbids and admitted)
         if licensed and expert["live"] and not hidden(expert, tenant, world["sets"]):
@@ -87,11 +89,17 @@ def decide(world, tenant_id, request, now):
         return "AnchorRequired"
     if "public" not in grant | ignore:
         return "AnchorRequired"
+    required = {e["id"] for e in world["experts"] if e["required"]} - {"public"}
+    for expert in (e["id"] for e in world["experts"] if e["id"] in required):
+        if expert in ignore & listed:
+            return "ExpertRequired"
+        if expert not in grant:
+            return "RequiredExpertMissing"
     only = expand(request["only"] or [], world["sets"]) & listed
     if only - grant:
         return "ExpertDenied"
     wanted = tenant["standing"] if request["only"] is None else request["only"]
-    kept = grant if wanted is None else grant & (expand(wanted, world["sets"]) | {"public"})
+    kept = grant if wanted is None else grant & (expand(wanted, world["sets"]) | {"public"} | required)
     kept = kept - ignore
     return (kept, listed - kept) if kept else "EmptyGate"
 

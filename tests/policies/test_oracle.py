@@ -78,7 +78,8 @@ def test_a_million_random_decisions_agree_with_the_oracle(oracle, worlds, seed):
     _check(oracle, worlds, seed, decisions=100_000)
 
 
-SMALL_EXPERTS = [{"id": id_, "owner": "ann", "live": True, "visibility": "listed"} for id_ in ("public", "a", "b", "c")]
+_LISTED = {"owner": "ann", "live": True, "visibility": "listed", "required": False}
+SMALL_EXPERTS = [{"id": id_, **_LISTED} for id_ in ("public", "a", "b", "c")]
 SMALL_TENANTS = [
     {
         "id": id_,

@@ -198,7 +198,8 @@ def test_a_request_only_narrows(case, outcome, allowed, seed):
     world["tenants"][0]["standing"] = None
     widest = allowed(world, who, whole, now)
     assert allowed(world, who, request, now) <= widest
-    assert allowed(world, who, free, now) <= {"public"}
+    required = {expert["id"] for expert in world["experts"] if expert["required"]}
+    assert allowed(world, who, free, now) <= {"public"} | required
     more = {**request, "ignore": [*request["ignore"], rng.choice(["a", "b", "set:one"])]}
     result = outcome(world, who, request, now)
     if hasattr(result, "allowed"):

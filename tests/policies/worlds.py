@@ -36,6 +36,7 @@ def random_world(rng: random.Random) -> World:
             "owner": rng.choice(OWNERS),
             "live": rng.random() < (0.98 if id_ == "public" else 0.85),
             "visibility": "hidden" if id_ != "public" and rng.random() < 0.15 else "listed",
+            "required": rng.random() < 0.08,
         }
         for id_ in IDS
     ]

@@ -18,6 +18,7 @@ class Entry(NamedTuple):
     id: str
     owner: str
     domain: str
+    required: bool = False
 
 
 EXPERTS = [Entry("public", "commons", "all"), Entry("news", "gazette", "news")]

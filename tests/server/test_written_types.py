@@ -46,6 +46,7 @@ OWN_FIELDS: Final[dict[str, Any]] = {
 POLICY: Final[dict[str, Any]] = {
     "format": "flexgate-policy/v1",
     "hidden_experts": ["math"],
+    "required_experts": ["news"],
     "expert_sets": [{"id": "set:one", "experts": ["news"]}],
     "tenants": [
         {

@@ -66,3 +66,13 @@ def test_a_start_that_another_servers_change_overtook_is_refused(empty):
     with pytest.raises(ChangeRefused, match=said), empty.change(actor="start", at=2.0) as change:
         put_catalogue(change, [PUBLIC, NEWS], epoch=epoch)
     assert empty.version() == 0
+
+
+def test_a_required_expert_stays_required_also_when_it_is_gone(store):
+    safe = ManifestExpert("safe", "lab", "safety", required=True)
+    for manifest in ([PUBLIC, safe], [PUBLIC], [PUBLIC, safe._replace(required=False)]):
+        with store.change(actor="start", at=9.0) as change:
+            put_catalogue(change, manifest, epoch=1)
+        snapshot = store.snapshot()
+        assert snapshot.required == {"public", "safe"}
+        assert snapshot.experts["safe"].live == (len(manifest) == 2)

@@ -11,6 +11,7 @@ from flexgate.policies.store.gitops import PolicyFile, apply, export, parse_file
 
 CONTENT = {
     "format": "flexgate-policy/v1",
+    "required_experts": [],
     "hidden_experts": ["legal"],
     "expert_sets": [{"id": "set:forge", "experts": ["code", "legal"]}],
     "tenants": [

@@ -67,8 +67,9 @@ async def test_a_running_server_decides_nothing_once_its_database_was_replaced(
             update_project(other, "t", {"mode": "allow_list", "expert_ids": []}, actor="cli", at=10.0)
     with caplog.at_level(logging.ERROR):
         polling = asyncio.create_task(source.run())
-        while source.fresh():
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(10):  # the lease lasts for longer
+            while source.fresh():
+                await asyncio.sleep(0.001)
         for _ in range(100):
             with pytest.raises(SnapshotStale):
                 await source.current()

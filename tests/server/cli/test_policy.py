@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from flexgate.policies.store import Store
+from flexgate.policies.store.gitops import PolicyFile
 
 Run = Callable[..., Any]
 FORMAT = "format: flexgate-policy/v1\n"
@@ -60,6 +61,19 @@ def test_prune_archives_what_the_file_lacks(flexgate: Run, policy_file: Run) -> 
     assert changes["a-news"]["after"] is None
 
 
+def test_an_expert_is_required_from_the_file_on_and_until_the_file_says_no_more(
+    flexgate: Run, policy_file: Run, real_store: Store
+) -> None:
+    assert flexgate("policy", "apply", policy_file(FORMAT + "required_experts: [math]")).exit_code == 0
+    assert real_store.snapshot().required == {"public", "math"}
+    exported = flexgate("policy", "export").output
+    assert yaml.safe_load(exported)["required_experts"] == ["math"]
+    assert flexgate("policy", "apply", policy_file(FORMAT)).exit_code == 0
+    assert real_store.snapshot().required == {"public", "math"}
+    assert flexgate("policy", "apply", policy_file(FORMAT + "required_experts: []")).exit_code == 0
+    assert real_store.snapshot().required == {"public"}
+
+
 def test_a_rollback_says_what_it_would_change_and_is_done_once_confirmed(flexgate: Run, real_store: Store) -> None:
     version = real_store.version()
     refused = flexgate("policy", "rollback", "0")
@@ -97,7 +111,7 @@ def test_simulate_says_who_gains_and_loses(flexgate: Run, policy_file: Run) -> N
 def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
     published = json.loads(flexgate("policy", "schema").output)
     assert published["additionalProperties"] is False
-    assert {"format", "tenants", "agreements", "expert_sets", "hidden_experts"} == published["properties"].keys()
+    assert {*PolicyFile.model_fields} == published["properties"].keys()
     assert published["$defs"]["Tenant"]["additionalProperties"] is False
     TypeAdapter(dict[str, Any]).validate_python(published)
 
@@ -122,6 +136,8 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         (FORMAT + "tenants: [{id: x, name: 2026-01-01, <<: {archived: true}}]", "tenants.0.<<: Extra inputs"),
         (FORMAT + "tenants: [{id: x, name: !!timestamp 2026-01-01}]", "could not determine a constructor"),
         (FORMAT + "? [a]\n: b", "a key is one word"),
+        (FORMAT + "required_experts: [zzz]", "required_experts names the unknown expert 'zzz'"),
+        (FORMAT + "required_experts: [secret]", "'secret' is required, so that it takes part in every answer"),
         ("\x00", "unacceptable character"),
     ],
 )
