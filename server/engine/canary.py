@@ -15,6 +15,7 @@ from flexgate.server.engine.client import (
 from flexgate.server.engine.gates import GATE_ARG
 from flexgate.server.engine.guard import SELF_TEST
 from flexgate.server.engine.operator import SlotOperator
+from flexgate.server.engine.endings import NUMBERS_OVERFLOWED
 from flexgate.server.engine.seam import EngineGenerateError
 
 TENANT = "flexgate-canary"
@@ -46,13 +47,15 @@ async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:
     """Generate under a gate on exactly ``leases``.
 
     Raises:
-        CanaryError: the engine refused, answered with NaN, or attributed anything outside of the gate.
+        CanaryError: the engine refused, the numbers overflowed, or attributed anything outside of the gate.
     """
     call = GatedCall(GateGrant(TENANT, leases, math.inf), client_salt=str(uuid.uuid4()), priority=-1)
     token = CURRENT_CALL.set(call)
     try:
         worst = await _answer(client.generate(PROMPT, _params(), "canary"))
     except Exception as error:
+        if call.failed == NUMBERS_OVERFLOWED:
+            raise CanaryError(f"the numbers of a request for {_names(leases)} overflowed") from error
         raise CanaryError(f"the engine refused a request for {_names(leases)}: {error}") from error
     finally:
         CURRENT_CALL.reset(token)

@@ -1,6 +1,7 @@
 """Reading a checkpoint directory far enough to refuse a bad one before vLLM starts."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from flexgate.experts.layout import (
     Architecture,
     expected_shapes,
 )
+from flexgate.experts.package import MAX_ABSOLUTE
 from flexgate.kernels.gated_topk import MAX_SLOTS
 
 MANIFEST_NAME = "flexgate.json"
@@ -90,20 +92,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, architecture, _experts(path, architecture), files, stored_dtype)
 
 
-def require_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
-    """Read every tensor once, one at a time, and refuse NaN and infinity.
+def require_bounded(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
+    """Read every tensor once, one at a time, and refuse NaN, infinity and what a package may not hold either.
 
     Args:
         progress: called with bytes read and bytes in all.
 
     Raises:
-        CheckpointError: naming the first tensor that is not finite.
+        CheckpointError: naming the first tensor that is not finite, or out of bounds.
     """
     total = sum(file.stat().st_size for file in checkpoint.files)
     done = 0
     for name, tensor in _tensors(checkpoint.files):
-        if not torch.isfinite(tensor).all():
+        low, high = tensor.aminmax()
+        largest = max(-float(low), float(high))
+        if not math.isfinite(largest):
             raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinite values")
+        if largest > MAX_ABSOLUTE:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} holds a value of magnitude {largest:.4g}; "
+                f"flexgate serves at most {MAX_ABSOLUTE:g}"
+            )
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)

@@ -20,7 +20,7 @@ from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 from flexgate.kernels.gated_topk import MASS_SCALE
-from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED
+from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
 from flexgate.server.engine.gates import (
     GATE_ARG,
     Gate,
@@ -432,7 +432,7 @@ class GatedEngineClient:
             call.count_new(len(output.new_token_ids))
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
-        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED):
+        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED):
             call.failed = output.stop_reason
 
 

@@ -1,12 +1,17 @@
 """What every rank must prove before the server may say that it is ready."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import torch
 import vllm
 
+from flexgate.server.engine.seam import zero_blocks
 from flexgate.server.engine.slots import SlotTable
+
+NULL_BLOCK = 0  # of vLLM's KV cache: what unused entries of block tables name; no request's
 
 
 class HandshakeError(RuntimeError):
@@ -27,6 +32,7 @@ class RankReport(TypedDict):
     slots: dict[str, Any]
     slots_here: list[int]
     zero_slot: bool
+    clears_blocks: bool
     key_digest: str
 
 
@@ -51,8 +57,27 @@ def report_rank(worker: Any) -> RankReport:
         slots=model.gates.table.to_config(),
         slots_here=layers[0].slots_here(),
         zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
+        clears_blocks=clears_blocks(worker.model_runner, model.kv_caches()),
         key_digest=key_digest(model.gates.key),
     )
+
+
+def clears_blocks(runner: Any, caches: Sequence[torch.Tensor]) -> bool:
+    """Whether blocks of the KV cache are zeroed when they are handed out, tried on the one that never is.
+
+    Args:
+        runner: of either version.
+        caches: each layer's, a row per block, or several where the kernel's blocks are smaller.
+    """
+    config = runner.kv_cache_config
+    blocks = [cache[: len(cache) // config.num_blocks] for cache in caches]
+    for block in blocks:
+        block.fill_(math.nan)
+    zero_blocks(runner, [NULL_BLOCK])
+    zeroed = not any(bool(block.any()) for block in blocks)
+    for block in blocks:
+        block.zero_()
+    return bool(config.needs_kv_cache_zeroing) and zeroed
 
 
 def key_digest(key: bytes) -> str:
@@ -97,6 +122,7 @@ def verify(
         "moe_kernels": moe_kernels,
         "slots": table.to_config(),
         "zero_slot": True,
+        "clears_blocks": True,
         "key_digest": key_digest(key),
         "vllm_version": vllm.__version__,
     }

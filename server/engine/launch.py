@@ -13,7 +13,7 @@ from flexgate.server.engine.checkpoint import (
     Checkpoint,
     CheckpointError,
     read_checkpoint,
-    require_finite,
+    require_bounded,
 )
 from flexgate.server.engine.core_process import EarlyContext, EarlyProcess, modules_of_core
 from flexgate.server.engine.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_key
@@ -49,7 +49,7 @@ class EngineSettings:
         enforce_eager: no torch.compile and no CUDA graphs.
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
-        check_weights: read every tensor once and refuse NaN and infinity.
+        check_weights: read every tensor once and refuse NaN, infinity and magnitudes over a package's bound.
         withdrawn: experts of the checkpoint that must not be loaded.
         least_slots: slots that experts added earlier take, whatever the default would be.
         weights_epoch: the newest change of what is loaded; the generation of what the checkpoint holds.
@@ -162,7 +162,7 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
     """
     planned = plan(settings)
     if settings.check_weights:
-        require_finite(planned.checkpoint, lambda done, total: stage("checking weights", done, total))
+        require_bounded(planned.checkpoint, lambda done, total: stage("checking weights", done, total))
     key = new_seal_key()
     prepare_environment(key, settings)
     stage("loading vLLM", 0, 0)

@@ -195,6 +195,11 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
         return [layer.mlp for layer in layers]
 
+    def kv_caches(self) -> list[torch.Tensor]:
+        """Each layer's KV cache, as vLLM has bound it."""
+        layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
+        return [layer.self_attn.attn.kv_cache for layer in layers]
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, [T, H]."""
         return self.model.embed_input_ids(input_ids)
@@ -208,6 +213,7 @@ class GatedFlexOlmoForCausalLM(nn.Module):
     ) -> torch.Tensor:
         """Hidden states, [T, H]."""
         hidden: torch.Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        self.gates.note(hidden)
         return hidden
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexgate.server.clock import Clock
-from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED
+from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
 from flexgate.server.engine.gates import Gate
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.lifeline import end_with_parent, leave_interrupts_to_the_server
@@ -23,6 +23,7 @@ from flexgate.server.engine.seam import (
     Scheduler,
     SchedulerOutput,
     cached_among,
+    clear_reused_blocks,
     evict_cached,
     guard_requests,
     offer_to_engine_core,
@@ -64,6 +65,7 @@ class _Gated(_Base):
         self._table = SlotTable.from_config(vllm_config.additional_config)
         self._clock = Clock()
         guard_requests(EngineGuard(seal_key_from_environment(), self._table, self._clock))
+        clear_reused_blocks()
         offer_to_engine_core(SLOTS_UTILITY, _change_slots)
         self._ledger = UsageLedger(self._table.total)
         self._held: dict[str, _Held] = {}
@@ -121,10 +123,12 @@ class _Gated(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Add the step's attribution and attach each request's total to its output."""
+        """Add the step's attribution, attach each request's total to its output, end requests that overflowed."""
         usage = getattr(model_runner_output, USAGE_ATTRIBUTE, None)
         if usage is not None:
             self._ledger.add(usage)
+            if usage.overflowed:
+                self._end_overflowed(usage.overflowed)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
             for output in batch.outputs:
@@ -142,6 +146,16 @@ class _Gated(_Base):
     def _expire(self, now: float) -> None:
         self._end([name for name, held in self._held.items() if held.gate.valid_until <= now], GATE_EXPIRED)
         self._next_deadline = min((held.gate.valid_until for held in self._held.values()), default=math.inf)
+
+    def _end_overflowed(self, request_ids: list[str]) -> None:
+        """End requests before the token just sampled is sent, and forget the KV cache they made."""
+        held = [self._held[request_id] for request_id in request_ids if request_id in self._held]
+        for one in held:
+            slots = [lease.slot for lease in one.gate.leases]
+            logger.warning("the numbers of request %s overflowed; it may use slots %s", one.request.request_id, slots)
+        self._end([one.request.request_id for one in held], NUMBERS_OVERFLOWED)
+        for one in held:
+            evict_cached(self, one.request.block_hashes)
 
     def _end(self, request_ids: list[str], reason: str) -> None:
         finished = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)

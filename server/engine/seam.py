@@ -47,6 +47,11 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 ``EngineCore`` attributes, called by name as utilities (vllm/v1/engine/core.py)
     The only way from the API process to the scheduler; a utility runs between two steps. One that is in flight when the
     engine dies is never answered (``AsyncMPClient.utility_results``, vllm/v1/engine/core_client.py).
+``KVCacheConfig.needs_kv_cache_zeroing`` (vllm/v1/kv_cache_interface.py)
+    Read by the scheduler, which then tells the ranks which blocks a step hands out, and by each rank, which zeroes them
+    before the forward pass. vLLM asks for it only where it has met stale NaN itself.
+``GPUModelRunner._zero_block_ids`` (V1), ``kv_block_zeroer`` (V2; vllm/v1/worker/utils.py)
+    What zeroes them; the handshake calls it.
 ``Scheduler.kv_cache_manager.block_pool`` (vllm/v1/core/block_pool.py)
     Cached blocks of a revoked expert are evicted by their hashes.
 """
@@ -83,6 +88,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -127,6 +133,7 @@ __all__ = [
     "ask_engine_core",
     "ask_ranks",
     "cached_among",
+    "clear_reused_blocks",
     "cpu_prepack_moe_weight",
     "engine_core_of",
     "evict_cached",
@@ -137,6 +144,7 @@ __all__ = [
     "require_tested_version",
     "see_requests",
     "take_output_extras",
+    "zero_blocks",
 ]
 
 T = TypeVar("T")
@@ -191,6 +199,23 @@ def allow_amx_tiles() -> None:
     """
     if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
         raise RuntimeError("the kernel refuses AMX tiles, which bfloat16 needs on this processor: use --dtype float32")
+
+
+def clear_reused_blocks() -> None:
+    """Have every block of the KV cache zeroed before the first step of a request that it is given to.
+
+    For each process of the engine, before it knows its KV cache. The CPU's attention multiplies what a block's unused
+    positions hold with probability 0, and 0 times what an earlier request left there need not be 0.
+    """
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda _config: True)
+
+
+def zero_blocks(runner: Any, block_ids: list[int]) -> None:
+    """Zero blocks of the KV cache in the way that ``runner``, of either version, does it when they are handed out."""
+    if hasattr(runner, "_zero_block_ids"):
+        runner._zero_block_ids(block_ids)
+    else:
+        runner.kv_block_zeroer.zero_block_ids(block_ids)
 
 
 def external_id(request_id: str) -> str:

@@ -18,7 +18,7 @@ from flexgate.kernels.gated_topk import MAX_SLOTS
 from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, check_owner, open_seal
 from flexgate.server.engine.seam import SchedulerOutput, external_id
 from flexgate.server.engine.slots import ANCHOR_SLOT, SlotTable
-from flexgate.server.engine.usage import Int64Array, StepUsage
+from flexgate.server.engine.usage import Float32Array, Int64Array, StepUsage
 
 _BITS = np.arange(MAX_SLOTS)
 CLOSED_GATE = 1 << ANCHOR_SLOT  # padding and dummy batches: the public expert only
@@ -48,11 +48,13 @@ class GateState(torch.nn.Module):
         gate_T: int64 bitmask of allowed slots per token.
         mass_TE: int64 routing weight per token, summed over layers, in 1/MASS_SCALE.
         chosen_T: int64 bitmask of slots chosen in at least one layer.
+        sum_T: float32 sum of each token's final hidden state; finite if all of it is.
     """
 
     gate_T: torch.Tensor
     mass_TE: torch.Tensor
     chosen_T: torch.Tensor
+    sum_T: torch.Tensor
 
     def __init__(self, table: SlotTable, max_tokens: int, key: SealKey) -> None:
         """Allocate for at most ``max_tokens`` tokens a step, everything closed."""
@@ -70,6 +72,7 @@ class GateState(torch.nn.Module):
         self.register_buffer("mass_TE", mass, persistent=False)
         chosen = torch.zeros(max_tokens, dtype=torch.int64)
         self.register_buffer("chosen_T", chosen, persistent=False)
+        self.register_buffer("sum_T", torch.zeros(max_tokens, dtype=torch.float32), persistent=False)
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Drop finished requests, admit new ones, and note what each may count.
@@ -127,20 +130,28 @@ class GateState(torch.nn.Module):
         self._step, self._order, self._num_tokens = {}, (), 0
         self.gate_T.fill_(CLOSED_GATE)
 
+    def note(self, hidden_TH: torch.Tensor) -> None:
+        """Note which tokens' final hidden states are finite; part of the forward pass.
+
+        A number that is not finite stays in its token's residual stream to the end: every block adds to it, and
+        attention passes it on to the request's later tokens.
+        """
+        torch.sum(hidden_TH, -1, dtype=torch.float32, out=self.sum_T[: hidden_TH.shape[0]])
+
     def collect(self) -> "PendingUsage | None":
         """Send the forward pass's attribution on its way to the host."""
         if not self._num_tokens:
             return None
-        mass_TE, chosen_T, copied = self._memory().take(self._num_tokens)
+        mass_TE, chosen_T, sum_T, copied = self._memory().take(self._num_tokens)
         step = [self._step[request_id] for request_id in self._order]
-        return PendingUsage(list(self._order), step, mass_TE, chosen_T, copied)
+        return PendingUsage(list(self._order), step, mass_TE, chosen_T, sum_T, copied)
 
     def _memory(self) -> "_HostBuffers | _DeviceBuffers":
         """The buffers where they lie now: a module may be moved after it was made."""
         gate_T = self.gate_T
         if self._memory_now is None or self._memory_now.gate_T is not gate_T:
             kind = _HostBuffers if gate_T.is_cpu else _DeviceBuffers
-            self._memory_now = kind(gate_T, self.mass_TE, self.chosen_T)
+            self._memory_now = kind(gate_T, self.mass_TE, self.chosen_T, self.sum_T)
         return self._memory_now
 
     def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
@@ -166,6 +177,7 @@ class PendingUsage:
     step: list[_Scheduled]
     mass_TE: Int64Array
     chosen_T: Int64Array
+    sum_T: Float32Array
     copied: "torch.cuda.Event | None"
 
     def get(self) -> StepUsage:
@@ -181,7 +193,16 @@ class PendingUsage:
             [entry.first + entry.skip for entry in self.step],
             [entry.tokens - entry.skip for entry in self.step],
             self._per_request(used_T2E),
+            self._overflowed(),
         )
+
+    def _overflowed(self) -> list[str]:
+        finite_T = np.isfinite(self.sum_T)
+        if finite_T.all():
+            return []
+        tokens = [entry.tokens for entry in self.step]
+        bad = np.repeat(np.arange(len(tokens)), tokens)[~finite_T]
+        return [self.request_ids[index] for index in np.unique(bad)]
 
     def _per_request(self, used_T2E: Int64Array) -> Int64Array:
         starts, start = [], 0
@@ -199,11 +220,14 @@ class PendingUsage:
 class _HostBuffers:
     """On CPU, their own memory: next to a small step, a tensor operation's overhead is what gating costs."""
 
-    def __init__(self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor) -> None:
+    def __init__(
+        self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+    ) -> None:
         self.gate_T = gate_T
         self._gate_T: Int64Array = gate_T.numpy()
         self._mass_TE: Int64Array = mass_TE.numpy()
         self._chosen_T: Int64Array = chosen_T.numpy()
+        self._sum_T: Float32Array = sum_T.numpy()
 
     def start(self, gates: Int64Array, num_padded: int) -> None:
         """Write a step's gates, close its padding, and count from zero."""
@@ -212,16 +236,18 @@ class _HostBuffers:
         self._mass_TE[:num_padded] = 0
         self._chosen_T[:num_padded] = 0
 
-    def take(self, length: int) -> tuple[Int64Array, Int64Array, None]:
+    def take(self, length: int) -> tuple[Int64Array, Int64Array, Float32Array, None]:
         """Copies that the next step does not write to."""
-        return self._mass_TE[:length].copy(), self._chosen_T[:length].copy(), None
+        return self._mass_TE[:length].copy(), self._chosen_T[:length].copy(), self._sum_T[:length].copy(), None
 
 
 class _DeviceBuffers:
     """On CUDA, through fresh pinned memory, never a reused buffer, and without waiting."""
 
-    def __init__(self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor) -> None:
-        self.gate_T, self._mass_TE, self._chosen_T = gate_T, mass_TE, chosen_T
+    def __init__(
+        self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+    ) -> None:
+        self.gate_T, self._mass_TE, self._chosen_T, self._sum_T = gate_T, mass_TE, chosen_T, sum_T
 
     def start(self, gates: Int64Array, num_padded: int) -> None:
         """As on CPU."""
@@ -231,9 +257,10 @@ class _DeviceBuffers:
         self._mass_TE[:num_padded].zero_()
         self._chosen_T[:num_padded].zero_()
 
-    def take(self, length: int) -> "tuple[Int64Array, Int64Array, torch.cuda.Event]":
+    def take(self, length: int) -> "tuple[Int64Array, Int64Array, Float32Array, torch.cuda.Event]":
         """Copies that are complete once the event has happened."""
-        mass_TE, chosen_T = (buffer[:length].to("cpu", non_blocking=True) for buffer in (self._mass_TE, self._chosen_T))
+        buffers = self._mass_TE, self._chosen_T, self._sum_T
+        mass_TE, chosen_T, sum_T = (buffer[:length].to("cpu", non_blocking=True).numpy() for buffer in buffers)
         copied = torch.cuda.Event()
         copied.record()
-        return mass_TE.numpy(), chosen_T.numpy(), copied
+        return mass_TE, chosen_T, sum_T, copied

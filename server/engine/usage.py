@@ -18,6 +18,7 @@ import numpy.typing as npt
 USAGE_ATTRIBUTE = "expert_usage"  # of a ``ModelRunnerOutput``, where a worker leaves a StepUsage
 
 Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,14 @@ class StepUsage:
         count_R: how many positions are counted now.
         used_R2E: per slot, routing weight over layers and counted positions, in 1/MASS_SCALE; then
             counted positions where the slot was chosen in at least one layer.
+        overflowed: those of the requests whose numbers were not all finite.
     """
 
     request_ids: list[str]
     first_R: list[int]
     count_R: list[int]
     used_R2E: Int64Array
+    overflowed: list[str]
 
 
 @dataclass(slots=True)

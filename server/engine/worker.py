@@ -20,6 +20,7 @@ from flexgate.server.engine.seam import (
     SchedulerOutput,
     allow_amx_tiles,
     answered,
+    clear_reused_blocks,
 )
 from flexgate.server.engine.slots import SlotTable
 from flexgate.server.engine.state import GateState, PendingUsage
@@ -96,6 +97,7 @@ class GatedWorker(_Worker):
     def init_device(self) -> None:
         """Build vLLM's model runner and put the gated one in its place."""
         leave_interrupts_to_the_server()
+        clear_reused_blocks()
         if current_platform.is_cpu() and self.model_config.dtype is torch.bfloat16:
             allow_amx_tiles()
         super().init_device()

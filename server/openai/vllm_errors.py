@@ -17,6 +17,7 @@ from flexgate.server.engine.endings import (
     GATE_EXPIRED,
     KEY_EXPIRED,
     KEY_REVOKED,
+    NUMBERS_OVERFLOWED,
     PERMISSION_ENDED,
     PROJECT_ARCHIVED,
 )
@@ -37,6 +38,12 @@ _ENDED: Final = {
     ),
     GATE_EXPIRED: _PERMISSION_ENDED,
     PERMISSION_ENDED: _PERMISSION_ENDED,
+    NUMBERS_OVERFLOWED: (
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "numbers_overflowed",
+        "The model's numbers overflowed for this request: no answer is given, and the same request would overflow again. "
+        "'flexgate.experts.ignore' leaves out an expert that causes it.",
+    ),
     KEY_REVOKED: (
         HTTPStatus.UNAUTHORIZED,
         "key_revoked",
@@ -106,7 +113,9 @@ def ended_early(call: GatedCall) -> ApiError | None:
     if ended is None:
         return None
     status, code, message = ended
-    return ApiError(message, status=status, code=code)
+    # OpenAI's clients would send it again, as any other 500.
+    headers = {"x-should-retry": "false"} if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
+    return ApiError(message, status=status, code=code, headers=headers)
 
 
 def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:

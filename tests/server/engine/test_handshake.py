@@ -29,6 +29,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "slots": TABLE.to_config(),
         "slots_here": list(range(6)),
         "zero_slot": True,
+        "clears_blocks": True,
         "key_digest": key_digest(KEY),
     }
     return good | changes
@@ -62,6 +63,7 @@ def test_ranks_that_all_gate_pass() -> None:
         {"slots": SlotTable.of_checkpoint(5, 6).to_config()},
         {"slots_here": [0, 2, 4]},
         {"zero_slot": False},
+        {"clears_blocks": False},
         {"key_digest": key_digest(new_seal_key())},
         {"vllm_version": "0.31.0"},
     ],

@@ -1,13 +1,16 @@
 """What vLLM would die of later is refused before it is loaded, in one sentence."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from enginekit.checkpoints import Shape, write_random
+from safetensors.torch import load_file, save_file
 
-from flexgate.server.engine.checkpoint import CheckpointError
+from flexgate.server.engine.checkpoint import CheckpointError, read_checkpoint, require_bounded
 from flexgate.server.engine.launch import EngineSettings, plan
 from flexgate.server.engine.requirements import CPU_HEAD_SIZES, CPU_HIDDEN_MULTIPLE
 
@@ -116,6 +119,20 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     tokenizer["added_tokens"].append({"id": 512, "content": "<tool>"})
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert refusal(model) == "its tokenizer has an id 512, but vocab_size is 512"
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(math.nan, "NaN"), (-math.inf, "infinite"), (1e30, "1e+30"), (-1.1e4, "1.1e")]
+)
+def test_a_value_that_a_package_may_not_hold_either_is_refused(tmp_path: Path, value: float, what: str) -> None:
+    model = write_random(tmp_path, Shape(layers=1))
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    tensors = load_file(model / "model.safetensors")
+    require_bounded(read_checkpoint(model))
+    tensors[name][3, 5] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds .*{re.escape(what)}"):
+        require_bounded(read_checkpoint(model))
 
 
 def test_a_default_cache_holds_the_longest_request(tmp_path: Path) -> None:

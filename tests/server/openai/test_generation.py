@@ -25,7 +25,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 
 from flexgate.server.engine.client import CURRENT_CALL, ExpertUse, GateGrant
-from flexgate.server.engine.scheduler import GATE_EXPIRED
+from flexgate.server.engine.scheduler import GATE_EXPIRED, NUMBERS_OVERFLOWED
 
 PATH = "/v1/completions"
 
@@ -146,6 +146,33 @@ async def test_a_gate_that_ended_meanwhile_is_told(client: httpx.AsyncClient, ha
     response = await client.post(PATH, json={"prompt": "x"})
     assert response.status_code == 403
     assert response.json()["error"]["code"] == "expert_permission_ended"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stream", [False, True])
+async def test_numbers_that_overflowed_are_told_and_not_to_be_tried_again(
+    client: httpx.AsyncClient, handler: Any, stream: bool
+) -> None:
+    async def events() -> AsyncIterator[str]:
+        handler.calls[-1].failed = NUMBERS_OVERFLOWED
+        yield f"data: {json.dumps(create_error_response(GenerationError()).model_dump())}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def overflow() -> Any:
+        if stream:
+            return events()
+        handler.calls[-1].failed = NUMBERS_OVERFLOWED
+        raise GenerationError
+
+    handler.result = overflow
+    body = {"prompt": "x", "stream": stream, "structured_outputs": {"regex": "a"}}
+    response = await client.post(PATH, json=body)
+    if stream:
+        said = json.loads(response.text.split("\n\n")[0].removeprefix("data: "))["error"]
+    else:
+        assert (response.status_code, response.headers["x-should-retry"]) == (500, "false")
+        said = response.json()["error"]
+    assert (said["type"], said["code"], said["param"]) == ("server_error", "numbers_overflowed", None)
 
 
 @pytest.mark.asyncio

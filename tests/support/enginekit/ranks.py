@@ -24,12 +24,20 @@ def overwrite_slots(worker: Any, slots: list[int], kind: str) -> None:
 
     generator = torch.Generator().manual_seed(7)
     worker.saved = getattr(worker, "saved", [])
-    for part in _parts(worker, slots):
+    for part in _parts(worker, slots, weights_only=kind == "nan-weights"):
         worker.saved.append((part, part.clone()))
         if kind == "random":
             part.copy_(torch.randn(part.shape, generator=generator))
         else:
-            part.fill_({"nan": math.nan, "1e30": 1e30, "-1e30": -1e30, "zero": 0.0}[kind])
+            part.fill_({"nan": math.nan, "nan-weights": math.nan, "1e30": 1e30, "-1e30": -1e30, "zero": 0.0}[kind])
+
+
+def overwrite_embedding(worker: Any, token: int) -> None:
+    """Run on every rank: make whatever reads this token overflow."""
+    worker.saved = getattr(worker, "saved", [])
+    row = worker.model_runner.get_model().model.embed_tokens.weight.data[token]
+    worker.saved.append((row, row.clone()))
+    row.fill_(1e38)
 
 
 def overwrite_zero_slot(worker: Any) -> None:
@@ -50,12 +58,13 @@ def restore_slots(worker: Any) -> None:
     worker.saved = []
 
 
-def _parts(worker: Any, slots: list[int]) -> Iterator[Any]:
+def _parts(worker: Any, slots: list[int], *, weights_only: bool) -> Iterator[Any]:
     for layer in worker.model_runner.get_model().moe_layers():
         experts = layer.experts.routed_experts
         for slot in slots:
-            yield layer.gate.weight.data[slot]
-            yield layer.gate.bias.data[slot : slot + 1]
+            if not weights_only:
+                yield layer.gate.weight.data[slot]
+                yield layer.gate.bias.data[slot : slot + 1]
             local = experts.expert_map_manager.map_global_to_local(slot)
             if local >= 0:
                 yield experts.w13_weight.data[local]

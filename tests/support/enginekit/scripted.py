@@ -113,7 +113,10 @@ class ScriptedEngine:
         return answer
 
     def overwrite(self, slots: Sequence[int], kind: str) -> None:
-        """Fill slots' FFN, router row and bias with ``nan``, ``1e30``, ``-1e30``, ``random`` or ``zero``."""
+        """Fill slots' FFN, router row and bias with ``nan``, ``1e30``, ``-1e30``, ``random`` or ``zero``.
+
+        ``nan-weights`` leaves router row and bias, so that not every token meets it.
+        """
         self.call("on_every_rank", overwrite_slots, list(slots), kind)
 
     def restore(self) -> None:
