@@ -190,10 +190,15 @@ class GatedEngineClient:
         key: SealKey,
         experts: tuple[ExpertInfo, ...],
         slots: int,
+        answers: Callable[[], bool],
         weights_epoch: int = 1,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`."""
+        """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`.
+
+        ``answers`` tells whether its engine core has answered of late.
+        """
+        self._answers = answers
         self._engine = engine
         self._key = key
         self._slots = slots
@@ -216,8 +221,8 @@ class GatedEngineClient:
         return self._experts
 
     def ready(self) -> bool:
-        """Whether the handshake and the canary passed and the engine lives."""
-        return self._ready and not self._engine.errored
+        """Whether the handshake and the canary passed and the engine core lives and answers."""
+        return self._ready and not self._engine.errored and self._answers()
 
     def mark_ready(self) -> None:
         """Called by the launcher once every rank has proved itself."""

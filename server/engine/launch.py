@@ -24,6 +24,7 @@ from flexgate.server.engine.slots import SlotTable
 if TYPE_CHECKING:
     from flexgate.server.engine.client import ExpertInfo, GatedEngineClient
     from flexgate.server.engine.operator import SlotOperator
+    from flexgate.server.engine.watch import Heartbeat
 
 CPU_KV_BYTES = 1 << 30
 MOE_KERNELS = ("flexgate", "vllm")
@@ -176,7 +177,7 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from flexgate.server.engine.operator import SlotOperator
-        from flexgate.server.engine.watch import end_if_it_hangs
+        from flexgate.server.engine.watch import Heartbeat, end_if_it_hangs
 
         if early is not None:
             starting.enter_context(engine_core_of(EarlyContext(early)))
@@ -185,10 +186,11 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
         stage("starting the engine", 0, 0)
         engine = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
     slots = SlotOperator(engine)
-    watching = asyncio.create_task(end_if_it_hangs(slots))
+    heartbeat = Heartbeat()
+    watching = asyncio.create_task(end_if_it_hangs(slots, heartbeat))
     try:
         stage("proving the gate", 0, 0)
-        yield RunningEngine(await _prove(engine, planned, key), slots)
+        yield RunningEngine(await _prove(engine, planned, key, heartbeat), slots)
     finally:
         watching.cancel()
         await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
@@ -280,7 +282,7 @@ def _available_bytes(settings: EngineSettings) -> int:
     return int(psutil.virtual_memory().available * settings.gpu_memory_utilization) // settings.tensor_parallel_size
 
 
-async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngineClient":
+async def _prove(engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Heartbeat") -> "GatedEngineClient":
     from flexgate.server.engine.canary import sing
     from flexgate.server.engine.client import GatedEngineClient
     from flexgate.server.engine.handshake import describe_kernels, verify
@@ -302,9 +304,11 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey) -> "GatedEngine
         experts=_expert_infos(planned),
         slots=planned.slots.slots,
         weights_epoch=planned.settings.weights_epoch,
+        answers=heartbeat.fresh,
     )
     client.kernels = describe_kernels(reports)
     await sing(engine, client)
+    heartbeat.beat()
     client.mark_ready()
     return client
 

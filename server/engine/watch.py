@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import multiprocessing
+import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
@@ -13,14 +15,37 @@ from flexgate.server.engine.seam import EngineDeadError
 from flexgate.server.engine.slots import ANCHOR_SLOT
 
 TICK_SECONDS = 1.0
+READY_SECONDS = (
+    15.0  # without an answer, after which a server is not ready; a step that is longer makes it so for a while
+)
 
 logger = logging.getLogger(__name__)
 
 
-async def end_if_it_hangs(slots: SlotOperator) -> None:
+class Heartbeat:
+    """When the engine core last answered between two steps."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock`` is in seconds; nothing has answered yet."""
+        self._clock = clock
+        self._last: float | None = None
+
+    def beat(self) -> None:
+        """Note an answer."""
+        self._last = self._clock()
+
+    def fresh(self) -> bool:
+        """Whether an answer came within `READY_SECONDS`."""
+        return self._last is not None and self._clock() - self._last < READY_SECONDS
+
+
+async def end_if_it_hangs(slots: SlotOperator, heartbeat: Heartbeat) -> None:
     """Kill an engine that takes longer from step to step than vLLM lets a worker process take.
 
     vLLM then sees a dead engine, as it does after a crash, and tells every request that is being answered.
+
+    Args:
+        heartbeat: beats with every answer, so that an engine that hangs is not ready long before it is killed.
     """
     seconds = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
     while True:
@@ -38,6 +63,7 @@ async def end_if_it_hangs(slots: SlotOperator) -> None:
             logger.warning("the engine answered with an error", exc_info=True)
         finally:
             question.cancel()
+        heartbeat.beat()
 
 
 async def _done_within(question: "asyncio.Future[int]", seconds: int) -> bool:

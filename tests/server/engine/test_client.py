@@ -123,7 +123,7 @@ def call(engine: Engine) -> Iterator[GatedCall]:
 
 
 async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True)
     engine.client = client
     client.begin(call)
     CURRENT_CALL.set(call)
@@ -158,7 +158,7 @@ async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
 
 
 def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True)
     reserved: list[int] = []
     call.reserve = reserved.append
     for prompt in ([1, 2, 3], [4, 5]):
@@ -167,7 +167,7 @@ def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engi
 
 
 def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True)
 
     def refuse(tokens: int) -> None:
         raise OverflowError(tokens)
@@ -231,7 +231,7 @@ async def test_nothing_is_kept_of_a_request_that_did_not_reach_the_engine_core(
 async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it_sees_them(
     engine: Engine, call: GatedCall
 ) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True)
     for length, refused in ((1024, False), (1025, True)):
         params = SamplingParams(max_tokens=1, bad_words=["x" * length])
         outputs = client.generate({"prompt_token_ids": [1]}, params, "request")
@@ -251,7 +251,7 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
 
 def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_was_granted() -> None:
     infos = (ExpertInfo("public", "o", "", 0, 1, True), ExpertInfo("math", "o", "", 2, 5, True))
-    client = GatedEngineClient(Engine(), key=KEY, experts=infos, slots=4)
+    client = GatedEngineClient(Engine(), key=KEY, experts=infos, slots=4, answers=lambda: True)
     former = GateGrant("t", (ExpertLease("public", 0, 1), ExpertLease("math", 1, 2)), math.inf)
     assert client._names_for(former) == ("public", "math", None, None)
     assert client._names_for(GateGrant("t", (ExpertLease("public", 0, 1),), math.inf)) == ("public", None, "math", None)
@@ -269,7 +269,7 @@ def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
 @pytest.mark.asyncio
 async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be_read(engine: Engine) -> None:
     """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True)
     params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
     token = CURRENT_CALL.set(GatedCall(GateGrant("t", (INFO.lease,), math.inf)))
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
@@ -290,7 +290,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
 
 @pytest.mark.asyncio
 async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True)
     call = GatedCall(GateGrant("t", (INFO.lease,), math.inf), prompt_only=True)
     token = CURRENT_CALL.set(call)
     params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
@@ -303,3 +303,14 @@ async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) ->
     assert (await last).outputs[0].token_ids == []
     assert call.tokens() == 3
     await outputs.aclose()
+
+
+def test_a_client_is_ready_while_its_engine_core_answers(engine: Engine) -> None:
+    answers = [True, False, True]
+    engine.errored = False
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: answers.pop(0))
+    assert not client.ready()
+    client.mark_ready()
+    assert [client.ready() for _ in range(3)] == [True, False, True]
+    engine.errored = True
+    assert not client.ready()

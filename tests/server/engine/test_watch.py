@@ -83,7 +83,9 @@ async def _fails() -> int:
 async def test_an_engine_that_hangs_is_ended_with_all_its_ranks(core: Any, caplog: pytest.LogCaptureFixture) -> None:
     while not (ranks := psutil.Process(core.pid).children()):
         await asyncio.sleep(0.05)
-    await watch.end_if_it_hangs(Slots(_never))
+    heartbeat = watch.Heartbeat()
+    await watch.end_if_it_hangs(Slots(_never), heartbeat)
+    assert not heartbeat.fresh()
     core.join(30)
     assert core.exitcode == -9
     _, alive = psutil.wait_procs(ranks, timeout=30)
@@ -97,9 +99,24 @@ async def test_one_that_answers_in_whatever_way_lives_and_is_asked_again(
     core: Any, answer: Callable[[], Awaitable[int]]
 ) -> None:
     slots = Slots(answer)
-    await watch.end_if_it_hangs(slots)
+    heartbeat = watch.Heartbeat()
+    await watch.end_if_it_hangs(slots, heartbeat)
     assert slots.asked == 2
+    assert heartbeat.fresh()
     assert core.is_alive()
+
+
+def test_a_heartbeat_is_fresh_from_an_answer_on_for_a_stated_time() -> None:
+    now = 100.0
+    heartbeat = watch.Heartbeat(lambda: now)
+    assert not heartbeat.fresh()
+    heartbeat.beat()
+    now += watch.READY_SECONDS - 0.001
+    assert heartbeat.fresh()
+    now += 0.001
+    assert not heartbeat.fresh()
+    heartbeat.beat()
+    assert heartbeat.fresh()
 
 
 @pytest.mark.engine
