@@ -32,7 +32,7 @@ class CheckpointReader:
         try:
             self.config = read_json(directory / CONFIG_NAME)
             self.architecture = read_architecture(self.config)
-            self._places = self._open(weight_files(directory))
+            self._places = open_weights(directory, self._files)
             check_shapes(self.architecture, {name: info.shape for name, info in self.infos()})
             self.dtype = self._one_dtype()
         except BaseException:
@@ -72,18 +72,6 @@ class CheckpointReader:
         """As ``TensorFile.read``."""
         return self._places[name].read(name)
 
-    def _open(self, paths: list[Path]) -> dict[str, TensorFile]:
-        places: dict[str, TensorFile] = {}
-        for path in paths:
-            try:
-                file = self._files.enter_context(TensorFile.open(path, max_header=MAX_HEADER))
-            except TensorFileError as error:
-                raise LayoutError(str(error)) from error
-            if twice := places.keys() & file.tensors.keys():
-                raise LayoutError(f"{path} repeats {min(twice)}, which another shard holds")
-            places |= dict.fromkeys(file.tensors, file)
-        return places
-
     def _one_dtype(self) -> str:
         dtypes = {info.dtype for _, info in self.infos()}
         if len(dtypes) != 1:
@@ -101,20 +89,68 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LayoutError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The weights of a checkpoint: one file, or the shards that the index names."""
-    if (directory / WEIGHTS_NAME).is_file():
-        return [directory / WEIGHTS_NAME]
-    index = directory / INDEX_NAME
+def read_checkpoint(directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
+    """Architecture and all tensors of a checkpoint directory, sharded or not, in the stored dtype."""
+    with CheckpointReader(directory) as checkpoint:
+        return checkpoint.architecture, {name: checkpoint.read(name) for name, _ in checkpoint.infos()}
+
+
+def open_weights(directory: Path, files: ExitStack) -> dict[str, TensorFile]:
+    """The open file of every tensor of a checkpoint.
+
+    Args:
+        files: closes what was opened.
+
+    Raises:
+        LayoutError: no weights, weights that are not safetensors, or more than one reading of which files are the
+            weights, or which of them holds a tensor.
+    """
+    index = _read_index(directory)
+    paths = [directory / WEIGHTS_NAME] if index is None else [directory / name for name in sorted({*index.values()})]
+    loose = {path for path in directory.glob("*.safetensors") if not path.name.startswith(".")}
+    if stray := sorted(loose - set(paths)):
+        raise LayoutError(f"{directory} holds {stray[0].name!r} beside its weights, and loaders read it too: remove it")
+    places: dict[str, TensorFile] = {}
+    for path in paths:
+        try:
+            file = files.enter_context(TensorFile.open(path, max_header=MAX_HEADER))
+        except TensorFileError as error:
+            raise LayoutError(str(error)) from error
+        if twice := places.keys() & file.tensors.keys():
+            raise LayoutError(f"{path} repeats {min(twice)}, which another shard holds")
+        places |= dict.fromkeys(file.tensors, file)
+    if index is not None:
+        _compare(directory, index, {name: Path(file.name).name for name, file in places.items()})
+    return places
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """The shard of every tensor; None for a checkpoint of one file."""
+    index, whole = directory / INDEX_NAME, directory / WEIGHTS_NAME
     if not index.is_file():
-        raise LayoutError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        if not whole.is_file():
+            raise LayoutError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
+        return None
+    if whole.is_file():
+        raise LayoutError(f"{directory} has both {WEIGHTS_NAME} and {INDEX_NAME}: remove the one that is not meant")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise LayoutError(f"{index} has no weight_map")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise LayoutError(f"{index} names a file outside its folder: {name!r}")
-    return [directory / name for name in sorted(set(names.values()))]
+        if not name.endswith(".safetensors"):
+            raise LayoutError(f"{index} names {name!r}, which is not called a safetensors file")
+        if not (directory / name).is_file():
+            raise LayoutError(f"{directory} lacks the shard {name}")
+    return names
+
+
+def _compare(directory: Path, index: Mapping[str, str], held: Mapping[str, str]) -> None:
+    for name in sorted(index.keys() | held.keys()):
+        if index.get(name) != held.get(name):
+            said, found = index.get(name, "no shard"), held.get(name, "no shard")
+            raise LayoutError(f"{directory / INDEX_NAME} says that {said} holds {name}; {found} does")
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -201,29 +200,6 @@ def write_checkpoint(
         save_file(stored, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         return
     _write_shards(directory, list(_shards(stored, shard_bytes)))
-
-
-def read_checkpoint(directory: Path) -> tuple[Architecture, dict[str, Tensor]]:
-    """Architecture and all tensors of a checkpoint directory, sharded or not, in the stored dtype."""
-    config_path = directory / CONFIG_NAME
-    if not config_path.is_file():
-        raise LayoutError(f"{directory} has no {CONFIG_NAME}")
-    architecture = Architecture.from_config(json.loads(config_path.read_text()))
-    tensors: dict[str, Tensor] = {}
-    for name in _weight_files(directory):
-        with safe_open(directory / name, framework="pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}
-    check_tensors(architecture, tensors)
-    return architecture, tensors
-
-
-def _weight_files(directory: Path) -> list[str]:
-    if (directory / WEIGHTS_NAME).is_file():
-        return [WEIGHTS_NAME]
-    index = directory / INDEX_NAME
-    if not index.is_file():
-        raise LayoutError(f"{directory} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -21,10 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flexgate.experts.base import BaseIdentity, base_identity
 from flexgate.experts.batches import Batch, Example, batches
-from flexgate.experts.checkpoint import CheckpointReader, read_json
+from flexgate.experts.checkpoint import CheckpointReader, read_checkpoint, read_json
 from flexgate.experts.encoding import Encoder, split
 from flexgate.experts.errors import TrainingRefused
-from flexgate.experts.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, read_checkpoint
+from flexgate.experts.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture
 from flexgate.experts.loop import Outcome, Plan, Run
 from flexgate.experts.manifest import Figure, Manifest, Statement
 from flexgate.experts.model import FlexOlmo

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from flexgate.experts.batches import Example
-from flexgate.experts.checkpoint import CheckpointReader, read_json
+from flexgate.experts.checkpoint import CheckpointReader, read_checkpoint, read_json
 from flexgate.experts.encoding import Encoder, split
 from flexgate.experts.errors import TrainingRefused
-from flexgate.experts.layout import CONFIG_NAME, read_checkpoint
+from flexgate.experts.layout import CONFIG_NAME
 from flexgate.experts.loop import Outcome, Plan, Run
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.output import require_absent

@@ -21,6 +21,7 @@ from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server import tenancy
 from flexgate.server.clock import Clock
+from flexgate.server.engine.checkpoint import require_unchanged
 from flexgate.server.engine.launch import EngineSettings, launch, plan
 from flexgate.server.experts.start import AtStart, at_start, trusted_keys
 from flexgate.server.experts.versions import merged_versions
@@ -73,6 +74,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                 from flexgate.server.running import put_together, run
 
                 services = put_together(settings, model, engine, store, past, directory, merged, keys, clock)
+                require_unchanged(checkpoint)
                 await services.experts.restore(stage)
             secret = None if settings.demo else tenancy.first_admin_key(store, at=clock())
             services.policy.confirm()

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from flexgate.experts.base import base_identity
+from flexgate.experts.checkpoint import read_checkpoint
 from flexgate.experts.combine import combine
 from flexgate.experts.demo.tokenizer import EOS_ID, PAD_ID
-from flexgate.experts.layout import read_checkpoint, write_checkpoint
+from flexgate.experts.layout import write_checkpoint
 from flexgate.experts.manifest import Statement, Training
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.package import ExpertLayer

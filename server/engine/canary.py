@@ -32,7 +32,7 @@ class CanaryNotScheduled(RuntimeError):
 
 
 async def sing(engine: Any, client: GatedEngineClient) -> None:
-    """Try the engine from inside: no gate, a forged gate, then a gate on the public expert.
+    """Try the engine from inside: no gate, a forged gate, then a gate on each expert alone.
 
     Raises:
         CanaryError: the engine answered what it must refuse, refused what it must answer, or
@@ -40,7 +40,8 @@ async def sing(engine: Any, client: GatedEngineClient) -> None:
     """
     await _must_refuse(engine, "a request without a gate", None)
     await _must_refuse(engine, "a forged gate", {GATE_ARG: "e30.e30"})
-    await try_experts(client, client.experts()[0].lease)
+    for expert in client.experts():
+        await try_experts(client, expert.lease)
 
 
 async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:

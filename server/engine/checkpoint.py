@@ -2,25 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from flexgate.experts.checkpoint import open_weights
 from flexgate.experts.errors import LayoutError
-from flexgate.experts.layout import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    ROUTER_BIAS_KEY,
-    WEIGHTS_NAME,
-    Architecture,
-    expected_shapes,
-)
+from flexgate.experts.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, expected_shapes
 from flexgate.experts.package import MAX_ABSOLUTE
+from flexgate.experts.tensorfile import TensorFile
 from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.server.engine.identity import FileIdentity, identities
 
 MANIFEST_NAME = "flexgate.json"
 PUBLIC_EXPERT = "public"
@@ -66,8 +60,8 @@ class Checkpoint:
     path: Path
     architecture: Architecture
     experts: tuple[ExpertEntry, ...]
-    files: tuple[Path, ...]
     stored_dtype: str
+    files: Mapping[str, FileIdentity]  # of all that lies in the directory, from before any of it was read
 
     @property
     def parameters_per_expert(self) -> int:
@@ -81,15 +75,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the directory is missing, incomplete, truncated, of another
-            architecture, quantised, or has mismatched shapes or too many experts.
+            architecture, quantised, ambiguous, or has mismatched shapes or too many experts.
     """
+    files = identities(path)
     config = _read_json(path / CONFIG_NAME)
     architecture = _architecture(path, config)
     if architecture.num_experts > MAX_SLOTS:
         raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}")
-    files = _weight_files(path)
-    stored_dtype = _check_headers(files, architecture)
-    return Checkpoint(path, architecture, _experts(path, architecture), files, stored_dtype)
+    with _open_weights(path) as tensors:
+        stored_dtype = _check_headers(path, tensors, architecture)
+    return Checkpoint(path, architecture, _experts(path, architecture), stored_dtype, files)
+
+
+def require_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse a directory of which a file was changed, replaced, added or removed since it was first looked at.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    now = identities(checkpoint.path)
+    for name in sorted(now.keys() | checkpoint.files.keys()):
+        if now.get(name) != checkpoint.files.get(name):
+            raise CheckpointError(
+                f"{checkpoint.path / name} changed while the server started, so what was checked may not be what was "
+                "loaded: start again once nothing writes there"
+            )
 
 
 def require_bounded(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
@@ -101,28 +111,33 @@ def require_bounded(checkpoint: Checkpoint, progress: Callable[[int, int], None]
     Raises:
         CheckpointError: naming the first tensor that is not finite, or out of bounds.
     """
-    total = sum(file.stat().st_size for file in checkpoint.files)
-    done = 0
-    for name, tensor in _tensors(checkpoint.files):
-        low, high = tensor.aminmax()
-        largest = max(-float(low), float(high))
-        if not math.isfinite(largest):
-            raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinite values")
-        if largest > MAX_ABSOLUTE:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} holds a value of magnitude {largest:.4g}; "
-                f"flexgate serves at most {MAX_ABSOLUTE:g}"
-            )
-        done += tensor.nbytes
-        if progress is not None:
-            progress(done, total)
+    with _open_weights(checkpoint.path) as tensors:
+        total = sum(file.size for file in {*tensors.values()})
+        done = 0
+        for name, file in tensors.items():
+            tensor = file.read(name)
+            low, high = tensor.aminmax()
+            largest = max(-float(low), float(high))
+            if not math.isfinite(largest):
+                raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or infinite values")
+            if largest > MAX_ABSOLUTE:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {name} holds a value of magnitude {largest:.4g}; "
+                    f"flexgate serves at most {MAX_ABSOLUTE:g}"
+                )
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, total)
 
 
-def _tensors(files: tuple[Path, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():
-                yield name, reader.get_tensor(name)
+@contextmanager
+def _open_weights(path: Path) -> Iterator[dict[str, TensorFile]]:
+    with ExitStack() as files:
+        try:
+            tensors = open_weights(path, files)
+        except LayoutError as error:
+            raise CheckpointError(str(error)) from error
+        yield tensors
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
@@ -164,52 +179,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    if (path / WEIGHTS_NAME).is_file():
-        return (path / WEIGHTS_NAME,)
-    if not (path / INDEX_NAME).is_file():
-        raise CheckpointError(f"{path} has neither {WEIGHTS_NAME} nor {INDEX_NAME}")
-    weight_map = _read_json(path / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path / INDEX_NAME} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{path / INDEX_NAME} names a file outside its folder: {name!r}")
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} lacks the shard {name}")
-    return tuple(path / name for name in names)
-
-
-def _check_headers(files: tuple[Path, ...], architecture: Architecture) -> str:
+def _check_headers(path: Path, tensors: Mapping[str, TensorFile], architecture: Architecture) -> str:
     expected = expected_shapes(architecture)
     optional = {
         ROUTER_BIAS_KEY.format(layer=layer): (architecture.num_experts,)
         for layer in range(architecture.num_hidden_layers)
     }
-    found: set[str] = set()
-    dtypes: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():
-                    part = reader.get_slice(name)
-                    _check_shape(file, name, tuple(part.get_shape()), expected | optional)
-                    found.add(name)
-                    dtypes.add(part.get_dtype())
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is truncated or not safetensors: {error}") from error
-    if missing := sorted(expected.keys() - found):
-        raise CheckpointError(f"{files[0].parent} lacks {len(missing)} tensors, the first is {missing[0]}")
-    if dtypes - {"F32", "BF16"}:
-        raise CheckpointError(
-            f"{files[0].parent} stores {', '.join(sorted(dtypes))}; "
-            "flexgate serves float32 (F32) and bfloat16 (BF16) checkpoints"
-        )
-    return "float32" if "F32" in dtypes else "bfloat16"
+    for name, file in tensors.items():
+        _check_shape(file.name, name, file.tensors[name].shape, expected | optional)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]}")
+    return "float32" if any(file.tensors[name].dtype == "F32" for name, file in tensors.items()) else "bfloat16"
 
 
-def _check_shape(file: Path, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_shape(file: str, name: str, shape: tuple[int, ...], expected: dict[str, tuple[int, ...]]) -> None:
     if name not in expected:
         raise CheckpointError(f"{file} holds an unknown tensor {name}")
     if shape != expected[name]:

@@ -14,6 +14,7 @@ from flexgate.server.engine.checkpoint import (
     CheckpointError,
     read_checkpoint,
     require_bounded,
+    require_unchanged,
 )
 from flexgate.server.engine.core_process import EarlyContext, EarlyProcess, modules_of_core
 from flexgate.server.engine.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_key
@@ -308,6 +309,7 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Hea
     )
     client.kernels = describe_kernels(reports)
     await sing(engine, client)
+    require_unchanged(planned.checkpoint)
     heartbeat.beat()
     client.mark_ready()
     return client

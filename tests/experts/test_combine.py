@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from flexgate.experts import combine as combination
 from flexgate.experts import shards, stream, tensorfile
 from flexgate.experts.base import base_identity
+from flexgate.experts.checkpoint import read_checkpoint
 from flexgate.experts.combine import combine
 from flexgate.experts.errors import (
     BaseMismatch,
@@ -31,7 +32,7 @@ from flexgate.experts.errors import (
 )
 from flexgate.experts.extract import extract_anchor, extract_expert
 from flexgate.experts.files import WEIGHTS_NAME
-from flexgate.experts.layout import bias_keys, expert_keys, read_checkpoint, router_keys, shared_keys
+from flexgate.experts.layout import bias_keys, expert_keys, router_keys, shared_keys
 from flexgate.experts.model import FlexOlmo
 from flexgate.experts.signature import TrustedKeys
 from flexgate.experts.verify import VerifiedPackage, open_package

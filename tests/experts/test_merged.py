@@ -14,10 +14,10 @@ from packagekit import make_package
 from typer.testing import CliRunner
 
 from flexgate.experts.base import base_identity
+from flexgate.experts.checkpoint import read_checkpoint
 from flexgate.experts.cli import app
 from flexgate.experts.combine import combine
 from flexgate.experts.inspect import inspect_checkpoint
-from flexgate.experts.layout import read_checkpoint
 from flexgate.experts.loop import Plan
 from flexgate.experts.train_anchor import AnchorOptions, train_anchor
 from flexgate.experts.tune_router import tune_router

@@ -9,13 +9,12 @@ import pytest
 import torch
 from transformers import FlexOlmoForCausalLM
 
-from flexgate.experts.checkpoint import read_architecture
+from flexgate.experts.checkpoint import read_architecture, read_checkpoint
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.layout import (
     Architecture,
     check_tensors,
     expected_shapes,
-    read_checkpoint,
     write_checkpoint,
 )
 from flexgate.experts.model import FlexOlmo

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from packagekit import bit_equal, statement, write_model
 
 from flexgate.experts.base import BaseIdentity, base_identity
+from flexgate.experts.checkpoint import read_checkpoint
 from flexgate.experts.combine import combine
 from flexgate.experts.errors import MergeError, PackageError
 from flexgate.experts.extract import extract_anchor, extract_expert
-from flexgate.experts.layout import Architecture, read_checkpoint
+from flexgate.experts.layout import Architecture
 from flexgate.experts.signature import TrustedKeys
 from flexgate.experts.verify import VerifiedPackage, open_package
 

@@ -21,8 +21,8 @@ from trainkit import OPTIONS, PLAN, write_owner
 from flexgate.experts import loop
 from flexgate.experts.base import base_identity
 from flexgate.experts.batches import Example
+from flexgate.experts.checkpoint import read_checkpoint
 from flexgate.experts.errors import TextsInvalid, TrainingRefused
-from flexgate.experts.layout import read_checkpoint
 from flexgate.experts.loop import Plan, Run
 from flexgate.experts.pair import PairRouter, Row, make_pair, rows_from_discriminant, trainable
 from flexgate.experts.routing import Samples

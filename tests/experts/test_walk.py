@@ -8,10 +8,9 @@ import pytest
 import torch
 from walkkit import OWN, PHRASES, PUBLIC, make_model
 
-from flexgate.experts.checkpoint import read_json
+from flexgate.experts.checkpoint import read_checkpoint, read_json
 from flexgate.experts.decode import greedy
 from flexgate.experts.encoding import Encoder
-from flexgate.experts.layout import read_checkpoint
 from flexgate.experts.model import FlexOlmo
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ KV = 1000
 
 
 def planned(available: int, **options: Any) -> SlotPlan:
-    checkpoint = Checkpoint(Path("model"), ARCHITECTURE, (), (), "bfloat16")
+    checkpoint = Checkpoint(Path("model"), ARCHITECTURE, (), "bfloat16", {})
     return plan_slots(checkpoint, dtype="bfloat16", kv_bytes=KV, available_bytes=available, **options)
 
 

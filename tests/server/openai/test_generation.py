@@ -25,7 +25,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 
 from flexgate.server.engine.client import CURRENT_CALL, ExpertUse, GateGrant
-from flexgate.server.engine.scheduler import GATE_EXPIRED, NUMBERS_OVERFLOWED
+from flexgate.server.engine.endings import GATE_EXPIRED, NUMBERS_OVERFLOWED
 
 PATH = "/v1/completions"
 
