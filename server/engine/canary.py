@@ -12,10 +12,10 @@ from flexgate.server.engine.client import (
     GatedEngineClient,
     GateGrant,
 )
+from flexgate.server.engine.endings import NUMBERS_OVERFLOWED
 from flexgate.server.engine.gates import GATE_ARG
 from flexgate.server.engine.guard import SELF_TEST
 from flexgate.server.engine.operator import SlotOperator
-from flexgate.server.engine.endings import NUMBERS_OVERFLOWED
 from flexgate.server.engine.seam import EngineGenerateError
 
 TENANT = "flexgate-canary"

@@ -41,8 +41,8 @@ _ENDED: Final = {
     NUMBERS_OVERFLOWED: (
         HTTPStatus.INTERNAL_SERVER_ERROR,
         "numbers_overflowed",
-        "The model's numbers overflowed for this request: no answer is given, and the same request would overflow again. "
-        "'flexgate.experts.ignore' leaves out an expert that causes it.",
+        "The model's numbers overflowed for this request: no answer is given, and the same request would overflow "
+        "again. 'flexgate.experts.ignore' leaves out an expert that causes it.",
     ),
     KEY_REVOKED: (
         HTTPStatus.UNAUTHORIZED,
