@@ -171,8 +171,10 @@ async def bare(services: Any, headers: list[tuple[bytes, bytes]]) -> tuple[int, 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
     scope |= {"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}
 
+    messages = iter([{"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}])
+
     async def receive() -> Any:
-        return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}
+        return next(messages, {"type": "http.disconnect"})
 
     async def send(message: Any) -> None:
         sent.append(message)
