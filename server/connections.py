@@ -18,7 +18,10 @@ from flexgate.server.errors import ApiError
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS = 30.0
 PROBE_SECONDS = 1.0
+EVENT_STREAM: Final = "flexgate.event_stream"
+"""The scope's key of a response whose body is server-sent events."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_COMMENT: Final = b"9\r\n: probe\n\n\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -50,18 +53,21 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body or self.pipeline:
             return False
-        if not cycle.response_started:
-            if self.scope["http_version"] != "1.1":
-                return False  # to which nothing may be sent before the answer
-            self._probe(cycle)
+        if self.scope["http_version"] != "1.1":
+            return False  # nothing can be sent between the parts of its answer
         cycle.keep_alive = False
+        self._probe(cycle)
         return True
 
     def _probe(self, cycle: RequestResponseCycle) -> None:
         """Find out whether a client that sends no more still reads; a reset shows at the write after it."""
-        if not (cycle.response_started or self.transport.is_closing()):
+        if cycle.response_complete or self.transport.is_closing():
+            return
+        if not cycle.response_started:
             self.transport.write(_CONTINUE)
-            self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
+        elif cycle.chunked_encoding and EVENT_STREAM in cycle.scope:
+            self.transport.write(_COMMENT)
+        self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
 
     def data_received(self, data: bytes) -> None:
         """Parse it, and judge what it was for."""

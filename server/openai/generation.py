@@ -21,6 +21,7 @@ from flexgate.policies.terms import TenantId
 from flexgate.server import report
 from flexgate.server.admission import Admitted, Kind, admit, honoured_body
 from flexgate.server.auth import AuthError, Principal, require_tenant
+from flexgate.server.connections import EVENT_STREAM
 from flexgate.server.context import context_of, identify
 from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
@@ -215,6 +216,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+        scope[EVENT_STREAM] = True
         try:
             await super().__call__(scope, receive, send)
         finally:
