@@ -12,7 +12,7 @@ import typer
 from flexgate.policies.audit import Head, from_line, no_key_twice, to_line, verify_with
 from flexgate.policies.errors import AuditBroken
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing
-from flexgate.server.cli_target import Key, Target, Url, administers
+from flexgate.server.cli_target import Key, Target, Url, administers, where
 from flexgate.server.cli_target import target as target_of
 
 _HELP: Final = (
@@ -32,6 +32,7 @@ def head(target: Target) -> None:
 
 @app.command()
 def verify(
+    context: typer.Context,
     heads: Annotated[Path | None, typer.Option(help="File with lines that 'head' printed before.")] = None,
     file: Annotated[Path | None, typer.Option(help="Verify an export instead of the database.")] = None,
     demo: Demo = None,
@@ -47,12 +48,13 @@ def verify(
             with file.open(encoding="utf-8") as lines:
                 found = verify_with(map(from_line, lines), noted)
         else:
-            with target_of(demo, state_dir, database_url, url, key) as target:
+            options = {"demo": demo, "state_dir": state_dir, "database_url": database_url, "url": url, "key": key}
+            with target_of(**where(context, options)) as target:
                 found = verify_with(target.audit_log(0), noted)
     if heads is None:
         typer.echo(
-            f"{found.sequence} entries follow from each other; without --heads nothing tells whether the log was "
-            "replaced as a whole, or cut off"
+            f"{found.sequence} entries follow from each other; "
+            "a log that was replaced or cut off is noticed with --heads only"
         )
     else:
         typer.echo(f"{found.sequence} entries verified; {len(noted)} heads from outside found")

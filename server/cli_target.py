@@ -36,6 +36,7 @@ _TARGETS: Final = {
     "url": Url,
     "key": Key,
 }
+_DATABASE: Final = frozenset(["demo", "state_dir", "database_url"])
 _BATCH: Final = 1000
 _PROJECTS: Final = "/v1/organization/projects"
 LIMITS: Final = tuple(Quota.model_fields)
@@ -118,8 +119,8 @@ def administers(app: typer.Typer, name: str | None = None) -> Callable[[Callable
     def register(work: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(work, eval_str=True).parameters.values())[1:]
 
-        def run(**given: Any) -> None:
-            with target(*(given.pop(option) for option in _TARGETS)) as chosen:
+        def run(context: typer.Context, **given: Any) -> None:
+            with target(**where(context, {option: given.pop(option) for option in _TARGETS})) as chosen:
                 work(chosen, **given)
 
         shared = [
@@ -127,12 +128,24 @@ def administers(app: typer.Typer, name: str | None = None) -> Callable[[Callable
             for option, annotation in _TARGETS.items()
         ]
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        run.__signature__ = inspect.Signature([context, *own, *shared])  # type: ignore[attr-defined]
         run.__doc__ = work.__doc__
         app.command(name or work.__name__.replace("_", "-"))(run)
         return work
 
     return register
+
+
+def where(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The target's options. A place that was written in the command outweighs another that the environment names."""
+    sources = {option: context.get_parameter_source(option) for option in options}
+    written = {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if "url" not in written and written & _DATABASE:
+        return options | {"url": None}
+    if "url" in written and not written & _DATABASE:
+        return options | dict.fromkeys(_DATABASE)
+    return options
 
 
 class DatabaseTarget:

@@ -33,7 +33,7 @@ def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise ChangeRefused("the engine would be started now")
 
     monkeypatch.setattr(process, "launch", engine_started)
-    monkeypatch.setattr("flexgate.server.logs.configure", lambda _: None)
+    monkeypatch.setattr("flexgate.server.logs.configure", lambda *_: None)
     usual = (str(text_checkpoint), "--port=0", f"--state-dir={tmp_path / 'state'}")
     return lambda *options: run("serve", *usual, *options)
 

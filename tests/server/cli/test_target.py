@@ -145,3 +145,17 @@ def test_a_target_that_cannot_be_meant_is_wrong_usage(options: list[str], said: 
 def test_limits_without_a_limit_are_wrong_usage(real_store: Store) -> None:
     run = on(["--database-url", real_store.engine.url.render_as_string()])
     assert run("tenants", "set-limits", "t").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "said"),
+    [
+        ({"FLEXGATE_URL": "http://127.0.0.1:9"}, ["--state-dir", "missing"], "there is no policy database at "),
+        ({"FLEXGATE_STATE_DIR": "missing"}, ["--url", "http://127.0.0.1:9", "--key", "k"], "does not answer"),
+    ],
+)
+def test_a_place_in_the_command_outweighs_one_in_the_environment(
+    environment: dict[str, str], options: list[str], said: str
+) -> None:
+    for words in (["tenants", "list"], ["agreements", "list"], ["audit", "verify"]):
+        assert said in CliRunner().invoke(app, [*words, *options], env=environment).stderr

@@ -106,7 +106,8 @@ def experts_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
 def test_each_demo_key_has_its_gate(demo: str, key: str) -> None:
     answer: dict[str, Any] = ask(demo, key, "What is the opposite of old?").json()
     assert answer["flexgate"]["allowed"] == ALLOWED[key]
-    assert {"owner": "tarnholm-gazette", "id": "news"}.items() <= experts_of(answer)[1].items()
+    owners = {expert["id"]: expert["owner"] for expert in experts_of(answer)}
+    assert owners["news"] == "tarnholm-gazette"
 
 
 def test_the_admin_key_cannot_infer(demo: str) -> None:
