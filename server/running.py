@@ -29,8 +29,9 @@ from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server.app import build_app, build_listeners
 from flexgate.server.connections import BoundedProtocol
+from flexgate.server.engine.calls import ExpertLease
 from flexgate.server.engine.canary import try_added
-from flexgate.server.engine.client import ExpertLease, GatedEngineClient
+from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.launch import RunningEngine
 from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.residence import Places, Residence

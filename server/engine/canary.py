@@ -5,13 +5,8 @@ import math
 import uuid
 from typing import Any
 
-from flexgate.server.engine.client import (
-    CURRENT_CALL,
-    ExpertLease,
-    GatedCall,
-    GatedEngineClient,
-    GateGrant,
-)
+from flexgate.server.engine.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.endings import NUMBERS_OVERFLOWED
 from flexgate.server.engine.gates import GATE_ARG
 from flexgate.server.engine.guard import SELF_TEST

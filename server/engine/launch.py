@@ -23,7 +23,8 @@ from flexgate.server.engine.requirements import require_servable
 from flexgate.server.engine.slots import SlotTable
 
 if TYPE_CHECKING:
-    from flexgate.server.engine.client import ExpertInfo, GatedEngineClient
+    from flexgate.server.engine.calls import ExpertInfo
+    from flexgate.server.engine.client import GatedEngineClient
     from flexgate.server.engine.operator import SlotOperator
     from flexgate.server.engine.watch import Heartbeat
 
@@ -316,7 +317,7 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Hea
 
 
 def _expert_infos(planned: LaunchPlan) -> "tuple[ExpertInfo, ...]":
-    from flexgate.server.engine.client import ExpertInfo
+    from flexgate.server.engine.calls import ExpertInfo
 
     live = planned.table.live
     return tuple(

@@ -22,8 +22,8 @@ from flexgate.experts.errors import DiskFull, ExpertsError
 from flexgate.experts.manifest import Manifest
 from flexgate.experts.verify import VerifiedPackage, open_package
 from flexgate.policies.errors import PolicyError
+from flexgate.server.engine.calls import ExpertInfo, ExpertLease
 from flexgate.server.engine.canary import CanaryNotScheduled
-from flexgate.server.engine.client import ExpertInfo, ExpertLease
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineBusy, EngineFailed, PackageRefused
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from flexgate.experts.base import BaseIdentity
 from flexgate.experts.package import WeightsTicket
 from flexgate.experts.signature import TrustedKeys
-from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed
 from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.versions import Merged

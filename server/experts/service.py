@@ -16,7 +16,7 @@ from flexgate.experts.manifest import Manifest, parse_manifest
 from flexgate.experts.package import WeightsTicket
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.terms import PUBLIC
-from flexgate.server.engine.client import ExpertInfo
+from flexgate.server.engine.calls import ExpertInfo
 from flexgate.server.experts.adding import Adding, Canary
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError
-from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineFailed, NotResident
 from flexgate.server.experts.residence import Residence
 

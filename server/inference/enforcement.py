@@ -29,7 +29,8 @@ from flexgate.server.engine.endings import (
 )
 
 if TYPE_CHECKING:
-    from flexgate.server.engine.client import GatedCall, GatedEngineClient
+    from flexgate.server.engine.calls import GatedCall
+    from flexgate.server.engine.client import GatedEngineClient
 
 END_SECONDS: Final = 0.5
 """How long the enforcement of a policy waits for ended requests to be told; none of them gets a token meanwhile."""

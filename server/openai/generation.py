@@ -23,7 +23,7 @@ from flexgate.server.admission import Admitted, Kind, admit, honoured_body
 from flexgate.server.auth import AuthError, Principal, require_tenant
 from flexgate.server.connections import EVENT_STREAM
 from flexgate.server.context import context_of, identify
-from flexgate.server.engine.client import CURRENT_CALL, GatedCall, GateGrant
+from flexgate.server.engine.calls import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
 from flexgate.server.forms import read_request
 from flexgate.server.inference.enforcement import Right

@@ -11,7 +11,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
-from flexgate.server.engine.client import GatedCall
+from flexgate.server.engine.calls import GatedCall
 from flexgate.server.engine.endings import (
     EXPERT_REVOKED,
     GATE_EXPIRED,

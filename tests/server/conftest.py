@@ -103,7 +103,7 @@ class Handler:
         self.result: Any = None
 
     async def __call__(self, request: Any, raw_request: Any = None) -> Any:
-        from flexgate.server.engine.client import CURRENT_CALL
+        from flexgate.server.engine.calls import CURRENT_CALL
 
         assert raw_request is None
         self.seen.append(request)
@@ -155,7 +155,7 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Path) -> Any:
     """The application's parts around a client without an engine."""
-    from flexgate.server.engine.client import ExpertInfo, ExpertLease
+    from flexgate.server.engine.calls import ExpertInfo, ExpertLease
     from flexgate.server.experts.uploads import Uploads
     from flexgate.server.policy import PolicySource
     from flexgate.server.services import Services

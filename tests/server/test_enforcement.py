@@ -16,7 +16,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.terms import Agreement, TenantId
 from flexgate.server.auth import authenticate
-from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.inference import enforcement
 from flexgate.server.inference.enforcement import Right, RunningRequests
 from flexgate.server.policy import PolicySource

@@ -21,7 +21,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.server.app import build_app
-from flexgate.server.engine.client import CURRENT_CALL
+from flexgate.server.engine.calls import CURRENT_CALL
 from flexgate.server.openapi import document
 from flexgate.server.policy import PolicySource
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from vllm.sampling_params import SamplingParams
 from flexgate.server.engine import launch
 from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled, try_added
-from flexgate.server.engine.client import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
 
 ADDED = ExpertLease("added", 4, 7)
 

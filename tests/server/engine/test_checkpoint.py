@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.errors import LayoutError
 from flexgate.server.engine import canary
+from flexgate.server.engine.calls import ExpertInfo
 from flexgate.server.engine.canary import CanaryError
 from flexgate.server.engine.checkpoint import CheckpointError, read_checkpoint, require_unchanged
-from flexgate.server.engine.client import ExpertInfo
 
 NAME = "model.layers.0.mlp.experts.2.up_proj.weight"
 

@@ -14,22 +14,14 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsTensors
 
-from flexgate.server.engine.client import (
-    CURRENT_CALL,
-    ExpertInfo,
-    ExpertLease,
-    GatedCall,
-    GatedEngineClient,
-    GateGrant,
-)
+from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.client import GatedEngineClient
 from flexgate.server.engine.gates import GateError, new_seal_key
 
 
 def salt(*leases: ExpertLease, tenant: str = "t", client_salt: str | None = None) -> str:
-    """The salt under which a call goes out; making it needs no engine."""
-    client = object.__new__(GatedEngineClient)
-    client._key = KEY
-    return client._gate(GatedCall(GateGrant(tenant, leases, math.inf), client_salt), "request").cache_salt
+    """The salt under which a call goes out."""
+    return GatedCall(GateGrant(tenant, leases, math.inf), client_salt).gate("request", KEY).cache_salt
 
 
 KEY = new_seal_key()
@@ -250,11 +242,10 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
 
 
 def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_was_granted() -> None:
-    infos = (ExpertInfo("public", "o", "", 0, 1, True), ExpertInfo("math", "o", "", 2, 5, True))
-    client = GatedEngineClient(Engine(), key=KEY, experts=infos, slots=4, answers=lambda: True)
+    now = ("public", None, "math", None)
     former = GateGrant("t", (ExpertLease("public", 0, 1), ExpertLease("math", 1, 2)), math.inf)
-    assert client._names_for(former) == ("public", "math", None, None)
-    assert client._names_for(GateGrant("t", (ExpertLease("public", 0, 1),), math.inf)) == ("public", None, "math", None)
+    assert former.name_slots(now) == ("public", "math", None, None)
+    assert GateGrant("t", (ExpertLease("public", 0, 1),), math.inf).name_slots(now) == now
 
 
 def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:

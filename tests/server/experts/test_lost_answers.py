@@ -12,7 +12,7 @@ import pytest
 from residencykit.local import Local, package, withdrawn_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
-from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.engine.scheduler import EXPERT_REVOKED
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown
 

@@ -16,8 +16,8 @@ from flexgate.experts.signature import TrustedKeys
 from flexgate.experts.verify import open_package
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.store import Store
+from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
-from flexgate.server.engine.client import ExpertLease, GatedCall, GateGrant
 from flexgate.server.experts import adding
 from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
 from flexgate.server.experts.repository import Added

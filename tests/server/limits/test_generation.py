@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.tenants import Quota
 from flexgate.server.app import build_app
-from flexgate.server.engine.client import CURRENT_CALL
+from flexgate.server.engine.calls import CURRENT_CALL
 from flexgate.server.inference.limits.scopes import stated_tokens
 
 pytestmark = pytest.mark.asyncio

@@ -24,7 +24,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 
-from flexgate.server.engine.client import CURRENT_CALL, ExpertUse, GateGrant
+from flexgate.server.engine.calls import CURRENT_CALL, ExpertUse, GateGrant
 from flexgate.server.engine.endings import GATE_EXPIRED, NUMBERS_OVERFLOWED
 
 PATH = "/v1/completions"
@@ -83,7 +83,7 @@ async def test_an_answer_has_the_object_the_headers_and_no_peer_fields(client: h
 async def test_an_answer_that_used_an_excluded_expert_is_withheld(
     client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flexgate.server.engine.client import Attribution, GatedCall
+    from flexgate.server.engine.calls import Attribution, GatedCall
 
     forbidden = Attribution((ExpertUse("math", 0.5, 1),), 0)
     monkeypatch.setattr(GatedCall, "attribution", lambda self: forbidden)

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.store import Store
 from flexgate.policies.store.hints import Hints
-from flexgate.server.engine.client import ExpertInfo, ExpertLease
+from flexgate.server.engine.calls import ExpertInfo, ExpertLease
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 from flexgate.server.running import run

@@ -21,7 +21,7 @@ from flexgate.experts.package import WeightsTicket
 from flexgate.policies.audit import Event
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.client import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.engine.operator import Closed, SlotTaskFailed
 from flexgate.server.engine.residency import SlotWriter, from_wire, to_wire
 from flexgate.server.engine.scheduler import EXPERT_REVOKED
