@@ -39,7 +39,7 @@ def ask(server: Any, key: str, **flexgate: Any) -> Any:
     """One completion with a client of its own."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
         return client.completions.create(
-            model="tiny", prompt="the quick fox", max_tokens=4, extra_body={"flexgate": flexgate}
+            model="tiny", prompt="the quick fox", max_tokens=4, extra_body={"flexgate": flexgate, "ignore_eos": True}
         )
 
 
