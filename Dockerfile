@@ -6,7 +6,7 @@
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
 RUN pip install --no-cache-dir setuptools==78.1.1 wheel==0.48.0
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY policies policies
 COPY kernels kernels
 COPY experts experts
