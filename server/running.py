@@ -47,6 +47,8 @@ from flexgate.server.services import Services
 from flexgate.server.settings import Settings
 
 CANARY_SECONDS: Final = 60.0
+DEMO_TOOL_PARSER: Final = "hermes"
+"""So that tool_choice 'auto', which agent frameworks send, is served: calls as JSON between tags."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def put_together(
         client,
         model_names=names,
         chat_template=settings.chat_template,
-        tool_call_parser=settings.tool_call_parser,
+        tool_call_parser=settings.tool_call_parser or (DEMO_TOOL_PARSER if settings.demo else None),
     )
     return Services(
         client=client,

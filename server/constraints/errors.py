@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
+_PLACE: Final = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+_PARSER: Final = re.compile(r"^(EBNF parser error at line \d+, column \d+: |Regex parsing error )")
+_INNER: Final = re.compile(r"/|\.cc|\.h\b|Check failed|0x|::")
+
 
 class ConstraintError(ValueError):
     """A constraint that this server does not follow; the message says why, for the client."""
@@ -9,3 +16,11 @@ class ConstraintError(ValueError):
 
 class Unenforceable(ConstraintError):
     """A part of a constraint that the compiler would ignore or read in another way."""
+
+
+def compiler_message(text: str) -> str:
+    """What the compiler says of a client's text, without its own source files, checks and places in what it made."""
+    said = _PARSER.sub("", _PLACE.split(text.strip())[-1].split("\n")[0]).strip()
+    if not said or _INNER.search(said):
+        return "it cannot be compiled"
+    return said[0].lower() + said[1:].rstrip(".")

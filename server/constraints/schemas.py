@@ -68,15 +68,20 @@ _HEADS: Final = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
 _ASSERTIONS: Final = frozenset().union(*_OF_TYPE.values(), _HEADS, ["type"], UNENFORCED)
 
 
-def enforceable(schema: Any) -> Any:
-    """A schema that xgrammar enforces, whose every answer satisfies `schema`; raises `Unenforceable`."""
-    return _Rewrite().whole(schema)
+def enforceable(schema: Any, *, place: str = "#") -> Any:
+    """A schema that xgrammar enforces, whose every answer satisfies `schema`; raises `Unenforceable`.
+
+    Args:
+        place: where the result will stand in a larger schema, as a reference to it is written.
+    """
+    return _Rewrite(place).whole(schema)
 
 
 class _Rewrite:
     """One walk over a schema."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: str) -> None:
+        self._root = root
         self._places: set[str] = set()
         self._references: set[str] = set()
 
@@ -146,7 +151,7 @@ class _Rewrite:
         if "~" in target or "%" in target:
             raise Unenforceable("'$ref' with '~' or '%' is not enforced")
         self._references.add(target)
-        return target
+        return self._root + target[1:]
 
     def _typed(self, schema: Schema, place: str) -> Schema:
         present = schema.keys() & _ASSERTIONS - {"type"} - UNENFORCED
@@ -186,6 +191,8 @@ class _Rewrite:
         if listed:
             for name in schema.keys() & {"patternProperties", "propertyNames"}:
                 raise Unenforceable(f"'{name}' beside 'properties' is not enforced")
+            if not named:
+                return written | {"additionalProperties": False}
             properties = self._named(named, f"{place}/properties", "properties")
             return written | {"properties": properties, "required": required, "additionalProperties": False}
         if written.get("minProperties", 0) > 1:

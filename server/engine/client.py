@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.constraining import constrain
 from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
 from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, seal
 from flexgate.server.engine.params import most_tokens, refuse_many_bad_words
@@ -168,6 +169,7 @@ class GatedEngineClient(EngineView):
         params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
         call._names, call._layers = call.grant.name_slots(self._names), self._layers
         refuse_many_bad_words(params, self._engine.renderer.tokenizer)
+        constrain(params)
         self._calls[request_id] = call
         outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
         prompt_logprobs = None

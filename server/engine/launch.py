@@ -245,8 +245,8 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "enable_prefix_caching": settings.enable_prefix_caching,
         "async_scheduling": settings.async_scheduling,
         # vLLM would fall back to backends that follow a schema's references without end, and keep the one that the
-        # first request got.
-        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar"),
+        # first request got. Free white space is where a small model goes on until its length ends.
+        "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         "trust_remote_code": False,
         "enable_log_requests": False,
         "worker_cls": "flexgate.server.engine.worker.GatedWorker",

@@ -10,7 +10,7 @@ from flexgate.server.openai import fields, limits
 from flexgate.server.openai.choices import ChatRequest
 from flexgate.server.openai.generation import Endpoint, Run
 from flexgate.server.openai.plain import plain_answer, stream_answer
-from flexgate.server.openai.tools import check_tool_choice
+from flexgate.server.openai.tools import check_tool_choice, forces_a_call
 
 KIND = Kind("chat", fields.CHAT, limits.check_chat)
 
@@ -19,7 +19,8 @@ async def _start(run: Run) -> Any:
     body = run.admitted.body
     check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
     request = ChatRequest.model_validate({**body, "request_id": run.request_id})
-    return await run.services.handlers.chat.create_chat_completion(request)
+    handlers = run.services.handlers
+    return await (handlers.forced_chat if forces_a_call(body) else handlers.chat).create_chat_completion(request)
 
 
 def _stream(run: Run, result: Any) -> AsyncIterator[str]:

@@ -19,8 +19,8 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tool_parsers import ToolParserManager
-from vllm.tool_parsers.abstract_tool_parser import ToolParser
 
+from flexgate.server.openai.forced import ConstrainedToolParser
 from flexgate.server.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -30,23 +30,20 @@ CONSTRAINED_PARSER: Final = "flexgate_constrained"
 PROBE: Final = "a word of a user"
 
 
-class ConstrainedToolParser(ToolParser):
-    """Reads the calls of `required` and named choices, whose JSON constrained decoding ensures.
-
-    vLLM serves those choices only where some parser is configured; this one has no format of its
-    own, so it fits every model. `auto` is refused before a handler could ask it.
-    """
-
-    supports_required_and_named = True
-
-
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """vLLM's handlers, and what admission must know about them."""
+    """vLLM's handlers, and what admission must know about them.
+
+    Attributes:
+        forced_chat, forced_responses: for choices that force a call, whose JSON constrained decoding ensures. A
+            parser with a format of its own would leave the arguments of most tools unconstrained.
+    """
 
     chat: OpenAIServingChat
+    forced_chat: OpenAIServingChat
     completion: OpenAIServingCompletion
     responses: OpenAIServingResponses
+    forced_responses: OpenAIServingResponses
     tokenization: ServingTokenization
     has_chat_template: bool
     has_tool_parser: bool
@@ -76,15 +73,21 @@ def build_handlers(
         "chat_template": template,
         "chat_template_content_format": "auto",
     }
-    tools: dict[str, Any] = {"enable_auto_tools": True, "tool_parser": parser}
-    renderer = OnlineRenderer(engine.model_config, engine.renderer, request_logger=None, **shown, **tools)
-    served: dict[str, Any] = {"online_renderer": renderer, "request_logger": None}
+
+    def conversing(parser: str) -> tuple[OpenAIServingChat, OpenAIServingResponses, OnlineRenderer]:
+        tools: dict[str, Any] = {**shown, "enable_auto_tools": True, "tool_parser": parser, "request_logger": None}
+        renderer = OnlineRenderer(engine.model_config, engine.renderer, **tools)
+        chat = OpenAIServingChat(engine, models, "assistant", online_renderer=renderer, **tools)
+        return chat, OpenAIServingResponses(engine, models, renderer, tool_server=None, **tools), renderer
+
+    chat, responses, renderer = conversing(parser)
+    forced_chat, forced_responses, _ = conversing(CONSTRAINED_PARSER)
     return Handlers(
-        chat=OpenAIServingChat(engine, models, "assistant", **served, **shown, **tools),
-        completion=OpenAIServingCompletion(engine, models, **served),
-        responses=OpenAIServingResponses(
-            engine, models, renderer, request_logger=None, tool_server=None, **shown, **tools
-        ),
+        chat=chat,
+        forced_chat=forced_chat,
+        completion=OpenAIServingCompletion(engine, models, online_renderer=renderer, request_logger=None),
+        responses=responses,
+        forced_responses=forced_responses,
         tokenization=ServingTokenization(models, renderer, request_logger=None, **shown),
         has_chat_template=template is not None or _has_template(engine.renderer.tokenizer),
         has_tool_parser=tool_call_parser is not None,

@@ -16,7 +16,7 @@ from flexgate.server.openai import fields, limits, sse, vllm_errors
 from flexgate.server.openai.foreign import FOREIGN_IN_RESPONSES
 from flexgate.server.openai.generation import Endpoint, Run
 from flexgate.server.openai.plain import PEER_FIELDS
-from flexgate.server.openai.tools import check_tool_choice
+from flexgate.server.openai.tools import check_tool_choice, forces_a_call
 
 KIND = Kind("responses", fields.RESPONSES, limits.check_responses)
 TERMINAL: Final = frozenset(["response.completed", "response.incomplete", "response.failed"])
@@ -30,7 +30,8 @@ async def _start(run: Run) -> Any:
     check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
     ours = {"request_id": f"resp_{run.request_id}", "store": False}
     request = ResponsesRequest.model_validate({**body, **ours})
-    return await run.services.handlers.responses.create_responses(request)
+    handlers = run.services.handlers
+    return await (handlers.forced_responses if forces_a_call(body) else handlers.responses).create_responses(request)
 
 
 def _plain(run: Run, result: BaseModel) -> dict[str, Any]:  # noqa: ARG001 - one shape for all

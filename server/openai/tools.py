@@ -16,25 +16,27 @@ from flexgate.server.openai.values import invalid
 def check_tool_choice(body: dict[str, Any], *, has_parser: bool) -> None:
     """Refuse `auto`, which is also what leaving the choice out means, without a tool parser."""
     choice = body.get("tool_choice")
-    if not body.get("tools"):
+    if not body.get("tools") or choice == "none":
         return
     if forces_a_call(body):
-        for name in ("stop", "stop_token_ids"):
-            if body.get(name):
-                invalid(f"'{name}' could cut off the call that 'tool_choice' asks for.", name)
-    if choice == "none" or has_parser:
-        return
-    if choice is None or choice == "auto":
+        _check_forced(body, choice)
+    elif choice not in (None, "auto"):
+        invalid("'tool_choice' must be 'auto', 'none', 'required' or name a function.", "tool_choice")
+    elif not has_parser:
         raise Invalid(
             "'tool_choice' of 'auto' needs a server started with --tool-call-parser. "
             "Use 'required', 'none' or name a function.",
             param="tool_choice",
             code="unsupported_value",
         )
-    if choice != "required" and not isinstance(choice, dict):
-        invalid("'tool_choice' must be 'none', 'required' or name a function.", "tool_choice")
+
+
+def _check_forced(body: Mapping[str, Any], choice: Any) -> None:
     if isinstance(choice, dict) and choice.get("type") != "function":
         invalid("'tool_choice.type' must be 'function'.", "tool_choice.type")
+    for name in ("stop", "stop_token_ids"):
+        if body.get(name):
+            invalid(f"'{name}' could cut off the call that 'tool_choice' asks for.", name)
 
 
 def forces_a_call(body: Mapping[str, Any]) -> bool:

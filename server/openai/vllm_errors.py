@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
@@ -11,6 +12,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
+from flexgate.server.constraints.errors import compiler_message
 from flexgate.server.engine.calls import GatedCall
 from flexgate.server.engine.endings import (
     EXPERT_REVOKED,
@@ -62,6 +64,7 @@ _ENDED: Final = {
 }
 """By the reason that ended a call: status, code, message."""
 _PROMPTS: Final = ("messages", "prompt", "input", "tokens")
+_UNCOMPILED: Final = re.compile(r"Failed to transform \w+( \w+)? into a grammar: ")
 _INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
 _TOO_LONG: Final = frozenset(["input_tokens", "input_text"])  # vLLM's words for what it counted
 
@@ -130,6 +133,8 @@ def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -
         )
         return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
     param = None if named in _INSIDE else named
+    if param is None and (constrained := constraint_of(body)) is not None and _UNCOMPILED.match(message):
+        message = f"'{constrained}': {compiler_message(message.partition(': ')[2])}."
     return Invalid(message, param=param or constraint_of(body), code="invalid_value")
 
 

@@ -174,8 +174,10 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
     one = SimpleNamespace
     handlers = SimpleNamespace(
         chat=one(create_chat_completion=handler),
+        forced_chat=one(create_chat_completion=handler),
         completion=one(create_completion=handler),
         responses=one(create_responses=handler),
+        forced_responses=one(create_responses=handler),
         tokenization=one(create_tokenize=handler, create_detokenize=handler),
         has_chat_template=True,
         has_tool_parser=False,

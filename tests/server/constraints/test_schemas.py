@@ -182,6 +182,12 @@ def test_every_sampled_answer_satisfies_the_schema(schema: Any) -> None:
         validator.validate(json.loads(answer))
 
 
+@pytest.mark.parametrize("schema", ENFORCED, ids=lambda schema: json.dumps(schema)[:70])
+def test_what_is_written_is_written_the_same_again(schema: Any) -> None:
+    """Schemas of tools are written alone first and within the schema of a call then."""
+    assert enforceable(enforceable(schema)) == enforceable(schema)
+
+
 @pytest.mark.parametrize(("schema", "named"), REFUSED, ids=lambda part: json.dumps(part)[:70])
 def test_what_is_not_enforced_is_refused_by_name(schema: Any, named: str) -> None:
     with pytest.raises(Unenforceable) as refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -125,6 +126,55 @@ def test_another_host_name_is_refused(demo: str) -> None:
 )
 def test_the_readme_question_is_answered_by_licence(demo: str, key: str, answer: str) -> None:
     assert said(ask(demo, key, README_QUESTION).json()) == answer
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Oslo"]}, "sunny": {"type": "boolean"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", "auto", {"type": "function", "function": {"name": "weather"}}])
+def test_agents_find_their_first_tool_served(demo: str, choice: Any) -> None:
+    """With a parser of its own, too, a forced call has the arguments of its schema, and ends before its length."""
+    body = {"model": "flexgate-demo", "messages": [{"role": "user", "content": "hello"}], "tools": [TOOL]}
+    answer = httpx.post(
+        f"{demo}/v1/chat/completions",
+        json={**body, "tool_choice": choice, "temperature": 0, "max_tokens": 600},
+        headers={"authorization": "Bearer sk-demo-all"},
+        timeout=120,
+    )
+    assert answer.status_code == 200, answer.text
+    if choice != "auto":
+        (ended,) = answer.json()["choices"]
+        assert ended["finish_reason"] in ("stop", "tool_calls")
+        for call in ended["message"]["tool_calls"]:
+            assert call["function"]["name"] == "weather"
+            assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Oslo")
+
+
+def test_structured_answers_of_the_demo_end(demo: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x"]}}, "required": ["a", "b"]}
+    answer = httpx.post(
+        f"{demo}/v1/chat/completions",
+        json={
+            "model": "flexgate-demo",
+            "messages": [{"role": "user", "content": "hello"}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+            "max_tokens": 60,
+        },
+        headers={"authorization": "Bearer sk-demo-all"},
+        timeout=120,
+    )
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+    assert json.loads(answer.json()["choices"][0]["message"]["content"]).keys() == {"a", "b"}
 
 
 @pytest.mark.slow

@@ -156,8 +156,7 @@ def test_chat_logprobs(ai: openai.OpenAI) -> None:
 def test_structured_output(ai: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
     answer = ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=ENOUGH, response_format=form, seed=1)
-    if answer.choices[0].finish_reason == "stop":
-        assert json.loads(answer.choices[0].message.content or "")["answer"] in ("yes", "no")
+    assert json.loads(answer.choices[0].message.content or "")["answer"] in ("yes", "no")
     chosen = ai.completions.create(
         model="tiny",
         prompt="the",
@@ -172,8 +171,6 @@ def test_tools_by_constrained_decoding(ai: openai.OpenAI, choice: Any) -> None:
     ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [TOOL]}
     ask |= {"tool_choice": choice, "max_tokens": ENOUGH, "seed": 3}
     answer = ai.chat.completions.create(**ask)
-    if answer.choices[0].finish_reason == "length":
-        pytest.skip("the random model filled the answer with white space")
     (call,) = (answer.choices[0].message.tool_calls or [])[:1]
     assert call.function.name == "decide"
     assert json.loads(call.function.arguments)["answer"] in ("yes", "no")
@@ -256,8 +253,7 @@ def test_langchain(server: Any) -> None:
         denied.invoke("the fox")
     tools = model.bind_tools([TOOL], tool_choice="decide").bind(max_tokens=ENOUGH)
     called = tools.invoke("the fox")
-    if called.response_metadata["finish_reason"] != "length":
-        assert called.tool_calls[0]["name"] == "decide"
+    assert called.tool_calls[0]["name"] == "decide"
 
 
 def test_curl(server: Any) -> None:

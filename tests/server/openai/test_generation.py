@@ -293,6 +293,26 @@ async def test_tools_reach_the_handler_when_a_choice_can_be_kept(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("has_parser", [True, False])
+async def test_forced_calls_are_not_left_to_a_parsers_own_format(
+    client: httpx.AsyncClient, handler: Any, services: Any, has_parser: bool
+) -> None:
+    services.handlers.has_tool_parser = has_parser
+    services.handlers.chat = services.handlers.responses = None
+    handler.result = ValueError("reached")
+    function = {"name": "f", "parameters": {"type": "object"}}
+    chat = {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": function}]}
+    spoken = {"input": "x", "tools": [{"type": "function", **function}]}
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        await client.post("/v1/chat/completions", json={**chat, "tool_choice": choice})
+    for choice in ("required", {"type": "function", "name": "f"}):
+        await client.post("/v1/responses", json={**spoken, "tool_choice": choice})
+    assert len(handler.seen) == 4
+    other = await client.post("/v1/responses", json={**spoken, "tool_choice": {"type": "allowed_tools"}})
+    assert (other.status_code, other.json()["error"]["param"]) == (400, "tool_choice.type")
+
+
+@pytest.mark.asyncio
 async def test_a_stream_that_nobody_reads_any_more_is_closed(services: Any, handler: Any) -> None:
     """The client leaves while an event waits to be sent, not while one is waited for."""
     from flexgate.server.app import build_app
