@@ -75,6 +75,12 @@ def snapshot() -> Snapshot:
     return build_snapshot()
 
 
+@pytest.fixture
+def world() -> tuple[list[Tenant], list[Agreement]]:
+    """The tenants and agreements of `snapshot`, to build another one from."""
+    return TENANTS, agreements()
+
+
 class FakeStore:
     """A store whose answers a test sets; an exception is raised instead."""
 
