@@ -18,7 +18,8 @@ PolicyError
 │   └── EmptyGate          nothing left; never widened
 └── StoreError
     ├── StoreUnavailable   no connection, locked, not a database
-    │   └── StoreReplaced  another file, or none, where the one was that this process opened
+    │   ├── StoreReplaced  another file, or none, where the one was that this process opened
+    │   └── StoreFull      no room on the disk but what is kept for taking rights away
     ├── StoreFromNewerVersion
     ├── StoreRolledBack    older than what was read from it before
     ├── StoreDamaged       rows that no longer parse
@@ -118,6 +119,10 @@ class StoreUnavailable(StoreError):
 
 class StoreReplaced(StoreUnavailable):
     """Something that this process holds open is not what its path names any more."""
+
+
+class StoreFull(StoreUnavailable):
+    """The disk has no room for ordinary changes; those that take rights away are still made."""
 
 
 class StoreFromNewerVersion(StoreError):

@@ -81,7 +81,11 @@ def authenticate(
     appears in the error.
     """
     key = _bearer(authorization_header)
-    digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+    return recognise(snapshot, hashlib.sha256(key.encode(errors="surrogatepass")).digest(), now, roles)
+
+
+def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[Role] = EVERY_ROLE) -> Principal:
+    """The principal behind a key's SHA-256, as `authenticate`; raises `Unauthenticated`."""
     found = snapshot.keys.get(digest)
     equal = hmac.compare_digest(digest, _NO_KEY if found is None else found.sha256)
     if found is None or not equal or found.role not in roles or _archived(snapshot, found):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Collection
-from typing import Any
+from collections.abc import AsyncIterator, Collection
+from contextlib import aclosing
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
-from flexgate.server.auth import EVERY_ROLE, AuthError, Principal, authenticate, require_role
+from flexgate.server.auth import EVERY_ROLE, AuthError, Principal, authenticate, recognise, require_role
 from flexgate.server.errors import ApiError
 from flexgate.server.refusals import from_auth, from_policy
 from flexgate.server.services import Services
 
 STATE = "flexgate"
+CHECK_SECONDS: Final = 0.5
+"""How long a request may go on whose key was revoked."""
+T = TypeVar("T")
 
 
 class Context:
@@ -24,7 +29,7 @@ class Context:
     `error` is what the request is answered with, if it is answered with one.
     """
 
-    __slots__ = ("error", "noted", "request_id", "roles", "route")
+    __slots__ = ("error", "noted", "principal", "request_id", "roles", "route")
 
     def __init__(self, roles: Collection[Role] = EVERY_ROLE) -> None:
         """`roles` are those whose keys are known where the request came in."""
@@ -33,6 +38,7 @@ class Context:
         self.route = "unmatched"
         self.noted: dict[str, Any] = {}
         self.error: ApiError | None = None
+        self.principal: Principal | None = None
 
     def fail(self, error: ApiError) -> None:
         """Note what the request is answered with."""
@@ -54,6 +60,7 @@ async def identify(
     try:
         snapshot = await services.policy.current()
         principal = authenticate(snapshot, request.headers.get("authorization"), services.clock(), context.roles)
+        context.principal = principal
         context.noted |= {"key": principal.key_id, "tenant": principal.tenant_id}
         require_role(principal, *roles)
     except AuthError as error:
@@ -61,3 +68,41 @@ async def identify(
     except PolicyError as error:
         raise from_policy(error) from error
     return principal, snapshot
+
+
+async def identify_again(request: Request, services: Services) -> None:
+    """Raise `ApiError` when the key that `identify` found is good no more; what takes long must not outlive it."""
+    context = context_of(request)
+    if context.principal is None:
+        return
+    try:
+        snapshot = await services.policy.current()
+        recognise(snapshot, context.principal.digest, services.clock(), context.roles)
+    except AuthError as error:
+        raise from_auth(error) from error
+    except PolicyError as error:
+        raise from_policy(error) from error
+
+
+async def while_identified(request: Request, services: Services, items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """`items` as they come, for as long as the caller's key is good; raises `ApiError` `CHECK_SECONDS` later."""
+    end = object()
+    async with aclosing(items):  # type: ignore[type-var]
+        while True:
+            upcoming = asyncio.ensure_future(_next(items, end))
+            try:
+                while not upcoming.done():
+                    await asyncio.wait({upcoming}, timeout=CHECK_SECONDS)
+                    await identify_again(request, services)
+            finally:
+                if not upcoming.done():
+                    upcoming.cancel()
+                    await asyncio.wait({upcoming})
+            item = upcoming.result()
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
+
+async def _next(items: AsyncIterator[T], end: object) -> T | object:
+    return await anext(items, end)

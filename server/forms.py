@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
 from flexgate.server.body import read_json
-from flexgate.server.context import context_of
+from flexgate.server.context import context_of, identify_again
 from flexgate.server.errors import Invalid, from_validation
 from flexgate.server.services import Services
 
@@ -28,14 +28,16 @@ class Closed(BaseModel):
 
 
 async def read_request(request: Request, services: Services) -> dict[str, Any]:
-    """The JSON body of a request whose sender is known."""
-    return await read_json(
+    """The JSON body of a request whose sender is known, and whose key is still good when all of it has come."""
+    body = await read_json(
         request.stream(),
         request.headers,
         services.arriving.place(context_of(request).noted["key"]),
         limit=services.body_bytes,
         seconds=services.body_seconds,
     )
+    await identify_again(request, services)
+    return body
 
 
 async def read_body(request: Request, services: Services, model: type[M]) -> M:

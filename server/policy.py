@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -21,10 +22,13 @@ from typing import Final, Protocol
 from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import ExpertId
+from flexgate.policies.withhold import Withholding
 from flexgate.server.past import Past
 from flexgate.server.peers import Peers
 
 WAIT_FOR_VERSION_S: Final = 1.0
+LAST_TRY_S: Final = 0.5
+"""How long the store is asked once more before what runs is ended: an event loop that was held up lost no store."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,11 @@ class PolicySource:
         self._past = past
         self._require_files = require_files
         self._enforce: Callable[[Snapshot], None] | None = None
+        self._expire: Callable[[], None] | None = None
         self._stored: Snapshot | None = None
+        self._withheld: tuple[Withholding, ...] = ()
+        self._withholding = threading.Lock()
+        self._narrowed: tuple[Snapshot, tuple[Withholding, ...], Snapshot] | None = None
         self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
@@ -97,6 +105,10 @@ class PolicySource:
     def enforce_with(self, enforce: Callable[[Snapshot], None]) -> None:
         """End what a newer policy permits no more by `enforce`, before the peers are told of it. It may block."""
         self._enforce = enforce
+
+    def expire_with(self, expire: Callable[[], None]) -> None:
+        """End what runs by `expire` once the snapshot's lease has run out; see `watch_lease`."""
+        self._expire = expire
 
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
@@ -114,7 +126,7 @@ class PolicySource:
             if self._past is not None and (self._stored is not before or not self._past.kept()):
                 self._past.note(self._stored)
             if self._enforce is not None and self._stored is not before:
-                self._enforce(self._stored)
+                self._enforce(self._narrow(self._stored))
             if self._peers is not None:
                 self._peers.announce(self._stored.policy_version)
             return self._serve(self._stored)
@@ -122,7 +134,24 @@ class PolicySource:
     @property
     def newest(self) -> Snapshot | None:
         """The newest snapshot that was read, confirmed or not."""
-        return self._stored
+        return None if self._stored is None else self._narrow(self._stored)
+
+    @property
+    def withholds(self) -> bool:
+        """Whether a right is withheld that the store still gives."""
+        return bool(self._withheld)
+
+    def withhold(self, withholding: Withholding) -> None:
+        """Take a right out of every snapshot from now on, and end what runs on it. Blocks until that has ended."""
+        with self._withholding:
+            self._withheld = (*self._withheld, withholding)
+        if self._enforce is not None and self._stored is not None:
+            self._enforce(self._narrow(self._stored))
+
+    def release(self, withholding: Withholding) -> None:
+        """Leave to the store what a right is, as before `withhold`."""
+        with self._withholding:
+            self._withheld = tuple(other for other in self._withheld if other is not withholding)
 
     async def current(self) -> Snapshot:
         """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed."""
@@ -177,6 +206,24 @@ class PolicySource:
             else:
                 await asyncio.to_thread(self._hints.wait, self._poll_s)
 
+    async def watch_lease(self) -> None:
+        """End what runs on a snapshot that cannot be confirmed any more, for ever; later than its lease and a poll by
+        `LAST_TRY_S` at most.
+        """
+        while True:
+            await asyncio.sleep(self._poll_s)
+            if self._stored is not None and self._expire is not None and not await self._fresh_again():
+                self._expire()
+
+    async def _fresh_again(self) -> bool:
+        """Whether the lease holds, if need be after asking once more."""
+        with suppress(PolicyError, TimeoutError):
+            async with asyncio.timeout(LAST_TRY_S):
+                while not self.fresh():
+                    with suppress(SnapshotStale):
+                        await self._ask()
+        return self.fresh()
+
     async def _ask(self) -> Snapshot:
         """Confirm once for all who ask meanwhile: a store that hangs holds one thread, not many."""
         if self._asking is None or self._asking.done():
@@ -187,8 +234,19 @@ class PolicySource:
             raise SnapshotStale("the policy store answered too late")
         return snapshot
 
-    def _serve(self, stored: Snapshot) -> Snapshot:
-        live = self._live()
+    def _narrow(self, stored: Snapshot) -> Snapshot:
+        withheld, narrowed = self._withheld, self._narrowed
+        if not withheld:
+            return stored
+        if narrowed is None or narrowed[0] is not stored or narrowed[1] is not withheld:
+            snapshot = stored
+            for withholding in withheld:
+                snapshot = withholding(snapshot)
+            narrowed = self._narrowed = (stored, withheld, snapshot)
+        return narrowed[2]
+
+    def _serve(self, newest: Snapshot) -> Snapshot:
+        stored, live = self._narrow(newest), self._live()
         served = self._served
         if served is None or served[0] is not stored or served[1] != live:
             served = self._served = (stored, live, with_live(stored, live))

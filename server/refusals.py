@@ -18,6 +18,7 @@ from flexgate.policies.errors import (
     ObjectUnknown,
     PolicyError,
     RequiredExpertMissing,
+    StoreFull,
     TenantArchived,
     UnknownExpert,
     UnknownTenant,
@@ -62,6 +63,8 @@ def from_change(error: PolicyError) -> ApiError:
         code = "confirmation_required" if isinstance(error, ConfirmationRequired) else "change_refused"
         param = "confirm" if isinstance(error, ConfirmationRequired) else None
         return Invalid(_sentence(error), param=param, code=code)
+    if isinstance(error, StoreFull):
+        return ApiError(_sentence(error), status=HTTPStatus.INSUFFICIENT_STORAGE, code="disk_full")
     return from_policy(error)
 
 

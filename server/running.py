@@ -42,7 +42,7 @@ from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.openai.limits import Limits
 from flexgate.server.past import Past
 from flexgate.server.peers import Peers
-from flexgate.server.policy import PolicySource
+from flexgate.server.policy import LAST_TRY_S, PolicySource
 from flexgate.server.services import Services
 from flexgate.server.settings import Settings
 
@@ -72,7 +72,7 @@ def put_together(
         lambda: {info.id: info.generation for info in client.experts() if info.live},
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
-        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
+        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds + settings.policy_poll_seconds + LAST_TRY_S),
         hints=Hints(store.engine),
         past=past,
         require_files=directory.require,
@@ -127,7 +127,7 @@ def _expert_service(
     residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
 
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
-        store.record([Event(at=clock(), actor=actor, action=action, detail=detail)])
+        store.record([Event(at=clock(), actor=actor, action=action, detail=detail)], urgent=True)
 
     async def canary(public: ExpertLease, added: ExpertLease) -> None:
         await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
@@ -158,9 +158,11 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
     server = _Server(config, services)
     work = (
         services.policy.run(),
+        services.policy.watch_lease(),
         services.denials.run(),
         services.recorded.run(),
         services.budget_usage.run(),
+        services.unstored.run(),
         services.experts.follow(services.policy.withdrawn),
         _stop_with_engine(server, services.client),
     )

@@ -18,6 +18,7 @@ from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
 from flexgate.server.recorded import Recorded
+from flexgate.server.unstored import Unstored
 
 if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
@@ -52,6 +53,7 @@ class Services:
     budget_usage: BudgetUsage = field(init=False)
     limiter: Limiter = field(init=False)
     running: RunningRequests = field(init=False)
+    unstored: Unstored = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
@@ -60,3 +62,5 @@ class Services:
         self.limiter = Limiter(self.budget_usage)
         self.running = RunningRequests(self.client, clock=self.clock, revoked_keys=self.revoked_keys)
         self.policy.enforce_with(self.running.enforce)
+        self.policy.expire_with(self.running.expire)
+        self.unstored = Unstored(self.policy)

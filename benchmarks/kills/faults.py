@@ -36,6 +36,7 @@ DISK = OSError(errno.ENOSPC, "No space left on device")
 RANK = RuntimeError("rank 1 does not answer")
 DRIVER = sqlite3.OperationalError("disk I/O error")
 UNKNOWN = "commit_unknown"
+NOT_STORED = "change_not_stored"
 
 Place = tuple[Any, str]  # an owner and its attribute
 STEPS: dict[str, tuple[Place, Exception]] = {
@@ -165,8 +166,10 @@ class Trial:
         for fired in (fault is None or fault.fired, True):
             before = self._stored()
             error = await self._attempt(here, op)
-            now = self._stored()
             new = _after(before, op)
+            if error == NOT_STORED:
+                await self._follow(here, set(new) | {"public"})
+            now = self._stored()
             versions = {expert: version for expert, (_, version) in now.items()}
             if versions not in ({e: v for e, (_, v) in before.items()}, new):
                 self.wrong.append(f"{op} on {before} made {now}")
@@ -179,8 +182,6 @@ class Trial:
             if error == UNKNOWN:
                 self._judge(here, before, slots=1, copies=1)
                 return False
-            if error == "store_refused" and versions == new:
-                await self._follow(here, set(new) | {"public"})
             point = fault.point if fault is not None else ""
             self._judge(here, now, slots=point.startswith(LEAVES_A_SLOT), copies=point.startswith(LEAVES_A_COPY))
             if versions == new:
@@ -188,7 +189,7 @@ class Trial:
         return False
 
     async def _follow(self, here: Local, experts: set[str]) -> None:
-        """A withdrawal that was committed and not answered: obeyed like another process's."""
+        """A withdrawal that the store could not be told, or that was committed and not answered."""
         following = asyncio.ensure_future(here.service.follow(withdrawn_in(self.store)))
         for _ in range(500):
             served = {info.id for info in here.client.experts()}

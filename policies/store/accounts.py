@@ -71,7 +71,7 @@ def delete_service_account(store: Store, project_id: str, account_id: str, *, ac
 
 def revoke_project_key(store: Store, project_id: str, key_id: str, *, actor: str, at: float) -> KeyRecord:
     """Revoke a key of a project; another project's key is as unknown as none at all."""
-    with store.change(actor=actor, note="revoke key", at=at) as change:
+    with store.change(actor=actor, note="revoke key", at=at, urgent=True) as change:
         key = _find(change, key_id)
         if key is None or key.tenant_id != project_id:
             raise ObjectUnknown(f"there is no key {key_id!r} in this project")
@@ -103,7 +103,7 @@ def list_admin_keys(store: Store) -> list[KeyRecord]:
 
 def revoke_admin_key(store: Store, key_id: str, *, actor: str, at: float) -> KeyRecord:
     """Revoke such a key. The last live administrator's key is kept, or nobody could make one."""
-    with store.change(actor=actor, note="revoke admin key", at=at) as change:
+    with store.change(actor=actor, note="revoke admin key", at=at, urgent=True) as change:
         key = _find(change, key_id)
         if key is None or key.role is Role.TENANT:
             raise ObjectUnknown(f"there is no admin key {key_id!r}")

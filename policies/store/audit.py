@@ -28,9 +28,9 @@ class Sought:
     matches: Callable[[Entry], bool] = lambda _: True
 
 
-def record(engine: Engine, events: Iterable[Event]) -> Head:
+def record(engine: Engine, events: Iterable[Event], *, urgent: bool = False) -> Head:
     """Append events in one transaction; raises `StoreUnavailable` when that is impossible."""
-    with writing(engine) as connection:
+    with writing(engine, urgent=urgent) as connection:
         return append(connection, events)
 
 

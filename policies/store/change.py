@@ -177,13 +177,14 @@ class Change:
         """Say that an expert must not be resident any more; returns the weights epoch."""
         return self._append_weights("revoked", expert, slot, None, detail)
 
-    def finish(self) -> None:
-        """Append the revision and the audit entries. `Store.change` calls it before it commits."""
+    def finish(self) -> bool:
+        """Append the revision and the audit entries before `Store.change` commits; whether there are any."""
         if self._changes:
             append(self._connection, self._revision, self._changes)
             give_hint(self._connection)
         events = [*(self._event(change) for change in self._changes), *self._weights]
         audit.append(self._connection, events)
+        return bool(events)
 
     def _append_weights(
         self, action: Action, expert: str, slot: int, package: str | None, detail: dict[str, Any]

@@ -21,12 +21,14 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from flexgate.policies.audit import no_key_twice
 from flexgate.policies.errors import StoreDamaged, StoreUnavailable
 from flexgate.policies.store.identity import FileIdentity
+from flexgate.policies.store.reserve import Reserve
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2
 PUT_BACK: Final = "put a copy of the database back"
 _WRITE_LOCK: Final = 0x666C6578
 _files: Final[WeakKeyDictionary[Engine, FileIdentity]] = WeakKeyDictionary()
+_reserves: Final[WeakKeyDictionary[Engine, Reserve]] = WeakKeyDictionary()
 
 
 def open_engine(url: str) -> Engine:
@@ -43,6 +45,7 @@ def open_engine(url: str) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         if parsed.database and parsed.database != ":memory:":
             _watch_file(engine, FileIdentity(Path(parsed.database), "the database"))
+            _reserves[engine] = Reserve(Path(parsed.database))
     return engine
 
 
@@ -99,9 +102,25 @@ def reading(engine: Engine) -> Iterator[Connection]:
             yield connection
 
 
+def require_room(engine: Engine) -> None:
+    """Raise `StoreFull` unless the disk has room for more than what takes rights away."""
+    if engine in _reserves:
+        _reserves[engine].require_room()
+
+
+def _keep_reserve(engine: Engine) -> None:
+    if engine in _reserves:
+        _reserves[engine].keep()
+
+
 @contextmanager
-def writing(engine: Engine) -> Iterator[Connection]:
-    """A connection inside one transaction, alone among writers; commits if nothing is raised."""
+def writing(engine: Engine, *, urgent: bool = False) -> Iterator[Connection]:
+    """A connection inside one transaction, alone among writers; commits if nothing is raised.
+
+    What is `urgent` may use the disk space that is kept for taking rights away; else raises `StoreFull` without room.
+    """
+    if not urgent:
+        require_room(engine)
     with _translated(), engine.connect() as connection:
         connection = connection.execution_options(flexgate_writes=True)
         with connection.begin():
@@ -110,6 +129,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITE_LOCK})"))
             yield connection
         _require_kept(engine)
+    _keep_reserve(engine)
 
 
 @contextmanager
@@ -119,6 +139,7 @@ def noting(engine: Engine) -> Iterator[Connection]:
         connection = connection.execution_options(flexgate_writes=True)
         with connection.begin():
             yield connection
+    _keep_reserve(engine)
 
 
 @contextmanager

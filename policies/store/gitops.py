@@ -105,7 +105,7 @@ def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> Plan:
 
 def apply(store: Store, file: PolicyFile, *, actor: str, at: float, prune: bool = False) -> list[ObjectChange]:
     """Make the store say what the file says, in one revision; returns what changed."""
-    with store.change(actor=actor, note="apply file", at=at) as change:
+    with store.change(actor=actor, note="apply file", at=at, urgent=True) as change:
         _put_all(change, file, prune=prune)
     return change.changes
 

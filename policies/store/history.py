@@ -74,7 +74,7 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
         ConfirmationRequired: something would change, and `confirm` is not the present version; says what.
         ChangeRefused: there never was version `to`, or its documents are refused today.
     """
-    with store.change(actor=actor, note=f"roll back to {to}", at=at) as change:
+    with store.change(actor=actor, note=f"roll back to {to}", at=at, urgent=True) as change:
         present = change.policy_version
         changes = diff(store, change.policy_version, to)
         for kind in _BEFORE_USERS:

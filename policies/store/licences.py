@@ -42,7 +42,8 @@ def create_agreement(
     if owner_id is not None and "id" in terms:
         raise ChangeRefused("an owner's agreements get their ids from the server: leave 'id' out")
     id_ = terms.get("id") or f"agr_{secrets.token_hex(8)}"
-    with store.change(actor=actor, note="create agreement", at=at) as change:
+    prohibits = terms.get("effect") == "prohibit"
+    with store.change(actor=actor, note="create agreement", at=at, urgent=prohibits) as change:
         if change.get(Agreement, id_) is not None:
             raise ChangeRefused(f"the id {id_!r} is taken: choose another one")
         owner = terms.get("owner", owner_id)
@@ -59,7 +60,7 @@ def revise_agreement(
     owner_id: str | None = None,
 ) -> Agreement:
     """Other terms under the next version. `terms` may say which version that must be."""
-    with store.change(actor=actor, note="revise agreement", at=at) as change:
+    with store.change(actor=actor, note="revise agreement", at=at, urgent=True) as change:
         before = _own(change, agreement_id, owner_id)
         if terms.get("id", agreement_id) != agreement_id or terms.get("owner", before.owner) != before.owner:
             raise ChangeRefused("an agreement keeps its id and its owner: make another one")
@@ -81,7 +82,7 @@ def put_agreement(store: Store, agreement: Agreement, *, actor: str, at: float, 
 
 def withdraw_agreement(store: Store, agreement_id: str, *, actor: str, at: float, owner_id: str | None = None) -> int:
     """End an agreement now; returns the policy version. An owner may always do this."""
-    with store.change(actor=actor, note="withdraw agreement", at=at) as change:
+    with store.change(actor=actor, note="withdraw agreement", at=at, urgent=True) as change:
         _own(change, agreement_id, owner_id)
         change.remove(Agreement, agreement_id)
     return change.policy_version

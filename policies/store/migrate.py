@@ -21,7 +21,7 @@ _AT: Final[Select[tuple[str]]] = select(column("version_num")).select_from(table
 
 def migrate(engine: Engine) -> None:
     """Create or upgrade the tables in one transaction; refuses a schema from a newer version."""
-    with writing(engine) as connection:
+    with writing(engine, urgent=True) as connection:  # a start on a full disk that has nothing to migrate
         config = _config(connection)
         _refuse_unknown(MigrationContext.configure(connection).get_current_heads())
         command.upgrade(config, "head")

@@ -68,7 +68,7 @@ def update_project(store: Store, project_id: str, fields: dict[str, Any], *, act
     """
     if {"id", "archived"} & fields.keys():
         raise ChangeRefused("a project's id stays, and archiving is an action of its own")
-    with store.change(actor=actor, note="update project", at=at) as change:
+    with store.change(actor=actor, note="update project", at=at, urgent=True) as change:
         tenant = checked(Tenant, {**active_project(change, project_id).model_dump(), **fields})
         change.put(tenant)
     return tenant
@@ -93,7 +93,7 @@ def set_quota(
 
 def archive_project(store: Store, project_id: str, *, actor: str, at: float) -> Tenant:
     """Archive a project for good and revoke its keys. Doing it again changes nothing."""
-    with store.change(actor=actor, note="archive project", at=at) as change:
+    with store.change(actor=actor, note="archive project", at=at, urgent=True) as change:
         tenant = change.get(Tenant, project_id)
         if tenant is None:
             raise _unknown(project_id)

@@ -11,7 +11,7 @@ from flexgate.policies.audit import Entry, Event, Head
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.engine import open_engine, reading, writing
+from flexgate.policies.store.engine import open_engine, reading, require_room, writing
 from flexgate.policies.store.keys import read_keys
 from flexgate.policies.store.migrate import migrate, refuse_newer
 from flexgate.policies.store.revisions import current_version
@@ -77,21 +77,26 @@ class Store:
             return revoked_epochs(connection)
 
     @contextmanager
-    def change(self, *, actor: str, note: str = "", at: float) -> Iterator[Change]:
+    def change(self, *, actor: str, note: str = "", at: float, urgent: bool = False) -> Iterator[Change]:
         """One transaction and at most one new revision, committed when the block ends well.
 
         `actor` names who asked, `at` is Unix seconds. Raises `ChangeRefused` and changes nothing
-        when the result would not fit together. A block that changes nothing makes no revision.
+        when the result would not fit together. A block that changes nothing makes no revision. An
+        `urgent` change takes rights away: it is made on a full disk too, where others raise `StoreFull`.
         """
-        with writing(self.engine) as connection:
+        with writing(self.engine, urgent=True) as connection:
             refuse_newer(connection)
             change = Change(connection, actor=actor, note=note, at=at)
             yield change
-            change.finish()
+            if change.finish() and not urgent:
+                require_room(self.engine)
 
-    def record(self, events: Iterable[Event]) -> Head:
-        """Append events (denied requests, for example) to the audit log; returns its new head."""
-        return audit.record(self.engine, events)
+    def record(self, events: Iterable[Event], *, urgent: bool = False) -> Head:
+        """Append events (denied requests, for example) to the audit log; returns its new head.
+
+        Those that are `urgent` say of a right that it is gone, and are written on a full disk too.
+        """
+        return audit.record(self.engine, events, urgent=urgent)
 
     def audit_head(self) -> Head:
         """The audit log's newest entry: keep it outside, to check the log against."""

@@ -11,20 +11,22 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flexgate.policies.errors import PolicyError
+from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
+from flexgate.policies.withhold import Withholding
 from flexgate.server.admin.turns import in_thread, in_turn
 from flexgate.server.auth import Principal
 from flexgate.server.context import identify
-from flexgate.server.errors import Unavailable
+from flexgate.server.errors import ApiError, Unavailable
 from flexgate.server.forms import Closed, parse_query, read_body
 from flexgate.server.refusals import from_change, not_found
 from flexgate.server.services import Services
@@ -83,7 +85,10 @@ class Call(Generic[B, Q]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation(Generic[B, Q]):
-    """A route of the administration. `work`'s docstring is its description."""
+    """A route of the administration. `work`'s docstring is its description.
+
+    `withholds` names what a call takes away: that is enforced at once, also where the store cannot take the change.
+    """
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
@@ -91,6 +96,7 @@ class Operation(Generic[B, Q]):
     work: Callable[[Call[B, Q]], Json]
     body: type[B] = _NOTHING
     query: type[Q] = _NOTHING
+    withholds: Callable[[Call[B, Q]], Withholding] | None = None
 
     @property
     def writes(self) -> bool:
@@ -117,6 +123,8 @@ class Administration:
         try:
             result = await in_turn(principal, operation.writes, operation.work, call)
         except PolicyError as error:
+            if operation.withholds is not None and isinstance(error, StoreUnavailable):
+                raise await self._withheld(operation.withholds(call), call) from error
             refusal = from_change(error)
             if isinstance(refusal, Unavailable):
                 logger.error("the policy store cannot be used: %s", error)
@@ -125,6 +133,17 @@ class Administration:
             snapshot = await self._enforced(query)
         version = str(snapshot.policy_version)
         return JSONResponse(result, headers={"x-flexgate-policy-version": version})
+
+    async def _withheld(self, withholding: Withholding, call: Call[Any, Any]) -> ApiError:
+        """Enforce here what the store could not take, until it can; the answer says so."""
+        what = f"{self._operation.method} {self._operation.path} {call.path}"
+        store = partial(self._operation.work, call)
+        await in_thread(self._services.unstored.add, what, withholding, store)
+        return Unavailable(
+            "The policy store could not take this change. What it takes away is gone from this server from now on, "
+            "which tries again to store it; other servers, and a restart before that, do not know of it.",
+            code="change_not_stored",
+        )
 
     async def _enforced(self, query: Written) -> Snapshot:
         """The new snapshot, once this process has it, and every process if that was asked for."""

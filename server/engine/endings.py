@@ -9,3 +9,4 @@ PERMISSION_ENDED: Final = "permission_ended"
 KEY_REVOKED: Final = "key_revoked"
 KEY_EXPIRED: Final = "key_expired"
 PROJECT_ARCHIVED: Final = "project_archived"
+POLICY_UNAVAILABLE: Final = "policy_unavailable"  # nothing confirms that the request still has its right

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -17,10 +18,9 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import ExpertId
 from flexgate.server.auth import Principal
-from flexgate.server.context import identify
-from flexgate.server.errors import ApiError, Invalid, NotFound
-from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident
-from flexgate.server.experts.jobs import Job
+from flexgate.server.context import identify, while_identified
+from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored
 from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
 from flexgate.server.forms import parse_query, read_body
 from flexgate.server.openai.sse import DONE
@@ -70,7 +70,8 @@ class ExpertChanges:
         if job is None or (principal.role is Role.OWNER and job.actor != principal.key_id):
             raise NotFound("There is no such job. The newest hundred are kept until a restart.", code="job_not_found")
         if query.stream:
-            return StreamingResponse(_events(job), media_type="text/event-stream")
+            states = while_identified(request, self._services, job.watch())
+            return StreamingResponse(_events(states), media_type="text/event-stream")
         return JSONResponse(job.to_json())
 
     async def revoke(self, request: Request) -> Response:
@@ -103,7 +104,8 @@ class ExpertChanges:
         principal, _ = await identify(request, self._services, CHANGES)
         offset = parse_query(request.query_params.multi_items(), WriteQuery).offset
         upload = self._uploads.get(request.path_params["upload"], principal.key_id)
-        await self._uploads.write(upload, request.path_params["file"], offset, request.stream())
+        arriving = while_identified(request, self._services, request.stream())
+        await self._uploads.write(upload, request.path_params["file"], offset, arriving)
         return JSONResponse(upload.to_json())
 
     async def drop_upload(self, request: Request) -> Response:
@@ -140,11 +142,16 @@ def _unknown() -> NotFound:
 def _answer(error: ExpertError) -> ApiError:
     if isinstance(error, NotResident):
         return _unknown()
+    if isinstance(error, NotStored):
+        return Unavailable(str(error), code=error.code)
     status = HTTPStatus.CONFLICT if isinstance(error, ChangeConflict) else HTTPStatus.INTERNAL_SERVER_ERROR
     return ApiError(str(error), status=status, code=error.code)
 
 
-async def _events(job: Job) -> AsyncIterator[str]:
-    async for state in job.watch():
-        yield f"data: {json.dumps(state)}\n\n"
+async def _events(states: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    try:
+        async for state in states:
+            yield f"data: {json.dumps(state)}\n\n"
+    except ApiError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
     yield DONE

@@ -5,6 +5,7 @@ ExpertError              a code for programs, a sentence for people
 ├── PackageRefused       the package itself may not be used
 ├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, disk, store, another change
 │   └── CommitUnknown    the store broke off, and nothing tells whether it took the change
+├── NotStored            the expert is served no more by this process, and the store could not be told
 ├── EngineBusy           there was no place to try a new expert in; nothing is left of it
 └── EngineFailed         a rank could not do its part: of an add nothing is left, a withdrawal stays committed
 """
@@ -45,6 +46,19 @@ class CommitUnknown(ChangeConflict):
         """`now` says what is served until somebody knows."""
         told = f"The store broke off: {error}. Nothing tells whether it took the change. {now}"
         super().__init__(told, code="commit_unknown")
+
+
+class NotStored(ExpertError):
+    """The store could not take a revocation, or does not say whether it did; it is tried again."""
+
+    code = "change_not_stored"
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"The policy store could not take the change: {error}. This server serves the expert no more, has ended "
+            "the requests that might use it, and tries again to store the change; other servers, and a restart before "
+            "that, do not know of it."
+        )
 
 
 class EngineBusy(ExpertError):

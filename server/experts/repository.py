@@ -104,7 +104,7 @@ class ResidencyRepository:
 
     def revoke(self, expert: str, slot: int, *, actor: str, at: float) -> int:
         """Commit that an expert must not be resident; returns the weights epoch."""
-        with self._store.change(actor=actor, note=f"revoke expert {expert}", at=at) as change:
+        with self._store.change(actor=actor, note=f"revoke expert {expert}", at=at, urgent=True) as change:
             known = change.get(Expert, expert)
             if known is not None:
                 change.put(known.model_copy(update={"live": False}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from flexgate.policies.errors import PolicyError
 from flexgate.policies.terms import PUBLIC
 from flexgate.server.engine.calls import ExpertInfo
 from flexgate.server.experts.adding import Adding, Canary
-from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.residence import Residence
@@ -28,6 +29,7 @@ from flexgate.server.experts.withdrawing import Record, Withdrawing
 RETIRE_SECONDS: Final = 600.0
 """How long requests may go on with the former version of an expert that was replaced."""
 FOLLOW_SECONDS: Final = 0.25
+STORE_AGAIN_SECONDS: Final = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class ExpertService:
         self._adding = Adding(residence, canary=canary, confirm=confirm, clock=clock)
         self._withdrawing = Withdrawing(residence, confirm=confirm, record=record, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._unstored: dict[str, str] = {}  # who withdrew what the store could not be told
+        self._store_again_at = 0.0
 
     def start_add(self, source: Path, *, name: str, actor: str, owner: str | None = None, move: bool = False) -> Job:
         """Begin to add the package at `source`.
@@ -112,6 +116,7 @@ class ExpertService:
         """
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
+            await self._store_again()
             for info in self._residence.client.experts():
                 if not withdrawn(info.id, info.generation):
                     continue
@@ -120,6 +125,20 @@ class ExpertService:
                         await self._withdrawing.obey(info)
                 except (PolicyError, ExpertError) as error:
                     logger.error("expert %s was withdrawn elsewhere and is not out yet: %s", info.id, error)
+
+    async def _store_again(self) -> None:
+        """Withdraw again what the store could not be told."""
+        if not self._unstored or time.monotonic() < self._store_again_at:
+            return
+        for expert, actor in tuple(self._unstored.items()):
+            try:
+                await self._revoke(expert, actor, 0.0)
+            except NotStored:
+                break
+            except ExpertError as error:
+                logger.error("expert %s is not withdrawn: %s", expert, error)
+                del self._unstored[expert]
+        self._store_again_at = time.monotonic() + STORE_AGAIN_SECONDS
 
     async def _run(self, job: Job, source: Path, owner: str | None, move: bool) -> None:
         try:
@@ -153,7 +172,14 @@ class ExpertService:
             await self._drain(info, drain_seconds)
         async with self._residence.changing:
             try:
-                return await self._withdrawing.revoke(expert, actor=actor)
+                record = await self._withdrawing.revoke(expert, actor=actor)
+                self._unstored.pop(expert, None)
+                return record
+            except NotStored as error:
+                if expert not in self._unstored:
+                    logger.error("the withdrawal of expert %s is not stored: %s", expert, error.__cause__)
+                self._unstored[expert] = actor
+                raise
             except ChangeConflict:
                 if drain_seconds and info is not None and info.live:
                     self._withdrawing.wake(expert)

@@ -13,18 +13,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from flexgate.policies.errors import PolicyError
+from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
-from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineFailed, NotResident
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotResident, NotStored
 from flexgate.server.experts.residence import Residence
 
 DELIVERY_SECONDS: Final = 2.0
 """How long it waits for clients that read slowly; what is on the wire then is out of its hands."""
 DRAIN_POLL_SECONDS: Final = 0.05
-NOBODY_GETS_IT: Final = (
-    "Nobody gets the expert from now on, and the requests that might use it are ended. Withdraw it again, or restart "
-    "the server, which loads it if the change was not taken."
-)
 
 Record = Callable[[str, str, dict[str, Any]], None]
 """Writes (actor, action, detail) to the audit log. Blocks."""
@@ -74,7 +70,7 @@ class Withdrawing:
         Raises:
             NotResident: it is not loaded, nor would a start load it.
             ChangeConflict: the store refused, and nothing was changed.
-            CommitUnknown: no gate is sealed for the expert any more and its users are ended; it is still loaded.
+            NotStored: no gate is sealed for the expert any more and its users are ended; it is still loaded.
             EngineFailed: it is withdrawn, and a rank could not prove that it is gone.
         """
         began, residence = self._clock(), self._residence
@@ -84,10 +80,10 @@ class Withdrawing:
         self._publish(replace(info, live=False))  # it keeps its slot until it is known to be withdrawn
         try:
             epoch = await asyncio.to_thread(self._commit, info.id, info.slot, actor)
-        except CommitUnknown:
+        except StoreUnavailable as error:
             self._doubtful.add(info.lease)
             self._stop(info)
-            raise
+            raise NotStored(error) from error
         except PolicyError as error:
             self._publish(info)
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
@@ -147,7 +143,7 @@ class Withdrawing:
             try:
                 withdrawn, epoch = repository.withdrawn(), repository.epoch()
             except PolicyError:
-                raise CommitUnknown(error, NOBODY_GETS_IT) from error
+                raise StoreUnavailable(str(error)) from error
             if expert in withdrawn:
                 return epoch  # it was committed, and the answer was lost, now or before
             raise

@@ -25,6 +25,7 @@ from flexgate.server.engine.endings import (
     KEY_EXPIRED,
     KEY_REVOKED,
     PERMISSION_ENDED,
+    POLICY_UNAVAILABLE,
     PROJECT_ARCHIVED,
 )
 
@@ -66,13 +67,16 @@ class RunningRequests:
         self._lock = threading.Lock()
         self._rights: dict[GatedCall, Right] = {}
 
-    def begin(self, right: Right, newest: Snapshot | None) -> None:
-        """Watch a request from now on, and end it at once if `newest` has taken its right away meanwhile."""
+    def begin(self, right: Right, newest: Snapshot | None, *, withheld: bool = False) -> None:
+        """Watch a request from now on, and end it at once if `newest` has taken its right away meanwhile.
+
+        Where rights are `withheld`, a snapshot permits less than its version says.
+        """
         with self._lock:
             self._rights[right.call] = right
         if self._ends_with_key and right.principal.expires is not None:
             right.call.end_at(right.principal.expires, KEY_EXPIRED)
-        if newest is not None and newest.policy_version != right.policy_version:
+        if newest is not None and (withheld or newest.policy_version != right.policy_version):
             self._judge(right, newest, {})
 
     def end(self, call: GatedCall) -> None:
@@ -89,6 +93,16 @@ class RunningRequests:
         if ended:
             logger.info("policy %d ends %d running requests", snapshot.policy_version, len(ended))
             _wait_for(ended)
+
+    def expire(self) -> None:
+        """End everything: nothing confirms any more that it still has its right."""
+        with self._lock:
+            calls = tuple(self._rights)
+        running = [call for call in calls if call.failed is None]
+        if running:
+            logger.error("the policy cannot be confirmed: %d running requests are ended", len(running))
+        for call in running:
+            self._client.stop(call, POLICY_UNAVAILABLE)
 
     def _judge(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> bool:
         """Stop a request that has lost its right, or bring its end forward."""

@@ -59,7 +59,8 @@ class Run:
     def begin(self) -> None:
         """Let the call be seen by whatever may end it; raises `ApiError` where its right has gone meanwhile."""
         self.services.client.begin(self.call)
-        self.services.running.begin(self.right, self.services.policy.newest)
+        policy = self.services.policy
+        self.services.running.begin(self.right, policy.newest, withheld=policy.withholds)
         ended = vllm_errors.ended_early(self.call)
         if ended is not None:
             raise ended

@@ -21,6 +21,7 @@ from flexgate.server.engine.endings import (
     KEY_REVOKED,
     NUMBERS_OVERFLOWED,
     PERMISSION_ENDED,
+    POLICY_UNAVAILABLE,
     PROJECT_ARCHIVED,
 )
 from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
@@ -60,6 +61,11 @@ _ENDED: Final = {
         HTTPStatus.UNAUTHORIZED,
         "project_archived",
         "The project was archived while the request ran. Ask an administrator.",
+    ),
+    POLICY_UNAVAILABLE: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "policy_unavailable",
+        "The policy could not be confirmed any more while the request ran, so it was ended. Try again.",
     ),
 }
 """By the reason that ended a call: status, code, message."""

@@ -122,6 +122,23 @@ def test_a_request_that_begins_after_its_right_has_gone_ends_at_once() -> None:
     assert running_right.call.failed == "permission_ended"
 
 
+def test_every_running_request_ends_when_nothing_confirms_the_policy_any_more() -> None:
+    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    rights = [right("news"), right(), right("news")]
+    for one in rights:
+        running.begin(one, None)
+    rights[2].call.failed = "key_revoked"
+    running.expire()
+    assert [one.call.failed for one in rights] == ["policy_unavailable", "policy_unavailable", "key_revoked"]
+
+
+def test_a_right_that_is_withheld_ends_a_request_that_begins_under_the_same_version() -> None:
+    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    running_right = right("news")
+    running.begin(running_right, policy(1, permitted=False), withheld=True)
+    assert running_right.call.failed == "permission_ended"
+
+
 def test_a_request_that_has_ended_is_watched_no_longer() -> None:
     running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
     running_right = right("news")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,3 +246,56 @@ def test_liveness_is_all_that_changes(snapshot: Snapshot) -> None:
     served = with_live(snapshot, {"public": 1})
     assert served.keys is snapshot.keys
     assert [e.id for e in served.experts.values()] == [e.id for e in snapshot.experts.values()]
+
+
+@pytest.mark.asyncio
+async def test_what_runs_is_ended_once_the_lease_of_a_lost_store_has_run_out(
+    source: PolicySource, store: Any, clock: Clock, snapshot: Snapshot
+) -> None:
+    expired = asyncio.Event()
+    source.expire_with(expired.set)
+    source.confirm()
+    watching = asyncio.create_task(source.watch_lease())
+    store.answer = StoreUnavailable("away")
+    clock.now = 1.99
+    asked = store.asked
+    await asyncio.sleep(0.05)
+    assert (expired.is_set(), store.asked) == (False, asked)
+    clock.now = 2.0
+    async with asyncio.timeout(10):
+        await expired.wait()
+    store.answer = snapshot
+    async with asyncio.timeout(10):
+        while not source.fresh():
+            await asyncio.sleep(0.001)
+    watching.cancel()
+
+
+@pytest.mark.asyncio
+async def test_what_runs_is_ended_though_the_store_never_answers(snapshot: Snapshot, clock: Clock) -> None:
+    go, expired = threading.Event(), asyncio.Event()
+    store: Any = SimpleNamespace(confirm=lambda known: snapshot if known is None else (go.wait(30), snapshot)[1])
+    source = PolicySource(store, lambda: {"public": 1}, lease_s=2.0, poll_s=0.01, clock=clock)
+    source.expire_with(expired.set)
+    source.confirm()
+    clock.now = 2.0
+    watching = asyncio.create_task(source.watch_lease())
+    async with asyncio.timeout(10):
+        await expired.wait()
+    watching.cancel()
+    go.set()
+
+
+@pytest.mark.asyncio
+async def test_an_event_loop_that_was_held_up_ends_nothing(source: PolicySource, clock: Clock) -> None:
+    expired: list[bool] = []
+    source.expire_with(lambda: expired.append(True))
+    source.confirm()
+    watching = asyncio.create_task(source.watch_lease())
+    for _ in range(20):
+        clock.now += 60.0
+        async with asyncio.timeout(10):
+            while not source.fresh():
+                await asyncio.sleep(0.001)
+    watching.cancel()
+    assert not expired

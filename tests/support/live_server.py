@@ -91,7 +91,9 @@ def seed_store(database_url: str, experts: dict[str, tuple[str, str]]) -> None:
     store.close()
 
 
-def start(model: Path, directory: Path, *options: str, database_url: str | None = None) -> LiveServer:
+def start(
+    model: Path, directory: Path, *options: str, database_url: str | None = None, log: Path | None = None
+) -> LiveServer:
     """Start a server and wait until it is ready; a database that is given has been seeded."""
     database = directory / "flexgate.db"
     if database_url is None:
@@ -99,7 +101,7 @@ def start(model: Path, directory: Path, *options: str, database_url: str | None 
         if not database.exists():
             seed_store(database_url, experts_of(model))
     port = free_port()
-    log = directory / "server.log"
+    log = log or directory / "server.log"
     command = [_script(), "serve", str(model), f"--port={port}", *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with log.open("wb") as output:

@@ -6,12 +6,14 @@ agreement is to it as one that does not exist.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from flexgate.policies.store import licences
 from flexgate.policies.store.pseudonyms import Pseudonyms, read_pseudonyms
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import Agreement
+from flexgate.policies.withhold import Withholding, without_agreement
 from flexgate.server.admin.agreements.schemas import Terms, agreement_object, given_terms
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
 from flexgate.server.admin.pages import list_object, page_of
@@ -53,6 +55,10 @@ def end(call: Call[Nothing, Written]) -> Json:
     return {"id": agreement_id, "object": "agreement.deleted", "deleted": True}
 
 
+def _withheld(call: Call[Any, Any]) -> Withholding:
+    return partial(without_agreement, agreement_id=call.path["agreement_id"], owner_id=call.principal.owner_id)
+
+
 def _attributed(call: Call[Any, Any]) -> dict[str, Any]:
     return {"owner_id": call.principal.owner_id, **call.attributed}
 
@@ -72,5 +78,5 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     Operation(method="POST", path=_ALL, roles=_WRITE, work=create, body=Terms, query=Written),
     Operation(method="GET", path=_ONE, roles=_READ, work=retrieve),
     Operation(method="POST", path=_ONE, roles=_WRITE, work=revise, body=Terms, query=Written),
-    Operation(method="DELETE", path=_ONE, roles=_WRITE, work=end, query=Written),
+    Operation(method="DELETE", path=_ONE, roles=_WRITE, work=end, query=Written, withholds=_withheld),
 )

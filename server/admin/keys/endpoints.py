@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from flexgate.policies.store import accounts
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.tenants import KeyRecord, Role
+from flexgate.policies.withhold import Withholding, without_key
 from flexgate.server.admin.keys.schemas import (
     CreateAdminKey,
     CreateServiceAccount,
@@ -108,6 +110,18 @@ def delete_admin_key(call: Call[Nothing, Written]) -> Json:
     return {"id": key.key_id, "object": "organization.admin_api_key.deleted", "deleted": True}
 
 
+def _revoked(call: Call[Any, Any]) -> Withholding:
+    return _without(call, call.path["key_id"])
+
+
+def _revoked_account(call: Call[Any, Any]) -> Withholding:
+    return _without(call, call.path["service_account_id"].replace("svc_acct_", "key_", 1))
+
+
+def _without(call: Call[Any, Any], key_id: str) -> Withholding:
+    return partial(without_key, key_id=key_id, tenant_id=call.path.get("project_id"), now=call.now)
+
+
 def _account(call: Call[Any, Any]) -> ServiceAccount:
     for account in accounts.list_service_accounts(call.store, call.path["project_id"]):
         if account.id == call.path["service_account_id"]:
@@ -138,12 +152,14 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
         method="POST", path=_ACCOUNTS, roles=_WRITE, work=create_account, body=CreateServiceAccount, query=Written
     ),
     Operation(method="GET", path=_ACCOUNT, roles=_READ, work=retrieve_account),
-    Operation(method="DELETE", path=_ACCOUNT, roles=_WRITE, work=delete_account, query=Written),
+    Operation(
+        method="DELETE", path=_ACCOUNT, roles=_WRITE, work=delete_account, query=Written, withholds=_revoked_account
+    ),
     Operation(method="GET", path=_KEYS, roles=_READ, work=list_keys, query=ListApiKeys),
     Operation(method="GET", path=_KEY, roles=_READ, work=retrieve_key),
-    Operation(method="DELETE", path=_KEY, roles=_WRITE, work=delete_key, query=Written),
+    Operation(method="DELETE", path=_KEY, roles=_WRITE, work=delete_key, query=Written, withholds=_revoked),
     Operation(method="GET", path=_ADMIN_KEYS, roles=_READ, work=list_admin_keys, query=ListAdminKeys),
     Operation(method="POST", path=_ADMIN_KEYS, roles=_WRITE, work=create_admin_key, body=CreateAdminKey, query=Written),
     Operation(method="GET", path=_ADMIN_KEY, roles=_READ, work=retrieve_admin_key),
-    Operation(method="DELETE", path=_ADMIN_KEY, roles=_WRITE, work=delete_admin_key, query=Written),
+    Operation(method="DELETE", path=_ADMIN_KEY, roles=_WRITE, work=delete_admin_key, query=Written, withholds=_revoked),
 )

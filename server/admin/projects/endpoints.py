@@ -6,11 +6,13 @@ to it as one that does not exist.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from flexgate.policies.store import projects
 from flexgate.policies.store.projects import Times
 from flexgate.policies.tenants import Role, Tenant
+from flexgate.policies.withhold import Withholding, admitting_only, without_tenant
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
 from flexgate.server.admin.pages import list_object, page_of
 from flexgate.server.admin.projects.schemas import (
@@ -93,6 +95,21 @@ def _permit(call: Call[Any, Written], mode: str, expert_ids: frozenset[str]) -> 
     return permissions_object(tenant.mode, tenant.expert_ids)
 
 
+def _archived(call: Call[Any, Any]) -> Withholding:
+    return partial(without_tenant, tenant_id=call.path["project_id"])
+
+
+def _unpermitted(call: Call[ExpertPermissions, Written]) -> Withholding:
+    body = call.body
+    return partial(
+        admitting_only, tenant_id=call.path["project_id"], mode=body.mode, expert_ids=frozenset(body.expert_ids)
+    )
+
+
+def _unpermitted_all(call: Call[Any, Any]) -> Withholding:
+    return partial(admitting_only, tenant_id=call.path["project_id"], mode="allow_list", expert_ids=frozenset())
+
+
 def _shown(call: Call[Any, Any], tenant: Tenant) -> Json:
     times = projects.project_times(call.store, [tenant.id])[tenant.id]
     if call.principal.tenant_id is not None and tenant.standing is not None:
@@ -111,10 +128,23 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     Operation(method="POST", path=_ALL, roles=_ADMIN, work=create, body=CreateProject, query=Written),
     Operation(method="GET", path=_ONE, roles=READERS, work=retrieve),
     Operation(method="POST", path=_ONE, roles=_ADMIN, work=update, body=UpdateProject, query=Written),
-    Operation(method="POST", path=f"{_ONE}/archive", roles=_ADMIN, work=archive, query=Written),
+    Operation(method="POST", path=f"{_ONE}/archive", roles=_ADMIN, work=archive, query=Written, withholds=_archived),
     Operation(method="GET", path=_PERMISSIONS, roles=READERS, work=show_permissions),
     Operation(
-        method="POST", path=_PERMISSIONS, roles=_ADMIN, work=set_permissions, body=ExpertPermissions, query=Written
+        method="POST",
+        path=_PERMISSIONS,
+        roles=_ADMIN,
+        work=set_permissions,
+        body=ExpertPermissions,
+        query=Written,
+        withholds=_unpermitted,
     ),
-    Operation(method="DELETE", path=_PERMISSIONS, roles=_ADMIN, work=reset_permissions, query=Written),
+    Operation(
+        method="DELETE",
+        path=_PERMISSIONS,
+        roles=_ADMIN,
+        work=reset_permissions,
+        query=Written,
+        withholds=_unpermitted_all,
+    ),
 )

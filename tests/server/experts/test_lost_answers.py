@@ -14,7 +14,7 @@ from residencykit.local import Local, package, withdrawn_in, zeros
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.engine.scheduler import EXPERT_REVOKED
-from flexgate.server.experts.errors import ChangeConflict, CommitUnknown
+from flexgate.server.experts.errors import NotStored
 
 pytestmark = pytest.mark.asyncio
 
@@ -156,23 +156,23 @@ async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_t
     call.ended.set()
     here.client.open.append(call)
     repository.revoke = lost  # type: ignore[method-assign]
-    with pytest.raises(CommitUnknown) as unknown:
+    with pytest.raises(NotStored) as unknown:
         await here.service.revoke("math", actor="key_admin", drain_seconds=drain_seconds)
     assert (unknown.value.code, str(unknown.value)) == (
-        "commit_unknown",
-        "The store broke off: the answer was lost. Nothing tells whether it took the change. Nobody gets the expert "
-        "from now on, and the requests that might use it are ended. Withdraw it again, or restart the server, which "
-        "loads it if the change was not taken.",
+        "change_not_stored",
+        "The policy store could not take the change: the answer was lost. This server serves the expert no more, has "
+        "ended the requests that might use it, and tries again to store the change; other servers, and a restart "
+        "before that, do not know of it.",
     )
     assert call.failed == EXPERT_REVOKED
     assert [info.live for info in here.client.experts()] == [True, True, False]
     repository.revoke = broken_off  # type: ignore[method-assign]
     for seconds in (0.0, 0.05):
-        with pytest.raises(CommitUnknown):
+        with pytest.raises(NotStored):
             await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
     repository.withdrawn = frozenset  # type: ignore[method-assign]
     for seconds in (0.0, 0.05):
-        with pytest.raises(ChangeConflict, match="The store refused"):
+        with pytest.raises(NotStored, match="away"):
             await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
     assert [info.live for info in here.client.experts()] == [True, True, False]
     repository.revoke, repository.withdrawn = commit, withdrawn  # type: ignore[method-assign]

@@ -14,12 +14,13 @@ from residencykit.local import CHECKPOINT, MERGED, Local, local, package, zeros
 
 from flexgate.experts.signature import TrustedKeys
 from flexgate.experts.verify import open_package
-from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.errors import ChangeRefused, StoreUnavailable
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
+from flexgate.server.engine.endings import EXPERT_REVOKED
 from flexgate.server.experts import adding
-from flexgate.server.experts.errors import ChangeConflict, NotResident, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, NotResident, NotStored, PackageRefused
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.start import at_start
 from flexgate.server.experts.uploads import FREE_BYTES
@@ -163,18 +164,30 @@ async def test_an_engine_too_busy_to_try_an_expert_says_so_and_leaves_nothing_be
     assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
 
 
-async def test_a_store_that_refuses_leaves_the_expert_as_it_was(here: Local, tmp_path: Path, anchor: Path) -> None:
+async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_stored_once_it_can(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
     await here.add(package(tmp_path, anchor))
     call = GatedCall(GateGrant("t", (ExpertLease("math", 2, 2),), float("inf")))
+    call.ended.set()
     here.client.open.append(call)
     here.store.engine.dispose()
     (tmp_path / "policy.db").rename(tmp_path / "away.db")
     (tmp_path / "policy.db").mkdir()
-    with pytest.raises(ChangeConflict, match="The store refused"):
+    with pytest.raises(NotStored, match="This server serves the expert no more"):
         await here.service.revoke("math", actor="key_admin")
-    assert here.client.published[-1] == ("public", "news", "math")
-    assert call.failed is None
-    assert here.slots.digests(2) != zeros(here)
+    assert [info.live for info in here.client.experts()] == [True, True, False]
+    assert call.failed == EXPERT_REVOKED
+    following = asyncio.ensure_future(here.service.follow(lambda *_: False))
+    (tmp_path / "policy.db").rmdir()
+    (tmp_path / "away.db").rename(tmp_path / "policy.db")
+    async with asyncio.timeout(10):
+        while here.store.weights().withdrawn != {"math"} or here.service._residence.changing.locked():
+            await asyncio.sleep(0.01)
+    following.cancel()
+    assert here.client.published[-1] == ("public", "news")
+    assert here.slots.digests(2) == zeros(here)
+    assert [actor for actor, *_ in here.recorded] == ["key_admin"]
 
 
 async def test_a_revoke_waits_until_its_users_have_ended(here: Local, tmp_path: Path, anchor: Path) -> None:
@@ -325,7 +338,7 @@ async def test_a_slot_is_nobodys_while_a_withdrawal_of_its_expert_is_being_commi
     def refused(*_: object, **__: object) -> int:
         committing.set()
         go.wait(30)
-        raise StoreUnavailable("away")
+        raise ChangeRefused("not so")
 
     here.service._residence.repository.revoke = refused  # type: ignore[method-assign]
     before = here.slots.digests(1)

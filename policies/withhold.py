@@ -1,0 +1,63 @@
+"""Rights taken out of a snapshot whose store could not be told: what is left permits no more than before. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from types import MappingProxyType
+
+from flexgate.policies.clauses import Clause, Terms
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.terms import ExpertId, TenantId
+
+Withholding = Callable[[Snapshot], Snapshot]
+"""Takes something away; a snapshot that does not have it is returned as it is."""
+
+
+def without_tenant(snapshot: Snapshot, tenant_id: str) -> Snapshot:
+    """As if the tenant were archived."""
+    known = snapshot.tenants.get(TenantId(tenant_id))
+    if known is None:
+        return snapshot
+    return replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, known.id: replace(known, archived=True)}))
+
+
+def without_key(snapshot: Snapshot, key_id: str, *, tenant_id: str | None, now: float) -> Snapshot:
+    """As if the key, a tenant's or with None another role's, had been revoked at `now` (Unix seconds)."""
+    keys = {
+        digest: replace(key, revoked=now)
+        for digest, key in snapshot.keys.items()
+        if key.key_id == key_id and key.tenant_id == tenant_id and key.revoked is None
+    }
+    return replace(snapshot, keys=MappingProxyType({**snapshot.keys, **keys})) if keys else snapshot
+
+
+def without_agreement(snapshot: Snapshot, agreement_id: str, *, owner_id: str | None) -> Snapshot:
+    """As if the agreement permitted nothing; with an owner only if it is that owner's. What it prohibits stays."""
+
+    def stays(expert: ExpertId, clause: Clause) -> bool:
+        own = owner_id is None or snapshot.experts[expert].owner == owner_id
+        return not (clause.permits and clause.agreement_id == agreement_id and own)
+
+    terms = {
+        assignee: Terms.of(pair for pair in found.clauses() if stays(*pair)) if _names(found, agreement_id) else found
+        for assignee, found in snapshot.terms.items()
+    }
+    return replace(snapshot, terms=MappingProxyType(terms))
+
+
+def admitting_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Collection[str]) -> Snapshot:
+    """As if the tenant admitted no expert that it does not admit with `mode` and `expert_ids` too."""
+    known = snapshot.tenants.get(TenantId(tenant_id))
+    if known is None:
+        return snapshot
+    listed = frozenset(ExpertId(id_) for id_ in expert_ids if id_ in snapshot.experts)
+    for id_, members in snapshot.sets.items():
+        listed |= members if id_ in expert_ids else frozenset()
+    unadmitted = listed if mode == "deny_list" else snapshot.experts.keys() - listed
+    named = known.named | unadmitted if known.deny_list else known.named - unadmitted
+    return replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, known.id: replace(known, named=named)}))
+
+
+def _names(terms: Terms, agreement_id: str) -> bool:
+    return any(clause.agreement_id == agreement_id for _, clause in terms.clauses())
