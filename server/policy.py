@@ -97,6 +97,7 @@ class PolicySource:
         self._withheld: tuple[Withholding, ...] = ()
         self._withholding = threading.Lock()
         self._narrowed: tuple[Snapshot, tuple[Withholding, ...], Snapshot] | None = None
+        self._enforced: Snapshot | None = None
         self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
@@ -125,8 +126,9 @@ class PolicySource:
             self._confirmed = asked
             if self._past is not None and (self._stored is not before or not self._past.kept()):
                 self._past.note(self._stored)
-            if self._enforce is not None and self._stored is not before:
+            if self._enforce is not None and self._stored is not self._enforced:
                 self._enforce(self._narrow(self._stored))
+                self._enforced = self._stored
             if self._peers is not None:
                 self._peers.announce(self._stored.policy_version)
             return self._serve(self._stored)

@@ -89,7 +89,7 @@ class RunningRequests:
         with self._lock:
             rights = tuple(self._rights.values())
         decisions: _Decisions = {}
-        ended = [right.call for right in rights if self._judge(right, snapshot, decisions)]
+        ended = [right.call for right in rights if self._ends(right, snapshot, decisions)]
         if ended:
             logger.info("policy %d ends %d running requests", snapshot.policy_version, len(ended))
             _wait_for(ended)
@@ -103,6 +103,15 @@ class RunningRequests:
             logger.error("the policy cannot be confirmed: %d running requests are ended", len(running))
         for call in running:
             self._client.stop(call, POLICY_UNAVAILABLE)
+
+    def _ends(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> bool:
+        """Judge a request; one that cannot be judged is stopped, so that it does not keep the others from it."""
+        try:
+            return self._judge(right, snapshot, decisions)
+        except Exception:
+            logger.exception("a running request of project %s cannot be judged, and is ended", right.tenant)
+            self._client.stop(right.call, PERMISSION_ENDED)
+            return True
 
     def _judge(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> bool:
         """Stop a request that has lost its right, or bring its end forward."""

@@ -159,6 +159,46 @@ def test_the_peers_are_told_once_the_running_requests_have_ended() -> None:
     assert told == [0, ("enforced", 1), 1, ("enforced", 2), 2]
 
 
+def test_a_policy_whose_enforcement_failed_is_enforced_at_the_next_poll_and_told_to_nobody_before() -> None:
+    told: list[Any] = []
+    snapshots = [policy(1), policy(2)]
+    store = SimpleNamespace(confirm=lambda known: known if known and len(told) > 3 else snapshots.pop(0))
+    peers: Any = SimpleNamespace(announce=lambda version: told.append(version))
+    source = PolicySource(store, lambda: {"public": 1, "news": 1}, lease_s=2.0, poll_s=1.0, peers=peers)
+
+    def enforce(snapshot: Snapshot) -> None:
+        told.append(("enforced", snapshot.policy_version))
+        if told.count(told[-1]) == 1 and snapshot.policy_version == 2:
+            raise MemoryError
+
+    source.enforce_with(enforce)
+    source.confirm()
+    with pytest.raises(MemoryError):
+        source.confirm()
+    source.confirm()
+    source.confirm()
+    assert told == [0, ("enforced", 1), 1, ("enforced", 2), ("enforced", 2), 2, 2]
+
+
+def test_a_request_that_cannot_be_judged_ends_and_keeps_no_other_from_being_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decide = enforcement.decide
+
+    def fail_for_one(snapshot: Snapshot, tenant: TenantId, request: DecisionRequest, now: float) -> Any:
+        if request.only:
+            raise KeyError("broken")
+        return decide(snapshot, tenant, request, now)
+
+    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    broken, lost, kept = right("news", only=("news",)), right("news"), right()
+    for each in (broken, lost, kept):
+        running.begin(each, None)
+    monkeypatch.setattr(enforcement, "decide", fail_for_one)
+    running.enforce(policy(permitted=False))
+    assert [each.call.failed for each in (broken, lost, kept)] == ["permission_ended", "permission_ended", None]
+
+
 @pytest.mark.asyncio
 async def test_enforcing_waits_for_the_end_and_no_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enforcement, "END_SECONDS", 60.0)
