@@ -60,7 +60,9 @@ class Services:
         self.recorded = Recorded(self.store)
         self.budget_usage = BudgetUsage(self.store)
         self.limiter = Limiter(self.budget_usage)
-        self.running = RunningRequests(self.client, clock=self.clock, revoked_keys=self.revoked_keys)
+        self.running = RunningRequests(
+            self.client, clock=self.clock, policy=self.policy, revoked_keys=self.revoked_keys
+        )
         self.policy.enforce_with(self.running.enforce)
         self.policy.expire_with(self.running.expire)
         self.unstored = Unstored(self.policy)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import Decision, DecisionRequest
@@ -54,29 +54,46 @@ class Right:
     policy_version: int
 
 
+class NewestPolicy(Protocol):
+    """The newest snapshot that was read, and whether it permits less than its version says."""
+
+    @property
+    def newest(self) -> Snapshot | None: ...
+    @property
+    def withholds(self) -> bool: ...
+
+
 class RunningRequests:
     """The requests that run in this process. Safe to use from several threads."""
 
     def __init__(
-        self, client: GatedEngineClient, *, clock: Callable[[], float], revoked_keys: RevokedKeys = "end"
+        self,
+        client: GatedEngineClient,
+        *,
+        clock: Callable[[], float],
+        policy: NewestPolicy,
+        revoked_keys: RevokedKeys = "end",
     ) -> None:
-        """`clock` gives Unix seconds; `revoked_keys` says what the requests of a key do that is revoked or expires."""
+        """`clock` gives Unix seconds; `policy` has what was read last, before it is enforced.
+
+        `revoked_keys` says what the requests of a key do that is revoked or expires.
+        """
         self._client = client
+        self._policy = policy
         self._clock = clock
         self._ends_with_key = revoked_keys == "end"
         self._lock = threading.Lock()
         self._rights: dict[GatedCall, Right] = {}
 
-    def begin(self, right: Right, newest: Snapshot | None, *, withheld: bool = False) -> None:
-        """Watch a request from now on, and end it at once if `newest` has taken its right away meanwhile.
-
-        Where rights are `withheld`, a snapshot permits less than its version says.
-        """
+    def begin(self, right: Right) -> None:
+        """Watch a request from now on, and end it at once if its right has been taken away meanwhile."""
         with self._lock:
             self._rights[right.call] = right
         if self._ends_with_key and right.principal.expires is not None:
             right.call.end_at(right.principal.expires, KEY_EXPIRED)
-        if newest is not None and (withheld or newest.policy_version != right.policy_version):
+        # Once the request is watched: what is read or withheld later is enforced on it.
+        newest, withholds = self._policy.newest, self._policy.withholds
+        if newest is not None and (withholds or newest.policy_version != right.policy_version):
             self._judge(right, newest, {})
 
     def end(self, call: GatedCall) -> None:

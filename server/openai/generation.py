@@ -59,8 +59,7 @@ class Run:
     def begin(self) -> None:
         """Let the call be seen by whatever may end it; raises `ApiError` where its right has gone meanwhile."""
         self.services.client.begin(self.call)
-        policy = self.services.policy
-        self.services.running.begin(self.right, policy.newest, withheld=policy.withholds)
+        self.services.running.begin(self.right)
         ended = vllm_errors.ended_early(self.call)
         if ended is not None:
             raise ended

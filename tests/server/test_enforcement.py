@@ -65,10 +65,16 @@ def right(*experts: str, only: tuple[str, ...] | None = None, **options: Any) ->
     return Right(call, principal, TenantId("t"), asked, 1)
 
 
+def watching(engine: Any = None, **options: Any) -> RunningRequests:
+    """What watches running requests; no newer policy was read, unless `newest` says so."""
+    read: Any = SimpleNamespace(newest=options.pop("newest", None), withholds=options.pop("withholds", False))
+    return RunningRequests(engine or Engine(), clock=lambda: NOW, policy=read, **options)
+
+
 def after(right_: Right, snapshot: Snapshot, **options: Any) -> str | None:
     """Why a newer policy ends a running request, or None."""
-    running = RunningRequests(Engine(), clock=lambda: NOW, **options)  # type: ignore[arg-type]
-    running.begin(right_, None)
+    running = watching(**options)
+    running.begin(right_)
     running.enforce(snapshot)
     return right_.call.failed
 
@@ -116,33 +122,33 @@ def test_a_request_ends_when_its_key_expires() -> None:
 
 
 def test_a_request_that_begins_after_its_right_has_gone_ends_at_once() -> None:
-    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    running = watching(newest=policy(permitted=False))
     running_right = right("news")
-    running.begin(running_right, policy(permitted=False))
+    running.begin(running_right)
     assert running_right.call.failed == "permission_ended"
 
 
 def test_every_running_request_ends_when_nothing_confirms_the_policy_any_more() -> None:
-    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    running = watching()
     rights = [right("news"), right(), right("news")]
     for one in rights:
-        running.begin(one, None)
+        running.begin(one)
     rights[2].call.failed = "key_revoked"
     running.expire()
     assert [one.call.failed for one in rights] == ["policy_unavailable", "policy_unavailable", "key_revoked"]
 
 
 def test_a_right_that_is_withheld_ends_a_request_that_begins_under_the_same_version() -> None:
-    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    running = watching(newest=policy(1, permitted=False), withholds=True)
     running_right = right("news")
-    running.begin(running_right, policy(1, permitted=False), withheld=True)
+    running.begin(running_right)
     assert running_right.call.failed == "permission_ended"
 
 
 def test_a_request_that_has_ended_is_watched_no_longer() -> None:
-    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    running = watching()
     running_right = right("news")
-    running.begin(running_right, None)
+    running.begin(running_right)
     running.end(running_right.call)
     running.enforce(policy(permitted=False))
     assert running_right.call.failed is None
@@ -190,10 +196,10 @@ def test_a_request_that_cannot_be_judged_ends_and_keeps_no_other_from_being_judg
             raise KeyError("broken")
         return decide(snapshot, tenant, request, now)
 
-    running = RunningRequests(Engine(), clock=lambda: NOW)  # type: ignore[arg-type]
+    running = watching()
     broken, lost, kept = right("news", only=("news",)), right("news"), right()
     for each in (broken, lost, kept):
-        running.begin(each, None)
+        running.begin(each)
     monkeypatch.setattr(enforcement, "decide", fail_for_one)
     running.enforce(policy(permitted=False))
     assert [each.call.failed for each in (broken, lost, kept)] == ["permission_ended", "permission_ended", None]
@@ -204,8 +210,8 @@ async def test_enforcing_waits_for_the_end_and_no_longer_than_its_bound(monkeypa
     monkeypatch.setattr(enforcement, "END_SECONDS", 60.0)
     stopped = threading.Event()
     engine: Any = SimpleNamespace(stop=lambda call, reason: stopped.set())
-    running, running_right = RunningRequests(engine, clock=lambda: NOW), right("news")
-    running.begin(running_right, None)
+    running, running_right = watching(engine), right("news")
+    running.begin(running_right)
     enforcing = asyncio.create_task(asyncio.to_thread(running.enforce, policy(permitted=False)))
     assert await asyncio.to_thread(stopped.wait, 30)
     assert not enforcing.done()
@@ -213,6 +219,6 @@ async def test_enforcing_waits_for_the_end_and_no_longer_than_its_bound(monkeypa
     await enforcing
     monkeypatch.setattr(enforcement, "END_SECONDS", 0.0)
     late = right("news")
-    running.begin(late, None)
+    running.begin(late)
     await asyncio.to_thread(running.enforce, policy(permitted=False))
     assert not late.call.ended.is_set()

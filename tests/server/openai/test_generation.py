@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -482,3 +484,21 @@ async def test_usage_says_how_much_of_all_prompts_was_cached(client: httpx.Async
 async def test_models_say_how_long_a_prompt_may_be(client: httpx.AsyncClient, services: Any) -> None:
     card = (await client.get("/v1/models/tiny")).json()
     assert card["max_model_len"] == services.limits.prompt_tokens
+
+
+@pytest.mark.asyncio
+async def test_a_policy_that_comes_between_its_admission_and_its_start_ends_a_request(
+    client: httpx.AsyncClient, handler: Any, services: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler.result = answer
+    begin = services.running.begin
+
+    def begin_after_the_newer_policy(*args: Any) -> None:
+        store.answer = replace(store.answer, policy_version=8, terms=MappingProxyType({}))
+        services.policy.confirm()
+        begin(*args)
+
+    monkeypatch.setattr(services.running, "begin", begin_after_the_newer_policy)
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "expert_permission_ended")
+    assert handler.seen == []
