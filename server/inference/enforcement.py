@@ -123,6 +123,8 @@ class RunningRequests:
 
     def _ends(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> bool:
         """Judge a request; one that cannot be judged is stopped, so that it does not keep the others from it."""
+        if right.call.failed is not None:  # it gets no more tokens; its client may read the end late
+            return False
         try:
             return self._judge(right, snapshot, decisions)
         except Exception:

@@ -222,3 +222,21 @@ async def test_enforcing_waits_for_the_end_and_no_longer_than_its_bound(monkeypa
     running.begin(late)
     await asyncio.to_thread(running.enforce, policy(permitted=False))
     assert not late.call.ended.is_set()
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_was_ended_and_is_not_read_holds_up_no_later_policy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    waited: list[Any] = []
+    monkeypatch.setattr(enforcement, "_wait_for", waited.append)
+    running, unread = (
+        watching(SimpleNamespace(stop=lambda call, reason: setattr(call, "failed", reason))),
+        right("news"),
+    )
+    running.begin(unread)
+    for version in (2, 3, 4):
+        await asyncio.to_thread(running.enforce, policy(version, permitted=False))
+    assert waited == [[unread.call]]
+    assert len([record for record in caplog.records if "ends 1 running" in record.message]) == 1
