@@ -67,7 +67,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         planned = plan(engine_settings)
         _prepare(settings, store, before, at=clock())
         with _interruptible():
-            launching = launch(engine_settings, stage)
+            launching = launch(engine_settings, stage, clock=clock)
             engine = await launching.__aenter__()
         try:
             with _interruptible():

@@ -117,7 +117,7 @@ class GatedCall:
             experts=[(e.expert, e.generation) for e in grant.experts],
             client_salt=self.client_salt,
         )
-        return Gate(request_id, grant.tenant, leases, grant.valid_until, salt)
+        return Gate(request_id, grant.tenant, leases, min(grant.valid_until, self.valid_until), salt)
 
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""

@@ -8,10 +8,10 @@ Without a current call nothing goes out.
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.engine.constraining import constrain
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
+LOOK_AGAIN_SECONDS: Final = 1.0
+"""How often the clock is read until a call's end: it may be set forward meanwhile."""
+
 
 class GatedEngineClient(EngineView):
     """Generation under a sealed gate, and the read-only facts that handlers need."""
@@ -38,12 +41,12 @@ class GatedEngineClient(EngineView):
         experts: tuple[ExpertInfo, ...],
         slots: int,
         answers: Callable[[], bool],
+        clock: Callable[[], float],
         weights_epoch: int = 1,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`.
 
-        ``answers`` tells whether its engine core has answered of late.
+        ``answers`` tells whether its engine core has answered of late; ``clock`` gives Unix seconds.
         """
         super().__init__(engine)
         self._answers = answers
@@ -53,6 +56,7 @@ class GatedEngineClient(EngineView):
         self._calls: dict[str, GatedCall] = {}
         self._open: set[GatedCall] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._timers: dict[GatedCall, asyncio.TimerHandle] = {}
         self._aborting: set[asyncio.Future[Any]] = set()
         self._layers = int(engine.model_config.hf_config.num_hidden_layers)
         self._ready = False
@@ -100,6 +104,7 @@ class GatedEngineClient(EngineView):
     def end(self, call: GatedCall) -> None:
         """Nothing of the call's answer is left to send."""
         self._open.discard(call)
+        self._cancel_timer(call)
         call.ended.set()
 
     def stop(self, call: GatedCall, reason: str) -> None:
@@ -107,6 +112,29 @@ class GatedEngineClient(EngineView):
         call.failed = call.failed or reason
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._abort, call)
+
+    def end_at(self, call: GatedCall, valid_until: float, reason: str) -> None:
+        """Stop a call at a time (Unix seconds), unless it ends earlier. Safe from any thread."""
+        call.end_at(valid_until, reason)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._watch_end, call)
+
+    def _watch_end(self, call: GatedCall) -> None:
+        """Stop a call whose end has come, or set a timer for it."""
+        self._cancel_timer(call)
+        if call not in self._open or call.failed is not None or call.expired is None:
+            return
+        left = call.valid_until - self._clock()
+        if left <= 0:
+            self.stop(call, call.expired)
+        elif left < math.inf:
+            loop = asyncio.get_running_loop()
+            self._timers[call] = loop.call_later(min(left, LOOK_AGAIN_SECONDS), self._watch_end, call)
+
+    def _cancel_timer(self, call: GatedCall) -> None:
+        timer = self._timers.pop(call, None)
+        if timer is not None:
+            timer.cancel()
 
     def _abort(self, call: GatedCall) -> None:
         ids = [id_ for id_, owner in self._calls.items() if owner is call]
@@ -213,4 +241,5 @@ class GatedEngineClient(EngineView):
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
         if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED):
-            call.failed = output.stop_reason
+            expired = call.expired if output.stop_reason == GATE_EXPIRED else None
+            call.failed = call.failed or expired or output.stop_reason

@@ -151,11 +151,14 @@ def refuse_missing_kernels(moe_kernels: str) -> None:
 
 
 @asynccontextmanager
-async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncIterator[RunningEngine]:
+async def launch(
+    settings: EngineSettings, stage: Stage = _silent, *, clock: Callable[[], float]
+) -> AsyncIterator[RunningEngine]:
     """Start the engine, prove the gate on every rank, yield it, stop it.
 
     Args:
         stage: told what is happening, for a progress display.
+        clock: by which requests end, in Unix seconds; the same as the server's.
 
     Raises:
         CheckpointError, RefusedConfigurationError: before vLLM is loaded.
@@ -192,7 +195,7 @@ async def launch(settings: EngineSettings, stage: Stage = _silent) -> AsyncItera
     watching = asyncio.create_task(end_if_it_hangs(slots, heartbeat))
     try:
         stage("proving the gate", 0, 0)
-        yield RunningEngine(await _prove(engine, planned, key, heartbeat), slots)
+        yield RunningEngine(await _prove(engine, planned, key, heartbeat, clock), slots)
     finally:
         watching.cancel()
         await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
@@ -284,7 +287,9 @@ def _available_bytes(settings: EngineSettings) -> int:
     return int(psutil.virtual_memory().available * settings.gpu_memory_utilization) // settings.tensor_parallel_size
 
 
-async def _prove(engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Heartbeat") -> "GatedEngineClient":
+async def _prove(
+    engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Heartbeat", clock: Callable[[], float]
+) -> "GatedEngineClient":
     from flexgate.server.engine.canary import sing
     from flexgate.server.engine.client import GatedEngineClient
     from flexgate.server.engine.handshake import describe_kernels, verify
@@ -307,6 +312,7 @@ async def _prove(engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Hea
         slots=planned.slots.slots,
         weights_epoch=planned.settings.weights_epoch,
         answers=heartbeat.fresh,
+        clock=clock,
     )
     client.kernels = describe_kernels(reports)
     await sing(engine, client)

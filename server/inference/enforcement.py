@@ -90,7 +90,7 @@ class RunningRequests:
         with self._lock:
             self._rights[right.call] = right
         if self._ends_with_key and right.principal.expires is not None:
-            right.call.end_at(right.principal.expires, KEY_EXPIRED)
+            self._client.end_at(right.call, right.principal.expires, KEY_EXPIRED)
         # Once the request is watched: what is read or withheld later is enforced on it.
         newest, withholds = self._policy.newest, self._policy.withholds
         if newest is not None and (withholds or newest.policy_version != right.policy_version):
@@ -140,7 +140,10 @@ class RunningRequests:
             question = (right.tenant, asked.purpose, asked.region, asked.only, asked.ignore)
             if question not in decisions:
                 decisions[question] = _decide(snapshot, right, self._clock())
-            reason = _lost_permission(right.call, snapshot, decisions[question])
+            decision = decisions[question]
+            reason = _lost_permission(right.call, snapshot, decision)
+            if reason is None and decision is not None:
+                self._client.end_at(right.call, decision.valid_until, PERMISSION_ENDED)
         if reason is None:
             return False
         self._client.stop(right.call, reason)
@@ -166,8 +169,6 @@ def _lost_permission(call: GatedCall, snapshot: Snapshot, decision: Decision | N
     allowed = frozenset[ExpertId]() if decision is None else decision.allowed
     lost = [lease.expert for lease in call.grant.experts if lease.expert not in allowed]
     if not lost:
-        if decision is not None:
-            call.end_at(decision.valid_until, PERMISSION_ENDED)
         return None
     known = (snapshot.experts.get(ExpertId(expert)) for expert in lost)
     return EXPERT_REVOKED if any(e is not None and not e.live for e in known) else PERMISSION_ENDED

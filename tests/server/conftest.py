@@ -173,6 +173,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
         ready=lambda: True,
         begin=lambda call: None,
         stop=lambda call, reason: setattr(call, "failed", reason),
+        end_at=lambda call, valid_until, reason: call.end_at(valid_until, reason),
         end=lambda call: None,
         experts=lambda: infos,
         lease=lambda id_: next((ExpertLease(i.id, i.slot, 1) for i in infos if i.id == id_), None),

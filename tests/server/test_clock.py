@@ -106,15 +106,18 @@ async def test_a_clock_set_back_while_the_engine_starts_stamps_nothing(
     settings = Settings(model=text_checkpoint, port=0, state_dir=tmp_path / "state")
     store = Store.open(settings.database())
     here: list[Local] = []
+    clocks: list[Clock] = []
 
     @asynccontextmanager
-    async def launch(*_: object) -> AsyncIterator[Local]:
+    async def launch(*_: object, clock: Clock) -> AsyncIterator[Local]:
+        clocks.append(clock)
         machine.passes(60, and_set=-3600)
         here.append(local(store, text_checkpoint, tmp_path))
         yield here[0]
 
     async def run(_: Settings, services: Any, *_sockets: object) -> None:
         assert services.started == services.clock() == NOON + 60
+        assert services.clock is clocks[0]  # that of the engine's client
         await services.experts.revoke("news", actor="key_admin")
 
     monkeypatch.setattr(process, "Clock", lambda: Clock(lambda: machine.wall, lambda: machine.steady))

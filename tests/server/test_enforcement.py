@@ -31,6 +31,9 @@ class Engine:
         call.failed = call.failed or reason
         call.ended.set()
 
+    def end_at(self, call: GatedCall, valid_until: float, reason: str) -> None:
+        call.end_at(valid_until, reason)
+
 
 def policy(
     version: int = 2,

@@ -29,7 +29,7 @@ def services(services: Any, real_store: Store) -> Any:
 def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """`flexgate serve` on a database of the test's own, up to where the engine would be started."""
 
-    def engine_started(*_: object) -> None:
+    def engine_started(*_: object, **__: object) -> None:
         raise ChangeRefused("the engine would be started now")
 
     monkeypatch.setattr(process, "launch", engine_started)

@@ -25,7 +25,7 @@ def test_a_canary_takes_the_next_free_place_and_nobody_else_changes_places(engin
 
 
 CANARIES = """
-import asyncio, math, sys, threading
+import asyncio, math, sys, threading, time
 from pathlib import Path
 from vllm.sampling_params import SamplingParams
 from flexgate.server.engine import launch
@@ -38,7 +38,7 @@ async def main():
     settings = launch.EngineSettings(
         Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=2
     )
-    async with launch.launch(settings) as engine:
+    async with launch.launch(settings, clock=time.time) as engine:
         public = engine.client.experts()[0].lease
         await engine.slots.open(ADDED.slot, ADDED.generation)
         begun = []

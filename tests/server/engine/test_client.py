@@ -1,6 +1,7 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.outputs import LogprobsTensors
 
+from flexgate.server.engine import client as client_module
 from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, GateGrant
 from flexgate.server.engine.client import GatedEngineClient
-from flexgate.server.engine.gates import GateError, new_seal_key
+from flexgate.server.engine.gates import GATE_ARG, GateError, new_seal_key, open_seal
 
 
 def salt(*leases: ExpertLease, tenant: str = "t", client_salt: str | None = None) -> str:
@@ -65,10 +67,13 @@ class Engine:
         self.renderer = SimpleNamespace(tokenizer=Characters())
         self.children: list[str] = []
         self.client: Any = None
+        self.clock: Any = None
+        self.sealed: list[Any] = []
         self.unreachable = False  # requests are taken and do not get to the engine core
 
     async def generate(self, prompt: Any, params: SamplingParams, request_id: str, **_: Any) -> AsyncIterator[Any]:
         """Hand over one request, or one for each choice, and answer from the queue, as `AsyncLLM` does."""
+        self.sealed.append(params.extra_args[GATE_ARG])
         ids = prompt["prompt_token_ids"]
         request = EngineCoreRequest(f"{request_id}-r", ids, None, params, None, 0.0, None, None, None)
         request.external_req_id = request_id
@@ -100,9 +105,26 @@ class Engine:
         self.output_processor.process_outputs(outputs)
 
 
+class Clock:
+    """Unix seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def engine() -> Engine:
-    return Engine()
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engine(clock: Clock) -> Engine:
+    made = Engine()
+    made.clock = clock
+    return made
 
 
 @pytest.fixture
@@ -115,7 +137,7 @@ def call(engine: Engine) -> Iterator[GatedCall]:
 
 
 async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
     engine.client = client
     client.begin(call)
     CURRENT_CALL.set(call)
@@ -150,7 +172,7 @@ async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
 
 
 def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
     reserved: list[int] = []
     call.reserve = reserved.append
     for prompt in ([1, 2, 3], [4, 5]):
@@ -159,7 +181,7 @@ def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engi
 
 
 def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
 
     def refuse(tokens: int) -> None:
         raise OverflowError(tokens)
@@ -184,12 +206,73 @@ async def test_a_call_that_is_stopped_gets_no_more_tokens_and_leaves_the_engine(
     assert engine.output_processor.request_states == {}
 
 
+OUTPUTS = pytest.mark.parametrize(
+    "kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=lambda kind: kind.name
+)
+
+
 @pytest.mark.asyncio
-async def test_a_call_gets_no_more_tokens_from_its_end_on(engine: Engine, call: GatedCall) -> None:
+@OUTPUTS
+async def test_a_call_leaves_the_engine_at_its_end_though_no_output_arrives(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.001)
+    reading = await begin(engine, call, kind, 2)
+    for end, reason in ((math.inf, "later"), (1500.0, "key_expired"), (1900.0, "later")):
+        await asyncio.to_thread(engine.client.end_at, call, end, reason)
+    engine.clock.now = 1499.0
+    await asyncio.sleep(0.02)
+    assert call.failed is None
+    assert len(engine.output_processor.request_states) == 2
+    engine.clock.now = 1500.0
+    with pytest.raises(EngineGenerateError, match="key_expired"):
+        await asyncio.wait_for(reading, 10)
+    assert call.failed == "key_expired"
+    assert engine.output_processor.request_states == {}
+
+
+@pytest.mark.asyncio
+async def test_no_timer_outlives_its_call(engine: Engine, call: GatedCall) -> None:
     reading = await begin(engine, call, RequestOutputKind.DELTA, 1)
-    call.end_at(math.inf, "later")
-    call.end_at(5.0, "key_expired")
-    call.end_at(9.0, "later")
+    engine.client.end_at(call, 1500.0, "key_expired")
+    await asyncio.sleep(0)
+    assert len(engine.client._timers) == 1
+    engine.step(7, finish=True)
+    await reading
+    engine.client.end(call)
+    engine.client.end_at(call, 1400.0, "key_expired")
+    await asyncio.sleep(0)
+    assert engine.client._timers == {}
+
+
+@pytest.mark.asyncio
+@OUTPUTS
+@pytest.mark.parametrize(
+    ("end", "sealed", "reason"), [(1500.0, 1500.0, "key_expired"), (2500.0, 2000.0, "gate_expired")]
+)
+async def test_the_engine_core_is_given_the_earlier_end_and_the_client_its_reason(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind, end: float, sealed: float, reason: str
+) -> None:
+    call.grant = replace(call.grant, valid_until=2000.0)
+    call.end_at(end, "key_expired")
+    reading = await begin(engine, call, kind, 1)
+    assert open_seal(engine.sealed[0], KEY).valid_until == sealed
+    ended = EngineCoreOutput(engine.children[0], [], finish_reason=FinishReason.ERROR, stop_reason="gate_expired")
+    engine.output_processor.process_outputs([ended])
+    await asyncio.wait({reading}, timeout=10)
+    assert call.failed == reason
+    assert (reading.exception() is None) == (reason == "gate_expired")
+
+
+@pytest.mark.asyncio
+async def test_an_end_is_judged_by_the_clock_that_does_not_go_back(engine: Engine, call: GatedCall) -> None:
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 1)
+    engine.clock.now = 0.0
+    engine.client.end_at(call, 5.0, "key_expired")  # long past by the machine's clock
+    engine.step(7)
+    await asyncio.sleep(0)
+    assert call.failed is None
+    engine.clock.now = 5.0
     engine.step(7)
     with pytest.raises(EngineGenerateError, match="key_expired"):
         await asyncio.wait_for(reading, 10)
@@ -223,7 +306,7 @@ async def test_nothing_is_kept_of_a_request_that_did_not_reach_the_engine_core(
 async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it_sees_them(
     engine: Engine, call: GatedCall
 ) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
     for length, refused in ((1024, False), (1025, True)):
         params = SamplingParams(max_tokens=1, bad_words=["x" * length])
         outputs = client.generate({"prompt_token_ids": [1]}, params, "request")
@@ -260,7 +343,7 @@ def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
 @pytest.mark.asyncio
 async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be_read(engine: Engine) -> None:
     """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
     params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
     token = CURRENT_CALL.set(GatedCall(GateGrant("t", (INFO.lease,), math.inf)))
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
@@ -281,7 +364,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
 
 @pytest.mark.asyncio
 async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
     call = GatedCall(GateGrant("t", (INFO.lease,), math.inf), prompt_only=True)
     token = CURRENT_CALL.set(call)
     params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
@@ -299,7 +382,7 @@ async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) ->
 def test_a_client_is_ready_while_its_engine_core_answers(engine: Engine) -> None:
     answers = [True, False, True]
     engine.errored = False
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: answers.pop(0))
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: answers.pop(0), clock=engine.clock)
     assert not client.ready()
     client.mark_ready()
     assert [client.ready() for _ in range(3)] == [True, False, True]

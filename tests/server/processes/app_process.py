@@ -43,6 +43,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         ready=lambda: True,
         begin=lambda call: None,
         stop=lambda call, reason: setattr(call, "failed", reason),
+        end_at=lambda call, valid_until, reason: call.end_at(valid_until, reason),
         end=lambda call: None,
         experts=lambda: infos,
         lease=lambda id_: ExpertLease(id_, experts.index(id_), 1),

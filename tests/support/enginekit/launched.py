@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 START = """
-import asyncio, multiprocessing, os, sys
+import asyncio, multiprocessing, os, sys, time
 from pathlib import Path
 from flexgate.server.engine import launch
 # what changes it
@@ -15,7 +15,7 @@ async def start():
     settings = launch.EngineSettings(
         Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20
     )
-    async with launch.launch(settings):
+    async with launch.launch(settings, clock=time.time):
         print("SERVED", *(process.pid for process in multiprocessing.active_children()))
 
 if __name__ == "__main__":
