@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from flexgate.policies.terms import PUBLIC, Agreement, ExpertId
-from flexgate.policies.words import purpose_and_above, region_and_above
+from flexgate.policies.words import prohibited_regions, purpose_and_above, region_and_above
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +89,18 @@ def _row(clauses: dict[ExpertId, list[Clause]]) -> Row:
 def compile_clause(agreement: Agreement) -> Clause:
     """An agreement as the decision reads it."""
     purposes = None if agreement.purposes and "all" in agreement.purposes else agreement.purposes
+    permits, regions = agreement.effect == "permit", agreement.regions
+    if regions is not None and not permits:
+        regions = prohibited_regions(regions)
     return Clause(
         agreement_id=agreement.id,
         version=agreement.version,
-        permits=agreement.effect == "permit",
+        permits=permits,
         purposes=purposes,
         purposes_above=frozenset().union(*(purpose_and_above(p) for p in purposes or ())),
-        regions=agreement.regions,
-        regions_above=frozenset().union(*(region_and_above(r) for r in agreement.regions or ())),
+        regions=regions,
+        regions_above=frozenset().union(*(region_and_above(r) for r in regions or ())),
         starts=agreement.starts,
         ends=agreement.ends,
-        whatever=agreement.effect == "permit" and purposes is None and agreement.regions is None,
+        whatever=permits and purposes is None and regions is None,
     )

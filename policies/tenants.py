@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from flexgate.policies.errors import InvalidName
 from flexgate.policies.terms import (
+    AS_STORED,
     PUBLIC,
     Document,
     ExpertIdField,
@@ -34,10 +35,19 @@ def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
 
 
 Title = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_TITLE: Final = TypeAdapter(Title)
 References = Annotated[SetOf[ExpertReference], AfterValidator(_leaves_public_alone)]
 
 
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
+
+
+def require_title(text: str) -> None:
+    """Raise `InvalidName` unless `text` can be a name today."""
+    try:
+        _TITLE.validate_python(text)
+    except ValidationError as error:
+        raise InvalidName(f"name: {error.errors()[0]['msg']}") from None
 
 
 class Quota(Document):
@@ -62,7 +72,7 @@ class Tenant(Document):
     """
 
     id: TenantIdField
-    name: Title
+    name: Annotated[Title, AS_STORED]
     mode: Literal["allow_list", "deny_list"] = "allow_list"
     expert_ids: References = frozenset()
     hidden: References = frozenset()

@@ -20,6 +20,8 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -31,6 +33,7 @@ from flexgate.policies.words import (
     parse_license_expression,
     parse_purpose,
     parse_region,
+    parse_stored_region,
 )
 
 ExpertId = NewType("ExpertId", str)
@@ -106,6 +109,14 @@ def _whole_second(moment: datetime) -> datetime:
         raise InvalidName("a time lies between the years 1 and 9999, in UTC") from None
 
 
+def _region(text: str, info: ValidationInfo) -> Region:
+    return parse_stored_region(text) if info.context == STORED else parse_region(text)
+
+
+def _unless_stored(value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    return value if info.context == STORED and isinstance(value, str) else check(value)
+
+
 ExpertIdField = Annotated[ExpertId, AfterValidator(parse_expert_id)]
 SetIdField = Annotated[SetId, AfterValidator(parse_set_id)]
 Name = Annotated[str, StringConstraints(pattern=_NAME_PATTERN)]
@@ -116,9 +127,11 @@ AgreementIdField = Annotated[AgreementId, StringConstraints(pattern=_NAME_PATTER
 ExpertReference = Annotated[str, AfterValidator(_parse_reference)]
 Assignee = Annotated[str, AfterValidator(_parse_assignee)]
 PurposeField = Annotated[Purpose, AfterValidator(parse_purpose)]
-RegionField = Annotated[Region, AfterValidator(parse_region)]
+RegionField = Annotated[Region, AfterValidator(_region)]
 Moment = Annotated[datetime, BeforeValidator(_written_time), AfterValidator(_whole_second)]
-LicenseExpression = Annotated[str, AfterValidator(parse_license_expression)]
+AS_STORED: Final = WrapValidator(_unless_stored)
+"""Marks a label, which decides nothing: one that is stored is read as it is."""
+LicenseExpression = Annotated[str, AfterValidator(parse_license_expression), AS_STORED]
 
 
 class Document(BaseModel):
@@ -154,6 +167,12 @@ class Compensate(Document):
 Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
 
 
+def require_executed(duties: tuple[Duty, ...]) -> None:
+    """Raise `InvalidName` for duties: an agreement that is written now cannot have any."""
+    if duties:
+        raise InvalidName("nothing executes duties yet, so an agreement cannot have any: leave them out")
+
+
 class Agreement(Document):
     """One set of terms between an owner and tenants.
 
@@ -180,8 +199,8 @@ class Agreement(Document):
     @field_validator("duties")
     @classmethod
     def _are_executed(cls, duties: tuple[Duty, ...], info: ValidationInfo) -> tuple[Duty, ...]:
-        if duties and info.context != STORED:
-            raise InvalidName("nothing executes duties yet, so an agreement cannot have any: leave them out")
+        if info.context != STORED:
+            require_executed(duties)
         return duties
 
     @model_validator(mode="after")

@@ -11,6 +11,9 @@ Regions are ISO 3166 countries (`DE`) and subdivisions (`DE-BY`) under the group
 Licenses are SPDX expressions (`CC-BY-4.0`); they are labels and decide nothing.
 A request that declares nothing stands for the top of the tree: a limited permission does not
 reach it, and every prohibition does.
+
+The lists of regions and licenses come with libraries and change. They are asked of what is written; what is
+stored is read as it is.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ EU: Final = frozenset(_EU_CODES.split())
 EEA: Final = EU | {"IS", "LI", "NO"}
 _COUNTRIES: Final = frozenset(country.alpha_2 for country in pycountry.countries)
 _SUBDIVISIONS: Final = frozenset(subdivision.code for subdivision in pycountry.subdivisions)
+_REGION: Final = re.compile(r"EEA|[A-Z]{2}(-[A-Z0-9]{1,3})?")
 _LONGEST_LICENSE: Final = 200
 
 
@@ -57,11 +61,35 @@ def parse_purpose(text: str) -> Purpose:
 
 def parse_region(text: str) -> Region:
     """`text` as a region; raises `InvalidName`."""
-    if text in _COUNTRIES or text in _SUBDIVISIONS or text in ("EU", "EEA"):
+    if _is_known(text):
         return Region(text)
     raise InvalidName(
         f"{text!r} is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'"
     )
+
+
+def parse_stored_region(text: str) -> Region:
+    """`text` as a region of a stored document; raises `InvalidName`. The lists may have dropped it since."""
+    if _REGION.fullmatch(text):
+        return Region(text)
+    raise InvalidName(f"{text!r} is not written like a region")
+
+
+def prohibited_regions(regions: frozenset[Region]) -> frozenset[Region] | None:
+    """What a prohibition reaches at least; None is everywhere.
+
+    A region that the lists do not have stands for its country, and without a known country for everywhere.
+    """
+    found = set()
+    for region in regions:
+        if not _is_known(region) and region[:2] not in _COUNTRIES:
+            return None
+        found.add(region if _is_known(region) else Region(region[:2]))
+    return frozenset(found)
+
+
+def _is_known(text: str) -> bool:
+    return text in _COUNTRIES or text in _SUBDIVISIONS or text in ("EU", "EEA")
 
 
 def parse_license_expression(text: str) -> str:

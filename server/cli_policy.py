@@ -163,7 +163,7 @@ def simulate(
 def check(file: File) -> None:
     """Check a file's form without any database."""
     with failing():
-        policy_yaml.load(file)
+        policy_yaml.load(file, stored=False)
 
 
 def _print_changes(changes: list[ObjectChange], as_json: bool, *, none: str) -> None:

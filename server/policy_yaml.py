@@ -81,14 +81,17 @@ _Strict.yaml_constructors = {
 } | {"tag:yaml.org,2002:int": _Strict._int, "tag:yaml.org,2002:float": _Strict._float}
 
 
-def load(path: Path) -> PolicyFile:
-    """A policy file, or standard input for `-`; raises `ChangeRefused` that says what is wrong where."""
+def load(path: Path, *, stored: bool = True) -> PolicyFile:
+    """A policy file, or standard input for `-`; raises `ChangeRefused` that says what is wrong where.
+
+    `stored` says that it is compared with a store, as for `parse_file`.
+    """
     with sys.stdin.buffer if str(path) == "-" else path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise ChangeRefused(f"{path} is larger than {MAX_BYTES} bytes")
     try:
-        return parse_file(yaml.load(raw, Loader=_Strict))
+        return parse_file(yaml.load(raw, Loader=_Strict), stored=stored)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ChangeRefused(f"{path}: {error}") from None
     except ChangeRefused as error:

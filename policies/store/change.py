@@ -60,12 +60,18 @@ class Change:
         versions = agreement_versions(self._connection, id_)
         return 1 + max((agreement.version for agreement in versions), default=0)
 
-    def put(self, document: PolicyDocument) -> None:
-        """Store a document, new or instead of the one with its id."""
+    def put(self, document: PolicyDocument, *, restored: bool = False) -> None:
+        """Store a document, new or instead of the one with its id.
+
+        Args:
+            restored: it was stored before, so that its words are taken as they are.
+        """
         kind, table = KINDS[type(document)]
         before = read_one(self._connection, type(document), document.id)
         if before == document:
             return
+        if not restored:
+            checks.check_words(document, before)
         checks.check_put(self._connection, document, before)
         values = to_json(document)
         if before is None:

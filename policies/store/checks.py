@@ -7,11 +7,12 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
 from flexgate.policies.store.revisions import agreement_versions
-from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import PUBLIC, Agreement, Document
+from flexgate.policies.tenants import Expert, ExpertSet, Tenant, require_title
+from flexgate.policies.terms import PUBLIC, Agreement, Document, require_executed
+from flexgate.policies.words import parse_license_expression, parse_region
 
 _MOST_NAMED: Final = 20
 
@@ -28,6 +29,41 @@ def check_put(connection: Connection, document: PolicyDocument, before: PolicyDo
     else:
         for reference in _references(document):
             _owners(connection, f"tenant {document.id!r}", reference)
+
+
+def check_words(document: PolicyDocument, before: PolicyDocument | None) -> None:
+    """Raise `ChangeRefused` for a word that is not in today's lists and that the document did not have before."""
+    try:
+        if isinstance(document, Tenant):
+            _check_tenant(document, before if isinstance(before, Tenant) else None)
+        if isinstance(document, Agreement):
+            _check_terms(document, before if isinstance(before, Agreement) else None)
+    except InvalidName as error:
+        raise ChangeRefused(f"{_name_of(document)}: {error}") from None
+
+
+def _check_tenant(tenant: Tenant, before: Tenant | None) -> None:
+    _check_regions(tenant.regions, before.regions if before else None)
+    if before is None or tenant.name != before.name:
+        require_title(tenant.name)
+
+
+def _check_terms(terms: Agreement, before: Agreement | None) -> None:
+    _check_regions(terms.regions, before.regions if before else None)
+    license_ = terms.license_expression
+    if license_ is not None and (before is None or license_ != before.license_expression):
+        parse_license_expression(license_)
+    if before is None or terms.duties != before.duties:
+        require_executed(terms.duties)
+
+
+def _check_regions(regions: frozenset[str] | None, known: frozenset[str] | None) -> None:
+    for region in sorted((regions or frozenset()) - (known or frozenset())):
+        parse_region(region)
+
+
+def _name_of(document: PolicyDocument) -> str:
+    return f"{type(document).__name__.lower()} {document.id!r}"
 
 
 def check_remove(connection: Connection, kind: type[Document], id_: str) -> None:

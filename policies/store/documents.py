@@ -56,6 +56,14 @@ def checked(kind: type[D], values: dict[str, Any]) -> D:
         raise ChangeRefused(first_mistake(error, KINDS[kind][0])) from None
 
 
+def changed(before: D, fields: dict[str, Any]) -> D:
+    """A stored document with other `fields`, whose own words are not asked for; raises `ChangeRefused`."""
+    try:
+        return type(before).model_validate({**before.model_dump(), **fields}, context=STORED)
+    except ValidationError as error:
+        raise ChangeRefused(first_mistake(error, KINDS[type(before)][0])) from None
+
+
 def first_mistake(error: ValidationError, whole: str) -> str:
     """Where it is, and what is wrong; `whole` is the place of what no field alone has wrong."""
     first = error.errors()[0]

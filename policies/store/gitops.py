@@ -16,13 +16,13 @@ from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import checks
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import first_mistake, to_json
+from flexgate.policies.store.documents import changed, first_mistake, to_json
 from flexgate.policies.store.engine import reading
 from flexgate.policies.store.history import changes_back, documents_after
 from flexgate.policies.store.revisions import ObjectChange
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import Agreement, Document, ExpertIdField, ListOf, SetOf
+from flexgate.policies.terms import STORED, Agreement, Document, ExpertIdField, ListOf, SetOf
 
 
 def _once_each(documents: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -53,10 +53,15 @@ class _DryRun(Exception):
         self.plan = plan
 
 
-def parse_file(content: object) -> PolicyFile:
-    """Parsed YAML or JSON as a policy file; raises `ChangeRefused` that names the first mistake."""
+def parse_file(content: object, *, stored: bool = False) -> PolicyFile:
+    """Parsed YAML or JSON as a policy file; raises `ChangeRefused` that names the first mistake.
+
+    Args:
+        stored: some of it may be stored already, in words that no list has any more. What is new of it is refused
+            where it is put.
+    """
     try:
-        return PolicyFile.model_validate(content)
+        return PolicyFile.model_validate(content, context=STORED if stored else None)
     except ValidationError as error:
         raise ChangeRefused(first_mistake(error, "the file")) from None
 
@@ -153,7 +158,7 @@ def _prune(change: Change, file: PolicyFile) -> None:
     tenants = {tenant.id for tenant in file.tenants}
     for tenant in change.all(Tenant):
         if tenant.id not in tenants:
-            change.put(Tenant(id=tenant.id, name=tenant.name, archived=True))
+            change.put(changed(Tenant(id=tenant.id, name=tenant.id, archived=True), {"name": tenant.name}))
     sets = {expert_set.id for expert_set in file.expert_sets}
     for expert_set in change.all(ExpertSet):
         if expert_set.id not in sets:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from flexgate.policies.errors import ChangeRefused, ConfirmationRequired
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import KINDS, D, checked, from_json, read_all, to_json
+from flexgate.policies.store.documents import KINDS, D, from_json, read_all, to_json
 from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import (
     ObjectChange,
@@ -80,7 +80,7 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
         for kind in _BEFORE_USERS:
             for entry in _of(kind, changes):
                 if entry.after is not None:
-                    change.put(_restored(change, entry))
+                    change.put(_restored(change, entry), restored=True)
         for kind in reversed(_BEFORE_USERS):
             for entry in _of(kind, changes):
                 if entry.after is None:
@@ -127,13 +127,13 @@ def _restored(change: Change, entry: ObjectChange) -> Expert | ExpertSet | Tenan
             return tenant.model_copy(update={"archived": archived})
         case _:
             version = change.next_agreement_version(entry.object_id)
-            return checked(Agreement, {**(entry.after or {}), "version": version})
+            return from_json(Agreement, entry.after).model_copy(update={"version": version})
 
 
 def _undo_creation(change: Change, kind: type[D], entry: ObjectChange) -> None:
     if kind is Tenant:
         created = from_json(Tenant, entry.before)
-        change.put(created.model_copy(update={"archived": True}))
+        change.put(created.model_copy(update={"archived": True}), restored=True)
     elif kind is not Expert:
         change.remove(kind, entry.object_id)
 

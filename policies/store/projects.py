@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.documents import checked, read_all, read_one
+from flexgate.policies.store.documents import changed, checked, read_all, read_one
 from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import read_object
 from flexgate.policies.store.schema import api_keys
@@ -69,7 +69,7 @@ def update_project(store: Store, project_id: str, fields: dict[str, Any], *, act
     if {"id", "archived"} & fields.keys():
         raise ChangeRefused("a project's id stays, and archiving is an action of its own")
     with store.change(actor=actor, note="update project", at=at, urgent=True) as change:
-        tenant = checked(Tenant, {**active_project(change, project_id).model_dump(), **fields})
+        tenant = changed(active_project(change, project_id), fields)
         change.put(tenant)
     return tenant
 
