@@ -116,10 +116,7 @@ def apply(store: Store, file: PolicyFile, *, actor: str, at: float, prune: bool 
 
 
 def _put_all(change: Change, file: PolicyFile, *, prune: bool) -> None:
-    if file.hidden_experts is not None:
-        _set_visibility(change, file.hidden_experts)
-    if file.required_experts is not None:
-        _set_required(change, file.required_experts)
+    _set_experts(change, file.hidden_experts, file.required_experts)
     for expert_set in file.expert_sets:
         change.put(expert_set)
     for tenant in file.tenants:
@@ -130,24 +127,22 @@ def _put_all(change: Change, file: PolicyFile, *, prune: bool) -> None:
         _prune(change, file)
 
 
-def _set_required(change: Change, required: frozenset[ExpertIdField]) -> None:
-    for expert in _catalogue(change, "required_experts", required):
-        change.put(expert.model_copy(update={"required": expert.id in required}))
-
-
-def _catalogue(change: Change, field: str, named: frozenset[ExpertIdField]) -> list[Expert]:
-    """All experts, once those that a field names are among them."""
+def _set_experts(
+    change: Change, hidden: frozenset[ExpertIdField] | None, required: frozenset[ExpertIdField] | None
+) -> None:
+    """Set which experts are hidden and which are required, each at once: none is both in between."""
     experts = change.all(Expert)
-    unknown = named - {expert.id for expert in experts}
-    if unknown:
-        raise checks.unknown(field, "expert", min(unknown), experts)
-    return experts
-
-
-def _set_visibility(change: Change, hidden: frozenset[ExpertIdField]) -> None:
-    for expert in _catalogue(change, "hidden_experts", hidden):
-        visibility = "hidden" if expert.id in hidden else "listed"
-        change.put(expert.model_copy(update={"visibility": visibility}))
+    for field, named in (("hidden_experts", hidden), ("required_experts", required)):
+        unknown = (named or frozenset()) - {expert.id for expert in experts}
+        if unknown:
+            raise checks.unknown(field, "expert", min(unknown), experts)
+    for expert in experts:
+        fields: dict[str, Any] = {}
+        if hidden is not None:
+            fields["visibility"] = "hidden" if expert.id in hidden else "listed"
+        if required is not None:
+            fields["required"] = expert.id in required
+        change.put(expert.model_copy(update=fields))
 
 
 def _prune(change: Change, file: PolicyFile) -> None:

@@ -64,8 +64,8 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
     """Make the policy say what it said at version `to`, as a new revision; returns its version.
 
     What cannot be undone stays: keys (a revoked key stays revoked), the catalogue (it follows the
-    checkpoint; only visibility goes back), that a tenant existed (it is archived), and that one was archived. An
-    agreement whose terms come back gets a new, higher version.
+    checkpoint; only what is hidden or required goes back), that a tenant existed (it is archived), and that
+    one was archived. An agreement whose terms come back gets a new, higher version.
 
     Args:
         confirm: the present version, by which the caller says that it knows what would change.
@@ -118,7 +118,9 @@ def _restored(change: Change, entry: ObjectChange) -> Expert | ExpertSet | Tenan
     match entry.kind:
         case "expert":
             then, now = from_json(Expert, entry.after), change.get(Expert, entry.object_id)
-            return then if now is None else now.model_copy(update={"visibility": then.visibility})
+            if now is None:
+                return then
+            return now.model_copy(update={"visibility": then.visibility, "required": then.required})
         case "expert_set":
             return from_json(ExpertSet, entry.after)
         case "tenant":

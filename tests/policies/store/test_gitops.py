@@ -99,3 +99,12 @@ def test_schema_is_closed():
     schema = PolicyFile.model_json_schema()
     closed = [schema, *schema["$defs"].values()]
     assert all(part.get("additionalProperties") is False for part in closed)
+
+
+@pytest.mark.parametrize(("first", "second"), [("hidden", "required"), ("required", "hidden")])
+def test_one_file_hides_an_expert_that_was_required_and_the_other_way_round(store, first, second):
+    for field, other in ((first, second), (second, first)):
+        lists = {f"{field}_experts": ["legal"], f"{other}_experts": []}
+        apply(store, parse_file({"format": "flexgate-policy/v1", **lists}), **ADMIN)
+        exported = export(store)
+        assert {name: exported[name] for name in lists} == lists

@@ -184,3 +184,17 @@ def test_yesterdays_file_is_refused_also_once_it_was_changed_again(store, sqlite
     with pytest.raises(StoreRolledBack, match="version 2 is not the one"):
         yesterday.confirm(known)
     yesterday.close()
+
+
+SAFETY = {"listed": {}, "hidden": {"visibility": "hidden"}, "required": {"required": True}}
+
+
+@pytest.mark.parametrize("now", SAFETY)
+@pytest.mark.parametrize("then", SAFETY)
+def test_a_rollback_brings_back_what_is_hidden_and_what_is_required(store, then, now):
+    code = store.snapshot().experts["code"]
+    _do(store, 2.0, ("put", code.model_copy(update={"domain": "first"})))
+    version = _do(store, 3.0, ("put", code.model_copy(update=SAFETY[then])))
+    _do(store, 4.0, ("put", code.model_copy(update={**SAFETY[now], "domain": "second"})))
+    roll_back(store, version, confirm=store.version(), actor="admin", at=9.0)
+    assert store.snapshot().experts["code"] == code.model_copy(update={**SAFETY[then], "domain": "second"})
