@@ -39,7 +39,9 @@ class Past:
         self._file = FileIdentity(path, "the memory of the policy")
 
     def kept(self) -> bool:
-        """Whether what `note` wrote last is still there."""
+        """Whether what `note` was given last was written and is still there."""
+        if self._failing:
+            return False
         try:
             self._file.require()
         except StoreReplaced:

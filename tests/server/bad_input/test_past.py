@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import time
@@ -91,6 +93,28 @@ def test_a_past_that_cannot_be_kept_is_logged_and_ends_nothing(
     (tmp_path / "gone").mkdir()
     past.note(real_store.snapshot())
     past.require(real_store)
+
+
+def test_a_past_that_could_not_be_kept_is_kept_at_the_next_poll(
+    real_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = Past(tmp_path / "policy.json")
+    source = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=1, past=past)
+    before = source.confirm().policy_version
+    full = OSError(errno.ENOSPC, "No space left on device")
+    fsync = os.fsync
+
+    def on_a_full_disk(descriptor: int) -> None:
+        raise full
+
+    monkeypatch.setattr(os, "fsync", on_a_full_disk)
+    with real_store.change(actor="test", at=9.0) as change:
+        change.put(Tenant(id="acme", name="Acme"))
+    source.confirm()
+    assert json.loads((tmp_path / "policy.json").read_text())["policy_version"] == before
+    monkeypatch.setattr(os, "fsync", fsync)
+    source.confirm()
+    assert json.loads((tmp_path / "policy.json").read_text())["policy_version"] == before + 1
 
 
 def test_what_was_confirmed_is_on_the_disk_before_it_gets_its_name(
