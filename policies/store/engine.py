@@ -139,6 +139,7 @@ def noting(engine: Engine) -> Iterator[Connection]:
         connection = connection.execution_options(flexgate_writes=True)
         with connection.begin():
             yield connection
+        _require_kept(engine)
     _keep_reserve(engine)
 
 

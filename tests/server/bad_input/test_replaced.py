@@ -17,6 +17,7 @@ import pytest
 
 from flexgate.policies.errors import SnapshotStale, StoreReplaced
 from flexgate.policies.store import Store
+from flexgate.policies.store.engine import noting
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.projects import list_projects, update_project
 from flexgate.policies.tenants import Role
@@ -101,6 +102,18 @@ def test_a_change_is_not_acknowledged_whose_file_lost_its_name_before_it_was_com
 
     with pytest.raises(StoreReplaced):
         change_meanwhile()
+
+
+@pytest.mark.parametrize("replace", REPLACE)
+def test_a_process_is_not_announced_in_a_file_that_lost_its_name_before_the_commit(
+    real_store: Store, path: Path, replace: Replace
+) -> None:
+    def announce_meanwhile() -> None:
+        with noting(real_store.engine):
+            replace(path)
+
+    with pytest.raises(StoreReplaced):
+        announce_meanwhile()
 
 
 def test_no_empty_database_is_made_where_one_was_deleted(real_store: Store, path: Path) -> None:
