@@ -1,10 +1,13 @@
-"""The audit log's hash chain: every entry names the hash of the one before it. Pure.
+"""The audit log's hash chains: every entry names the hash of the one before it in its log. Pure.
 
     hash = SHA-256(canonical JSON of [sequence, at, actor, action, detail, previous hash])
 
-Whoever holds a `Head` from outside the database notices any edit, deletion, reordering or
-truncation of what came before it. Without one, a log cut off at its end, or written anew as a
-whole, is consistent in itself.
+There are two logs, numbered together: `changes`, of which nothing is ever removed, and `requests`, the denied requests,
+whose oldest entries may be trimmed; the hash of those ends with the log's name. Each trimming is an entry of `changes`
+that says how many entries went, and the hash that the rest goes on from.
+
+A `Head` that was kept outside the database betrays any edit, deletion, reordering or truncation of what came before it
+in its log. Without one, a log cut off at its end, or written anew as a whole, is consistent in itself.
 """
 
 from __future__ import annotations
@@ -12,12 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
 from flexgate.policies.errors import AuditBroken
 
 _NOTHING_BEFORE: Final = "0" * 64
+CHANGES: Final = "changes"
+REQUESTS: Final = "requests"
+LOGS: Final = (CHANGES, REQUESTS)
+DENIED: Final = "request.denied"
+TRIMMED: Final = "audit.trimmed"
 
 
 class Head(NamedTuple):
@@ -25,9 +33,11 @@ class Head(NamedTuple):
 
     sequence: int
     hash: str
+    log: str = CHANGES
 
 
 START: Final = Head(0, _NOTHING_BEFORE)
+STARTS: Final = {log: Head(0, _NOTHING_BEFORE, log) for log in LOGS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,11 @@ class Event:
     action: str
     detail: dict[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """The log that it belongs to."""
+        return REQUESTS if self.action == DENIED else CHANGES
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry(Event):
@@ -50,11 +65,30 @@ class Entry(Event):
     sequence: int
     previous: str
     hash: str
+    log: str = CHANGES
 
 
-def chain(head: Head, event: Event) -> Entry:
-    """The entry that continues the log after `head`."""
-    sequence = head.sequence + 1
+class Verified(NamedTuple):
+    """What a log was found to be: its heads, how many entries it has, and how many were trimmed.
+
+    `trimmed_heads` counts heads from outside that nothing is left of to compare with.
+    """
+
+    changes: Head
+    requests: Head
+    entries: int
+    trimmed: int
+    trimmed_heads: int
+
+    @property
+    def heads(self) -> tuple[Head, Head]:
+        """Of the changes and of the denied requests."""
+        return self.changes, self.requests
+
+
+def chain(head: Head, event: Event, *, newest: int | None = None) -> Entry:
+    """The entry that continues a log after `head`; `newest` is the number of the newest entry of either log."""
+    sequence = (head.sequence if newest is None else newest) + 1
     return Entry(
         at=event.at,
         actor=event.actor,
@@ -62,37 +96,93 @@ def chain(head: Head, event: Event) -> Entry:
         detail=event.detail,
         sequence=sequence,
         previous=head.hash,
-        hash=_hash(sequence, event, head.hash),
+        hash=_hash(sequence, event, head.hash, head.log),
+        log=head.log,
     )
 
 
-def verify(entries: Iterable[Entry], *, outside: Head | None = None) -> Head:
-    """Check a whole log, in order; returns its head, or raises `AuditBroken` with the place.
+def trimming(at: float, actor: str, *, before: float, entries: int, through: Head) -> Event:
+    """The event of removing the oldest `entries` of the denied requests, up to and with `through`."""
+    detail = {"log": through.log, "before": before, "entries": entries, "through": through.sequence}
+    return Event(at=at, actor=actor, action=TRIMMED, detail={**detail, "hash": through.hash})
 
-    `outside` is a head that was kept elsewhere: the log must contain it.
+
+def verify(entries: Iterable[Entry], *, outside: Iterable[Head] = ()) -> Verified:
+    """Check a whole log, in order; raises `AuditBroken` with the place.
+
+    `outside` are heads that were kept elsewhere: the log must contain them, or say that it trimmed them.
     """
-    return verify_with(entries, [] if outside is None else [outside])
-
-
-def verify_with(entries: Iterable[Entry], noted: Iterable[Head]) -> Head:
-    """The same with any number of heads that were kept elsewhere."""
-    missing = {head for head in noted if head != START}
-    head = START
+    walk = _Walk({head for head in outside if head.sequence})
     for entry in entries:
-        if entry.sequence != head.sequence + 1:
-            raise AuditBroken(f"entry {entry.sequence} follows entry {head.sequence}")
-        if entry.previous != head.hash:
+        walk.step(entry)
+    return walk.end()
+
+
+class _Trim(NamedTuple):
+    """How many entries were removed, and the last of them."""
+
+    entries: int
+    through: Head
+
+    @classmethod
+    def of(cls, entry: Entry) -> _Trim:
+        detail = entry.detail
+        entries, through, hash_ = (detail.get(name) for name in ("entries", "through", "hash"))
+        if type(entries) is not int or type(through) is not int or type(hash_) is not str or entries < 1:
+            raise AuditBroken(f"entry {entry.sequence} does not say what was trimmed")
+        return cls(entries, Head(through, hash_, REQUESTS))
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Where a verification is."""
+
+    missing: set[Head]
+    heads: dict[str, Head] = field(default_factory=lambda: dict(STARTS))
+    newest: int = 0
+    entries: int = 0
+    absent: int = 0  # numbers without an entry
+    gap: tuple[int, int] = (0, 0)  # the last of them lies between these entries
+    resumed: str = _NOTHING_BEFORE  # the hash that the requests go on from
+    trims: list[_Trim] = field(default_factory=list)
+
+    def step(self, entry: Entry) -> None:
+        if entry.sequence <= self.newest or entry.log not in self.heads:
+            raise AuditBroken(f"entry {entry.sequence} follows entry {self.newest}")
+        if entry.sequence > self.newest + 1:
+            self.absent += entry.sequence - self.newest - 1
+            self.gap = self.newest, entry.sequence
+        head = self.heads[entry.log]
+        if entry.log == REQUESTS and head == STARTS[REQUESTS]:
+            self.resumed = entry.previous
+        elif entry.previous != head.hash:
+            if entry.sequence > self.newest + 1:
+                raise AuditBroken(f"entry {entry.sequence} follows entry {self.newest}")
             raise AuditBroken(f"entry {entry.sequence} does not follow from the one before it")
-        if entry.hash != _hash(entry.sequence, entry, entry.previous):
+        if entry.hash != _hash(entry.sequence, entry, entry.previous, entry.log):
             raise AuditBroken(f"entry {entry.sequence} was changed after it was written")
-        head = Head(entry.sequence, entry.hash)
-        missing.discard(head)
-    if missing:
-        raise AuditBroken(
-            f"the log ends at entry {head.sequence} and does not contain the entry "
-            f"{min(missing).sequence} that was noted outside: it was cut off or rewritten"
-        )
-    return head
+        if entry.action == TRIMMED:
+            self.trims.append(_Trim.of(entry))
+        self.heads[entry.log] = Head(entry.sequence, entry.hash, entry.log)
+        self.missing.discard(self.heads[entry.log])
+        self.newest = entry.sequence
+        self.entries += 1
+
+    def end(self) -> Verified:
+        last = self.trims[-1].through if self.trims else STARTS[REQUESTS]
+        trimmed = sum(trim.entries for trim in self.trims)
+        if trimmed != self.absent or self.gap[1] > last.sequence + 1:
+            raise AuditBroken(f"entry {self.gap[1]} follows entry {self.gap[0]}, and what is missing was not trimmed")
+        if self.heads[REQUESTS].sequence and self.resumed != last.hash:
+            raise AuditBroken("the denied requests do not go on from where the log says that they were trimmed")
+        gone = {head for head in self.missing if head.log == REQUESTS and head.sequence < last.sequence}
+        left = self.missing - gone - {last}
+        if left:
+            raise AuditBroken(
+                f"the log ends at entry {self.newest} and does not contain the entry "
+                f"{min(left).sequence} that was noted outside: it was cut off or rewritten"
+            )
+        return Verified(self.heads[CHANGES], self.heads[REQUESTS], self.entries, trimmed, len(gone))
 
 
 def to_line(entry: Entry) -> str:
@@ -117,7 +207,9 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _hash(sequence: int, event: Event, previous: str) -> str:
+def _hash(sequence: int, event: Event, previous: str, log: str) -> str:
     content = [sequence, event.at, event.actor, event.action, event.detail, previous]
+    if log != CHANGES:
+        content.append(log)
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`flexgate audit`: verify the audit log, and take it out of the database."""
+"""`flexgate audit`: verify the audit log, take it out of the database, trim its denied requests."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Annotated, Final
 
 import typer
 
-from flexgate.policies.audit import Head, from_line, no_key_twice, to_line, verify_with
+from flexgate.policies.audit import LOGS, REQUESTS, Head, from_line, no_key_twice, to_line
+from flexgate.policies.audit import verify as verify_entries
 from flexgate.policies.errors import AuditBroken
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing
 from flexgate.server.cli_target import Key, Target, Url, administers, where
 from flexgate.server.cli_target import target as target_of
 
 _HELP: Final = (
-    "Verify the audit log, and take it out of the database.\n\n"
+    "Verify the audit log, take it out of the database, trim its denied requests.\n\n"
     "Keep heads somewhere else (`flexgate audit head >> heads.jsonl`, from time to time): with them, "
     "`verify` also notices a log that was cut off or written anew as a whole.\n\n"
     "Exit status: 0 all is well; 1 the log is broken or cannot be read, with one sentence; 2 wrong usage."
@@ -26,8 +27,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 @administers(app)
 def head(target: Target) -> None:
-    """Print the log's newest entry as one line of JSON, to be kept outside."""
-    typer.echo(json.dumps(target.audit_head()._asdict()))
+    """Print the newest change and the newest denied request, each as one line of JSON, to be kept outside."""
+    for found in target.audit_heads():
+        if found.sequence or found.log != REQUESTS:
+            typer.echo(json.dumps(found._asdict()))
 
 
 @app.command()
@@ -46,18 +49,21 @@ def verify(
         noted = [] if heads is None else _heads(heads)
         if file is not None:
             with file.open(encoding="utf-8") as lines:
-                found = verify_with(map(from_line, lines), noted)
+                found = verify_entries(map(from_line, lines), outside=noted)
         else:
             options = {"demo": demo, "state_dir": state_dir, "database_url": database_url, "url": url, "key": key}
             with target_of(**where(context, options)) as target:
-                found = verify_with(target.audit_log(0), noted)
+                found = verify_entries(target.audit_log(0), outside=noted)
     if heads is None:
-        typer.echo(
-            f"{found.sequence} entries follow from each other; "
-            "a log that was replaced or cut off is noticed with --heads only"
-        )
+        said = [f"{found.entries} entries follow from each other"]
+        said.append("a log that was replaced or cut off is noticed with --heads only")
     else:
-        typer.echo(f"{found.sequence} entries verified; {len(noted)} heads from outside found")
+        said = [f"{found.entries} entries verified", f"{len(noted) - found.trimmed_heads} heads from outside found"]
+    if found.trimmed:
+        said.append(f"{found.trimmed} entries of denied requests were trimmed, as the log says")
+    if found.trimmed_heads:
+        said.append(f"{found.trimmed_heads} heads from outside are of those, with nothing left to compare")
+    typer.echo("; ".join(said))
 
 
 @administers(app)
@@ -67,6 +73,15 @@ def export(
     """Print the log as JSON Lines, oldest first."""
     for entry in target.audit_log(after):
         sys.stdout.write(to_line(entry) + "\n")
+
+
+@administers(app)
+def trim(
+    target: Target,
+    older_than_days: Annotated[int, typer.Option(min=1, help="How old denied requests must be to go.")],
+) -> None:
+    """Remove old denied requests and print how many entries went; an entry says so. Changes are never removed."""
+    typer.echo(target.trim_audit(older_than_days))
 
 
 def _heads(path: Path) -> list[Head]:
@@ -79,7 +94,7 @@ def _heads(path: Path) -> list[Head]:
 def _head(line: str) -> Head:
     try:
         head = Head(**json.loads(line, object_pairs_hook=no_key_twice))
-        if type(head.sequence) is not int or type(head.hash) is not str:
+        if type(head.sequence) is not int or type(head.hash) is not str or head.log not in LOGS:
             raise TypeError
         return head
     except (TypeError, ValueError):

@@ -17,12 +17,13 @@ import typer
 
 from flexgate.experts.api import Api
 from flexgate.experts.errors import UsageInvalid
-from flexgate.policies.audit import Entry, Head
+from flexgate.policies.audit import LOGS, STARTS, Entry, Head
 from flexgate.policies.store import accounts, licences, projects
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Quota
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, actor, failing, opened
+from flexgate.server.retention import trim_denials
 
 Json = dict[str, Any]
 Url = Annotated[str | None, typer.Option(help="Act on this running server, not on a database.", envvar="FLEXGATE_URL")]
@@ -93,8 +94,11 @@ class Target(Protocol):
     def audit_log(self, after: int) -> Iterator[Entry]:
         """Entries after a number, oldest first."""
 
-    def audit_head(self) -> Head:
-        """The newest entry."""
+    def audit_heads(self) -> list[Head]:
+        """The newest entry of each log."""
+
+    def trim_audit(self, days: int) -> int:
+        """Remove denied requests older than that; how many entries went."""
 
 
 @contextmanager
@@ -206,8 +210,11 @@ class DatabaseTarget:
             yield from batch
             after = batch[-1].sequence
 
-    def audit_head(self) -> Head:
-        return self._store.audit_head()
+    def audit_heads(self) -> list[Head]:
+        return list(self._store.audit_heads())
+
+    def trim_audit(self, days: int) -> int:
+        return trim_denials(self._store, days=days, now=time.time(), actor=actor())
 
 
 class ServerTarget:
@@ -271,9 +278,17 @@ class ServerTarget:
     def audit_log(self, after: int) -> Iterator[Entry]:
         return reversed([*map(_entry, self._api.pages("/v1/organization/audit_logs", before=f"audit_log-{after}"))])
 
-    def audit_head(self) -> Head:
-        newest = self._api.ask("GET", "/v1/organization/audit_logs", params={"limit": 1})["data"]
-        return Head(newest[0]["flexgate"]["sequence"], newest[0]["flexgate"]["hash"])
+    def audit_heads(self) -> list[Head]:
+        return [self._audit_head(log) for log in LOGS]
+
+    def trim_audit(self, days: int) -> int:
+        body = {"older_than_days": days}
+        return int(self._api.ask("POST", "/v1/organization/audit_logs/trim", json=body)["trimmed"])
+
+    def _audit_head(self, log: str) -> Head:
+        newest = self._api.ask("GET", "/v1/organization/audit_logs", params={"limit": 1, "log": log})["data"]
+        own = newest[0]["flexgate"] if newest else None
+        return STARTS[log] if own is None else Head(own["sequence"], own["hash"], log)
 
     def _permitted(self, project: Json) -> Json:
         permissions = self._api.ask("GET", f"{_one(project['id'])}/expert_permissions")
@@ -302,5 +317,5 @@ def _without_object(answer: Json) -> Json:
 
 def _entry(wire: Json) -> Entry:
     own = wire["flexgate"]
-    values = {name: own[name] for name in ("sequence", "at", "action", "detail", "previous", "hash")}
+    values = {name: own[name] for name in ("sequence", "at", "action", "detail", "previous", "hash", "log")}
     return Entry(actor=wire["actor"]["api_key"]["id"], **values)

@@ -1,7 +1,8 @@
 """Denied requests on their way into the audit log.
 
 Requests do not wait for the database: they are counted here, by who was denied what, and written in
-batches. So a flood of denials costs memory and log entries by its kinds, not by its size, and every
+batches. So a flood of denials costs memory by its kinds, not by its size. How many entries one actor, and
+all of them together, may have in a day is bounded: what is beyond waits, counted, for the next entry. Every
 denied request is counted in some entry. What cannot be written is kept and tried again.
 """
 
@@ -11,19 +12,25 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-from flexgate.policies.audit import Event
+from flexgate.policies.audit import DENIED, Event
 from flexgate.policies.errors import StoreError
 
 MAX_KINDS: Final = 1024
 MAX_KINDS_OF_ONE: Final = 16
 """Of one actor in one batch; what is beyond is counted without its reasons, so that nobody fills the log alone."""
 MAX_REQUEST_IDS: Final = 8
+BURST_OF_ONE: Final = 64
+ENTRY_OF_ONE_EVERY_S: Final = 60.0
+"""One actor has at most `BURST_OF_ONE` entries at once, and then one a minute: 1,504 in a day."""
+BURST: Final = 2048
+ENTRY_EVERY_S: Final = 4.0
+"""All actors of one process together: 23,648 in a day."""
 FLUSH_EVERY_S: Final = 0.25
-ACTION: Final = "request.denied"
 ANONYMOUS: Final = "anonymous"
 MANY: Final = "many"
 
@@ -61,15 +68,38 @@ class _Counted:
         self.request_ids = (self.request_ids + other.request_ids)[:MAX_REQUEST_IDS]
 
 
+@dataclass(slots=True)
+class _Budget:
+    """Entries that may be written: `burst` at once, and one more `every_s` seconds."""
+
+    burst: int
+    every_s: float
+    spent: float = 0.0
+    at: float = 0.0
+
+    def refill(self, now: float) -> bool:
+        """Let the time until `now` (seconds of a steady clock) count; whether an entry may be written."""
+        self.spent = max(0.0, self.spent - (now - self.at) / self.every_s)
+        self.at = now
+        return self.spent <= self.burst - 1
+
+
 class Denials:
     """Counts denials; `run` writes them. Safe to use from several threads."""
 
-    def __init__(self, store: Records, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, store: Records, *, clock: Callable[[], float] = time.time, steady: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` gives Unix seconds, `steady` those that budgets go by."""
         self._store = store
         self._clock = clock
+        self._steady = steady
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._waiting: dict[Denial, _Counted] = {}
+        self._kinds: Counter[str] = Counter()  # waiting, by actor
+        self._budget = _Budget(BURST, ENTRY_EVERY_S)
+        self._budgets: dict[str, _Budget] = {}
 
     def add(self, denial: Denial, request_id: str) -> None:
         """Count one denied request."""
@@ -83,10 +113,13 @@ class Denials:
             return sum(counted.requests for counted in self._waiting.values())
 
     def flush(self) -> None:
-        """Write what has been counted; raises `StoreError`, and keeps it then. Blocks."""
+        """Write what has been counted, as far as the budgets go; raises `StoreError`, and keeps it then. Blocks."""
+        self._write(self._within_budget)
+
+    def _write(self, due: Callable[[Denial], bool]) -> None:
         with self._writing:
             with self._lock:
-                batch, self._waiting = self._waiting, {}
+                batch = self._take(due)
             if not batch:
                 return
             try:
@@ -113,19 +146,42 @@ class Denials:
     def close(self) -> None:
         """Write the rest at the end of the process, or say how much is lost."""
         try:
-            self.flush()
+            self._write(lambda _: True)
         except StoreError:
             logger.error("%d denied requests could not be written to the audit log", self.waiting())
 
+    def _take(self, due: Callable[[Denial], bool]) -> dict[Denial, _Counted]:
+        """What is due of what waits, longest first."""
+        batch = {denial: counted for denial, counted in self._waiting.items() if due(denial)}
+        for denial in batch:
+            del self._waiting[denial]
+            self._kinds[denial.actor] -= 1
+        self._kinds = +self._kinds
+        return batch
+
+    def _within_budget(self, denial: Denial) -> bool:
+        now = self._steady()
+        if denial.actor not in self._budgets and len(self._budgets) >= MAX_KINDS:
+            for known in self._budgets.values():
+                known.refill(now)
+            self._budgets = {actor: known for actor, known in self._budgets.items() if known.spent}
+        own = self._budgets.setdefault(denial.actor, _Budget(BURST_OF_ONE, ENTRY_OF_ONE_EVERY_S))
+        if not (own.refill(now) and self._budget.refill(now)):
+            return False
+        own.spent += 1
+        self._budget.spent += 1
+        return True
+
     def _merge(self, denial: Denial, counted: _Counted) -> None:
         if denial not in self._waiting:
-            if sum(other.actor == denial.actor for other in self._waiting) >= MAX_KINDS_OF_ONE:
+            if self._kinds[denial.actor] >= MAX_KINDS_OF_ONE:
                 denial = denial._replace(param=None, rules=())
             if denial not in self._waiting and len(self._waiting) >= MAX_KINDS:
                 denial = Denial(MANY, None, MANY, denial.status, denial.code)
         known = self._waiting.get(denial)
         if known is None:
             self._waiting[denial] = counted
+            self._kinds[denial.actor] += 1
         else:
             known.add(counted)
 
@@ -135,4 +191,4 @@ def _event(denial: Denial, counted: _Counted) -> Event:
     del detail["actor"]
     detail["rules"] = [list(rule) for rule in denial.rules]
     detail |= {"requests": counted.requests, "request_ids": counted.request_ids, "last": counted.last}
-    return Event(at=counted.first, actor=denial.actor, action=ACTION, detail=detail)
+    return Event(at=counted.first, actor=denial.actor, action=DENIED, detail=detail)

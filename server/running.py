@@ -95,6 +95,7 @@ def put_together(
         started=clock(),
         clock=clock,
         revoked_keys=settings.revoked_keys,
+        audit_denials_days=settings.audit_denials_days,
         limits=_limits(settings, client),
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
@@ -163,6 +164,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.recorded.run(),
         services.budget_usage.run(),
         services.unstored.run(),
+        services.retention.run(),
         services.experts.follow(services.policy.withdrawn),
         _stop_with_engine(server, services.client),
     )

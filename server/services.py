@@ -18,6 +18,7 @@ from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.openai.limits import Limits
 from flexgate.server.policy import PolicySource
 from flexgate.server.recorded import Recorded
+from flexgate.server.retention import Retention
 from flexgate.server.unstored import Unstored
 
 if TYPE_CHECKING:
@@ -48,16 +49,19 @@ class Services:
     clock: Callable[[], float] = field(default_factory=Clock)
     draining: bool = False
     revoked_keys: RevokedKeys = "end"
+    audit_denials_days: int = 90
     denials: Denials = field(init=False)
     recorded: Recorded = field(init=False)
     budget_usage: BudgetUsage = field(init=False)
     limiter: Limiter = field(init=False)
     running: RunningRequests = field(init=False)
     unstored: Unstored = field(init=False)
+    retention: Retention = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
         self.recorded = Recorded(self.store)
+        self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
         self.budget_usage = BudgetUsage(self.store)
         self.limiter = Limiter(self.budget_usage)
         self.running = RunningRequests(

@@ -126,6 +126,9 @@ class Settings(StoreSettings):
     revoked_keys: Annotated[
         Literal["end", "finish"], Field(description="What running requests of a revoked or expired key do.")
     ] = "end"
+    audit_denials_days: Annotated[
+        int, Field(ge=1, description="How long the audit log keeps denied requests; changes it keeps for good.")
+    ] = 90
     keep_alive_seconds: Annotated[
         int, Field(ge=1, description="How long an idle connection is kept; proxies must give theirs up sooner.")
     ] = 75

@@ -1,23 +1,39 @@
-"""The audit log in the store: written in the transaction of what it records, only appended to."""
+"""The audit log in the store: written in the transaction of what it records, and only appended to.
+
+Alone the oldest denied requests may be trimmed, in the transaction that records it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import islice, takewhile
+from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Select, insert, select
+from sqlalchemy import Connection, Engine, Select, delete, func, insert, select
 
-from flexgate.policies.audit import START, Entry, Event, Head, chain, verify
+from flexgate.policies.audit import (
+    CHANGES,
+    REQUESTS,
+    STARTS,
+    Entry,
+    Event,
+    Head,
+    Verified,
+    chain,
+    trimming,
+    verify,
+)
 from flexgate.policies.store.engine import reading, writing
 from flexgate.policies.store.schema import audit_log
+
+MOST_TRIMMED: Final = 5_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sought:
     """Which entries are asked for: `after < sequence < before`, `since <= at < until`, by some
-    actors, and those for which `matches` says yes.
+    actors, of one log, and those for which `matches` says yes.
     """
 
     after: int | None = None
@@ -25,31 +41,53 @@ class Sought:
     since: float | None = None
     until: float | None = None
     actors: frozenset[str] | None = None
+    log: str | None = None
     matches: Callable[[Entry], bool] = lambda _: True
 
 
-def record(engine: Engine, events: Iterable[Event], *, urgent: bool = False) -> Head:
+def record(engine: Engine, events: Iterable[Event], *, urgent: bool = False) -> None:
     """Append events in one transaction; raises `StoreUnavailable` when that is impossible."""
     with writing(engine, urgent=urgent) as connection:
-        return append(connection, events)
+        append(connection, events)
 
 
-def append(connection: Connection, events: Iterable[Event]) -> Head:
-    """Append events inside the caller's writing transaction."""
-    head = _head(connection)
+def append(connection: Connection, events: Iterable[Event]) -> None:
+    """Append events, each to its log, inside the caller's writing transaction."""
+    newest = connection.scalar(select(func.max(audit_log.c.sequence))) or 0
+    heads: dict[str, Head] = {}
     entries = []
     for event in events:
-        entries.append(chain(head, event))
-        head = Head(entries[-1].sequence, entries[-1].hash)
+        head = heads.get(event.kind) or _head(connection, event.kind)
+        entries.append(chain(head, event, newest=newest))
+        newest = entries[-1].sequence
+        heads[event.kind] = Head(newest, entries[-1].hash, event.kind)
     if entries:
         connection.execute(insert(audit_log), [_row(entry) for entry in entries])
-    return head
 
 
-def read_head(engine: Engine) -> Head:
-    """The newest entry's sequence and hash, to be kept outside."""
+def read_heads(engine: Engine) -> tuple[Head, Head]:
+    """The newest entry of the changes, and of the denied requests, to be kept outside."""
     with reading(engine) as connection:
-        return _head(connection)
+        return _head(connection, CHANGES), _head(connection, REQUESTS)
+
+
+def trim(engine: Engine, *, before: float, actor: str, at: float, spare: float = 0.0) -> int:
+    """Remove the oldest denied requests, as far as all of them were first denied before `before` (Unix seconds).
+
+    At most `MOST_TRIMMED` go in one transaction, and the newest never; an entry of the changes says so. With `spare`,
+    nothing is done before the oldest is by so many seconds too old. Returns how many went.
+    """
+    with writing(engine) as connection:
+        table = audit_log.c
+        query = select(table.sequence, table.hash, table.at).where(table.log == REQUESTS).order_by(table.sequence)
+        rows = connection.execute(query.limit(MOST_TRIMMED + 1)).all()
+        old = list(takewhile(lambda row: row.at < before, rows[:-1]))
+        if not old or old[0].at >= before - spare:
+            return 0
+        through = Head(old[-1].sequence, old[-1].hash, REQUESTS)
+        connection.execute(delete(audit_log).where(table.log == REQUESTS, table.sequence <= through.sequence))
+        append(connection, [trimming(at, actor, before=before, entries=len(old), through=through)])
+        return len(old)
 
 
 def read_log(engine: Engine, *, after: int = 0, limit: int = 100) -> list[Entry]:
@@ -79,13 +117,15 @@ def _query(sought: Sought) -> Select[Any]:
         query = query.where(table.c.at >= sought.since)
     if sought.until is not None:
         query = query.where(table.c.at < sought.until)
+    if sought.log is not None:
+        query = query.where(table.c.log == sought.log)
     if sought.actors is not None:
         query = query.where(table.c.actor.in_(sought.actors))
     return query
 
 
-def verify_log(engine: Engine, *, outside: Head | None = None) -> Head:
-    """Check the whole stored log; returns its head, or raises `AuditBroken`."""
+def verify_log(engine: Engine, *, outside: Iterable[Head] = ()) -> Verified:
+    """Check the whole stored log; raises `AuditBroken`."""
     with reading(engine) as connection:
         return verify(_entries(connection), outside=outside)
 
@@ -96,11 +136,11 @@ def _entries(connection: Connection) -> Iterator[Entry]:
         yield Entry(**row._mapping)
 
 
-def _head(connection: Connection) -> Head:
+def _head(connection: Connection, log: str) -> Head:
     columns = (audit_log.c.sequence, audit_log.c.hash)
-    newest = select(*columns).order_by(audit_log.c.sequence.desc()).limit(1)
-    row = connection.execute(newest).one_or_none()
-    return START if row is None else Head(row.sequence, row.hash)
+    query = select(*columns).where(audit_log.c.log == log).order_by(audit_log.c.sequence.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    return STARTS[log] if row is None else Head(row.sequence, row.hash, log)
 
 
 def _row(entry: Entry) -> dict[str, object]:
@@ -112,4 +152,5 @@ def _row(entry: Entry) -> dict[str, object]:
         "detail": entry.detail,
         "previous": entry.previous,
         "hash": entry.hash,
+        "log": entry.log,
     }

@@ -1,8 +1,8 @@
 """Tables. Policy objects are kept as JSON documents, so that every revision can be read and diffed.
 
 `policy_changes` holds, for each revision, what every changed object was before and after; with it
-any old revision can be rebuilt from the current tables. Both revision tables and the audit log are
-only appended to.
+any old revision can be rebuilt from the current tables. Both revision tables are only appended to, and so
+is the audit log but for its oldest denied requests.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ audit_log: Final = Table(
     Column("detail", JSON, nullable=False),
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
+    Column("log", String(20), nullable=False, server_default="changes"),
+    Index("ix_audit_log_log", "log", "sequence"),
 )
 
 processes: Final = Table(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import Engine
 
-from flexgate.policies.audit import Entry, Event, Head
+from flexgate.policies.audit import Entry, Event, Head, Verified
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit
 from flexgate.policies.store.change import Change
@@ -91,24 +91,28 @@ class Store:
             if change.finish() and not urgent:
                 require_room(self.engine)
 
-    def record(self, events: Iterable[Event], *, urgent: bool = False) -> Head:
-        """Append events (denied requests, for example) to the audit log; returns its new head.
+    def record(self, events: Iterable[Event], *, urgent: bool = False) -> None:
+        """Append events (denied requests, for example) to the audit log.
 
         Those that are `urgent` say of a right that it is gone, and are written on a full disk too.
         """
-        return audit.record(self.engine, events, urgent=urgent)
+        audit.record(self.engine, events, urgent=urgent)
 
-    def audit_head(self) -> Head:
-        """The audit log's newest entry: keep it outside, to check the log against."""
-        return audit.read_head(self.engine)
+    def audit_heads(self) -> tuple[Head, Head]:
+        """The newest entries of the audit log's changes and denied requests: keep them outside, to check against."""
+        return audit.read_heads(self.engine)
 
     def audit_log(self, *, after: int = 0, limit: int = 100) -> list[Entry]:
         """Entries of the audit log after a sequence number, oldest first."""
         return audit.read_log(self.engine, after=after, limit=limit)
 
-    def verify_audit(self, *, outside: Head | None = None) -> Head:
-        """Check the whole audit log; returns its head, or raises `AuditBroken`."""
+    def verify_audit(self, *, outside: Iterable[Head] = ()) -> Verified:
+        """Check the whole audit log; raises `AuditBroken`."""
         return audit.verify_log(self.engine, outside=outside)
+
+    def trim_audit(self, *, before: float, actor: str, at: float, spare: float = 0.0) -> int:
+        """Remove denied requests that are older than `before` (Unix seconds); returns how many. See `audit.trim`."""
+        return audit.trim(self.engine, before=before, actor=actor, at=at, spare=spare)
 
     def close(self) -> None:
         """Close the connections."""

@@ -110,12 +110,12 @@ TAMPERINGS = [_edit, _forge, _delete, _reorder, _truncate, _repeat]
 def _all_detected(times):
     rng = random.Random(5)
     log = _log(30)
-    head = verify(log)
+    head = verify(log).changes
     for number in range(times):
         tampered = TAMPERINGS[number % len(TAMPERINGS)](rng, log)
         assert repr(tampered) != repr(log)
         with pytest.raises(AuditBroken):
-            verify(tampered, outside=head)
+            verify(tampered, outside=[head])
 
 
 def test_single_tamperings_are_detected():
@@ -129,23 +129,23 @@ def test_twelve_thousand_single_tamperings_are_detected():
 
 def test_log_as_written_verifies():
     log = _log(10)
-    assert verify(log) == (10, log[-1].hash)
-    assert verify([]) == START
-    assert verify([], outside=START) == START
+    assert verify(log).changes == (10, log[-1].hash, "changes")
+    assert verify([]).changes == START
+    assert verify([], outside=[START]).changes == START
 
 
 def test_log_that_went_on_still_contains_an_older_head():
     log = _log(10)
     for entry in log:
-        assert verify(log, outside=Head(entry.sequence, entry.hash)).sequence == 10
+        assert verify(log, outside=[Head(entry.sequence, entry.hash)]).changes.sequence == 10
 
 
 def test_log_written_anew_is_told_by_a_head_from_outside():
-    head = verify(_log(10))
+    head = verify(_log(10)).changes
     other = [chain(START, Event(at=1.0, actor="mallory", action="nothing.happened", detail={}))]
     verify(other)
     with pytest.raises(AuditBroken, match="cut off or rewritten"):
-        verify(other, outside=head)
+        verify(other, outside=[head])
 
 
 def test_export_round_trip():

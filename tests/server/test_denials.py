@@ -9,7 +9,19 @@ import pytest
 from flexgate.policies.audit import Event
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store import Store
-from flexgate.server.denials import MANY, MAX_KINDS, MAX_KINDS_OF_ONE, MAX_REQUEST_IDS, Denial, Denials
+from flexgate.server.denials import (
+    ANONYMOUS,
+    BURST,
+    BURST_OF_ONE,
+    ENTRY_EVERY_S,
+    ENTRY_OF_ONE_EVERY_S,
+    MANY,
+    MAX_KINDS,
+    MAX_KINDS_OF_ONE,
+    MAX_REQUEST_IDS,
+    Denial,
+    Denials,
+)
 
 
 class Sink:
@@ -68,6 +80,67 @@ def test_one_actor_cannot_fill_the_log_by_varying_what_it_asks_for() -> None:
     assert sink.events[-1].detail["rules"] == []
 
 
+DAY = 86_400
+
+
+class Day:
+    """Denials under a clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.sink = Sink()
+        self.denials = Denials(self.sink, clock=lambda: self.now, steady=lambda: self.now)
+        self.denied = 0
+
+    def flood(self, denied: list[Denial], *, seconds: int, every_s: int) -> None:
+        """Each of them again and again, and an attempt to write after each round."""
+        for _ in range(0, seconds, every_s):
+            for one in denied:
+                self.denials.add(one, "req")
+            self.denied += len(denied)
+            self.denials.flush()
+            self.now += every_s
+
+
+def anonymous(kinds: int) -> list[Denial]:
+    """What is denied to whoever has no key."""
+    return [Denial(ANONYMOUS, None, f"/v1/{number}", 401, "invalid_api_key") for number in range(kinds)]
+
+
+def test_a_day_without_a_key_is_few_entries_in_which_every_request_is_counted() -> None:
+    day = Day()
+    day.flood(anonymous(17), seconds=DAY, every_s=10)
+    assert len(day.sink.events) <= BURST_OF_ONE + DAY / ENTRY_OF_ONE_EVERY_S == 1504
+    assert day.sink.requests() + day.denials.waiting() == day.denied == 17 * DAY / 10
+    assert {event.detail["route"] for event in day.sink.events} == {one.route for one in anonymous(17)}
+    day.denials.close()
+    assert day.sink.requests() == day.denied
+
+
+def test_a_flood_delays_no_entry_of_another_key() -> None:
+    day = Day()
+    day.flood(anonymous(17), seconds=3600, every_s=1)
+    day.denials.add(denial(), "req_1")
+    day.denials.flush()
+    assert day.sink.events[-1].actor == "key_0"
+
+
+def test_many_keys_together_have_a_bounded_number_of_entries_in_a_day() -> None:
+    day = Day()
+    day.flood([denial(number) for number in range(500)], seconds=DAY, every_s=600)
+    assert len(day.sink.events) <= BURST + DAY / ENTRY_EVERY_S == 23_648
+    assert day.sink.requests() + day.denials.waiting() == day.denied
+
+
+def test_an_actor_that_was_quiet_is_written_at_once_again() -> None:
+    day = Day()
+    day.flood(anonymous(17), seconds=600, every_s=1)
+    day.now += BURST_OF_ONE * ENTRY_OF_ONE_EVERY_S
+    written = len(day.sink.events)
+    day.flood(anonymous(17), seconds=1, every_s=1)
+    assert len(day.sink.events) == written + 17
+
+
 def test_what_cannot_be_written_is_kept_and_written_later() -> None:
     sink = Sink()
     denials = Denials(sink)
@@ -94,6 +167,8 @@ def test_what_is_lost_at_the_end_is_said(caplog: pytest.LogCaptureFixture) -> No
 def test_entries_are_part_of_the_hash_chain(real_store: Store) -> None:
     denials: Any = Denials(real_store)
     denials.add(denial(), "req_1")
-    before = real_store.audit_head()
+    before = real_store.audit_heads()
     denials.flush()
-    assert real_store.verify_audit(outside=before).sequence == before.sequence + 1
+    found = real_store.verify_audit(outside=before)
+    assert found.requests.sequence == before[0].sequence + 1
+    assert found.changes == before[0]

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from flexgate.policies.audit import DENIED
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.tenants import Role
 from flexgate.server.app import build_app
-from flexgate.server.denials import ACTION, ANONYMOUS
+from flexgate.server.denials import ANONYMOUS
 from flexgate.server.logs import FIELDS, JsonFormatter
 from flexgate.server.policy import PolicySource
 
@@ -105,7 +106,7 @@ async def test_a_denied_request_is_noted_also_when_nobody_can_say_whose_key_it_w
     assert store.asked == asked + 1
     assert [(record.getMessage(), getattr(record, FIELDS)["status"]) for record in caplog.records] == [("request", 401)]
     services.denials.flush()
-    (entry,) = [entry for entry in services.store.audit_log(limit=100) if entry.action == ACTION]
+    (entry,) = [entry for entry in services.store.audit_log(limit=100) if entry.action == DENIED]
     assert (entry.actor, entry.detail["code"]) == (ANONYMOUS, "invalid_api_key")
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from flexgate.policies.audit import Entry
+from flexgate.policies.audit import DENIED, Entry
 from flexgate.policies.tenants import Role
 from flexgate.server.app import build_app
-from flexgate.server.denials import ACTION, ANONYMOUS
+from flexgate.server.denials import ANONYMOUS
 from flexgate.server.openapi import document
 
 SHARED = {
@@ -154,4 +154,4 @@ async def _answered(method: str, url: str, key: str) -> tuple[int, list[tuple[by
 
 def _denied(services: Any) -> list[Entry]:
     services.denials.flush()
-    return [entry for entry in services.store.audit_log(limit=1000) if entry.action == ACTION]
+    return [entry for entry in services.store.audit_log(limit=1000) if entry.action == DENIED]

@@ -1,4 +1,4 @@
-"""`/v1/organization/audit_logs`: every change of the policy and every denied request."""
+"""`/v1/organization/audit_logs`: every change of the policy, and denied requests until they are trimmed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, Final
 from flexgate.policies.audit import Entry
 from flexgate.policies.store.audit import Sought, newest
 from flexgate.policies.tenants import Role
-from flexgate.server.admin.audit.schemas import PREFIX, ListAuditLogs, audit_object, project_of, type_of
+from flexgate.server.admin.audit.schemas import PREFIX, ListAuditLogs, TrimAuditLogs, audit_object, project_of, type_of
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
 from flexgate.server.admin.pages import list_object, unknown_cursor
+from flexgate.server.retention import trim_denials
 
 
 def list_(call: Call[Nothing, ListAuditLogs]) -> Json:
@@ -18,6 +19,12 @@ def list_(call: Call[Nothing, ListAuditLogs]) -> Json:
     found = newest(call.store.engine, _sought(query), limit=query.limit + 1)
     chosen = [audit_object(entry) for entry in found[: query.limit]]
     return list_object(chosen, len(found) > len(chosen))
+
+
+def trim(call: Call[TrimAuditLogs, Nothing]) -> Json:
+    """Remove denied requests that are old enough; an entry says so. Changes are never removed."""
+    trimmed = trim_denials(call.store, days=call.body.older_than_days, now=call.now, actor=call.principal.key_id)
+    return {"object": "organization.audit_log.trimming", "trimmed": trimmed}
 
 
 def _sought(query: ListAuditLogs) -> Sought:
@@ -29,6 +36,7 @@ def _sought(query: ListAuditLogs) -> Sought:
         after=_sequence(query.before, "before"),
         since=max(since, default=None),
         until=min(until, default=None),
+        log=query.log,
         actors=None if query.actor_ids is None else frozenset(query.actor_ids),
         matches=lambda entry: _matches(query, entry),
     )
@@ -58,5 +66,12 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
         roles=(Role.ADMIN, Role.AUDITOR),
         work=list_,
         query=ListAuditLogs,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/organization/audit_logs/trim",
+        roles=(Role.ADMIN,),
+        work=trim,
+        body=TrimAuditLogs,
     ),
 )

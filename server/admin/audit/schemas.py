@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -27,7 +27,9 @@ class Range(Closed):
 
 
 class ListAuditLogs(Closed):
-    """OpenAI's parameters. There are no e-mail addresses here, and every event is the tenant's."""
+    """OpenAI's parameters, and `log` for one of the two logs. There are no e-mail addresses here, and every event is
+    the tenant's.
+    """
 
     after: str | None = None
     before: str | None = None
@@ -37,6 +39,13 @@ class ListAuditLogs(Closed):
     actor_ids: list[str] | None = None
     project_ids: list[str] | None = None
     resource_ids: list[str] | None = None
+    log: Literal["changes", "requests"] | None = None
+
+
+class TrimAuditLogs(Closed):
+    """How old denied requests must be to go."""
+
+    older_than_days: int = Field(ge=1, le=36_500)
 
 
 def type_of(entry: Entry) -> str:
@@ -77,6 +86,7 @@ def audit_object(entry: Entry) -> Json:
             "detail": entry.detail,
             "previous": entry.previous,
             "hash": entry.hash,
+            "log": entry.log,
         },
     }
     return answer if project is None else {**answer, "project": {"id": project}}

@@ -89,7 +89,7 @@ def test_a_right_is_taken_away_on_a_full_disk(store: Store, taken: str) -> None:
     TAKEN[taken](store)
     with closing(Store.open(str(store.engine.url))) as other:
         assert other.version() == version + 1
-        assert other.verify_audit() == store.audit_head()
+        assert other.verify_audit().heads == store.audit_heads()
         assert other.snapshot() == store.snapshot()
 
 
@@ -98,10 +98,10 @@ def test_a_right_is_taken_away_on_a_full_disk(store: Store, taken: str) -> None:
 def test_nothing_else_is_written_once_the_room_is_short(store: Store, disk: SmallDisk, given: str, left: int) -> None:
     disk.free()
     disk.fill(left)
-    version, head = store.version(), store.audit_head()
+    version, head = store.version(), store.audit_heads()
     with pytest.raises(StoreFull, match="less than 8 MiB left, which are kept for changes that take rights away"):
         GIVEN[given](store)
-    assert (store.version(), store.audit_head()) == (version, head)
+    assert (store.version(), store.audit_heads()) == (version, head)
     disk.free()
     GIVEN[given](store)
 
@@ -110,7 +110,7 @@ def test_the_reserve_is_enough_for_fifty_changes_and_announcing_them(store: Stor
     for number in range(50):
         update_project(store, "t", {"expert_ids": ["news"] if number % 2 else []}, **BY)
         announce(store.engine, Process("p", store.version(), 2.0), at=float(number))
-    assert store.verify_audit() == store.audit_head()
+    assert store.verify_audit().heads == store.audit_heads()
 
 
 def _change_for_ever(store: Store) -> None:
@@ -123,6 +123,6 @@ def test_what_is_left_when_the_reserve_is_used_up_is_whole(store: Store, disk: S
     with pytest.raises(StoreUnavailable, match="full"):
         _change_for_ever(store)
     assert store.version() - before >= 50
-    assert store.verify_audit() == store.audit_head()
+    assert store.verify_audit().heads == store.audit_heads()
     disk.free()
     archive_project(store, "t", **BY)

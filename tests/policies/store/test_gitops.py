@@ -48,9 +48,9 @@ def test_applying_twice_makes_no_second_revision(store):
 
 
 def test_plan_is_what_apply_does_and_keeps_nothing(store):
-    version, head = store.version(), store.audit_head()
+    version, head = store.version(), store.audit_heads()
     planned = plan(store, FILE)
-    assert (store.version(), store.audit_head()) == (version, head)
+    assert (store.version(), store.audit_heads()) == (version, head)
     assert "acme" in planned.proposed.tenants
     assert apply(store, FILE, **ADMIN) == planned.changes
     assert plan(store, FILE).changes == []

@@ -49,14 +49,14 @@ async def test_agreements_get_ids_and_versions(call: Any) -> None:
 
 async def test_a_simulation_says_who_gains_and_who_loses_and_changes_nothing(call: Any, real_store: Store) -> None:
     await call("sk-t", "POST", "/v1/completions", json={"prompt": "x", "flexgate": {"experts": {"only": ["news"]}}})
-    version, head = real_store.version(), real_store.audit_head()
+    version, head = real_store.version(), real_store.audit_heads()
     proposal = {
         "format": "flexgate-policy/v1",
         "tenants": [{"id": "t", "name": "t", "expert_ids": ["math"]}],
     }
     answer = (await call("sk-admin", "POST", "/v1/policy/simulate", json={"policy": proposal})).json()
     assert answer["policy_version"] == real_store.version() == version
-    assert real_store.audit_head() == head
+    assert real_store.audit_heads() == head
     found = {tuple(d["only"] or ()): d for d in answer["differences"]}
     assert (found[()]["project_id"], found[()]["gained"], found[()]["lost"]) == ("t", ["math"], ["news"])
     assert (found[("news",)]["requests"], found[("news",)]["refused_after"]) == (1, "ExpertDenied")

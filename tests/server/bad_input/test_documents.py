@@ -90,9 +90,9 @@ DOCUMENTS = {
 @pytest.fixture
 def unchanged(real_store: Store) -> Iterator[None]:
     """Nothing of the store is another at the end."""
-    before = real_store.snapshot(), real_store.audit_head()
+    before = real_store.snapshot(), real_store.audit_heads()
     yield
-    assert (real_store.snapshot(), real_store.verify_audit()) == before
+    assert (real_store.snapshot(), real_store.verify_audit().heads) == before
 
 
 def _content(bad: Bad) -> dict[str, Any]:

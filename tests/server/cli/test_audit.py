@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from flexgate.policies.audit import from_line
+from flexgate.policies.audit import DENIED, Event, from_line
 from flexgate.policies.store import Store
 
 Run = Callable[..., Any]
@@ -106,3 +107,34 @@ def test_without_heads_nothing_is_said_of_what_cannot_be_known(flexgate: Run) ->
     assert found.exit_code == 0
     assert "verified" not in found.output
     assert "a log that was replaced or cut off is noticed with --heads only" in found.output
+
+
+def test_old_denied_requests_are_trimmed_and_the_log_is_verified_with_heads_from_before(
+    flexgate: Run, heads: Path, real_store: Store, tmp_path: Path
+) -> None:
+    for days in (3, 2, 1, 0):
+        at = time.time() - days * 86_400
+        real_store.record([Event(at=at, actor="anonymous", action=DENIED, detail={"requests": 5})])
+        with heads.open("a") as file:
+            file.write(flexgate("audit", "head").output)
+    assert flexgate("audit", "trim", "--older-than-days", "2").output.strip() == "2"
+    found = flexgate("audit", "verify", "--heads", str(heads))
+    assert found.exit_code == 0
+    assert "2 entries of denied requests were trimmed, as the log says" in found.output
+    assert "1 heads from outside are of those, with nothing left to compare" in found.output
+    path = tmp_path / "export.jsonl"
+    path.write_text(flexgate("audit", "export").output)
+    assert flexgate("audit", "verify", "--file", str(path), "--heads", str(heads)).output == found.output
+    assert flexgate("audit", "trim", "--older-than-days", "0").exit_code == 2
+
+
+def test_heads_of_both_logs_are_printed(flexgate: Run, real_store: Store) -> None:
+    def logs() -> list[str]:
+        return [json.loads(line)["log"] for line in flexgate("audit", "head").output.splitlines()]
+
+    assert logs() == ["changes"]
+    real_store.record([Event(at=1.0, actor="anonymous", action=DENIED, detail={})])
+    assert [json.loads(line)["log"] for line in flexgate("audit", "head").output.splitlines()] == [
+        "changes",
+        "requests",
+    ]

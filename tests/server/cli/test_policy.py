@@ -50,7 +50,7 @@ def test_diff_and_dry_run_change_nothing_and_apply_does(flexgate: Run, policy_fi
     assert applied.exit_code == 0
     assert json.loads(applied.output)[0]["after"]["expert_ids"] == ["math"]
     assert real_store.version() == version + 1
-    assert real_store.audit_log(after=real_store.audit_head().sequence - 1)[0].actor.startswith("cli:")
+    assert real_store.audit_log(after=real_store.audit_heads()[0].sequence - 1)[0].actor.startswith("cli:")
     assert flexgate("policy", "diff", path).exit_code == 0
 
 
