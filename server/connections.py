@@ -11,6 +11,8 @@ import json
 from http import HTTPStatus
 from typing import Final
 
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from flexgate.server.errors import ApiError
@@ -22,6 +24,22 @@ EVENT_STREAM: Final = "flexgate.event_stream"
 """The scope's key of a response whose body is server-sent events."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _COMMENT: Final = b"9\r\n: probe\n\n\r\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, whose source is closed however the response ends, so that what makes them stops."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        scope[EVENT_STREAM] = True
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            close = getattr(self.body_iterator, "aclose", None)
+            if close is not None:
+                await close()
 
 
 class BoundedProtocol(HttpToolsProtocol):

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.tenants import Role
 from flexgate.policies.terms import ExpertId
 from flexgate.server.auth import Principal
+from flexgate.server.connections import EventStream
 from flexgate.server.context import identify, while_identified
 from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored
@@ -71,7 +72,7 @@ class ExpertChanges:
             raise NotFound("There is no such job. The newest hundred are kept until a restart.", code="job_not_found")
         if query.stream:
             states = while_identified(request, self._services, job.watch())
-            return StreamingResponse(_events(states), media_type="text/event-stream")
+            return EventStream(_events(states))
         return JSONResponse(job.to_json())
 
     async def revoke(self, request: Request) -> Response:

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -21,7 +21,7 @@ from flexgate.policies.terms import TenantId
 from flexgate.server import report
 from flexgate.server.admission import Admitted, Kind, admit, honoured_body
 from flexgate.server.auth import AuthError, Principal, require_tenant
-from flexgate.server.connections import EVENT_STREAM
+from flexgate.server.connections import EventStream
 from flexgate.server.context import context_of, identify
 from flexgate.server.engine.calls import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.errors import ApiError, NotFound, Unavailable
@@ -207,22 +207,6 @@ class Delivery(Response):
             await self._response(scope, receive, send)
         finally:
             self._done()
-
-
-class EventStream(StreamingResponse):
-    """A stream whose source is closed however the response ends, so that generation stops."""
-
-    media_type = "text/event-stream"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        scope[EVENT_STREAM] = True
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            close = getattr(self.body_iterator, "aclose", None)
-            if close is not None:
-                await close()
 
 
 async def identify_tenant(request: Request, services: Services) -> tuple[TenantId, Principal, Snapshot]:

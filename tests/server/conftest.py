@@ -249,7 +249,7 @@ async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
     from flexgate.server.settings import Settings
 
     services.client.errored = False
-    services.experts = type("None_", (), {"follow": staticmethod(lambda *_: asyncio.Event().wait())})()
+    services.experts.follow = lambda *_: asyncio.Event().wait()  # there is no engine to follow the policy in
     public, admin = _listening(), _listening()
     settings = Settings(model=Path("none"), admin_port=0)
     running = asyncio.create_task(run(settings, services, public, admin))

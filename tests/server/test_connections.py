@@ -183,3 +183,74 @@ async def test_a_client_that_closes_before_its_request_is_whole_has_gone(urls: t
         writer.write(COMPLETION[:-4])
         writer.write_eof()
         assert await answers(reader) == b""
+
+
+STREAM = json.dumps({"prompt": "x", "stream": True}).encode()
+STREAMED = COMPLETION.replace(b"-length: %d" % len(ASK), b"-length: %d" % len(STREAM)).replace(ASK, STREAM)
+
+
+class Streaming:
+    """Stands for vLLM's handler: streams an event, and another one once it is told to."""
+
+    def __init__(self) -> None:
+        self.go, self.closed = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, *_: Any) -> Any:
+        return self._events()
+
+    async def _events(self) -> AsyncIterator[str]:
+        try:
+            yield 'data: {"choices":[{"index":0,"text":"first"}]}\n\n'
+            await self.go.wait()
+            yield 'data: {"choices":[{"index":0,"text":"second","finish_reason":"stop"}]}\n\n'
+            yield "data: [DONE]\n\n"
+        finally:
+            self.closed.set()
+
+
+@pytest.fixture
+def streaming(services: Any, monkeypatch: pytest.MonkeyPatch) -> Streaming:
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.05)
+    handler = Streaming()
+    services.handlers.completion.create_completion = handler
+    return handler
+
+
+async def test_a_half_closed_event_stream_goes_on_between_comments_until_its_end(
+    urls: tuple[str, str], streaming: Streaming
+) -> None:
+    async with connected(urls[0]) as (reader, writer), asyncio.timeout(10):
+        writer.write(STREAMED)
+        await reader.readuntil(b"first")
+        writer.write_eof()
+        for _ in range(3):
+            await reader.readuntil(b"9\r\n: probe\n\n\r\n")
+        assert not streaming.closed.is_set()
+        streaming.go.set()
+        said = await answers(reader)
+    assert b"second" in said
+    assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_an_event_stream_whose_client_has_gone_between_two_events_is_closed(
+    urls: tuple[str, str], streaming: Streaming
+) -> None:
+    async with connected(urls[0]) as (reader, writer), asyncio.timeout(10):
+        writer.write(STREAMED)
+        await reader.readuntil(b"first")
+    async with asyncio.timeout(10):
+        await streaming.closed.wait()
+
+
+async def test_a_stream_of_a_job_whose_client_has_gone_is_closed(
+    urls: tuple[str, str], services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.05)
+    job = services.experts.jobs.open("package", "key_sk-admin")
+    ask = f"GET /v1/expert_jobs/{job.id}?stream=true HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-admin\r\n\r\n"
+    async with connected(urls[1]) as (reader, writer), asyncio.timeout(10):
+        writer.write(ask.encode())
+        await reader.readuntil(b"running")
+    async with asyncio.timeout(10):
+        while job._changed._waiters:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
