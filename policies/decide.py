@@ -169,8 +169,7 @@ def _check_required(snapshot: Snapshot, granted: Grant, ignore: frozenset[Expert
     for expert in (id_ for id_ in snapshot.experts if id_ in snapshot.required and id_ != PUBLIC):
         if expert in ignore:
             raise ExpertRequired(
-                f"Expert '{expert}' takes part in every request to this server. "
-                "Leaving it out of 'ignore' would change this.",
+                f"Expert '{expert}' takes part in every request to this server. Leave it out of 'ignore'.",
                 param=IGNORE,
             )
         if expert not in granted.lost_at:

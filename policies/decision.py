@@ -50,6 +50,11 @@ class DecisionRequest:
     only: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
 
+    @property
+    def narrows(self) -> bool:
+        """Whether it names experts."""
+        return self.only is not None or bool(self.ignore)
+
 
 class Decision(NamedTuple):
     """The outcome for one request. `valid_until` is Unix seconds, or `math.inf`.

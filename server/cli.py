@@ -14,6 +14,10 @@ SUBCOMMANDS: Final = {
     "serve": ("flexgate.server.cli_serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
     "experts": ("flexgate.experts.cli", "Make, check and change experts."),
     "tenants": ("flexgate.server.cli_tenants", "Create tenants, permit experts, hand out and revoke keys."),
+    "admin-keys": (
+        "flexgate.server.cli_admin_keys",
+        "Hand out and revoke keys of administrators, auditors and owners.",
+    ),
     "agreements": ("flexgate.server.cli_agreements", "Make, show, revise and end agreements."),
     "policy": ("flexgate.server.cli_policy", "The policy as a file; explain it, and simulate a change."),
     "audit": ("flexgate.server.cli_audit", "Verify the audit log, and export it."),

@@ -20,8 +20,9 @@ from flexgate.experts.errors import UsageInvalid
 from flexgate.policies.audit import LOGS, STARTS, Entry, Head
 from flexgate.policies.store import accounts, licences, projects
 from flexgate.policies.store.documents import to_json
-from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Quota
+from flexgate.policies.tenants import Quota, Role
+from flexgate.server.admin.keys.schemas import admin_key_object
+from flexgate.server.cli_policy_target import DatabasePolicy, PolicyTarget, ServerPolicy
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, actor, failing, opened
 from flexgate.server.retention import trim_denials
 
@@ -40,6 +41,7 @@ _TARGETS: Final = {
 _DATABASE: Final = frozenset(["demo", "state_dir", "database_url"])
 _BATCH: Final = 1000
 _PROJECTS: Final = "/v1/organization/projects"
+_ADMIN_KEYS: Final = "/v1/organization/admin_api_keys"
 LIMITS: Final = tuple(Quota.model_fields)
 """Names of limits, as :class:`Quota` has them."""
 _WIRE: Final = dict(
@@ -52,7 +54,7 @@ _WIRE: Final = dict(
 _UNLIMITED: Final = 10**15
 
 
-class Target(Protocol):
+class Target(PolicyTarget, Protocol):
     """What can be administered. Objects are JSON; ids, names and modes as the HTTP interface has them."""
 
     def projects(self, *, archived: bool) -> list[Json]:
@@ -75,6 +77,15 @@ class Target(Protocol):
 
     def revoke_key(self, project_id: str, key_id: str) -> None:
         """Revoke a key for good."""
+
+    def admin_keys(self) -> list[Json]:
+        """The keys of administrators, auditors and owners that are not revoked, oldest first."""
+
+    def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
+        """The new key's secret."""
+
+    def revoke_admin_key(self, key_id: str) -> None:
+        """Revoke such a key for good."""
 
     def limits(self, project_id: str) -> dict[str, Json]:
         """The limits of a tenant, under ``project``, and of each of its keys; None is without limit."""
@@ -152,11 +163,8 @@ def where(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-class DatabaseTarget:
+class DatabaseTarget(DatabasePolicy):
     """The policy database; changes are attributed to the user of this machine."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
 
     def projects(self, *, archived: bool) -> list[Json]:
         return [to_json(tenant) for tenant in projects.list_projects(self._store, archived=archived)]
@@ -184,6 +192,19 @@ class DatabaseTarget:
 
     def revoke_key(self, project_id: str, key_id: str) -> None:
         accounts.revoke_project_key(self._store, project_id, key_id, **_attributed())
+
+    def admin_keys(self) -> list[Json]:
+        return [admin_key_object(key) for key in accounts.list_admin_keys(self._store)]
+
+    def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
+        said = _attributed()
+        expires = None if seconds is None else said["at"] + seconds
+        return accounts.create_admin_key(
+            self._store, name, role=Role(role), owner_id=owner_id, expires=expires, **said
+        ).secret
+
+    def revoke_admin_key(self, key_id: str) -> None:
+        accounts.revoke_admin_key(self._store, key_id, **_attributed())
 
     def limits(self, project_id: str) -> dict[str, Json]:
         tenant = projects.get_project(self._store, project_id)
@@ -217,11 +238,8 @@ class DatabaseTarget:
         return trim_denials(self._store, days=days, now=time.time(), actor=actor())
 
 
-class ServerTarget:
+class ServerTarget(ServerPolicy):
     """A running server, which attributes changes to the key."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
 
     def projects(self, *, archived: bool) -> list[Json]:
         query = {"include_archived": "true"} if archived else {}
@@ -252,6 +270,17 @@ class ServerTarget:
 
     def revoke_key(self, project_id: str, key_id: str) -> None:
         self._api.ask("DELETE", f"{_one(project_id)}/api_keys/{_quoted(key_id)}")
+
+    def admin_keys(self) -> list[Json]:
+        return list(self._api.pages(_ADMIN_KEYS))
+
+    def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
+        said = {"name": name, "role": role, "owner_id": owner_id, "expires_in_seconds": seconds}
+        body = {field: value for field, value in said.items() if value is not None}
+        return str(self._api.ask("POST", _ADMIN_KEYS, json=body)["value"])
+
+    def revoke_admin_key(self, key_id: str) -> None:
+        self._api.ask("DELETE", f"{_ADMIN_KEYS}/{_quoted(key_id)}")
 
     def limits(self, project_id: str) -> dict[str, Json]:
         found = {}

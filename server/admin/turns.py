@@ -1,4 +1,4 @@
-"""Whose turn it is: threads for blocking work, so that nobody waits behind what others read.
+"""Threads for blocking work, so that no caller waits behind what others read.
 
 Changes, and all that administrators and auditors do, have threads of their own. What tenants and owners read has
 others, and of one key of theirs only so much may be waiting.
@@ -53,7 +53,7 @@ async def _run(threads: ThreadPoolExecutor, work: Callable[..., Any], *arguments
 def _too_many() -> ApiError:
     return ApiError(
         f"This key may have {MOST_OF_ONE} such requests to the administration under way at once. "
-        "Trying again when one of them was answered would change this.",
+        "Try again once one of them has been answered.",
         status=HTTPStatus.TOO_MANY_REQUESTS,
         code="rate_limit_exceeded",
         type_="requests",

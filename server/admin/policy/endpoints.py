@@ -15,14 +15,16 @@ from flexgate.server import recorded
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
 from flexgate.server.admin.pages import list_object, unknown_cursor
 from flexgate.server.admin.policy.schemas import (
+    Apply,
     Compare,
     Explain,
+    Export,
     RollBack,
     Simulate,
     change_object,
-    difference_object,
     explanation_object,
     revision_object,
+    simulation_object,
 )
 from flexgate.server.errors import Invalid
 from flexgate.server.refusals import not_found
@@ -55,13 +57,22 @@ def simulate(call: Call[Simulate, Nothing]) -> Json:
     plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
     replays = with_standard(recorded.replays(call.store, call.now), plan.current, plan.proposed, call.now)
     differences = simulating.simulate(plan.current, plan.proposed, replays)
-    return {
-        "object": "policy.simulation",
-        "policy_version": plan.current.policy_version,
-        "changes": [change_object(change) for change in plan.changes],
-        "replayed": len(replays),
-        "differences": [difference_object(difference) for difference in differences],
-    }
+    return simulation_object(plan, replays, differences)
+
+
+def export(call: Call[Nothing, Export]) -> Json:
+    """Give the policy as a file's content. Applied again, it changes nothing."""
+    return gitops.export(call.store, call.query.version)
+
+
+def apply(call: Call[Apply, Written]) -> Json:
+    """Make the policy say what a file says, in one revision, or not at all; say what changed."""
+    body = call.body
+    if body.dry_run:
+        changes = gitops.plan(call.store, body.policy, prune=body.prune).changes
+    else:
+        changes = gitops.apply(call.store, body.policy, prune=body.prune, **call.attributed)
+    return {"object": "policy.application", "changes": [change_object(change) for change in changes]}
 
 
 def revisions(call: Call[Nothing, Page]) -> Json:
@@ -113,6 +124,8 @@ _ADMIN: Final = (Role.ADMIN,)
 OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     Operation(method="GET", path="/v1/policy/explain", roles=_EXPLAIN, work=explain, query=Explain),
     Operation(method="POST", path="/v1/policy/simulate", roles=_ADMIN, work=simulate, body=Simulate),
+    Operation(method="GET", path="/v1/policy/file", roles=_READ, work=export, query=Export),
+    Operation(method="POST", path="/v1/policy/apply", roles=_ADMIN, work=apply, body=Apply, query=Written),
     Operation(method="GET", path="/v1/policy/revisions", roles=_READ, work=revisions, query=Page),
     Operation(method="GET", path="/v1/policy/diff", roles=_READ, work=diff, query=Compare),
     Operation(method="POST", path="/v1/policy/rollback", roles=_ADMIN, work=roll_back, body=RollBack, query=Written),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from flexgate.policies.explain import Explanation
-from flexgate.policies.simulate import Difference
-from flexgate.policies.store.gitops import PolicyFile
+from flexgate.policies.simulate import Difference, Replay
+from flexgate.policies.store.gitops import Plan, PolicyFile
 from flexgate.policies.store.revisions import ObjectChange, Revision
 from flexgate.server.admin.operation import Json
 from flexgate.server.forms import Closed
@@ -31,6 +32,18 @@ class Simulate(Closed):
 
     policy: PolicyFile
     prune: bool = False
+
+
+class Apply(Simulate):
+    """With `dry_run` everything is checked and nothing changed."""
+
+    dry_run: bool = False
+
+
+class Export(Closed):
+    """As it was at a version, or as it is."""
+
+    version: Version | None = None
 
 
 class Compare(Closed):
@@ -76,6 +89,18 @@ def difference_object(difference: Difference) -> Json:
         "lost": list(difference.lost),
         "refused_before": difference.refused_before,
         "refused_after": difference.refused_after,
+    }
+
+
+def simulation_object(plan: Plan, replays: list[Replay], differences: list[Difference]) -> Json:
+    """What a plan would change. `asked` counts, by project, the replayed questions that narrow nothing."""
+    return {
+        "object": "policy.simulation",
+        "policy_version": plan.current.policy_version,
+        "changes": [change_object(change) for change in plan.changes],
+        "replayed": len(replays),
+        "asked": Counter(replay.tenant_id for replay in replays if not replay.request.narrows),
+        "differences": [difference_object(difference) for difference in differences],
     }
 
 

@@ -69,22 +69,22 @@ def too_many_at_once(refused: Refused) -> ApiError:
 
 
 def too_many_tokenizing(limit: int) -> ApiError:
-    message = f"This project may have {limit} requests for the tokenizer at once. Trying again in 1s would change this."
+    message = f"This project may have {limit} requests for the tokenizer at once. Try again in 1s."
     return _limited(message, "requests", 1.0)
 
 
 def over_budget(refused: Refused) -> ApiError:
     message = (
         f"{refused.kind} has a budget of {refused.limit} tokens, of which {refused.used} are used or reserved, and "
-        f"this request asks for {refused.amount}. An administrator raising the budget would change this."
+        f"this request asks for {refused.amount}. An administrator can raise the budget."
     )
     return ApiError(message, status=HTTPStatus.TOO_MANY_REQUESTS, code="insufficient_quota", type_="insufficient_quota")
 
 
 def _advice(wait_s: float) -> str:
     if wait_s == math.inf:
-        return "A smaller request (a lower 'max_tokens'), or an administrator raising the limit, would change this."
-    return f"Trying again in {duration(wait_s)}, or an administrator raising the limit, would change this."
+        return "Send a smaller request (a lower 'max_tokens'), or ask an administrator to raise the limit."
+    return f"Try again in {duration(wait_s)}, or ask an administrator to raise the limit."
 
 
 def _limited(message: str, what: str, wait_s: float) -> ApiError:

@@ -60,7 +60,7 @@ async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.
     assert answer.json() == {
         "error": {
             "message": "This key may have 8 such requests to the administration under way at once. "
-            "Trying again when one of them was answered would change this.",
+            "Try again once one of them has been answered.",
             "type": "requests",
             "param": None,
             "code": "rate_limit_exceeded",

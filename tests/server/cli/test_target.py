@@ -1,4 +1,4 @@
-"""`flexgate tenants|agreements|audit`: the same on the database and on a running server by URL and key."""
+"""What administers does the same on the database and on a running server by URL and key."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 
 Run = Callable[..., Result]
+EVERY_GROUP = [
+    ["tenants", "list"],
+    ["admin-keys", "list"],
+    ["agreements", "list"],
+    ["policy", "export"],
+    ["audit", "verify"],
+]
 TERMS = {"id": "a-new", "owner": "academy", "experts": ["math"], "assignee": "tenant:t", "effect": "permit"}
 
 
@@ -88,6 +95,37 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     assert project not in ok(run("tenants", "list"))
     assert f"{project}  Acme [x] (archived)" in ok(run("tenants", "list", "--archived"))
 
+    version = store.version()
+    exported = ok(run("policy", "export"))
+    (folder / "policy.yaml").write_text(exported.replace("name: u", "name: renamed"))
+    changed = run("policy", "diff", str(folder / "policy.yaml"))
+    assert (changed.exit_code, changed.output.splitlines()[1].split()) == (3, ["change", "tenant", "u", "name"])
+    assert run("policy", "apply", str(folder / "policy.yaml"), "--dry-run").output == changed.output
+    assert store.version() == version
+    assert ok(run("policy", "apply", str(folder / "policy.yaml"))) == changed.output
+    assert ok(run("policy", "export", "--version", str(version))) == exported
+    assert "back to" in run("policy", "rollback", str(version)).stderr
+    assert ok(run("policy", "rollback", str(version), "--confirm", str(version + 1))) == f"{version + 2}\n"
+    assert ok(run("policy", "export")) == exported
+    said = [line.split()[:2] for line in ok(run("policy", "explain", "u")).splitlines()[1:]]
+    assert said[:2] == [["public", "allowed"], ["news", "allowed"]]
+    (folder / "policy.yaml").write_text("format: flexgate-policy/v1\ntenants: [{id: u, name: u, expert_ids: [math]}]\n")
+    simulated = run("policy", "simulate", str(folder / "policy.yaml"))
+    assert simulated.exit_code == 3
+    assert ["u", "anything", "news"] in [line.split() for line in simulated.output.splitlines()]
+    assert run("policy", "diff", "-", stdin="format: [").exit_code == 1
+
+    secret = ok(run("admin-keys", "create", "watcher", "--role", "auditor", "--expires-in-days", "1")).strip()
+    assert authenticate(store.snapshot(), f"Bearer {secret}", 5.0).role == "auditor"
+    (row,) = [line.split() for line in ok(run("admin-keys", "list")).splitlines() if " watcher " in line]
+    assert row[1:3] == ["watcher", "auditor"]
+    ok(run("admin-keys", "revoke", row[0]))
+    with pytest.raises(KeyRevoked):
+        authenticate(store.snapshot(), f"Bearer {secret}", 5.0)
+    assert run("admin-keys", "create", "no owner", "--role", "owner").exit_code == 1
+    ok(run("admin-keys", "create", "gazette's", "--role", "owner", "--owner", "gazette"))
+    assert [key["owner"]["id"] for key in json.loads(ok(run("admin-keys", "list", "--json")))][-1] == "gazette"
+
     head = ok(run("audit", "head"))
     (folder / "heads.jsonl").write_text(head)
     sequence = json.loads(head)["sequence"]
@@ -136,7 +174,13 @@ async def test_a_server_refuses_in_its_own_words(urls: tuple[str, str]) -> None:
     ],
 )
 def test_a_target_that_cannot_be_meant_is_wrong_usage(options: list[str], said: str) -> None:
-    for words in (["tenants", "list"], ["agreements", "list"], ["audit", "verify"]):
+    for words in (
+        ["tenants", "list"],
+        ["admin-keys", "list"],
+        ["agreements", "list"],
+        ["policy", "export"],
+        ["audit", "verify"],
+    ):
         found = CliRunner().invoke(app, [*words, *options])
         assert found.exit_code == 2
         assert found.stderr.startswith(said)
@@ -157,5 +201,11 @@ def test_limits_without_a_limit_are_wrong_usage(real_store: Store) -> None:
 def test_a_place_in_the_command_outweighs_one_in_the_environment(
     environment: dict[str, str], options: list[str], said: str
 ) -> None:
-    for words in (["tenants", "list"], ["agreements", "list"], ["audit", "verify"]):
+    for words in (
+        ["tenants", "list"],
+        ["admin-keys", "list"],
+        ["agreements", "list"],
+        ["policy", "export"],
+        ["audit", "verify"],
+    ):
         assert said in CliRunner().invoke(app, [*words, *options], env=environment).stderr
