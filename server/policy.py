@@ -219,7 +219,7 @@ class PolicySource:
 
     async def _fresh_again(self) -> bool:
         """Whether the lease holds, if need be after asking once more."""
-        with suppress(PolicyError, TimeoutError):
+        with suppress(Exception):  # whatever it is, what watches must not end
             async with asyncio.timeout(LAST_TRY_S):
                 while not self.fresh():
                     with suppress(SnapshotStale):

@@ -249,14 +249,15 @@ def test_liveness_is_all_that_changes(snapshot: Snapshot) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("error", [StoreUnavailable("away"), OSError("away")])
 async def test_what_runs_is_ended_once_the_lease_of_a_lost_store_has_run_out(
-    source: PolicySource, store: Any, clock: Clock, snapshot: Snapshot
+    source: PolicySource, store: Any, clock: Clock, snapshot: Snapshot, error: Exception
 ) -> None:
     expired = asyncio.Event()
     source.expire_with(expired.set)
     source.confirm()
     watching = asyncio.create_task(source.watch_lease())
-    store.answer = StoreUnavailable("away")
+    store.answer = error
     clock.now = 1.99
     asked = store.asked
     await asyncio.sleep(0.05)
@@ -268,6 +269,7 @@ async def test_what_runs_is_ended_once_the_lease_of_a_lost_store_has_run_out(
     async with asyncio.timeout(10):
         while not source.fresh():
             await asyncio.sleep(0.001)
+    assert not watching.done()
     watching.cancel()
 
 

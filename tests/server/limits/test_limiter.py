@@ -101,7 +101,7 @@ def test_tokens_per_minute_are_reserved_and_committed(limiter: Limiter, clock: C
 def test_a_request_that_never_fits_is_not_told_to_try_again(limiter: Limiter) -> None:
     error = refused(limiter, scope(tokens_per_minute=100), tokens=101)
     assert "retry-after" not in error.headers
-    assert "A smaller request" in str(error)
+    assert "Send a smaller request" in str(error)
     assert "retry-after" not in refused(limiter, scope(requests_per_minute=0)).headers
 
 
