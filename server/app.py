@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,6 +17,7 @@ from flexgate.server.admin.operation import Administration
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.auth import EVERY_ROLE
 from flexgate.server.context import context_of
+from flexgate.server.cors import TenantCors
 from flexgate.server.errors import ApiError
 from flexgate.server.experts.changes import ExpertChanges
 from flexgate.server.experts.endpoints import Experts
@@ -41,7 +41,7 @@ def build_app(
     roles: Collection[Role] = EVERY_ROLE,
     origins: Collection[str] = (),
 ) -> FastAPI:
-    """The server's application. `hosts` restricts the Host header; pages of the web `origins` may call it.
+    """The server's application. `hosts` restricts the Host header; web pages of `origins` may call the tenants' routes.
 
     Keys of other `roles` are not known, and routes that only they may use do not exist.
     """
@@ -49,13 +49,8 @@ def build_app(
     for method, path, endpoint in _endpoints(services, roles):
         app.add_route(path, _named(path, endpoint), [method])
     if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+        routes = [(method, path) for method, path, _ in _endpoints(services, {Role.TENANT})]
+        app.add_middleware(TenantCors, origins=origins, routes=routes)
     app.add_middleware(Gateway, hosts=hosts, roles=roles, services=services)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -53,6 +53,39 @@ async def test_no_page_may_where_no_origin_is_named_nor_at_the_administrations_a
             assert "access-control-allow-origin" not in answer.headers
 
 
+OPERATORS = [
+    ("POST", "/v1/organization/projects"),
+    ("GET", "/v1/organization/audit_logs"),
+    ("POST", "/v1/organization/admin_api_keys"),
+    ("POST", "/v1/agreements"),
+    ("POST", "/v1/policy/rollback"),
+    ("POST", "/v1/experts"),
+    ("DELETE", "/v1/experts/news"),
+    ("POST", "/v1/expert_uploads"),
+    ("GET", "/metrics"),
+]
+
+
+@pytest.mark.parametrize("origin", [PAGE, "*"])
+@pytest.mark.parametrize(("method", "path"), OPERATORS)
+@pytest.mark.asyncio
+async def test_no_page_may_administer_where_one_port_serves_all(
+    services: Any, method: str, path: str, origin: str
+) -> None:
+    async with client(build_app(services, origins=[origin])) as http:
+        before = await http.options(path, headers={**ASKS, "access-control-request-method": method})
+        answer = await http.request(method, path, headers={"origin": PAGE, "authorization": "Bearer sk-admin"})
+    for told in (before, answer):
+        assert not [name for name in told.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
+@pytest.mark.asyncio
+async def test_a_page_may_use_every_route_of_inference(services: Any, path: str) -> None:
+    async with client(build_app(services, origins=[PAGE])) as http:
+        assert (await http.options(path, headers=ASKS)).headers["access-control-allow-origin"] == PAGE
+
+
 @pytest.mark.parametrize("origin", ["app.example.com", "https://app.example.com/path", "null", "https://"])
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
     with pytest.raises(SettingsError, match="is no origin: write a scheme and a host"):
