@@ -18,6 +18,8 @@ from flexgate.policies.errors import (
     AnchorRequired,
     EmptyGate,
     ExpertDenied,
+    ExpertRequired,
+    RequiredExpertMissing,
     StoreError,
 )
 from flexgate.policies.simulate import Replay
@@ -27,7 +29,7 @@ from flexgate.policies.terms import TenantId
 
 MAX_WAITING_OF_ONE: Final = 50
 FLUSH_EVERY_S: Final = 5.0
-_ABOUT_LISTED: Final = (AnchorRequired, EmptyGate, ExpertDenied)
+_ABOUT_LISTED: Final = (AnchorRequired, EmptyGate, ExpertDenied, ExpertRequired, RequiredExpertMissing)
 """Refusals of requests that name nothing but listed experts."""
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,19 @@ import httpx
 import pytest
 
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.errors import (
+    AnchorRequired,
+    ContextRefused,
+    DecisionRefused,
+    EmptyGate,
+    ExpertDenied,
+    ExpertRequired,
+    RequiredExpertMissing,
+    StoreUnavailable,
+    TenantArchived,
+    UnknownExpert,
+    UnknownTenant,
+)
 from flexgate.policies.store import Store
 from flexgate.server import recorded
 from flexgate.server.recorded import Recorded, replays
@@ -69,6 +81,20 @@ def test_a_store_that_fails_loses_the_record_and_nothing_else(
     process.add("t", _request(), 2.0)
     process.close()
     assert _asked(real_store) == {("t", None, ()): 1}
+
+
+RECORDED = {AnchorRequired, EmptyGate, ExpertDenied, ExpertRequired, RequiredExpertMissing}
+NOT_RECORDED = {ContextRefused, TenantArchived, UnknownExpert, UnknownTenant}
+
+
+def test_a_refusal_is_recorded_unless_it_names_what_is_not_there(real_store: Store) -> None:
+    assert set(DecisionRefused.__subclasses__()) == RECORDED | NOT_RECORDED
+    process = Recorded(real_store)
+    for kind in RECORDED | NOT_RECORDED:
+        error = kind("no", reasons=(), param="p") if kind is ExpertDenied else kind("no")
+        process.add_refused("t", _request(ignore=(kind.__name__,)), error, 1.0)
+    process.close()
+    assert {name for _, _, (name,) in _asked(real_store)} == {kind.__name__ for kind in RECORDED}
 
 
 @pytest.mark.asyncio
