@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
 from flexgate.policies.errors import AuditBroken
+from flexgate.policies.strict_json import no_key_twice
 
 _NOTHING_BEFORE: Final = "0" * 64
 CHANGES: Final = "changes"
@@ -196,15 +197,6 @@ def from_line(line: str) -> Entry:
         return Entry(**json.loads(line, object_pairs_hook=no_key_twice))
     except (TypeError, ValueError) as error:
         raise AuditBroken(f"not an audit entry: {line[:80]!r}") from error
-
-
-def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: a JSON object, of which every reader reads the same; raises `JSONDecodeError`."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
-        raise json.JSONDecodeError(f"the key {twice[:80]!r} is there twice", "", 0)
-    return found
 
 
 def _hash(sequence: int, event: Event, previous: str, log: str) -> str:

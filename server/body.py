@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, NoReturn
 from weakref import WeakValueDictionary
 
+from flexgate.policies.strict_json import repeated_key
 from flexgate.server.errors import ApiError, Invalid, TooLarge
 
 AT_ONCE: Final = 64
@@ -104,8 +104,7 @@ def _too_large(limit: int) -> TooLarge:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        _refuse(f"The body has the key '{key[:80]}' twice in one object.")
+        _refuse(f"The body has the key '{str(repeated_key(pairs))[:80]}' twice in one object.")
     return found
 
 

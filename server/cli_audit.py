@@ -9,9 +9,10 @@ from typing import Annotated, Final
 
 import typer
 
-from flexgate.policies.audit import LOGS, REQUESTS, Head, from_line, no_key_twice, to_line
+from flexgate.policies.audit import LOGS, REQUESTS, Head, from_line, to_line
 from flexgate.policies.audit import verify as verify_entries
 from flexgate.policies.errors import AuditBroken
+from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing
 from flexgate.server.cli_target import Key, Target, Url, administers, where
 from flexgate.server.cli_target import target as target_of

@@ -18,10 +18,10 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from flexgate.policies.audit import no_key_twice
 from flexgate.policies.errors import StoreDamaged, StoreUnavailable
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.reserve import Reserve
+from flexgate.policies.strict_json import no_key_twice
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2
