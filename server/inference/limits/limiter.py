@@ -90,12 +90,18 @@ class _Line:
 class Reservation:
     """What one request has reserved. Commit it once, however the request ends."""
 
-    __slots__ = ("_clock", "_lines", "headers")
+    __slots__ = ("_clock", "_lines", "_told")
 
-    def __init__(self, lines: list[_Line], clock: Callable[[], float]) -> None:
+    def __init__(self, lines: list[_Line], told: Sequence[_Line], clock: Callable[[], float]) -> None:
+        """`told` are all limits that hold for the request, also those that do not count it."""
         self._lines = lines
+        self._told = told
         self._clock = clock
-        self.headers: dict[str, str] = {}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The `x-ratelimit-*` headers: how the limits stand now, with what this request has reserved or used."""
+        return refusals.headers(_standings(self._told, self._clock()))
 
     def raise_to(self, amounts: Amounts) -> None:
         """Reserve `amounts` in all, once it is known what a request can use; raises `ApiError` (429)."""
@@ -139,9 +145,7 @@ class Limiter:
                 line.check(amounts[line.rule.unit], now)
         for line in concerned:
             line.reserve(amounts[line.rule.unit], now)
-        reservation = Reservation(concerned, self._clock)
-        reservation.headers = refusals.headers(_standings(lines, now))
-        return reservation
+        return Reservation(concerned, lines, self._clock)
 
     def _lines(self, scopes: Iterable[LimitScope]) -> Iterator[_Line]:
         for scope in scopes:

@@ -98,6 +98,16 @@ def test_tokens_per_minute_are_reserved_and_committed(limiter: Limiter, clock: C
     reserve(limiter, t, tokens=100)
 
 
+def test_headers_count_what_a_request_has_reserved_and_then_what_it_used(limiter: Limiter) -> None:
+    running = reserve(limiter, scope(tokens_per_minute=100))
+    told = [running.headers["x-ratelimit-remaining-tokens"]]
+    running.raise_to({TOKENS: 60})
+    told.append(running.headers["x-ratelimit-remaining-tokens"])
+    running.commit({TOKENS: 10})
+    told.append(running.headers["x-ratelimit-remaining-tokens"])
+    assert told == ["100", "40", "90"]
+
+
 def test_a_request_that_never_fits_is_not_told_to_try_again(limiter: Limiter) -> None:
     error = refused(limiter, scope(tokens_per_minute=100), tokens=101)
     assert "retry-after" not in error.headers
