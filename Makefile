@@ -17,7 +17,7 @@ SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests test-clients verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests test-clients docs verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ build/clients/.installed: locks/clients.txt tests/clients/package-lock.json
 	build/clients/bin/python -m pip install -q --no-deps --require-hashes -r locks/clients.txt
 	cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
+
+docs: $(VENV)/.dev ## Build the documentation into build/site; fail on a broken link.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 verify: $(VENV)/.dev ## Everything, whole: tests, defects, mutants, kills (STEPS="…" for some; goes on where it was stopped).
 	$(BIN)/python tests/verify.py $(STEPS)

@@ -1,4 +1,4 @@
-"""The README's generated parts are what code and result files say.
+"""Generated parts of pages are what code and result files say, and what pages name is there.
 
 ``PYTHONPATH=benchmarks:tests/support python tests/project/test_readme.py --write`` renews them.
 """
@@ -23,7 +23,11 @@ def capabilities() -> str:
     return "\n".join(["| Combination | Status | |", "|---|---|---|", *rows, ""])
 
 
-PARTS: dict[str, Callable[[], str]] = {"capabilities": capabilities, "speed": speed}
+DOCS = README.parent / "docs"
+PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "capabilities": (DOCS / "support.md", capabilities),
+    "speed": (DOCS / "performance.md", speed),
+}
 
 
 def around(text: str, part: str) -> tuple[str, str, str]:
@@ -36,7 +40,8 @@ def around(text: str, part: str) -> tuple[str, str, str]:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_generated_parts_are_up_to_date(part: str) -> None:
-    assert around(README.read_text(), part)[1] == PARTS[part]()
+    page, make = PARTS[part]
+    assert around(page.read_text(), part)[1] == make()
 
 
 @pytest.mark.parametrize("document", [README, README.with_name("CONTRIBUTING.md")], ids=lambda path: path.name)
@@ -57,6 +62,6 @@ def test_every_test_that_a_document_names_exists(document: Path) -> None:
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
-    for part, make in PARTS.items():
-        before, _, after = around(README.read_text(), part)
-        README.write_text(before + make() + after)
+    for part, (page, make) in PARTS.items():
+        before, _, after = around(page.read_text(), part)
+        page.write_text(before + make() + after)

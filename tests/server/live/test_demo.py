@@ -210,12 +210,12 @@ def test_an_excluded_expert_is_attributed_exactly_nothing(demo: str, key: str) -
                 assert (part["gate_mass"], part["share_ppm"], part["tokens"]) == (0, 0, 0)
 
 
-README = Path(__file__).parents[3] / "README.md"
+QUICKSTART = Path(__file__).parents[3] / "docs" / "quickstart.md"
 
 
 def blocks(heading: str) -> list[tuple[str, str]]:
-    """Language and text of each block under a heading of the README."""
-    section = README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """Language and text of each block under a heading of the quickstart."""
+    section = QUICKSTART.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
 
 
@@ -232,10 +232,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(demo: str, state_dir: Path, tmp_path: Path) -> Run:
-    """Runs a command of the README as it is written, but for the address, in a folder like the checkout."""
+    """Runs a command of the quickstart as it is written, but for the address, in a folder like the checkout."""
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
     for name in ("docs", "experts"):
-        (tmp_path / name).symlink_to(README.parent / name)
+        (tmp_path / name).symlink_to(QUICKSTART.parents[1] / name)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEXGATE_")}
     environment |= {"FLEXGATE_STATE_DIR": str(state_dir), "FLEXGATE_URL": demo, "PYTHONSAFEPATH": "1"}
 
@@ -248,7 +248,7 @@ def run(demo: str, state_dir: Path, tmp_path: Path) -> Run:
     return run
 
 
-def test_the_readmes_policy_section_runs_as_it_is_written(run: Run, tmp_path: Path) -> None:
+def test_the_quickstarts_policy_section_runs_as_it_is_written(run: Run, tmp_path: Path) -> None:
     """Word for word, but for the port."""
     ran = 0
     for language, text in blocks("Setting a policy"):
@@ -266,8 +266,8 @@ def test_the_readmes_policy_section_runs_as_it_is_written(run: Run, tmp_path: Pa
     assert ran == 7
 
 
-def test_the_readmes_withdraw_and_add_run_as_they_are_written(demo: str, run: Run) -> None:
-    section = README.read_text().split("\n### Withdraw an expert, and add it again\n")[1].split("\n## ")[0]
+def test_the_quickstarts_withdraw_and_add_run_as_they_are_written(demo: str, run: Run) -> None:
+    section = QUICKSTART.read_text().split("\n## Withdraw an expert, and add it again\n")[1].split("\n## ")[0]
     ((_, text),) = re.findall(r"```(console)\n(.*?)```", section, re.DOTALL)
     (export, _), (revoke, _), (extract, _), (add, _) = commands(text)
     probe = next(probe for probe in PROBES if (probe.domain, probe.kind, probe.phrasing) == ("legal", "chat", "seen"))

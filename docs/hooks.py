@@ -1,0 +1,208 @@
+"""What mkdocs adds to the pages: the references, which are generated, and links that leave the site.
+
+Generated pages are written for each build and are not in the repository: the command line's from Typer,
+the API's from its OpenAPI document, the error codes from the source, the list of decisions from their titles.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeGuard
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT: Final = Path(__file__).parents[1]
+_SHIPPED: Final = ("server", "experts", "policies")
+_LINK: Final = re.compile(r"(?<!!)\[([^\]]+)\]\(((?!https?:|#|mailto:)[^)\s]+)\)")
+_METHODS: Final = ("get", "post", "put", "patch", "delete")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {
+        "reference/cli.md": command_line(),
+        "reference/api.md": api(),
+        "reference/errors.md": error_codes(),
+        "decisions/index.md": decisions(),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
+    """Show a link to a file outside the site as that file's path in the repository."""
+    folder = (Path(config.docs_dir) / page.file.src_uri).parent
+
+    def shown(link: re.Match[str]) -> str:
+        text, target = link[1], (folder / link[2].partition("#")[0]).resolve()
+        if target.is_relative_to(config.docs_dir) and not target.is_dir():
+            return link[0]
+        if not target.exists():
+            raise ValueError(f"{page.file.src_uri} links to '{link[2]}', which does not exist")
+        place = f"`{target.relative_to(ROOT).as_posix()}`"
+        return text if text.strip("`") == place.strip("`") else f"{text} ({place})"
+
+    return _LINK.sub(shown, markdown)
+
+
+def decisions() -> str:
+    """The list of design decisions."""
+    rows = []
+    for path in sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md")):
+        title = path.read_text().partition("\n")[0].lstrip("# ")
+        rows.append(f"- [{title}]({path.name})")
+    return "\n".join(["# Design decisions", "", "Each says what was decided, why, and what holds it.", "", *rows, ""])
+
+
+def command_line() -> str:
+    """Every command with its arguments and options, as Typer knows them."""
+    from flexgate.server.cli import SUBCOMMANDS
+
+    lines = ["# Command line", "", "`flexgate COMMAND --help` prints the same.", ""]
+    for name, (module, _) in SUBCOMMANDS.items():
+        command = typer.main.get_command(importlib.import_module(module).app)
+        lines += _commands(command, typer.Context(command, info_name=f"flexgate {name}"))
+    return "\n".join(lines)
+
+
+def _commands(command: Any, context: typer.Context) -> Iterator[str]:
+    if hasattr(command, "list_commands"):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            if not child.hidden:
+                yield from _commands(child, typer.Context(child, info_name=name, parent=context))
+        return
+    yield f"## {context.command_path}"
+    yield ""
+    yield (command.help or "").strip()
+    yield ""
+    rows = [row for parameter in command.params if (row := _parameter(parameter)) is not None]
+    yield from _table(("Option or argument", "What it does"), rows)
+
+
+def _parameter(parameter: Any) -> tuple[str, str] | None:
+    if getattr(parameter, "hidden", False) or parameter.name == "help":
+        return None
+    argument = parameter.param_type_name == "argument"
+    names = [parameter.metavar or str(parameter.name)] if argument else [*parameter.opts, *parameter.secondary_opts]
+    text = getattr(parameter, "help", None) or ""
+    return f"`{', '.join(names)}`", f"{text}{' Required.' if parameter.required else ''}"
+
+
+def api() -> str:
+    """Every route: its roles, parameters, body and statuses."""
+    from flexgate.server.openapi import document
+
+    described = document()
+    schemas = described["components"]["schemas"]
+    lines = [
+        "# API",
+        "",
+        "Generated from the document that a running server gives at `GET /v1/openapi.json`. Requests carry",
+        "`Authorization: Bearer KEY`; inference needs a tenant's key, and everything under `/v1/organization` an",
+        "administrator's.",
+        "",
+    ]
+    for path, methods in sorted(described["paths"].items()):
+        for method in (name for name in _METHODS if name in methods):
+            lines += _route(f"{method.upper()} {path}", methods[method], schemas)
+    return "\n".join(lines)
+
+
+def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> Iterator[str]:
+    yield f"## {title}"
+    yield ""
+    yield " ".join(part for part in (route["summary"], route.get("description", "")) if part)
+    yield ""
+    fields = [(f"`{p['name']}`", p["in"], _kind(p["schema"])) for p in route["parameters"]]
+    body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    body = _resolved(body, schemas)
+    required = set(body.get("required", ()))
+    for name, of in body.get("properties", {}).items():
+        fields.append((f"`{name}`", "body, required" if name in required else "body", _kind(of)))
+    yield from _table(("Field", "In", "Type"), fields)
+    statuses = ", ".join(f"`{status}`" for status in route["responses"])
+    yield f"Statuses: {statuses}."
+    yield ""
+
+
+def _resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[str, Any]:
+    reference = schema.get("$ref")
+    return schema if reference is None else schemas[reference.rpartition("/")[2]]
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"].rpartition("/")[2])
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_kind(option) for option in schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = schema.get("type", "any")
+    if kind == "array" and "items" in schema:
+        return f"list of {_kind(schema['items'])}"
+    return " or ".join(kind) if isinstance(kind, list) else str(kind)
+
+
+def error_codes() -> str:
+    """Every `code` that an error can have, with the modules that make it."""
+    made: dict[str, set[str]] = defaultdict(set)
+    for path in (path for folder in _SHIPPED for path in (ROOT / folder).rglob("*.py")):
+        for code in _codes(ast.parse(path.read_text())):
+            made[code].add(path.relative_to(ROOT).as_posix())
+    rows = [(f"`{code}`", ", ".join(f"`{place}`" for place in sorted(made[code]))) for code in sorted(made)]
+    return "\n".join(
+        [
+            "# Error codes",
+            "",
+            'An error is `{"error": {"message", "type", "param", "code"}}`. The message says what is wrong, where, and',
+            "what would be right; `code` is what programs should read. Generated from the source:",
+            "",
+            *_table(("Code", "Made in"), rows),
+        ]
+    )
+
+
+def _codes(tree: ast.Module) -> Iterator[str]:
+    """The strings that calls pass as `code`, also by a name that the module assigns; metrics' labels are none."""
+    nodes = list(ast.walk(tree))
+    assigned = {
+        target.id: node.value
+        for node in nodes
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    for call in (node for node in nodes if isinstance(node, ast.Call) and not _is_label(node)):
+        for value in (keyword.value for keyword in call.keywords if keyword.arg == "code"):
+            names = [node.id for node in ast.walk(value) if isinstance(node, ast.Name)]
+            for source in [value, *(assigned[name] for name in names if name in assigned)]:
+                yield from (n.value for n in ast.walk(source) if isinstance(n, ast.Constant) and _is_code(n.value))
+
+
+def _is_label(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.attr == "labels"
+
+
+def _is_code(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and re.fullmatch(r"[a-z]+(_[a-z]+)+", value) is not None
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    rows = list(rows)
+    if not rows:
+        return
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+    yield ""

@@ -1,0 +1,59 @@
+"""The documentation builds, its links hold, and the commands that it shows can be typed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from flexgate.server.cli import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md"))]
+SHOWN = [
+    (page.name, words)
+    for page in PAGES
+    for words in re.findall(r"^\$ (?:export \S+; )?(?:\.venv/bin/)?flexgate (.+)$", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "flexgate experts revoke" in (tmp_path / "reference" / "cli.html").read_text()
+    assert "/v1/agreements/{agreement_id}" in (tmp_path / "reference" / "api.html").read_text()
+    assert "expert_policy_denied" in (tmp_path / "reference" / "errors.html").read_text()
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_quickstart_begins_with_the_readmes_session() -> None:
+    def session(page: Path) -> list[str]:
+        return re.findall(r"```(?:console|python)\n.*?```", page.read_text(), re.DOTALL)[:3]
+
+    assert session(ROOT / "README.md") == session(ROOT / "docs" / "quickstart.md")
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN, ids=[f"{page}: {words[:40]}" for page, words in SHOWN])
+def test_a_command_that_is_shown_can_be_typed(page: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXGATE_KEY", "sk-demo-admin")  # as the pages do first
+    monkeypatch.setenv("FLEXGATE_URL", "http://127.0.0.1:8000")
+    words = re.split(r"\s(?:[|>]|2>)\s?", words)[0].replace("VERSION", "3").rstrip("\\ ")
+    group = typer.main.get_command(app)
+    context = typer.Context(group)
+    name, *arguments = shlex.split(words, comments=True)
+    while True:
+        command = group.get_command(context, name)  # type: ignore[attr-defined]
+        assert command is not None, f"{page}: {words}"
+        context = command.make_context(name, list(arguments), resilient_parsing=arguments == ["--help"])
+        group = context.command
+        if not hasattr(group, "get_command"):
+            return
+        name, *arguments = arguments
