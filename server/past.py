@@ -77,9 +77,9 @@ class Past:
             self._file = FileIdentity(self._path, "the memory of the policy")
             self._file.take()
             self._failing = False
-        except OSError as error:
+        except (OSError, StoreReplaced) as error:
             if not self._failing:
-                logger.error("%s cannot be written: %s", self._path, error.strerror)
+                logger.error("%s cannot be written: %s", self._path, getattr(error, "strerror", error))
             self._failing = True
 
 

@@ -225,6 +225,8 @@ def _require_database(url: str) -> None:
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
 
+    from flexgate.policies.store.engine import require_plain_file
+
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -233,6 +235,10 @@ def _require_database(url: str) -> None:
         raise ValueError(f"'{parsed.get_backend_name()}' is not served as a policy database; {_DATABASES}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ValueError(f"a database in memory would be lost with the server; {_DATABASES}")
+    try:
+        require_plain_file(parsed)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_DATABASES}") from None
 
 
 def _named(place: str) -> str:

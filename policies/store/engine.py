@@ -35,10 +35,11 @@ def open_engine(url: str) -> Engine:
     """An engine for `url`; connects lazily. Raises `StoreUnavailable` for a URL it cannot use."""
     try:
         parsed = make_url(url)
+        require_plain_file(parsed)
         engine = create_engine(
             parsed, pool_pre_ping=True, connect_args=_connect_args(parsed), json_deserializer=_from_json
         )
-    except (ArgumentError, ImportError) as error:
+    except (ArgumentError, ImportError, ValueError) as error:
         raise StoreUnavailable(f"the store's URL cannot be used: {error}") from error
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
@@ -47,6 +48,12 @@ def open_engine(url: str) -> Engine:
             _watch_file(engine, FileIdentity(Path(parsed.database), "the database"))
             _reserves[engine] = Reserve(Path(parsed.database))
     return engine
+
+
+def require_plain_file(url: URL) -> None:
+    """Raise `ValueError` for a SQLite URI (`file:…`): the file behind it could not be compared with its name."""
+    if url.get_backend_name() == "sqlite" and ("uri" in url.query or (url.database or "").lower().startswith("file:")):
+        raise ValueError("SQLite's 'file:' URIs are not used: write the path of the file itself")
 
 
 def _watch_file(engine: Engine, file: FileIdentity) -> None:

@@ -22,9 +22,15 @@ class FileIdentity:
         self._taken: tuple[int, int] | None = None
 
     def take(self) -> None:
-        """Take the file that is there now for the right one; of later calls the first one counts."""
+        """Take the file that is there now for the right one; of later calls the first one counts.
+
+        Raises:
+            StoreReplaced: there is none, so that nothing could be compared with it later.
+        """
         if self._taken is None:
             self._taken = self._now()
+            if self._taken is None:
+                raise StoreReplaced(f"{self._what} {self.path} was opened and is not there: was it deleted, or moved?")
 
     def require(self) -> None:
         """Raise `StoreReplaced` unless the path names the file that was taken; before `take` nothing is claimed."""

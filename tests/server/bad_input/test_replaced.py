@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgate.policies.errors import SnapshotStale, StoreReplaced
+from flexgate.policies.errors import SnapshotStale, StoreReplaced, StoreUnavailable
 from flexgate.policies.store import Store
 from flexgate.policies.store.engine import noting
 from flexgate.policies.store.identity import FileIdentity
@@ -23,6 +23,7 @@ from flexgate.policies.store.projects import list_projects, update_project
 from flexgate.policies.tenants import Role
 from flexgate.server.past import Past
 from flexgate.server.policy import PolicySource
+from flexgate.server.settings import SettingsError, load_settings
 
 Replace = Callable[[Path], None]
 LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)
@@ -114,6 +115,24 @@ def test_a_process_is_not_announced_in_a_file_that_lost_its_name_before_the_comm
 
     with pytest.raises(StoreReplaced):
         announce_meanwhile()
+
+
+URIS = ["sqlite:///file:{path}?uri=true", "sqlite:///file::memory:?uri=true", "sqlite:///{path}?uri=false&mode=memory"]
+
+
+@pytest.mark.parametrize("uri", URIS)
+def test_a_database_whose_file_cannot_be_compared_is_refused(path: Path, uri: str, tmp_path: Path) -> None:
+    url = uri.format(path=path)
+    with pytest.raises(StoreUnavailable, match="SQLite's 'file:' URIs are not used: write the path of the file itself"):
+        Store.open(url)
+    with pytest.raises(SettingsError, match="--database-url: SQLite's 'file:' URIs are not used"):
+        load_settings(model=tmp_path, database_url=url)
+
+
+def test_a_file_that_is_not_there_is_not_taken_for_the_right_one(tmp_path: Path) -> None:
+    file = FileIdentity(tmp_path / "gone", "the database")
+    with pytest.raises(StoreReplaced, match="gone was opened and is not there"):
+        file.take()
 
 
 def test_no_empty_database_is_made_where_one_was_deleted(real_store: Store, path: Path) -> None:
