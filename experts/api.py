@@ -39,9 +39,11 @@ class Api:
         if response.is_error:
             raise refused(response)
         try:
-            answer: Json = response.json()
+            answer = response.json()
         except ValueError:
             raise ServerRefused(f"{self.http.base_url} is not a flexgate server: it does not answer in JSON") from None
+        if not isinstance(answer, dict):
+            raise ServerRefused(f"{self.http.base_url} is not a flexgate server: its answer is no JSON object")
         return answer
 
     def pages(self, path: str, **query: Any) -> Iterator[Json]:

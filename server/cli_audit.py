@@ -9,12 +9,13 @@ from typing import Annotated, Final
 
 import typer
 
+from flexgate.experts.errors import UsageInvalid
 from flexgate.policies.audit import LOGS, REQUESTS, Head, from_line, to_line
 from flexgate.policies.audit import verify as verify_entries
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli_store import DatabaseUrl, Demo, StateDir, failing
-from flexgate.server.cli_target import Key, Target, Url, administers, where
+from flexgate.server.cli_target import TARGETS, Key, Target, Url, administers, where
 from flexgate.server.cli_target import target as target_of
 
 _HELP: Final = (
@@ -49,6 +50,7 @@ def verify(
     with failing():
         noted = [] if heads is None else _heads(heads)
         if file is not None:
+            _refuse_targets(context)
             with file.open(encoding="utf-8") as lines:
                 found = verify_entries(map(from_line, lines), outside=noted)
         else:
@@ -83,6 +85,14 @@ def trim(
 ) -> None:
     """Remove old denied requests and print how many entries went; an entry says so. Changes are never removed."""
     typer.echo(target.trim_audit(older_than_days))
+
+
+def _refuse_targets(context: typer.Context) -> None:
+    """Refuse a database or a server that was written beside --file; what the environment names is not meant."""
+    for option in TARGETS:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageInvalid(f"--file and --{option.replace('_', '-')} are two places to read from: give one of them")
 
 
 def _heads(path: Path) -> list[Head]:

@@ -31,7 +31,7 @@ Url = Annotated[str | None, typer.Option(help="Act on this running server, not o
 Key = Annotated[
     str | None, typer.Option(help="With --url: an administrator's or auditor's key.", envvar="FLEXGATE_KEY")
 ]
-_TARGETS: Final = {
+TARGETS: Final = {
     "demo": Demo,
     "state_dir": StateDir,
     "database_url": DatabaseUrl,
@@ -135,12 +135,12 @@ def administers(app: typer.Typer, name: str | None = None) -> Callable[[Callable
         own = list(inspect.signature(work, eval_str=True).parameters.values())[1:]
 
         def run(context: typer.Context, **given: Any) -> None:
-            with target(**where(context, {option: given.pop(option) for option in _TARGETS})) as chosen:
+            with target(**where(context, {option: given.pop(option) for option in TARGETS})) as chosen:
                 work(chosen, **given)
 
         shared = [
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for option, annotation in _TARGETS.items()
+            for option, annotation in TARGETS.items()
         ]
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)

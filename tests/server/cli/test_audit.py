@@ -138,3 +138,13 @@ def test_heads_of_both_logs_are_printed(flexgate: Run, real_store: Store) -> Non
         "changes",
         "requests",
     ]
+
+
+@pytest.mark.parametrize("option", ["--url", "--key", "--database-url", "--state-dir", "--demo"])
+def test_an_export_and_another_place_are_not_verified_at_once(flexgate: Run, tmp_path: Path, option: str) -> None:
+    path = tmp_path / "export.jsonl"
+    path.write_text(flexgate("audit", "export").output)
+    value = {"--demo": (), "--url": ("http://127.0.0.1:1",)}.get(option, ("x",))
+    found = flexgate("audit", "verify", "--file", str(path), option, *value)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert f"--file and {option} are two places to read from: give one of them" in found.stderr

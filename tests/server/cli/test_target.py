@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
+from flexgate.experts.api import Api
+from flexgate.experts.errors import ServerRefused
 from flexgate.policies.store import Store
 from flexgate.server.auth import KeyRevoked, authenticate
 from flexgate.server.cli import app
@@ -209,3 +212,14 @@ def test_a_place_in_the_command_outweighs_one_in_the_environment(
         ["audit", "verify"],
     ):
         assert said in CliRunner().invoke(app, [*words, *options], env=environment).stderr
+
+
+@pytest.mark.parametrize("answer", [[], "text", 1, None])
+def test_an_answer_that_is_no_object_is_refused_in_a_sentence(answer: Any) -> None:
+    with Api("http://127.0.0.1:1", "sk-x") as api:
+        api.http = httpx.Client(
+            base_url="http://127.0.0.1:1",
+            transport=httpx.MockTransport(lambda _: httpx.Response(200, content=json.dumps(answer))),
+        )
+        with pytest.raises(ServerRefused, match="is not a flexgate server: its answer is no JSON object"):
+            api.ask("GET", "/v1/agreements")
