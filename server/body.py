@@ -59,19 +59,34 @@ async def read_json(
 def parse_object(raw: bytes) -> dict[str, Any]:
     """`raw` as a JSON object of strings that can be tokenized, with no key twice in any object of it."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        _refuse("The body has half of a surrogate pair in a string.")
+        value = read_json_text(raw.decode("utf-8"))
     except UnicodeDecodeError:
         _refuse("The body is not UTF-8.")
-    except RecursionError:
-        _refuse("The body is nested too deeply.")
-    except ValueError:
-        _refuse("The body is not valid JSON.")
+    except NotJson as error:
+        _refuse(f"The body {error}.")
     if not isinstance(value, dict):
         _refuse("The body must be a JSON object.")
+    return value
+
+
+class NotJson(ValueError):
+    """Text that is no JSON, or that not every reader reads as the same; the message goes on from a name for it."""
+
+
+def read_json_text(text: str) -> Any:
+    """A JSON value of which every reader reads the same, and whose strings can be tokenized; raises `NotJson`."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except NotJson:
+        raise
+    except UnicodeEncodeError:
+        raise NotJson("has half of a surrogate pair in a string") from None
+    except RecursionError:
+        raise NotJson("is nested too deeply") from None
+    except ValueError:
+        raise NotJson("is not valid JSON") from None
     return value
 
 
@@ -104,12 +119,12 @@ def _too_large(limit: int) -> TooLarge:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        _refuse(f"The body has the key '{str(repeated_key(pairs))[:80]}' twice in one object.")
+        raise NotJson(f"has the key '{str(repeated_key(pairs))[:80]}' twice in one object")
     return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise NotJson(f"is not valid JSON: it has {name}")
 
 
 def _refuse(message: str) -> NoReturn:

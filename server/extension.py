@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexgate.policies.decision import DecisionRequest
-from flexgate.server.errors import from_validation
+from flexgate.server.errors import Invalid, from_validation
 
 FIELD: Final = "flexgate"
 MAX_NAMES: Final = 256
@@ -56,6 +56,8 @@ def parse_extension(value: Any) -> Extension:
         return Extension.model_validate_json(json.dumps(_asked(value, depth=2)))
     except ValidationError as error:
         raise from_validation(error, FIELD) from None
+    except RecursionError:
+        raise Invalid(f"'{FIELD}' is nested too deeply.", param=FIELD, code="invalid_value") from None
 
 
 def _asked(value: Any, *, depth: int) -> Any:

@@ -8,10 +8,12 @@ independent validator on sampled answers in `tests/server/constraints/test_schem
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import ceil, floor
 from typing import Any, Final
 
+from flexgate.server.constraints.alternatives import TYPES, Claim, claim_of, exclusive, types_of
 from flexgate.server.constraints.errors import Unenforceable
-from flexgate.server.constraints.patterns import check_pattern
+from flexgate.server.constraints.patterns import written_in_json
 
 Schema = dict[str, Any]
 
@@ -27,16 +29,24 @@ _YEAR: Final = r"(000[1-9]|00[1-9]\d|0[1-9]\d\d|[1-9]\d\d\d)"
 _LEAP_YEAR: Final = r"(\d\d(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
 _DATE: Final = f"({_YEAR}\\-{_DAY}|{_LEAP_YEAR}\\-02\\-29)"
 _BYTE: Final = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_LABEL: Final = r"[A-Za-z0-9]([A-Za-z0-9\-]{0,29}[A-Za-z0-9])?"
+_HOST: Final = f"{_LABEL}(\\.{_LABEL}){{0,6}}"
+"""At most 223 of the 253 characters that a name may have, in labels of at most 31 of 63."""
+_ATOM: Final = r"[A-Za-z0-9_!#$%&'*+/=?^`{|}~\-]{1,20}"
 _WRITTEN_FORMATS: Final = {
-    "date": f"^{_DATE}$",
-    "time": f"^{_TIME}$",
-    "date-time": f"^{_DATE}T{_TIME}$",
-    "ipv4": f"^{_BYTE}\\.{_BYTE}\\.{_BYTE}\\.{_BYTE}$",
+    name: written_in_json(pattern)
+    for name, pattern in {
+        "date": f"^{_DATE}$",
+        "time": f"^{_TIME}$",
+        "date-time": f"^{_DATE}T{_TIME}$",
+        "email": f"^{_ATOM}(\\.{_ATOM}){{0,2}}@{_HOST}$",
+        "hostname": f"^{_HOST}$",
+        "ipv4": f"^{_BYTE}\\.{_BYTE}\\.{_BYTE}\\.{_BYTE}$",
+    }.items()
 }
-"""Formats that xgrammar reads too widely: 31 November, a leap second at noon, 093.1.1.1."""
-FORMATS: Final = frozenset(
-    ["email", "duration", "ipv6", "hostname", "uuid", "uri", "uri-reference", "uri-template", *_WRITTEN_FORMATS]
-)
+"""Formats that xgrammar reads too widely: 31 November, a leap second at noon, 093.1.1.1, a quoted name before an '@'
+with escapes that JSON has not, labels of any length."""
+FORMATS: Final = frozenset(["duration", "ipv6", "uuid", "uri", "uri-reference", "uri-template", *_WRITTEN_FORMATS])
 
 _OF_TYPE: Final[Mapping[str, frozenset[str]]] = {
     "string": frozenset(["minLength", "maxLength", "pattern", "format"]),
@@ -54,7 +64,6 @@ _OF_TYPE: Final[Mapping[str, frozenset[str]]] = {
         ]
     ),
 }
-TYPES: Final = frozenset(["string", "number", "integer", "array", "object", "boolean", "null"])
 ANNOTATIONS: Final = _words(
     "title description default examples example deprecated readOnly writeOnly discriminator $schema $comment "
     "$defs definitions contentEncoding contentMediaType strict"
@@ -82,23 +91,39 @@ class _Rewrite:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._places: set[str] = set()
-        self._references: set[str] = set()
+        self._places: dict[str, Schema] = {}
+        self._references: dict[str, str] = {}
+        self._inferred: set[str] = set()
+        self._alternatives: list[list[str]] = []
+        self._claims: dict[str, Claim] = {}
 
     def whole(self, schema: Any) -> Any:
         written = self._schema(schema, "#")
-        for target in self._references - self._places:
+        for target in set(self._references.values()) - self._places.keys():
             raise Unenforceable(f"'$ref' to '{_shown(target)}' leads to no schema in it that is enforced")
+        if not all(exclusive([self._claim(branch) for branch in branches]) for branches in self._alternatives):
+            raise Unenforceable(
+                "'oneOf' is enforced where its schemas differ in 'type', in 'const' or in the 'const' of a property "
+                "that all require"
+            )
         return written
 
+    def _claim(self, place: str) -> Claim:
+        place = self._references.get(place, place)
+        if place not in self._claims:
+            self._claims[place] = claim_of(self._places[place], open=place in self._inferred)
+        return self._claims[place]
+
     def _schema(self, schema: Any, place: str) -> Any:
+        self._places[place] = written = self._written(schema, place)
+        return written
+
+    def _written(self, schema: Any, place: str) -> Schema:
         if schema is True or schema == {}:
-            self._places.add(place)
             return {}
         if not isinstance(schema, dict):
             why = "'false' allows nothing" if schema is False else "a schema must be an object or true"
             raise Unenforceable(why)
-        self._places.add(place)
         self._refuse_unenforced(schema)
         written = self._definitions(schema, place)
         heads = [name for name in _HEADS if name in schema]
@@ -118,7 +143,7 @@ class _Rewrite:
     def _named(self, schemas: Any, place: str, keyword: str) -> Schema:
         if not isinstance(schemas, dict):
             raise Unenforceable(f"'{keyword}' must be an object")
-        return {name: self._schema(schema, f"{place}/{name}") for name, schema in schemas.items()}
+        return {name: self._schema(schema, f"{place}/{_escaped(name)}") for name, schema in schemas.items()}
 
     def _listed(self, schemas: Any, place: str, keyword: str) -> list[Any]:
         if not isinstance(schemas, list) or not schemas:
@@ -133,7 +158,7 @@ class _Rewrite:
             raise Unenforceable(f"'{name}' beside '{head}' is not enforced")
         types = _types(schema) if beside else TYPES
         if head == "$ref":
-            return {"$ref": self._reference(schema["$ref"])}
+            return {"$ref": self._reference(schema["$ref"], place)}
         if head in ("const", "enum"):
             return {"enum": _values(schema, head, types)}
         branches = self._listed(schema[head], place, head)
@@ -142,31 +167,35 @@ class _Rewrite:
         if beside and not all(_types_within(branch, types) for branch in branches):
             raise Unenforceable(f"'type' beside '{head}' is enforced where each of its schemas has that type")
         if head == "oneOf":
-            _require_disjoint(branches)
+            self._alternatives.append([f"{place}/{head}/{position}" for position in range(len(branches))])
         return {"anyOf": branches} if head == "oneOf" else {head: branches}
 
-    def _reference(self, target: Any) -> str:
+    def _reference(self, target: Any, place: str) -> str:
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
             raise Unenforceable("'$ref' is enforced within the schema only: '#/$defs/…'")
         if "~" in target or "%" in target:
             raise Unenforceable("'$ref' with '~' or '%' is not enforced")
-        self._references.add(target)
+        self._references[place] = target
         return self._root + target[1:]
 
     def _typed(self, schema: Schema, place: str) -> Schema:
         present = schema.keys() & _ASSERTIONS - {"type"} - UNENFORCED
+        if "type" not in schema:
+            self._inferred.add(place)
         types = _types(schema) if "type" in schema else _inferred(present)
         if types is TYPES:
             return {}
+        types -= {"integer"} if "number" in types else frozenset()
         written: Schema = {"type": sorted(types) if len(types) > 1 else next(iter(types))}
         for kind, write in self._writers().items():
-            names = present & _OF_TYPE[kind]
-            if kind in types or (kind == "number" and "integer" in types):
+            names = present & _OF_TYPE["number" if kind == "integer" else kind]
+            if kind in types:
                 written |= write({name: schema[name] for name in sorted(names)}, place)
         return written
 
     def _writers(self) -> dict[str, Callable[[Schema, str], Schema]]:
-        return {"string": _string, "number": _number, "array": self._array, "object": self._object}
+        numbers = {"number": _number, "integer": _integer}
+        return {"string": _string, **numbers, "array": self._array, "object": self._object}
 
     def _array(self, schema: Schema, place: str) -> Schema:
         written: Schema = {name: _count(schema, name) for name in ("minItems", "maxItems") if name in schema}
@@ -206,8 +235,8 @@ class _Rewrite:
         if patterns is not None:
             if not isinstance(patterns, dict) or len(patterns) != 1 or "propertyNames" in schema:
                 raise Unenforceable("'patternProperties' is enforced with one pattern, and without 'propertyNames'")
-            check_pattern(next(iter(patterns)), in_json=True)
-            return {"patternProperties": self._named(patterns, f"{place}/patternProperties", "patternProperties")}
+            values = self._named(patterns, f"{place}/patternProperties", "patternProperties")
+            return {"patternProperties": {written_in_json(name): value for name, value in values.items()}}
         written: Schema = {}
         if "propertyNames" in schema:
             names = self._schema(schema["propertyNames"], f"{place}/propertyNames")
@@ -241,58 +270,17 @@ def _values(schema: Schema, head: str, types: frozenset[str]) -> list[Any]:
     values = [schema["const"]] if head == "const" else schema["enum"]
     if not isinstance(values, list) or not values:
         raise Unenforceable("'enum' must be a list with at least one value")
-    kept = [value for value in values if _type_of(value) & types]
+    kept = [value for value in values if types_of(value) & types]
     if not kept:
         raise Unenforceable(f"no value of '{head}' has the 'type' beside it")
     return kept
 
 
-def _type_of(value: Any) -> frozenset[str]:
-    if isinstance(value, bool):
-        return frozenset(["boolean"])
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return frozenset(["integer", "number"])
-    names = {str: "string", float: "number", list: "array", dict: "object", type(None): "null"}
-    return frozenset([names[type(value)]])
-
-
 def _types_within(branch: Schema, types: frozenset[str]) -> bool:
     if "enum" in branch:
-        return all(_type_of(value) & types for value in branch["enum"])
+        return all(types_of(value) & types for value in branch["enum"])
     allowed = types | {"integer"} if "number" in types else types
     return "type" in branch and _types(branch) <= allowed
-
-
-def _require_disjoint(branches: list[Schema]) -> None:
-    """Refuse alternatives of which an answer may satisfy two."""
-    for position, one in enumerate(branches):
-        for other in branches[position + 1 :]:
-            if not (_types_apart(one, other) or _tags_apart(one, other)):
-                raise Unenforceable(
-                    "'oneOf' is enforced where its schemas differ in 'type' or in the 'const' of a required property"
-                )
-
-
-def _types_apart(one: Schema, other: Schema) -> bool:
-    return not (_possible_types(one) & _possible_types(other))
-
-
-def _possible_types(schema: Schema) -> frozenset[str]:
-    if "enum" in schema:
-        return frozenset().union(*map(_type_of, schema["enum"]))
-    types = _types(schema)
-    return types | {"integer", "number"} if types & {"integer", "number"} else types
-
-
-def _tags_apart(one: Schema, other: Schema) -> bool:
-    shared = set(one.get("required", ())) & set(other.get("required", ()))
-    return any(
-        not _overlap(one["properties"][name].get("enum"), other["properties"][name].get("enum")) for name in shared
-    )
-
-
-def _overlap(ones: list[Any] | None, others: list[Any] | None) -> bool:
-    return ones is None or others is None or any(one == other for one in ones for other in others)
 
 
 def _string(schema: Schema, _place: str) -> Schema:
@@ -312,8 +300,7 @@ def _string(schema: Schema, _place: str) -> Schema:
     if not isinstance(value, str):
         raise Unenforceable(f"'{shapes[0]}' must be a string")
     if shapes == ["pattern"]:
-        check_pattern(value, in_json=True)
-        return {"pattern": value}
+        return {"pattern": written_in_json(value)}
     if value not in FORMATS:
         raise Unenforceable(f"the format '{_shown(value)}' is not enforced")
     return {"pattern": _WRITTEN_FORMATS[value]} if value in _WRITTEN_FORMATS else {"format": value}
@@ -328,11 +315,29 @@ def _number(schema: Schema, _place: str) -> Schema:
     return schema
 
 
+def _integer(schema: Schema, place: str) -> Schema:
+    """Bounds as whole numbers: with others xgrammar compiles nothing."""
+    low: list[int] = []
+    high: list[int] = []
+    for name, value in _number(schema, place).items():
+        if name.endswith("inimum"):
+            low.append(floor(value) + 1 if name.startswith("exclusive") else ceil(value))
+        else:
+            high.append(ceil(value) - 1 if name.startswith("exclusive") else floor(value))
+    written = {"minimum": max(low)} if low else {}
+    return written | ({"maximum": min(high)} if high else {})
+
+
 def _count(schema: Schema, name: str) -> int:
     value = schema[name]
     if type(value) not in (int, float) or not 0 <= value < float("inf") or value != int(value):
         raise Unenforceable(f"'{name}' must be a whole number")
     return int(value)
+
+
+def _escaped(name: str) -> str:
+    """One step of a JSON pointer."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _shown(text: str) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Final
 
+from flexgate.server.body import NotJson, read_json_text
 from flexgate.server.constraints import patterns
 from flexgate.server.constraints.errors import Unenforceable
 from flexgate.server.constraints.schemas import enforceable
@@ -26,23 +26,27 @@ _UNLIKELY_DIGITS: Final = 9
 
 
 def check_schema(schema: Any, param: str, *, longest: int) -> Any:
-    """Refuse a JSON schema that is too large, too deep or repeats too much; returns it."""
+    """Refuse a JSON schema that is too large, too deep or repeats too much; returns it, read where it is text."""
     if isinstance(schema, str):
         check_size(schema, param, longest=longest)
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
-            invalid(f"'{param}' must be a JSON schema.", param)
+            schema = read_json_text(schema)
+        except NotJson as error:
+            invalid(f"'{param}' must be a JSON schema, or one as text: it {error}.", param)
     if not isinstance(schema, dict | bool):
         invalid(f"'{param}' must be a JSON schema.", param)
-    check_size(json.dumps(schema, ensure_ascii=False), param, longest=longest)
-    repeats = 0.0
-    for depth, node in _nodes(schema, 1):
-        if depth > MAX_DEPTH:
-            too_much(f"'{param}' may be nested at most {MAX_DEPTH} deep.", param)
-        repeats += _repeats_of_node(node)
-    _check_repeats(repeats, param)
+    nodes = _nodes(schema, param, longest=longest)
+    check_size(as_text(schema, param), param, longest=longest)
+    _check_repeats(sum(map(_repeats_of_node, nodes)), param)
     return schema
+
+
+def as_text(schema: Any, param: str) -> str:
+    """A schema as its size counts; refuses numbers that no JSON text can hold."""
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        invalid(f"'{param}' has a number that is too large.", param)
 
 
 def check_enforced(schema: Any, param: str, *, longest: int) -> Any:
@@ -57,7 +61,7 @@ def check_regex(pattern: str, param: str, *, longest: int) -> None:
     """Refuse a regular expression that is too long, repeats too much or is not enforced."""
     check_grammar(pattern, param, longest=longest)
     try:
-        patterns.check_pattern(pattern, in_json=False)
+        patterns.check_pattern(pattern)
     except Unenforceable as error:
         invalid(f"'{param}': {error}.", param)
 
@@ -71,7 +75,11 @@ def check_grammar(grammar: str, param: str, *, longest: int) -> None:
 def check_size(text: str, param: str, *, longest: int) -> None:
     """Refuse text longer than `longest` bytes."""
     if len(text.encode()) > longest:
-        too_much(f"'{param}' may have at most {longest} bytes.", param)
+        too_much(_too_large(param, longest), param)
+
+
+def _too_large(param: str, longest: int) -> str:
+    return f"'{param}' may have at most {longest} bytes."
 
 
 def _check_repeats(repeats: float, param: str) -> None:
@@ -101,12 +109,19 @@ def _count_of(value: Any) -> float:
     return value if value <= MAX_REPEATS else float("inf")
 
 
-def _nodes(value: Any, depth: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    stack = [(depth, value)]
+def _nodes(schema: Any, param: str, *, longest: int) -> list[dict[str, Any]]:
+    """The objects in a schema; refuses one that is too deep, or has more members than its bytes can hold."""
+    stack, members, found = [(1, schema)], 0, []
     while stack:
-        level, item = stack.pop()
+        depth, item = stack.pop()
+        if not isinstance(item, dict | list):
+            continue
+        if depth > MAX_DEPTH:
+            too_much(f"'{param}' may be nested at most {MAX_DEPTH} deep.", param)
+        members += len(item)
+        if members > longest:
+            too_much(_too_large(param, longest), param)
         if isinstance(item, dict):
-            yield level, item
-            stack += [(level + 1, child) for child in item.values()]
-        elif isinstance(item, list):
-            stack += [(level + 1, child) for child in item]
+            found.append(item)
+        stack += [(depth + 1, child) for child in (item.values() if isinstance(item, dict) else item)]
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,7 +9,14 @@ from typing import Any, Final
 from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, Invalid
 from flexgate.server.openai import fields
 from flexgate.server.openai.contents import check_tools, read_input, read_messages, read_prompts
-from flexgate.server.openai.grammars import check_enforced, check_grammar, check_regex, check_schema, check_size
+from flexgate.server.openai.grammars import (
+    as_text,
+    check_enforced,
+    check_grammar,
+    check_regex,
+    check_schema,
+    check_size,
+)
 from flexgate.server.openai.tools import forces_a_call
 from flexgate.server.openai.values import boolean, characters, integer, invalid, sized, text, too_much
 
@@ -93,9 +99,9 @@ def check_responses(body: Body, limits: Limits) -> None:
     integer(body, "max_output_tokens", 1)
     integer(body, "top_logprobs", 0, limits.logprobs)
     body["input"] = read_input(body.get("input"))
+    _check_tools(body, limits, flat=True)
     if _cuts(body):
         _check_length("input", limits, body["input"], body.get("instructions"), body.get("tools"))
-    _check_tools(body, limits, flat=True)
     form = body.get("text")
     if isinstance(form, Mapping) and isinstance(form.get("format"), Mapping):
         _check_format(form["format"], form["format"], "text.format", limits)
@@ -121,9 +127,9 @@ def check_detokenize(body: Body, limits: Limits) -> None:
 
 def _check_conversation(body: Body, limits: Limits, *, measure: bool) -> None:
     body["messages"] = read_messages(body.get("messages"))
+    _check_tools(body, limits, flat=False)
     if measure:
         _check_length("messages", limits, body["messages"], body.get("tools"))
-    _check_tools(body, limits, flat=False)
 
 
 def _cuts(body: Body) -> bool:
@@ -196,7 +202,7 @@ def _constraint(value: Any, limits: Limits) -> Body:
     for key, item in kept.items():
         param = f"{name}.{key}"
         if key == "json":
-            check_enforced(item, param, longest=longest)
+            kept[key] = check_enforced(item, param, longest=longest)
         elif key == "json_object":
             boolean(kept, key)
         elif key == "choice":
@@ -239,16 +245,16 @@ def _check_tools(body: Body, limits: Limits, *, flat: bool) -> None:
     if tools is None:
         return
     check_tools(tools, flat=flat)
+    functions = [tool if flat else tool["function"] for tool in tools]
+    places = [f"tools[{position}].{'parameters' if flat else 'function.parameters'}" for position in range(len(tools))]
+    schemas = [function.get("parameters") or {} for function in functions]
     total = 0
-    for position, tool in enumerate(tools):
-        param = f"tools[{position}]." + ("parameters" if flat else "function.parameters")
-        function = tool if flat else tool["function"]
-        schema = function.get("parameters") or {}
-        check_schema(schema, param, longest=limits.grammar_bytes)
+    for schema, param in zip(schemas, places, strict=True):
+        total += len(as_text(check_schema(schema, param, longest=limits.grammar_bytes), param).encode())
+        if total > limits.grammar_bytes:
+            too_much(f"'tools' may have at most {limits.grammar_bytes} bytes of schemas.", "tools")
+    for schema, param, function in zip(schemas, places, functions, strict=True):
         if schema and (forces_a_call(body) or function.get("strict")):
             written = check_enforced(schema, param, longest=limits.grammar_bytes)
             if written.get("type") != "object":
                 invalid(f"'{param}' must have the type 'object'.", param)
-        total += len(json.dumps(schema, ensure_ascii=False).encode())
-    if total > limits.grammar_bytes:
-        too_much(f"'tools' may have at most {limits.grammar_bytes} bytes of schemas.", "tools")

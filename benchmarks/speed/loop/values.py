@@ -108,6 +108,43 @@ PATTERNS: Values = {
     "e-mail": fixed("[a-zA-Z0-9._%+-]{1,64}@[a-zA-Z0-9.-]{1,255}"),
 }
 
+_TAGGED = '{"type":"object","properties":{"k":%},"required":["k"]}'
+
+
+def _listed(around: str, each: int) -> Value:
+    """Alternatives with `each` values in every one, all different."""
+
+    def make(size: int) -> str:
+        many = max(1, size // (len(around) + 14 + 8 * each))
+        lists = ([each * number + place for place in range(each)] for number in range(many))
+        return '{"oneOf":[' + ",".join(around.replace("%", json.dumps({"enum": values})) for values in lists) + "]}"
+
+    return make
+
+
+def _referring(size: int) -> str:
+    """Half of the bytes are values of two definitions, half alternatives that refer to them."""
+    values = list(range(max(2, size // 14)))
+    definitions = {"a": {"enum": values[::2]}, "b": {"enum": values[1::2]}}
+    either = repeated('"p#":{"oneOf":[{"$ref":"#/$defs/a"},{"$ref":"#/$defs/b"}]}', around="{}")
+    return f'{{"$defs":{json.dumps(definitions)},"type":"object","properties":{either(size // 2)}}}'
+
+
+ONE_OF: Values = {
+    "tags": _listed(_TAGGED, 1),
+    "many tags": _listed(_TAGGED, 100),
+    "values": _listed("%", 1),
+    "many values": _listed("%", 100),
+    "same tags": lambda size: '{"oneOf":' + repeated(_TAGGED.replace("%", '{"const":1}'))(size) + "}",
+    "types": lambda size: '{"oneOf":' + repeated('{"type":"string","maxLength":#}')(size) + "}",
+    "many properties": lambda size: (
+        '{"oneOf":'
+        + repeated('{"type":"object","properties":{"a":{"const":1},"b":{"const":#}},"required":["b","a"]}')(size)
+        + "}"
+    ),
+    "references": _referring,
+}
+
 SCHEMAS: Values = {
     "properties": _properties('{"type":"string"}'),
     "optional properties": lambda size: _properties('{"type":"integer"}')(size).replace('"required":["p0"]', '"a":1'),
@@ -117,6 +154,7 @@ SCHEMAS: Values = {
         '{"anyOf":' + repeated('{"type":"object","properties":{"a#":{"type":"string"}}}')(size) + "}"
     ),
     "any of same": lambda size: '{"anyOf":' + repeated('{"type":"string","maxLength":#}')(size) + "}",
+    **{f"one of {name}": value for name, value in ONE_OF.items()},
     "all of": lambda size: '{"allOf":' + repeated('{"type":"object"}')(size) + "}",
     "deep arrays": nested('{"type":"array","items":', "}", '{"type":"string"}'),
     "deep arrays allowed": nested('{"type":"array","items":', "}", '{"type":"string"}', 14),
@@ -185,6 +223,19 @@ ITEMS: Values = {
 }
 
 
+_OBJECT_OF = '"parameters":{"type":"object","properties":{"a":%}}'
+
+
+def _many_with(tool: str, schema: Value, many: int) -> Value:
+    """`many` tools that share the bytes."""
+
+    def make(size: int) -> str:
+        one = tool.replace("%", schema(size // many - len(tool)))
+        return "[" + ",".join(one.replace("f#", f"f{number}") for number in range(many)) + "]"
+
+    return make
+
+
 def _tools(item: str, around: str) -> Values:
     """`item` is a tool, `around` one with ``%`` for what else it says."""
     return {
@@ -196,6 +247,11 @@ def _tools(item: str, around: str) -> Values:
         **{
             f"schema, {name}": inside("[" + around + "]", inside('"parameters":%', SCHEMAS[name]))
             for name in ("properties", "optional properties", "any of", "deep objects", "patterns", "lengths")
+        },
+        **{
+            f"{many} with one of {name}": _many_with(around, inside(_OBJECT_OF, value), many)
+            for name, value in ONE_OF.items()
+            for many in (1, 62)
         },
     }
 
@@ -214,6 +270,7 @@ CONSTRAINTS: Values = {
     **{f"regex, {name}": inside('{"regex":%}', value) for name, value in PATTERNS.items()},
     **{f"grammar, {name}": inside('{"grammar":%}', value) for name, value in GRAMMARS.items()},
     **{f"json, {name}": inside('{"json":%}', SCHEMAS[name]) for name in ("properties", "any of", "recursion")},
+    **{f"json, one of {name}": inside('{"json":%}', value) for name, value in ONE_OF.items()},
     "json as text": inside('{"json":%}', quoted(SCHEMAS["properties"], 2)),
     "choice": inside('{"choice":%}', repeated('"choice #"')),
     "choice alike": inside('{"choice":%}', repeated('"' + "a" * 40 + '#"')),

@@ -69,6 +69,10 @@ ENFORCED: list[Any] = [
     {"type": "integer", "minimum": 3, "maximum": 17},
     {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 6},
     {"type": "integer", "minimum": -5, "maximum": 5.0},
+    {"type": "integer", "minimum": 0.5, "exclusiveMinimum": 1.5, "maximum": 4.5},
+    {"type": "integer", "exclusiveMinimum": -2.5, "exclusiveMaximum": 2.0},
+    {"type": ["integer", "number"], "minimum": 0.5},
+    {"type": ["integer", "null"], "minimum": 0.5},
     {"type": "number", "minimum": -0.5, "exclusiveMaximum": 2.25},
     {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     {"type": "number", "maximum": -1.5},
@@ -115,6 +119,41 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "^a\\n$"}, "JSON escapes"),
     ({"type": "string", "pattern": '^"a$'}, "JSON escapes"),
     ({"type": "string", "pattern": "^\\u0022$"}, "JSON escapes"),
+    *(
+        ({"type": "string", "pattern": f"^{some}$"}, "JSON escapes")
+        for some in (
+            *(
+                '["]',
+                '["""]',
+                '["-"]',
+                "[\\\\]",
+                "[\\n]",
+                "[\\x0a]",
+                "[\\t]",
+                "[\\u0022\\u005c]",
+                "[\\x00-\\x1f]",
+                '["]{2}',
+                'x["]',
+            ),
+            *("[\\f\\v]", "[^\\x20-\\u{10ffff}]", "[^\\s!#-[\\]-\\u{10ffff}]"),
+        )
+    ),
+    ({"type": "string", "pattern": "^[^]a]$"}, "empty class"),
+    ({"type": "string", "pattern": "^[a"}, "not closed"),
+    ({"type": "string", "pattern": "^[z-a]$"}, "range"),
+    ({"type": "string", "pattern": "^[\\b]$"}, "\\b"),
+    ({"type": "string", "pattern": "^[\\p{L}]$"}, "\\p"),
+    ({"type": "string", "pattern": "^\\ud83d$"}, "no character"),
+    ({"type": "string", "pattern": "^[\\ud800-\\udfff]$"}, "no character"),
+    ({"type": "string", "pattern": "^(a$"}, "group"),
+    ({"type": "string", "pattern": "^(a"}, "group"),
+    ({"type": "string", "pattern": "a)(b"}, "group"),
+    *(
+        ({"type": "string", "pattern": f"^a{counts}$"}, "count")
+        for counts in ("**", "++", "?+", "{1}{2}", "{2}+", "{,2}")
+    ),
+    ({"type": "string", "pattern": "*a"}, "count"),
+    ({"type": "string", "pattern": "^(ab+|c){2,}$"}, "behind a group"),
     ({"type": "string", "pattern": "^a+$", "minLength": 2}, "minLength"),
     ({"type": "string", "format": "uuid", "maxLength": 2}, "maxLength"),
     ({"type": "string", "format": "json-pointer"}, "json-pointer"),
