@@ -50,14 +50,21 @@ class Run:
         return Journal(self.kept / f"{name}-{key}.jsonl")
 
     def write(
-        self, name: str, results: dict[str, Any], *, shape: dict[str, Any], itself: Sequence[tuple[str, Ratio]] = ()
+        self,
+        name: str,
+        results: dict[str, Any],
+        *,
+        shape: dict[str, Any],
+        itself: Sequence[tuple[str, Ratio]] = (),
+        against: Sequence[str] = (),
     ) -> Path:
         """Write ``NAME.json``, or beside it what must not be published.
 
         Args:
             itself: each baseline against a second set of starts of itself, where ratios are measured.
+            against: what else speaks against publishing it.
         """
-        refused = [*(["a quick run measures nothing"] if self.quick else []), *reasons(itself)]
+        refused = [*(["a quick run measures nothing"] if self.quick else []), *against, *reasons(itself)]
         report = {
             "command": self._command(name),
             "publishable": not refused,

@@ -110,6 +110,33 @@ def test_a_long_callback_belongs_to_the_request_before_it_and_the_least_try_coun
     assert not second.accepted
 
 
+def test_the_start_of_the_next_server_is_not_charged_to_the_body_that_ended_the_last() -> None:
+    ended_it = Sent("a", 1, began=10.0, ended=30.0, outcome="no answer within 10 s")
+    long = [Long("callback", "x", at, busy, busy, ()) for at, busy in ((11.0, 90.0), (31.0, 900.0))]
+    trace.assign([ended_it], long)
+    assert ended_it.busy("callback") == 90.0
+
+
+def test_a_run_that_left_bodies_out_is_not_publishable(
+    bodies: list[Body], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Idle:
+        restarts = 0
+        trace = tmp_path
+
+        def __init__(self, _directory: Path) -> None: ...
+        def __enter__(self) -> Idle:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(loop, "Target", Idle)
+    monkeypatch.setattr(loop, "MINUTES", -1.0)
+    assert not loop.run(Run(quick=False, results=tmp_path), bodies[:3])
+    report = json.loads((tmp_path / "loop.json").read_text())
+    assert (report["publishable"], report["reasons"]) == (False, ["3 of 3 bodies were not tried"])
+
+
 def test_a_step_is_judged_beside_the_same_tokens_without_a_constraint(bodies: list[Body]) -> None:
     def case(step: float, plain: float) -> loop.Case:
         ours, other = Sent("a", 1, outcome="200"), Sent("b", 1, outcome="200")

@@ -57,16 +57,21 @@ class Case:
 
 
 def run(asked: Run, bodies: Sequence[Body] | None = None) -> bool:
-    """Send the corpus, or every so many of it, for `rounds` minutes at most; whether all stays within the bounds."""
+    """Send the corpus, or every so many of it, for `rounds` minutes at most.
+
+    Returns:
+        Whether all were sent and stay within the bounds.
+    """
     everything = sorted(corpus(), key=lambda body: not body.typed)  # what is made something of comes first
     chosen = list(bodies or everything)[:: PER_QUICK if asked.quick and bodies is None else 1]
     with tempfile.TemporaryDirectory(prefix="flexgate-loop-") as directory, Target(Path(directory)) as target:
         cases, untried = send(target, chosen, seconds=60 * (asked.rounds or MINUTES))
         restarts = target.restarts
     found = report(cases, untried) | {"restarts": restarts}
-    asked.write("loop", {"what": WHAT, **found}, shape={"model": "the demo's"})
+    against = [f"{untried} of {len(chosen)} bodies were not tried"] if untried else []
+    asked.write("loop", {"what": WHAT, **found}, shape={"model": "the demo's"}, against=against)
     sys.stdout.writelines(lines(found))
-    return not any(found[name] for name in BROKEN)
+    return not untried and not any(found[name] for name in BROKEN)
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -65,6 +65,7 @@ class Target:
     def _restart(self, sent: Sent) -> None:
         self._kill()
         self._stop()
+        sent.ended = time.monotonic()
         try:
             self._start()
         except RuntimeError as error:

@@ -1,6 +1,7 @@
 """What the instruments of `speed.loop.tracing` wrote, by request, and what of it is beyond the bound."""
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,15 @@ class Long:
 
 @dataclass
 class Sent:
-    """One request: what was sent and what came of it. `began` is the monotonic clock's."""
+    """One request: what was sent and what came of it. Times are the monotonic clock's.
+
+    `ended` is when the server was ended that had it, so that the start of the next one is not charged to it.
+    """
 
     body: str
     size: int
     began: float = 0.0
+    ended: float = math.inf
     outcome: str = ""  # a status, or what happened instead of an answer
     long: list[Long] = field(default_factory=list)
 
@@ -86,7 +91,7 @@ def assign(sent: Sequence[Sent], found: Iterable[Long]) -> None:
     begins = [one.began for one in sent]
     for long in found:
         position = bisect_right(begins, long.at) - 1
-        if position >= 0:
+        if position >= 0 and long.at < sent[position].ended:
             sent[position].long.append(long)
 
 
