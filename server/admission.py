@@ -49,9 +49,15 @@ class Admitted:
 
 
 def honoured_body(kind: Kind, raw: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """The honoured fields of a body, within limits; raises `Invalid` naming the field."""
+    """The honoured fields of a body, within limits, and the extension as an `Extension`.
+
+    Raises:
+        Invalid: naming the field.
+    """
     body = fields.keep_honoured(raw, kind.table)
     kind.check(body, limits)
+    if extension.FIELD in body:
+        body[extension.FIELD] = parse_extension(body[extension.FIELD])
     return body
 
 
@@ -72,10 +78,10 @@ async def admit(
         now: Unix seconds.
 
     Raises:
-        ApiError: the extension is malformed, the policy says no or cannot be asked.
+        ApiError: the policy says no or cannot be asked.
     """
     left = dict(body)
-    asked = parse_extension(left.pop(extension.FIELD, None))
+    asked: Extension = left.pop(extension.FIELD, None) or Extension()
     client_salt = left.pop(CACHE_SALT, None)
     question = asked.decision_request(decision_id)
     try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any, Final, NoReturn
 from weakref import WeakValueDictionary
 
 from flexgate.policies.strict_json import repeated_key
 from flexgate.server.errors import ApiError, Invalid, TooLarge
+from flexgate.server.http.offload import Offload
 
 AT_ONCE: Final = 64
 
@@ -27,7 +29,14 @@ class Arriving:
 
 
 async def read_json(
-    chunks: AsyncIterator[bytes], headers: Mapping[str, str], place: asyncio.Semaphore, *, limit: int, seconds: float
+    chunks: AsyncIterator[bytes],
+    headers: Mapping[str, str],
+    place: asyncio.Semaphore,
+    *,
+    limit: int,
+    seconds: float,
+    offload: Offload,
+    owner: str,
 ) -> dict[str, Any]:
     """The body as a JSON object.
 
@@ -37,6 +46,8 @@ async def read_json(
         place: see `Arriving`.
         limit: bytes; more are refused without being kept.
         seconds: how long the whole body may take, with the wait for a place.
+        offload: what parses it, and is told of it.
+        owner: whose large bodies wait for this one.
 
     Raises:
         Invalid: not JSON, not UTF-8, not an object, compressed or of another media type.
@@ -44,16 +55,19 @@ async def read_json(
         ApiError: 408 when the body does not arrive in time.
     """
     _check_headers(headers, limit)
-    try:
-        async with asyncio.timeout(seconds), place:
-            raw = await _read(chunks, limit)
-    except TimeoutError:
-        raise ApiError(
-            f"The body did not arrive within {seconds:g} seconds.",
-            status=HTTPStatus.REQUEST_TIMEOUT,
-            code="request_timeout",
-        ) from None
-    return parse_object(raw)
+    async with AsyncExitStack() as held:
+        try:
+            async with asyncio.timeout(seconds):
+                await held.enter_async_context(place)
+                raw = await _read(chunks, limit)
+        except TimeoutError:
+            raise ApiError(
+                f"The body did not arrive within {seconds:g} seconds.",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+                code="request_timeout",
+            ) from None
+        offload.arrived(len(raw), owner)
+        return await offload.run(parse_object, raw)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -29,12 +29,15 @@ class Closed(BaseModel):
 
 async def read_request(request: Request, services: Services) -> dict[str, Any]:
     """The JSON body of a request whose sender is known, and whose key is still good when all of it has come."""
+    noted = context_of(request).noted
     body = await read_json(
         request.stream(),
         request.headers,
-        services.arriving.place(context_of(request).noted["key"]),
+        services.arriving.place(noted["key"]),
         limit=services.body_bytes,
         seconds=services.body_seconds,
+        offload=services.offload,
+        owner=noted["tenant"] or noted["key"],
     )
     await identify_again(request, services)
     return body
@@ -44,7 +47,7 @@ async def read_body(request: Request, services: Services, model: type[M]) -> M:
     """The request's body as `model`; raises `ApiError` naming the field at fault."""
     raw = await read_request(request, services)
     try:
-        return model.model_validate(raw)
+        return await services.offload.run(model.model_validate, raw)
     except ValidationError as error:
         raise from_validation(error) from None
 

@@ -38,6 +38,7 @@ from flexgate.server.experts.residence import Places, Residence
 from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.uploads import Uploads
 from flexgate.server.experts.versions import Merged
+from flexgate.server.http.offload import Offload
 from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.openai.limits import Limits
 from flexgate.server.past import Past
@@ -77,8 +78,10 @@ def put_together(
         past=past,
         require_files=directory.require,
     )
+    offload = Offload()
     handlers = build_handlers(
         client,
+        offload,
         model_names=names,
         chat_template=settings.chat_template,
         tool_call_parser=settings.tool_call_parser or (DEMO_TOOL_PARSER if settings.demo else None),
@@ -99,6 +102,7 @@ def put_together(
         limits=_limits(settings, client),
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
+        offload=offload,
     )
 
 

@@ -12,6 +12,7 @@ from flexgate.policies.store.store import Store
 from flexgate.server.body import Arriving
 from flexgate.server.clock import Clock
 from flexgate.server.denials import Denials
+from flexgate.server.http.offload import Offload
 from flexgate.server.inference.enforcement import RevokedKeys, RunningRequests
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
@@ -45,6 +46,7 @@ class Services:
     body_bytes: int = 1 << 20
     body_seconds: float = 30.0
     arriving: Arriving = field(default_factory=Arriving)
+    offload: Offload = field(default_factory=Offload)
     decisions: DecisionCache = field(default_factory=DecisionCache)
     clock: Callable[[], float] = field(default_factory=Clock)
     draining: bool = False

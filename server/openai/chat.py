@@ -18,7 +18,7 @@ KIND = Kind("chat", fields.CHAT, limits.check_chat)
 async def _start(run: Run) -> Any:
     body = run.admitted.body
     check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
-    request = ChatRequest.model_validate({**body, "request_id": run.request_id})
+    request = await run.services.offload.run(ChatRequest.model_validate, {**body, "request_id": run.request_id})
     handlers = run.services.handlers
     return await (handlers.forced_chat if forces_a_call(body) else handlers.chat).create_chat_completion(request)
 

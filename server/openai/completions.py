@@ -16,7 +16,7 @@ KIND = Kind("completion", fields.COMPLETION, limits.check_completion)
 
 async def _start(run: Run) -> Any:
     body = {**run.admitted.body, "request_id": run.request_id}
-    request = TextRequest.model_validate(body)
+    request = await run.services.offload.run(TextRequest.model_validate, body)
     run.call.prompt_only = request.max_tokens == 0
     return await run.services.handlers.completion.create_completion(request)
 

@@ -19,6 +19,10 @@ Place = tuple[str | int, ...]
 Object = dict[str, Any]
 
 MAX_TOOLS: Final = 128
+MAX_CALLS: Final = 128
+"""Of one message, as OpenAI has it."""
+MAX_PIECES: Final = 4096
+"""Messages or items of a request, with their parts and calls: each is read, checked and rendered by itself."""
 _FUNCTION_NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 _CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "tool"])
@@ -35,6 +39,7 @@ def read_messages(messages: Any) -> list[Object]:
     """Chat messages with their honoured fields; refuses what is neither text nor a function call."""
     if not isinstance(messages, list) or not messages:
         invalid("'messages' must be a list with at least one message.", "messages")
+    _require_few(messages, "messages")
     return [_message(message, ("messages", position)) for position, message in enumerate(messages)]
 
 
@@ -44,6 +49,7 @@ def read_input(items: Any) -> str | list[Object]:
         return items
     if not isinstance(items, list) or not items:
         invalid("'input' must be a string or a list of items.", "input")
+    _require_few(items, "input")
     return [_item(item, ("input", position)) for position, item in enumerate(items)]
 
 
@@ -84,6 +90,17 @@ def check_tools(tools: Any, *, flat: bool) -> None:
             _bad("must be a JSON schema object", (*at, "parameters"))
 
 
+def _require_few(items: list[Any], param: str) -> None:
+    pieces = len(items) if len(items) > MAX_PIECES else sum(map(_pieces, items))
+    if pieces > MAX_PIECES:
+        too_much(f"'{param}' may have at most {MAX_PIECES} entries, with their parts and calls, not {pieces}.", param)
+
+
+def _pieces(item: Any) -> int:
+    inside = [item.get(name) for name in ("content", "output", "tool_calls")] if isinstance(item, dict) else []
+    return 1 + sum(len(value) for value in inside if isinstance(value, list))
+
+
 def _message(message: Any, place: Place) -> Object:
     kept = _object(message, fields.MESSAGE, place)
     _one_of(kept, "role", _CHAT_ROLES, place)
@@ -93,6 +110,9 @@ def _message(message: Any, place: Place) -> Object:
     if calls is not None:
         if not isinstance(calls, list):
             _bad("must be a list", (*place, "tool_calls"))
+        if len(calls) > MAX_CALLS:
+            param = path_of((*place, "tool_calls")) or ""
+            too_much(f"'{param}' may have at most {MAX_CALLS} calls, not {len(calls)}.", param)
         kept["tool_calls"] = [_call(call, (*place, "tool_calls", n)) for n, call in enumerate(calls)]
     return kept
 

@@ -157,7 +157,7 @@ class Generation:
         context = context_of(request)
         tenant, principal, known_by = await identify_tenant(request, services)
         raw = await read_request(request, services)
-        body = honoured_body(self._endpoint.kind, raw, services.limits)
+        body = await services.offload.run(honoured_body, self._endpoint.kind, raw, services.limits)
         check_model(body, services)
         if self._endpoint.needs_chat_template:
             check_chat_template(services)

@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tool_parsers import ToolParserManager
 
+from flexgate.server.http.offload import Offload
 from flexgate.server.openai.forced import ConstrainedToolParser
 from flexgate.server.settings import SettingsError
 
@@ -28,6 +29,26 @@ if TYPE_CHECKING:
 
 CONSTRAINED_PARSER: Final = "flexgate_constrained"
 PROBE: Final = "a word of a user"
+
+
+class OffloadedRenderer(OnlineRenderer):
+    """vLLM's renderer, which makes prompts of large bodies away from the event loop."""
+
+    def __init__(self, offload: Offload, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._offload = offload
+
+    async def render_chat(self, *args: Any, **options: Any) -> Any:
+        """The prompt of a chat request."""
+        return await self._offload.run_async(super().render_chat, *args, **options)
+
+    async def render_responses(self, *args: Any, **options: Any) -> Any:
+        """The prompt of a Responses request."""
+        return await self._offload.run_async(super().render_responses, *args, **options)
+
+    async def render_completion(self, *args: Any, **options: Any) -> Any:
+        """The prompts of a completion request."""
+        return await self._offload.run_async(super().render_completion, *args, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +72,7 @@ class Handlers:
 
 def build_handlers(
     client: GatedEngineClient,
+    offload: Offload,
     *,
     model_names: Sequence[str],
     chat_template: Path | None,
@@ -76,19 +98,20 @@ def build_handlers(
 
     def conversing(parser: str) -> tuple[OpenAIServingChat, OpenAIServingResponses, OnlineRenderer]:
         tools: dict[str, Any] = {**shown, "enable_auto_tools": True, "tool_parser": parser, "request_logger": None}
-        renderer = OnlineRenderer(engine.model_config, engine.renderer, **tools)
+        renderer = OffloadedRenderer(offload, engine.model_config, engine.renderer, **tools)
         chat = OpenAIServingChat(engine, models, "assistant", online_renderer=renderer, **tools)
         return chat, OpenAIServingResponses(engine, models, renderer, tool_server=None, **tools), renderer
 
     chat, responses, renderer = conversing(parser)
     forced_chat, forced_responses, _ = conversing(CONSTRAINED_PARSER)
+    plain = OnlineRenderer(engine.model_config, engine.renderer, request_logger=None, **shown)
     return Handlers(
         chat=chat,
         forced_chat=forced_chat,
         completion=OpenAIServingCompletion(engine, models, online_renderer=renderer, request_logger=None),
         responses=responses,
         forced_responses=forced_responses,
-        tokenization=ServingTokenization(models, renderer, request_logger=None, **shown),
+        tokenization=ServingTokenization(models, plain, request_logger=None, **shown),  # offloaded as a whole
         has_chat_template=template is not None or _has_template(engine.renderer.tokenizer),
         has_tool_parser=tool_call_parser is not None,
     )

@@ -83,14 +83,15 @@ def check_completion(body: Body, limits: Limits) -> None:
     _check_generation(body, limits)
     integer(body, "max_tokens", 0 if body.get("echo") else 1)
     integer(body, "logprobs", 0, limits.logprobs)
-    prompts = read_prompts(body.get("prompt"))
-    if len(prompts) > limits.prompts:
-        too_much(f"'prompt' may have at most {limits.prompts} prompts, not {len(prompts)}.", "prompt")
-    if _cuts(body):
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                _check_length("prompt", limits, prompt)
-    body["prompt"] = prompts
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > limits.prompts and isinstance(prompt[0], str | list):
+        too_much(f"'prompt' may have at most {limits.prompts} prompts, not {len(prompt)}.", "prompt")
+    body["prompt"] = read_prompts(prompt)
+    for one in body["prompt"]:
+        if isinstance(one, list):
+            _check_ids(one, limits)
+        elif _cuts(body):
+            _check_length("prompt", limits, one)
 
 
 def check_responses(body: Body, limits: Limits) -> None:
@@ -145,6 +146,17 @@ def _check_length(name: str, limits: Limits, *texts: Any) -> None:
             f"'{name}' may have at most {limits.prompt_chars} characters, not {count}: "
             f"the {limits.prompt_tokens} tokens of this model hold no more.",
             param=name,
+            code=CONTEXT_LENGTH_EXCEEDED,
+        )
+
+
+def _check_ids(ids: list[int], limits: Limits) -> None:
+    """Refuse more token ids than a text that could fit has characters."""
+    if len(ids) > limits.prompt_chars:
+        raise Invalid(
+            f"'prompt' may have at most {limits.prompt_chars} token ids, not {len(ids)}: "
+            f"this model's context has {limits.prompt_tokens}.",
+            param="prompt",
             code=CONTEXT_LENGTH_EXCEEDED,
         )
 

@@ -29,7 +29,7 @@ async def _start(run: Run) -> Any:
     body = run.admitted.body
     check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
     ours = {"request_id": f"resp_{run.request_id}", "store": False}
-    request = ResponsesRequest.model_validate({**body, **ours})
+    request = await run.services.offload.run(ResponsesRequest.model_validate, {**body, **ours})
     handlers = run.services.handlers
     return await (handlers.forced_responses if forces_a_call(body) else handlers.responses).create_responses(request)
 

@@ -77,11 +77,12 @@ class Tokenization:
     async def _answer(self, request: Request, prepare: Callable[[dict[str, Any]], Work]) -> Response:
         services = self._services
         tenant, principal, snapshot = await identify_tenant(request, services)
-        work = prepare(await read_request(request, services))
+        raw = await read_request(request, services)
+        work = await services.offload.run(prepare, raw)
         with self._place(tenant):
             reservation = services.limiter.reserve(scopes_of(snapshot.tenants[tenant], principal.key_id), {REQUESTS: 1})
             try:
-                result = await until_gone(request, work.run())
+                result = await until_gone(request, services.offload.run_async(work.run))
             finally:
                 reservation.commit({})
         if result is None:

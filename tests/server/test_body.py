@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from flexgate.server.body import AT_ONCE, Arriving, parse_object, read_json
 from flexgate.server.errors import ApiError, Invalid, TooLarge
+from flexgate.server.http.offload import Offload
 
 JSON_TYPE = {"content-type": "application/json; charset=utf-8"}
 
@@ -23,9 +25,13 @@ async def chunks(*parts: bytes, wait: float = 0) -> AsyncIterator[bytes]:
         yield part
 
 
+def whose() -> dict[str, Any]:
+    return {"offload": Offload(), "owner": "k"}
+
+
 async def read(*parts: bytes, limit: int = 100, wait: float = 0, **headers: str) -> object:
     return await read_json(
-        chunks(*parts, wait=wait), JSON_TYPE | headers, Arriving().place("k"), limit=limit, seconds=0.2
+        chunks(*parts, wait=wait), JSON_TYPE | headers, Arriving().place("k"), limit=limit, seconds=0.2, **whose()
     )
 
 
@@ -45,7 +51,7 @@ async def test_a_body_over_the_limit_is_refused_while_it_is_read() -> None:
             yield b" " * 10
 
     with pytest.raises(TooLarge, match="100 bytes"):
-        await read_json(endless(), JSON_TYPE, Arriving().place("k"), limit=100, seconds=5)
+        await read_json(endless(), JSON_TYPE, Arriving().place("k"), limit=100, seconds=5, **whose())
     assert seen == 110
 
 
@@ -61,7 +67,7 @@ async def test_of_one_key_only_so_many_bodies_are_in_memory_and_nobody_elses_wai
         yield b"}"
 
     def asked(key: str, body: AsyncIterator[bytes]) -> Awaitable[object]:
-        return read_json(body, JSON_TYPE, arriving.place(key), limit=100, seconds=30)
+        return read_json(body, JSON_TYPE, arriving.place(key), limit=100, seconds=30, **whose())
 
     waiting = [asyncio.ensure_future(asked("k", slow())) for _ in range(AT_ONCE + 8)]
     assert await asked("other", chunks(b"{}")) == {}

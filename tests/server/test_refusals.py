@@ -20,6 +20,8 @@ COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
 HELLO = [{"role": "user", "content": "hello"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+PART = {"type": "text", "text": "hello"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}
 DEEP: dict[str, Any] = {}
 for _ in range(40):
@@ -83,6 +85,12 @@ CASES: dict[str, tuple[str | None, str, Any]] = {
     "n as true": ("sk-t", CHAT, chat(n=True)),
     "n enormous": ("sk-t", CHAT, chat(n=10**30)),
     "prompts over limit": ("sk-t", COMPLETIONS, completion(prompt=["x"] * 17)),
+    "lists of ids over limit": ("sk-t", COMPLETIONS, completion(prompt=[[7]] * 17)),
+    "floats as many prompts": ("sk-t", COMPLETIONS, completion(prompt=[1.0] * 17)),
+    "messages over limit": ("sk-t", CHAT, chat(messages=HELLO * 4097)),
+    "parts over limit": ("sk-t", CHAT, chat(messages=[{"role": "user", "content": [PART] * 4096}])),
+    "calls over limit": ("sk-t", CHAT, chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [CALL] * 129}])),
+    "items over limit": ("sk-t", RESPONSES, {"input": HELLO * 4097}),
     "no prompt": ("sk-t", COMPLETIONS, {}),
     "empty prompt": ("sk-t", COMPLETIONS, completion(prompt="")),
     "prompt object": ("sk-t", COMPLETIONS, completion(prompt={"a": 1})),

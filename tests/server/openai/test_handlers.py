@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from flexgate.server.http.offload import Offload
 from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.settings import SettingsError
 
@@ -14,7 +15,9 @@ from flexgate.server.settings import SettingsError
 def build(checkpoint: Path, **options: Any) -> None:
     """As far as it goes without an engine."""
     client: Any = SimpleNamespace(renderer=SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(checkpoint)))
-    build_handlers(client, **{"model_names": ("tiny",), "chat_template": None, "tool_call_parser": None, **options})
+    build_handlers(
+        client, Offload(), **{"model_names": ("tiny",), "chat_template": None, "tool_call_parser": None, **options}
+    )
 
 
 def test_an_unknown_tool_parser_is_refused_with_those_there_are(text_checkpoint: Path) -> None:

@@ -153,6 +153,7 @@ async def test_nothing_is_done_for_a_client_that_has_gone(services: Any, busy: B
             {"messages": [{"role": "user", "content": LONG_PARTS}], "truncate_prompt_tokens": 4},
             "messages",
         ),
+        ("/v1/completions", {"prompt": [7] * 81}, "prompt"),
         ("/v1/responses", {"input": "x", "instructions": "x" * 80, "truncation": "auto"}, "input"),
     ],
 )

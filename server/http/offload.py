@@ -1,0 +1,89 @@
+"""Work that grows with a request's body, away from the event loop.
+
+Every request shares the loop: a callback that takes long holds up all of them. What is made of a body of more than
+`ON_LOOP_BYTES` is made in a few threads, one piece of work at a time for each project, so that a project's large bodies
+wait for one another and for nobody else's.
+
+Small bodies take the same way and are worked on at once, but no more than `PIECES_AT_ONCE` in one pass of the loop: of
+a hundred requests that come together, not all are worked on before what came next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
+
+ON_LOOP_BYTES: Final = 4 * 1024
+"""The largest body of which all that is made takes the loop a few milliseconds."""
+PIECES_AT_ONCE: Final = 32
+THREADS: Final = 2
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A body's size in bytes, and whose it is."""
+
+    size: int
+    owner: str
+
+
+_arrived: contextvars.ContextVar[Arrived | None] = contextvars.ContextVar("flexgate_arrived_body", default=None)
+
+
+class Offload:
+    """Runs what is made of the current request's body where its size belongs."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(THREADS, "bodies")
+        self._lanes: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._left = PIECES_AT_ONCE
+
+    def arrived(self, size: int, owner: str) -> None:
+        """Note the body of the request whose task this is: its size in bytes, and whose bodies wait for it."""
+        _arrived.set(Arrived(size, owner))
+
+    async def run(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """What `work` returns or raises. It must not touch the event loop."""
+        body = _arrived.get()
+        if body is not None and body.size <= ON_LOOP_BYTES:
+            await self._turn()
+            return work(*args, **options)
+        lane = self._lanes.setdefault("" if body is None else body.owner, asyncio.Semaphore(1))
+        await lane.acquire()
+        context, loop = contextvars.copy_context(), asyncio.get_running_loop()
+        running = self._threads.submit(lambda: context.run(work, *args, **options))
+        running.add_done_callback(lambda _: _release(lane, loop))
+        return await asyncio.wrap_future(running)
+
+    async def run_async(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **options: P.kwargs) -> T:
+        """The same for a coroutine function, which may wait, but for nothing that belongs to the server's loop."""
+        body = _arrived.get()
+        if body is not None and body.size <= ON_LOOP_BYTES:
+            await self._turn()
+            return await work(*args, **options)
+        return await self.run(lambda: asyncio.run(work(*args, **options)))
+
+    async def _turn(self) -> None:
+        while not self._left:
+            await asyncio.sleep(0)
+        if self._left == PIECES_AT_ONCE:
+            asyncio.get_running_loop().call_soon(self._begin_pass)
+        self._left -= 1
+
+    def _begin_pass(self) -> None:
+        self._left = PIECES_AT_ONCE
+
+
+def _release(lane: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> None:
+    """Let the next piece begin. A request that was cancelled leaves its work behind, which has the lane to its end."""
+    with suppress(RuntimeError):  # the server has ended meanwhile
+        loop.call_soon_threadsafe(lane.release)
