@@ -22,6 +22,8 @@ STATE = "flexgate"
 CHECK_SECONDS: Final = 0.5
 """How long a request may go on whose key was revoked."""
 T = TypeVar("T")
+CHANGE_PATIENCE_S: Final = 10.0
+"""How long who changes the policy or revokes an expert may have to wait for a confirmed policy, on a busy machine."""
 
 
 class Context:
@@ -53,12 +55,15 @@ def context_of(request: Request) -> Context:
 
 
 async def identify(
-    request: Request, services: Services, roles: Collection[Role] = EVERY_ROLE
+    request: Request, services: Services, roles: Collection[Role] = EVERY_ROLE, *, patience: float | None = None
 ) -> tuple[Principal, Snapshot]:
-    """The caller by its key, which must have one of `roles`, and the snapshot that knows it; raises `ApiError`."""
+    """The caller by its key, which must have one of `roles`, and the snapshot that knows it; raises `ApiError`.
+
+    `patience` is in seconds; see `PolicySource.current`.
+    """
     context = context_of(request)
     try:
-        snapshot = await services.policy.current()
+        snapshot = await services.policy.current(patience)
         principal = authenticate(snapshot, request.headers.get("authorization"), services.clock(), context.roles)
         context.principal = principal
         context.noted |= {"key": principal.key_id, "tenant": principal.tenant_id}

@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 from flexgate.policies.errors import StoreError
 from flexgate.policies.store import processes
 from flexgate.policies.store.processes import Process
+from flexgate.server.http.executors import CHANGES, run_in
 
 SEEN_EVERY_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.05
@@ -59,7 +60,7 @@ class Peers:
         """Return once no process decides from a policy older than `version` any more."""
         began = self._clock()
         while True:
-            behind = await asyncio.to_thread(processes.behind, self._engine, version)
+            behind = await run_in(CHANGES, processes.behind, self._engine, version)
             waited = self._clock() - began
             if all(process.lease_s <= waited for process in behind):
                 return

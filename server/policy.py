@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from types import MappingProxyType
@@ -23,6 +24,7 @@ from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.terms import ExpertId
 from flexgate.policies.withhold import Withholding
+from flexgate.server.http.executors import CHANGES, run_in
 from flexgate.server.past import Past
 from flexgate.server.peers import Peers
 
@@ -102,6 +104,7 @@ class PolicySource:
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
         self._asking: asyncio.Task[Snapshot] | None = None
+        self._asker = ThreadPoolExecutor(1, "policy-asked")
 
     def enforce_with(self, enforce: Callable[[Snapshot], None]) -> None:
         """End what a newer policy permits no more by `enforce`, before the peers are told of it. It may block."""
@@ -155,15 +158,23 @@ class PolicySource:
         with self._withholding:
             self._withheld = tuple(other for other in self._withheld if other is not withholding)
 
-    async def current(self) -> Snapshot:
-        """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed."""
-        if self._stored is not None and self._clock() - self._confirmed < self._lease_s:
-            return self._serve(self._stored)
-        try:
-            async with asyncio.timeout(self._lease_s):
-                return await self._ask()
-        except (PolicyError, TimeoutError) as error:
-            raise SnapshotStale("the policy store cannot be asked") from error
+    async def current(self, patience: float | None = None) -> Snapshot:
+        """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed.
+
+        Args:
+            patience: seconds in which the store must answer in time; the lease if None.
+        """
+        deadline = time.monotonic() + (self._lease_s if patience is None else patience)
+        while self._stored is None or not self.fresh():
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._ask()
+            except TimeoutError as error:
+                raise SnapshotStale("the policy store cannot be asked") from error
+            except PolicyError as error:
+                if patience is None or not isinstance(error, SnapshotStale):
+                    raise SnapshotStale("the policy store cannot be asked") from error
+        return self._serve(self._stored)
 
     async def at_least(self, version: int) -> Snapshot:
         """A snapshot of at least `version`, waited for up to a second; raises `SnapshotStale`."""
@@ -193,20 +204,31 @@ class PolicySource:
         return self._clock() - self._confirmed < self._lease_s
 
     async def run(self) -> None:
-        """Confirm at every poll, for ever. A store that fails is asked again."""
+        """Confirm at every poll until this is cancelled, in a thread of its own: no load on the loop is waited for."""
+        stop = threading.Event()
+        poller = threading.Thread(target=self._poll, args=(stop,), name="policy", daemon=True)
+        poller.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stop.set()
+            await run_in(CHANGES, poller.join, self._lease_s)  # a store that hangs is not waited for
+
+    def _poll(self, stop: threading.Event) -> None:
+        """A store that fails is asked again."""
         failing = False
-        while True:
+        while not stop.is_set():
             try:
-                await self._ask()
+                self.confirm()
                 failing = False
             except Exception as error:  # whatever it is, who polls must not end
                 if not failing:
                     logger.error("the policy cannot be confirmed: %s", error)
                 failing = True
             if self._hints is None:
-                await asyncio.sleep(self._poll_s)
+                stop.wait(self._poll_s)
             else:
-                await asyncio.to_thread(self._hints.wait, self._poll_s)
+                self._hints.wait(self._poll_s)
 
     async def watch_lease(self) -> None:
         """End what runs on a snapshot that cannot be confirmed any more, for ever; later than its lease and a poll by
@@ -229,7 +251,7 @@ class PolicySource:
     async def _ask(self) -> Snapshot:
         """Confirm once for all who ask meanwhile: a store that hangs holds one thread, not many."""
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(asyncio.to_thread(self.confirm))
+            self._asking = asyncio.create_task(run_in(self._asker, self.confirm))
             self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
         snapshot = await asyncio.shield(self._asking)
         if not self.fresh():

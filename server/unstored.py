@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.withhold import Withholding
+from flexgate.server.http.executors import CHANGES, run_in
 from flexgate.server.policy import PolicySource
 
 RETRY_SECONDS: Final = 1.0
@@ -68,6 +69,6 @@ class Unstored:
             await asyncio.sleep(RETRY_SECONDS)
             if self._changes:
                 try:
-                    await asyncio.to_thread(self.try_again)
+                    await run_in(CHANGES, self.try_again)
                 except PolicyError as error:
                     logger.error("the policy cannot be confirmed: %s", error)

@@ -23,11 +23,12 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
 from flexgate.policies.tenants import Role
 from flexgate.policies.withhold import Withholding
-from flexgate.server.admin.turns import in_thread, in_turn
+from flexgate.server.admin.turns import in_turn
 from flexgate.server.auth import Principal
-from flexgate.server.context import identify
+from flexgate.server.context import CHANGE_PATIENCE_S, identify
 from flexgate.server.errors import ApiError, Unavailable
 from flexgate.server.forms import Closed, parse_query, read_body
+from flexgate.server.http.executors import CHANGES, run_in
 from flexgate.server.refusals import from_change, not_found
 from flexgate.server.services import Services
 
@@ -114,14 +115,15 @@ class Administration:
     async def answer(self, request: Request) -> Response:
         """Authenticate, authorise, check, do, and wait until the change is enforced."""
         operation, services = self._operation, self._services
-        principal, snapshot = await identify(request, services, operation.roles)
+        patience = CHANGE_PATIENCE_S if operation.writes else None
+        principal, snapshot = await identify(request, services, operation.roles, patience=patience)
         if not all(_ID.fullmatch(value) for value in request.path_params.values()):
             raise not_found()
         query = parse_query(request.query_params.multi_items(), operation.query)
         body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
         call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock())
         try:
-            result = await in_turn(principal, operation.writes, operation.work, call)
+            result, snapshot = await in_turn(principal, operation.writes, self._work, call)
         except PolicyError as error:
             if operation.withholds is not None and isinstance(error, StoreUnavailable):
                 raise await self._withheld(operation.withholds(call), call) from error
@@ -129,8 +131,8 @@ class Administration:
             if isinstance(refusal, Unavailable):
                 logger.error("the policy store cannot be used: %s", error)
             raise refusal from error
-        if operation.writes:
-            snapshot = await self._enforced(query)
+        if isinstance(query, Written) and query.wait == "all":
+            await self._everywhere(snapshot)
         version = str(snapshot.policy_version)
         return JSONResponse(result, headers={"x-flexgate-policy-version": version})
 
@@ -138,21 +140,30 @@ class Administration:
         """Enforce here what the store could not take, until it can; the answer says so."""
         what = f"{self._operation.method} {self._operation.path} {call.path}"
         store = partial(self._operation.work, call)
-        await in_thread(self._services.unstored.add, what, withholding, store)
+        await run_in(CHANGES, self._services.unstored.add, what, withholding, store)
         return Unavailable(
             "The policy store could not take this change. What it takes away is gone from this server from now on, "
             "which tries again to store it; other servers, and a restart before that, do not know of it.",
             code="change_not_stored",
         )
 
-    async def _enforced(self, query: Written) -> Snapshot:
-        """The new snapshot, once this process has it, and every process if that was asked for."""
-        policy = self._services.policy
+    def _work(self, call: Call[Any, Any]) -> tuple[Json, Snapshot]:
+        """The result, and the snapshot that it is from: a changed one, once this process enforces it. Blocks."""
+        result = self._operation.work(call)
+        if not self._operation.writes:
+            return result, call.snapshot
         try:
-            snapshot: Snapshot = await in_thread(policy.confirm)
-            if query.wait == "all":
-                await policy.everywhere(snapshot.policy_version)
+            return result, self._services.policy.confirm()
         except PolicyError as error:
-            message = "The change was made, and it cannot be confirmed right now where it is in force."
-            raise Unavailable(message, code="change_not_confirmed") from error
-        return snapshot
+            raise _not_confirmed() from error
+
+    async def _everywhere(self, snapshot: Snapshot) -> None:
+        try:
+            await self._services.policy.everywhere(snapshot.policy_version)
+        except PolicyError as error:
+            raise _not_confirmed() from error
+
+
+def _not_confirmed() -> Unavailable:
+    message = "The change was made, and it cannot be confirmed right now where it is in force."
+    return Unavailable(message, code="change_not_confirmed")

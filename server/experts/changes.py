@@ -19,7 +19,7 @@ from flexgate.policies.tenants import Role
 from flexgate.policies.terms import ExpertId
 from flexgate.server.auth import Principal
 from flexgate.server.connections import EventStream
-from flexgate.server.context import identify, while_identified
+from flexgate.server.context import CHANGE_PATIENCE_S, identify, while_identified
 from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored
 from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
@@ -77,7 +77,7 @@ class ExpertChanges:
 
     async def revoke(self, request: Request) -> Response:
         """Withdraw an expert: 200 with the record, once nothing can come of it any more."""
-        principal, snapshot = await identify(request, self._services, CHANGES)
+        principal, snapshot = await identify(request, self._services, CHANGES, patience=CHANGE_PATIENCE_S)
         query = parse_query(request.query_params.multi_items(), RevokeQuery)
         expert = request.path_params["expert"]
         if not _may_withdraw(principal, snapshot, expert):

@@ -19,6 +19,7 @@ from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed
 from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.versions import Merged
+from flexgate.server.http.executors import CHANGES, run_in
 
 Progress = Callable[[int, int, int], None]
 
@@ -167,9 +168,9 @@ class Residence:
     async def forget_copies(self) -> None:
         """Remove private copies of packages that are not loaded, and free slots that were held for one of them."""
         held = set(self._held)
-        await asyncio.to_thread(self._forget_copies)
+        await run_in(CHANGES, self._forget_copies)
         if held:
-            for package in held - {entry.package for entry in await asyncio.to_thread(self.repository.added)}:
+            for package in held - {entry.package for entry in await run_in(CHANGES, self.repository.added)}:
                 self.release(package)
 
     def _forget_copies(self) -> None:

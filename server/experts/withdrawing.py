@@ -17,6 +17,7 @@ from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotResident, NotStored
 from flexgate.server.experts.residence import Residence
+from flexgate.server.http.executors import CHANGES, run_in
 
 DELIVERY_SECONDS: Final = 2.0
 """How long it waits for clients that read slowly; what is on the wire then is out of its hands."""
@@ -79,7 +80,7 @@ class Withdrawing:
             return await self._forget(expert, actor=actor, began=began)
         self._publish(replace(info, live=False))  # it keeps its slot until it is known to be withdrawn
         try:
-            epoch = await asyncio.to_thread(self._commit, info.id, info.slot, actor)
+            epoch = await run_in(CHANGES, self._commit, info.id, info.slot, actor)
         except StoreUnavailable as error:
             self._doubtful.add(info.lease)
             self._stop(info)
@@ -92,9 +93,9 @@ class Withdrawing:
     async def obey(self, info: ExpertInfo) -> None:
         """Take out an expert that another process on the same store has withdrawn."""
         residence, began = self._residence, self._clock()
-        revoked = await asyncio.to_thread(residence.repository.revoked)
+        revoked = await run_in(CHANGES, residence.repository.revoked)
         if revoked.get(info.id, 0) > info.generation and residence.find(info.id) == info:
-            epoch = await asyncio.to_thread(residence.repository.epoch)
+            epoch = await run_in(CHANGES, residence.repository.epoch)
             await self._take_out(info, self._stop(info), epoch, actor="another process", began=began)
 
     async def drained(self, info: ExpertInfo, seconds: float) -> None:
@@ -124,10 +125,10 @@ class Withdrawing:
         """Withdraw what is not loaded here, and what a start would load."""
         residence = self._residence
         try:
-            entry = next((e for e in await asyncio.to_thread(residence.repository.added) if e.expert == expert), None)
+            entry = next((e for e in await run_in(CHANGES, residence.repository.added) if e.expert == expert), None)
             if entry is None:
                 raise NotResident("No expert of that name is loaded that could be withdrawn.")
-            epoch = await asyncio.to_thread(self._commit, expert, entry.slot, actor)
+            epoch = await run_in(CHANGES, self._commit, expert, entry.slot, actor)
         except PolicyError as error:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         residence.client.publish(residence.client.experts(), epoch)
@@ -172,9 +173,9 @@ class Withdrawing:
 
     async def _settle(self, done: Revocation, actor: str) -> dict[str, Any]:
         """Once nothing of the expert is left: confirm the policy, remove its copy, keep the record."""
-        await self._tidy(self._residence.forget_copies(), asyncio.to_thread(self._confirm))
+        await self._tidy(self._residence.forget_copies(), run_in(CHANGES, self._confirm))
         record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
-        await self._tidy(asyncio.to_thread(self._record, actor, "weights.cleared", record))
+        await self._tidy(run_in(CHANGES, self._record, actor, "weights.cleared", record))
         logger.info("expert %s is withdrawn from slot %d", done.expert, done.slot)
         return record
 

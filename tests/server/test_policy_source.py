@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -301,3 +302,32 @@ async def test_an_event_loop_that_was_held_up_ends_nothing(source: PolicySource,
                 await asyncio.sleep(0.001)
     watching.cancel()
     assert not expired
+
+
+@pytest.mark.asyncio
+async def test_the_policy_stays_confirmed_while_the_loop_and_all_other_threads_are_busy(store: Any) -> None:
+    source, done = PolicySource(store, dict, lease_s=0.5, poll_s=0.01), threading.Event()
+    others = [asyncio.create_task(asyncio.to_thread(done.wait, 20)) for _ in range(64)]
+    await asyncio.sleep(0)
+    polling = asyncio.create_task(source.run())
+    await asyncio.sleep(0)
+    time.sleep(1.0)
+    assert source.fresh()
+    done.set()
+    polling.cancel()
+    await asyncio.gather(polling, *others, return_exceptions=True)
+
+
+@pytest.mark.asyncio
+async def test_who_changes_the_policy_waits_for_a_store_that_answers_too_late(
+    source: PolicySource, store: Any, clock: Clock
+) -> None:
+    def late(_known: Snapshot | None, plain: Any = store.confirm) -> Any:
+        clock.now += 5.0 if store.asked < 3 else 0.1
+        return plain(None)
+
+    store.confirm = late
+    with pytest.raises(SnapshotStale):
+        await source.current()
+    assert (await source.current(20.0)).policy_version == 7
+    assert store.asked == 4

@@ -75,3 +75,23 @@ async def test_operators_may_have_as_much_under_way_as_they_like(call: Any, slow
     await asyncio.sleep(0.05)
     slow.set()
     assert {answer.status_code for answer in await asyncio.gather(*reads)} == {200}
+
+
+async def test_a_key_is_revoked_while_everybody_else_reads_and_changes_without_end(
+    call: Any, real_store: Store, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(inner: Any) -> Any:
+        return lambda *arguments, **more: slow.wait(20) and inner(*arguments, **more)
+
+    monkeypatch.setattr(agreements.licences, "withdraw_agreement", wait(agreements.licences.withdraw_agreement))
+    (key,) = [key.key_id for key in real_store.keys() if key.prefix == "sk-u"]
+    threads = [asyncio.create_task(asyncio.to_thread(slow.wait, 20)) for _ in range(64)]
+    reads = [asyncio.create_task(call("sk-auditor", "GET", READS["sk-t"])) for _ in range(30)]
+    changes = [asyncio.create_task(call("sk-owner", "DELETE", "/v1/agreements/a-news")) for _ in range(MOST_OF_ONE)]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        revoked = await call("sk-admin", "DELETE", f"/v1/organization/projects/u/api_keys/{key}")
+    assert revoked.status_code == 200
+    assert not any(task.done() for task in (*threads, *reads, *changes))
+    slow.set()
+    await asyncio.gather(*threads, *reads, *changes)
