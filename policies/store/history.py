@@ -94,10 +94,14 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
 
 
 def _in_words(changes: list[ObjectChange]) -> str:
-    found: dict[str, list[str]] = defaultdict(list)
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for change in changes:
-        found[f"{_verb(change)} {{}} {change.kind.replace('_', ' ')}s"].append(repr(change.object_id))
-    return ", ".join(f"{what.format(len(ids))} ({_some(ids)})" for what, ids in found.items())
+        found[_verb(change), change.kind.replace("_", " ")].append(repr(change.object_id))
+    return ", ".join(f"{verb} {_counted(len(ids), kind)} ({_some(ids)})" for (verb, kind), ids in found.items())
+
+
+def _counted(number: int, kind: str) -> str:
+    return f"{number} {kind}" if number == 1 else f"{number} {kind}s"
 
 
 def _verb(change: ObjectChange) -> str:

@@ -120,7 +120,7 @@ def test_a_rollback_that_is_not_confirmed_changes_nothing_and_says_what_it_would
         with pytest.raises(ConfirmationRequired) as refused:
             roll_back(past, 0, confirm=confirm, actor="admin", at=9.0)
         assert str(refused.value) == (
-            "going from policy version 7 back to 0 would archive 2 tenants ('acme', 'new'), remove 1 expert sets "
+            "going from policy version 7 back to 0 would archive 2 tenants ('acme', 'new'), remove 1 expert set "
             "('set:two'): nothing was changed; confirm with 7, the present version, to do it"
         )
     assert past.snapshot() == before

@@ -76,7 +76,7 @@ async def test_revisions_are_listed_compared_and_rolled_back(call: Any, real_sto
     assert diff["changes"][0]["after"]["expert_ids"] == ["math"]
     refused = await call("sk-admin", "POST", "/v1/policy/rollback", json={"version": before})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "confirmation_required")
-    assert "would change 1 tenants ('t'): nothing was changed" in refused.json()["error"]["message"]
+    assert "would change 1 tenant ('t'): nothing was changed" in refused.json()["error"]["message"]
     body = {"version": before, "confirm": before + 1}
     back = await call("sk-admin", "POST", "/v1/policy/rollback", json=body)
     assert back.json()["policy_version"] == before + 2
