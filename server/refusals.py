@@ -27,6 +27,8 @@ from flexgate.server.auth import AuthError, Unauthenticated
 from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
 
 UNKNOWN_EXPERT = "expert_not_found"
+INVALID_API_KEY: Final = "invalid_api_key"
+BEARER: Final = {"www-authenticate": "Bearer"}
 _DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 _DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required", "expert_required"})
 
@@ -42,8 +44,8 @@ def from_auth(error: AuthError) -> ApiError:
         return ApiError(
             str(error),
             status=HTTPStatus.UNAUTHORIZED,
-            code="invalid_api_key",
-            headers={"www-authenticate": "Bearer"},
+            code=INVALID_API_KEY,
+            headers=dict(BEARER),
         )
     return ApiError(str(error), status=HTTPStatus.FORBIDDEN, code="wrong_key_role")
 

@@ -25,6 +25,7 @@ from flexgate.server.engine.endings import (
     PROJECT_ARCHIVED,
 )
 from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
+from flexgate.server.refusals import BEARER, INVALID_API_KEY
 
 _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
 _PERMISSION_ENDED: Final = (
@@ -49,17 +50,17 @@ _ENDED: Final = {
     ),
     KEY_REVOKED: (
         HTTPStatus.UNAUTHORIZED,
-        "key_revoked",
+        INVALID_API_KEY,
         "The API key was revoked while the request ran. Use another key of the project.",
     ),
     KEY_EXPIRED: (
         HTTPStatus.UNAUTHORIZED,
-        "key_expired",
+        INVALID_API_KEY,
         "The API key expired while the request ran. Use another key of the project.",
     ),
     PROJECT_ARCHIVED: (
         HTTPStatus.UNAUTHORIZED,
-        "project_archived",
+        INVALID_API_KEY,
         "The project was archived while the request ran. Ask an administrator.",
     ),
     POLICY_UNAVAILABLE: (
@@ -68,7 +69,12 @@ _ENDED: Final = {
         "The policy could not be confirmed any more while the request ran, so it was ended. Try again.",
     ),
 }
-"""By the reason that ended a call: status, code, message."""
+"""By the reason that ended a call: status, code, message. A key that is good no more has one code, before and after."""
+_HEADERS: Final = {
+    HTTPStatus.INTERNAL_SERVER_ERROR: {"x-should-retry": "false"},  # OpenAI's clients would send it again
+    HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": "1"},
+    HTTPStatus.UNAUTHORIZED: BEARER,
+}
 _PROMPTS: Final = ("messages", "prompt", "input", "tokens")
 _UNCOMPILED: Final = re.compile(r"Failed to transform \w+( \w+)? into a grammar: ")
 _INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
@@ -122,9 +128,7 @@ def ended_early(call: GatedCall) -> ApiError | None:
     if ended is None:
         return None
     status, code, message = ended
-    # OpenAI's clients would send it again, as any other 500.
-    headers = {"x-should-retry": "false"} if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
-    return ApiError(message, status=status, code=code, headers=headers)
+    return ApiError(message, status=status, code=code, headers=_HEADERS.get(status))
 
 
 def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:

@@ -43,8 +43,8 @@ class Project:
 TAKEN: dict[str, tuple[Callable[[Project], Any], int, str]] = {
     "agreement": (Project.prohibit, 403, "expert_permission_ended"),
     "permission": (Project.permit, 403, "expert_permission_ended"),
-    "key": (lambda p: p.write("DELETE", f"{p.path}/api_keys/{p.key_id}"), 401, "key_revoked"),
-    "project": (lambda p: p.write("POST", f"{p.path}/archive"), 401, "project_archived"),
+    "key": (lambda p: p.write("DELETE", f"{p.path}/api_keys/{p.key_id}"), 401, "invalid_api_key"),
+    "project": (lambda p: p.write("POST", f"{p.path}/archive"), 401, "invalid_api_key"),
 }
 
 

@@ -26,8 +26,11 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 
-from flexgate.server.engine.calls import CURRENT_CALL, ExpertUse, GateGrant
-from flexgate.server.engine.endings import GATE_EXPIRED, NUMBERS_OVERFLOWED
+from flexgate.server.auth import KeyExpired, KeyRevoked, KeyWrong, Unauthenticated
+from flexgate.server.engine.calls import CURRENT_CALL, ExpertUse, GatedCall, GateGrant
+from flexgate.server.engine.endings import GATE_EXPIRED, KEY_EXPIRED, KEY_REVOKED, NUMBERS_OVERFLOWED, PROJECT_ARCHIVED
+from flexgate.server.openai.vllm_errors import ended_early
+from flexgate.server.refusals import from_auth
 
 PATH = "/v1/completions"
 
@@ -502,3 +505,14 @@ async def test_a_policy_that_comes_between_its_admission_and_its_start_ends_a_re
     response = await client.post(PATH, json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (403, "expert_permission_ended")
     assert handler.seen == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "refusal"), [(KEY_REVOKED, KeyRevoked), (KEY_EXPIRED, KeyExpired), (PROJECT_ARCHIVED, KeyWrong)]
+)
+def test_a_key_that_is_good_no_more_has_one_code_before_and_while_a_request_runs(
+    ending: str, refusal: type[Unauthenticated]
+) -> None:
+    before, ended = from_auth(refusal("no")), ended_early(GatedCall(GateGrant("t", (), 0.0), failed=ending))
+    assert ended is not None
+    assert (ended.status, ended.code, ended.headers) == (before.status, before.code, before.headers)
