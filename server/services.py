@@ -64,7 +64,7 @@ class Services:
         self.denials = Denials(self.store, clock=self.clock)
         self.recorded = Recorded(self.store)
         self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
-        self.budget_usage = BudgetUsage(self.store)
+        self.budget_usage = BudgetUsage(self.store, clock=self.clock)
         self.limiter = Limiter(self.budget_usage)
         self.running = RunningRequests(
             self.client, clock=self.clock, policy=self.policy, revoked_keys=self.revoked_keys

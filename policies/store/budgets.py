@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final, NamedTuple
 
-from sqlalchemy import Engine, insert, select, update
+from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from flexgate.policies.store.engine import reading, writing
-from flexgate.policies.store.schema import token_use
+from flexgate.policies.store.schema import token_use, use_batches
+
+FORGOTTEN_AFTER_S: Final = 7 * 86400.0
 
 
-def add_use(engine: Engine, used: Mapping[str, int]) -> None:
-    """Add tokens to each subject (a project's or key's id), all of them or none."""
+class Batch(NamedTuple):
+    """Names what one process writes at once: a process counts its batches up from 1."""
+
+    writer: str
+    number: int
+
+
+def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) -> None:
+    """Add tokens to each subject (a project's or key's id), all of them or none, `at` Unix seconds.
+
+    A batch that was written before changes nothing: where it is unknown whether it was, write the same one again.
+    """
     table = token_use
     with writing(engine) as connection:
+        if not _is_next(connection, batch, at):
+            return
         for subject, tokens in sorted(used.items()):
             more = update(table).where(table.c.subject == subject).values(tokens=table.c.tokens + tokens)
             if connection.execute(more).rowcount == 0:
@@ -24,3 +39,15 @@ def read_use(engine: Engine) -> dict[str, int]:
     """Tokens used so far, by subject."""
     with reading(engine) as connection:
         return {row.subject: row.tokens for row in connection.execute(select(token_use))}
+
+
+def _is_next(connection: Connection, batch: Batch, at: float) -> bool:
+    """Note a batch; False if it was noted before."""
+    table = use_batches
+    last = connection.scalar(select(table.c.batch).where(table.c.writer == batch.writer))
+    if last is None:
+        connection.execute(delete(table).where(table.c.at < at - FORGOTTEN_AFTER_S))
+        connection.execute(insert(table).values(writer=batch.writer, batch=batch.number, at=at))
+    elif last < batch.number:
+        connection.execute(update(table).where(table.c.writer == batch.writer).values(batch=batch.number, at=at))
+    return last is None or last < batch.number

@@ -116,6 +116,14 @@ token_use: Final = Table(
     Column("tokens", _Version, nullable=False),
 )
 
+use_batches: Final = Table(
+    "use_batches",
+    metadata,
+    Column("writer", String(80), primary_key=True),
+    Column("batch", _Version, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
 asked_questions: Final = Table(
     "asked_questions",
     metadata,

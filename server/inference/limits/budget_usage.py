@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
+import time
+from collections.abc import Callable
 from typing import Final
 
 from flexgate.policies.errors import StoreError
 from flexgate.policies.store import budgets
+from flexgate.policies.store.budgets import Batch
 from flexgate.policies.store.store import Store
 
 EVERY_S: Final = 1.0
@@ -23,9 +27,13 @@ logger = logging.getLogger(__name__)
 class BudgetUsage:
     """`run` writes and reads again and again. Safe to use from several threads."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
+        """`clock` gives Unix seconds."""
         self._store = store
+        self._clock = clock
         self._lock = threading.Lock()
+        self._refreshing = threading.Lock()
+        self._batch = Batch(secrets.token_hex(16), 0)
         self._stored: dict[str, int] | None = None
         self._writing: dict[str, int] = {}
         self._unwritten: dict[str, int] = {}
@@ -46,25 +54,22 @@ class BudgetUsage:
 
     def refresh(self) -> None:
         """Write what was used, and read what everybody used; raises `StoreError`. Blocks."""
-        with self._lock:
-            self._writing, self._unwritten = self._unwritten, self._writing
-            used = dict(self._writing)
-        try:
-            if used:
-                budgets.add_use(self._store.engine, used)
-        except StoreError:
-            self._take_back()
-            raise
-        self._settle_written()
-        stored = budgets.read_use(self._store.engine)
-        with self._lock:
-            self._stored, self._asked = stored, False
+        with self._refreshing:
+            if self._writing:
+                self._write()  # the batch that failed before, as it was: it may have been written all the same
+            with self._lock:
+                self._writing, self._unwritten = self._unwritten, {}
+                self._batch = self._batch._replace(number=self._batch.number + 1)
+            self._write()
+            stored = budgets.read_use(self._store.engine)
+            with self._lock:
+                self._stored, self._asked = stored, False
 
     async def run(self) -> None:
         """Refresh for ever, whenever there is something to write or somebody asked."""
         while True:
             await asyncio.sleep(EVERY_S)
-            if not (self._asked or self._unwritten):
+            if not (self._asked or self._unwritten or self._writing):
                 continue
             try:
                 await asyncio.to_thread(self.refresh)
@@ -76,18 +81,15 @@ class BudgetUsage:
         try:
             self.refresh()
         except StoreError:
-            logger.error("%d used tokens could not be written", sum(self._unwritten.values()))
+            lost = sum(self._unwritten.values()) + sum(self._writing.values())
+            logger.error("%d used tokens could not be written", lost)
 
-    def _settle_written(self) -> None:
-        """What is written counts as stored at once: reading it back may fail, and must not write it again."""
+    def _write(self) -> None:
+        """Write a batch, which counts as stored at once: reading it back may fail, and must not write it again."""
+        if self._writing:
+            budgets.add_use(self._store.engine, self._writing, self._batch, self._clock())
         with self._lock:
             if self._stored is not None:
                 for scope, tokens in self._writing.items():
                     self._stored[scope] = self._stored.get(scope, 0) + tokens
-            self._writing = {}
-
-    def _take_back(self) -> None:
-        with self._lock:
-            for scope, tokens in self._writing.items():
-                self._unwritten[scope] = self._unwritten.get(scope, 0) + tokens
             self._writing = {}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flexgate.policies.errors import StoreUnavailable
-from flexgate.policies.store import Store, budgets
+from flexgate.policies.errors import StoreReplaced, StoreUnavailable
+from flexgate.policies.store import Store, budgets, engine
 from flexgate.policies.tenants import Quota
 from flexgate.server.errors import ApiError
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
@@ -207,6 +207,31 @@ def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
     usage.refresh()
     assert usage.committed("t") == 15
     assert budgets.read_use(real_store.engine) == {"t": 15}
+
+
+def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_written(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    """The database's file lost its name, or the connection broke off, after the commit."""
+
+    def lost(_: object) -> None:
+        raise StoreReplaced("moved")
+
+    usage.add("t", 10)
+    monkeypatch.setattr(engine, "_require_kept", lost)
+    for _ in range(3):
+        with pytest.raises(StoreReplaced):
+            usage.refresh()
+        usage.add("t", 1)
+        assert usage.committed("t") in (11, 12, 13)
+    monkeypatch.undo()
+    assert budgets.read_use(real_store.engine) == {"t": 10}
+    usage.refresh()
+    assert usage.committed("t") == 13
+    assert budgets.read_use(real_store.engine) == {"t": 13}
+    usage.add("t", 5)
+    usage.close()
+    assert budgets.read_use(real_store.engine) == {"t": 18}
 
 
 def test_a_budget_that_is_not_known_is_not_spent(real_store: Store) -> None:
