@@ -8,8 +8,8 @@ independent validator on sampled answers in `tests/server/constraints/test_schem
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import ceil, floor
-from typing import Any, Final
+from math import ceil, floor, inf
+from typing import Any, Final, cast
 
 from flexgate.server.constraints.alternatives import TYPES, Claim, claim_of, exclusive, types_of
 from flexgate.server.constraints.errors import Unenforceable
@@ -203,6 +203,9 @@ class _Rewrite:
             written["prefixItems"] = self._listed(schema["prefixItems"], place, "prefixItems")
         items = schema.get("items", "prefixItems" not in schema)
         written["items"] = False if items is False else self._schema(items, f"{place}/items")
+        listed, most = len(written.get("prefixItems", ())), written.get("maxItems", inf)
+        _require_room("prefixItems", listed, most)
+        _require_room("minItems", written.get("minItems", 0), listed if items is False else most)
         return written
 
     def _object(self, schema: Schema, place: str) -> Schema:
@@ -217,6 +220,11 @@ class _Rewrite:
         for name in required:
             if name not in named:
                 raise Unenforceable(f"'required' is enforced for 'properties' only: '{_shown(name)}' is none")
+        required = list(dict.fromkeys(required))
+        closed = listed or (schema.get("additionalProperties") is False and "patternProperties" not in schema)
+        most = min(len(named) if closed else inf, written.get("maxProperties", inf))
+        _require_room("required", len(required), most)
+        _require_room("minProperties", written.get("minProperties", 0), most)
         if listed:
             for name in schema.keys() & {"patternProperties", "propertyNames"}:
                 raise Unenforceable(f"'{name}' beside 'properties' is not enforced")
@@ -240,11 +248,17 @@ class _Rewrite:
         written: Schema = {}
         if "propertyNames" in schema:
             names = self._schema(schema["propertyNames"], f"{place}/propertyNames")
-            if names and set(_types(names)) != {"string"} and "enum" not in names:
-                names = self._schema(schema["propertyNames"] | {"type": "string"}, f"{place}/propertyNames")
-            written["propertyNames"] = names
+            if names and not (_types(names) == {"string"} and "enum" not in names):
+                names = self._names(schema["propertyNames"], f"{place}/propertyNames")
+            written |= {"propertyNames": names} if names else {}
         others = others if others is False else self._schema(others, f"{place}/additionalProperties")
         return written | {"additionalProperties": True if others == {} else others}
+
+    def _names(self, schema: Schema, place: str) -> Schema:
+        """What of a schema for names can be one: they are strings, whatever else it allows."""
+        if "string" not in _types(schema):
+            raise Unenforceable("'propertyNames' of another type than 'string' allows nothing")
+        return cast(Schema, self._schema(schema | {"type": "string"}, place))
 
 
 def _types(schema: Schema) -> frozenset[str]:
@@ -312,6 +326,11 @@ def _number(schema: Schema, _place: str) -> Schema:
             raise Unenforceable(f"'{name}' must be a number")
         if "e" in repr(value) or not abs(value) < 1 << 53:
             raise Unenforceable(f"'{name}' is enforced up to 2^53, and not below 0.0001")
+    low = max(schema.get("minimum", -inf), schema.get("exclusiveMinimum", -inf))
+    high = min(schema.get("maximum", inf), schema.get("exclusiveMaximum", inf))
+    if low == high and low in (schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")):
+        high = -inf
+    _require_room("minimum", low, high)
     return schema
 
 
@@ -324,8 +343,14 @@ def _integer(schema: Schema, place: str) -> Schema:
             low.append(floor(value) + 1 if name.startswith("exclusive") else ceil(value))
         else:
             high.append(ceil(value) - 1 if name.startswith("exclusive") else floor(value))
+    _require_room("minimum", max(low, default=-inf), min(high, default=inf))
     written = {"minimum": max(low)} if low else {}
     return written | ({"maximum": min(high)} if high else {})
+
+
+def _require_room(name: str, low: float, high: float) -> None:
+    if low > high:
+        raise Unenforceable(f"'{name}' asks for more than the keywords beside it allow")
 
 
 def _count(schema: Schema, name: str) -> int:

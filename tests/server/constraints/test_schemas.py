@@ -7,21 +7,15 @@ import random
 from typing import Any
 
 import pytest
-import torch
 import xgrammar
+from generated_schemas import KEYWORDS
 from jsonschema import Draft202012Validator
+from sampled_answers import COMPILER, sample
 
 from flexgate.server.constraints.errors import Unenforceable
 from flexgate.server.constraints.schemas import ANNOTATIONS, FORMATS, UNENFORCED, enforceable
 
 SAMPLES = 40
-LONGEST = 400
-VOCABULARY = [bytes([byte]) for byte in range(256)]
-END = len(VOCABULARY)
-TOKENIZER = xgrammar.TokenizerInfo([*VOCABULARY, b"<end>"], stop_token_ids=[END])
-COMPILER = xgrammar.GrammarCompiler(TOKENIZER, max_threads=1, cache_enabled=False)
-TYPICAL = b'{}[]",:0123456789abcxyzABXZ-+.@_/ eE'
-CLOSING = b'"}]'
 
 AB: dict[str, Any] = {"a": {"type": "string"}, "b": {"type": "integer"}}
 NAMES = {"pattern": "^[a-c]{2}$"}
@@ -46,6 +40,12 @@ ENFORCED: list[Any] = [
     {"type": "object", "propertyNames": NAMES},
     {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "null"}},
     {"type": "object", "propertyNames": {"maxLength": 2}},
+    {"type": "object", "propertyNames": {}},
+    {"type": "object", "propertyNames": {"enum": ["a", 1, None]}},
+    {"type": "object", "propertyNames": {"type": ["string", "integer"], "maxLength": 2}},
+    {"type": "object", "properties": AB, "required": ["a", "a"], "maxProperties": 1},
+    {"type": "string", "pattern": "^a(\\.b+)?$"},
+    {"type": "string", "pattern": "^é.?[^ü]$"},
     {"type": "string"},
     {"type": "string", "minLength": 2, "maxLength": 4},
     {"type": "string", "minLength": 3},
@@ -107,6 +107,17 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "object", "properties": AB, "propertyNames": NAMES}, "propertyNames"),
     ({"type": "object", "patternProperties": {"^x": {}, "y$": {}}}, "patternProperties"),
     ({"type": "object", "propertyNames": NAMES, "minProperties": 2}, "minProperties"),
+    ({"type": "object", "propertyNames": {"const": None}}, "const"),
+    ({"type": "object", "propertyNames": {"type": "integer"}}, "propertyNames"),
+    ({"type": "object", "propertyNames": {"$ref": "#/$defs/x"}, "$defs": {"x": {"type": "integer"}}}, "$ref"),
+    ({"properties": {}, "minProperties": 2}, "minProperties"),
+    ({"additionalProperties": False, "minProperties": 1}, "minProperties"),
+    ({"properties": AB, "required": ["a", "b"], "maxProperties": 1}, "required"),
+    ({"type": "array", "prefixItems": [{}, {}], "maxItems": 1}, "prefixItems"),
+    ({"type": "array", "prefixItems": [{}], "minItems": 2}, "minItems"),
+    ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems"),
+    ({"type": "number", "minimum": 1, "exclusiveMaximum": 1.0}, "minimum"),
+    ({"type": "integer", "minimum": 0.5, "maximum": 0.75}, "minimum"),
     ({"type": "string", "pattern": "^(?!ab)[ab]{2}$"}, "look-ahead"),
     ({"type": "object", "patternProperties": {"^(?=ab)[ab]{2}$": {}}}, "look-ahead"),
     ({"type": "string", "pattern": "(?<=a)b"}, "look-behind"),
@@ -190,27 +201,6 @@ def compiled(schema: Any) -> xgrammar.CompiledGrammar:
     return COMPILER.compile_json_schema(text, any_whitespace=False, separators=(",", ":"))
 
 
-def sample(grammar: xgrammar.CompiledGrammar, chance: random.Random) -> bytes | None:
-    """An answer that takes tokens from the masks at random; None when it grows too long."""
-    matcher, text = xgrammar.GrammarMatcher(grammar), bytearray()
-    mask = xgrammar.allocate_token_bitmask(1, END + 1)
-    while len(text) < LONGEST:
-        mask.fill_(-1)
-        matcher.fill_next_token_bitmask(mask)
-        bits = (mask[0].unsqueeze(1) >> torch.arange(32)) & 1
-        allowed = bits.flatten()[: END + 1].nonzero().flatten().tolist()
-        if END in allowed and (len(allowed) == 1 or chance.random() < 0.3):
-            return bytes(text)
-        tokens = [token for token in allowed if token < 128] or allowed  # whole characters, where there is a choice
-        closing = [token for token in tokens if token in CLOSING]
-        typical = [token for token in tokens if token in TYPICAL]
-        likely = closing if closing and chance.random() < 0.2 + len(text) / LONGEST else typical
-        token = chance.choice(likely if likely and chance.random() < 0.9 else [t for t in tokens if t != END] or tokens)
-        assert matcher.accept_token(token)
-        text.append(token)
-    return None
-
-
 @pytest.mark.parametrize("schema", ENFORCED, ids=lambda schema: json.dumps(schema)[:70])
 def test_every_sampled_answer_satisfies_the_schema(schema: Any) -> None:
     grammar, chance = compiled(schema), random.Random(7)
@@ -240,3 +230,8 @@ def test_every_keyword_of_the_standard_is_in_one_list() -> None:
     known = {name for schema in ENFORCED if isinstance(schema, dict) for name in schema}
     standard = set(Draft202012Validator.VALIDATORS) | {"default", "examples", "deprecated", "$anchor", "$id", "$schema"}
     assert standard <= known | UNENFORCED | ANNOTATIONS
+
+
+def test_every_keyword_that_is_enforced_is_generated() -> None:
+    known = {name for schema in ENFORCED if isinstance(schema, dict) for name in schema}
+    assert known - ANNOTATIONS - UNENFORCED - {"x-unit", "nullable"} <= KEYWORDS.keys()
