@@ -65,9 +65,10 @@ repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to 
 test-clients: $(VENV)/.runtime build/clients/.installed ## Run real clients against the demo, in an environment of their own (needs Node 20 and npm).
 	cd tests/clients && "$(CURDIR)/build/clients/bin/python" -m pytest -p no:cacheprovider $(ARGS)
 
-build/clients/.installed: locks/clients.txt tests/clients/package-lock.json
+# guidellm needs torch (with networkx and sympy): the one that is pinned for CPUs, not 3 GB of CUDA.
+build/clients/.installed: locks/clients.txt locks/torch-cpu.txt tests/clients/package-lock.json
 	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
-	build/clients/bin/python -m pip install -q --no-deps --require-hashes -r locks/clients.txt
+	build/clients/bin/python -m pip install -q --no-deps --require-hashes -r locks/clients.txt -r locks/torch-cpu.txt
 	cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
@@ -80,7 +81,7 @@ verify: $(VENV)/.dev ## Everything, whole: tests, defects, mutants, kills (STEPS
 lock: ## Pin and hash what locks/*.in name (needs uv).
 	for part in cpu dev; do uv pip compile --no-deps --generate-hashes --universal \
 	  --python-version 3.11 --no-header --no-annotate -q locks/$$part.in -o locks/$$part.txt; done
-	uv pip compile --generate-hashes --python-version 3.11 --no-header --no-annotate -q locks/clients.in -o locks/clients.txt
+	uv pip compile --excludes <(echo torch) --generate-hashes --python-version 3.11 --no-header --no-annotate -q locks/clients.in -o locks/clients.txt
 
 clean: ## Remove the environment and caches.
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -34,6 +34,7 @@ STEPS = {
     "residency-kills": f"{PYTHON} -m kills.residency --kills 1000 --report {{folder}}/residency-kills.json",
     "server-kills": f"{PYTHON} -m kills.servers --kills 50 --report {{folder}}/server-kills.json",
     "repeat-engine-tests": "make --no-print-directory repeat-engine-tests",
+    "clients": "make --no-print-directory test-clients",
 }
 
 

@@ -12,6 +12,8 @@ PATHS = {
     "tools": "tools",
     "stream": "streams",
     "structured": "structured output",
+    "scores": "log-probabilities",
+    "load": "load",
     "refusal": "errors",
 }
 MARKS = {"passed": "✓", "failed": "✗", None: "–"}

@@ -38,7 +38,7 @@ def agent(request, demo):
     model = request.param(model=demo.model, openai_client=client)
 
     def make(**more: Any) -> Agent:
-        settings = ModelSettings(temperature=0, max_tokens=200, **more.pop("settings", {}))
+        settings = ModelSettings(temperature=0, max_tokens=400, **more.pop("settings", {}))
         return Agent(name="A", instructions="Be short.", model=model, model_settings=settings, **more)
 
     return make

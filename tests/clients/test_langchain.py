@@ -27,7 +27,7 @@ def weather(city: Literal["Paris", "Oslo"]) -> str:
 @pytest.fixture
 def model(demo):
     return ChatOpenAI(
-        model=demo.model, base_url=demo.v1, api_key=demo.key, max_tokens=200, temperature=0, max_retries=0
+        model=demo.model, base_url=demo.v1, api_key=demo.key, max_tokens=400, temperature=0, max_retries=0
     )
 
 

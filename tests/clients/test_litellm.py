@@ -22,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": Choice
 @pytest.fixture
 def ask(demo):
     def ask(messages: Any, **more: Any) -> Any:
-        options = {"max_tokens": 200, "temperature": 0, "num_retries": 0, **more}
+        options = {"max_tokens": 400, "temperature": 0, "num_retries": 0, **more}
         model = f"hosted_vllm/{demo.model}"
         return litellm.completion(model=model, api_base=demo.v1, api_key=demo.key, messages=messages, **options)
 

@@ -40,7 +40,7 @@ def test_conversation(client, demo) -> None:
 
 def test_tools(client, demo) -> None:
     function = {"name": "weather", "description": "The weather in a city.", "parameters": PARAMETERS}
-    ask: Any = {"model": demo.model, "tools": [{"type": "function", "function": function}], "max_tokens": 200}
+    ask: Any = {"model": demo.model, "tools": [{"type": "function", "function": function}], "max_tokens": 400}
     answer = client.chat.completions.create(messages=[HELLO], tool_choice="required", temperature=0, **ask)
     message = answer.choices[0].message
     (call,) = message.tool_calls[:1]
@@ -50,7 +50,7 @@ def test_tools(client, demo) -> None:
     assert client.chat.completions.create(messages=[HELLO, message, *results], tool_choice="auto", **ask).choices
     tools: Any = [{"type": "function", "strict": True, **function}]
     said = client.responses.create(
-        model=demo.model, input=[HELLO], tools=tools, tool_choice="required", max_output_tokens=200, temperature=0
+        model=demo.model, input=[HELLO], tools=tools, tool_choice="required", max_output_tokens=400, temperature=0
     )
     calls = [item for item in said.output if item.type == "function_call"]
     outputs: Any = [
@@ -71,7 +71,7 @@ def test_stream(client, demo) -> None:
     with client.chat.completions.stream(**ask, stream_options={"include_usage": True}) as stream:
         events = list(stream)
     assert any(event.type == "content.delta" for event in events)
-    assert stream.get_final_completion().usage.completion_tokens == 4
+    assert stream.current_completion_snapshot.usage.completion_tokens == 4
     with client.responses.stream(model=demo.model, input="Hello", max_output_tokens=4) as stream:
         kinds = [event.type for event in stream]
     assert kinds[-1] == "response.incomplete"

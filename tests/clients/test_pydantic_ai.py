@@ -23,7 +23,7 @@ def agent(demo):
     model = OpenAIChatModel(demo.model, provider=OpenAIProvider(base_url=demo.v1, api_key=demo.key))
 
     def make(**more):
-        return Agent(model, model_settings={"temperature": 0, "max_tokens": 200}, retries=0, **more)
+        return Agent(model, model_settings={"temperature": 0, "max_tokens": 400}, retries=0, **more)
 
     return make
 

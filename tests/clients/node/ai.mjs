@@ -4,9 +4,10 @@ import { generateText, Output, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 
 const inputSchema = z.object({ city: z.enum(["Paris", "Oslo"]) });
-const options = { maxOutputTokens: 200, temperature: 0, maxRetries: 0 };
+const common = { maxOutputTokens: 400, temperature: 0, maxRetries: 0 };
 
-export function paths(model) {
+export function paths(model, more = {}) {
+  const options = { ...common, ...more };
   return {
     async conversation() {
       const first = await generateText({ model, prompt: "Hello", ...options });

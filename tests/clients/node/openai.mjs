@@ -23,7 +23,7 @@ export async function conversation() {
 
 export async function tools() {
   const tool = { type: "function", function: { name: "weather", parameters } };
-  const ask = { model, tools: [tool], max_tokens: 200, temperature: 0 };
+  const ask = { model, tools: [tool], max_tokens: 400, temperature: 0 };
   const called = await client.chat.completions.create({ ...ask, messages: [hello], tool_choice: "required" });
   const message = called.choices[0].message;
   assert.ok(["Paris", "Oslo"].includes(JSON.parse(message.tool_calls[0].function.arguments).city));
