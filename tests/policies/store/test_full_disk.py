@@ -126,3 +126,21 @@ def test_what_is_left_when_the_reserve_is_used_up_is_whole(store: Store, disk: S
     assert store.verify_audit().heads == store.audit_heads()
     disk.free()
     archive_project(store, "t", **BY)
+
+
+def test_a_process_that_starts_anew_on_the_full_disk_has_what_was_taken(store: Store) -> None:
+    archive_project(store, "t", **BY)
+    store.close()  # the log keeps what could not go into the database, and its room
+    with closing(Store.open(str(store.engine.url))) as again:
+        again.migrate()
+        announce(again.engine, Process("p", 0, 2.0), at=1.0)
+        assert again.snapshot().tenants["t"].archived
+        revoke_admin_key(again, again.keys()[1].key_id, **BY)
+
+
+def test_nothing_is_read_where_the_disk_was_filled_while_nothing_ran(store: Store, disk: SmallDisk) -> None:
+    disk.free()
+    store.close()
+    disk.fill()
+    with closing(Store.open(str(store.engine.url))) as again, pytest.raises(StoreUnavailable):
+        again.migrate()
