@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from packagekit import ONE, make_package, write_model
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +20,6 @@ from flexgate.experts.base import BaseIdentity, base_identity
 from flexgate.experts.errors import (
     BaseMismatch,
     DigestMismatch,
-    KeyInvalid,
     ManifestInvalid,
     OutputRefused,
     PackageError,
@@ -33,7 +30,7 @@ from flexgate.experts.errors import (
 from flexgate.experts.files import WEIGHTS_NAME
 from flexgate.experts.manifest import parse_manifest
 from flexgate.experts.package import CheckedWeights, open_weights
-from flexgate.experts.signature import TrustedKeys, generate, read_private_key, read_public_keys
+from flexgate.experts.signature import TrustedKeys, generate
 from flexgate.experts.tensorfile import file_digest
 from flexgate.experts.verify import VerifiedPackage, open_package
 from flexgate.experts.write import sign_package
@@ -385,23 +382,6 @@ def test_a_file_swapped_in_the_middle_of_copying_is_refused(
     with pytest.raises(DigestMismatch):
         open_package(package, base=base, trusted_keys=trusted, into=tmp_path / "copy", progress=swap)
     assert not (tmp_path / "copy").exists()
-
-
-def test_keys_are_made_private_never_overwritten_and_only_ed25519(tmp_path: Path) -> None:
-    private, public = generate("acme", tmp_path / "keys")
-    assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    assert read_public_keys(public)[0] == read_private_key(private).public_key()
-    with pytest.raises(OutputRefused, match="exists already"):
-        generate("acme", tmp_path / "keys")
-    with pytest.raises(KeyInvalid, match="is not an owner id"):
-        generate("../acme", tmp_path / "keys")
-    other = generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (tmp_path / "other.key").write_bytes(other)
-    with pytest.raises(KeyInvalid, match="another kind, expected Ed25519"):
-        read_private_key(tmp_path / "other.key")
-    (tmp_path / "keys/acme.pem").write_text("hello")
-    with pytest.raises(KeyInvalid, match="must hold PEM public keys"):
-        TrustedKeys.from_directory(tmp_path / "keys")
 
 
 def test_base_identity_is_the_same_from_anchor_and_from_files_sharded_otherwise(
