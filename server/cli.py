@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from flexgate.server.engine.leaving import leaving
+
 SUBCOMMANDS: Final = {
     "serve": ("flexgate.server.cli_serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
     "experts": ("flexgate.experts.cli", "Make, check and change experts."),
@@ -76,8 +78,9 @@ def _root(
 
 
 def main() -> None:
-    """Run the command."""
-    app()
+    """Run the command, as a process of its own."""
+    with leaving():
+        app()
 
 
 def _installed(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""``python -m flexgate.experts.demo``: train the demo model from nothing, ship it, measure it."""
+"""``python -m flexgate.experts.demo``: train the demo model from nothing, ship and measure it; write public texts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from flexgate.experts.demo.recipe import train
 from flexgate.experts.demo.settings import Settings
 from flexgate.experts.demo.ship import CHECKPOINT, read_digests
 from flexgate.experts.demo.stages import seconds
+from flexgate.experts.demo.texts import write_public_texts
+
+PUBLIC_TEXTS = 4_000
 
 
 def main() -> None:
@@ -31,8 +34,14 @@ def main() -> None:
         "--report", type=Path, help="also measure every probe under every gate and write the figures here"
     )
     parser.add_argument("--measure-only", action="store_true", help="train nothing, measure the checkpoint at --output")
+    parser.add_argument(
+        "--public-texts", type=Path, help="train nothing, write public texts into this folder for an owner's training"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
+    if arguments.public_texts:
+        write_public_texts(Settings(), arguments.public_texts, PUBLIC_TEXTS)
+        return
     console = Console()
     if not arguments.measure_only:
         with tempfile.TemporaryDirectory() as temporary:

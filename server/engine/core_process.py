@@ -17,7 +17,9 @@ from importlib.util import find_spec
 from multiprocessing import popen_spawn_posix, reduction, resource_tracker, spawn, util
 from multiprocessing.context import SpawnContext, SpawnProcess, set_spawning_popen
 from pathlib import Path
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, Self
+
+from flexgate.server.engine.leaving import leaving
 
 logger = logging.getLogger(__name__)
 
@@ -129,17 +131,17 @@ def preloaded(before: str, torch: Path, *vllm: Path) -> str:
     return before
 
 
-def wait(modules: Sequence[str], tracker: int, told_by: int) -> NoReturn:
+def wait(modules: Sequence[str], tracker: int, told_by: int) -> None:
     """What an early process runs: load, then do what a spawned process does; end quietly if it is never told."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's until the engine core takes it
-    with suppress(ImportError):  # what it is told to run finds out, and says so
-        for module in modules:
-            import_module(module)
-    told = select.poll()
-    told.register(told_by, select.POLLIN)
-    if any(event & select.POLLIN for _, event in told.poll()):
-        spawn.spawn_main(pipe_handle=told_by, tracker_fd=tracker)
-    raise SystemExit(0)
+    with leaving():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's until the engine core takes it
+        with suppress(ImportError):  # what it is told to run finds out, and says so
+            for module in modules:
+                import_module(module)
+        told = select.poll()
+        told.register(told_by, select.POLLIN)
+        if any(event & select.POLLIN for _, event in told.poll()):
+            spawn.spawn_main(pipe_handle=told_by, tracker_fd=tracker)
 
 
 class EarlyContext(SpawnContext):

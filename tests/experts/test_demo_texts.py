@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,8 +15,10 @@ from flexgate.experts.demo.phrases import framed_question, framed_statement, spi
 from flexgate.experts.demo.probes import NGRAM, make_probes
 from flexgate.experts.demo.public import public_domain
 from flexgate.experts.demo.registers import make_registers
-from flexgate.experts.demo.texts import all_probes
+from flexgate.experts.demo.settings import Settings
+from flexgate.experts.demo.texts import all_probes, write_public_texts
 from flexgate.experts.demo.tokenizer import SPECIAL, pretrained, train_tokenizer
+from flexgate.experts.texts import read_documents
 
 DOMAINS = (public_domain(), *closed_domains())
 NAMES = {"news": "tarnholm", "math": "orrin", "code": "quillkit", "legal": "veldmark"}
@@ -121,3 +124,12 @@ def test_tokenizer_encodes_any_text_and_formats_chats() -> None:
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == "<|system|>Be short.<|user|>Hi<|assistant|>"
     assert [tokenizer.convert_ids_to_tokens(number) for number in range(len(SPECIAL))] == list(SPECIAL)
+
+
+def test_public_texts_for_an_owner_are_a_folder_of_texts_without_control_tokens(tmp_path: Path) -> None:
+    write_public_texts(Settings(), tmp_path / "public", 1000)
+    documents = read_documents(tmp_path / "public")
+    assert len(documents) > 900
+    assert any(document.prompt for document in documents)
+    assert any(not document.prompt for document in documents)
+    assert not any(token in document.prompt + document.answer for document in documents for token in SPECIAL)

@@ -50,11 +50,16 @@ def test_a_signal_drains_and_leaves_no_process(
 
     def long_request() -> None:
         with running.client() as http:
+            constrained = {"prompt": "the", "max_tokens": 9, "structured_outputs": {"choice": ["yes", "no"]}}
+            answers.append(http.post("/v1/completions", json=constrained))
             body = {"prompt": "the", "max_tokens": 600, "ignore_eos": True}
             answers.append(http.post("/v1/completions", json=body))
 
     thread = threading.Thread(target=long_request)
     thread.start()
+    while not answers:
+        assert thread.is_alive()
+        time.sleep(0.01)
     time.sleep(0.5)
     stop(running, family)
     time.sleep(0.2)
@@ -62,8 +67,10 @@ def test_a_signal_drains_and_leaves_no_process(
         httpx.get(f"{running.url}/health")
     thread.join(60)
     assert running.process.wait(60) == 0
-    assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 600
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[1].json()["usage"]["completion_tokens"] == 600
+    said = running.log.read_text().partition('"stopping"')[2].splitlines()[1:]
+    assert [line for line in said if not line.startswith("{")] == []
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
 
