@@ -51,6 +51,7 @@ class BaseArchitecture:
     rope_theta: float
     rms_norm_eps: float
     norm_topk_prob: bool
+    tie_word_embeddings: bool = False
 
     @classmethod
     def of(cls, architecture: Architecture) -> BaseArchitecture:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
+from flexgate.experts.configuration import read_architecture
 from flexgate.experts.errors import LayoutError, TensorFileError
 from flexgate.experts.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, Architecture, check_shapes
 from flexgate.experts.tensorfile import TensorFile, TensorInfo, parse_json
 
 MAX_JSON: Final = 1 << 26
 MAX_HEADER: Final = 1 << 24
-MAX_SIZE: Final[Mapping[str, int]] = {"num_hidden_layers": 1024, "num_experts": 4096, "num_experts_per_tok": 4096}
 
 
 class CheckpointReader:
@@ -151,32 +150,3 @@ def _compare(directory: Path, index: Mapping[str, str], held: Mapping[str, str])
         if index.get(name) != held.get(name):
             said, found = index.get(name, "no shard"), held.get(name, "no shard")
             raise LayoutError(f"{directory / INDEX_NAME} says that {said} holds {name}; {found} does")
-
-
-def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The numbers of a ``config.json``, each checked before anything is counted or multiplied with it.
-
-    Raises:
-        LayoutError: naming the first that makes no model of this kind.
-    """
-    if "quantization_config" in config:
-        raise LayoutError("config.json is that of a quantised model; experts are made from float32 and bfloat16")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise LayoutError(f"config.json asks for rotary embeddings {rope!r:.80}, only the default kind is read")
-    for field in fields(Architecture):
-        default = None if field.default is MISSING else field.default
-        default = config.get("num_attention_heads") if field.name == "num_key_value_heads" else default
-        value = config.get(field.name)
-        _check_number(field.name, str(field.type), default if value is None else value)
-    return Architecture.from_config(config)
-
-
-def _check_number(name: str, kind: str, value: Any) -> None:
-    most = MAX_SIZE.get(name, 1 << 24)
-    if kind == "int" and not (type(value) is int and 1 <= value <= most):
-        raise LayoutError(f"config.json: {name} is {value!r:.40}, expected 1 to {most}")
-    if kind == "float" and not (isinstance(value, int | float) and 0 < value < float("inf")):
-        raise LayoutError(f"config.json: {name} is {value!r:.40}, expected a positive number")
-    if kind == "bool" and not isinstance(value, bool):
-        raise LayoutError(f"config.json: {name} is {value!r:.40}, expected true or false")

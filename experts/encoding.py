@@ -45,7 +45,7 @@ class Encoder:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # loaders raise whatever a strange file makes them stumble over
             raise TextsInvalid(f"{directory} has no tokenizer that can be loaded: {error}") from error
         if len(tokenizer) > config["vocab_size"]:
             raise TextsInvalid(

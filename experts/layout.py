@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +26,8 @@ SHARED_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "model.norm.weight": ("H",),
     "lm_head.weight": ("V", "H"),
 }
+"""The head is missing where it is tied to the embedding."""
+HEAD_KEY: Final = "lm_head.weight"
 LAYER_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "model.layers.{layer}.self_attn.q_proj.weight": ("Q", "H"),
     "model.layers.{layer}.self_attn.k_proj.weight": ("K", "H"),
@@ -69,6 +71,7 @@ class Architecture:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     norm_topk_prob: bool = False
+    tie_word_embeddings: bool = False
 
     @property
     def head_size(self) -> int:
@@ -87,21 +90,6 @@ class Architecture:
             "K": self.num_key_value_heads * self.head_size,
         }
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Architecture:
-        """Read a ``config.json`` mapping, old (``rope_theta``) or new (``rope_parameters``)."""
-        if config.get("model_type") != "flex_olmo":
-            raise LayoutError(f"config.json names model_type {config.get('model_type')!r}, expected 'flex_olmo'")
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in config.items() if name in known and value is not None}
-        values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-        rope = config.get("rope_parameters")
-        theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-        values.setdefault("rope_theta", ROPE_THETA)
-        if theta is not None:
-            values["rope_theta"] = theta
-        return cls(**values)
-
     def to_config(self, *, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
         """The ``config.json`` mapping that transformers loads as ``FlexOlmoForCausalLM``."""
         values = asdict(self)
@@ -114,7 +102,6 @@ class Architecture:
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
@@ -141,13 +128,17 @@ def bias_keys(architecture: Architecture) -> list[str]:
 def shared_keys(architecture: Architecture) -> list[str]:
     """Names of all tensors that belong to the public anchor and to no expert."""
     layers = range(architecture.num_hidden_layers)
-    return [*SHARED_KEYS, *(key.format(layer=layer) for layer in layers for key in LAYER_KEYS)]
+    return [*_outside_layers(architecture), *(key.format(layer=layer) for layer in layers for key in LAYER_KEYS)]
+
+
+def _outside_layers(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    return {key: shape for key, shape in SHARED_KEYS.items() if key != HEAD_KEY or not architecture.tie_word_embeddings}
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint without router bias, with its shape."""
     sizes = architecture.sizes
-    templates: dict[str, tuple[str, ...]] = {**SHARED_KEYS}
+    templates: dict[str, tuple[str, ...]] = _outside_layers(architecture)
     for layer in range(architecture.num_hidden_layers):
         templates |= {key.format(layer=layer): shape for key, shape in LAYER_KEYS.items()}
         templates[ROUTER_KEY.format(layer=layer)] = ("E", "H")

@@ -68,6 +68,7 @@ class Numbers(Document):
     rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rms_norm_eps: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
     norm_topk_prob: Annotated[bool, Field(strict=True)]
+    tie_word_embeddings: Annotated[bool, Field(strict=True)] = False
 
 
 class Base(Document):

@@ -155,12 +155,20 @@ class Block(nn.Module):
         return out
 
 
+class Embedding(nn.Embedding):
+    """Token embeddings, with which a tied head projects back."""
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Inner products ``[..., V]`` with every token's embedding."""
+        return F.linear(x, self.weight)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm."""
 
     def __init__(self, architecture: Architecture, *, biased: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+        self.embed_tokens = Embedding(architecture.vocab_size, architecture.hidden_size)
         self.layers = nn.ModuleList(Block(architecture, biased=biased) for _ in range(architecture.num_hidden_layers))
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
 
@@ -170,6 +178,19 @@ class Decoder(nn.Module):
         return [cast(Block, layer) for layer in self.layers]
 
 
+class TiedHead(nn.Module):
+    """The embedding as head: a module without a parameter of its own, so that a checkpoint has none either."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, where torch registers no second owner of the weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states."""
+        logits: Tensor = self._embedding[0].unembed(x)
+        return logits
+
+
 class FlexOlmo(nn.Module):
     """The whole model; ``allowed_BE`` is the gate of every sequence (None: all experts)."""
 
@@ -177,7 +198,11 @@ class FlexOlmo(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.model = Decoder(architecture, biased=biased)
-        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.lm_head: nn.Module
+        if architecture.tie_word_embeddings:
+            self.lm_head = TiedHead(self.model.embed_tokens)
+        else:
+            self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
 
     def hidden(self, tokens_BT: Tensor, allowed_BE: Tensor | None = None, taps: list[Tensor] | None = None) -> Tensor:
         """Final hidden states ``[B, T, H]``, normalised; every layer's router input is appended to ``taps``."""

@@ -157,6 +157,8 @@ def _load_shards(directory: Path, mesh: DeviceMesh) -> FlexOlmo:
     """Read one tensor after the other and keep this process's shard."""
     with CheckpointReader(directory) as checkpoint:
         _require_anchor(directory, checkpoint.architecture)
+        if checkpoint.architecture.tie_word_embeddings:
+            raise TrainingRefused(f"{directory} has tied embeddings: train against it in one process")
         with torch.device("meta"):
             model = FlexOlmo(checkpoint.architecture, biased=ROUTER_BIAS_KEY.format(layer=0) in checkpoint)
         shard(model, mesh)

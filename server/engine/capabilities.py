@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flexgate.server.engine.requirements import CPU_HEAD_SIZES, CPU_HIDDEN_MULTIPLE
+
 Status = Literal["tested", "unverified", "refused"]
 
 
@@ -19,7 +21,10 @@ class RefusedConfigurationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """One way of running, and for a refused one how to recognise it in a ``VllmConfig``."""
+    """One way of running, and for a refused one how to recognise it in a ``VllmConfig``.
+
+    What the checkpoint itself says is refused before there is one (``requirements``, ``experts/configuration.py``).
+    """
 
     name: str
     status: Status
@@ -42,6 +47,20 @@ CAPABILITIES: tuple[Capability, ...] = (
         "`--moe-kernels flexgate` on CPU", "tested", "torch reference: every engine test; Triton interpreted: slow ones"
     ),
     Capability("CUDA", "unverified", "no GPU was at hand"),
+    Capability("tied embeddings (`tie_word_embeddings`)", "tested", "slow engine test, on CPU"),
+    Capability(
+        "rotary embeddings of another kind than `default`", "refused", "neither the tools nor the tests compute them"
+    ),
+    Capability(
+        f"on CPU, attention heads of other sizes than {', '.join(map(str, CPU_HEAD_SIZES))}",
+        "refused",
+        "vLLM has no kernel for them; on CUDA vLLM decides",
+    ),
+    Capability(
+        f"on CPU, hidden sizes that are no multiple of {CPU_HIDDEN_MULTIPLE}",
+        "refused",
+        "vLLM's expert kernels cannot hold them",
+    ),
     Capability("expert parallelism on CPU", "tested", "slow engine test with two ranks"),
     Capability(
         "expert parallelism on CUDA",

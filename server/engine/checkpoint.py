@@ -1,14 +1,15 @@
 """Reading a checkpoint directory far enough to refuse a bad one before vLLM starts."""
 
-import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgate.experts.checkpoint import open_weights
+from flexgate.experts.checkpoint import open_weights, read_json
+from flexgate.experts.configuration import ARCHITECTURES, read_architecture
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, expected_shapes
 from flexgate.experts.package import MAX_ABSOLUTE
@@ -18,24 +19,12 @@ from flexgate.server.engine.identity import FileIdentity, identities
 
 MANIFEST_NAME = "flexgate.json"
 PUBLIC_EXPERT = "public"
-COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "max_position_embeddings",
-)
-SERVED = {  # what the model's code computes, whatever else config.json may ask for
-    "architectures": ["FlexOlmoForCausalLM"],
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "rope_type": "default",
+IDENTITY = {
+    "id": "[a-z0-9][a-z0-9-]{0,62}",
+    "owner": "[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
+    "domain": r"[^\x00-\x1f]{0,200}",
 }
+"""As the policy's catalogue takes them."""
 
 
 class CheckpointError(ValueError):
@@ -78,8 +67,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             architecture, quantised, ambiguous, or has mismatched shapes or too many experts.
     """
     files = identities(path)
-    config = _read_json(path / CONFIG_NAME)
-    architecture = _architecture(path, config)
+    architecture = _architecture(path)
     if architecture.num_experts > MAX_SLOTS:
         raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}")
     with _open_weights(path) as tensors:
@@ -140,43 +128,25 @@ def _open_weights(path: Path) -> Iterator[dict[str, TensorFile]]:
         yield tensors
 
 
-def _architecture(path: Path, config: dict[str, Any]) -> Architecture:
-    if "quantization_config" in config:
-        raise CheckpointError(f"{path} is quantised; flexgate serves float32 and bfloat16 only")
+def _architecture(path: Path) -> Architecture:
+    config = read_object(path / CONFIG_NAME)
     try:
-        architecture = Architecture.from_config(config)
-    except (LayoutError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a FlexOlmo checkpoint: {error}") from error
-    for name in COUNTS:
-        value = getattr(architecture, name)
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{path / CONFIG_NAME}: {name} must be a positive integer, not {value!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    given = {
-        "architectures": config.get("architectures"),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "attention_bias": config.get("attention_bias", False),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "head_dim": config.get("head_dim") or architecture.head_size,
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope,
-    }
-    wanted = SERVED | {"head_dim": architecture.head_size}
-    for name, value in given.items():
-        if value != wanted[name]:
-            raise CheckpointError(f"{path / CONFIG_NAME}: {name} is {value!r}; flexgate serves {wanted[name]!r} only")
+        architecture = read_architecture(config)
+    except LayoutError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if config.get("architectures") is None:
+        raise CheckpointError(f"{path}: config.json: architectures is missing, expected {ARCHITECTURES!r}")
     return architecture
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory, strictly: no key twice, no NaN; raises ``CheckpointError``."""
     if not path.is_file():
         raise CheckpointError(f"{path.parent} is not a model directory: {path.name} is missing")
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value
+        return read_json(path)
+    except LayoutError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_headers(path: Path, tensors: Mapping[str, TensorFile], architecture: Architecture) -> str:
@@ -205,20 +175,26 @@ def _experts(path: Path, architecture: Architecture) -> tuple[ExpertEntry, ...]:
     if not (path / MANIFEST_NAME).is_file():
         names = [PUBLIC_EXPERT, *(f"expert-{index}" for index in range(1, count))]
         return tuple(ExpertEntry(name, "unknown", "unknown") for name in names)
-    entries = _read_json(path / MANIFEST_NAME).get("experts")
+    manifest = path / MANIFEST_NAME
+    entries = read_object(manifest).get("experts")
     if not isinstance(entries, list) or len(entries) != count:
-        raise CheckpointError(f"{path / MANIFEST_NAME} must list the checkpoint's {count} experts")
-    try:
-        experts = tuple(
-            ExpertEntry(str(e["id"]), str(e["owner"]), str(e["domain"]), e.get("required", False)) for e in entries
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: every expert needs id, owner and domain") from error
+        raise CheckpointError(f"{manifest} must list the checkpoint's {count} experts")
+    experts = tuple(_entry(f"{manifest}: experts[{index}]", entry) for index, entry in enumerate(entries))
     if experts[0].id != PUBLIC_EXPERT:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: expert 0 must be {PUBLIC_EXPERT!r}")
-    for expert in experts:
-        if not isinstance(expert.required, bool):
-            raise CheckpointError(f"{path / MANIFEST_NAME}: 'required' of {expert.id!r} must be true or false")
+        raise CheckpointError(f"{manifest}: expert 0 must be {PUBLIC_EXPERT!r}")
     if len({expert.id for expert in experts}) != count:
-        raise CheckpointError(f"{path / MANIFEST_NAME}: expert ids must be distinct")
+        raise CheckpointError(f"{manifest}: expert ids must be distinct")
     return experts
+
+
+def _entry(where: str, entry: Any) -> ExpertEntry:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} must be an object with id, owner and domain")
+    for name, pattern in IDENTITY.items():
+        value = entry.get(name)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise CheckpointError(f"{where}: {name} is {value!r:.80}, expected a string that matches {pattern}")
+    required = entry.get("required", False)
+    if not isinstance(required, bool):
+        raise CheckpointError(f"{where}: 'required' of {entry['id']!r} must be true or false")
+    return ExpertEntry(entry["id"], entry["owner"], entry["domain"], required)

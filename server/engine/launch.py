@@ -21,6 +21,7 @@ from flexgate.server.engine.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_ke
 from flexgate.server.engine.memory import SlotPlan, kv_bytes_of_one_request, plan_slots
 from flexgate.server.engine.requirements import require_servable
 from flexgate.server.engine.slots import SlotTable
+from flexgate.server.engine.tokenizer import require_readable_texts
 
 if TYPE_CHECKING:
     from flexgate.server.engine.calls import ExpertInfo
@@ -121,6 +122,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         raise CheckpointError(f"--dtype {settings.dtype}: use auto, bfloat16 or float32 (float16 overflows)")
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     require_servable(checkpoint, settings, dtype, on_cpu=on_cpu())
+    require_readable_texts(settings.model, checkpoint.architecture.vocab_size)
     slots = plan_slots(
         checkpoint,
         dtype=dtype,

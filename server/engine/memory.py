@@ -68,7 +68,8 @@ def plan_slots(
     sharing, dealing = (1, ranks) if expert_parallel else (ranks, 1)
     slot_bytes = checkpoint.parameters_per_expert * width // sharing
     attention = 2 * a.hidden_size * (a.sizes["Q"] + a.sizes["K"])
-    other = a.num_hidden_layers * attention + 2 * a.vocab_size * a.hidden_size
+    embeddings = 1 if a.tie_word_embeddings else 2
+    other = a.num_hidden_layers * attention + embeddings * a.vocab_size * a.hidden_size
     other_bytes = other * width // ranks
     reserved = 1 if dealing > 1 else 0
     room = ((available_bytes - other_bytes - kv_bytes) // slot_bytes - reserved) * dealing

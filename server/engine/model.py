@@ -176,6 +176,8 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config
         self.model = FlexOlmoModel(vllm_config=vllm_config, prefix=f"{prefix}model")
         self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}lm_head")
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
     @property

@@ -4,7 +4,6 @@ Each requirement answers one question about a checkpoint and the settings it is 
 the end of a sentence that begins with what is wrong. Written for vLLM 0.32.0; tests compare with it.
 """
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -74,23 +73,6 @@ def _batch(_checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> 
     return None
 
 
-def _vocabulary(checkpoint: Checkpoint, _settings: "EngineSettings", _dtype: str) -> str | None:
-    """An id beyond the embedding would end the engine at the first prompt that holds it."""
-    path = checkpoint.path / "tokenizer.json"
-    if not path.is_file():
-        return None
-    try:
-        described = json.loads(path.read_text())
-        ids = list(described["model"]["vocab"].values())
-        ids += [token["id"] for token in described.get("added_tokens", ())]
-        last = max(int(id_) for id_ in ids)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # another kind of tokenizer; vLLM reads it
-    if last >= checkpoint.architecture.vocab_size:
-        return f"its tokenizer has an id {last}, but vocab_size is {checkpoint.architecture.vocab_size}"
-    return None
-
-
 def _head_size(checkpoint: Checkpoint, _settings: "EngineSettings", _dtype: str) -> str | None:
     if checkpoint.architecture.head_size not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
@@ -119,5 +101,5 @@ def _kv_cache(checkpoint: Checkpoint, settings: "EngineSettings", dtype: str) ->
     return None
 
 
-EVERYWHERE: tuple[Requirement, ...] = (_grouped_heads, _picks, _ranks, _length, _batch, _vocabulary)
+EVERYWHERE: tuple[Requirement, ...] = (_grouped_heads, _picks, _ranks, _length, _batch)
 ON_CPU: tuple[Requirement, ...] = (_head_size, _hidden_size, _kv_cache)

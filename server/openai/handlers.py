@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tool_parsers import ToolParserManager
 
+from flexgate.server.engine.tokenizer import template_problem
 from flexgate.server.http.offload import Offload
 from flexgate.server.openai.forced import ConstrainedToolParser
 from flexgate.server.settings import SettingsError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from flexgate.server.engine.client import GatedEngineClient
 
 CONSTRAINED_PARSER: Final = "flexgate_constrained"
-PROBE: Final = "a word of a user"
 
 
 class OffloadedRenderer(OnlineRenderer):
@@ -130,19 +130,9 @@ def _template(file: Path, tokenizer: Any) -> str:
         template = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--chat-template {file}: {error}") from error
-    problems = []
-    for content in (PROBE, [{"type": "text", "text": PROBE}]):  # vLLM gives a template whichever of the two it reads
-        try:
-            said = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=template, tokenize=False
-            )
-        except Exception as error:  # a template is a program
-            problems.append(f"{type(error).__name__}: {error}")
-        else:
-            if PROBE in said:
-                return template
-            problems.append("what a user says is not in what it makes")
-    raise SettingsError(f"--chat-template {file}: {problems[0]}")
+    if problem := template_problem(tokenizer, template):
+        raise SettingsError(f"--chat-template {file}: {problem}")
+    return template
 
 
 def _has_template(tokenizer: Any) -> bool:

@@ -8,12 +8,13 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packagekit import statement
+from packagekit import statement, write_model
 from safetensors.torch import load_file
 from torch import Tensor
 from trainkit import torchrun, write_owner
@@ -28,7 +29,14 @@ from flexgate.experts.model import FlexOlmo
 from flexgate.experts.pair import Row, make_pair, z_loss
 from flexgate.experts.parallel import require_one_kind, take
 from flexgate.experts.train import initialise, language_loss, weighted_loss
-from flexgate.experts.train_expert import ExpertOptions, RouterOptions, Texts, require_rows, train_expert
+from flexgate.experts.train_expert import (
+    ExpertOptions,
+    RouterOptions,
+    Texts,
+    load_anchor,
+    require_rows,
+    train_expert,
+)
 
 PLAN = Plan(steps=24, peak=5e-3, tokens_per_batch=100, save_every=6, evaluate_every=6)
 OPTIONS = ExpertOptions(PLAN, RouterOptions("mean-hidden", train=True), length=48)
@@ -204,6 +212,13 @@ def test_what_any_process_refuses_ends_all_with_one_message(
 
 ARCHITECTURE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
 EXAMPLES = [Example(tuple(range(2, 4 + size)), 2) for size in (5, 6, 3)]
+
+
+def test_an_anchor_with_a_tied_head_is_not_shared_out(tmp_path: Path) -> None:
+    write_model(tmp_path / "anchor", replace(ARCHITECTURE, tie_word_embeddings=True))
+    mesh: Any = object()
+    with pytest.raises(TrainingRefused, match="has tied embeddings: train against it in one process"):
+        load_anchor(tmp_path / "anchor", mesh)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

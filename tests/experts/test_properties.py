@@ -49,6 +49,7 @@ def models(draw: st.DrawFn) -> Model:
         num_key_value_heads=draw(st.sampled_from([1, heads])),
         num_experts=draw(st.integers(2, 5)),
         num_experts_per_tok=draw(st.integers(1, 2)),
+        tie_word_embeddings=draw(st.booleans()),
     )
     dtype = draw(st.sampled_from(["float32", "bfloat16"]))
     return Model(

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausal
 from flexgate.experts.base import base_identity
 from flexgate.experts.checkpoint import CheckpointReader
 from flexgate.experts.combine import combine
+from flexgate.experts.configuration import read_architecture
 from flexgate.experts.extract import extract_anchor, extract_expert
 from flexgate.experts.layout import Architecture, expected_shapes
 from flexgate.experts.verify import open_package
@@ -63,9 +64,7 @@ def write_hugging_face(directory: Path, experts: int, top_k: int, *, shard: str)
 
 
 def test_the_seven_expert_model_of_the_real_size_has_33_billion_parameters() -> None:
-    architecture = Architecture.from_config(
-        {**REAL, "model_type": "flex_olmo", "num_experts": 7, "num_experts_per_tok": 5}
-    )
+    architecture = read_architecture({**REAL, "model_type": "flex_olmo", "num_experts": 7, "num_experts_per_tok": 5})
     shapes = expected_shapes(architecture)
     assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(33.3e9, rel=2e-3)
     assert shapes["model.layers.31.mlp.experts.6.down_proj.weight"] == (4096, 11008)

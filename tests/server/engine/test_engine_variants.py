@@ -95,6 +95,7 @@ SHAPES = {
     "renormalised-top-3": Shape(
         hidden=256, heads=8, kv_heads=4, intermediate=88, experts=6, top_k=3, renormalize=True, layers=2, seed=2
     ),
+    "tied": Shape(hidden=128, heads=4, kv_heads=4, intermediate=96, experts=6, top_k=2, layers=2, seed=4, tied=True),
     "all-experts": Shape(hidden=128, heads=2, kv_heads=1, intermediate=160, experts=6, top_k=6, layers=2, seed=3),
 }
 

@@ -20,7 +20,9 @@ def refusal(model: Path, **settings: Any) -> str:
         plan(EngineSettings(model, dtype="float32", **settings))
     sentence = str(refused.value)
     assert str(model) in sentence
-    return sentence.removeprefix(f"{model} cannot be served: ").removeprefix(f"{model / 'config.json'}: ")
+    for where in (f"{model} cannot be served: ", f"{model}: config.json: ", f"{model}/"):
+        sentence = sentence.removeprefix(where)
+    return sentence
 
 
 SHAPES = {
@@ -84,20 +86,13 @@ def test_settings_just_within_its_limits_are_planned(grouped: Path) -> None:
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"architectures": ["OlmoForCausalLM"]},
-        "architectures is ['OlmoForCausalLM']; flexgate serves ['FlexOlmoForCausalLM'] only",
+        "architectures is ['OlmoForCausalLM'], expected ['FlexOlmoForCausalLM']",
     ),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; flexgate serves 'silu' only"),
-    "attention bias": ({"attention_bias": True}, "attention_bias is True; flexgate serves False only"),
-    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True; flexgate serves False only"),
-    "head size": ({"head_dim": 64}, "head_dim is 64; flexgate serves 32 only"),
-    "rope": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; flexgate serves 'default' only"),
-    "old rope": (
-        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_type is 'linear'; flexgate serves 'default' only",
-    ),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
+    "head size": ({"head_dim": 64}, "head_dim is 64, expected 32"),
     "picks": ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but it has 4 experts"),
-    "text": ({"hidden_size": "128"}, "hidden_size must be a positive integer, not '128'"),
-    "zero": ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
+    "text": ({"hidden_size": "128"}, "hidden_size is '128', expected 1 to 16777216"),
+    "tied and not": ({"tie_word_embeddings": True}, "model.safetensors holds an unknown tensor lm_head.weight"),
 }
 
 
@@ -109,16 +104,6 @@ def test_a_configuration_that_the_model_would_not_compute_is_refused(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
     assert refusal(model) == sentence
-
-
-def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    model = write_random(tmp_path)
-    tokenizer: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 511}}, "added_tokens": []}
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    plan(EngineSettings(model, dtype="float32"))
-    tokenizer["added_tokens"].append({"id": 512, "content": "<tool>"})
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert refusal(model) == "its tokenizer has an id 512, but vocab_size is 512"
 
 
 @pytest.mark.parametrize(

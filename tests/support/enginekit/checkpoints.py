@@ -28,6 +28,7 @@ class Shape:
     renormalize: bool = False
     vocab: int = 512
     seed: int = 0
+    tied: bool = False
 
 
 def write_random(directory: Path, shape: Shape = Shape()) -> Path:
@@ -47,6 +48,7 @@ def write_random(directory: Path, shape: Shape = Shape()) -> Path:
         eos_token_id=1,
         pad_token_id=0,
         initializer_range=0.08,
+        tie_word_embeddings=shape.tied,
     )
     model = FlexOlmoForCausalLM(config)
     with torch.no_grad():
