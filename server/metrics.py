@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -12,6 +12,15 @@ _REQUESTS: Final = Counter("flexgate_requests", "Answered requests.", ["route", 
 _REFUSALS: Final = Counter("flexgate_refusals", "Refused requests by error code.", ["code"], registry=REGISTRY)
 _POLICY_VERSION: Final = Gauge("flexgate_policy_version", "Version of the policy in use.", registry=REGISTRY)
 _WEIGHTS_EPOCH: Final = Gauge("flexgate_weights_epoch", "Epoch of the experts being served.", registry=REGISTRY)
+_WAITING: Final = Gauge("flexgate_waiting_prompts", "Prompts waiting for the engine.", registry=REGISTRY)
+_PROJECTS: Final = Gauge("flexgate_waiting_projects", "Projects whose prompts wait for the engine.", registry=REGISTRY)
+_FREE: Final = Gauge("flexgate_free_seats", "Free places in the engine's batch.", registry=REGISTRY)
+_WAITED: Final = Histogram(
+    "flexgate_queue_seconds",
+    "How long a prompt waited for the engine.",
+    buckets=(0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300),
+    registry=REGISTRY,
+)
 
 
 def answered(route: str, status: int) -> None:
@@ -28,6 +37,18 @@ def epochs(policy_version: int, weights_epoch: int) -> None:
     """Note which policy and weights are in use."""
     _POLICY_VERSION.set(policy_version)
     _WEIGHTS_EPOCH.set(weights_epoch)
+
+
+def queue(waiting: int, projects: int, free: int) -> None:
+    """Note how many prompts of how many projects wait, and how many places are free for them."""
+    _WAITING.set(waiting)
+    _PROJECTS.set(projects)
+    _FREE.set(free)
+
+
+def waited(seconds: float) -> None:
+    """Note how long a prompt waited for its turn."""
+    _WAITED.observe(seconds)
 
 
 def render() -> bytes:

@@ -32,4 +32,6 @@ class Operations:
         """Prometheus metrics, for auditors and administrators."""
         _, snapshot = await identify(request, self._services, (Role.AUDITOR, Role.ADMIN))
         metrics.epochs(snapshot.policy_version, self._services.client.weights_epoch)
+        queue = self._services.queue
+        metrics.queue(queue.queued, queue.projects, queue.free)
         return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)

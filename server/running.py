@@ -39,6 +39,7 @@ from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.uploads import Uploads
 from flexgate.server.experts.versions import Merged
 from flexgate.server.http.offload import Offload
+from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.openai.handlers import build_handlers
 from flexgate.server.openai.limits import Limits
 from flexgate.server.past import Past
@@ -79,6 +80,12 @@ def put_together(
         require_files=directory.require,
     )
     offload = Offload()
+    queue = FairQueue(
+        settings.max_num_seqs,
+        share=settings.project_share,
+        most_queued=settings.max_queued,
+        seconds=settings.queue_seconds,
+    )
     handlers = build_handlers(
         client,
         offload,
@@ -99,18 +106,23 @@ def put_together(
         clock=clock,
         revoked_keys=settings.revoked_keys,
         audit_denials_days=settings.audit_denials_days,
-        limits=_limits(settings, client),
+        queue=queue,
+        limits=_limits(settings, client, queue.alone),
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
         offload=offload,
     )
 
 
-def _limits(settings: Settings, client: GatedEngineClient) -> Limits:
-    """With the longest text that could fit the model, as vLLM reckons: its longest token, over and over."""
+def _limits(settings: Settings, client: GatedEngineClient, seats: int) -> Limits:
+    """With the longest text that could fit the model, as vLLM reckons: its longest token, over and over.
+
+    No prompt has more choices than `seats`, those that one project may take.
+    """
     tokens = int(client.model_config.max_model_len)
     longest = int(client.renderer.tokenizer.max_chars_per_token)
-    return replace(settings.limits, prompt_tokens=tokens, prompt_chars=tokens * longest)
+    limits = replace(settings.limits, n=min(settings.max_n, seats))
+    return replace(limits, prompt_tokens=tokens, prompt_chars=tokens * longest)
 
 
 def _expert_service(

@@ -14,6 +14,7 @@ from flexgate.server.clock import Clock
 from flexgate.server.denials import Denials
 from flexgate.server.http.offload import Offload
 from flexgate.server.inference.enforcement import RevokedKeys, RunningRequests
+from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.openai.limits import Limits
@@ -39,6 +40,7 @@ class Services:
     store: Store
     experts: ExpertService
     uploads: Uploads
+    queue: FairQueue
     model_names: tuple[str, ...]
     started: float
     experts_dir: Path | None = None

@@ -117,6 +117,11 @@ class Settings(StoreSettings):
         Literal["flexgate", "vllm"], Field(description="What computes the experts; refused where it cannot run.")
     ] = "vllm"
     enforce_eager: Annotated[bool, Field(description="Do not compile: starts sooner, decodes slower.")] = False
+    project_share: Annotated[
+        float, Field(gt=0, le=1, description="Share of the batch that one project may take; the rest waits for others.")
+    ] = 0.5
+    max_queued: Annotated[int, Field(ge=1, description="Prompts of one project that may wait for the engine.")] = 1024
+    queue_seconds: Annotated[float, Field(gt=0, description="How long a prompt may wait for the engine.")] = 300.0
     max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8
     max_prompts: Annotated[int, Field(ge=1, description="Most prompts of one request.")] = 16

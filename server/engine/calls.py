@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.gates import Gate, SealKey, SlotLease, cache_salt
@@ -77,6 +78,26 @@ class Attribution:
     cached_prompt_tokens: int
 
 
+class Ticket(AbstractContextManager[Any], Protocol):
+    """A prompt's place in the queue before the engine; leaving the context closes it."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether its turn has yet to come."""
+
+    async def admitted(self, seconds: float) -> bool:
+        """Whether its turn came within `seconds`, and before it was closed."""
+
+    def use(self, tokens: int) -> None:
+        """Count tokens that were generated."""
+
+    def release(self) -> None:
+        """One of its choices is generated."""
+
+    def close(self) -> None:
+        """Nothing is generated from it any more, or will be."""
+
+
 @dataclass(slots=True, eq=False)
 class GatedCall:
     """One API call: the gate all its engine requests share, and what they used.
@@ -86,6 +107,8 @@ class GatedCall:
         valid_until: Unix seconds from which no more tokens are given, for the reason `expired`.
         ended: set once nothing of this call's answer is left to send.
         priority: below zero goes ahead of all that waits; for canaries alone.
+        queue: told the choices of a prompt and its tokens; raises to refuse. Without one the call waits for nobody.
+        confirmed: whether what was decided before the call waited still holds.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
@@ -98,6 +121,8 @@ class GatedCall:
     valid_until: float = math.inf
     expired: str | None = None
     reserve: Callable[[int], None] | None = None
+    queue: Callable[[int, int], Ticket] | None = None
+    confirmed: Callable[[], bool] | None = None
     _most_tokens: int = 0
     prompt_only: bool = False
     _usage: dict[str, list[Any]] = field(default_factory=dict)
@@ -106,6 +131,7 @@ class GatedCall:
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
     _cached_tokens: dict[str, int] = field(default_factory=dict)
     _new_tokens: int = 0
+    _tickets: list[Ticket] = field(default_factory=list)
 
     def gate(self, request_id: str, key: SealKey) -> Gate:
         """The gate of one engine request of this call."""
@@ -133,6 +159,19 @@ class GatedCall:
         self._most_tokens += tokens
         if self.reserve is not None:
             self.reserve(self._most_tokens)
+
+    def enter(self, choices: int, prompt_tokens: int) -> Ticket | None:
+        """Queue one more prompt; raises what `queue` raises."""
+        if self.queue is None:
+            return None
+        ticket = self.queue(choices, prompt_tokens)
+        self._tickets.append(ticket)
+        return ticket
+
+    def leave(self) -> None:
+        """Close every ticket of the call, those of prompts that were never handed over included."""
+        for ticket in self._tickets:
+            ticket.close()
 
     def count_prompt(self, request_id: str, tokens: int) -> None:
         """Count the prompt of an engine request, once for all its choices."""

@@ -1,8 +1,8 @@
 """The only engine handle that request handlers get: an explicit list, no pass-through.
 
 vLLM's handlers call :meth:`GatedEngineClient.generate`. Whatever they pass, the request
-goes out under our own id, with the gate of the call that is current, sealed for that id.
-Without a current call nothing goes out.
+goes out under our own id, with the gate of the call that is current, sealed for that id
+when its turn in the call's queue has come. Without a current call nothing goes out.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ import asyncio
 import math
 import uuid
 from collections.abc import AsyncGenerator, Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, Ticket
 from flexgate.server.engine.constraining import constrain
-from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
+from flexgate.server.engine.endings import (
+    EXPERT_REVOKED,
+    GATE_EXPIRED,
+    NUMBERS_OVERFLOWED,
+    POLICY_UNAVAILABLE,
+    QUEUED_TOO_LONG,
+)
 from flexgate.server.engine.gates import GATE_ARG, GateError, SealKey, seal
 from flexgate.server.engine.params import most_tokens, refuse_many_bad_words
 from flexgate.server.engine.scheduler import USAGE_KEY
@@ -53,7 +60,7 @@ class GatedEngineClient(EngineView):
         self._key = key
         self._slots = slots
         self._clock = clock
-        self._calls: dict[str, GatedCall] = {}
+        self._running: dict[str, tuple[GatedCall, Ticket | None]] = {}
         self._open: set[GatedCall] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timers: dict[GatedCall, asyncio.TimerHandle] = {}
@@ -105,10 +112,11 @@ class GatedEngineClient(EngineView):
         """Nothing of the call's answer is left to send."""
         self._open.discard(call)
         self._cancel_timer(call)
+        call.leave()
         call.ended.set()
 
     def stop(self, call: GatedCall, reason: str) -> None:
-        """Give no more tokens to a call, and end its requests in the engine. Safe from any thread."""
+        """Give no more tokens to a call, and end its requests in the queue and the engine. Safe from any thread."""
         call.failed = call.failed or reason
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._abort, call)
@@ -137,7 +145,8 @@ class GatedEngineClient(EngineView):
             timer.cancel()
 
     def _abort(self, call: GatedCall) -> None:
-        ids = [id_ for id_, owner in self._calls.items() if owner is call]
+        call.leave()
+        ids = [id_ for id_, (owner, _) in self._running.items() if owner is call]
         if ids:
             task = asyncio.ensure_future(self._engine.abort(ids))
             self._aborting.add(task)
@@ -152,6 +161,7 @@ class GatedEngineClient(EngineView):
         users = tuple(call for call in self._open if lease in call.grant.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
+            call.leave()
         return users
 
     def generate(
@@ -166,13 +176,14 @@ class GatedEngineClient(EngineView):
         reasoning_parser_kwargs: dict[str, Any] | None = None,
         **_ignored: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Generate under the current call's gate.
+        """Generate under the current call's gate, once the prompt's turn has come.
 
         LoRA adapters, priorities, data-parallel ranks, sessions, traces and cache hints
         that a handler may pass are dropped.
 
         Raises:
             GateError: no call is current in this context.
+            Exception: what the call's `reserve` and `queue` raise.
         """
         call = CURRENT_CALL.get()
         if call is None:
@@ -180,6 +191,7 @@ class GatedEngineClient(EngineView):
         call.claim(most_tokens(prompt, sampling_params))
         return self._generate(
             call,
+            call.enter(sampling_params.n, len(prompt["prompt_token_ids"])),
             prompt,
             sampling_params,
             prompt_text=prompt_text,
@@ -189,35 +201,54 @@ class GatedEngineClient(EngineView):
         )
 
     async def _generate(
-        self, call: GatedCall, prompt: Any, sampling_params: SamplingParams, **options: Any
+        self, call: GatedCall, ticket: Ticket | None, prompt: Any, sampling_params: SamplingParams, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         self._refuse_ended(call)
-        request_id = f"flexgate-{uuid.uuid4().hex}"
-        params = sampling_params.clone()
-        params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
-        call._names, call._layers = call.grant.name_slots(self._names), self._layers
-        refuse_many_bad_words(params, self._engine.renderer.tokenizer)
-        constrain(params)
-        self._calls[request_id] = call
-        outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
-        prompt_logprobs = None
-        try:
-            async for output in outputs:
-                self._refuse_ended(call)
-                # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
-                prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
-                call._cached_tokens.setdefault(request_id, output.num_cached_tokens or 0)
-                if call.prompt_only:
-                    for part in output.outputs:
-                        part.token_ids, part.text = [], ""
-                yield output
-        except Exception:
-            # vLLM keeps a request that it could not hand over to the engine core.
-            await self._engine.abort(request_id)
-            raise
-        finally:
-            await outputs.aclose()
-            del self._calls[request_id]
+        with ticket or nullcontext():
+            params = sampling_params.clone()
+            refuse_many_bad_words(params, self._engine.renderer.tokenizer)
+            constrain(params)
+            if ticket is not None:
+                await self._await_turn(call, ticket)
+            request_id = f"flexgate-{uuid.uuid4().hex}"
+            params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
+            call._names, call._layers = call.grant.name_slots(self._names), self._layers
+            self._running[request_id] = call, ticket
+            outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
+            prompt_logprobs = None
+            try:
+                async for output in outputs:
+                    self._refuse_ended(call)
+                    # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
+                    prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                    call._cached_tokens.setdefault(request_id, output.num_cached_tokens or 0)
+                    if call.prompt_only:
+                        for part in output.outputs:
+                            part.token_ids, part.text = [], ""
+                    yield output
+            except Exception:
+                # vLLM keeps a request that it could not hand over to the engine core.
+                await self._engine.abort(request_id)
+                raise
+            finally:
+                await outputs.aclose()
+                del self._running[request_id]
+
+    async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
+        """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
+        waited = ticket.waiting
+        right_ends = min(call.valid_until, call.grant.valid_until)
+        admitted = await ticket.admitted(right_ends - self._clock())
+        self._refuse_ended(call)
+        if call.grant.valid_until <= self._clock():
+            call.failed = GATE_EXPIRED
+        elif not admitted:
+            call.failed = QUEUED_TOO_LONG
+        elif waited and call.confirmed is not None and not call.confirmed():
+            call.failed = POLICY_UNAVAILABLE
+        else:
+            return
+        raise EngineGenerateError(f"the request was ended in the queue: {call.failed}")
 
     def _refuse_ended(self, call: GatedCall) -> None:
         """Raise where a call may get no more tokens; vLLM itself answers for a request that the engine core ended."""
@@ -227,15 +258,19 @@ class GatedEngineClient(EngineView):
             raise EngineGenerateError(f"the request was ended: {call.failed}")
 
     def _see(self, request_id: str, prompt_tokens: int) -> None:
-        call = self._calls.get(request_id)
+        call, _ = self._running.get(request_id, (None, None))
         if call is not None:
             call.count_prompt(request_id, prompt_tokens)
 
     def _take(self, output: EngineCoreOutput, request_id: str | None) -> None:
         extras, output.kv_transfer_params = output.kv_transfer_params, None
-        call = self._calls.get(request_id) if request_id is not None else None
+        call, ticket = self._running.get(request_id or "", (None, None))
         if call is None:
             return
+        if ticket is not None:
+            ticket.use(len(output.new_token_ids))
+            if output.finished:
+                ticket.release()
         if not call.prompt_only:
             call.count_new(len(output.new_token_ids))
         if extras is not None:

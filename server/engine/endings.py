@@ -10,3 +10,4 @@ KEY_REVOKED: Final = "key_revoked"
 KEY_EXPIRED: Final = "key_expired"
 PROJECT_ARCHIVED: Final = "project_archived"
 POLICY_UNAVAILABLE: Final = "policy_unavailable"  # nothing confirms that the request still has its right
+QUEUED_TOO_LONG: Final = "queued_too_long"  # its turn did not come in time

@@ -178,7 +178,13 @@ class Generation:
         granted, epoch = grant(decision, services), services.client.weights_epoch
         scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)
         reservation = services.limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
-        call = GatedCall(granted, admitted.client_salt, reserve=lambda tokens: reservation.raise_to({TOKENS: tokens}))
+        call = GatedCall(
+            granted,
+            admitted.client_salt,
+            reserve=lambda tokens: reservation.raise_to({TOKENS: tokens}),
+            queue=lambda choices, tokens: services.queue.enter(tenant, choices, tokens),
+            confirmed=services.policy.fresh,
+        )
         version = min(known_by.policy_version, admitted.snapshot.policy_version)
         right = Right(call, principal, tenant, admitted.request, version)
         return Run(services, admitted, right, epoch, context.request_id.removeprefix("req_"), reservation)

@@ -23,6 +23,7 @@ from flexgate.server.engine.endings import (
     PERMISSION_ENDED,
     POLICY_UNAVAILABLE,
     PROJECT_ARCHIVED,
+    QUEUED_TOO_LONG,
 )
 from flexgate.server.errors import CONTEXT_LENGTH_EXCEEDED, INTERNAL_MESSAGE, ApiError, Invalid, Unavailable, path_of
 from flexgate.server.refusals import BEARER, INVALID_API_KEY
@@ -62,6 +63,11 @@ _ENDED: Final = {
         HTTPStatus.UNAUTHORIZED,
         INVALID_API_KEY,
         "The project was archived while the request ran. Ask an administrator.",
+    ),
+    QUEUED_TOO_LONG: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "queued_too_long",
+        "The request waited for the engine as long as this server lets one wait. Try again later.",
     ),
     POLICY_UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
@@ -128,7 +134,10 @@ def ended_early(call: GatedCall) -> ApiError | None:
     if ended is None:
         return None
     status, code, message = ended
-    return ApiError(message, status=status, code=code, headers=_HEADERS.get(status))
+    headers = dict(_HEADERS.get(status, {}))
+    if call.failed == QUEUED_TOO_LONG:
+        headers["retry-after"] = "60"
+    return ApiError(message, status=status, code=code, headers=headers)
 
 
 def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:

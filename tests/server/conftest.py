@@ -163,6 +163,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
     """The application's parts around a client without an engine."""
     from flexgate.server.engine.calls import ExpertInfo, ExpertLease
     from flexgate.server.experts.uploads import Uploads
+    from flexgate.server.inference.fair_queue import FairQueue
     from flexgate.server.policy import PolicySource
     from flexgate.server.services import Services
 
@@ -198,6 +199,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
         store=real_store,
         experts=_expert_service(client, real_store, tmp_path),
         uploads=Uploads(tmp_path / "uploads", most_bytes=1 << 20, clock=time.time),
+        queue=FairQueue(64, share=0.5, most_queued=1024, seconds=300),
         model_names=("tiny", "alias"),
         started=time.time(),
     )

@@ -68,6 +68,21 @@ def too_many_at_once(refused: Refused) -> ApiError:
     return _limited(message, "requests", 1.0)
 
 
+def too_many_queued(limit: int, wait_s: float) -> ApiError:
+    again = _again(wait_s)
+    message = f"This project may have {limit} prompts waiting for the engine. Trying again in {again}s may change this."
+    return _limited(message, "requests", again)
+
+
+def queue_full(wait_s: float) -> ApiError:
+    return ApiError(
+        "As many prompts wait for the engine as this server lets wait. Try again later.",
+        status=HTTPStatus.SERVICE_UNAVAILABLE,
+        code="queue_full",
+        headers={"retry-after": str(_again(wait_s))},
+    )
+
+
 def too_many_tokenizing(limit: int) -> ApiError:
     message = f"This project may have {limit} requests for the tokenizer at once. Try again in 1s."
     return _limited(message, "requests", 1.0)
@@ -79,6 +94,11 @@ def over_budget(refused: Refused) -> ApiError:
         f"this request asks for {refused.amount}. An administrator can raise the budget."
     )
     return ApiError(message, status=HTTPStatus.TOO_MANY_REQUESTS, code="insufficient_quota", type_="insufficient_quota")
+
+
+def _again(wait_s: float) -> int:
+    """Seconds until a queue has moved on, by what the last prompt has waited in it."""
+    return min(60, max(1, math.ceil(wait_s)))
 
 
 def _advice(wait_s: float) -> str:

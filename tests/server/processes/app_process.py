@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from flexgate.policies.store import Store
 from flexgate.policies.store.hints import Hints
 from flexgate.server.engine.calls import ExpertInfo, ExpertLease
+from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.peers import Peers
 from flexgate.server.policy import PolicySource
 from flexgate.server.running import run
@@ -60,6 +61,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
     policy.confirm()
     nothing: Any = SimpleNamespace(follow=_follow)
     return Services(
+        queue=FairQueue(64, share=0.5, most_queued=1024, seconds=300),
         client=client,
         handlers=handlers,
         policy=policy,
