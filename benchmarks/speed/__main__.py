@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from speed import admission, changes, decisions, enforcement, engine_speed, loop, packages, serving, startup
+from speed import admission, changes, decisions, enforcement, engine_speed, fairness, loop, packages, serving, startup
 from speed.plot import draw
 from speed.record import RESULTS, Run, minutes
 
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "decisions": decisions.run,
     "enforcement": enforcement.run,
     "loop": loop.run,
+    "fairness": fairness.run,
 }
 
 

@@ -13,6 +13,7 @@ from speed import (
     decisions,
     enforcement,
     engine_speed,
+    fairness,
     packages,
     record,
     serving,
@@ -165,6 +166,17 @@ def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(asked: Run) 
     serving.run(asked)
     draw(asked.results)
     assert "transformers" in (asked.results / "speed.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
+def test_the_fairness_benchmark_runs(asked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "REQUESTS", 2)
+    fairness.run(asked)
+    report = json.loads((asked.results / "fairness.json").read_text())
+    assert report["first_token_ratio"]["median"] > 0
+    assert report["publishable"] is False
 
 
 @pytest.mark.slow
