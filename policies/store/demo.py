@@ -20,6 +20,8 @@ from flexgate.policies.terms import PUBLIC, Agreement
 
 _ACTOR: Final = "demo"
 _CONTEXT: Final = {"purposes": ["ai-input", "search"], "regions": ["DE", "US"]}
+_QUOTA: Final = {"requests_per_minute": 6_000, "tokens_per_minute": 1_000_000, "concurrent_requests": 128}
+"""More than a person or a test asks for, and a bound on what a script can."""
 _TENANTS: Final[dict[str, dict[str, Any]]] = {
     "sk-demo-all": {"id": "proj_demo_all", "name": "Demo: all", "mode": "deny_list"},
     "sk-demo-press": {"id": "proj_demo_press", "name": "Demo: press", "expert_ids": ["news"]},
@@ -46,7 +48,7 @@ def _put_first(change: Change, catalogue: list[Expert]) -> None:
     for owner in sorted({expert.owner for expert in catalogue if expert.id != PUBLIC}):
         change.put(_open_terms(owner, catalogue))
     for secret, values in _TENANTS.items():
-        tenant = Tenant.model_validate(values | _CONTEXT)
+        tenant = Tenant.model_validate(values | _CONTEXT | {"quota": _QUOTA})
         change.put(tenant)
         change.add_key(secret, prefix=secret, role=Role.TENANT, tenant_id=tenant.id)
     change.add_key(_ADMIN_KEY, prefix=_ADMIN_KEY, role=Role.ADMIN)

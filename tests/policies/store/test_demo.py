@@ -46,6 +46,12 @@ def test_demo_key_opens_what_the_readme_says(demo, key, allowed):
     assert _allowed(demo, key, purpose="ai-input", region="DE") == allowed
 
 
+def test_every_demo_project_has_limits(demo):
+    for tenant in demo.snapshot().tenants.values():
+        assert (tenant.quota.concurrent_requests, tenant.quota.requests_per_minute) == (128, 6_000)
+        assert tenant.quota.tokens_per_minute == 1_000_000
+
+
 def test_admin_key_cannot_infer(demo):
     principal = authenticate(demo.snapshot(), "Bearer sk-demo-admin", 2.0)
     assert principal.role is Role.ADMIN
