@@ -141,7 +141,9 @@ def _expert_service(
         base=lambda: base_identity(model),
         trusted_keys=keys,
     )
-    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged)
+    free = engine.client.slots - len(engine.client.experts())
+    per_owner = settings.max_experts_per_owner or max(1, free // 2)
+    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged, per_owner=per_owner)
 
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
         store.record([Event(at=clock(), actor=actor, action=action, detail=detail)], urgent=True)

@@ -100,6 +100,10 @@ class Settings(StoreSettings):
     allow_unsigned_experts: Annotated[
         bool, Field(description="Add expert packages whoever signed them, or nobody; the demo does.")
     ] = False
+    max_experts_per_owner: Annotated[
+        int | None,
+        Field(ge=1, description="Slots that an owner's own packages may take; by default half of those that are free."),
+    ] = None
     max_package_bytes: Annotated[int, Field(ge=1, description="Largest expert package that can be uploaded.")] = (
         64 << 30
     )

@@ -78,7 +78,7 @@ class Adding:
             with await self._take_in(job, source) as package:
                 await asyncio.to_thread(self._check_owner, package.manifest, owner)
                 job.expert, job.version = package.manifest.id, package.manifest.version
-                return await self._load(job, package, since)
+                return await self._load(job, package, since, owner)
         except Exception:
             if job.committed is False:
                 copy = self._residence.places.private / job.id
@@ -117,10 +117,13 @@ class Adding:
         await job.at("verified")
         return package
 
-    async def _load(self, job: Job, package: VerifiedPackage, since: int) -> ExpertInfo | None:
+    async def _load(self, job: Job, package: VerifiedPackage, since: int, owner: str | None) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
         await asyncio.to_thread(self._check_version, manifest, since)
-        slot = residence.take_slot(await asyncio.to_thread(residence.repository.slots_of_others, manifest.id))
+        kept = await asyncio.to_thread(residence.repository.slots_of_others, manifest.id)
+        if owner is not None:
+            residence.require_share(manifest.id, owner)
+        slot = residence.take_slot(kept, manifest.owner)
         try:
             digests = await self._fill(job, package, slot)
             tried = await self._try(job, manifest.id, slot)

@@ -73,21 +73,31 @@ class Residence:
         arriving: names of private copies that are being made and loaded.
         merged: versions of the checkpoint's experts.
         retiring: former versions that requests may still be using, by expert.
+        per_owner: slots that one owner's packages may take, where that owner adds them.
     """
 
     def __init__(
-        self, client: EngineClient, slots: Slots, repository: ResidencyRepository, places: Places, merged: Merged
+        self,
+        client: EngineClient,
+        slots: Slots,
+        repository: ResidencyRepository,
+        places: Places,
+        merged: Merged,
+        *,
+        per_owner: int,
     ) -> None:
         self.client = client
         self.slots = slots
         self.repository = repository
         self.places = places
         self.merged = merged
+        self.per_owner = per_owner
         self.changing = asyncio.Lock()
         self.arriving: set[str] = set()
         self.retiring: dict[str, list[ExpertInfo]] = defaultdict(list)
         self._dirty: set[int] = set()
         self._held: dict[str, int] = {}
+        self._reserved: dict[int, str] = {}  # slots that are being filled, and the owners of what comes into them
         self._base: BaseIdentity | None = None
 
     def find(self, expert: str) -> ExpertInfo | None:
@@ -98,8 +108,8 @@ class Residence:
         """All loaded experts but one."""
         return tuple(info for info in self.client.experts() if info.id != expert)
 
-    def take_slot(self, kept: Collection[int]) -> int:
-        """Reserve the lowest slot that is clean and nobody's; raises `ChangeConflict`.
+    def take_slot(self, kept: Collection[int], owner: str) -> int:
+        """Reserve the lowest slot that is clean and free for a package of `owner`; raises `ChangeConflict`.
 
         Args:
             kept: slots that are not given away; see `ResidencyRepository.slots_of_others`.
@@ -115,7 +125,23 @@ class Residence:
                 code="slots_full",
             )
         self.soil(free[0])
+        self._reserved[free[0]] = owner
         return free[0]
+
+    def require_share(self, expert: str, owner: str) -> None:
+        """Refuse one more package of an owner whose packages take all the slots they may; raises `ChangeConflict`.
+
+        The version that the package replaces does not count, earlier ones that requests still use do.
+        """
+        loaded = [info for info in self.client.experts() if info.id != expert and info.id not in self.merged]
+        former = [info for infos in self.retiring.values() for info in infos]
+        taken = sum(info.owner == owner for info in loaded + former) + list(self._reserved.values()).count(owner)
+        if taken >= self.per_owner:
+            raise ChangeConflict(
+                f"Packages of owner '{owner}' take {taken} expert slots, former versions in use included, and may take "
+                f"{self.per_owner}. Withdraw one of them, or ask an administrator to add this one.",
+                code="owner_slots_full",
+            )
 
     def soil(self, slot: int) -> None:
         """The slot holds something that nobody may reach: not free until it was cleared."""
@@ -134,6 +160,7 @@ class Residence:
     def keep(self, slot: int) -> None:
         """A reserved slot has become a loaded expert's."""
         self._dirty.discard(slot)
+        self._reserved.pop(slot, None)
 
     async def base(self) -> BaseIdentity:
         """The identity of the served base model; read once."""
@@ -152,6 +179,7 @@ class Residence:
         """Zero a closed slot on every rank; it is free then. Raises what the engine raises."""
         digests = await self.slots.clear(slot)
         self._dirty.discard(slot)
+        self._reserved.pop(slot, None)
         return digests
 
     async def give_back(self, slot: int) -> bool:

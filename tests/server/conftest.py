@@ -215,7 +215,7 @@ def _expert_service(client: Any, store: Store, directory: Path) -> Any:
         raise AssertionError("there is no engine")
 
     places = Places(private=directory / "experts", base=unused, trusted_keys=None)
-    residence = Residence(client, SimpleNamespace(), ResidencyRepository(store), places, {})  # type: ignore[arg-type]
+    residence = Residence(client, SimpleNamespace(), ResidencyRepository(store), places, {}, per_owner=1)  # type: ignore[arg-type]
     return ExpertService(residence, canary=unused, confirm=unused, record=unused, clock=time.time)
 
 

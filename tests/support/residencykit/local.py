@@ -166,6 +166,7 @@ def local(
     without: frozenset[str] = frozenset(),
     epoch: int = 1,
     merged: Mapping[str, int] = MERGED,
+    per_owner: int = 2,
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
     experts = tuple(replace(info, generation=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
@@ -191,7 +192,7 @@ def local(
         recorded.append((actor, action, detail))
 
     confirm: Callable[[], object] = lambda: None  # noqa: E731
-    residence = Residence(client, slots, ResidencyRepository(store), places, merged)
+    residence = Residence(client, slots, ResidencyRepository(store), places, merged, per_owner=per_owner)
     service = ExpertService(residence, canary=canary, confirm=confirm, record=record, clock=time.time)
     made.append(Local(service, client, slots, store, recorded))
     return made[0]
