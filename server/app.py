@@ -19,8 +19,6 @@ from flexgate.server.auth import EVERY_ROLE
 from flexgate.server.context import context_of
 from flexgate.server.cors import TenantCors
 from flexgate.server.errors import ApiError
-from flexgate.server.experts.changes import ExpertChanges
-from flexgate.server.experts.endpoints import Experts
 from flexgate.server.gateway import Gateway
 from flexgate.server.openai import chat, completions, responses
 from flexgate.server.openai.generation import Generation
@@ -88,14 +86,10 @@ def _endpoints(services: Services, roles: Collection[Role]) -> Iterator[tuple[st
         yield from _inference(services)
     operations = Operations(services)
     if not _OPERATORS.isdisjoint(roles):
-        yield from _changes(services)
         yield "GET", "/metrics", operations.metrics
     for operation in OPERATIONS:
         if not set(operation.roles).isdisjoint(roles):
             yield operation.method, operation.path, Administration(services, operation).answer
-    experts = Experts(services)
-    yield "GET", "/v1/experts", experts.list
-    yield "GET", "/v1/experts/{expert}", experts.retrieve
     yield "GET", "/v1/openapi.json", OpenApi(services).document
     yield "GET", "/health", operations.health
     yield "GET", "/ready", operations.ready
@@ -111,17 +105,6 @@ def _inference(services: Services) -> Iterator[tuple[str, str, Answer]]:
     models = Models(services)
     yield "GET", "/v1/models", models.list
     yield "GET", "/v1/models/{model:path}", models.retrieve
-
-
-def _changes(services: Services) -> Iterator[tuple[str, str, Answer]]:
-    changes = ExpertChanges(services)
-    yield "POST", "/v1/experts", changes.add
-    yield "DELETE", "/v1/experts/{expert}", changes.revoke
-    yield "GET", "/v1/expert_jobs/{job}", changes.job
-    yield "POST", "/v1/expert_uploads", changes.open_upload
-    yield "GET", "/v1/expert_uploads/{upload}", changes.upload
-    yield "DELETE", "/v1/expert_uploads/{upload}", changes.drop_upload
-    yield "PATCH", "/v1/expert_uploads/{upload}/{file}", changes.write_upload
 
 
 def _named(path: str, endpoint: Answer) -> Answer:

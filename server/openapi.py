@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response
 from flexgate.server.admin.operation import Nothing, Operation
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.context import identify
-from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
 from flexgate.server.extension import Extension
 from flexgate.server.openai import fields
 from flexgate.server.openai.fields import Fate, Table
@@ -37,22 +36,10 @@ _POSTS: Final[tuple[tuple[str, Table, tuple[str, ...], str], ...]] = (
 _GETS: Final = (
     ("/v1/models", "The names of the served model."),
     ("/v1/models/{model}", "One of its names."),
-    ("/v1/experts", "The experts that are listed for the key, and which of them it may use."),
-    ("/v1/experts/{expert}", "One expert."),
     ("/health", "Whether the process lives."),
     ("/ready", "Whether a request would be served."),
     ("/metrics", "Prometheus metrics, for administrators and auditors."),
     ("/v1/openapi.json", "This document."),
-)
-# Method, path, body, query, status of a success, and what the route does.
-_CHANGES: Final[tuple[tuple[str, str, type[BaseModel] | None, type[BaseModel] | None, int, str], ...]] = (
-    ("post", "/v1/experts", AddBody, None, 202, "Add an expert to the running engine, as a job."),
-    ("delete", "/v1/experts/{expert}", None, RevokeQuery, 200, "Withdraw an expert from the running engine."),
-    ("get", "/v1/expert_jobs/{job}", None, JobQuery, 200, "How far a job is."),
-    ("post", "/v1/expert_uploads", UploadBody, None, 201, "Begin to upload a package."),
-    ("get", "/v1/expert_uploads/{upload}", None, None, 200, "How much of an upload has arrived."),
-    ("delete", "/v1/expert_uploads/{upload}", None, None, 200, "Give an upload up."),
-    ("patch", "/v1/expert_uploads/{upload}/{file}", None, WriteQuery, 200, "Send a part of a file."),
 )
 _OPEN: Final = ("/health", "/ready")
 _TYPES: Final[Mapping[str, Json]] = {
@@ -118,11 +105,6 @@ def document() -> Json:
     for path, table, required, summary in _POSTS:
         body = _body(_table_schema(table, required, schemas))
         paths.setdefault(path, {})["post"] = {**_described(path, summary), "requestBody": body}
-    for method, path, body_model, query, status, summary in _CHANGES:
-        described = paths.setdefault(path, {})[method] = _described(path, summary, status=status)
-        described["parameters"] += [] if query is None else _query_parameters(query, schemas)
-        if body_model is not None:
-            described["requestBody"] = _body(_model_schema(body_model, schemas))
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schemas)
     return {
@@ -138,7 +120,8 @@ def document() -> Json:
 
 def _operation(operation: Operation[Any, Any], schemas: Json) -> Json:
     roles = ", ".join(operation.roles)
-    described = _described(operation.path, (operation.work.__doc__ or "").strip(), f"Roles: {roles}.")
+    summary = (operation.work.__doc__ or "").strip()
+    described = _described(operation.path, summary, f"Roles: {roles}.", status=int(operation.status))
     described["parameters"] += _query_parameters(operation.query, schemas)
     if operation.body is not Nothing:
         described["requestBody"] = _body(_model_schema(operation.body, schemas))

@@ -1,17 +1,19 @@
 """One administrative operation: who may do it, what it takes, and the function that does it.
 
-An operation's function is plain: it gets a `Call` and returns JSON, in a thread, because the
-store blocks. What it raises becomes an answer here. Roles are checked before anything is looked
-up, so that a key of another role learns nothing about what exists.
+An operation's function is plain: it gets a `Call` and returns JSON, in a thread, because the store blocks; or it is a
+coroutine, for what happens on the event loop. What it raises becomes an answer here. Roles are checked before anything
+is looked up, so that a key of another role learns nothing about what exists.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
@@ -72,6 +74,7 @@ class Call(Generic[B, Q]):
     query: Q
     body: B
     now: float
+    request: Request
 
     @property
     def store(self) -> Store:
@@ -88,13 +91,16 @@ class Call(Generic[B, Q]):
 class Operation(Generic[B, Q]):
     """A route of the administration. `work`'s docstring is its description.
 
-    `withholds` names what a call takes away: that is enforced at once, also where the store cannot take the change.
+    `patient` waits for a confirmed policy under load, as every write does. `withholds` names what a call takes away:
+    that is enforced at once, also where the store cannot take the change.
     """
 
-    method: Literal["GET", "POST", "DELETE"]
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     roles: tuple[Role, ...]
-    work: Callable[[Call[B, Q]], Json]
+    work: Callable[[Call[B, Q]], Json | Awaitable[Json | Response]]
+    status: HTTPStatus = HTTPStatus.OK
+    patient: bool = False
     body: type[B] = _NOTHING
     query: type[Q] = _NOTHING
     withholds: Callable[[Call[B, Q]], Withholding] | None = None
@@ -115,15 +121,18 @@ class Administration:
     async def answer(self, request: Request) -> Response:
         """Authenticate, authorise, check, do, and wait until the change is enforced."""
         operation, services = self._operation, self._services
-        patience = CHANGE_PATIENCE_S if operation.writes else None
+        patience = CHANGE_PATIENCE_S if operation.writes or operation.patient else None
         principal, snapshot = await identify(request, services, operation.roles, patience=patience)
         if not all(_ID.fullmatch(value) for value in request.path_params.values()):
             raise not_found()
         query = parse_query(request.query_params.multi_items(), operation.query)
         body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
-        call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock())
+        call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock(), request)
         try:
-            result, snapshot = await in_turn(principal, operation.writes, self._work, call)
+            if inspect.iscoroutinefunction(operation.work):
+                result = await operation.work(call)
+            else:
+                result, snapshot = await in_turn(principal, operation.writes, self._work, call)
         except PolicyError as error:
             if operation.withholds is not None and isinstance(error, StoreUnavailable):
                 raise await self._withheld(operation.withholds(call), call) from error
@@ -131,10 +140,12 @@ class Administration:
             if isinstance(refusal, Unavailable):
                 logger.error("the policy store cannot be used: %s", error)
             raise refusal from error
+        if isinstance(result, Response):
+            return result
         if isinstance(query, Written) and query.wait == "all":
             await self._everywhere(snapshot)
         version = str(snapshot.policy_version)
-        return JSONResponse(result, headers={"x-flexgate-policy-version": version})
+        return JSONResponse(result, operation.status, headers={"x-flexgate-policy-version": version})
 
     async def _withheld(self, withholding: Withholding, call: Call[Any, Any]) -> ApiError:
         """Enforce here what the store could not take, until it can; the answer says so."""
@@ -149,7 +160,7 @@ class Administration:
 
     def _work(self, call: Call[Any, Any]) -> tuple[Json, Snapshot]:
         """The result, and the snapshot that it is from: a changed one, once this process enforces it. Blocks."""
-        result = self._operation.work(call)
+        result: Any = self._operation.work(call)
         if not self._operation.writes:
             return result, call.snapshot
         try:

@@ -11,6 +11,8 @@ from flexgate.server.admin.operation import Operation
 from flexgate.server.admin.policy.endpoints import OPERATIONS as POLICY
 from flexgate.server.admin.projects.endpoints import OPERATIONS as PROJECTS
 from flexgate.server.admin.quotas.endpoints import OPERATIONS as QUOTAS
+from flexgate.server.experts.changes import OPERATIONS as EXPERT_CHANGES
+from flexgate.server.experts.endpoints import OPERATIONS as EXPERTS
 
 OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     *PROJECTS,
@@ -19,4 +21,6 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     *AGREEMENTS,
     *POLICY,
     *AUDIT,
+    *EXPERTS,
+    *EXPERT_CHANGES,
 )

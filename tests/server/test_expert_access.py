@@ -8,6 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+
+from flexgate.server.admin.operation import Call
+from flexgate.server.auth import authenticate
+from flexgate.server.errors import ApiError
+from flexgate.server.experts.changes import OPERATIONS, open_upload
+from flexgate.server.experts.schemas import AddBody, WriteQuery
 
 pytestmark = pytest.mark.asyncio
 
@@ -77,6 +84,39 @@ async def test_an_owner_revokes_its_own_experts_and_another_is_like_none(ask: An
     assert (await ask("sk-owner", "DELETE", "/v1/experts/news")).status_code == 200
     assert (await ask("sk-admin", "DELETE", "/v1/experts/math")).status_code == 200
     assert revoked == [("news", "key_sk-owner"), ("math", "key_sk-admin")]
+
+
+async def test_the_operations_themselves_refuse_a_key_that_passed_the_check_of_roles(
+    services: Any, revoked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands behind the roles of the table, without it: a tenant's key reaches nothing of others."""
+    (tmp_path / "packages" / "news").mkdir(parents=True)
+    services.experts_dir = tmp_path / "packages"
+    monkeypatch.setattr(services.experts, "start_add", lambda *_, **__: pytest.fail("it was added"))
+    theirs = services.experts.jobs.open("theirs", "key_of_another_owner")
+    upload = services.uploads.open("key_of_another_owner", {"manifest.json": 1, "expert.safetensors": 1})
+    snapshot = services.policy.newest
+    principal = authenticate(snapshot, "Bearer sk-t", 2.0)
+    path = {"expert": "news", "job": theirs.id, "upload": upload.id, "file": "manifest.json"}
+    given: dict[Any, Any] = {AddBody: AddBody(package="news"), WriteQuery: WriteQuery(offset=0)}
+    refused = {}
+    for operation in OPERATIONS:
+        if operation.work is open_upload:
+            continue  # makes something of the caller's own, and reads nothing
+        body, query = (given.get(kind) or kind() for kind in (operation.body, operation.query))
+        call = Call(services, principal, snapshot, path, query, body, 2.0, Request({"type": "http"}))
+        with pytest.raises(ApiError) as caught:
+            await operation.work(call)
+        refused[operation.method, operation.path] = caught.value.code
+    assert refused == {
+        ("POST", "/v1/experts"): "upload_required",
+        ("DELETE", "/v1/experts/{expert}"): "expert_not_found",
+        ("GET", "/v1/expert_jobs/{job}"): "job_not_found",
+        ("GET", "/v1/expert_uploads/{upload}"): "upload_not_found",
+        ("DELETE", "/v1/expert_uploads/{upload}"): "upload_not_found",
+        ("PATCH", "/v1/expert_uploads/{upload}/{file}"): "upload_not_found",
+    }
+    assert revoked == []
 
 
 async def test_an_owner_adds_no_package_of_the_servers_folder(

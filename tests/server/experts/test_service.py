@@ -212,6 +212,18 @@ async def test_a_package_of_another_owner_takes_no_name_over(here: Local, tmp_pa
     assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
 
 
+async def test_the_commit_itself_refuses_the_id_of_another_owner(
+    here: Local, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the check that comes before the package is loaded said nothing: another server may have been faster."""
+    await here.add(package(tmp_path, anchor))
+    await here.service.revoke("math", actor="key_admin")
+    monkeypatch.setattr(here.service._residence.repository, "require_owner", lambda _: None)
+    taken = await here.add(package(tmp_path, anchor, owner="mallory"))
+    assert (taken.state, taken.error["code"]) == ("failed", "expert_of_another_owner")
+    assert here.store.snapshot().experts["math"].owner == "acme"  # type: ignore[index]
+
+
 async def test_full_slots_are_refused_with_what_would_help(here: Local, tmp_path: Path, anchor: Path) -> None:
     for expert in ("a", "b", "c"):
         assert (await here.add(package(tmp_path, anchor, expert=expert))).state == "succeeded"
