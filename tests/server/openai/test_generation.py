@@ -28,7 +28,16 @@ from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationE
 
 from flexgate.server.auth import KeyExpired, KeyRevoked, KeyWrong, Unauthenticated
 from flexgate.server.engine.calls import CURRENT_CALL, ExpertUse, GatedCall, GateGrant
-from flexgate.server.engine.endings import GATE_EXPIRED, KEY_EXPIRED, KEY_REVOKED, NUMBERS_OVERFLOWED, PROJECT_ARCHIVED
+from flexgate.server.engine.endings import (
+    GATE_EXPIRED,
+    KEY_EXPIRED,
+    KEY_REVOKED,
+    NUMBERS_OVERFLOWED,
+    POLICY_UNAVAILABLE,
+    PROJECT_ARCHIVED,
+    QUEUED_TOO_LONG,
+)
+from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.openai.vllm_errors import ended_early
 from flexgate.server.refusals import from_auth
 
@@ -151,6 +160,37 @@ async def test_a_gate_that_ended_meanwhile_is_told(client: httpx.AsyncClient, ha
     response = await client.post(PATH, json={"prompt": "x"})
     assert response.status_code == 403
     assert response.json()["error"]["code"] == "expert_permission_ended"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("reason", "again"), [(QUEUED_TOO_LONG, "60"), (POLICY_UNAVAILABLE, "1")])
+async def test_who_waited_in_vain_is_told_when_to_try_again(
+    client: httpx.AsyncClient, handler: Any, reason: str, again: str
+) -> None:
+    def wait() -> None:
+        handler.calls[-1].failed = reason
+        raise GenerationError
+
+    handler.result = wait
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, again)
+    assert response.json()["error"]["code"] == reason
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_finds_the_queue_full_is_refused_before_its_stream_begins(
+    client: httpx.AsyncClient, handler: Any, services: Any
+) -> None:
+    """As vLLM's handlers do, this one asks the engine before it answers."""
+    services.queue = FairQueue(1, share=1.0, most_queued=1, seconds=9)
+    running, waiting = (services.queue.enter("t", 1, 1) for _ in range(2))
+    handler.result = lambda: handler.calls[-1].enter(1, 1)
+    response = await client.post(PATH, json={"prompt": "x", "stream": True})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json()["error"]["type"] == "requests"
+    for ticket in (running, waiting):
+        ticket.close()
+    assert (services.queue.free, services.queue.queued) == (1, 0)
 
 
 @pytest.mark.asyncio
