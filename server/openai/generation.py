@@ -31,10 +31,12 @@ from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Reservati
 from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.openai import sse, vllm_errors
 from flexgate.server.openai.foreign import Answer
+from flexgate.server.openai.making import Later
 from flexgate.server.refusals import from_auth
 from flexgate.server.services import Services
 
 CLIENT_GONE: Final = 499
+BYTES_OF_A_TOKEN: Final = 8
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,6 +89,11 @@ class Run:
             explain=self.admitted.explain,
             attribution=attribution,
         )
+
+    def answer_bytes(self) -> int:
+        """About how large the answer is: each token, with as many log-probabilities as were asked for."""
+        asked = (self.admitted.body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+        return self.call.tokens() * BYTES_OF_A_TOKEN * (1 + sum(int(one or 0) for one in asked))
 
     def headers(self) -> dict[str, str]:
         """The `x-flexgate-*` and `x-ratelimit-*` headers."""
@@ -149,8 +156,26 @@ class Generation:
             raise run.error(vllm_errors.from_response(result))
         if hasattr(result, "__aiter__"):
             return EventStream(self._events(run, result), headers=run.headers())
-        answer = {**self._endpoint.plain(run, result), "flexgate": run.answer_object()}
-        return self._endpoint.response(answer, headers=run.headers())
+        return await self._plain(run, result)
+
+    async def _plain(self, run: Run, result: Any) -> Response:
+        """An answer that is not streamed, made where its size belongs."""
+        offload, about = self._services.offload, run.answer_object()
+        offload.arrived(run.answer_bytes(), run.right.tenant)
+        try:
+            made = await offload.run_async(result.make) if isinstance(result, Later) else result
+        except Exception as error:
+            raise run.error(_translate(error, run.admitted.body)) from error
+        if isinstance(made, ErrorResponse):
+            raise run.error(vllm_errors.from_response(made))
+        response = await offload.run(self._write, run, made, about)
+        ended = vllm_errors.ended_early(run.call)
+        if ended is not None:  # while it was made
+            raise ended
+        return response
+
+    def _write(self, run: Run, made: Any, about: dict[str, Any]) -> Response:
+        return self._endpoint.response({**self._endpoint.plain(run, made), "flexgate": about}, headers=run.headers())
 
     async def _admit(self, request: Request) -> Run:
         services = self._services

@@ -23,6 +23,7 @@ from vllm.tool_parsers import ToolParserManager
 from flexgate.server.engine.tokenizer import template_problem
 from flexgate.server.http.offload import Offload
 from flexgate.server.openai.forced import ConstrainedToolParser
+from flexgate.server.openai.making import LaterChat, LaterCompletion, LaterResponses
 from flexgate.server.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def build_handlers(
     def conversing(parser: str) -> tuple[OpenAIServingChat, OpenAIServingResponses, OnlineRenderer]:
         tools: dict[str, Any] = {**shown, "enable_auto_tools": True, "tool_parser": parser, "request_logger": None}
         renderer = OffloadedRenderer(offload, engine.model_config, engine.renderer, **tools)
-        chat = OpenAIServingChat(engine, models, "assistant", online_renderer=renderer, **tools)
-        return chat, OpenAIServingResponses(engine, models, renderer, tool_server=None, **tools), renderer
+        chat = LaterChat(engine, models, "assistant", online_renderer=renderer, **tools)
+        return chat, LaterResponses(engine, models, renderer, tool_server=None, **tools), renderer
 
     chat, responses, renderer = conversing(parser)
     forced_chat, forced_responses, _ = conversing(CONSTRAINED_PARSER)
@@ -108,7 +109,7 @@ def build_handlers(
     return Handlers(
         chat=chat,
         forced_chat=forced_chat,
-        completion=OpenAIServingCompletion(engine, models, online_renderer=renderer, request_logger=None),
+        completion=LaterCompletion(engine, models, online_renderer=renderer, request_logger=None),
         responses=responses,
         forced_responses=forced_responses,
         tokenization=ServingTokenization(models, plain, request_logger=None, **shown),  # offloaded as a whole

@@ -191,3 +191,45 @@ async def test_of_many_requests_that_come_together_few_are_worked_on_before_what
         passes.append(begun)
     assert max(after - before for before, after in itertools.pairwise(passes)) <= PIECES_AT_ONCE
     await asyncio.gather(*many)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("tokens", "on_loop"), [(10, True), (10_000, False)])
+async def test_a_long_answer_is_made_and_written_off_the_loop(
+    client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, on_loop: bool
+) -> None:
+    from flexgate.server.engine.calls import GatedCall
+    from flexgate.server.openai.making import Later
+
+    threads: list[int] = []
+
+    def dump() -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return {}
+
+    async def make() -> Any:
+        threads.append(threading.get_ident())
+        return SimpleNamespace(model_dump=dump)
+
+    monkeypatch.setattr(GatedCall, "tokens", lambda _: tokens)
+    handler.result = Later(make)
+    assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert [thread == threading.get_ident() for thread in threads] == [on_loop] * 2
+
+
+@pytest.mark.asyncio
+async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    from flexgate.server.engine.calls import CURRENT_CALL
+    from flexgate.server.engine.endings import KEY_REVOKED
+    from flexgate.server.openai.making import Later
+
+    async def make() -> Any:
+        handler.calls[-1].failed = KEY_REVOKED
+        assert CURRENT_CALL.get() is None
+        return SimpleNamespace(model_dump=dict)
+
+    handler.result = Later(make)
+    refused = await client.post("/v1/completions", json={"prompt": "a"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")

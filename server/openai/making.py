@@ -1,0 +1,63 @@
+"""vLLM's handlers, whose plain answers are made later: making one takes as long as the engine's outputs are many.
+
+A short request can ask for an answer of hundreds of thousands of log-probabilities. vLLM makes objects of all of them
+in one piece; here that piece is given back, to be made where it holds nobody up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+
+class Later:
+    """An answer that is still to be made, of all that the engine gave."""
+
+    def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self.make = make
+
+
+class LaterChat(OpenAIServingChat):
+    """Chat answers."""
+
+    async def chat_completion_full_generator(
+        self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **options: Any
+    ) -> Any:
+        """The answer, to be made later."""
+        last = [output async for output in result_generator][-1:]
+        return Later(partial(super().chat_completion_full_generator, request, _again(last), *args, **options))
+
+
+class LaterResponses(OpenAIServingResponses):
+    """Responses answers; vLLM's context keeps the outputs as they come."""
+
+    async def responses_full_generator(
+        self, request: Any, sampling_params: Any, result_generator: AsyncIterator[Any], *args: Any, **options: Any
+    ) -> Any:
+        """The answer, to be made later."""
+        async for _ in result_generator:
+            pass
+        return Later(partial(super().responses_full_generator, request, sampling_params, _again([]), *args, **options))
+
+
+class LaterCompletion(OpenAIServingCompletion):
+    """Completion answers."""
+
+    def request_output_to_completion_response(self, *args: Any, **options: Any) -> Any:
+        """The answer, to be made later."""
+        make = partial(super().request_output_to_completion_response, *args, **options)
+
+        async def made() -> Any:
+            return make()
+
+        return Later(made)
+
+
+async def _again(outputs: list[Any]) -> AsyncIterator[Any]:
+    for output in outputs:
+        yield output
