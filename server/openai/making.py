@@ -39,7 +39,9 @@ class LaterResponses(OpenAIServingResponses):
     async def responses_full_generator(
         self, request: Any, sampling_params: Any, result_generator: AsyncIterator[Any], *args: Any, **options: Any
     ) -> Any:
-        """The answer, to be made later."""
+        """The answer, to be made later; a stream's last event has it at once."""
+        if request.stream:
+            return await super().responses_full_generator(request, sampling_params, result_generator, *args, **options)
         async for _ in result_generator:
             pass
         return Later(partial(super().responses_full_generator, request, sampling_params, _again([]), *args, **options))

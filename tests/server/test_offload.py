@@ -233,3 +233,23 @@ async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
     handler.result = Later(make)
     refused = await client.post("/v1/completions", json={"prompt": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stream", [True, False])
+async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    from flexgate.server.openai import making
+
+    async def full(*_: Any) -> str:
+        return "made"
+
+    async def nothing() -> Any:
+        for event in ():
+            yield event
+
+    monkeypatch.setattr(making.OpenAIServingResponses, "responses_full_generator", full)
+    responses = making.LaterResponses.__new__(making.LaterResponses)
+    answer: Any = await responses.responses_full_generator(SimpleNamespace(stream=stream), None, nothing())
+    assert (answer if stream else await answer.make()) == "made"
