@@ -107,6 +107,8 @@ WRITTEN: Final[dict[str, Any]] = {
     "CreateAdminKey": {"name": "T", "expires_in_seconds": 60, "role": "owner", "owner_id": "wire"},
     "UpdateRateLimit": LIMITS,
     "Simulate": {"policy": POLICY, "prune": True},
+    "Apply": {"policy": POLICY, "prune": True, "dry_run": True},
+    "TrimAuditLogs": {"older_than_days": 90},
     "RollBack": {"version": 1, "confirm": 2},
     "AddBody": {"package": "news"},
     "UploadBody": {"files": {"manifest.json": 10}},
