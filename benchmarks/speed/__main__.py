@@ -8,7 +8,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from speed import admission, changes, decisions, enforcement, engine_speed, fairness, loop, packages, serving, startup
+from speed import (
+    admission,
+    changes,
+    constraints,
+    decisions,
+    enforcement,
+    engine_speed,
+    fairness,
+    loop,
+    packages,
+    serving,
+    startup,
+)
 from speed.plot import draw
 from speed.record import RESULTS, Run, minutes
 
@@ -21,6 +33,7 @@ BENCHMARKS = {
     "packages": packages.run,
     "changes": changes.run,
     "decisions": decisions.run,
+    "constraints": constraints.run,
     "enforcement": enforcement.run,
     "loop": loop.run,
     "fairness": fairness.run,

@@ -15,8 +15,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from flexgate.server.engine.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, Ticket
-from flexgate.server.engine.constraining import constrain
+from flexgate.server.engine.constraining import Constrainer
 from flexgate.server.engine.endings import (
+    CONSTRAINT_SLOW,
     EXPERT_REVOKED,
     GATE_EXPIRED,
     NUMBERS_OVERFLOWED,
@@ -32,6 +33,8 @@ from flexgate.server.engine.view import EngineView
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
+
+    from flexgate.server.constraints.compiler import Compiler
 
 LOOK_AGAIN_SECONDS: Final = 1.0
 """How often the clock is read until a call's end: it may be set forward meanwhile."""
@@ -50,14 +53,17 @@ class GatedEngineClient(EngineView):
         answers: Callable[[], bool],
         clock: Callable[[], float],
         weights_epoch: int = 1,
+        compiler: Compiler | None = None,
     ) -> None:
         """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.launch.launch`.
 
-        ``answers`` tells whether its engine core has answered of late; ``clock`` gives Unix seconds.
+        ``answers`` tells whether its engine core has answered of late; ``clock`` gives Unix seconds; without
+        ``compiler``, no answer is constrained.
         """
         super().__init__(engine)
         self._answers = answers
         self._key = key
+        self._constrainer = Constrainer(compiler, key)
         self._slots = slots
         self._clock = clock
         self._running: dict[str, tuple[GatedCall, Ticket | None]] = {}
@@ -207,7 +213,8 @@ class GatedEngineClient(EngineView):
         with ticket or nullcontext():
             params = sampling_params.clone()
             refuse_many_bad_words(params, self._engine.renderer.tokenizer)
-            constrain(params)
+            await self._constrainer.constrain(call.grant.tenant, params)
+            self._refuse_ended(call)
             if ticket is not None:
                 await self._await_turn(call, ticket)
             request_id = f"flexgate-{uuid.uuid4().hex}"
@@ -236,7 +243,6 @@ class GatedEngineClient(EngineView):
 
     async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
         """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
-        waited = ticket.waiting
         right_ends = min(call.valid_until, call.grant.valid_until)
         admitted = await ticket.admitted(right_ends - self._clock())
         self._refuse_ended(call)
@@ -244,7 +250,7 @@ class GatedEngineClient(EngineView):
             call.failed = GATE_EXPIRED
         elif not admitted:
             call.failed = QUEUED_TOO_LONG
-        elif waited and call.confirmed is not None and not call.confirmed():
+        elif call.confirmed is not None and not call.confirmed():
             call.failed = POLICY_UNAVAILABLE
         else:
             return
@@ -275,6 +281,6 @@ class GatedEngineClient(EngineView):
             call.count_new(len(output.new_token_ids))
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
-        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED):
+        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED, CONSTRAINT_SLOW):
             expired = call.expired if output.stop_reason == GATE_EXPIRED else None
             call.failed = call.failed or expired or output.stop_reason

@@ -1,31 +1,50 @@
-"""What constrains an engine request, brought into the form that is enforced before vLLM has it."""
+"""What constrains an engine request: checked, tried in a process of its own, and sealed for the engine core."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
+from flexgate.server.constraints.compiler import Compiler, CompilerBusy
 from flexgate.server.constraints.errors import ConstraintError
-from flexgate.server.constraints.made import enforced
+from flexgate.server.constraints.made import Constraint
+from flexgate.server.engine.gates import SealKey
+from flexgate.server.engine.grammars import seal_constraint
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 
-def constrain(params: SamplingParams) -> None:
-    """Write the constraint of ``params`` as it is enforced, if there is one.
+class Constrainer:
+    """Brings the constraints of requests into the form in which the engine core takes them."""
 
-    Raises:
-        VLLMValidationError: it is not enforced, or not together with the other parameters.
-    """
-    if params.structured_outputs is None:
-        return
-    _refuse_no_end(params)
-    try:
-        params.structured_outputs = enforced(params.structured_outputs)
-    except ConstraintError as error:
-        raise VLLMValidationError(f"The answer cannot be constrained as asked: {error}.") from error
+    def __init__(self, compiler: Compiler | None, key: SealKey) -> None:
+        """Without ``compiler``, which needs a tokenizer, no answer can be constrained."""
+        self._compiler = compiler
+        self._key = key
+
+    async def constrain(self, tenant: str, params: SamplingParams) -> None:
+        """Replace the constraint of ``params``, if there is one, by a sealed one that was tried.
+
+        Raises:
+            VLLMValidationError: it is not enforced, not together with the other parameters, or not within the limits.
+            QueueOverflowError: it could not be compiled now.
+        """
+        made = params.structured_outputs
+        if made is None or made.all_constraints_none():
+            return
+        _refuse_no_end(params)
+        if self._compiler is None:
+            raise VLLMValidationError("This server has no tokenizer to constrain answers with.")
+        try:
+            constraint = Constraint.made(made)
+            await self._compiler.check(tenant, constraint)
+        except ConstraintError as error:
+            raise VLLMValidationError(f"The answer cannot be constrained as asked: {error}.") from error
+        except CompilerBusy as error:
+            raise QueueOverflowError from error
+        params.structured_outputs = type(made)(grammar=seal_constraint(constraint.kind, constraint.text, self._key))
 
 
 def _refuse_no_end(params: SamplingParams) -> None:

@@ -1,10 +1,11 @@
-"""Why a request was ended before its answer was complete; the first three are also stop reasons of the engine core."""
+"""Why a request was ended before its answer was complete; the first four are also stop reasons of the engine core."""
 
 from typing import Final
 
 GATE_EXPIRED: Final = "gate_expired"
 EXPERT_REVOKED: Final = "expert_revoked"
 NUMBERS_OVERFLOWED: Final = "numbers_overflowed"  # the request computed NaN or infinity
+CONSTRAINT_SLOW: Final = "constraint_slow"  # what may come next took too long to find out
 PERMISSION_ENDED: Final = "permission_ended"
 KEY_REVOKED: Final = "key_revoked"
 KEY_EXPIRED: Final = "key_expired"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexgate.server.constraints.compiler import Compiler
 from flexgate.server.engine.capabilities import RefusedConfigurationError, refuse_environment, refuse_untried
 from flexgate.server.engine.checkpoint import (
     Checkpoint,
@@ -178,7 +179,12 @@ async def launch(
         early = None
         if on_cpu():
             early = starting.enter_context(EarlyProcess(modules_of_core(settings.tensor_parallel_size)))
-        from flexgate.server.engine.seam import engine_core_of, require_tested_version
+        from flexgate.server.engine.seam import (
+            engine_core_of,
+            require_tested_version,
+            serialized_tokenizer,
+            validate_no_grammar_here,
+        )
 
         require_tested_version()
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -195,11 +201,16 @@ async def launch(
     slots = SlotOperator(engine)
     heartbeat = Heartbeat()
     watching = asyncio.create_task(end_if_it_hangs(slots, heartbeat))
+    compiler = Compiler()
     try:
         stage("proving the gate", 0, 0)
-        yield RunningEngine(await _prove(engine, planned, key, heartbeat, clock), slots)
+        if engine.renderer.tokenizer is not None:
+            validate_no_grammar_here()
+            await compiler.start(serialized_tokenizer(engine))
+        yield RunningEngine(await _prove(engine, planned, key, heartbeat, clock, compiler), slots)
     finally:
         watching.cancel()
+        await compiler.stop()
         await asyncio.to_thread(engine.shutdown, settings.shutdown_timeout)
 
 
@@ -290,7 +301,12 @@ def _available_bytes(settings: EngineSettings) -> int:
 
 
 async def _prove(
-    engine: Any, planned: LaunchPlan, key: SealKey, heartbeat: "Heartbeat", clock: Callable[[], float]
+    engine: Any,
+    planned: LaunchPlan,
+    key: SealKey,
+    heartbeat: "Heartbeat",
+    clock: Callable[[], float],
+    compiler: Compiler,
 ) -> "GatedEngineClient":
     from flexgate.server.engine.canary import sing
     from flexgate.server.engine.client import GatedEngineClient
@@ -315,6 +331,7 @@ async def _prove(
         weights_epoch=planned.settings.weights_epoch,
         answers=heartbeat.fresh,
         clock=clock,
+        compiler=compiler if engine.renderer.tokenizer is not None else None,
     )
     client.kernels = describe_kernels(reports)
     await sing(engine, client)

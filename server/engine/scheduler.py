@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flexgate.server.clock import Clock
-from flexgate.server.engine.endings import EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
+from flexgate.server.engine.endings import CONSTRAINT_SLOW, EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
 from flexgate.server.engine.gates import Gate
+from flexgate.server.engine.grammars import take_sealed_constraints
 from flexgate.server.engine.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.lifeline import end_with_parent, leave_interrupts_to_the_server
 from flexgate.server.engine.seam import (
@@ -64,8 +65,11 @@ class _Gated(_Base):
         leave_interrupts_to_the_server()
         self._table = SlotTable.from_config(vllm_config.additional_config)
         self._clock = Clock()
-        guard_requests(EngineGuard(seal_key_from_environment(), self._table, self._clock))
+        key = seal_key_from_environment()
+        guard_requests(EngineGuard(key, self._table, self._clock))
+        take_sealed_constraints(key)
         clear_reused_blocks()
+        self._slow: list[str] = []
         offer_to_engine_core(SLOTS_UTILITY, _change_slots)
         self._ledger = UsageLedger(self._table.total)
         self._held: dict[str, _Held] = {}
@@ -86,11 +90,20 @@ class _Gated(_Base):
             self.waiting.prepend_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """End requests whose gate has expired, then schedule the rest."""
+        """End requests whose gate has expired or whose constraint is slow, then schedule the rest."""
+        self._end_slow()
         now = self._clock()
         if now >= self._next_deadline:
             self._expire(now)
         return super().schedule(*args, **kwargs)
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
+        """Make the masks of this step, and note whose took too long."""
+        masks = super().get_grammar_bitmask(scheduler_output)
+        for name in () if masks is None else masks.structured_output_request_ids:
+            if self.requests[name].structured_output_request.grammar.slow:
+                self._slow.append(name)
+        return masks
 
     def open_slot(self, slot: int, generation: int) -> None:
         """Let gates name a slot that every rank has opened; raises `SlotError`."""
@@ -124,6 +137,7 @@ class _Gated(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Add the step's attribution, attach each request's total to its output, end requests that overflowed."""
+        self._end_slow()  # before what was sampled without a mask is taken for an answer
         usage = getattr(model_runner_output, USAGE_ATTRIBUTE, None)
         if usage is not None:
             self._ledger.add(usage)
@@ -142,6 +156,11 @@ class _Gated(_Base):
         for request in finished:
             self._forget(request.request_id)
         return finished
+
+    def _end_slow(self) -> None:
+        if self._slow:
+            self._end([name for name in self._slow if name in self._held], CONSTRAINT_SLOW)
+            self._slow = []
 
     def _expire(self, now: float) -> None:
         self._end([name for name, held in self._held.items() if held.gate.valid_until <= now], GATE_EXPIRED)

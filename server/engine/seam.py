@@ -52,6 +52,10 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     before the forward pass. vLLM asks for it only where it has met stale NaN itself.
 ``GPUModelRunner._zero_block_ids`` (V1), ``kv_block_zeroer`` (V2; vllm/v1/worker/utils.py)
     What zeroes them; the handshake calls it.
+``XgrammarBackend`` in vllm/v1/structured_output/__init__.py, ``XgrammarGrammar`` (…/backend_xgrammar.py)
+    What an engine core compiles with, made at its first constrained request. Ours compiles what was tried elsewhere.
+``validate_xgrammar_grammar`` (vllm/v1/structured_output/backend_xgrammar.py)
+    Compiles a request's constraint on the event loop, to see whether it can be. Another process has seen that before.
 ``Scheduler.kv_cache_manager.block_pool`` (vllm/v1/core/block_pool.py)
     Cached blocks of a revoked expert are evicted by their hashes.
 """
@@ -65,6 +69,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 import vllm
+import xgrammar
 from vllm import envs
 from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.config import VllmConfig
@@ -80,6 +85,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
+from vllm.v1 import structured_output
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -91,6 +97,9 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import backend_xgrammar
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 TESTED_VERSIONS = frozenset({"0.32.0"})
@@ -122,11 +131,14 @@ __all__ = [
     "RoutingMethodType",
     "Scheduler",
     "SchedulerOutput",
+    "StructuredOutputOptions",
     "TopKWeightAndReduceNoOP",
     "TritonExperts",
     "UnquantizedFusedMoEMethod",
     "UnquantizedMoeBackend",
     "UntestedVersionError",
+    "XgrammarBackend",
+    "XgrammarGrammar",
     "allow_amx_tiles",
     "answered",
     "answers",
@@ -144,6 +156,9 @@ __all__ = [
     "require_tested_version",
     "see_requests",
     "take_output_extras",
+    "use_grammar_backend",
+    "validate_no_grammar_here",
+    "xgrammar",
     "zero_blocks",
 ]
 
@@ -216,6 +231,24 @@ def zero_blocks(runner: Any, block_ids: list[int]) -> None:
         runner._zero_block_ids(block_ids)
     else:
         runner.kv_block_zeroer.zero_block_ids(block_ids)
+
+
+def use_grammar_backend(backend: type[XgrammarBackend]) -> None:
+    """Let the engine core of this process make its grammars with ``backend``."""
+    structured_output.XgrammarBackend = backend
+
+
+def serialized_tokenizer(engine: Any) -> str:
+    """The tokenizer of an ``AsyncLLM`` as `XgrammarBackend` would give it to its compiler, as JSON."""
+    vocabulary = engine.model_config.get_vocab_size()
+    info = xgrammar.TokenizerInfo.from_huggingface(engine.renderer.tokenizer, vocab_size=vocabulary)
+    serialized: str = info.serialize_json()
+    return serialized
+
+
+def validate_no_grammar_here() -> None:
+    """Let vLLM take every constraint of this process for a good one: they were compiled before."""
+    backend_xgrammar.validate_xgrammar_grammar = lambda _params: None
 
 
 def external_id(request_id: str) -> str:

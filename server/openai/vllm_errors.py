@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
@@ -12,9 +11,9 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import VLLMValidationError
 
-from flexgate.server.constraints.errors import compiler_message
 from flexgate.server.engine.calls import GatedCall
 from flexgate.server.engine.endings import (
+    CONSTRAINT_SLOW,
     EXPERT_REVOKED,
     GATE_EXPIRED,
     KEY_EXPIRED,
@@ -49,6 +48,11 @@ _ENDED: Final = {
         "The model's numbers overflowed for this request: no answer is given, and the same request would overflow "
         "again. 'flexgate.experts.ignore' leaves out an expert that causes it.",
     ),
+    CONSTRAINT_SLOW: (
+        HTTPStatus.BAD_REQUEST,
+        "constraint_too_slow",
+        "What this constraint allows next took too long to find out, so that the answer was ended.",
+    ),
     KEY_REVOKED: (
         HTTPStatus.UNAUTHORIZED,
         INVALID_API_KEY,
@@ -82,7 +86,6 @@ _HEADERS: Final = {
     HTTPStatus.UNAUTHORIZED: BEARER,
 }
 _PROMPTS: Final = ("messages", "prompt", "input", "tokens")
-_UNCOMPILED: Final = re.compile(r"Failed to transform \w+( \w+)? into a grammar: ")
 _INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
 _TOO_LONG: Final = frozenset(["input_tokens", "input_text"])  # vLLM's words for what it counted
 
@@ -152,8 +155,6 @@ def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -
         )
         return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
     param = None if named in _INSIDE else named
-    if param is None and (constrained := constraint_of(body)) is not None and _UNCOMPILED.match(message):
-        message = f"'{constrained}': {compiler_message(message.partition(': ')[2])}."
     return Invalid(message, param=param or constraint_of(body), code="invalid_value")
 
 

@@ -50,6 +50,9 @@ BOMBS: dict[str, dict[str, Any]] = {
     "references to references": {"json": fanned_references(40)},
     "repeats in Lark": {"grammar": 'start: "a"~2000000000'},
     "schema in Lark": {"grammar": 'start: %json {"type": "array", "minItems": 900000, "items": {"type": "integer"}}'},
+    "huge pattern": {"json": {"type": "string", "pattern": ".{1,1000}" * 4}},
+    "slow masks": {"regex": "(" + "|".join(["a?", *["a?b"] * 2500]) + "){1024}"},
+    "masks that are slow later": {"regex": "x{300}(" + "|".join(["a?", *["a?b"] * 400]) + "){512}"},
     "many choices": {"choice": [str(number) for number in range(3000)]},
 }
 
@@ -66,6 +69,17 @@ def test_a_bomb_is_answered_soon_and_the_next_request_too(server: Any, name: str
         after = http.post("/v1/completions", json=choice)
     assert after.status_code == 200
     assert time.monotonic() - began < SECONDS
+
+
+def test_thousands_of_tools_are_refused_and_many_answered_soon(server: Any) -> None:
+    def tools(count: int) -> list[dict[str, Any]]:
+        return [{"type": "function", "function": {"name": f"{'n' * 59}{number:05}"}} for number in range(count)]
+
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "tool_choice": "required"}
+    with server.client() as http:
+        http.timeout = SECONDS
+        assert http.post("/v1/chat/completions", json={**body, "tools": tools(8000)}).status_code == 400
+        assert http.post("/v1/chat/completions", json={**body, "tools": tools(128)}).status_code == 200
 
 
 def test_a_client_that_leaves_a_stream_stops_its_generation(server: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a request's tools, formats and options make is compiled as it is enforced."""
+"""What a request's tools, formats and options make is bounded and enforced as a whole."""
 
 from __future__ import annotations
 
@@ -6,43 +6,50 @@ import json
 from typing import Any
 
 import pytest
+import xgrammar
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
-from flexgate.server.constraints.errors import Unenforceable
-from flexgate.server.constraints.made import enforced
-
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "length": {"type": "string", "minLength": 2, "maxLength": 8},
-    "date": {"type": "string", "format": "date"},
-    "time": {"type": "string", "format": "time"},
-    "address": {"type": "string", "format": "ipv4"},
-}
+from flexgate.server.constraints.errors import ConstraintError
+from flexgate.server.constraints.made import MAX_MADE_BYTES, Constraint
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_a_schema_reaches_the_compiler_as_it_is_enforced(name: str) -> None:
-    schema = {"type": "object", "properties": {"a": SCHEMAS[name]}, "required": ["a"]}
+def made(**params: Any) -> Constraint:
+    return Constraint.made(StructuredOutputsParams(**params))
+
+
+@pytest.mark.parametrize("kept", [{"minLength": 2, "maxLength": 8}, *({"format": f} for f in ("date", "time", "ipv4"))])
+def test_a_schema_reaches_the_compiler_as_it_is_enforced(kept: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", **kept}}, "required": ["a"]}
     for given in (schema, json.dumps(schema)):
-        written = json.loads(str(enforced(StructuredOutputsParams(json=given)).json))
+        written = json.loads(made(json=given).text)
         assert written["properties"]["a"].keys() == {"type", "pattern"}
-        assert not has_xgrammar_unsupported_json_features(written)
 
 
-def test_a_schema_that_is_not_enforced_does_not_reach_the_compiler() -> None:
-    with pytest.raises(Unenforceable, match="'not'"):
-        enforced(StructuredOutputsParams(json={"not": {}}))
+def test_any_choice_is_written_so_that_only_choices_match() -> None:
+    choices = ['say "x"', "back\\slash", "line\nbreak", "tab\t", "\x01\x7f", "é😀", "", "'|\"", "\\x41"]
+    constraint = made(choice=choices)
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo([bytes([i]) for i in range(256)] + [b"<end>"]))
+    compiled = compiler.compile_grammar(constraint.text)
+    for choice in choices:
+        matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
+        assert matcher.accept_string(choice)
+        assert matcher.is_completed()
+    assert not xgrammar.GrammarMatcher(compiled).accept_string("A")
 
 
-def test_what_is_no_schema_stays_as_it_is() -> None:
-    params = StructuredOutputsParams(choice=["a", "b"])
-    assert enforced(params) is params
+def test_schemas_inside_a_structural_tag_are_written_as_enforced() -> None:
+    part = {"type": "json_schema", "json_schema": {"type": "string", "maxLength": 2}}
+    tag = {"type": "structural_tag", "format": {"type": "tag", "begin": "<", "content": part, "end": ">"}}
+    assert "maxLength" not in made(structural_tag=json.dumps(tag)).text
+    part["json_schema"] = {"not": {}}
+    with pytest.raises(ConstraintError, match="'not'"):
+        made(structural_tag=json.dumps(tag))
 
 
-def test_schemas_in_a_parsers_own_format_are_compiled_as_they_are_enforced() -> None:
-    tag = {"begin": "<call>", "content": {"type": "json_schema", "json_schema": SCHEMAS["length"]}, "end": "</call>"}
-    format_ = {"type": "triggered_tags", "triggers": ["<call>"], "tags": [tag]}
-    made = StructuredOutputsParams(structural_tag=json.dumps({"type": "structural_tag", "format": format_}))
-    written = json.loads(str(enforced(made).structural_tag))["format"]["tags"][0]
-    assert written["content"]["json_schema"].keys() == {"type", "pattern"}
-    assert written["begin"] == "<call>"
+def test_what_the_parts_make_is_bounded() -> None:
+    with pytest.raises(ConstraintError, match=f"{MAX_MADE_BYTES} bytes"):
+        made(json={"anyOf": [{"const": "x" * 1000}] * 200})
+
+
+def test_an_object_of_any_kind_is_a_schema() -> None:
+    assert json.loads(made(json_object=True).text) == {"type": "object", "additionalProperties": True}

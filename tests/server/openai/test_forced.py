@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
-from flexgate.server.constraints.made import enforced
+from flexgate.server.constraints.made import Constraint
 from flexgate.server.openai.forced import MAX_CALLS, ConstrainedToolParser
 
 TOKENIZER = xgrammar.TokenizerInfo([*(bytes([byte]) for byte in range(256)), b"<end>"], stop_token_ids=[256])
@@ -51,8 +51,8 @@ def adjusted(request: Any) -> Any:
 
 def allows(request: Any, answer: Any) -> bool:
     """Whether a model may give this answer to an adjusted request, and end there."""
-    params = enforced(request.to_sampling_params(100, {}).structured_outputs)
-    grammar = COMPILER.compile_json_schema(str(params.json), any_whitespace=False, separators=(",", ":"))
+    constraint = Constraint.made(request.to_sampling_params(100, {}).structured_outputs)
+    grammar = COMPILER.compile_json_schema(constraint.text, any_whitespace=False, separators=(",", ":"))
     matcher = xgrammar.GrammarMatcher(grammar)
     text = json.dumps(answer, separators=(",", ":"))
     return bool(matcher.accept_string(text) and matcher.accept_token(256))
