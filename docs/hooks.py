@@ -65,7 +65,7 @@ def decisions() -> str:
 
 def command_line() -> str:
     """Every command with its arguments and options, as Typer knows them."""
-    from flexgate.server.cli import SUBCOMMANDS
+    from flexgate.server.cli.main import SUBCOMMANDS
 
     lines = ["# Command line", "", "`flexgate COMMAND --help` prints the same.", ""]
     for name, (module, _) in SUBCOMMANDS.items():
@@ -100,7 +100,7 @@ def _parameter(parameter: Any) -> tuple[str, str] | None:
 
 def api() -> str:
     """Every route: its roles, parameters, body and statuses."""
-    from flexgate.server.openapi import document
+    from flexgate.server.lifecycle.openapi import document
 
     described = document()
     schemas = described["components"]["schemas"]

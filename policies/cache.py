@@ -15,12 +15,12 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
+from flexgate.policies.agreements import TenantId
 from flexgate.policies.decide import declared_context, find_tenant, narrow
 from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
-from flexgate.policies.grants import grant
+from flexgate.policies.entitlements import grant
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.terms import TenantId
-from flexgate.policies.words import Purpose, Region
+from flexgate.policies.vocabulary import Purpose, Region
 
 _Names = frozenset[str] | tuple[str, ...]
 _Question = tuple[str | None, str | None, _Names | None, _Names]

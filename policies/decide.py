@@ -14,7 +14,10 @@ from types import MappingProxyType
 from typing import Final
 
 from flexgate.policies import reasons
+from flexgate.policies.agreements import PUBLIC, ExpertId, SetId, TenantId
+from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Decision, DecisionRequest, Reason, admit
+from flexgate.policies.entitlements import ANYTHING, Context, Grant, grant
 from flexgate.policies.errors import (
     AnchorRequired,
     ContextRefused,
@@ -27,11 +30,8 @@ from flexgate.policies.errors import (
     UnknownExpert,
     UnknownTenant,
 )
-from flexgate.policies.grants import ANYTHING, Context, Grant, grant
-from flexgate.policies.scope import TenantRules
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.terms import PUBLIC, ExpertId, SetId, TenantId
-from flexgate.policies.words import Purpose, Region, parse_purpose, parse_region
+from flexgate.policies.vocabulary import Purpose, Region, parse_purpose, parse_region
 
 ONLY: Final = "flexgate.experts.only"
 IGNORE: Final = "flexgate.experts.ignore"

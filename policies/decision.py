@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flexgate.policies.terms import ExpertId, TenantId
-from flexgate.policies.words import Purpose, Region
+from flexgate.policies.agreements import ExpertId, TenantId
+from flexgate.policies.vocabulary import Purpose, Region
 
 
 class AllowedExperts(tuple[ExpertId, ...]):

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self, TypeVar
 
-from flexgate.policies.clauses import Terms
+from flexgate.policies.agreements import PUBLIC, Agreement, Document, ExpertId, SetId, TenantId
+from flexgate.policies.compiled.agreements import Terms
+from flexgate.policies.compiled.compiler import Scope, TenantRules, keys_by_digest
+from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.reasons import Standard, standard
-from flexgate.policies.scope import Scope, TenantRules, keys_by_digest
-from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
-from flexgate.policies.terms import PUBLIC, Agreement, Document, ExpertId, SetId, TenantId
 
 _Id = TypeVar("_Id", bound=str)
 _Document = TypeVar("_Document", bound=Document)

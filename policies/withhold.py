@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import MappingProxyType
 
-from flexgate.policies.clauses import Clause, Terms
+from flexgate.policies.agreements import ExpertId, TenantId
+from flexgate.policies.compiled.agreements import Clause, Terms
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.terms import ExpertId, TenantId
 
 Withholding = Callable[[Snapshot], Snapshot]
 """Takes something away; a snapshot that does not have it is returned as it is."""

@@ -21,14 +21,15 @@ from typing import Any
 from residencykit import local as kit
 from residencykit.local import Local, LocalSlots, local, withdrawn_in
 
-from flexgate.experts import intake, output, verify
+from flexgate.experts.io import output
+from flexgate.experts.package import intake, verify
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.weights import ReadBackError, SlotArrays
+from flexgate.server.engine.worker.slot_arrays import ReadBackError, SlotArrays
 from flexgate.server.experts.errors import ExpertError
 from flexgate.server.experts.repository import ResidencyRepository
-from flexgate.server.experts.residence import Residence
-from flexgate.server.experts.start import at_start
+from flexgate.server.experts.restore import at_start
+from flexgate.server.experts.slot_pool import Residence
 from kills.residency import RANKS, Op, World, expected_digests, plan, stored
 
 EXPERTS = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))

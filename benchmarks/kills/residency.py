@@ -163,10 +163,10 @@ def change(world: World, place: Path, ops: list[Op], point: str | None) -> Calla
 
 def plant(point: str) -> None:
     """Make this process kill itself when it comes to ``point`` for the last change that does."""
-    from flexgate.server.engine.weights import SlotArrays
+    from flexgate.server.engine.worker.slot_arrays import SlotArrays
     from flexgate.server.experts.jobs import Job
     from flexgate.server.experts.repository import ResidencyRepository
-    from flexgate.server.experts.residence import Residence
+    from flexgate.server.experts.slot_pool import Residence
 
     name, _, when = point.partition(":")
     left = [random.randint(0, 1)]
@@ -234,7 +234,7 @@ def recover(world: World, place: Path) -> Callable[[Any], None]:
     def work(pipe: Any) -> None:
         from flexgate.policies.store.catalogue import ManifestExpert
         from flexgate.policies.store.store import Store
-        from flexgate.server.experts.start import at_start
+        from flexgate.server.experts.restore import at_start
 
         store = Store.open(f"sqlite:///{place / 'policy.db'}")
         experts = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))

@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from flexgate.policies.agreements import PUBLIC, Agreement
 from flexgate.policies.cache import DecisionCache
+from flexgate.policies.documents import Expert, Quota, Role, Tenant
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, Quota, Role, Tenant
-from flexgate.policies.terms import PUBLIC, Agreement
-from flexgate.server.admission import admit, honoured_body
-from flexgate.server.auth import authenticate, require_tenant
-from flexgate.server.body import parse_object
-from flexgate.server.engine.gates import Gate, SlotLease, cache_salt, new_seal_key, seal
+from flexgate.server.engine.protocol.gates import Gate, SlotLease, cache_salt, new_seal_key, seal
+from flexgate.server.http.auth import authenticate, require_tenant
+from flexgate.server.http.body import parse_object
+from flexgate.server.inference.decide import admit, honoured_body
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope
 from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
-from flexgate.server.openai.chat import KIND
-from flexgate.server.openai.limits import Limits
-from flexgate.server.policy import PolicySource
-from flexgate.server.recorded import Recorded
+from flexgate.server.inference.openai.chat import KIND
+from flexgate.server.inference.request.limits import Limits
+from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.live import PolicySource
 from speed.record import Run
 
 TENANTS = 1000

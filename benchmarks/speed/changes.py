@@ -17,7 +17,7 @@ from enginekit.checkpoints import Shape
 from packagekit import statement
 from tqdm import tqdm
 
-from flexgate.experts.extract import extract_expert
+from flexgate.experts.package.extract import extract_expert
 from speed.checkpoint import MIDDLE, TINY, checkpoint, described
 from speed.compare import spread
 from speed.record import Run

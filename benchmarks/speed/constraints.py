@@ -15,9 +15,9 @@ import numpy as np
 import xgrammar
 from xgrammar.tvm_ffi_binding import _ffi_api as bindings
 
-from flexgate.server.constraints import worker
-from flexgate.server.constraints.schemas import enforceable
-from flexgate.server.openai.forced import calls
+from flexgate.server.engine.frontend.constraints import worker
+from flexgate.server.engine.frontend.constraints.schemas import enforceable
+from flexgate.server.inference.openai.forced import calls
 from speed.record import Run
 
 TOKENS = 128_000

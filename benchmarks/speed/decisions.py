@@ -11,14 +11,14 @@ import timeit
 from collections.abc import Callable
 from typing import Any
 
+from flexgate.policies.agreements import Agreement, TenantId
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.revise import Edit, revise
+from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
+from flexgate.policies.incremental import Edit, revise
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
-from flexgate.policies.terms import Agreement, TenantId
-from flexgate.server.auth import authenticate
+from flexgate.server.http.auth import authenticate
 from speed.record import Run
 
 EXPERTS = [Expert.model_validate({"id": "public" if n == 0 else f"e{n}", "owner": f"o{n}"}) for n in range(32)]

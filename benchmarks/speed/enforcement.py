@@ -14,15 +14,15 @@ from postgreskit import find, running
 from sqlalchemy import insert
 from tqdm import tqdm
 
+from flexgate.policies.agreements import Document
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store, projects, schema
+from flexgate.policies.store.change_notifications import Hints
 from flexgate.policies.store.documents import KINDS, to_json
-from flexgate.policies.store.hints import Hints
-from flexgate.policies.terms import Document
-from flexgate.server.peers import Peers
-from flexgate.server.policy import PolicySource
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.replicas import Peers
 from speed.decisions import EXPERTS, key, tenant, terms
 from speed.record import Run
 

@@ -99,7 +99,8 @@ def _child(connection: Any, variant: str, model: Path, eager: bool) -> None:
 class _Running:
     def __init__(self, variant: str, model: Path, eager: bool) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from flexgate.server.engine import gates, launch
+        from flexgate.server.engine.frontend import launch
+        from flexgate.server.engine.protocol import gates
 
         settings = launch.EngineSettings(model=model, enforce_eager=eager)
         planned = launch.plan(settings)
@@ -159,7 +160,7 @@ class _Running:
 
     def _sealed(self, request_id: str) -> str:
         """A gate that allows every expert, so that all variants do the same arithmetic."""
-        from flexgate.server.engine import gates
+        from flexgate.server.engine.protocol import gates
 
         leases = tuple(self.table.lease(slot) for slot in sorted(self.table.live))
         return gates.seal(gates.Gate(request_id, "bench", leases, math.inf, "salt"), self.key)

@@ -12,11 +12,11 @@ from typing import Any
 from packagekit import statement, write_model
 from tqdm import tqdm
 
-from flexgate.experts.base import base_identity
-from flexgate.experts.combine import combine
-from flexgate.experts.extract import extract_anchor, extract_expert
-from flexgate.experts.layout import Architecture
-from flexgate.experts.verify import open_package
+from flexgate.experts.checkpoint.base import base_identity
+from flexgate.experts.checkpoint.layout import Architecture
+from flexgate.experts.package.extract import extract_anchor, extract_expert
+from flexgate.experts.package.merge import combine
+from flexgate.experts.package.verify import open_package
 from speed.compare import spread, take_turns
 from speed.record import Run
 from speed.statistics import Ratio, paired

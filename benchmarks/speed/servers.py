@@ -14,11 +14,11 @@ from pathlib import Path
 
 from live_server import free_port
 
+from flexgate.policies.agreements import PUBLIC, Agreement
+from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Role, Tenant
-from flexgate.policies.terms import PUBLIC, Agreement
-from flexgate.server.engine.checkpoint import ExpertEntry, read_checkpoint
-from flexgate.server.tenancy import prepare
+from flexgate.server.engine.frontend.checkpoint import ExpertEntry, read_checkpoint
+from flexgate.server.lifecycle.seed import prepare
 
 KEY = "sk-bench"
 ADMIN_KEY = "sk-bench-admin"

@@ -11,7 +11,7 @@ import httpx
 import psutil
 from tqdm import tqdm
 
-from flexgate.server.engine.launch import EngineSettings, plan
+from flexgate.server.engine.frontend.launch import EngineSettings, plan
 from speed.checkpoint import MIDDLE, TINY, checkpoint, described
 from speed.compare import spread
 from speed.record import Run

@@ -15,8 +15,8 @@ from vllm import ModelRegistry
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from flexgate.server.engine import model
-from flexgate.server.engine.plugin import ARCHITECTURE
+from flexgate.server.engine.worker import model
+from flexgate.server.engine.worker.plugin import ARCHITECTURE
 
 
 class PlainMoE(nn.Module):

@@ -17,9 +17,9 @@ from flexgate.experts.demo.stages import ANCHOR, TOKENIZER, read_tokenizer, time
 from flexgate.experts.demo.texts import encode, public_documents
 from flexgate.experts.demo.tokenizer import EOS_ID, PAD_ID, save_tokenizer, train_tokenizer
 from flexgate.experts.demo.words import DICTIONARY
-from flexgate.experts.model import FlexOlmo
-from flexgate.experts.provenance import PUBLIC
-from flexgate.experts.train_anchor import fit_anchor, write_anchor
+from flexgate.experts.package.provenance import PUBLIC
+from flexgate.experts.training.model import FlexOlmo
+from flexgate.experts.training.train_anchor import fit_anchor, write_anchor
 
 
 def build_anchor(settings: Settings, work: Path) -> None:

@@ -9,11 +9,11 @@ from itertools import combinations
 import torch
 from tokenizers import Tokenizer
 
-from flexgate.experts.decode import Logits, greedy, says
 from flexgate.experts.demo.corpus import answer_text, prompt_text
 from flexgate.experts.demo.probes import Probe
 from flexgate.experts.demo.tokenizer import EOS_ID
-from flexgate.experts.model import FlexOlmo
+from flexgate.experts.training.decode import Logits, greedy, says
+from flexgate.experts.training.model import FlexOlmo
 
 MAX_NEW = 24
 PUBLIC = "public"

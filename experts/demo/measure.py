@@ -14,12 +14,12 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from flexgate.experts.checkpoint import read_checkpoint
+from flexgate.experts.checkpoint.reader import read_checkpoint
 from flexgate.experts.demo.corpus import SYSTEM_MESSAGES
 from flexgate.experts.demo.evaluate import all_gates, answered
 from flexgate.experts.demo.probes import Probe, read_probes
 from flexgate.experts.demo.ship import PROBES_NAME, expert_ids, read_digests
-from flexgate.experts.model import FlexOlmo
+from flexgate.experts.training.model import FlexOlmo
 
 WORKERS = 2
 

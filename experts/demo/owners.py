@@ -11,24 +11,24 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from flexgate.experts.base import base_identity
-from flexgate.experts.batches import Example, batches
+from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.demo.corpus import Domain
 from flexgate.experts.demo.settings import Settings
 from flexgate.experts.demo.stages import ANCHOR, KEYS, PACKAGES, read_tokenizer, timed
 from flexgate.experts.demo.texts import encode, owner_documents, public_documents
 from flexgate.experts.demo.tokenizer import PAD_ID
-from flexgate.experts.loop import Outcome, Plan, Run
-from flexgate.experts.manifest import Figure, Statement, Training
-from flexgate.experts.model import FlexOlmo
-from flexgate.experts.pair import expert_layers, trainable
-from flexgate.experts.routing import Samples, collect, fit_rows, set_rows
-from flexgate.experts.signature import write_keys
-from flexgate.experts.tensorfile import DTYPES
-from flexgate.experts.train import pair_from_anchor, weighted_loss
-from flexgate.experts.train_expert import load_anchor
-from flexgate.experts.write import write_package
-from flexgate.policies.terms import ExpertId, OwnerId
+from flexgate.experts.io.tensorfile import DTYPES
+from flexgate.experts.package.manifest import Figure, Statement, Training
+from flexgate.experts.package.signature import write_keys
+from flexgate.experts.package.write import write_package
+from flexgate.experts.training.batches import Example, batches
+from flexgate.experts.training.loop import Outcome, Plan, Run
+from flexgate.experts.training.model import FlexOlmo
+from flexgate.experts.training.objective import pair_from_anchor, weighted_loss
+from flexgate.experts.training.pair import expert_layers, trainable
+from flexgate.experts.training.routing import Samples, collect, fit_rows, set_rows
+from flexgate.experts.training.train_expert import load_anchor
+from flexgate.policies.agreements import ExpertId, OwnerId
 
 
 def build_package(settings: Settings, work: Path, owner: Domain) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flexgate.experts.base import base_identity
-from flexgate.experts.combine import combine
+from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.demo.anchor import build_anchor
 from flexgate.experts.demo.closed import closed_domains
 from flexgate.experts.demo.owners import build_package
@@ -23,8 +22,9 @@ from flexgate.experts.demo.settings import Settings
 from flexgate.experts.demo.ship import ship
 from flexgate.experts.demo.stages import ANCHOR, KEYS, MERGED, PACKAGES
 from flexgate.experts.demo.texts import all_probes
-from flexgate.experts.signature import TrustedKeys
-from flexgate.experts.verify import open_package
+from flexgate.experts.package.merge import combine
+from flexgate.experts.package.signature import TrustedKeys
+from flexgate.experts.package.verify import open_package
 
 
 def train(settings: Settings, work: Path, output: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from flexgate.experts.loop import Plan
-from flexgate.experts.train_anchor import AnchorOptions, Channels
+from flexgate.experts.training.loop import Plan
+from flexgate.experts.training.train_anchor import AnchorOptions, Channels
 
 SEED: Final = 20
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from flexgate.experts.checkpoint import read_json
+from flexgate.experts.checkpoint.layout import CONFIG_NAME
+from flexgate.experts.checkpoint.reader import read_json
 from flexgate.experts.demo.probes import Probe, write_probes
-from flexgate.experts.layout import CONFIG_NAME
-from flexgate.experts.provenance import expert_entries
+from flexgate.experts.package.provenance import expert_entries
 
 CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
 PROBES_NAME: Final = "probes.jsonl"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from flexgate.experts.batches import Example
 from flexgate.experts.demo.closed import closed_domains
 from flexgate.experts.demo.corpus import ASSISTANT, USER, Document, Domain
 from flexgate.experts.demo.generate import owner_stream, public_stream, take
@@ -18,6 +17,7 @@ from flexgate.experts.demo.public import public_domain
 from flexgate.experts.demo.registers import make_registers
 from flexgate.experts.demo.settings import Settings
 from flexgate.experts.demo.tokenizer import EOS_ID
+from flexgate.experts.training.batches import Example
 
 
 def all_probes() -> tuple[Probe, ...]:

@@ -12,8 +12,8 @@ from typing import Final
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flexgate.experts.checkpoint.shards import to_json
 from flexgate.experts.demo.corpus import ASSISTANT, END, PAD, SYSTEM, USER, Document
-from flexgate.experts.shards import to_json
 
 SPECIAL: Final = (END, PAD, SYSTEM, USER, ASSISTANT)
 EOS_ID: Final = 0

@@ -12,17 +12,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from flexgate.experts.checkpoint import read_checkpoint, read_json
-from flexgate.experts.encoding import Encoder
+from flexgate.experts.checkpoint.layout import CONFIG_NAME
+from flexgate.experts.checkpoint.reader import read_checkpoint, read_json
 from flexgate.experts.errors import EvaluationRefused
 from flexgate.experts.evaluation.gates import opt_out_gates
 from flexgate.experts.evaluation.markdown import percent, scaled, table
 from flexgate.experts.evaluation.measure import DomainTexts, Figures, measure, routing_accuracy
 from flexgate.experts.evaluation.predict import gated
-from flexgate.experts.layout import CONFIG_NAME
-from flexgate.experts.model import FlexOlmo
-from flexgate.experts.provenance import expert_entries, strictly_separable
-from flexgate.experts.texts import read_documents
+from flexgate.experts.package.provenance import expert_entries, strictly_separable
+from flexgate.experts.training.encoding import Encoder
+from flexgate.experts.training.model import FlexOlmo
+from flexgate.experts.training.texts import read_documents
 
 
 def evaluate_checkpoint(

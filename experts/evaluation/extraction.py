@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgate.experts.batches import Example
-from flexgate.experts.decode import greedy
 from flexgate.experts.evaluation.predict import Predict
+from flexgate.experts.training.batches import Example
+from flexgate.experts.training.decode import greedy
 
 
 @dataclass(frozen=True)

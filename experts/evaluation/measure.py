@@ -14,10 +14,10 @@ from typing import Final
 
 import torch
 
-from flexgate.experts.batches import Batch, Example, batches
-from flexgate.experts.decode import says
 from flexgate.experts.evaluation.predict import Predict
-from flexgate.experts.model import FlexOlmo
+from flexgate.experts.training.batches import Batch, Example, batches
+from flexgate.experts.training.decode import says
+from flexgate.experts.training.model import FlexOlmo
 
 TOKENS: Final = 4096
 """Tokens in a batch: bounds memory, changes no figure."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexgate.experts.batches import Example
-from flexgate.experts.layout import EXPERT_KEYS, ROUTER_KEY, shared_keys
-from flexgate.experts.model import FlexOlmo
+from flexgate.experts.checkpoint.layout import EXPERT_KEYS, ROUTER_KEY, shared_keys
+from flexgate.experts.training.batches import Example
+from flexgate.experts.training.model import FlexOlmo
 
 Predict = Callable[[Tensor], Tensor]
 """Tokens ``[B, T]``, right-padded, to the log-probabilities ``[B, T, V]`` of what comes next; causal."""

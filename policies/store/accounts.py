@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexgate.policies.documents import KeyRecord, Role
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.engine import reading
+from flexgate.policies.store.database import reading
 from flexgate.policies.store.keys import MintedKey, read_keys
 from flexgate.policies.store.projects import active_project, get_project
 from flexgate.policies.store.schema import api_keys
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import KeyRecord, Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from flexgate.policies.audit import (
     trimming,
     verify,
 )
-from flexgate.policies.store.engine import reading, writing
+from flexgate.policies.store.database import reading, writing
 from flexgate.policies.store.schema import audit_log
 
 MOST_TRIMMED: Final = 5_000

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
-from flexgate.policies.store.engine import reading, writing
+from flexgate.policies.store.database import reading, writing
 from flexgate.policies.store.schema import token_use, use_batches
 
 FORGOTTEN_AFTER_S: Final = 7 * 86400.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from flexgate.policies.documents import Expert
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.change import Change
-from flexgate.policies.tenants import Expert
 
 
 class ManifestExpert(NamedTuple):

@@ -8,13 +8,16 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
+from flexgate.policies.agreements import OwnerId, TenantId
 from flexgate.policies.audit import Event
+from flexgate.policies.documents import KeyRecord, Role, Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, checks, schema
+from flexgate.policies.store.change_notifications import give_hint
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
-from flexgate.policies.store.hints import give_hint
 from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret, read_keys
+from flexgate.policies.store.residency_log import Action, append_weights, newest_epoch
 from flexgate.policies.store.revisions import (
     ObjectChange,
     Revision,
@@ -23,9 +26,6 @@ from flexgate.policies.store.revisions import (
     current_version,
 )
 from flexgate.policies.store.snapshots import read_snapshot
-from flexgate.policies.store.weights import Action, append_weights, newest_epoch
-from flexgate.policies.tenants import KeyRecord, Role, Tenant
-from flexgate.policies.terms import OwnerId, TenantId
 
 
 class Change:

@@ -9,14 +9,14 @@ from typing import Any, Final
 
 from sqlalchemy import select
 
+from flexgate.policies.agreements import PUBLIC, Agreement
+from flexgate.policies.documents import Expert, Role, Tenant
 from flexgate.policies.store import schema
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.engine import reading
+from flexgate.policies.store.database import reading
 from flexgate.policies.store.keys import digest
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, Role, Tenant
-from flexgate.policies.terms import PUBLIC, Agreement
 
 _ACTOR: Final = "demo"
 _CONTEXT: Final = {"purposes": ["ai-input", "search"], "regions": ["DE", "US"]}

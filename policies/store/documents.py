@@ -8,11 +8,11 @@ from typing import Any, Final, TypeVar
 from pydantic import ValidationError
 from sqlalchemy import Connection, Table, select
 
+from flexgate.policies.agreements import STORED, Agreement, Document
+from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import ChangeRefused, StoreDamaged
 from flexgate.policies.store import schema
-from flexgate.policies.store.engine import PUT_BACK
-from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import STORED, Agreement, Document
+from flexgate.policies.store.database import PUT_BACK
 
 D = TypeVar("D", bound=Document)
 PolicyDocument = Tenant | Expert | ExpertSet | Agreement

@@ -12,17 +12,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError
 
+from flexgate.policies.agreements import STORED, Agreement, Document, ExpertIdField, ListOf, SetOf
+from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import checks
 from flexgate.policies.store.change import Change
+from flexgate.policies.store.database import reading
 from flexgate.policies.store.documents import changed, first_mistake, to_json
-from flexgate.policies.store.engine import reading
 from flexgate.policies.store.history import changes_back, documents_after
 from flexgate.policies.store.revisions import ObjectChange
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import STORED, Agreement, Document, ExpertIdField, ListOf, SetOf
 
 
 def _once_each(documents: tuple[Any, ...]) -> tuple[Any, ...]:

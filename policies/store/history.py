@@ -8,10 +8,12 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import ChangeRefused, ConfirmationRequired
 from flexgate.policies.store.change import Change
+from flexgate.policies.store.database import reading
 from flexgate.policies.store.documents import KINDS, D, from_json, read_all, to_json
-from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import (
     ObjectChange,
     Revision,
@@ -20,8 +22,6 @@ from flexgate.policies.store.revisions import (
     read_newest,
 )
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import Agreement
 
 _MOST_NAMED: Final = 10
 _BEFORE_USERS: Final = (Expert, ExpertSet, Tenant, Agreement)

@@ -14,9 +14,9 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import ColumnElement, Connection, Row, select
 
+from flexgate.policies.documents import KeyRecord
 from flexgate.policies.store.documents import damaged
 from flexgate.policies.store.schema import api_keys
-from flexgate.policies.tenants import KeyRecord
 
 _RECORD: Final = TypeAdapter(KeyRecord)
 

@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, Select, column, select, table
 
 from flexgate.policies.errors import ChangeRefused, StoreFromNewerVersion
-from flexgate.policies.store.engine import reading, writing
+from flexgate.policies.store.database import reading, writing
 
 _AT: Final[Select[tuple[str]]] = select(column("version_num")).select_from(table("alembic_version"))
 

@@ -6,14 +6,14 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from flexgate.policies.documents import Quota, Tenant
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
+from flexgate.policies.store.database import reading
 from flexgate.policies.store.documents import changed, checked, read_all, read_one
-from flexgate.policies.store.engine import reading
 from flexgate.policies.store.revisions import read_object
 from flexgate.policies.store.schema import api_keys
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Quota, Tenant
 
 
 class Times(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import Engine, select
 
 from flexgate.policies.errors import StoreDamaged
-from flexgate.policies.store.engine import reading
+from flexgate.policies.store.database import reading
 from flexgate.policies.store.schema import installation
 
 _PREFIX: Final = "anon-"

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final
 from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import Connection, Row, func, insert, select
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.store.documents import damaged, from_json
 from flexgate.policies.store.schema import policy_changes, policy_revisions
-from flexgate.policies.terms import Agreement
 
 LAST_SECOND: Final = 253402300799.0
 """Of the year 9999: no later moment can be written as a date."""

@@ -6,17 +6,17 @@ from typing import Final
 
 from sqlalchemy import Connection, String, cast, or_, select
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid, StoreDamaged, StoreRolledBack
-from flexgate.policies.revise import D, Edit, revise
+from flexgate.policies.incremental import D, Edit, revise
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.store.database import PUT_BACK
 from flexgate.policies.store.documents import KINDS, from_json, read_all
-from flexgate.policies.store.engine import PUT_BACK
 from flexgate.policies.store.keys import key_from_row
+from flexgate.policies.store.residency_log import revoked_epochs
 from flexgate.policies.store.revisions import ObjectChange, current_version, made_at, read_changes
 from flexgate.policies.store.schema import api_keys, policy_changes
-from flexgate.policies.store.weights import revoked_epochs
-from flexgate.policies.tenants import Expert, ExpertSet, KeyRecord, Tenant
-from flexgate.policies.terms import Agreement
 
 MOST_SETS_FOLLOWED: Final = 100
 """More changed sets than these are a query that databases refuse: the whole is read instead."""

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from sqlalchemy import Engine
 
 from flexgate.policies.audit import Entry, Event, Head, Verified
+from flexgate.policies.documents import KeyRecord
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit
 from flexgate.policies.store.change import Change
-from flexgate.policies.store.engine import open_engine, reading, require_room, writing
+from flexgate.policies.store.database import open_engine, reading, require_room, writing
 from flexgate.policies.store.keys import read_keys
 from flexgate.policies.store.migrate import migrate, refuse_newer
+from flexgate.policies.store.residency_log import WeightsState, revoked_epochs, weights_state
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
-from flexgate.policies.store.weights import WeightsState, revoked_epochs, weights_state
-from flexgate.policies.tenants import KeyRecord
 
 
 class Store:

@@ -20,19 +20,19 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from flexgate.policies.documents import Role
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Role
 from flexgate.policies.withhold import Withholding
-from flexgate.server.admin.turns import in_turn
-from flexgate.server.auth import Principal
-from flexgate.server.context import CHANGE_PATIENCE_S, identify
-from flexgate.server.errors import ApiError, Unavailable
-from flexgate.server.forms import Closed, parse_query, read_body
-from flexgate.server.http.executors import CHANGES, run_in
-from flexgate.server.refusals import from_change, not_found
-from flexgate.server.services import Services
+from flexgate.server.admin.concurrency_limit import in_turn
+from flexgate.server.http.auth import Principal
+from flexgate.server.http.context import CHANGE_PATIENCE_S, identify
+from flexgate.server.http.errors import ApiError, Unavailable
+from flexgate.server.http.refusals import from_change, not_found
+from flexgate.server.http.validation import Closed, parse_query, read_body
+from flexgate.server.lifecycle.services import Services
+from flexgate.server.policy.executors import CHANGES, run_in
 
 Json = dict[str, Any]
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flexgate.server.admin.operation import Json, Page
-from flexgate.server.errors import Invalid
+from flexgate.server.http.errors import Invalid
 
 T = TypeVar("T")
 

@@ -13,19 +13,19 @@ from typing import Any, Final
 
 from starlette.responses import JSONResponse, Response
 
+from flexgate.policies.agreements import ExpertId
+from flexgate.policies.documents import Role
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Role
-from flexgate.policies.terms import ExpertId
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
-from flexgate.server.auth import Principal
-from flexgate.server.connections import EventStream
-from flexgate.server.context import while_identified
-from flexgate.server.errors import ApiError, Invalid, NotFound, Unavailable
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored
 from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
 from flexgate.server.experts.uploads import Upload
-from flexgate.server.openai.sse import DONE
-from flexgate.server.refusals import UNKNOWN_EXPERT
+from flexgate.server.http.auth import Principal
+from flexgate.server.http.connections import EventStream
+from flexgate.server.http.context import while_identified
+from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
+from flexgate.server.http.refusals import UNKNOWN_EXPERT
+from flexgate.server.inference.openai.sse import DONE
 
 MOST_JOBS = 4
 _READ_ALL: Final = (Role.ADMIN, Role.AUDITOR)

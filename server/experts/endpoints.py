@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from flexgate.policies.agreements import TenantId
 from flexgate.policies.decide import declared_context, find_tenant
-from flexgate.policies.grants import grant
-from flexgate.policies.tenants import Role
-from flexgate.policies.terms import TenantId
+from flexgate.policies.documents import Role
+from flexgate.policies.entitlements import grant
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
-from flexgate.server.errors import NotFound
-from flexgate.server.refusals import UNKNOWN_EXPERT, reason_json
+from flexgate.server.http.errors import NotFound
+from flexgate.server.http.refusals import UNKNOWN_EXPERT, reason_json
 
 _Read = Call[Nothing, Nothing]
 

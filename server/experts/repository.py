@@ -7,13 +7,13 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
-from flexgate.experts.manifest import Manifest
+from flexgate.experts.package.manifest import Manifest
+from flexgate.policies.agreements import ExpertId
+from flexgate.policies.documents import Expert
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import damaged
+from flexgate.policies.store.residency_log import WeightsChange
 from flexgate.policies.store.store import Store
-from flexgate.policies.store.weights import WeightsChange
-from flexgate.policies.tenants import Expert
-from flexgate.policies.terms import ExpertId
 from flexgate.server.experts.errors import ChangeConflict
 
 MAX_DOMAIN: Final = 200

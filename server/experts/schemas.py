@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from flexgate.server.forms import Closed
+from flexgate.server.http.validation import Closed
 
 PackageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Bytes = Annotated[int, Field(ge=1, le=1 << 40, strict=True)]

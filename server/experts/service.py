@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from flexgate.experts.errors import ExpertsError, SignatureInvalid
-from flexgate.experts.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
-from flexgate.experts.manifest import Manifest, parse_manifest
-from flexgate.experts.package import WeightsTicket
+from flexgate.experts.package.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
+from flexgate.experts.package.manifest import Manifest, parse_manifest
+from flexgate.experts.package.weights import WeightsTicket
+from flexgate.policies.agreements import PUBLIC
 from flexgate.policies.errors import PolicyError
-from flexgate.policies.terms import PUBLIC
-from flexgate.server.engine.calls import ExpertInfo
-from flexgate.server.experts.adding import Adding, Canary
+from flexgate.server.engine.frontend.calls import ExpertInfo
+from flexgate.server.experts.add import Adding, Canary
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
-from flexgate.server.experts.residence import Residence
+from flexgate.server.experts.revoke import Record, Withdrawing
+from flexgate.server.experts.slot_pool import Residence
 from flexgate.server.experts.versions import is_set_aside
-from flexgate.server.experts.withdrawing import Record, Withdrawing
 
 RETIRE_SECONDS: Final = 600.0
 """How long requests may go on with the former version of an expert that was replaced."""

@@ -21,8 +21,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from flexgate.experts.files import MANIFEST_NAME, NAMES, WEIGHTS_NAME
-from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
+from flexgate.experts.package.files import MANIFEST_NAME, NAMES, WEIGHTS_NAME
+from flexgate.server.http.errors import ApiError, Invalid, NotFound, TooLarge
 
 META: Final = "upload.json"
 MOST_UPLOADS: Final = 4

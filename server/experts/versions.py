@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flexgate.experts.errors import LayoutError
-from flexgate.experts.provenance import MODEL_MANIFEST, expert_entries, read_record
+from flexgate.experts.package.provenance import MODEL_MANIFEST, expert_entries, read_record
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import UNRECORDED, Added
 

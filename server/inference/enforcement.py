@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
+from flexgate.policies.agreements import ExpertId, TenantId
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.terms import ExpertId, TenantId
-from flexgate.server.auth import Principal
-from flexgate.server.engine.endings import (
+from flexgate.server.engine.protocol.endings import (
     EXPERT_REVOKED,
     KEY_EXPIRED,
     KEY_REVOKED,
@@ -28,10 +27,11 @@ from flexgate.server.engine.endings import (
     POLICY_UNAVAILABLE,
     PROJECT_ARCHIVED,
 )
+from flexgate.server.http.auth import Principal
 
 if TYPE_CHECKING:
-    from flexgate.server.engine.calls import GatedCall
-    from flexgate.server.engine.client import GatedEngineClient
+    from flexgate.server.engine.frontend.calls import GatedCall
+    from flexgate.server.engine.frontend.client import GatedEngineClient
 
 END_SECONDS: Final = 0.5
 """How long the enforcement of a policy waits for ended requests to be told; none of them gets a token meanwhile."""

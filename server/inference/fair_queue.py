@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Self
 
-from flexgate.server import metrics
+from flexgate.server.http import metrics
 from flexgate.server.inference.limits import refusals
 
 PROJECTS: Final = 8

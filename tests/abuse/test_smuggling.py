@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgate.server.openai import fields
+from flexgate.server.inference.request import fields
 
 BASE: dict[str, tuple[fields.Table, dict[str, Any]]] = {
     "/v1/chat/completions": (fields.CHAT, {"messages": [{"role": "user", "content": "x"}]}),
@@ -165,7 +165,7 @@ async def test_a_header_that_is_there_twice_is_refused(services: Any, handler: A
 
 async def bare(services: Any, headers: list[tuple[bytes, bytes]]) -> tuple[int, dict[str, Any]]:
     """The answer to a completion with exactly these headers."""
-    from flexgate.server.app import build_app
+    from flexgate.server.lifecycle.app import build_app
 
     sent: list[Any] = []
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}

@@ -16,7 +16,7 @@ from speed.loop.trace import Long, Sent
 from speed.record import Run
 
 from flexgate.server.admin.operations import OPERATIONS
-from flexgate.server.openai.fields import Fate
+from flexgate.server.inference.request.fields import Fate
 
 TRACING = Path(loop.__file__).with_name("tracing")
 SLOW = """

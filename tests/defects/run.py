@@ -6,7 +6,7 @@ A defect is a file in this folder, `NAME.toml`: what is broken, the tests that m
     tests = ["tests/server/engine/test_engine.py::test_a_prefix_is_shared_within_tenant_and_gate_and_never_across"]
 
     [[edit]]
-    at = "flexgate.server.engine.gates:cache_salt"
+    at = "flexgate.server.engine.protocol.gates:cache_salt"
     find = '[tenant, sorted(experts), client_salt]'
     replace = '[sorted(experts), client_salt]'
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from packagekit import make_package, write_model
 
-from flexgate.experts.base import BaseIdentity, base_identity
-from flexgate.experts.signature import TrustedKeys, generate
-from flexgate.experts.verify import VerifiedPackage, open_package
+from flexgate.experts.checkpoint.base import BaseIdentity, base_identity
+from flexgate.experts.package.signature import TrustedKeys, generate
+from flexgate.experts.package.verify import VerifiedPackage, open_package
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import Decision, DecisionRequest
+from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import Agreement
 
 NOW = 1_800_000_000.0
 

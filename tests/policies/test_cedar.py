@@ -13,7 +13,7 @@ import cedarpy
 import pytest
 
 from flexgate.policies.decide import declared_context, find_tenant
-from flexgate.policies.grants import grant
+from flexgate.policies.entitlements import grant
 
 ABOVE = {
     "ai-train": ["ai-train", "ai-all", "all"],

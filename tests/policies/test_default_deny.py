@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import (
     AnchorRequired,
     ClockInvalid,
@@ -13,7 +14,6 @@ from flexgate.policies.errors import (
     TenantArchived,
     UnknownTenant,
 )
-from flexgate.policies.tenants import Tenant
 
 
 def test_new_tenant_is_allow_list_with_nothing_on_it():

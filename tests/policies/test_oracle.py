@@ -9,13 +9,13 @@ from collections import Counter
 
 import pytest
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Expert, Tenant
 from flexgate.policies.errors import DecisionRefused
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Expert, Tenant
-from flexgate.policies.terms import Agreement
 
 
 def _answer(make, *arguments):

@@ -38,7 +38,7 @@ def test_imports_stay_inside_the_contract(path):
                 assert not name.startswith("flexgate.policies.store"), name
 
 
-@pytest.mark.parametrize("name", ["decide", "grants", "decision", "snapshot", "reasons", "audit"])
+@pytest.mark.parametrize("name", ["decide", "entitlements", "decision", "snapshot", "reasons", "audit"])
 def test_the_core_reads_no_clock_and_no_environment(name):
     forbidden = {"time", "os", "random", "secrets", "uuid", "socket", "pathlib"}
     assert forbidden.isdisjoint(_imported(ROOT / f"{name}.py"))

@@ -6,9 +6,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
 
 KEY = KeyRecord(key_id="k", sha256=b"1" * 32, prefix="sk-1", role=Role.TENANT, tenant_id="acme", created=0.0)
 

@@ -7,10 +7,10 @@ import random
 from datetime import UTC, datetime
 from typing import Any
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.tenants import Expert, ExpertSet, Tenant
-from flexgate.policies.terms import Agreement
 
 IDS = ["public", "a", "b", "c", "d", "e"]
 OWNERS = ["ann", "bob", "cyd"]

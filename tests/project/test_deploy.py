@@ -71,7 +71,7 @@ def test_only_loopback_reaches_a_container() -> None:
 def test_alerts_and_panels_ask_for_metrics_that_there_are() -> None:
     from prometheus_client import REGISTRY
 
-    import flexgate.server.metrics  # noqa: F401 - registers ours
+    import flexgate.server.http.metrics  # noqa: F401 - registers ours
 
     vllm = importlib.util.find_spec("vllm")
     assert vllm is not None

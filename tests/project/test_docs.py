@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from flexgate.server.cli import app
+from flexgate.server.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md"))]

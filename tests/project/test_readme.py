@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from speed.tables import speed
 
-from flexgate.server.engine.capabilities import CAPABILITIES
+from flexgate.server.engine.frontend.capabilities import CAPABILITIES
 
 README = Path(__file__).parents[2] / "README.md"
 DOCUMENTS = [README, README.with_name("CONTRIBUTING.md"), *sorted((README.parent / "docs").rglob("*.md"))]

@@ -16,10 +16,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from flexgate.policies.agreements import Agreement, OwnerId, TenantId
+from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Expert, KeyRecord, Role, Tenant
-from flexgate.policies.terms import Agreement, OwnerId, TenantId
 
 EXPERTS = {"public": "commons", "news": "gazette", "math": "academy", "secret": "vault"}
 
@@ -109,7 +109,7 @@ class Handler:
         self.result: Any = None
 
     async def __call__(self, request: Any, raw_request: Any = None) -> Any:
-        from flexgate.server.engine.calls import CURRENT_CALL
+        from flexgate.server.engine.frontend.calls import CURRENT_CALL
 
         assert raw_request is None
         self.seen.append(request)
@@ -161,11 +161,11 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Path) -> Any:
     """The application's parts around a client without an engine."""
-    from flexgate.server.engine.calls import ExpertInfo, ExpertLease
+    from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease
     from flexgate.server.experts.uploads import Uploads
     from flexgate.server.inference.fair_queue import FairQueue
-    from flexgate.server.policy import PolicySource
-    from flexgate.server.services import Services
+    from flexgate.server.lifecycle.services import Services
+    from flexgate.server.policy.live import PolicySource
 
     infos = tuple(ExpertInfo(id_, owner, "", slot, 1, True) for slot, (id_, owner) in enumerate(EXPERTS.items()))
     client = SimpleNamespace(
@@ -208,8 +208,8 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
 def _expert_service(client: Any, store: Store, directory: Path) -> Any:
     """The real service over slots that nobody may touch."""
     from flexgate.server.experts.repository import ResidencyRepository
-    from flexgate.server.experts.residence import Places, Residence
     from flexgate.server.experts.service import ExpertService
+    from flexgate.server.experts.slot_pool import Places, Residence
 
     def unused(*_: Any) -> Any:
         raise AssertionError("there is no engine")
@@ -222,7 +222,7 @@ def _expert_service(client: Any, store: Store, directory: Path) -> Any:
 @pytest.fixture
 def make_client(services: Any) -> Callable[..., httpx.AsyncClient]:
     """An HTTP client of the application; `hosts` and the key can be chosen."""
-    from flexgate.server.app import build_app
+    from flexgate.server.lifecycle.app import build_app
 
     def make(key: str | None = "sk-t", hosts: Any = None) -> httpx.AsyncClient:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
@@ -247,8 +247,8 @@ def _listening() -> socket.socket:
 @pytest_asyncio.fixture
 async def urls(services: Any) -> AsyncIterator[tuple[str, str]]:
     """The public and the administration address of a running server without an engine."""
-    from flexgate.server.running import run
-    from flexgate.server.settings import Settings
+    from flexgate.server.lifecycle.serve import run
+    from flexgate.server.lifecycle.settings import Settings
 
     services.client.errored = False
     services.experts.follow = lambda *_: asyncio.Event().wait()  # there is no engine to follow the policy in

@@ -11,10 +11,10 @@ import pytest
 from starlette.requests import Request
 
 from flexgate.server.admin.operation import Call
-from flexgate.server.auth import authenticate
-from flexgate.server.errors import ApiError
 from flexgate.server.experts.changes import OPERATIONS, open_upload
 from flexgate.server.experts.schemas import AddBody, WriteQuery
+from flexgate.server.http.auth import authenticate
+from flexgate.server.http.errors import ApiError
 
 pytestmark = pytest.mark.asyncio
 

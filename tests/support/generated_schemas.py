@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from flexgate.server.constraints.alternatives import TYPES
-from flexgate.server.constraints.schemas import FORMATS
+from flexgate.server.engine.frontend.constraints.alternatives import TYPES
+from flexgate.server.engine.frontend.constraints.schemas import FORMATS
 
 Chance = random.Random
 Make = Callable[[Chance, int], Any]

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import psutil
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, Role, Tenant
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, Role, Tenant
-from flexgate.policies.terms import Agreement
 
 READY_SECONDS = 240
 KEYS = {

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flexgate.experts import train_expert
-from flexgate.experts.batches import Batch
-from flexgate.experts.cli import app
-from flexgate.experts.loop import Run
-from flexgate.experts.parallel import Processes
+from flexgate.experts.cli.main import app
+from flexgate.experts.training import train_expert
+from flexgate.experts.training.batches import Batch
+from flexgate.experts.training.loop import Run
+from flexgate.experts.training.parallel import Processes
 
 report, death, how, *words = sys.argv[1:]
 rank = os.environ["RANK"]

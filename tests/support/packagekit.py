@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgate.experts.base import base_identity
-from flexgate.experts.layout import (
+from flexgate.experts.checkpoint.base import base_identity
+from flexgate.experts.checkpoint.layout import (
     Architecture,
     bias_keys,
     expected_shapes,
     write_checkpoint,
 )
-from flexgate.experts.manifest import Manifest, Statement, Training
-from flexgate.experts.package import BIAS_KEY, FFN_KEYS, ROW_KEY, ExpertLayer, package_shapes
-from flexgate.experts.tensorfile import DTYPES
-from flexgate.experts.write import write_package
+from flexgate.experts.io.tensorfile import DTYPES
+from flexgate.experts.package.manifest import Manifest, Statement, Training
+from flexgate.experts.package.weights import BIAS_KEY, FFN_KEYS, ROW_KEY, ExpertLayer, package_shapes
+from flexgate.experts.package.write import write_package
 
 ONE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
 Tensors = dict[str, torch.Tensor]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from flexgate.server.cli import app
+from flexgate.server.cli.main import app
 
 LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)  # generations
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from flexgate.experts.loop import Plan
-from flexgate.experts.train_anchor import AnchorOptions, train_anchor
-from flexgate.experts.train_expert import ExpertOptions
+from flexgate.experts.training.loop import Plan
+from flexgate.experts.training.train_anchor import AnchorOptions, train_anchor
+from flexgate.experts.training.train_expert import ExpertOptions
 
 PLAN = Plan(steps=8, peak=5e-3, warmup=2, tokens_per_batch=300, save_every=3, evaluate_every=4)
 SIZES = AnchorOptions(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Final
 
-from flexgate.policies.store import licences
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Role
+from flexgate.policies.store import agreements
 from flexgate.policies.store.pseudonyms import Pseudonyms, read_pseudonyms
-from flexgate.policies.tenants import Role
-from flexgate.policies.terms import Agreement
 from flexgate.policies.withhold import Withholding, without_agreement
 from flexgate.server.admin.agreements.schemas import Terms, agreement_object, given_terms
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
@@ -21,7 +21,7 @@ from flexgate.server.admin.pages import list_object, page_of
 
 def list_(call: Call[Nothing, Page]) -> Json:
     """List agreements, oldest first."""
-    found = licences.list_agreements(call.store, owner_id=call.principal.owner_id)
+    found = agreements.list_agreements(call.store, owner_id=call.principal.owner_id)
     chosen, more = page_of(found, call.query, lambda agreement: agreement.id)
     names = _names(call)
     return list_object([agreement_object(agreement, names) for agreement in chosen], more)
@@ -31,13 +31,13 @@ def create(call: Call[Agreement, Written]) -> Json:
     """Make an agreement. Its terms are closed: what nobody would enforce is refused."""
     names = _names(call)
     terms = given_terms(call.body, names, call.snapshot.tenants)
-    return agreement_object(licences.create_agreement(call.store, terms, **_attributed(call)), names)
+    return agreement_object(agreements.create_agreement(call.store, terms, **_attributed(call)), names)
 
 
 def retrieve(call: Call[Nothing, Nothing]) -> Json:
     """Show an agreement as it is in force."""
     agreement_id, owner_id = call.path["agreement_id"], call.principal.owner_id
-    return agreement_object(licences.get_agreement(call.store, agreement_id, owner_id=owner_id), _names(call))
+    return agreement_object(agreements.get_agreement(call.store, agreement_id, owner_id=owner_id), _names(call))
 
 
 def revise(call: Call[Agreement, Written]) -> Json:
@@ -45,13 +45,13 @@ def revise(call: Call[Agreement, Written]) -> Json:
     names = _names(call)
     terms = given_terms(call.body, names, call.snapshot.tenants)
     agreement_id = call.path["agreement_id"]
-    return agreement_object(licences.revise_agreement(call.store, agreement_id, terms, **_attributed(call)), names)
+    return agreement_object(agreements.revise_agreement(call.store, agreement_id, terms, **_attributed(call)), names)
 
 
 def end(call: Call[Nothing, Written]) -> Json:
     """End an agreement now. It stays in the history of the policy."""
     agreement_id = call.path["agreement_id"]
-    licences.withdraw_agreement(call.store, agreement_id, **_attributed(call))
+    agreements.withdraw_agreement(call.store, agreement_id, **_attributed(call))
     return {"id": agreement_id, "object": "agreement.deleted", "deleted": True}
 
 

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from pydantic import create_model
 
+from flexgate.policies.agreements import Agreement, AgreementIdField, OwnerIdField
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.pseudonyms import Pseudonyms
-from flexgate.policies.terms import Agreement, AgreementIdField, OwnerIdField
 from flexgate.server.admin.operation import Json
 
 _TENANT: Final = "tenant:"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from flexgate.policies.audit import Entry
+from flexgate.policies.documents import Role
 from flexgate.policies.store.audit import Sought, newest
-from flexgate.policies.tenants import Role
 from flexgate.server.admin.audit.schemas import PREFIX, ListAuditLogs, TrimAuditLogs, audit_object, project_of, type_of
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
 from flexgate.server.admin.pages import list_object, unknown_cursor
-from flexgate.server.retention import trim_denials
+from flexgate.server.policy.retention import trim_denials
 
 
 def list_(call: Call[Nothing, ListAuditLogs]) -> Json:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from flexgate.policies.audit import Entry
 from flexgate.server.admin.operation import Json
-from flexgate.server.forms import Closed
+from flexgate.server.http.validation import Closed
 
 PREFIX: Final = "audit_log-"
 _KINDS: Final = {"tenant": "project"}

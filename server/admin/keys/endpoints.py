@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Final
 
+from flexgate.policies.documents import KeyRecord, Role
 from flexgate.policies.store import accounts
 from flexgate.policies.store.accounts import ServiceAccount
-from flexgate.policies.tenants import KeyRecord, Role
 from flexgate.policies.withhold import Withholding, without_key
 from flexgate.server.admin.keys.schemas import (
     CreateAdminKey,
@@ -22,7 +22,7 @@ from flexgate.server.admin.keys.schemas import (
 )
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
 from flexgate.server.admin.pages import list_object, page_of
-from flexgate.server.refusals import not_found
+from flexgate.server.http.refusals import not_found
 
 
 def create_account(call: Call[CreateServiceAccount, Written]) -> Json:

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from flexgate.policies.agreements import OwnerIdField
+from flexgate.policies.documents import KeyRecord, Title
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
-from flexgate.policies.tenants import KeyRecord, Title
-from flexgate.policies.terms import OwnerIdField
 from flexgate.server.admin.operation import Json, Page
-from flexgate.server.forms import Closed
+from flexgate.server.http.validation import Closed
 
 Seconds = Annotated[int, Field(ge=1, le=10 * 365 * 86_400)]
 

@@ -6,12 +6,11 @@ from typing import Any, Final
 
 from flexgate.policies import explain as explaining
 from flexgate.policies import simulate as simulating
+from flexgate.policies.agreements import TenantId
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Role
 from flexgate.policies.simulate import with_standard
 from flexgate.policies.store import gitops, history
-from flexgate.policies.tenants import Role
-from flexgate.policies.terms import TenantId
-from flexgate.server import recorded
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
 from flexgate.server.admin.pages import list_object, unknown_cursor
 from flexgate.server.admin.policy.schemas import (
@@ -26,8 +25,9 @@ from flexgate.server.admin.policy.schemas import (
     revision_object,
     simulation_object,
 )
-from flexgate.server.errors import Invalid
-from flexgate.server.refusals import not_found
+from flexgate.server.http.errors import Invalid
+from flexgate.server.http.refusals import not_found
+from flexgate.server.policy import decision_samples
 
 
 def explain(call: Call[Nothing, Explain]) -> Json:
@@ -55,7 +55,7 @@ def simulate(call: Call[Simulate, Nothing]) -> Json:
     """
     call.services.recorded.flush()
     plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
-    replays = with_standard(recorded.replays(call.store, call.now), plan.current, plan.proposed, call.now)
+    replays = with_standard(decision_samples.replays(call.store, call.now), plan.current, plan.proposed, call.now)
     differences = simulating.simulate(plan.current, plan.proposed, replays)
     return simulation_object(plan, replays, differences)
 

@@ -13,8 +13,8 @@ from flexgate.policies.simulate import Difference, Replay
 from flexgate.policies.store.gitops import Plan, PolicyFile
 from flexgate.policies.store.revisions import ObjectChange, Revision
 from flexgate.server.admin.operation import Json
-from flexgate.server.forms import Closed
-from flexgate.server.refusals import reason_json
+from flexgate.server.http.refusals import reason_json
+from flexgate.server.http.validation import Closed
 
 Version = Annotated[int, Field(ge=0, le=10**15)]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Final
 
+from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.store import projects
 from flexgate.policies.store.projects import Times
-from flexgate.policies.tenants import Role, Tenant
 from flexgate.policies.withhold import Withholding, admitting_only, without_tenant
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
 from flexgate.server.admin.pages import list_object, page_of
@@ -24,7 +24,7 @@ from flexgate.server.admin.projects.schemas import (
     permissions_object,
     project_object,
 )
-from flexgate.server.refusals import not_found
+from flexgate.server.http.refusals import not_found
 
 OPERATORS: Final = (Role.ADMIN, Role.AUDITOR)
 READERS: Final = (Role.ADMIN, Role.AUDITOR, Role.TENANT)

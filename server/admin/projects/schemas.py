@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final, Literal
 
-from flexgate.policies.scope import TenantRules
+from flexgate.policies.agreements import ExpertReference, GroupIdField, PurposeField, RegionField, SetId, SetOf
+from flexgate.policies.compiled.compiler import TenantRules
+from flexgate.policies.documents import References, Tenant, Title
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
-from flexgate.policies.tenants import References, Tenant, Title
-from flexgate.policies.terms import ExpertReference, GroupIdField, PurposeField, RegionField, SetId, SetOf
 from flexgate.server.admin.operation import Json, Page
-from flexgate.server.forms import Closed
+from flexgate.server.http.validation import Closed
 
 _OWN_FIELDS: Final = ("groups", "purposes", "regions", "standing", "anchor_optional")
 _OPERATOR_FIELDS: Final = ("hidden", "listed")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from flexgate.policies.documents import Quota, Role, Tenant
 from flexgate.policies.store import projects
 from flexgate.policies.store.accounts import list_project_keys
-from flexgate.policies.tenants import Quota, Role, Tenant
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
 from flexgate.server.admin.pages import list_object, page_of
 from flexgate.server.admin.projects.endpoints import READERS, visible_project
@@ -17,7 +17,7 @@ from flexgate.server.admin.quotas.schemas import (
     UpdateRateLimit,
     rate_limit_object,
 )
-from flexgate.server.refusals import not_found
+from flexgate.server.http.refusals import not_found
 
 
 def list_(call: Call[Nothing, ListRateLimits]) -> Json:

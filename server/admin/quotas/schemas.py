@@ -6,9 +6,9 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field
 
-from flexgate.policies.tenants import Quota
+from flexgate.policies.documents import Quota
 from flexgate.server.admin.operation import Json, Page
-from flexgate.server.forms import Closed
+from flexgate.server.http.validation import Closed
 
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
 PREFIX: Final = "rl-"

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from typing import Any, Final, Protocol
 
-from flexgate.server.errors import Unavailable
+from flexgate.server.http.errors import Unavailable
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 
 MINUTE_S: Final = 60.0

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from flexgate.policies.tenants import Quota
-from flexgate.server.errors import ApiError
+from flexgate.policies.documents import Quota
+from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits import refusals
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.counters import Budget, Counter, InFlight, SlidingWindow

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import NamedTuple
 
-from flexgate.server.errors import ApiError
+from flexgate.server.http.errors import ApiError
 
 
 class Standing(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from flexgate.policies.scope import TenantRules
+from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.server.inference.limits.limiter import UNLIMITED, LimitScope
 
 _STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")

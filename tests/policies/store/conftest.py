@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 from postgreskit import PostgresServer, find, running
 
+from flexgate.policies.documents import Expert
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Expert
 
 EXPERTS = [
     ("public", "commons"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import update
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Role
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
-from flexgate.policies.store import accounts, licences, projects, schema
-from flexgate.policies.store.engine import writing
-from flexgate.policies.tenants import Role
-from flexgate.policies.terms import Agreement
-from flexgate.server.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
+from flexgate.policies.store import accounts, agreements, projects, schema
+from flexgate.policies.store.database import writing
+from flexgate.server.http.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
 
 ADMIN = {"actor": "admin", "at": 2.0}
 NEWS = Agreement(id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit")
@@ -33,12 +33,12 @@ def test_a_whole_tenant_life(store):
     project = projects.create_project(store, "Acme", **ADMIN)
     account, minted = accounts.create_service_account(store, project.id, "robot", **ADMIN)
     assert _allowed(store, minted.secret) == ("public",)
-    licences.put_agreement(store, NEWS, **ADMIN)
+    agreements.put_agreement(store, NEWS, **ADMIN)
     assert _allowed(store, minted.secret) == ("public",)
     permissions = {"mode": "allow_list", "expert_ids": ["news"]}
     projects.update_project(store, project.id, permissions, **ADMIN)
     assert _allowed(store, minted.secret) == ("public", "news")
-    licences.withdraw_agreement(store, "a1", owner_id="wire", actor="wire", at=3.0)
+    agreements.withdraw_agreement(store, "a1", owner_id="wire", actor="wire", at=3.0)
     assert _allowed(store, minted.secret) == ("public",)
     accounts.delete_service_account(store, project.id, account.id, actor="admin", at=4.0)
     with pytest.raises(KeyRevoked):
@@ -170,29 +170,29 @@ def test_last_lasting_admin_key_is_kept(store, project):
 
 
 def test_owner_sees_and_changes_its_own_agreements_only(store):
-    licences.put_agreement(store, NEWS, owner_id="wire", actor="wire", at=2.0)
+    agreements.put_agreement(store, NEWS, owner_id="wire", actor="wire", at=2.0)
     code = NEWS.model_copy(update={"id": "a2", "owner": "forge", "experts": frozenset({"code"})})
-    licences.put_agreement(store, code, owner_id="forge", actor="forge", at=2.0)
-    assert licences.list_agreements(store, owner_id="wire") == [NEWS]
-    assert licences.list_agreements(store) == [NEWS, code]
+    agreements.put_agreement(store, code, owner_id="forge", actor="forge", at=2.0)
+    assert agreements.list_agreements(store, owner_id="wire") == [NEWS]
+    assert agreements.list_agreements(store) == [NEWS, code]
     for agreement_id in ("a2", "a9"):
         pattern = rf"^there is no agreement '{agreement_id}'$"
         with pytest.raises(ObjectUnknown, match=pattern):
-            licences.get_agreement(store, agreement_id, owner_id="wire")
+            agreements.get_agreement(store, agreement_id, owner_id="wire")
         with pytest.raises(ObjectUnknown, match=pattern):
-            licences.withdraw_agreement(store, agreement_id, owner_id="wire", **ADMIN)
+            agreements.withdraw_agreement(store, agreement_id, owner_id="wire", **ADMIN)
     with pytest.raises(ChangeRefused):
-        licences.put_agreement(store, code, owner_id="wire", **ADMIN)
+        agreements.put_agreement(store, code, owner_id="wire", **ADMIN)
     stolen = NEWS.model_copy(update={"id": "a2", "version": 9})
     with pytest.raises(ChangeRefused):
-        licences.put_agreement(store, stolen, owner_id="wire", **ADMIN)
-    assert licences.get_agreement(store, "a2") == code
+        agreements.put_agreement(store, stolen, owner_id="wire", **ADMIN)
+    assert agreements.get_agreement(store, "a2") == code
 
 
 def test_changed_terms_need_a_higher_version(store):
-    first = licences.put_agreement(store, NEWS, **ADMIN)
+    first = agreements.put_agreement(store, NEWS, **ADMIN)
     ban = NEWS.model_copy(update={"effect": "prohibit"})
     with pytest.raises(ChangeRefused):
-        licences.put_agreement(store, ban, **ADMIN)
+        agreements.put_agreement(store, ban, **ADMIN)
     version_2 = ban.model_copy(update={"version": 2})
-    assert licences.put_agreement(store, version_2, **ADMIN) == first + 1
+    assert agreements.put_agreement(store, version_2, **ADMIN) == first + 1

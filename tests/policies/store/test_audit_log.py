@@ -6,9 +6,9 @@ import pytest
 import sqlalchemy as sa
 
 from flexgate.policies.audit import Event, verify
+from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.errors import AuditBroken, StoreUnavailable
 from flexgate.policies.store import schema
-from flexgate.policies.tenants import Role, Tenant
 
 ACME = Tenant(id="acme", name="Acme")
 

@@ -9,10 +9,10 @@ import pytest
 import sqlalchemy as sa
 
 from flexgate.policies.audit import DENIED, REQUESTS, Entry, Event, Head, from_line, to_line, verify
+from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.store import Store
 from flexgate.policies.store import audit as audit_store
-from flexgate.policies.tenants import Tenant
 
 NOW = 1_000_000.0
 BY = {"actor": "key_admin", "at": NOW}

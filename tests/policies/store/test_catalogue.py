@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from catalogue import sync_catalogue
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Expert, Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
-from flexgate.policies.tenants import Expert, Tenant
-from flexgate.policies.terms import Agreement
 
 PUBLIC = ManifestExpert("public", "commons", "general")
 NEWS = ManifestExpert("news", "wire", "press")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.demo import DEMO_KEYS, holds_demo_keys, seed
-from flexgate.policies.tenants import Role, Tenant
-from flexgate.policies.terms import Agreement
-from flexgate.server.auth import WrongRole, authenticate, require_tenant
+from flexgate.server.http.auth import WrongRole, authenticate, require_tenant
 
 MANIFEST = [
     ManifestExpert("public", "commons", "general"),

@@ -11,6 +11,7 @@ import pytest
 from smalldisk import SmallDisk, mounted
 
 from flexgate.policies.audit import Event
+from flexgate.policies.documents import Expert, Role, Tenant
 from flexgate.policies.errors import StoreFull, StoreUnavailable
 from flexgate.policies.store import Store, gitops, history
 from flexgate.policies.store.accounts import (
@@ -19,13 +20,12 @@ from flexgate.policies.store.accounts import (
     revoke_admin_key,
     revoke_project_key,
 )
+from flexgate.policies.store.agreements import create_agreement, revise_agreement, withdraw_agreement
+from flexgate.policies.store.decision_samples import Asked, Question, add_questions
 from flexgate.policies.store.gitops import PolicyFile
-from flexgate.policies.store.licences import create_agreement, revise_agreement, withdraw_agreement
-from flexgate.policies.store.processes import Process, announce
 from flexgate.policies.store.projects import archive_project, create_project, update_project
-from flexgate.policies.store.questions import Asked, Question, add_questions
+from flexgate.policies.store.replicas import Process, announce
 from flexgate.policies.store.reserve import RESERVED_BYTES
-from flexgate.policies.tenants import Expert, Role, Tenant
 
 BY = {"actor": "admin", "at": 10.0}
 FILE = PolicyFile.model_validate({"format": "flexgate-policy/v1", "hidden_experts": ["news"]})

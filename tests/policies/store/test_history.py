@@ -6,14 +6,14 @@ import sqlite3
 
 import pytest
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.errors import ChangeRefused, ConfirmationRequired, StoreRolledBack
 from flexgate.policies.store import Store, gitops
 from flexgate.policies.store.history import diff, newest_revisions, roll_back
 from flexgate.policies.store.projects import list_projects
-from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
-from flexgate.policies.terms import Agreement
 
 ACME = Tenant(id="acme", name="Acme", mode="deny_list")
 NEWS = Agreement(id="a1", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="permit")

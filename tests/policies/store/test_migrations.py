@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import command
 
 from flexgate.policies.store import Store
-from flexgate.policies.store.engine import writing
+from flexgate.policies.store.database import writing
 from flexgate.policies.store.migrate import _config
 
 ROWS = [

@@ -8,10 +8,10 @@ import random
 import pytest
 import sqlalchemy as sa
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.errors import ChangeRefused, StoreDamaged
 from flexgate.policies.store import Change, Store, schema, snapshots
-from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
-from flexgate.policies.terms import Agreement
 
 NAMES = ["news", "math", "code", "legal"]
 SETS = ["set:one", "set:two"]

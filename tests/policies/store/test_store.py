@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Expert, ExpertSet, Role, Tenant
 from flexgate.policies.errors import (
     ChangeRefused,
     StoreDamaged,
@@ -19,9 +21,7 @@ from flexgate.policies.errors import (
     StoreUnavailable,
 )
 from flexgate.policies.store import Store, schema
-from flexgate.policies.store.licences import revise_agreement
-from flexgate.policies.tenants import Expert, ExpertSet, Role, Tenant
-from flexgate.policies.terms import Agreement
+from flexgate.policies.store.agreements import revise_agreement
 
 ACME = Tenant(id="acme", name="Acme", expert_ids=frozenset({"news"}))
 TERMS = Agreement(id="a1", owner="wire", experts=frozenset({"news"}), assignee="tenant:acme", effect="permit")
@@ -293,9 +293,9 @@ def test_writers_take_turns_and_every_change_has_its_own_version(store, url):
 
 
 def test_locked_database_is_reported_as_unavailable(store, url, monkeypatch):
-    from flexgate.policies.store import engine
+    from flexgate.policies.store import database
 
-    monkeypatch.setattr(engine, "BUSY_TIMEOUT_MS", 10)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 10)
     other = Store.open(url)
     with store.change(actor="t", at=2.0), pytest.raises(StoreUnavailable):
         _put(other, ACME)

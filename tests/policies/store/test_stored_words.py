@@ -7,16 +7,16 @@ import json
 import pytest
 import sqlalchemy as sa
 
-from flexgate.policies import words
+from flexgate.policies import vocabulary
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import gitops, schema
+from flexgate.policies.store.agreements import revise_agreement, withdraw_agreement
 from flexgate.policies.store.history import roll_back
-from flexgate.policies.store.licences import revise_agreement, withdraw_agreement
 from flexgate.policies.store.projects import archive_project, update_project
-from flexgate.policies.tenants import Tenant
-from flexgate.policies.terms import Agreement
 
 ACME = Tenant(id="acme", name="Acme", expert_ids=frozenset({"news"}), regions=frozenset({"DE", "DE-BY", "FR"}))
 TERMS = {"id": "a", "owner": "wire", "experts": ["news"], "assignee": "everyone", "effect": "permit"}
@@ -91,7 +91,7 @@ def test_a_prohibition_for_a_region_that_is_unknown_reaches_all_that_it_may_mean
 def test_a_list_that_drops_a_region_stops_no_server(store, monkeypatch):
     put(store, ACME, Agreement.model_validate({**TERMS, "regions": ["DE-BY"]}))
     assert allowed(store, "DE-BY")
-    monkeypatch.setattr(words, "_SUBDIVISIONS", words._SUBDIVISIONS - {"DE-BY"})
+    monkeypatch.setattr(vocabulary, "_SUBDIVISIONS", vocabulary._SUBDIVISIONS - {"DE-BY"})
     assert store.confirm(None).policy_version == store.version()
     assert not allowed(store, "FR")
 

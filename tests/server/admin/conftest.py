@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from flexgate.policies.store import Store
-from flexgate.server.peers import Peers
-from flexgate.server.policy import PolicySource
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.replicas import Peers
 
 EXPERTS = ("public", "news", "math", "secret")
 

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from flexgate.policies.documents import Role
 from flexgate.policies.store import Store, accounts
-from flexgate.policies.tenants import Role
 from flexgate.server.admin.operations import OPERATIONS
 
 pytestmark = pytest.mark.asyncio

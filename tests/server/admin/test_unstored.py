@@ -8,7 +8,7 @@ import pytest
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store import Store
-from flexgate.server.unstored import Unstored
+from flexgate.server.policy.unstored import Unstored
 
 pytestmark = pytest.mark.asyncio
 
@@ -99,7 +99,7 @@ async def test_an_owner_takes_nothing_from_another_owner_while_the_store_fails(
 ) -> None:
     path = "/v1/agreements/a-math"
     assert (await call("sk-owner", "DELETE", path)).status_code == 404
-    full.setattr("flexgate.policies.store.licences._own", lambda *_: None)  # the store fails before it looks
+    full.setattr("flexgate.policies.store.agreements._own", lambda *_: None)  # the store fails before it looks
     full.setattr("flexgate.policies.store.change.Change.remove", lambda *_: _unavailable())
     assert (await call("sk-owner", "DELETE", path)).status_code == 503
     explained = (await call("sk-u", "GET", "/v1/policy/explain")).json()["experts"]
@@ -128,6 +128,6 @@ def _unavailable() -> Any:
 
 
 def _agreements(store: Store) -> Any:
-    from flexgate.policies.store.licences import list_agreements
+    from flexgate.policies.store.agreements import list_agreements
 
     return list_agreements(store)

@@ -11,11 +11,11 @@ import pytest
 from policy_file import LIVE, refusal, run
 from typer.testing import Result
 
+from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Role, Tenant
-from flexgate.server import process
-from flexgate.server.policy import PolicySource
+from flexgate.server.lifecycle import bootstrap
+from flexgate.server.policy.live import PolicySource
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def serve(text_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def engine_started(*_: object, **__: object) -> None:
         raise ChangeRefused("the engine would be started now")
 
-    monkeypatch.setattr(process, "launch", engine_started)
-    monkeypatch.setattr("flexgate.server.logs.configure", lambda *_: None)
+    monkeypatch.setattr(bootstrap, "launch", engine_started)
+    monkeypatch.setattr("flexgate.server.http.logs.configure", lambda *_: None)
     usual = (str(text_checkpoint), "--port=0", f"--state-dir={tmp_path / 'state'}")
     return lambda *options: run("serve", *usual, *options)
 

@@ -17,8 +17,9 @@ import pytest
 from policy_file import LIVE, content_of, refusal, run
 from typer.testing import Result
 
-from flexgate.policies.store import Store, engine
-from flexgate.server.policy import PolicySource
+from flexgate.policies.store import Store
+from flexgate.policies.store import database as engine
+from flexgate.server.policy.live import PolicySource
 
 Break = Callable[[Path], contextlib.AbstractContextManager[None]]
 

@@ -14,13 +14,13 @@ import pytest
 from policy_file import LIVE, content_of, refusal, settle
 from typer.testing import Result
 
+from flexgate.policies.documents import Tenant
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Tenant
-from flexgate.server import process
-from flexgate.server.clock import Clock
-from flexgate.server.past import Past
-from flexgate.server.policy import PolicySource
-from flexgate.server.settings import Settings
+from flexgate.server.engine.protocol.clock import Clock
+from flexgate.server.lifecycle import bootstrap
+from flexgate.server.lifecycle.settings import Settings
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.rollback_guard import Past
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_start_refuses_a_clock_that_is_behind_the_policy(
     serve: Callable[[], Result], database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_back = [30.0]
-    monkeypatch.setattr(process, "Clock", lambda: Clock(lambda: time.time() - set_back[0]))
+    monkeypatch.setattr(bootstrap, "Clock", lambda: Clock(lambda: time.time() - set_back[0]))
     assert refusal(serve()).endswith("the engine would be started now")
     before = content_of(database)
     set_back[0] = 3600.0

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from flexgate.policies.documents import Role
 from flexgate.policies.errors import SnapshotStale, StoreReplaced, StoreUnavailable
 from flexgate.policies.store import Store
-from flexgate.policies.store.engine import noting
+from flexgate.policies.store.database import noting
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.projects import list_projects, update_project
-from flexgate.policies.tenants import Role
-from flexgate.server.past import Past
-from flexgate.server.policy import PolicySource
-from flexgate.server.settings import SettingsError, load_settings
+from flexgate.server.lifecycle.settings import SettingsError, load_settings
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.rollback_guard import Past
 
 Replace = Callable[[Path], None]
 LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)

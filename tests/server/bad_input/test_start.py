@@ -8,8 +8,8 @@ from pathlib import Path
 from policy_file import refusal
 from typer.testing import Result
 
+from flexgate.policies.documents import Role
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Role
 
 
 def test_a_start_that_fails_has_made_no_admin_key_that_nobody_saw(serve: Callable[..., Result], tmp_path: Path) -> None:

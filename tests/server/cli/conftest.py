@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flexgate.policies.store import Store
-from flexgate.server.cli import app
+from flexgate.server.cli.main import app
 
 
 @pytest.fixture

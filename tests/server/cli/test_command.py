@@ -16,8 +16,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flexgate.server.cli import SUBCOMMANDS, app
-from flexgate.server.settings import Settings
+from flexgate.server.cli.main import SUBCOMMANDS, app
+from flexgate.server.lifecycle.settings import Settings
 
 Run = Callable[..., Any]
 
@@ -107,7 +107,7 @@ def test_what_no_server_could_take_is_blamed_on_the_caller(url: str, key: str, s
 @pytest.mark.parametrize("words", ["list", "revoke news", "add nowhere"])
 def test_the_experts_of_a_server_are_changed_without_pytorch(words: str) -> None:
     program = (
-        "import sys; from flexgate.server.cli import app\n"
+        "import sys; from flexgate.server.cli.main import app\n"
         f"app(['experts', *{words.split()}, '--url', 'http://127.0.0.1:9', '--key', 'k'], standalone_mode=False)"
     )
     check = "\nimport atexit; atexit.register(lambda: print('torch' in sys.modules))\n"

@@ -12,13 +12,13 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from flexgate.experts.api import Api
+from flexgate.experts.cli.api import Api
 from flexgate.experts.errors import ServerRefused
 from flexgate.policies.store import Store
-from flexgate.server.auth import KeyRevoked, authenticate
-from flexgate.server.cli import app
-from flexgate.server.peers import Peers
-from flexgate.server.policy import PolicySource
+from flexgate.server.cli.main import app
+from flexgate.server.http.auth import KeyRevoked, authenticate
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.replicas import Peers
 
 Run = Callable[..., Result]
 EVERY_GROUP = [

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from flexgate.policies.store import Store
-from flexgate.server.auth import KeyRevoked, KeyWrong, authenticate
+from flexgate.server.http.auth import KeyRevoked, KeyWrong, authenticate
 
 Run = Callable[..., Any]
 
@@ -78,7 +78,7 @@ def test_a_store_of_another_version_is_left_alone(flexgate: Run, real_store: Sto
 
 def test_the_commands_of_the_store_do_not_import_vllm() -> None:
     code = (
-        "import sys; import flexgate.server.cli_{0}; assert not {{'vllm', 'torch', 'transformers'}} & set(sys.modules)"
+        "import sys; import flexgate.server.cli.{0}; assert not {{'vllm', 'torch', 'transformers'}} & set(sys.modules)"
     )
     for name in ("policy", "tenants", "audit"):
         subprocess.run([sys.executable, "-c", code.format(name)], check=True, cwd="/")

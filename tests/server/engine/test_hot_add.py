@@ -10,7 +10,7 @@ from enginekit.checkpoints import expert_ticket, rewrite
 from enginekit.compare import same_bits
 from enginekit.scripted import Ask, EngineScript, ScriptedEngine, SlotChange, scripted_engine
 
-from flexgate.experts.package import WeightsTicket
+from flexgate.experts.package.weights import WeightsTicket
 
 pytestmark = pytest.mark.engine
 

@@ -12,8 +12,8 @@ import pytest
 from residencykit.local import Local, package, withdrawn_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
-from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
-from flexgate.server.engine.scheduler import EXPERT_REVOKED
+from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
+from flexgate.server.engine.frontend.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.experts.errors import NotStored
 
 pytestmark = pytest.mark.asyncio

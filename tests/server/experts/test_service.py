@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from residencykit.local import CHECKPOINT, MERGED, Local, local, package, zeros
 
-from flexgate.experts.signature import TrustedKeys
-from flexgate.experts.verify import open_package
+from flexgate.experts.package.signature import TrustedKeys
+from flexgate.experts.package.verify import open_package
 from flexgate.policies.errors import ChangeRefused, StoreUnavailable
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.calls import ExpertLease, GatedCall, GateGrant
-from flexgate.server.engine.canary import CanaryError, CanaryNotScheduled
-from flexgate.server.engine.endings import EXPERT_REVOKED
-from flexgate.server.experts import adding
+from flexgate.server.engine.frontend.calls import ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
+from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
+from flexgate.server.experts import add as adding
 from flexgate.server.experts.errors import ChangeConflict, NotResident, NotStored, PackageRefused
 from flexgate.server.experts.repository import Added
-from flexgate.server.experts.start import at_start
+from flexgate.server.experts.restore import at_start
 from flexgate.server.experts.uploads import FREE_BYTES
 
 pytestmark = pytest.mark.asyncio

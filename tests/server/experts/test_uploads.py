@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from flexgate.server.errors import ApiError, Invalid, NotFound, TooLarge
 from flexgate.server.experts import uploads as uploads_module
 from flexgate.server.experts.uploads import FREE_BYTES, KEPT_FREE_SECONDS, KEPT_SECONDS, MOST_UPLOADS, Uploads
+from flexgate.server.http.errors import ApiError, Invalid, NotFound, TooLarge
 
 SIZES = {"manifest.json": 4, "expert.safetensors": 8}
 SIZE = sum(SIZES.values())

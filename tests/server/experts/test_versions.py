@@ -15,7 +15,7 @@ from flexgate.experts.errors import LayoutError
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.errors import PackageRefused
-from flexgate.server.experts.start import AtStart, at_start
+from flexgate.server.experts.restore import AtStart, at_start
 from flexgate.server.experts.versions import merged_versions
 
 
@@ -58,7 +58,7 @@ async def test_a_newer_version_in_the_checkpoint_is_served_and_the_package_set_a
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert (await place.add(place.serve(news=1), 2)).state == "succeeded"
-    with caplog.at_level(logging.WARNING, "flexgate.server.experts.start"):
+    with caplog.at_level(logging.WARNING, "flexgate.server.experts.restore"):
         state, here = await place.restart(news=3)
     assert state.set_aside == ("news version 2, which was added: the checkpoint holds version 3",)
     assert caplog.messages == [f"set aside: {state.set_aside[0]}"]

@@ -91,8 +91,8 @@ def test_hidden_and_unknown_experts_are_alike(server: Any) -> None:
 def test_a_changed_policy_holds_for_the_next_request(server: Any) -> None:
     import time
 
+    from flexgate.policies.documents import Tenant
     from flexgate.policies.store.store import Store
-    from flexgate.policies.tenants import Tenant
 
     store = Store.open(f"sqlite:///{server.database}")
     try:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from packagekit import statement
 
-from flexgate.experts.extract import extract_expert
+from flexgate.experts.package.extract import extract_expert
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.repository import Added, ResidencyRepository
 

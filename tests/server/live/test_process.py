@@ -148,7 +148,7 @@ def broken(source: Path, target: Path, how: str) -> Path:
 
 
 def test_what_is_checked_before_the_engine_starts_does_not_wait_for_vllm_to_load() -> None:
-    program = "import flexgate.server.process, sys; sys.exit('vllm' in sys.modules)"
+    program = "import flexgate.server.lifecycle.bootstrap, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 

@@ -10,7 +10,7 @@ import httpx
 import live_server
 import pytest
 
-from flexgate.server.engine.watch import READY_SECONDS, TICK_SECONDS
+from flexgate.server.engine.frontend.watchdog import READY_SECONDS, TICK_SECONDS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -11,9 +11,9 @@ import live_server
 import pytest
 from walkkit import OWN, PHRASES, PUBLIC, make_model
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, Role, Tenant
 from flexgate.policies.store.store import Store
-from flexgate.policies.tenants import Expert, Role, Tenant
-from flexgate.policies.terms import Agreement
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -17,14 +17,14 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.store import Store
-from flexgate.policies.store.hints import Hints
-from flexgate.server.engine.calls import ExpertInfo, ExpertLease
+from flexgate.policies.store.change_notifications import Hints
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease
 from flexgate.server.inference.fair_queue import FairQueue
-from flexgate.server.peers import Peers
-from flexgate.server.policy import PolicySource
-from flexgate.server.running import run
-from flexgate.server.services import Services
-from flexgate.server.settings import Settings
+from flexgate.server.lifecycle.serve import run
+from flexgate.server.lifecycle.services import Services
+from flexgate.server.lifecycle.settings import Settings
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.replicas import Peers
 
 
 async def _complete(request: Any, raw_request: Any = None) -> Any:

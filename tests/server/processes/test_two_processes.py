@@ -19,9 +19,9 @@ import pytest
 from live_server import free_port
 from postgreskit import PostgresServer, find, running
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, Role, Tenant
 from flexgate.policies.store import Store
-from flexgate.policies.tenants import Expert, Role, Tenant
-from flexgate.policies.terms import Agreement
 
 pytestmark = pytest.mark.slow
 

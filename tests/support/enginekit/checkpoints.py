@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
-from flexgate.experts.extract import extract_expert
-from flexgate.experts.manifest import Statement, Training
-from flexgate.experts.package import WeightsTicket
-from flexgate.experts.verify import open_package
+from flexgate.experts.package.extract import extract_expert
+from flexgate.experts.package.manifest import Statement, Training
+from flexgate.experts.package.verify import open_package
+from flexgate.experts.package.weights import WeightsTicket
 
 
 @dataclass(frozen=True)

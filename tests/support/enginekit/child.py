@@ -16,8 +16,8 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        from flexgate.server.engine import launch
-        from flexgate.server.engine.gates import new_seal_key
+        from flexgate.server.engine.frontend import launch
+        from flexgate.server.engine.protocol.gates import new_seal_key
 
         options: dict[str, Any] = {
             "dtype": "float32",
@@ -72,7 +72,7 @@ class Engine:
         return self.engine.collective_rpc(what, args=args)
 
     def ask_ranks(self, name: str, *args: Any) -> list[Any]:
-        from flexgate.server.engine.seam import answers
+        from flexgate.server.engine.seam.engine import answers
 
         return answers(self.engine.collective_rpc(name, args=args))
 
@@ -80,7 +80,7 @@ class Engine:
         return [getattr(self, f"_{change.do}")(change) for change in changes]
 
     def _fill(self, change: SlotChange) -> None:
-        from flexgate.server.engine.residency import to_wire
+        from flexgate.server.engine.worker.slot_writer import to_wire
 
         self.ask_ranks("flexgate_load", change.slot, to_wire(change.ticket))
 
@@ -164,7 +164,7 @@ class Engine:
     def refusal(self, ask: Ask, how: str) -> str:
         import time
 
-        from flexgate.server.engine import gates
+        from flexgate.server.engine.protocol import gates
 
         request_id = self._new_id()
         gate = self._gate(ask, request_id)
@@ -197,13 +197,13 @@ class Engine:
 
     def admit_on_ranks(self, ask: Ask, request_id: str) -> list[str | None]:
         """Show every rank a request whose gate was sealed for ``request-x``, past the guard."""
-        from flexgate.server.engine import gates
+        from flexgate.server.engine.protocol import gates
 
         sealed = gates.seal(self._gate(ask, "request-x"), self.key)
         return self.engine.collective_rpc(admit_request, args=(request_id, sealed))
 
     def _submit(self, ask: Ask) -> str:
-        from flexgate.server.engine import gates
+        from flexgate.server.engine.protocol import gates
 
         request_id = self._new_id()
         self._add(request_id, ask, gates.seal(self._gate(ask, request_id), self.key))
@@ -226,7 +226,7 @@ class Engine:
     def _gate(self, ask: Ask, request_id: str) -> Any:
         import time
 
-        from flexgate.server.engine import gates
+        from flexgate.server.engine.protocol import gates
 
         generations = ask.generations or {}
         live = self.engine.engine_core.engine_core.scheduler._table.live

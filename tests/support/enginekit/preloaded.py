@@ -13,4 +13,4 @@ os.environ |= {
 
 import vllm.v1.engine.llm_engine  # noqa: F401
 
-import flexgate.server.engine.worker  # noqa: F401
+import flexgate.server.engine.worker.worker  # noqa: F401

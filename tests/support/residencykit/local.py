@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from packagekit import ONE, make_package
 
-from flexgate.experts.base import base_identity
-from flexgate.experts.package import WeightsTicket
+from flexgate.experts.checkpoint.base import base_identity
+from flexgate.experts.package.weights import WeightsTicket
 from flexgate.policies.audit import Event
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.calls import ExpertInfo, ExpertLease, GatedCall
-from flexgate.server.engine.operator import Closed, SlotTaskFailed
-from flexgate.server.engine.residency import SlotWriter, from_wire, to_wire
-from flexgate.server.engine.scheduler import EXPERT_REVOKED
-from flexgate.server.engine.slots import SlotTable
-from flexgate.server.engine.weights import SlotArrays
+from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.frontend.slot_control import Closed, SlotTaskFailed
+from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.worker.slot_arrays import SlotArrays
+from flexgate.server.engine.worker.slot_writer import SlotWriter, from_wire, to_wire
 from flexgate.server.experts.repository import ResidencyRepository
-from flexgate.server.experts.residence import Places, Progress, Residence
 from flexgate.server.experts.service import ExpertService
+from flexgate.server.experts.slot_pool import Places, Progress, Residence
 
 SLOTS = 5
 LAYERS = ONE.num_hidden_layers

@@ -1,0 +1,143 @@
+"""``flexgate experts train-anchor``, ``train`` and ``tune-router``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flexgate.experts.cli.support import Json, KeyOption, read_statement, reported
+
+if TYPE_CHECKING:
+    from flexgate.experts.training.loop import Plan
+
+Steps = Annotated[int, typer.Option(help="Steps of the optimizer at most.")]
+Peak = Annotated[float, typer.Option(help="Highest learning rate.")]
+Tokens = Annotated[int, typer.Option(help="Tokens in a step.")]
+Seed = Annotated[int, typer.Option(help="The same seed, texts and machine give the same bits.")]
+Length = Annotated[int, typer.Option(help="Longest piece of text, in tokens.")]
+Save = Annotated[int, typer.Option(help="Steps between saved states: what a killed run loses at most.")]
+Evaluate = Annotated[int, typer.Option(help="Steps between looks at held-out text.")]
+Patience = Annotated[int, typer.Option(help="Looks without improvement before stopping; 0 never stops early.")]
+Arithmetic = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the forward pass computes in.")]
+
+
+def _plan(given: Mapping[str, Any]) -> Plan:
+    """The plan among a command's options, which are named like its fields; raises ``TrainingRefused``."""
+    from flexgate.experts.training.loop import Plan
+
+    return Plan(**{field.name: given[field.name] for field in fields(Plan) if field.name in given})
+
+
+def _require_one_process() -> None:
+    """Raises ``TrainingRefused``."""
+    from flexgate.experts.errors import TrainingRefused
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise TrainingRefused("this command trains in one process, only 'train' in several: start it without torchrun")
+
+
+def train_anchor(
+    texts: Annotated[Path, typer.Argument(help="Folder of public *.txt, *.md and *.jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is learnt from the texts.")] = 1024,
+    hidden_size: int = 128,
+    intermediate_size: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    length: Length = 512,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the checkpoint stores.")] = "bfloat16",
+    steps: Steps = 1200,
+    peak: Peak = 3e-3,
+    tokens_per_batch: Tokens = 2500,
+    seed: Seed = 0,
+    save_every: Save = 50,
+    evaluate_every: Evaluate = 50,
+    patience: Patience = 0,
+    arithmetic: Arithmetic = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train a small public model from nothing; a killed run goes on when started again."""
+    given = dict(locals())
+    with reported(as_json) as show:
+        _require_one_process()
+        from flexgate.experts.training.train_anchor import AnchorOptions
+        from flexgate.experts.training.train_anchor import train_anchor as run
+
+        plan = _plan(given | {"prompt_weight": 1.0})
+        sizes = AnchorOptions(plan, vocab_size, hidden_size, intermediate_size, layers, heads, length, dtype)
+        outcome = run(texts, target, sizes)
+        show({"anchor": str(target), **vars(outcome)})
+
+
+def train(
+    anchor: Annotated[Path, typer.Argument(help="Checkpoint of the public model.")],
+    texts: Annotated[Path, typer.Argument(help="Folder of the owner's *.txt, *.md and *.jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Package folder to write.")],
+    statement: Annotated[Path, typer.Option(help="JSON file: id, owner, domain, training.data, licence.")],
+    public: Annotated[Path | None, typer.Option(help="Folder of public texts.", show_default=False)] = None,
+    key: KeyOption = None,
+    router: Annotated[
+        Literal["discriminant", "mean-hidden", "embedding"], typer.Option(help="How the router row starts.")
+    ] = "discriminant",
+    embedding: Annotated[Path | None, typer.Option(help="NumPy file with the domain's embedding.")] = None,
+    train_router: Annotated[bool, typer.Option(help="Train router row and bias with the expert.")] = False,
+    sharpness: Annotated[float, typer.Option(help="Factor on a discriminant's log-odds.")] = 1.0,
+    public_share: Annotated[float, typer.Option(help="Public text's part of the training.")] = 0.25,
+    layer: Annotated[list[int] | None, typer.Option(help="Train the FFN of these layers only.")] = None,
+    length: Length = 512,
+    steps: Steps = 400,
+    peak: Peak = 9e-4,
+    tokens_per_batch: Tokens = 2048,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts; answers count 1.")] = 0.2,
+    seed: Seed = 0,
+    save_every: Save = 50,
+    evaluate_every: Evaluate = 50,
+    patience: Patience = 5,
+    arithmetic: Arithmetic = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train an expert on texts that stay where they are; a killed run goes on when started again."""
+    given = dict(locals())
+    from flexgate.experts.training.parallel import joined, lost_process_reported
+
+    with joined() as world, reported(as_json, quiet=not world.first) as show, lost_process_reported():
+        from flexgate.experts.training.train_expert import ExpertOptions, RouterOptions, train_expert
+
+        plan = _plan(given)
+        start = RouterOptions(router, embedding, train_router, sharpness)
+        options = ExpertOptions(plan, start, length, tuple(layer) if layer else None, public_share)
+        written = world.agreed(lambda: read_statement(statement))
+        manifest, outcome = train_expert(anchor, texts, public, target, written, options, key=key, world=world)
+        show({"package": str(target), "id": manifest.id, **vars(outcome), "base": manifest.base.digest})
+
+
+def tune_router(
+    model: Annotated[Path, typer.Argument(help="Merged checkpoint.")],
+    texts: Annotated[Path, typer.Argument(help="Folder of public *.txt, *.md and *.jsonl.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
+    length: Length = 512,
+    steps: Steps = 200,
+    peak: Peak = 9e-4,
+    tokens_per_batch: Tokens = 2048,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts; answers count 1.")] = 0.2,
+    seed: Seed = 0,
+    save_every: Save = 50,
+    evaluate_every: Evaluate = 50,
+    patience: Patience = 5,
+    arithmetic: Arithmetic = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train a merge's routers on public texts: it is then marked as not strictly separable."""
+    given = dict(locals())
+    with reported(as_json) as show:
+        _require_one_process()
+        from flexgate.experts.training.tune_router import tune_router as run
+
+        plan = _plan(given)
+        outcome = run(model, texts, target, plan, length=length)
+        show({"model": str(target), "strictly_separable": False, **vars(outcome)})

@@ -1,0 +1,220 @@
+"""Agreements: the terms on which an owner lets tenants use experts. Closed and typed.
+
+An unknown field or word is refused, not ignored: a term that nobody enforces is worse than none.
+Times are half-open, `not_before <= now < not_after`, in whole seconds with a time zone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Final, Literal, NewType, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from flexgate.policies.errors import InvalidName
+from flexgate.policies.vocabulary import (
+    Purpose,
+    Region,
+    parse_license_expression,
+    parse_purpose,
+    parse_region,
+    parse_stored_region,
+)
+
+ExpertId = NewType("ExpertId", str)
+SetId = NewType("SetId", str)
+OwnerId = NewType("OwnerId", str)
+TenantId = NewType("TenantId", str)
+GroupId = NewType("GroupId", str)
+AgreementId = NewType("AgreementId", str)
+
+PUBLIC: Final = ExpertId("public")
+STORED: Final = {"stored": True}
+"""Validation context of documents that are in the store already."""
+
+_EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+
+T = TypeVar("T")
+ListOf = Annotated[tuple[T, ...], Field(strict=False)]
+"""Written as an array. Its members are as strict as everything else."""
+SetOf = Annotated[frozenset[T], Field(strict=False)]
+"""Written as an array whose order says nothing."""
+
+
+def parse_expert_id(text: str) -> ExpertId:
+    """`text` as an expert id; raises `InvalidName`."""
+    if _EXPERT_ID.fullmatch(text):
+        return ExpertId(text)
+    raise InvalidName(f"{text!r} is not an expert id: it must match [a-z0-9][a-z0-9-]{{0,62}}")
+
+
+def parse_set_id(text: str) -> SetId:
+    """`text` as the name of a set of experts (`set:…`); raises `InvalidName`."""
+    if text.startswith("set:") and _EXPERT_ID.fullmatch(text[4:]):
+        return SetId(text)
+    raise InvalidName(f"{text!r} is not a set: it must match set:[a-z0-9][a-z0-9-]{{0,62}}")
+
+
+def _parse_reference(text: str) -> str:
+    return parse_set_id(text) if text.startswith("set:") else parse_expert_id(text)
+
+
+def _parse_assignee(text: str) -> str:
+    kind, _, name = text.partition(":")
+    if text == "everyone" or (kind in ("tenant", "group") and re.fullmatch(_NAME_PATTERN[1:-1], name)):
+        return text
+    raise InvalidName(f"{text!r} is not an assignee: use 'everyone', 'tenant:ID' or 'group:ID'")
+
+
+def _without_public(references: frozenset[str]) -> frozenset[str]:
+    if PUBLIC in references:
+        raise InvalidName("'public' is every model's anchor: no agreement permits or prohibits it")
+    return references
+
+
+def _written_time(value: Any) -> Any:
+    """A string as the time that it says. A number says none: 20271231 would be a day of 1970."""
+    if isinstance(value, datetime):
+        return value
+    if isinstance(value, str) and _RFC_3339.fullmatch(value):
+        return datetime.fromisoformat(value)
+    raise InvalidName(f"{str(value)[:40]!r} is not a time: write it as '2026-11-23T00:00:00Z'")
+
+
+def _whole_second(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise InvalidName("a time needs a time zone, for example 2026-11-23T00:00:00Z")
+    if moment.microsecond:
+        raise InvalidName("terms take effect at whole seconds")
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise InvalidName("a time lies between the years 1 and 9999, in UTC") from None
+
+
+def _region(text: str, info: ValidationInfo) -> Region:
+    return parse_stored_region(text) if info.context == STORED else parse_region(text)
+
+
+def _unless_stored(value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    return value if info.context == STORED and isinstance(value, str) else check(value)
+
+
+ExpertIdField = Annotated[ExpertId, AfterValidator(parse_expert_id)]
+SetIdField = Annotated[SetId, AfterValidator(parse_set_id)]
+Name = Annotated[str, StringConstraints(pattern=_NAME_PATTERN)]
+OwnerIdField = Annotated[OwnerId, StringConstraints(pattern=_NAME_PATTERN)]
+TenantIdField = Annotated[TenantId, StringConstraints(pattern=_NAME_PATTERN)]
+GroupIdField = Annotated[GroupId, StringConstraints(pattern=_NAME_PATTERN)]
+AgreementIdField = Annotated[AgreementId, StringConstraints(pattern=_NAME_PATTERN)]
+ExpertReference = Annotated[str, AfterValidator(_parse_reference)]
+Assignee = Annotated[str, AfterValidator(_parse_assignee)]
+PurposeField = Annotated[Purpose, AfterValidator(parse_purpose)]
+RegionField = Annotated[Region, AfterValidator(_region)]
+Moment = Annotated[datetime, BeforeValidator(_written_time), AfterValidator(_whole_second)]
+AS_STORED: Final = WrapValidator(_unless_stored)
+"""Marks a label, which decides nothing: one that is stored is read as it is."""
+LicenseExpression = Annotated[str, AfterValidator(parse_license_expression), AS_STORED]
+
+
+class Document(BaseModel):
+    """Base of everything an operator or owner writes: frozen, closed to unknown fields, and of the very
+    types that its schema says.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Attribute(Document):
+    """The answer names the expert's owner."""
+
+    kind: Literal["attribute"]
+
+
+class Report(Document):
+    """Use is reported to the owner once per period."""
+
+    kind: Literal["report"]
+    period: Literal["day", "month"]
+
+
+class Compensate(Document):
+    """Use is paid: `rate` of `currency` per `unit`."""
+
+    kind: Literal["compensate"]
+    rate: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9, strict=False)]
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
+    unit: Literal["request", "million_tokens", "million_share_weighted_tokens"]
+
+
+Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
+
+
+def require_executed(duties: tuple[Duty, ...]) -> None:
+    """Raise `InvalidName` for duties: an agreement that is written now cannot have any."""
+    if duties:
+        raise InvalidName("nothing executes duties yet, so an agreement cannot have any: leave them out")
+
+
+class Agreement(Document):
+    """One set of terms between an owner and tenants.
+
+    `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
+    could be read either way. No duty is executed yet: new terms have none, and a stored permission with
+    duties permits nothing.
+    """
+
+    id: AgreementIdField
+    version: Annotated[int, Field(ge=1)] = 1
+    owner: OwnerIdField
+    experts: Annotated[SetOf[ExpertReference], Field(min_length=1), AfterValidator(_without_public)]
+    assignee: Assignee
+    effect: Literal["permit", "prohibit"]
+    purposes: Annotated[SetOf[PurposeField], Field(min_length=1)] | None = None
+    regions: Annotated[SetOf[RegionField], Field(min_length=1)] | None = None
+    not_before: Moment | None = None
+    not_after: Moment | None = None
+    duties: ListOf[Duty] = ()
+    license_expression: LicenseExpression | None = None
+    terms_uri: Annotated[str, StringConstraints(pattern=r"^https://\S{1,2000}$")] | None = None
+    terms_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @field_validator("duties")
+    @classmethod
+    def _are_executed(cls, duties: tuple[Duty, ...], info: ValidationInfo) -> tuple[Duty, ...]:
+        if info.context != STORED:
+            require_executed(duties)
+        return duties
+
+    @model_validator(mode="after")
+    def _ends_after_it_starts(self) -> Agreement:
+        if self.starts >= self.ends:
+            raise InvalidName("not_after must be later than not_before")
+        return self
+
+    @property
+    def starts(self) -> float:
+        """Unix seconds of the first moment in force; -inf without `not_before`."""
+        return self.not_before.timestamp() if self.not_before else -math.inf
+
+    @property
+    def ends(self) -> float:
+        """Unix seconds of the first moment no longer in force; inf without `not_after`."""
+        return self.not_after.timestamp() if self.not_after else math.inf

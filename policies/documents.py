@@ -1,0 +1,137 @@
+"""Tenants (OpenAI's projects), experts, sets of experts and keys, as they are written down."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+
+from flexgate.policies.agreements import (
+    AS_STORED,
+    PUBLIC,
+    Document,
+    ExpertIdField,
+    ExpertReference,
+    GroupIdField,
+    OwnerId,
+    OwnerIdField,
+    PurposeField,
+    RegionField,
+    SetIdField,
+    SetOf,
+    TenantId,
+    TenantIdField,
+)
+from flexgate.policies.errors import InvalidName
+
+
+def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
+    if PUBLIC in references:
+        raise InvalidName("'public' is always listed and follows anchor_optional, not this list")
+    return references
+
+
+Title = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+_TITLE: Final = TypeAdapter(Title)
+References = Annotated[SetOf[ExpertReference], AfterValidator(_leaves_public_alone)]
+
+
+Amount = Annotated[int, Field(ge=0, le=10**15)] | None
+
+
+def require_title(text: str) -> None:
+    """Raise `InvalidName` unless `text` can be a name today."""
+    try:
+        _TITLE.validate_python(text)
+    except ValidationError as error:
+        raise InvalidName(f"name: {error.errors()[0]['msg']}") from None
+
+
+class Quota(Document):
+    """How much a project, or one of its keys, may use; None is without limit.
+
+    `total_tokens` is a budget for good: raise it to give more.
+    """
+
+    requests_per_minute: Amount = None
+    tokens_per_minute: Amount = None
+    concurrent_requests: Amount = None
+    total_tokens: Amount = None
+
+
+class Tenant(Document):
+    """Who calls the API. A new one is `allow_list` with nothing on it, and gets `public`.
+
+    `purposes` and `regions` are what its requests may declare; a request that declares none stands
+    for all of them, which limited permissions do not reach. `standing` is used as `only` by
+    requests without one. `hidden` and `listed` override the catalogue's visibility. `key_quotas`
+    go by key id and hold beside the project's own `quota`.
+    """
+
+    id: TenantIdField
+    name: Annotated[Title, AS_STORED]
+    mode: Literal["allow_list", "deny_list"] = "allow_list"
+    expert_ids: References = frozenset()
+    hidden: References = frozenset()
+    listed: References = frozenset()
+    standing: SetOf[ExpertReference] | None = None
+    anchor_optional: bool = False
+    groups: SetOf[GroupIdField] = frozenset()
+    purposes: SetOf[PurposeField] = frozenset()
+    regions: SetOf[RegionField] = frozenset()
+    quota: Quota = Quota()
+    key_quotas: Annotated[Mapping[str, Quota], Field(strict=False)] = {}
+    archived: bool = False
+
+
+class Expert(Document):
+    """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it."""
+
+    id: ExpertIdField
+    owner: OwnerIdField
+    domain: Annotated[str, Field(max_length=200)] = ""
+    live: bool = True
+    visibility: Literal["listed", "hidden"] = "listed"
+    required: bool = False
+
+
+class ExpertSet(Document):
+    """A named set of experts, usable wherever an expert may be named."""
+
+    id: SetIdField
+    experts: Annotated[SetOf[ExpertIdField], Field(min_length=1), AfterValidator(_leaves_public_alone)]
+
+
+class Role(enum.StrEnum):
+    """What a key is for. Only `TENANT` keys infer, and they do nothing else."""
+
+    TENANT = "tenant"
+    ADMIN = "admin"
+    AUDITOR = "auditor"
+    OWNER = "owner"
+
+
+Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRecord:
+    """What is kept of an API key: its SHA-256 and what it stands for, never the key.
+
+    A tenant's key carries `tenant_id`, an owner's key `owner_id`, the others neither. Times are
+    Unix seconds; `expires` takes effect at that second, and a key that has `revoked` at once.
+    """
+
+    key_id: str
+    sha256: bytes
+    prefix: str
+    role: Role
+    tenant_id: TenantId | None = None
+    owner_id: OwnerId | None = None
+    created: Seconds
+    expires: Seconds | None = None
+    revoked: Seconds | None = None
+    name: str = ""

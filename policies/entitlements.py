@@ -1,0 +1,187 @@
+"""What a tenant may use for one purpose and region at one moment, before a request narrows it.
+
+A grant holds for the half-open time slot `since <= now < until` between two dates of the
+agreements that touch it, so a cache may keep it for that long.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from flexgate.policies import reasons
+from flexgate.policies.agreements import ExpertId
+from flexgate.policies.compiled.agreements import ANCHOR, Clause, Row, Terms, by_start
+from flexgate.policies.compiled.compiler import TenantRules
+from flexgate.policies.decision import Reason
+from flexgate.policies.documents import Expert
+from flexgate.policies.errors import ClockInvalid
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.vocabulary import Purpose, Region, purpose_and_above, region_and_above
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A declared purpose and region, with the words that cover them."""
+
+    purpose: Purpose | None
+    region: Region | None
+    purposes: frozenset[str]
+    regions: frozenset[str]
+
+    @classmethod
+    def of(cls, purpose: Purpose | None, region: Region | None) -> Context:
+        return cls(
+            purpose,
+            region,
+            frozenset() if purpose is None else purpose_and_above(purpose),
+            frozenset() if region is None else region_and_above(region),
+        )
+
+    def covered_by(self, clause: Clause) -> bool:
+        """Whether the clause is about all of the declared purpose and region."""
+        return (clause.purposes is None or not clause.purposes.isdisjoint(self.purposes)) and (
+            clause.regions is None or not clause.regions.isdisjoint(self.regions)
+        )
+
+    def touched_by(self, clause: Clause) -> bool:
+        """Whether the clause is about any part of the declared purpose and region."""
+        return (
+            clause.purposes is None
+            or self.purpose is None
+            or not clause.purposes.isdisjoint(self.purposes)
+            or self.purpose in clause.purposes_above
+        ) and (
+            clause.regions is None
+            or self.region is None
+            or not clause.regions.isdisjoint(self.regions)
+            or self.region in clause.regions_above
+        )
+
+
+ANYTHING: Final = Context.of(None, None)
+
+
+class Grant(NamedTuple):
+    """`lost_at` says for each allowed expert when it stops being allowed (`math.inf`: never).
+
+    `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
+    order; an expert hidden from the tenant is in neither.
+    """
+
+    lost_at: Mapping[ExpertId, float]
+    refused: Mapping[ExpertId, Reason]
+    since: float
+    until: float
+
+
+def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float) -> Grant:
+    """Apply agreements, the tenant's mode, visibility and liveness. Pure; default deny."""
+    if math.isnan(now):
+        raise ClockInvalid("the time given is not a number")
+    found = [terms for name in tenant.assignees if (terms := snapshot.terms.get(name))]
+    always, limited = (found[0].always, found[0].limited) if len(found) == 1 else _together(found)
+    hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
+    named = tenant.named - snapshot.required if deny_list else tenant.named | snapshot.required
+    forever = math.inf
+    lost_at: dict[ExpertId, float] = {}
+    refused: dict[ExpertId, Reason] = {}
+    for id_, live, standard in snapshot.catalogue:
+        if hidden and id_ in hidden:
+            continue
+        until, reason = forever, None
+        if id_ in limited:
+            clauses = limited[id_]
+            first = clauses[0]
+            if len(clauses) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
+                until = first.ends
+            else:
+                until, reason = _terms(snapshot.experts[id_], id_ in always, clauses, context, now)
+        elif id_ not in always:
+            reason = standard.no_agreement
+        if reason is not None:
+            refused[id_] = reason
+        elif (id_ in named) == deny_list:
+            refused[id_] = standard.on_deny_list if deny_list else standard.not_on_allow_list
+        elif not live:
+            refused[id_] = standard.not_live
+        else:
+            lost_at[id_] = until
+    since, until = _time_slot(found, now)
+    return Grant(lost_at, refused, since, until)
+
+
+def _together(found: list[Terms]) -> tuple[frozenset[ExpertId], Row]:
+    """What several assignees are always permitted, and their limited clauses, by start."""
+    limited: dict[ExpertId, tuple[Clause, ...]] = {}
+    for terms in found:
+        for expert, clauses in terms.limited.items():
+            known = limited.get(expert)
+            limited[expert] = clauses if known is None else tuple(sorted((*known, *clauses), key=by_start))
+    return ANCHOR.union(*(terms.always for terms in found)), limited
+
+
+def _time_slot(found: list[Terms], now: float) -> tuple[float, float]:
+    """The last date up to `now` and the first date after it, of agreements with the tenant."""
+    since, until = -math.inf, math.inf
+    for terms in found:
+        place = bisect_right(terms.dates, now)
+        if place > 0:
+            since = max(since, terms.dates[place - 1])
+        if place < len(terms.dates):
+            until = min(until, terms.dates[place])
+    return since, until
+
+
+def _terms(
+    expert: Expert, always: bool, clauses: tuple[Clause, ...], context: Context, now: float
+) -> tuple[float, Reason | None]:
+    """Until when the agreements permit the expert, or why they do not.
+
+    `always` says that an unlimited agreement permits it; `clauses` are the limited ones, by start,
+    so that one pass finds how far permissions reach without a gap.
+    """
+    permitted_until = math.inf if always else now
+    banned_from = math.inf
+    bans = []
+    for clause in clauses:
+        if clause.permits:
+            if clause.starts <= permitted_until < clause.ends and context.covered_by(clause):
+                permitted_until = clause.ends
+        elif now < clause.ends and context.touched_by(clause):
+            if clause.starts <= now:
+                bans.append(clause)
+            banned_from = min(banned_from, clause.starts)
+    if bans:
+        return now, reasons.prohibited(expert, min(bans, key=_by_id))
+    if permitted_until > now:
+        return min(permitted_until, banned_from), None
+    return now, _nearest_miss(expert, [c for c in clauses if c.permits], context, now)
+
+
+def _nearest_miss(expert: Expert, permits: list[Clause], context: Context, now: float) -> Reason:
+    """The permission that comes closest, so that the reason says what is really missing."""
+    in_force = [c for c in permits if c.starts <= now < c.ends]
+    if in_force:
+        return _out_of_scope(expert, in_force, context)
+    covering = [c for c in permits if context.covered_by(c)]
+    coming = [c for c in covering if now < c.starts]
+    if coming:
+        return reasons.not_started(expert, min(coming, key=lambda c: (c.starts, c.agreement_id)))
+    if covering:
+        return reasons.ended(expert, min(covering, key=lambda c: (-c.ends, c.agreement_id)))
+    return reasons.no_agreement(expert.id, expert.owner)
+
+
+def _out_of_scope(expert: Expert, in_force: list[Clause], context: Context) -> Reason:
+    right_place = [c for c in in_force if c.regions is None or not c.regions.isdisjoint(context.regions)]
+    if right_place:
+        return reasons.purpose_not_permitted(expert, min(right_place, key=_by_id), context.purpose)
+    return reasons.region_not_permitted(expert, min(in_force, key=_by_id), context.region)
+
+
+def _by_id(clause: Clause) -> str:
+    return clause.agreement_id

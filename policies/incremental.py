@@ -1,0 +1,102 @@
+"""A snapshot after a change, made from the one before it: only what the change touches is compiled.
+
+The result equals `Snapshot.build` of all documents. It costs what the change costs, and a plain copy
+of each mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Generic, NamedTuple, TypeVar
+
+from flexgate.policies.agreements import Agreement, ExpertId, SetId
+from flexgate.policies.compiled.agreements import Clause, Terms
+from flexgate.policies.compiled.compiler import Scope, keys_by_digest
+from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
+from flexgate.policies.errors import SnapshotInvalid
+from flexgate.policies.snapshot import Snapshot
+
+D = TypeVar("D", Expert, ExpertSet, Tenant, Agreement)
+
+
+class Edit(NamedTuple, Generic[D]):
+    """One document before and after; None where it does not exist. Equal ones are compiled again."""
+
+    id: str
+    before: D | None
+    after: D | None
+
+
+def revise(
+    snapshot: Snapshot,
+    *,
+    policy_version: int,
+    made: float,
+    experts: Iterable[Edit[Expert]] = (),
+    sets: Iterable[Edit[ExpertSet]] = (),
+    tenants: Iterable[Edit[Tenant]] = (),
+    agreements: Iterable[Edit[Agreement]] = (),
+    keys: Iterable[KeyRecord] = (),
+    revoked: Mapping[str, int] | None = None,
+) -> Snapshot:
+    """`snapshot` after edits, each kind's in their order, with `keys` that are new or changed, and all of `revoked`.
+
+    Among the edits must be the tenants and agreements that name a set which changed, and whatever named
+    an expert that went or changed its owner: the store refuses either while something names the expert.
+    Raises `SnapshotInvalid` when the documents do not fit together.
+    """
+    catalogue = _experts(snapshot.experts.copy(), experts)
+    expanded, rules = snapshot.sets.copy(), snapshot.tenants.copy()
+    for edit_of_set in _net(sets).values():
+        expanded.pop(SetId(edit_of_set.id), None)
+        if edit_of_set.after is not None:
+            expanded[edit_of_set.after.id] = Scope(catalogue, {}).members(edit_of_set.after)
+    scope = Scope(catalogue, expanded)
+    for edit in _net(tenants).values():
+        if edit.after is None:
+            raise SnapshotInvalid(f"tenant {edit.id!r} is gone; tenants are archived, not removed")
+        rules[edit.after.id] = scope.rules(edit.after)
+    return replace(
+        snapshot,
+        policy_version=policy_version,
+        made=made,
+        experts=MappingProxyType(catalogue),
+        sets=MappingProxyType(expanded),
+        tenants=MappingProxyType(rules),
+        terms=MappingProxyType(_terms(snapshot.terms.copy(), scope, _net(agreements))),
+        keys=MappingProxyType(keys_by_digest(keys, rules, snapshot.keys.copy())),
+        revoked=snapshot.revoked if revoked is None else MappingProxyType(dict(revoked)),
+    )
+
+
+def _experts(experts: dict[ExpertId, Expert], edits: Iterable[Edit[Expert]]) -> dict[ExpertId, Expert]:
+    for edit in edits:
+        if edit.after is None:
+            experts.pop(ExpertId(edit.id), None)
+        else:
+            experts[edit.after.id] = edit.after
+    return experts
+
+
+def _terms(terms: dict[str, Terms], scope: Scope, edits: Mapping[str, Edit[Agreement]]) -> dict[str, Terms]:
+    """`terms` with each touched assignee's compiled again, of the clauses that stay and those that came."""
+    clauses: dict[str, list[tuple[ExpertId, Clause]]] = {}
+    documents = (document for edit in edits.values() for document in (edit.before, edit.after))
+    for assignee in {document.assignee for document in documents if document is not None}:
+        before = terms.pop(assignee).clauses() if assignee in terms else ()
+        clauses[assignee] = [(expert, clause) for expert, clause in before if clause.agreement_id not in edits]
+    for edit in edits.values():
+        if edit.after is not None:
+            clauses[edit.after.assignee].extend(scope.clauses(edit.after))
+    return terms | {assignee: Terms.of(found) for assignee, found in clauses.items() if found}
+
+
+def _net(edits: Iterable[Edit[D]]) -> dict[str, Edit[D]]:
+    """The first state and the last of each document."""
+    found: dict[str, Edit[D]] = {}
+    for edit in edits:
+        before = found[edit.id].before if edit.id in found else edit.before
+        found[edit.id] = Edit(edit.id, before, edit.after)
+    return found

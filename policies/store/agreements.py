@@ -1,0 +1,125 @@
+"""What owners and administrators do with agreements.
+
+`owner_id` of None is an administrator. An owner sees and changes its own agreements; another
+owner's is as unknown as one that does not exist.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, ExpertSet
+from flexgate.policies.errors import ChangeRefused, ObjectUnknown
+from flexgate.policies.store.change import Change
+from flexgate.policies.store.database import reading
+from flexgate.policies.store.documents import checked, read_all
+from flexgate.policies.store.store import Store
+
+
+def list_agreements(store: Store, *, owner_id: str | None = None) -> list[Agreement]:
+    """The agreements in the order in which they were first made."""
+    with reading(store.engine) as connection:
+        agreements = read_all(connection, Agreement)
+    return [a for a in agreements if owner_id is None or a.owner == owner_id]
+
+
+def get_agreement(store: Store, agreement_id: str, *, owner_id: str | None = None) -> Agreement:
+    """One agreement; raises `ObjectUnknown`."""
+    for agreement in list_agreements(store, owner_id=owner_id):
+        if agreement.id == agreement_id:
+            return agreement
+    raise _unknown(agreement_id)
+
+
+def create_agreement(
+    store: Store, terms: dict[str, Any], *, actor: str, at: float, owner_id: str | None = None
+) -> Agreement:
+    """A new agreement of `terms`. Without an id it gets one; an owner's always does, because a
+    refused id would tell one owner of another's.
+    """
+    if owner_id is not None and "id" in terms:
+        raise ChangeRefused("an owner's agreements get their ids from the server: leave 'id' out")
+    id_ = terms.get("id") or f"agr_{secrets.token_hex(8)}"
+    prohibits = terms.get("effect") == "prohibit"
+    with store.change(actor=actor, note="create agreement", at=at, urgent=prohibits) as change:
+        if change.get(Agreement, id_) is not None:
+            raise ChangeRefused(f"the id {id_!r} is taken: choose another one")
+        owner = terms.get("owner", owner_id)
+        return _put_next(change, {**terms, "id": id_, "owner": owner}, owner_id)
+
+
+def revise_agreement(
+    store: Store,
+    agreement_id: str,
+    terms: dict[str, Any],
+    *,
+    actor: str,
+    at: float,
+    owner_id: str | None = None,
+) -> Agreement:
+    """Other terms under the next version. `terms` may say which version that must be."""
+    with store.change(actor=actor, note="revise agreement", at=at, urgent=True) as change:
+        before = _own(change, agreement_id, owner_id)
+        if terms.get("id", agreement_id) != agreement_id or terms.get("owner", before.owner) != before.owner:
+            raise ChangeRefused("an agreement keeps its id and its owner: make another one")
+        same = {**terms, "id": agreement_id, "owner": before.owner}
+        if checked(Agreement, {**same, "version": before.version}) == before:
+            return before
+        return _put_next(change, same, owner_id)
+
+
+def put_agreement(store: Store, agreement: Agreement, *, actor: str, at: float, owner_id: str | None = None) -> int:
+    """Store an agreement under the version that it says; returns the policy version."""
+    with store.change(actor=actor, note="put agreement", at=at) as change:
+        before = change.get(Agreement, agreement.id)
+        if before is not None and before.owner != agreement.owner:
+            raise ChangeRefused(f"the id {agreement.id!r} is taken: choose another one")
+        _put(change, agreement, owner_id)
+    return change.policy_version
+
+
+def withdraw_agreement(store: Store, agreement_id: str, *, actor: str, at: float, owner_id: str | None = None) -> int:
+    """End an agreement now; returns the policy version. An owner may always do this."""
+    with store.change(actor=actor, note="withdraw agreement", at=at, urgent=True) as change:
+        _own(change, agreement_id, owner_id)
+        change.remove(Agreement, agreement_id)
+    return change.policy_version
+
+
+def _put_next(change: Change, terms: dict[str, Any], owner_id: str | None) -> Agreement:
+    version = change.next_agreement_version(terms["id"])
+    if terms.get("version", version) != version:
+        raise ChangeRefused(f"agreement {terms['id']!r} would get version {version}, not {terms['version']}")
+    agreement = checked(Agreement, {**terms, "version": version})
+    _put(change, agreement, owner_id)
+    return agreement
+
+
+def _put(change: Change, agreement: Agreement, owner_id: str | None) -> None:
+    if owner_id is not None:
+        _check_own(change, agreement, owner_id)
+    change.put(agreement)
+
+
+def _check_own(change: Change, agreement: Agreement, owner_id: str) -> None:
+    """Refuse what is not the owner's. Others' experts are refused like names that do not exist."""
+    if agreement.owner != owner_id:
+        raise ChangeRefused("an owner makes agreements in its own name only")
+    own = {expert.id for expert in change.all(Expert) if expert.owner == owner_id}
+    sets = {s.id for s in change.all(ExpertSet) if s.experts <= own}
+    for reference in sorted(agreement.experts):
+        if reference not in own and reference not in sets:
+            raise ChangeRefused(f"{reference!r} is no expert of {owner_id!r}, and no set of such")
+
+
+def _own(change: Change, agreement_id: str, owner_id: str | None) -> Agreement:
+    agreement = change.get(Agreement, agreement_id)
+    if agreement is None or owner_id not in (None, agreement.owner):
+        raise _unknown(agreement_id)
+    return agreement
+
+
+def _unknown(agreement_id: str) -> ObjectUnknown:
+    return ObjectUnknown(f"there is no agreement {agreement_id!r}")

@@ -1,0 +1,54 @@
+"""Threads for blocking work, so that no caller waits behind what others read or change.
+
+Changes of administrators have threads of their own, and so has what administrators and auditors read. What tenants and
+owners read or change has others, and of one key of theirs only so much may be waiting.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Final, ParamSpec, TypeVar
+
+from flexgate.policies.documents import Role
+from flexgate.server.http.auth import Principal
+from flexgate.server.http.errors import ApiError
+from flexgate.server.policy.executors import CHANGES, OTHERS_CHANGES, OTHERS_READS, READS, run_in
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MOST_OF_ONE: Final = 8
+"""Reads, and changes, of one tenant's or owner's key that run or wait at once."""
+_OPERATORS: Final = frozenset({Role.ADMIN, Role.AUDITOR})
+_under_way: Final[Counter[tuple[str, bool]]] = Counter()
+
+
+async def in_turn(
+    principal: Principal, writes: bool, work: Callable[P, T], *arguments: P.args, **options: P.kwargs
+) -> T:
+    """Blocking work for a caller, in its turn; raises `ApiError` (429) when too much of its key is under way."""
+    if principal.role in _OPERATORS:
+        return await run_in(CHANGES if writes else READS, work, *arguments, **options)
+    key = principal.key_id, writes
+    if _under_way[key] >= MOST_OF_ONE:
+        raise _too_many()
+    _under_way[key] += 1
+    try:
+        return await run_in(OTHERS_CHANGES if writes else OTHERS_READS, work, *arguments, **options)
+    finally:
+        _under_way[key] -= 1
+        if not _under_way[key]:
+            del _under_way[key]
+
+
+def _too_many() -> ApiError:
+    return ApiError(
+        f"This key may have {MOST_OF_ONE} such requests to the administration under way at once. "
+        "Try again once one of them has been answered.",
+        status=HTTPStatus.TOO_MANY_REQUESTS,
+        code="rate_limit_exceeded",
+        type_="requests",
+        headers={"retry-after": "1"},
+    )

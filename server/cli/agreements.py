@@ -1,0 +1,87 @@
+"""`flexgate agreements`: on what terms owners let tenants use experts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from flexgate.experts.cli.support import print_table
+from flexgate.policies.errors import ChangeRefused, ObjectUnknown
+from flexgate.server.cli.store import AsJson, print_json
+from flexgate.server.cli.target import Json, Target, administers
+
+_HELP: Final = (
+    "Make, show, revise and end agreements.\n\n"
+    "Acts on the policy database, or with --url and --key on a running server, there also with an owner's key.\n\n"
+    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
+
+Agreement = Annotated[str, typer.Argument(help="The agreement's id, as 'list' shows it.")]
+Terms = Annotated[Path, typer.Argument(help="JSON file with the terms; '-' reads standard input.")]
+
+
+@administers(app, "list")
+def list_(target: Target, as_json: AsJson = False) -> None:
+    """List agreements in force, oldest first."""
+    found = target.agreements()
+    if as_json:
+        print_json(found)
+    else:
+        header = ("id", "version", "owner", "experts", "assignee", "effect")
+        print_table(header, [_row(agreement) for agreement in found], empty="no agreements")
+
+
+@administers(app)
+def show(target: Target, agreement: Agreement) -> None:
+    """Print an agreement as JSON."""
+    for found in target.agreements():
+        if found["id"] == agreement:
+            print_json(found)
+            return
+    raise ObjectUnknown(f"there is no agreement '{agreement}'")
+
+
+@administers(app)
+def create(target: Target, terms: Terms) -> None:
+    """Make an agreement of a file's terms and print its id."""
+    typer.echo(target.put_agreement(None, _read(terms))["id"])
+
+
+@administers(app)
+def revise(target: Target, agreement: Agreement, terms: Terms) -> None:
+    """Replace an agreement's terms as a whole and print its version."""
+    typer.echo(target.put_agreement(agreement, _read(terms))["version"])
+
+
+@administers(app)
+def end(target: Target, agreement: Agreement) -> None:
+    """End an agreement now. It stays in the history of the policy."""
+    target.end_agreement(agreement)
+
+
+def _read(path: Path) -> Json:
+    text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    try:
+        terms = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ChangeRefused(f"{path} is not JSON: {error}") from None
+    if not isinstance(terms, dict):
+        raise ChangeRefused(f"{path} must hold one JSON object, the agreement's terms")
+    return terms
+
+
+def _row(agreement: Json) -> tuple[str, ...]:
+    experts = ", ".join(sorted(agreement["experts"]))
+    return (
+        agreement["id"],
+        str(agreement["version"]),
+        agreement["owner"],
+        experts,
+        agreement["assignee"],
+        agreement["effect"],
+    )

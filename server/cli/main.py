@@ -1,0 +1,87 @@
+"""The `flexgate` command. Sub-commands are imported when they are used, and vLLM only to serve."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from flexgate.server.engine.frontend.leaving import leaving
+
+SUBCOMMANDS: Final = {
+    "serve": ("flexgate.server.cli.serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
+    "experts": ("flexgate.experts.cli.main", "Make, check and change experts."),
+    "tenants": ("flexgate.server.cli.tenants", "Create tenants, permit experts, hand out and revoke keys."),
+    "admin-keys": (
+        "flexgate.server.cli.admin_keys",
+        "Hand out and revoke keys of administrators, auditors and owners.",
+    ),
+    "agreements": ("flexgate.server.cli.agreements", "Make, show, revise and end agreements."),
+    "policy": ("flexgate.server.cli.policy", "The policy as a file; explain it, and simulate a change."),
+    "audit": ("flexgate.server.cli.audit", "Verify the audit log, and export it."),
+}
+
+
+class LazyCommand(TyperCommand):
+    """A name and one line of help; the module with the command's `app` is imported to run it."""
+
+    def __init__(self, name: str, module: str, help_: str) -> None:
+        super().__init__(name, help=help_)
+        self._module = module
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """The real command's context, which knows the real command."""
+        app = importlib.import_module(self._module).app
+        return typer.main.get_command(app).make_context(info_name, args, parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose sub-commands live in modules that have an `app`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - Typer's signature
+        """The sub-commands that are installed."""
+        return [name for name, (module, _) in SUBCOMMANDS.items() if _installed(module)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """One sub-command, not imported yet."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return LazyCommand(cmd_name, *SUBCOMMANDS[cmd_name])
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    name="flexgate",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Serve merged mixture-of-experts models with a gate per request.",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"flexgate {importlib.metadata.version('flexgate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serve merged mixture-of-experts models with a gate per request."""
+
+
+def main() -> None:
+    """Run the command, as a process of its own."""
+    with leaving():
+        app()
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

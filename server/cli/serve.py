@@ -1,0 +1,118 @@
+"""`flexgate serve`: options, progress, the start-up summary, and one sentence when it fails."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from flexgate.server.http import logs
+from flexgate.server.lifecycle.console import Progress
+from flexgate.server.lifecycle.settings import Settings, SettingsError, load_settings
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)  # plain help shortens no name
+logger = logging.getLogger(__name__)
+
+FAILED: Final = 1
+BAD_USAGE: Final = 2
+INTERRUPTED: Final = 130
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """A parameter for every setting, as its field describes it; None stands for not given."""
+    found = []
+    for name, field in Settings.model_fields.items():
+        kind = list[str] if field.annotation == tuple[str, ...] else field.annotation
+        described = typer.Argument(help=_help(name)) if name == "model" else typer.Option(help=_help(name))
+        described.show_default = False
+        annotation = Annotated[kind | None, described]  # type: ignore[valid-type]
+        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return found
+
+
+def _help(name: str) -> str:
+    field = Settings.model_fields[name]
+    default = field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    shown = "" if default in (None, ()) else f", default {default}"
+    return f"{field.description} (FLEXGATE_{name.upper()}{shown})"
+
+
+def serve(**given: Any) -> None:
+    """Serve a FlexOlmo checkpoint directory, or the demo with --demo.
+
+    Every option can also be set by the variable that is named with it; the option wins.
+    """
+    for name in ("served_model_name", "cors_origin"):
+        given[name] = tuple(given[name] or ()) or None
+    try:
+        settings = load_settings(**given)
+    except SettingsError as error:
+        raise _failed(error, BAD_USAGE) from None
+    run(settings)
+
+
+serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+app.command()(serve)
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal comes; a start that fails exits with one sentence."""
+    from flexgate.server.lifecycle.console import expected_failures
+
+    os.environ["PYTHONSAFEPATH"] = "1"
+    logs.configure(settings.log_level, settings.log_format)
+    try:
+        refuse_shadowed_kernels()
+        with Progress(Console(soft_wrap=True)) as progress:
+            _serve(settings, progress)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if not isinstance(error, expected_failures()):
+            logger.error("the server failed", exc_info=error)
+        raise _failed(error, FAILED) from None
+
+
+def _serve(settings: Settings, progress: Progress) -> None:
+    model = settings.model or demo_model()
+    progress.stage("reading the checkpoint", 0, 0)
+    import uvloop
+
+    from flexgate.server.lifecycle.bootstrap import serve as serve_process
+
+    uvloop.run(serve_process(settings, model, stage=progress.stage, ready=progress.ready))
+
+
+def demo_model() -> Path:
+    """The shipped demo checkpoint."""
+    import flexgate.experts.demo
+
+    path = Path(flexgate.experts.demo.__file__).with_name("checkpoint")
+    if not path.is_dir():
+        raise SettingsError("this installation has no demo model")
+    return path
+
+
+def refuse_shadowed_kernels() -> None:
+    """Refuse to start where our folder `kernels` hides the library of that name."""
+    ours = Path(__file__).resolve().parents[2]
+    for entry in sys.path:
+        if Path(entry or ".").resolve() == ours:
+            raise SettingsError(
+                f"{ours} is on Python's path, where its folder 'kernels' hides a library of "
+                "that name; start from another directory or set PYTHONSAFEPATH=1"
+            )
+
+
+def _failed(error: BaseException, status: int) -> typer.Exit:
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    typer.secho(f"flexgate: {sentence}", err=True, fg=typer.colors.RED)
+    return typer.Exit(status)

@@ -1,0 +1,80 @@
+"""What the commands that work on the policy store share: which store, who acts, how they fail.
+
+They change the store itself. Every running server enforces a change within its poll, a quarter of a
+second by default, so no server needs to be asked.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from sqlalchemy.engine import make_url
+
+from flexgate.experts.errors import ExpertsError, UsageInvalid
+from flexgate.policies.errors import PolicyError, StoreUnavailable
+from flexgate.policies.store.migrate import check_current
+from flexgate.policies.store.store import Store
+from flexgate.server.lifecycle.settings import SettingsError, load_store_settings
+
+FAILED: Final = 1
+DIFFERENT: Final = 3
+
+Demo = Annotated[bool | None, typer.Option("--demo", help="The demo's own database.", show_default=False)]
+StateDir = Annotated[
+    Path | None, typer.Option(help="Where the server keeps its database.", envvar="FLEXGATE_STATE_DIR")
+]
+DatabaseUrl = Annotated[
+    str | None, typer.Option(help="The policy database, as an SQLAlchemy URL.", envvar="FLEXGATE_DATABASE_URL")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@contextmanager
+def opened(demo: bool | None, state_dir: Path | None, database_url: str | None) -> Iterator[Store]:
+    """The store, closed at the end; what goes wrong is one sentence and exit status 1."""
+    with failing():
+        url = load_store_settings(demo=demo, state_dir=state_dir, database_url=database_url).database()
+        _require_file(url)
+        store = Store.open(url)
+        try:
+            check_current(store.engine)
+            yield store
+        finally:
+            store.close()
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Turn what goes wrong on purpose into one sentence and exit status 1."""
+    try:
+        yield
+    except (PolicyError, SettingsError, ExpertsError, OSError, UnicodeDecodeError) as error:
+        typer.secho(f"flexgate: {' '.join(str(error).split())}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(2 if isinstance(error, UsageInvalid) else FAILED) from None
+
+
+def actor() -> str:
+    """Who changes the store, as the audit log will say."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):
+        return f"cli:uid-{os.getuid()}"
+
+
+def print_json(value: Any) -> None:
+    """For programs."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _require_file(url: str) -> None:
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
+        raise StoreUnavailable(f"there is no policy database at {parsed.database}: the server's first start makes it")

@@ -1,0 +1,351 @@
+"""Where an administrative command acts: on the policy database itself, or on a running server by URL and admin key.
+
+Either way it is the same command with the same output. A server answers once its own process enforces a change; what is
+changed in the database reaches every server on it within its poll.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final, Protocol
+
+import typer
+
+from flexgate.experts.cli.api import Api
+from flexgate.experts.errors import UsageInvalid
+from flexgate.policies.audit import LOGS, STARTS, Entry, Head
+from flexgate.policies.documents import Quota, Role
+from flexgate.policies.store import accounts, projects
+from flexgate.policies.store import agreements as licences
+from flexgate.policies.store.documents import to_json
+from flexgate.server.admin.keys.schemas import admin_key_object
+from flexgate.server.cli.policy_target import DatabasePolicy, PolicyTarget, ServerPolicy
+from flexgate.server.cli.store import DatabaseUrl, Demo, StateDir, actor, failing, opened
+from flexgate.server.policy.retention import trim_denials
+
+Json = dict[str, Any]
+Url = Annotated[str | None, typer.Option(help="Act on this running server, not on a database.", envvar="FLEXGATE_URL")]
+Key = Annotated[
+    str | None, typer.Option(help="With --url: an administrator's or auditor's key.", envvar="FLEXGATE_KEY")
+]
+TARGETS: Final = {
+    "demo": Demo,
+    "state_dir": StateDir,
+    "database_url": DatabaseUrl,
+    "url": Url,
+    "key": Key,
+}
+_DATABASE: Final = frozenset(["demo", "state_dir", "database_url"])
+_BATCH: Final = 1000
+_PROJECTS: Final = "/v1/organization/projects"
+_ADMIN_KEYS: Final = "/v1/organization/admin_api_keys"
+LIMITS: Final = tuple(Quota.model_fields)
+"""Names of limits, as :class:`Quota` has them."""
+_WIRE: Final = dict(
+    zip(
+        ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "total_tokens"),
+        ("max_requests_per_1_minute", "max_tokens_per_1_minute", "max_concurrent_requests", "max_total_tokens"),
+        strict=True,
+    )
+)
+_UNLIMITED: Final = 10**15
+
+
+class Target(PolicyTarget, Protocol):
+    """What can be administered. Objects are JSON; ids, names and modes as the HTTP interface has them."""
+
+    def projects(self, *, archived: bool) -> list[Json]:
+        """Tenants with ``id``, ``name``, ``archived``, ``mode`` and ``expert_ids``, oldest first."""
+
+    def project(self, project_id: str) -> Json:
+        """One of them, with all that it has and its ``keys``."""
+
+    def create_project(self, name: str) -> str:
+        """The new tenant's id."""
+
+    def permit(self, project_id: str, mode: str, expert_ids: list[str]) -> None:
+        """Replace a tenant's list of experts."""
+
+    def archive(self, project_id: str) -> None:
+        """Archive a tenant for good."""
+
+    def create_key(self, project_id: str, name: str, seconds: int | None) -> str:
+        """The new key's secret."""
+
+    def revoke_key(self, project_id: str, key_id: str) -> None:
+        """Revoke a key for good."""
+
+    def admin_keys(self) -> list[Json]:
+        """The keys of administrators, auditors and owners that are not revoked, oldest first."""
+
+    def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
+        """The new key's secret."""
+
+    def revoke_admin_key(self, key_id: str) -> None:
+        """Revoke such a key for good."""
+
+    def limits(self, project_id: str) -> dict[str, Json]:
+        """The limits of a tenant, under ``project``, and of each of its keys; None is without limit."""
+
+    def set_limits(self, project_id: str, key_id: str | None, limits: Json) -> None:
+        """Change some limits; None takes one away."""
+
+    def agreements(self) -> list[Json]:
+        """Agreements in force, oldest first."""
+
+    def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
+        """Make an agreement, or give one other terms."""
+
+    def end_agreement(self, agreement_id: str) -> None:
+        """End an agreement now."""
+
+    def audit_log(self, after: int) -> Iterator[Entry]:
+        """Entries after a number, oldest first."""
+
+    def audit_heads(self) -> list[Head]:
+        """The newest entry of each log."""
+
+    def trim_audit(self, days: int) -> int:
+        """Remove denied requests older than that; how many entries went."""
+
+
+@contextmanager
+def target(
+    demo: bool | None, state_dir: Path | None, database_url: str | None, url: str | None, key: str | None
+) -> Iterator[Target]:
+    """The database, or with ``url`` the server; what goes wrong is one sentence and an exit status."""
+    if url is None:
+        with opened(demo, state_dir, database_url) as store:
+            yield DatabaseTarget(store)
+        return
+    with failing():
+        if demo or state_dir is not None or database_url is not None:
+            raise UsageInvalid("--url and a database are two places to act on: give one of them")
+        with Api(url, key or "") as api:
+            yield ServerTarget(api)
+
+
+def administers(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose first argument is the target that further options name."""
+
+    def register(work: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(work, eval_str=True).parameters.values())[1:]
+
+        def run(context: typer.Context, **given: Any) -> None:
+            with target(**where(context, {option: given.pop(option) for option in TARGETS})) as chosen:
+                work(chosen, **given)
+
+        shared = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for option, annotation in TARGETS.items()
+        ]
+        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        run.__signature__ = inspect.Signature([context, *own, *shared])  # type: ignore[attr-defined]
+        run.__doc__ = work.__doc__
+        app.command(name or work.__name__.replace("_", "-"))(run)
+        return work
+
+    return register
+
+
+def where(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The target's options. A place that was written in the command outweighs another that the environment names."""
+    sources = {option: context.get_parameter_source(option) for option in options}
+    written = {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if "url" not in written and written & _DATABASE:
+        return options | {"url": None}
+    if "url" in written and not written & _DATABASE:
+        return options | dict.fromkeys(_DATABASE)
+    return options
+
+
+class DatabaseTarget(DatabasePolicy):
+    """The policy database; changes are attributed to the user of this machine."""
+
+    def projects(self, *, archived: bool) -> list[Json]:
+        return [to_json(tenant) for tenant in projects.list_projects(self._store, archived=archived)]
+
+    def project(self, project_id: str) -> Json:
+        tenant = projects.get_project(self._store, project_id)
+        keys = accounts.list_project_keys(self._store, project_id)
+        shown = [{"id": k.key_id, "name": k.name, "prefix": k.prefix, "expires": k.expires} for k in keys]
+        return {**to_json(tenant), "keys": shown}
+
+    def create_project(self, name: str) -> str:
+        return projects.create_project(self._store, name, **_attributed()).id
+
+    def permit(self, project_id: str, mode: str, expert_ids: list[str]) -> None:
+        fields = {"mode": mode, "expert_ids": expert_ids}
+        projects.update_project(self._store, project_id, fields, **_attributed())
+
+    def archive(self, project_id: str) -> None:
+        projects.archive_project(self._store, project_id, **_attributed())
+
+    def create_key(self, project_id: str, name: str, seconds: int | None) -> str:
+        said = _attributed()
+        expires = None if seconds is None else said["at"] + seconds
+        return accounts.create_service_account(self._store, project_id, name, expires=expires, **said)[1].secret
+
+    def revoke_key(self, project_id: str, key_id: str) -> None:
+        accounts.revoke_project_key(self._store, project_id, key_id, **_attributed())
+
+    def admin_keys(self) -> list[Json]:
+        return [admin_key_object(key) for key in accounts.list_admin_keys(self._store)]
+
+    def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
+        said = _attributed()
+        expires = None if seconds is None else said["at"] + seconds
+        return accounts.create_admin_key(
+            self._store, name, role=Role(role), owner_id=owner_id, expires=expires, **said
+        ).secret
+
+    def revoke_admin_key(self, key_id: str) -> None:
+        accounts.revoke_admin_key(self._store, key_id, **_attributed())
+
+    def limits(self, project_id: str) -> dict[str, Json]:
+        tenant = projects.get_project(self._store, project_id)
+        keys = accounts.list_project_keys(self._store, project_id)
+        quotas = {key.key_id: tenant.key_quotas.get(key.key_id, Quota()) for key in keys}
+        return {name: quota.model_dump() for name, quota in {"project": tenant.quota, **quotas}.items()}
+
+    def set_limits(self, project_id: str, key_id: str | None, limits: Json) -> None:
+        projects.set_quota(self._store, project_id, limits, key_id=key_id, **_attributed())
+
+    def agreements(self) -> list[Json]:
+        return [to_json(agreement) for agreement in licences.list_agreements(self._store)]
+
+    def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
+        if agreement_id is None:
+            return to_json(licences.create_agreement(self._store, terms, **_attributed()))
+        return to_json(licences.revise_agreement(self._store, agreement_id, terms, **_attributed()))
+
+    def end_agreement(self, agreement_id: str) -> None:
+        licences.withdraw_agreement(self._store, agreement_id, **_attributed())
+
+    def audit_log(self, after: int) -> Iterator[Entry]:
+        while batch := self._store.audit_log(after=after, limit=_BATCH):
+            yield from batch
+            after = batch[-1].sequence
+
+    def audit_heads(self) -> list[Head]:
+        return list(self._store.audit_heads())
+
+    def trim_audit(self, days: int) -> int:
+        return trim_denials(self._store, days=days, now=time.time(), actor=actor())
+
+
+class ServerTarget(ServerPolicy):
+    """A running server, which attributes changes to the key."""
+
+    def projects(self, *, archived: bool) -> list[Json]:
+        query = {"include_archived": "true"} if archived else {}
+        return [self._permitted(project) for project in self._api.pages(_PROJECTS, **query)]
+
+    def project(self, project_id: str) -> Json:
+        path = _one(project_id)
+        project = self._permitted(self._api.ask("GET", path))
+        keys = [
+            {"id": k["id"], "name": k["name"], "prefix": k["redacted_value"], "expires": k["expires_at"]}
+            for k in self._api.pages(f"{path}/api_keys")
+        ]
+        return {**project, "keys": keys}
+
+    def create_project(self, name: str) -> str:
+        return str(self._api.ask("POST", _PROJECTS, json={"name": name})["id"])
+
+    def permit(self, project_id: str, mode: str, expert_ids: list[str]) -> None:
+        body = {"mode": mode, "expert_ids": expert_ids}
+        self._api.ask("POST", f"{_one(project_id)}/expert_permissions", json=body)
+
+    def archive(self, project_id: str) -> None:
+        self._api.ask("POST", f"{_one(project_id)}/archive")
+
+    def create_key(self, project_id: str, name: str, seconds: int | None) -> str:
+        body = {"name": name, **({} if seconds is None else {"expires_in_seconds": seconds})}
+        return str(self._api.ask("POST", f"{_one(project_id)}/service_accounts", json=body)["api_key"]["value"])
+
+    def revoke_key(self, project_id: str, key_id: str) -> None:
+        self._api.ask("DELETE", f"{_one(project_id)}/api_keys/{_quoted(key_id)}")
+
+    def admin_keys(self) -> list[Json]:
+        return list(self._api.pages(_ADMIN_KEYS))
+
+    def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
+        said = {"name": name, "role": role, "owner_id": owner_id, "expires_in_seconds": seconds}
+        body = {field: value for field, value in said.items() if value is not None}
+        return str(self._api.ask("POST", _ADMIN_KEYS, json=body)["value"])
+
+    def revoke_admin_key(self, key_id: str) -> None:
+        self._api.ask("DELETE", f"{_ADMIN_KEYS}/{_quoted(key_id)}")
+
+    def limits(self, project_id: str) -> dict[str, Json]:
+        found = {}
+        for limit in self._api.pages(f"{_one(project_id)}/rate_limits"):
+            values = {name: limit[wire] for name, wire in _WIRE.items()}
+            unlimited = {name: None if value == _UNLIMITED else value for name, value in values.items()}
+            found[str(limit["id"]).removeprefix("rl-")] = unlimited
+        return found
+
+    def set_limits(self, project_id: str, key_id: str | None, limits: Json) -> None:
+        path = f"{_one(project_id)}/rate_limits/rl-{_quoted(key_id or 'project')}"
+        self._api.ask("POST", path, json={_WIRE[name]: value for name, value in limits.items()})
+
+    def agreements(self) -> list[Json]:
+        return [_without_object(agreement) for agreement in self._api.pages("/v1/agreements")]
+
+    def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
+        path = "/v1/agreements" if agreement_id is None else f"/v1/agreements/{_quoted(agreement_id)}"
+        return _without_object(self._api.ask("POST", path, json=terms))
+
+    def end_agreement(self, agreement_id: str) -> None:
+        self._api.ask("DELETE", f"/v1/agreements/{_quoted(agreement_id)}")
+
+    def audit_log(self, after: int) -> Iterator[Entry]:
+        return reversed([*map(_entry, self._api.pages("/v1/organization/audit_logs", before=f"audit_log-{after}"))])
+
+    def audit_heads(self) -> list[Head]:
+        return [self._audit_head(log) for log in LOGS]
+
+    def trim_audit(self, days: int) -> int:
+        body = {"older_than_days": days}
+        return int(self._api.ask("POST", "/v1/organization/audit_logs/trim", json=body)["trimmed"])
+
+    def _audit_head(self, log: str) -> Head:
+        newest = self._api.ask("GET", "/v1/organization/audit_logs", params={"limit": 1, "log": log})["data"]
+        own = newest[0]["flexgate"] if newest else None
+        return STARTS[log] if own is None else Head(own["sequence"], own["hash"], log)
+
+    def _permitted(self, project: Json) -> Json:
+        permissions = self._api.ask("GET", f"{_one(project['id'])}/expert_permissions")
+        own = {name: project[name] for name in ("id", "name")}
+        chosen = {name: permissions[name] for name in ("mode", "expert_ids")}
+        return {**own, **chosen, **project["flexgate"], "archived": project["status"] == "archived"}
+
+
+def _attributed() -> dict[str, Any]:
+    return {"actor": actor(), "at": time.time()}
+
+
+def _one(project_id: str) -> str:
+    return f"{_PROJECTS}/{_quoted(project_id)}"
+
+
+def _quoted(id_: str) -> str:
+    from urllib.parse import quote
+
+    return quote(id_, safe="")
+
+
+def _without_object(answer: Json) -> Json:
+    return {name: value for name, value in answer.items() if name != "object"}
+
+
+def _entry(wire: Json) -> Entry:
+    own = wire["flexgate"]
+    values = {name: own[name] for name in ("sequence", "at", "action", "detail", "previous", "hash", "log")}
+    return Entry(actor=wire["actor"]["api_key"]["id"], **values)

@@ -1,0 +1,133 @@
+"""`flexgate tenants`: create tenants, say which experts each may use, set limits, hand out and revoke keys."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Final
+
+import typer
+
+from flexgate.experts.cli.support import print_table
+from flexgate.server.cli.store import AsJson, print_json
+from flexgate.server.cli.target import Json, Target, administers
+
+_HELP: Final = (
+    "Create tenants, say which experts each may use, set limits, hand out and revoke keys.\n\n"
+    "Acts on the policy database, or with --url and --key on a running server.\n\n"
+    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
+
+
+class Mode(enum.StrEnum):
+    """How a tenant's list is meant."""
+
+    ALLOW_LIST = "allow_list"
+    DENY_LIST = "deny_list"
+
+
+Project = Annotated[str, typer.Argument(help="The tenant's id, as 'list' shows it.")]
+KeyId = Annotated[str, typer.Argument(help="The key's id, as 'show' prints it.")]
+Limit = Annotated[int | None, typer.Option(min=-1, help="-1 takes the limit away.", show_default=False)]
+
+
+@administers(app, "list")
+def list_(
+    target: Target,
+    archived: Annotated[bool, typer.Option(help="Archived ones, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List tenants, oldest first."""
+    found = target.projects(archived=archived)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(("id", "name", "mode", "experts"), [_row(tenant) for tenant in found], empty="no tenants")
+
+
+@administers(app)
+def create(target: Target, name: Annotated[str, typer.Argument(help="A name for people.")]) -> None:
+    """Create a tenant and print its id. It may use `public` alone until more is permitted."""
+    typer.echo(target.create_project(name))
+
+
+@administers(app)
+def show(target: Target, project: Project) -> None:
+    """Print a tenant and its keys as JSON."""
+    print_json(target.project(project))
+
+
+@administers(app)
+def permit(
+    target: Target,
+    project: Project,
+    experts: Annotated[
+        list[str] | None, typer.Argument(help="Experts, or sets as 'set:…'; none for an empty list.")
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="allow_list: only these. deny_list: all but these.")] = Mode.ALLOW_LIST,
+) -> None:
+    """Replace a tenant's list of experts. Agreements must permit them, too."""
+    target.permit(project, mode.value, experts or [])
+
+
+@administers(app)
+def create_key(
+    target: Target,
+    project: Project,
+    name: Annotated[str, typer.Argument(help="Who will use the key.")],
+    expires_in_days: Annotated[float | None, typer.Option(min=0.001, max=3650, help="Without it, never.")] = None,
+) -> None:
+    """Create a key and print it, this once. To rotate, create a second one and revoke the first."""
+    typer.echo(target.create_key(project, name, None if expires_in_days is None else round(expires_in_days * 86_400)))
+
+
+@administers(app)
+def revoke_key(target: Target, project: Project, key_id: KeyId) -> None:
+    """Revoke a key for good."""
+    target.revoke_key(project, key_id)
+
+
+@administers(app)
+def limits(target: Target, project: Project, as_json: AsJson = False) -> None:
+    """Show the limits of a tenant and of each of its keys."""
+    found = target.limits(project)
+    if as_json:
+        print_json(found)
+        return
+    names = list(found["project"])
+    rows = [[whose, *("none" if limit is None else str(limit) for limit in of.values())] for whose, of in found.items()]
+    print_table(["of", *(name.replace("_", " ") for name in names)], rows, empty="no limits")
+
+
+@administers(app)
+def set_limits(
+    target: Target,
+    project: Project,
+    of_key: Annotated[str | None, typer.Option(help="Limit this key of the tenant, not the tenant.")] = None,
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+    concurrent_requests: Limit = None,
+    total_tokens: Limit = None,
+) -> None:
+    """Set some limits of a tenant or of one of its keys; the others stay."""
+    given = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrent_requests": concurrent_requests,
+        "total_tokens": total_tokens,
+    }
+    chosen = {name: None if value == -1 else value for name, value in given.items() if value is not None}
+    if not chosen:
+        raise typer.BadParameter("give at least one limit, such as --requests-per-minute 60")
+    target.set_limits(project, of_key, chosen)
+
+
+@administers(app)
+def archive(target: Target, project: Project) -> None:
+    """Archive a tenant for good, and revoke its keys."""
+    target.archive(project)
+
+
+def _row(tenant: Json) -> tuple[str, str, str, str]:
+    name = f"{tenant['name']} (archived)" if tenant["archived"] else tenant["name"]
+    return tenant["id"], name, tenant["mode"], ", ".join(sorted(tenant["expert_ids"])) or "none"

@@ -1,0 +1,214 @@
+"""One API call as the engine sees it: what a decision grants it, what its requests share, and what they used."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flexgate.kernels.gated_topk import MASS_SCALE
+from flexgate.server.engine.protocol.gates import Gate, SealKey, SlotLease, cache_salt
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLease:
+    """One tenancy of a slot by a named expert."""
+
+    expert: str
+    slot: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """A loaded expert, as operators see it."""
+
+    id: str
+    owner: str
+    domain: str
+    slot: int
+    generation: int
+    live: bool
+
+    @property
+    def lease(self) -> ExpertLease:
+        """What a gate names of it."""
+        return ExpertLease(self.id, self.slot, self.generation)
+
+
+@dataclass(frozen=True, slots=True)
+class GateGrant:
+    """What a decision allows, in the engine's terms. ``valid_until`` is Unix seconds or inf."""
+
+    tenant: str
+    experts: tuple[ExpertLease, ...]
+    valid_until: float
+
+    def name_slots(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
+        """Who is in each slot, by this gate; since it was granted, experts and slots may have changed hands."""
+        granted = {lease.expert for lease in self.experts}
+        named = [None if name in granted else name for name in names]
+        for lease in self.experts:
+            named[lease.slot] = lease.expert
+        return tuple(named)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertUse:
+    """One expert's part in a call.
+
+    ``gate_mass``: routing weight summed over positions, averaged over layers.
+    ``tokens``: positions where the expert was chosen in at least one layer.
+    """
+
+    expert: str
+    gate_mass: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """All loaded experts' parts in a call, over all its prompts and choices."""
+
+    experts: tuple[ExpertUse, ...]
+    cached_prompt_tokens: int
+
+
+class Ticket(AbstractContextManager[Any], Protocol):
+    """A prompt's place in the queue before the engine; leaving the context closes it."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether its turn has yet to come."""
+
+    async def admitted(self, seconds: float) -> bool:
+        """Whether its turn came within `seconds`, and before it was closed."""
+
+    def use(self, tokens: int) -> None:
+        """Count tokens that were generated."""
+
+    def release(self) -> None:
+        """One of its choices is generated."""
+
+    def close(self) -> None:
+        """Nothing is generated from it any more, or will be."""
+
+
+@dataclass(slots=True, eq=False)
+class GatedCall:
+    """One API call: the gate all its engine requests share, and what they used.
+
+    Attributes:
+        failed: why a request of this call was ended early, if it was.
+        valid_until: Unix seconds from which no more tokens are given, for the reason `expired`.
+        ended: set once nothing of this call's answer is left to send.
+        priority: below zero goes ahead of all that waits; for canaries alone.
+        queue: told the choices of a prompt and its tokens; raises to refuse. Without one the call waits for nobody.
+        confirmed: whether what was decided before the call waited still holds.
+        reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
+        prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
+    """
+
+    grant: GateGrant
+    client_salt: str | None = None
+    failed: str | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    priority: int = 0
+    valid_until: float = math.inf
+    expired: str | None = None
+    reserve: Callable[[int], None] | None = None
+    queue: Callable[[int, int], Ticket] | None = None
+    confirmed: Callable[[], bool] | None = None
+    _most_tokens: int = 0
+    prompt_only: bool = False
+    _usage: dict[str, list[Any]] = field(default_factory=dict)
+    _names: tuple[str | None, ...] = ()
+    _layers: int = 1
+    _prompt_tokens: dict[str, int] = field(default_factory=dict)
+    _cached_tokens: dict[str, int] = field(default_factory=dict)
+    _new_tokens: int = 0
+    _tickets: list[Ticket] = field(default_factory=list)
+
+    def gate(self, request_id: str, key: SealKey) -> Gate:
+        """The gate of one engine request of this call."""
+        grant = self.grant
+        leases = tuple(sorted(SlotLease(e.slot, e.generation) for e in grant.experts))
+        salt = cache_salt(
+            key,
+            tenant=grant.tenant,
+            experts=[(e.expert, e.generation) for e in grant.experts],
+            client_salt=self.client_salt,
+        )
+        return Gate(request_id, grant.tenant, leases, min(grant.valid_until, self.valid_until), salt)
+
+    def tokens(self) -> int:
+        """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
+        return sum(self._prompt_tokens.values()) + self._new_tokens
+
+    def end_at(self, valid_until: float, reason: str) -> None:
+        """Give no more tokens from a time on, unless that is said of an earlier one already."""
+        if valid_until < min(self.valid_until, self.grant.valid_until):
+            self.valid_until, self.expired = valid_until, reason
+
+    def claim(self, tokens: int) -> None:
+        """Reserve what one more prompt and its choices can use; raises what `reserve` raises."""
+        self._most_tokens += tokens
+        if self.reserve is not None:
+            self.reserve(self._most_tokens)
+
+    def enter(self, choices: int, prompt_tokens: int) -> Ticket | None:
+        """Queue one more prompt; raises what `queue` raises."""
+        if self.queue is None:
+            return None
+        ticket = self.queue(choices, prompt_tokens)
+        self._tickets.append(ticket)
+        return ticket
+
+    def leave(self) -> None:
+        """Close every ticket of the call, those of prompts that were never handed over included."""
+        for ticket in self._tickets:
+            ticket.close()
+
+    def count_prompt(self, request_id: str, tokens: int) -> None:
+        """Count the prompt of an engine request, once for all its choices."""
+        self._prompt_tokens[request_id] = tokens
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were read from the cache, each prompt counted once for all its choices."""
+        return sum(self._cached_tokens.values())
+
+    def count_new(self, tokens: int) -> None:
+        """Count tokens that the engine has just generated."""
+        self._new_tokens += tokens
+
+    def attribution(self) -> Attribution:
+        """Totals so far; complete once every output of the call has been seen."""
+        masses = [0] * len(self._names)
+        tokens = [0] * len(self._names)
+        cached = 0
+        for request_cached, request_masses, request_tokens in self._usage.values():
+            cached += request_cached
+            for slot in range(len(self._names)):
+                masses[slot] += request_masses[slot]
+                tokens[slot] += request_tokens[slot]
+        scale = MASS_SCALE * self._layers
+        uses = (
+            ExpertUse(name, masses[slot] / scale, tokens[slot])
+            for slot, name in enumerate(self._names)
+            if name is not None
+        )
+        return Attribution(tuple(uses), cached)
+
+    def used_slots(self) -> frozenset[int]:
+        """Slots that carried anything, whoever is in them."""
+        totals = [(masses, tokens) for _, masses, tokens in self._usage.values()]
+        return frozenset(
+            slot for masses, tokens in totals for slot in range(len(masses)) if masses[slot] or tokens[slot]
+        )
+
+
+CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call", default=None)

@@ -1,0 +1,129 @@
+"""Requests that must fail, and one that must not, before the server says it is ready or an expert is live."""
+
+import asyncio
+import math
+import uuid
+from typing import Any
+
+from flexgate.server.engine.core.guard import SELF_TEST
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.frontend.client import GatedEngineClient
+from flexgate.server.engine.frontend.slot_control import SlotOperator
+from flexgate.server.engine.protocol.endings import NUMBERS_OVERFLOWED
+from flexgate.server.engine.protocol.gates import GATE_ARG
+from flexgate.server.engine.seam.engine import EngineGenerateError
+
+TENANT = "flexgate-canary"
+# With a type it is rendered: anything else waits for the thread that makes tokens of tenants' text.
+PROMPT = {"type": "token", "prompt_token_ids": [0, 1, 2, 3]}
+
+
+class CanaryError(RuntimeError):
+    """The running engine does not gate as it should."""
+
+
+class CanaryNotScheduled(RuntimeError):
+    """The engine had no place for the canary, which says nothing about the expert."""
+
+
+async def sing(engine: Any, client: GatedEngineClient) -> None:
+    """Try the engine from inside: no gate, a forged gate, then a gate on each expert alone.
+
+    Raises:
+        CanaryError: the engine answered what it must refuse, refused what it must answer, or
+            attributed anything to an expert outside of the gate.
+    """
+    await _must_refuse(engine, "a request without a gate", None)
+    await _must_refuse(engine, "a forged gate", {GATE_ARG: "e30.e30"})
+    for expert in client.experts():
+        await try_experts(client, expert.lease)
+
+
+async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:
+    """Generate under a gate on exactly ``leases``.
+
+    Raises:
+        CanaryError: the engine refused, the numbers overflowed, or attributed anything outside of the gate.
+    """
+    call = GatedCall(GateGrant(TENANT, leases, math.inf), client_salt=str(uuid.uuid4()), priority=-1)
+    token = CURRENT_CALL.set(call)
+    try:
+        worst = await _answer(client.generate(PROMPT, _params(), "canary"))
+    except Exception as error:
+        if call.failed == NUMBERS_OVERFLOWED:
+            raise CanaryError(f"the numbers of a request for {_names(leases)} overflowed") from error
+        raise CanaryError(f"the engine refused a request for {_names(leases)}: {error}") from error
+    finally:
+        CURRENT_CALL.reset(token)
+    if not math.isfinite(worst):
+        raise CanaryError(f"a request for {_names(leases)} was answered with NaN")
+    if outside := call.used_slots() - {lease.slot for lease in leases}:
+        raise CanaryError(f"a request for {_names(leases)} used slots {sorted(outside)}")
+
+
+async def try_added(
+    client: GatedEngineClient, slots: SlotOperator, public: ExpertLease, added: ExpertLease, *, seconds: float
+) -> None:
+    """Try an expert that nobody else may use yet, in an engine that is serving.
+
+    Args:
+        seconds: how long it may wait for a place in the batch, and then for its answer.
+
+    Raises:
+        CanaryNotScheduled: the batch stayed full.
+        CanaryError: like :func:`try_experts`, or there is no answer.
+    """
+    trial = asyncio.ensure_future(try_experts(client, public, added))
+    try:
+        await asyncio.wait({trial}, timeout=seconds)
+        if not trial.done():
+            async with asyncio.timeout(seconds):
+                if await slots.waiting(added.slot):
+                    raise CanaryNotScheduled(f"no place in the batch was free within {seconds:g} seconds")
+                await asyncio.wait({trial})
+        trial.result()
+    except TimeoutError as error:
+        raise CanaryError(f"a request for {_names((public, added))} got no answer in {seconds:g} seconds") from error
+    finally:
+        trial.cancel()
+
+
+def _names(leases: tuple[ExpertLease, ...]) -> str:
+    return " and ".join(repr(lease.expert) for lease in leases)
+
+
+async def _must_refuse(engine: Any, what: str, extra_args: dict[str, Any] | None) -> None:
+    params = _params()
+    params.extra_args = extra_args
+    try:
+        await _answer(engine.generate(PROMPT, params, f"{SELF_TEST}{what.replace(' ', '-')}"))
+    except _RefusedError:
+        return
+    raise CanaryError(f"the engine answered {what}")
+
+
+class _RefusedError(Exception):
+    """The engine ended the request with an error."""
+
+
+async def _answer(outputs: Any) -> float:
+    """The least log-probability of the answer's tokens; NaN if one of them is."""
+    finish_reason, lowest = None, 0.0
+    try:
+        async for output in outputs:
+            completion = output.outputs[0]
+            finish_reason = completion.finish_reason
+            chances = [value.logprob for position in completion.logprobs or () for value in position.values()]
+            lowest = min([lowest, *chances], key=lambda chance: (not math.isnan(chance), chance))
+    except EngineGenerateError as error:
+        raise _RefusedError(str(error)) from error
+    if finish_reason == "error":
+        raise _RefusedError("finish_reason error")
+    return lowest
+
+
+def _params() -> Any:
+    from vllm.sampling_params import SamplingParams
+
+    # Log-probabilities, so that whatever is compiled for them is compiled before /ready.
+    return SamplingParams(temperature=0.0, max_tokens=2, logprobs=1, prompt_logprobs=1)

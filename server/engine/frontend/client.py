@@ -1,0 +1,286 @@
+"""The only engine handle that request handlers get: an explicit list, no pass-through.
+
+vLLM's handlers call :meth:`GatedEngineClient.generate`. Whatever they pass, the request
+goes out under our own id, with the gate of the call that is current, sealed for that id
+when its turn in the call's queue has come. Without a current call nothing goes out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+from flexgate.server.engine.core.scheduler import USAGE_KEY
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, Ticket
+from flexgate.server.engine.frontend.constraining import Constrainer
+from flexgate.server.engine.frontend.params import most_tokens, refuse_many_bad_words
+from flexgate.server.engine.frontend.view import EngineView
+from flexgate.server.engine.protocol.endings import (
+    CONSTRAINT_SLOW,
+    EXPERT_REVOKED,
+    GATE_EXPIRED,
+    NUMBERS_OVERFLOWED,
+    POLICY_UNAVAILABLE,
+    QUEUED_TOO_LONG,
+)
+from flexgate.server.engine.protocol.gates import GATE_ARG, GateError, SealKey, seal
+from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+    from flexgate.server.engine.frontend.constraints.compiler import Compiler
+
+LOOK_AGAIN_SECONDS: Final = 1.0
+"""How often the clock is read until a call's end: it may be set forward meanwhile."""
+
+
+class GatedEngineClient(EngineView):
+    """Generation under a sealed gate, and the read-only facts that handlers need."""
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        key: SealKey,
+        experts: tuple[ExpertInfo, ...],
+        slots: int,
+        answers: Callable[[], bool],
+        clock: Callable[[], float],
+        weights_epoch: int = 1,
+        compiler: Compiler | None = None,
+    ) -> None:
+        """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.frontend.launch.launch`.
+
+        ``answers`` tells whether its engine core has answered of late; ``clock`` gives Unix seconds; without
+        ``compiler``, no answer is constrained.
+        """
+        super().__init__(engine)
+        self._answers = answers
+        self._key = key
+        self._constrainer = Constrainer(compiler, key)
+        self._slots = slots
+        self._clock = clock
+        self._running: dict[str, tuple[GatedCall, Ticket | None]] = {}
+        self._open: set[GatedCall] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timers: dict[GatedCall, asyncio.TimerHandle] = {}
+        self._aborting: set[asyncio.Future[Any]] = set()
+        self._layers = int(engine.model_config.hf_config.num_hidden_layers)
+        self._ready = False
+        self.publish(experts, weights_epoch)
+        self.kernels = ""  # what computes the experts, as every rank reported it
+        see_requests(engine, self._see)
+        take_output_extras(engine, self._take)
+
+    def experts(self) -> tuple[ExpertInfo, ...]:
+        """Loaded experts in slot order."""
+        return self._experts
+
+    def ready(self) -> bool:
+        """Whether the handshake and the canary passed and the engine core lives and answers."""
+        return self._ready and not self._engine.errored and self._answers()
+
+    def mark_ready(self) -> None:
+        """Called by the launcher once every rank has proved itself."""
+        self._ready = True
+
+    def lease(self, expert: str) -> ExpertLease | None:
+        """The present tenancy of a live expert, or None."""
+        for info in self._experts:
+            if info.id == expert and info.live:
+                return info.lease
+        return None
+
+    @property
+    def slots(self) -> int:
+        """Expert slots of the engine, free ones included."""
+        return self._slots
+
+    def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
+        """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add."""
+        self._experts = tuple(sorted(experts, key=lambda info: info.slot))
+        by_slot = {info.slot: info.id for info in experts}
+        self._names = tuple(by_slot.get(slot) for slot in range(self._slots))
+        self.weights_epoch = weights_epoch
+
+    def begin(self, call: GatedCall) -> None:
+        """A call was admitted; :meth:`end` must follow."""
+        self._loop = asyncio.get_running_loop()
+        self._open.add(call)
+
+    def end(self, call: GatedCall) -> None:
+        """Nothing of the call's answer is left to send."""
+        self._open.discard(call)
+        self._cancel_timer(call)
+        call.leave()
+        call.ended.set()
+
+    def stop(self, call: GatedCall, reason: str) -> None:
+        """Give no more tokens to a call, and end its requests in the queue and the engine. Safe from any thread."""
+        call.failed = call.failed or reason
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._abort, call)
+
+    def end_at(self, call: GatedCall, valid_until: float, reason: str) -> None:
+        """Stop a call at a time (Unix seconds), unless it ends earlier. Safe from any thread."""
+        call.end_at(valid_until, reason)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._watch_end, call)
+
+    def _watch_end(self, call: GatedCall) -> None:
+        """Stop a call whose end has come, or set a timer for it."""
+        self._cancel_timer(call)
+        if call not in self._open or call.failed is not None or call.expired is None:
+            return
+        left = call.valid_until - self._clock()
+        if left <= 0:
+            self.stop(call, call.expired)
+        elif left < math.inf:
+            loop = asyncio.get_running_loop()
+            self._timers[call] = loop.call_later(min(left, LOOK_AGAIN_SECONDS), self._watch_end, call)
+
+    def _cancel_timer(self, call: GatedCall) -> None:
+        timer = self._timers.pop(call, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _abort(self, call: GatedCall) -> None:
+        call.leave()
+        ids = [id_ for id_, (owner, _) in self._running.items() if owner is call]
+        if ids:
+            task = asyncio.ensure_future(self._engine.abort(ids))
+            self._aborting.add(task)
+            task.add_done_callback(self._aborting.discard)
+
+    def in_use(self, lease: ExpertLease) -> bool:
+        """Whether an open call may use ``lease``, on its way into the engine, in it, or out of it."""
+        return any(lease in call.grant.experts for call in self._open)
+
+    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
+        """Give no more tokens to calls that may use ``lease``; returns those that are still open."""
+        users = tuple(call for call in self._open if lease in call.grant.experts)
+        for call in users:
+            call.failed = EXPERT_REVOKED
+            call.leave()
+        return users
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,  # noqa: ARG002 - replaced by our own
+        *,
+        prompt_text: str | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+        **_ignored: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generate under the current call's gate, once the prompt's turn has come.
+
+        LoRA adapters, priorities, data-parallel ranks, sessions, traces and cache hints
+        that a handler may pass are dropped.
+
+        Raises:
+            GateError: no call is current in this context.
+            Exception: what the call's `reserve` and `queue` raise.
+        """
+        call = CURRENT_CALL.get()
+        if call is None:
+            raise GateError("a handler asked for tokens outside of an admitted call")
+        call.claim(most_tokens(prompt, sampling_params))
+        return self._generate(
+            call,
+            call.enter(sampling_params.n, len(prompt["prompt_token_ids"])),
+            prompt,
+            sampling_params,
+            prompt_text=prompt_text,
+            tokenization_kwargs=tokenization_kwargs,
+            reasoning_ended=reasoning_ended,
+            reasoning_parser_kwargs=reasoning_parser_kwargs,
+        )
+
+    async def _generate(
+        self, call: GatedCall, ticket: Ticket | None, prompt: Any, sampling_params: SamplingParams, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        self._refuse_ended(call)
+        with ticket or nullcontext():
+            params = sampling_params.clone()
+            refuse_many_bad_words(params, self._engine.renderer.tokenizer)
+            await self._constrainer.constrain(call.grant.tenant, params)
+            self._refuse_ended(call)
+            if ticket is not None:
+                await self._await_turn(call, ticket)
+            request_id = f"flexgate-{uuid.uuid4().hex}"
+            params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
+            call._names, call._layers = call.grant.name_slots(self._names), self._layers
+            self._running[request_id] = call, ticket
+            outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
+            prompt_logprobs = None
+            try:
+                async for output in outputs:
+                    self._refuse_ended(call)
+                    # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
+                    prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                    call._cached_tokens.setdefault(request_id, output.num_cached_tokens or 0)
+                    if call.prompt_only:
+                        for part in output.outputs:
+                            part.token_ids, part.text = [], ""
+                    yield output
+            except Exception:
+                # vLLM keeps a request that it could not hand over to the engine core.
+                await self._engine.abort(request_id)
+                raise
+            finally:
+                await outputs.aclose()
+                del self._running[request_id]
+
+    async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
+        """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
+        right_ends = min(call.valid_until, call.grant.valid_until)
+        admitted = await ticket.admitted(right_ends - self._clock())
+        self._refuse_ended(call)
+        if call.grant.valid_until <= self._clock():
+            call.failed = GATE_EXPIRED
+        elif not admitted:
+            call.failed = QUEUED_TOO_LONG
+        elif call.confirmed is not None and not call.confirmed():
+            call.failed = POLICY_UNAVAILABLE
+        else:
+            return
+        raise EngineGenerateError(f"the request was ended in the queue: {call.failed}")
+
+    def _refuse_ended(self, call: GatedCall) -> None:
+        """Raise where a call may get no more tokens; vLLM itself answers for a request that the engine core ended."""
+        if call.failed is None and call.valid_until <= self._clock():
+            call.failed = call.expired
+        if call.failed is not None and call.failed != GATE_EXPIRED:
+            raise EngineGenerateError(f"the request was ended: {call.failed}")
+
+    def _see(self, request_id: str, prompt_tokens: int) -> None:
+        call, _ = self._running.get(request_id, (None, None))
+        if call is not None:
+            call.count_prompt(request_id, prompt_tokens)
+
+    def _take(self, output: EngineCoreOutput, request_id: str | None) -> None:
+        extras, output.kv_transfer_params = output.kv_transfer_params, None
+        call, ticket = self._running.get(request_id or "", (None, None))
+        if call is None:
+            return
+        if ticket is not None:
+            ticket.use(len(output.new_token_ids))
+            if output.finished:
+                ticket.release()
+        if not call.prompt_only:
+            call.count_new(len(output.new_token_ids))
+        if extras is not None:
+            call._usage[output.request_id] = extras[USAGE_KEY]
+        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED, CONSTRAINT_SLOW):
+            expired = call.expired if output.stop_reason == GATE_EXPIRED else None
+            call.failed = call.failed or expired or output.stop_reason

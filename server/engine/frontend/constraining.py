@@ -1,0 +1,55 @@
+"""What constrains an engine request: checked, tried in a process of its own, and sealed for the engine core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
+
+from flexgate.server.engine.core.grammars import seal_constraint
+from flexgate.server.engine.frontend.constraints.compiler import Compiler, CompilerBusy
+from flexgate.server.engine.frontend.constraints.errors import ConstraintError
+from flexgate.server.engine.frontend.constraints.made import Constraint
+from flexgate.server.engine.protocol.gates import SealKey
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+
+class Constrainer:
+    """Brings the constraints of requests into the form in which the engine core takes them."""
+
+    def __init__(self, compiler: Compiler | None, key: SealKey) -> None:
+        """Without ``compiler``, which needs a tokenizer, no answer can be constrained."""
+        self._compiler = compiler
+        self._key = key
+
+    async def constrain(self, tenant: str, params: SamplingParams) -> None:
+        """Replace the constraint of ``params``, if there is one, by a sealed one that was tried.
+
+        Raises:
+            VLLMValidationError: it is not enforced, not together with the other parameters, or not within the limits.
+            QueueOverflowError: it could not be compiled now.
+        """
+        made = params.structured_outputs
+        if made is None or made.all_constraints_none():
+            return
+        _refuse_no_end(params)
+        if self._compiler is None:
+            raise VLLMValidationError("This server has no tokenizer to constrain answers with.")
+        try:
+            constraint = Constraint.made(made)
+            await self._compiler.check(tenant, constraint)
+        except ConstraintError as error:
+            raise VLLMValidationError(f"The answer cannot be constrained as asked: {error}.") from error
+        except CompilerBusy as error:
+            raise QueueOverflowError from error
+        params.structured_outputs = type(made)(grammar=seal_constraint(constraint.kind, constraint.text, self._key))
+
+
+def _refuse_no_end(params: SamplingParams) -> None:
+    """Refuse what goes on behind the end of a constraint, where nothing is allowed: vLLM allows everything there."""
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(params, name):
+            message = f"'{name}' cannot be used beside a constraint, which says where the answer ends."
+            raise VLLMValidationError(message, parameter=name)

@@ -1,0 +1,137 @@
+"""The server's side of the process that tries constraints: a few at a time, one of each tenant, remembered for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import OrderedDict, defaultdict
+from contextlib import suppress
+from hashlib import sha256
+from typing import Any, Final
+
+from flexgate.server.engine.frontend.constraints.errors import ConstraintError
+from flexgate.server.engine.frontend.constraints.made import Constraint
+from flexgate.server.engine.frontend.constraints.worker import LENGTH
+
+MAX_AT_ONCE: Final = 2
+MAX_WAITING: Final = 16
+"""Of one tenant's constraints that are not tried yet."""
+MAX_REMEMBERED: Final = 256
+"""Of one tenant's constraints that were compiled within the limits."""
+
+
+class CompilerBusy(Exception):
+    """A constraint could not be tried now: too many of its tenant wait, or the process ended. Later it may be."""
+
+
+class Compiler:
+    """Compiles constraints in a process of their own, to see that they can be; begin it with :meth:`start`."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+        self._tokenizer = ""
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._next = 0
+        self._all = asyncio.Semaphore(MAX_AT_ONCE)
+        self._of_tenant: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
+        self._running: dict[str, dict[bytes, asyncio.Task[None]]] = defaultdict(dict)
+        self._known: dict[str, OrderedDict[bytes, None]] = defaultdict(OrderedDict)
+
+    async def start(self, tokenizer: str) -> None:
+        """Begin the process; ``tokenizer`` is xgrammar's serialised `TokenizerInfo`."""
+        self._tokenizer = tokenizer
+        await self._begin()
+
+    async def stop(self) -> None:
+        """End the process."""
+        if self._listening is not None:
+            self._listening.cancel()
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    async def check(self, tenant: str, constraint: Constraint) -> None:
+        """Let the process compile a constraint, unless it did for this tenant.
+
+        Raises:
+            ConstraintError: it cannot be compiled and followed within the limits; the message says why.
+            CompilerBusy: it could not be tried now.
+        """
+        name, known = _name(constraint), self._known[tenant]
+        if name in known:
+            known.move_to_end(name)
+            return
+        running = self._running[tenant]
+        if name not in running:
+            if len(running) >= MAX_WAITING:
+                raise CompilerBusy("too many new constraints of this tenant are waiting")
+            task = running[name] = asyncio.create_task(self._try(tenant, constraint))
+            task.add_done_callback(lambda done: self._ended(tenant, name, done))
+        await asyncio.shield(running[name])
+
+    async def _try(self, tenant: str, constraint: Constraint) -> None:
+        async with self._of_tenant[tenant], self._all:
+            answer = await self._ask({"kind": constraint.kind, "text": constraint.text})
+        if "busy" in answer:
+            raise CompilerBusy(answer["busy"])
+        if "refused" in answer:
+            raise ConstraintError(answer["refused"])
+
+    def _ended(self, tenant: str, name: bytes, task: asyncio.Task[None]) -> None:
+        del self._running[tenant][name]
+        if not task.cancelled() and task.exception() is None:
+            known = self._known[tenant]
+            known[name] = None
+            if len(known) > MAX_REMEMBERED:
+                known.popitem(last=False)
+        if not self._running[tenant]:
+            del self._running[tenant], self._of_tenant[tenant]
+
+    async def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                await self._begin()
+        self._next += 1
+        answer = self._waiting[self._next] = asyncio.get_running_loop().create_future()
+        self._send({"id": self._next, **job})
+        return await answer
+
+    async def _begin(self) -> None:
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1"}
+        environment.pop("LD_PRELOAD", None)
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "flexgate.server.engine.frontend.constraints.worker"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+        )
+        self._send({"tokenizer": self._tokenizer})
+        self._listening = asyncio.create_task(self._listen(self._process))
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            written = json.dumps(message).encode()
+            self._process.stdin.write(LENGTH.pack(len(written)) + written)
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        try:
+            while process.stdout is not None:
+                (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
+                answer = json.loads(await process.stdout.readexactly(length))
+                self._waiting.pop(answer["id"]).set_result(answer)
+        except asyncio.IncompleteReadError:
+            await process.wait()
+        finally:
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_result({"busy": "the process that compiles constraints ended"})
+            self._waiting.clear()
+
+
+def _name(constraint: Constraint) -> bytes:
+    return sha256(f"{constraint.kind}\0{constraint.text}".encode()).digest()

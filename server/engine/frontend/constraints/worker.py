@@ -1,0 +1,237 @@
+"""The process that compiles constraints: ``python -m flexgate.server.engine.frontend.constraints.worker``.
+
+It loads xgrammar once, without torch, stays at one thread, and forks a child for every constraint. A child has a limit
+on its memory and its time; where one is over, or the compiler crashes, that child ends, and with it one request.
+It reads jobs on its input until the server closes that, which is how it ends with the server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import resource
+import select
+import signal
+import struct
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from flexgate.server.engine.frontend.constraints.errors import compiler_message
+
+MAX_SECONDS: Final = 5
+"""Of processor time for one constraint."""
+HUNG_SECONDS: Final = 120
+"""On the clock, for a child that uses no processor time: a busy machine ends none before."""
+MAX_MEMORY: Final = 1 << 30
+MAX_COMPILED: Final = 64 << 20
+"""Bytes of a compiled grammar, which the engine core holds while the request runs."""
+MAX_MASK_SECONDS: Final = 0.02
+PROBES: Final = 3
+PROBE_TOKENS: Final = 48
+PR_SET_PDEATHSIG: Final = 1
+LENGTH: Final = struct.Struct(">I")
+
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(slots=True)
+class _Child:
+    """A constraint that is being compiled."""
+
+    job: int
+    pid: int
+    deadline: float
+    hung: bool = False
+    told: bytearray = field(default_factory=bytearray)
+
+
+def load_bindings() -> Any:
+    """xgrammar's native functions without its package, which loads torch and transformers for seconds."""
+    import importlib.util
+
+    sys.modules["torch"] = None  # type: ignore[assignment] # an ImportError where it is optional
+    spec = importlib.util.find_spec("xgrammar")
+    if spec is None:
+        raise ImportError("xgrammar is not installed")
+    sys.modules["xgrammar"] = importlib.util.module_from_spec(spec)
+    importlib.import_module("xgrammar.load_binding")
+    return importlib.import_module("xgrammar.tvm_ffi_binding._ffi_api")
+
+
+def compile_constraint(bindings: Any, tokenizer: Any, kind: str, text: str) -> Any:
+    """A compiled grammar; raises what the compiler raises."""
+    compiler = bindings.GrammarCompiler(tokenizer, 1, False, -1)
+    if kind == "json":
+        return compiler.compile_json_schema(text, False, None, (",", ":"), True, None, False)
+    if kind == "regex":
+        return compiler.compile_regex(text)
+    if kind == "structural_tag":
+        return compiler.compile_structural_tag(text)
+    return compiler.compile_grammar_from_strings(text, "root")
+
+
+def probe(bindings: Any, compiled: Any, vocabulary: int, seed: int) -> str | None:
+    """Why masks of this grammar are not to be made in the engine, if so: walks it, and looks at the clock."""
+    import numpy as np
+
+    chance = random.Random(seed)
+    mask = np.zeros((1, (vocabulary + 31) // 32), dtype=np.int32)
+    for walk in range(PROBES):
+        matcher = bindings.GrammarMatcher(compiled, None, False, -1, None)
+        for step in range(PROBE_TOKENS):
+            mask[:] = -1
+            began = time.thread_time()
+            matcher.fill_next_token_bitmask(mask, 0, False)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[:vocabulary])
+            if not len(allowed):
+                return "no answer satisfies it" if step == 0 else None
+            token = allowed[0] if walk == 0 else allowed[-1] if walk == 1 else chance.choice(allowed)
+            matcher.accept_token(int(token), False)
+            if time.thread_time() - began > MAX_MASK_SECONDS:
+                return "what may come next takes too long to find out"
+            if matcher.is_terminated():
+                break
+    return None
+
+
+def answer_job(bindings: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Nothing, or why the constraint is ``refused``."""
+    try:
+        compiled = compile_constraint(bindings, tokenizer, job["kind"], job["text"])
+        if compiled.memory_size_bytes() > MAX_COMPILED:
+            return {"refused": f"compiled, it takes more than {MAX_COMPILED >> 20} MiB"}
+        why = probe(bindings, compiled, tokenizer.vocab_size(), seed=job["id"])
+    except MemoryError:
+        return {"refused": _too_much_memory()}
+    except Exception as error:
+        memory = "bad_alloc" in str(error)
+        return {"refused": _too_much_memory() if memory else compiler_message(str(error))}
+    return {} if why is None else {"refused": why}
+
+
+def _too_much_memory() -> str:
+    return f"it needs more than {MAX_MEMORY >> 20} MiB to compile"
+
+
+class Worker:
+    """Jobs from ``source``, answers to ``sink``; both are file descriptors."""
+
+    def __init__(self, source: int, sink: int) -> None:
+        self._source, self._sink = source, sink
+        self._bindings = load_bindings()
+        self._tokenizer: Any = None
+        self._children: dict[int, _Child] = {}
+        self._read = bytearray()
+
+    def run(self) -> None:
+        """Work until the source ends."""
+        while True:
+            ready, _, _ = select.select([self._source, *self._children], [], [], 0.1 if self._children else None)
+            for source in ready:
+                if source != self._source:
+                    self._hear(source)
+                elif not self._take_jobs():
+                    return
+            self._end_late()
+
+    def stop(self) -> None:
+        """End what is being compiled."""
+        for child in self._children.values():
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+
+    def _take_jobs(self) -> bool:
+        chunk = os.read(self._source, _CHUNK)
+        self._read += chunk
+        while len(self._read) >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._read)
+            if len(self._read) < LENGTH.size + length:
+                break
+            message = json.loads(self._read[LENGTH.size : LENGTH.size + length])
+            del self._read[: LENGTH.size + length]
+            if "tokenizer" in message:
+                self._tokenizer = self._bindings.TokenizerInfo.deserialize_json(message["tokenizer"])
+            else:
+                self._begin(message)
+        return bool(chunk)
+
+    def _begin(self, job: dict[str, Any]) -> None:
+        hears, tells = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(hears)
+            self._compile(job, tells)
+        os.close(tells)
+        self._children[hears] = _Child(job["id"], pid, time.monotonic() + HUNG_SECONDS)
+
+    def _compile(self, job: dict[str, Any], tells: int) -> NoReturn:
+        """What a child does."""
+        try:
+            _limit()
+            answer = json.dumps(answer_job(self._bindings, self._tokenizer, job)).encode()
+            with open(tells, "wb") as pipe:
+                pipe.write(answer)
+        finally:
+            os._exit(0)
+
+    def _hear(self, source: int) -> None:
+        child = self._children[source]
+        chunk = os.read(source, _CHUNK)
+        if chunk:
+            child.told += chunk
+            return
+        self._finish(source, child)
+
+    def _finish(self, source: int, child: _Child) -> None:
+        del self._children[source]
+        os.close(source)
+        _, status = os.waitpid(child.pid, 0)
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+        answer = {"refused": f"it takes more than {MAX_SECONDS} s to compile" if late else _too_much_memory()}
+        if child.hung:
+            answer = {"busy": f"a constraint was not compiled within {HUNG_SECONDS} s"}
+        with suppress(ValueError):
+            answer = json.loads(child.told)
+        message = json.dumps({"id": child.job, **answer}).encode()
+        with open(self._sink, "wb", closefd=False) as sink:
+            sink.write(LENGTH.pack(len(message)) + message)
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        for child in self._children.values():
+            if child.deadline < now:
+                child.hung = True
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGKILL)
+
+
+def _limit() -> None:
+    """Give a child its limits, and the end that its parent has."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(5)
+
+
+def main() -> None:
+    """Work for the server at the other end of this process's input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
+    sink = os.dup(1)
+    os.dup2(2, 1)  # what the compiler prints is no answer
+    worker = Worker(0, sink)
+    with suppress(BrokenPipeError):
+        worker.run()
+    worker.stop()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""How many expert slots fit beside the KV cache; arithmetic only.
+
+All sizes are in bytes per rank.
+"""
+
+from dataclasses import dataclass
+
+from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+CPU_KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; a request holds whole blocks
+SPARE_SLOTS = 2  # free slots that a default start leaves for experts to be added
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """The engine's expert slots and what they cost.
+
+    Attributes:
+        slots: number of slots.
+        held: slots that one rank holds; with expert parallelism its share and a zero slot.
+        slot_bytes: one slot over all layers, as far as one rank holds it.
+        other_bytes: everything that is not an expert (attention, embeddings, norms, head).
+        kv_bytes: KV cache.
+    """
+
+    slots: int
+    held: int
+    slot_bytes: int
+    other_bytes: int
+    kv_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, slots and KV cache together."""
+        return self.held * self.slot_bytes + self.other_bytes + self.kv_bytes
+
+
+def plan_slots(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    kv_bytes: int,
+    available_bytes: int,
+    max_experts: int | None = None,
+    least: int = 0,
+    ranks: int = 1,
+    expert_parallel: bool = False,
+) -> SlotPlan:
+    """Choose the number of slots, or say with the arithmetic why the model does not fit.
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``, as served.
+        max_experts: slots asked for; by default the checkpoint's experts + 2, or as many
+            of those as fit.
+        least: slots that are taken in any case, by experts added after the checkpoint.
+        available_bytes: of one rank.
+        ranks: tensor-parallel ranks that share every slot.
+        expert_parallel: ranks hold whole slots, dealt out in turn, and a zero slot each.
+
+    Raises:
+        CheckpointError: fewer slots asked for than the checkpoint has experts, more than
+            64, or more than fit.
+    """
+    a = checkpoint.architecture
+    width = DTYPE_BYTES[dtype]
+    sharing, dealing = (1, ranks) if expert_parallel else (ranks, 1)
+    slot_bytes = checkpoint.parameters_per_expert * width // sharing
+    attention = 2 * a.hidden_size * (a.sizes["Q"] + a.sizes["K"])
+    embeddings = 1 if a.tie_word_embeddings else 2
+    other = a.num_hidden_layers * attention + embeddings * a.vocab_size * a.hidden_size
+    other_bytes = other * width // ranks
+    reserved = 1 if dealing > 1 else 0
+    room = ((available_bytes - other_bytes - kv_bytes) // slot_bytes - reserved) * dealing
+    taken = max(a.num_experts, least)
+    wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, MAX_SLOTS)
+    if not taken <= wanted <= MAX_SLOTS:
+        raise CheckpointError(
+            f"--max-experts {wanted}: the checkpoint has {a.num_experts} experts, {taken} slots are taken, "
+            f"and flexgate serves at most {MAX_SLOTS}"
+        )
+    slots = wanted if max_experts is not None else max(min(wanted, room), taken)
+    held = -(-slots // dealing) + reserved
+    if slots > room:
+        needed = held * slot_bytes + other_bytes + kv_bytes
+        raise CheckpointError(
+            f"{held} expert slots of {human(slot_bytes)} + {human(other_bytes)} of shared weights "
+            f"+ {human(kv_bytes)} of KV cache = {human(needed)} do not fit into "
+            f"{human(available_bytes)}"
+        )
+    return SlotPlan(slots, held, slot_bytes, other_bytes, kv_bytes)
+
+
+def kv_bytes_of_one_request(checkpoint: Checkpoint, tokens: int, *, dtype: str, ranks: int = 1) -> int:
+    """KV cache that a request of ``tokens`` tokens holds on one rank, on CPU."""
+    a = checkpoint.architecture
+    blocks = -(-tokens // CPU_KV_BLOCK_TOKENS) + 1  # vLLM keeps one block empty
+    token_bytes = 2 * a.num_hidden_layers * a.sizes["K"] // ranks * DTYPE_BYTES[dtype]
+    return blocks * CPU_KV_BLOCK_TOKENS * token_bytes
+
+
+def human(size: float) -> str:
+    """``8.7 GB``: decimal units, as model sizes are quoted."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,147 @@
+"""What every rank must prove before the server may say that it is ready."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+import vllm
+
+from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.seam.engine import zero_blocks
+
+NULL_BLOCK = 0  # of vLLM's KV cache: what unused entries of block tables name; no request's
+
+
+class HandshakeError(RuntimeError):
+    """A rank does not run the gated model, hook and key that it should."""
+
+
+class RankReport(TypedDict):
+    """One rank's answer; plain data, since it crosses a process boundary."""
+
+    rank: int
+    vllm_version: str
+    model: str
+    hook: str
+    moe_layers: int
+    monolithic: bool
+    moe_kernels: str
+    computed_by: str
+    slots: dict[str, Any]
+    slots_here: list[int]
+    zero_slot: bool
+    clears_blocks: bool
+    key_digest: str
+
+
+def report_rank(worker: Any) -> RankReport:
+    """Look at what ``worker`` really holds, not at what it was asked to hold."""
+    model = worker.model_runner.get_model()
+    layers = model.moe_layers()
+    choices, programs = zip(*(layer.kernels for layer in layers), strict=True)
+    if worker.use_v2_model_runner:
+        hook = type(worker.model_runner.model_state).__name__
+    else:
+        hook = type(worker.model_runner).__name__
+    return RankReport(
+        rank=worker.rank,
+        vllm_version=vllm.__version__,
+        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        hook=hook,
+        moe_layers=len(layers),
+        monolithic=any(layer.is_monolithic for layer in layers),
+        moe_kernels=_one(choices),
+        computed_by=_one(programs),
+        slots=model.gates.table.to_config(),
+        slots_here=layers[0].slots_here(),
+        zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
+        clears_blocks=clears_blocks(worker.model_runner, model.kv_caches()),
+        key_digest=key_digest(model.gates.key),
+    )
+
+
+def clears_blocks(runner: Any, caches: Sequence[torch.Tensor]) -> bool:
+    """Whether blocks of the KV cache are zeroed when they are handed out, tried on the one that never is.
+
+    Args:
+        runner: of either version.
+        caches: each layer's, a row per block, or several where the kernel's blocks are smaller.
+    """
+    config = runner.kv_cache_config
+    blocks = [cache[: len(cache) // config.num_blocks] for cache in caches]
+    for block in blocks:
+        block.fill_(math.nan)
+    zero_blocks(runner, [NULL_BLOCK])
+    zeroed = not any(bool(block.any()) for block in blocks)
+    for block in blocks:
+        block.zero_()
+    return bool(config.needs_kv_cache_zeroing) and zeroed
+
+
+def key_digest(key: bytes) -> str:
+    """Name a seal key without showing it."""
+    return hashlib.sha256(b"seal-key\0" + key).hexdigest()
+
+
+def describe_kernels(reports: Sequence[RankReport]) -> str:
+    """What computes the experts on all ranks, for the start-up summary."""
+    return _one([f"{report['moe_kernels']} ({report['computed_by']})" for report in reports])
+
+
+def _one(values: Sequence[str]) -> str:
+    """The value that all share; where they differ, every one of them, which matches no expectation."""
+    return " + ".join(sorted(set(values)))
+
+
+def verify(
+    reports: Sequence[object],
+    *,
+    world_size: int,
+    table: SlotTable,
+    layers: int,
+    key: bytes,
+    moe_kernels: str,
+    expert_parallel: bool = False,
+) -> None:
+    """Compare every rank's report with what the launcher asked for.
+
+    Args:
+        expert_parallel: slots are dealt out to the ranks in turn, and each rank has a zero slot.
+
+    Raises:
+        HandshakeError: naming the rank and what is wrong with it.
+    """
+    if len(reports) != world_size:
+        raise HandshakeError(f"{len(reports)} of {world_size} ranks answered the handshake")
+    expected = {
+        "model": "flexgate.server.engine.worker.model.GatedFlexOlmoForCausalLM",
+        "moe_layers": layers,
+        "monolithic": False,
+        "moe_kernels": moe_kernels,
+        "slots": table.to_config(),
+        "zero_slot": True,
+        "clears_blocks": True,
+        "key_digest": key_digest(key),
+        "vllm_version": vllm.__version__,
+    }
+    step = world_size if expert_parallel else 1
+    for rank, report in enumerate(reports):
+        if not isinstance(report, dict):
+            raise HandshakeError(f"rank {rank} gave no report")
+        here = {"slots_here": list(range(rank % step, table.total, step))}
+        for name, value in (expected | here).items():
+            if _plain(report.get(name)) != _plain(value):
+                raise HandshakeError(f"rank {rank}: {name} is {report.get(name)!r}, expected {value!r}")
+        if not str(report.get("hook")).startswith("Gated"):
+            raise HandshakeError(f"rank {rank}: gates are not hooked into {report.get('hook')!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists on the way through a message queue."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,266 @@
+"""Per-request gates turned into the fixed-address buffers that the MoE layers read.
+
+Legend: T tokens, E expert slots, R requests of the step.
+
+The hooks call, in this order and once per engine step: :meth:`GateState.begin_step`
+with the scheduler's output, :meth:`GateState.fill` once the runner has fixed the
+order of requests in the batch, the forward pass, and :meth:`GateState.collect`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.server.engine.protocol.gates import GATE_ARG, GateError, SealKey, check_owner, open_seal
+from flexgate.server.engine.protocol.slots import ANCHOR_SLOT, SlotTable
+from flexgate.server.engine.protocol.usage import Float32Array, Int64Array, StepUsage
+from flexgate.server.engine.seam.engine import SchedulerOutput, external_id
+
+_BITS = np.arange(MAX_SLOTS)
+CLOSED_GATE = 1 << ANCHOR_SLOT  # padding and dummy batches: the public expert only
+
+
+@dataclass(slots=True)
+class _Tenancy:
+    """One live request: its gate as a bitmask and the positions already counted."""
+
+    bitmask: int
+    counted: int = 0
+
+
+class _Scheduled(NamedTuple):
+    """One request of the step: ``skip`` leading tokens were counted before."""
+
+    bitmask: int
+    first: int
+    tokens: int
+    skip: int
+
+
+class GateState(torch.nn.Module):
+    """The gate and attribution buffers of one model replica on one rank.
+
+    Buffers (addresses never change, for CUDA graphs and torch.compile):
+        gate_T: int64 bitmask of allowed slots per token.
+        mass_TE: int64 routing weight per token, summed over layers, in 1/MASS_SCALE.
+        chosen_T: int64 bitmask of slots chosen in at least one layer.
+        sum_T: float32 sum of each token's final hidden state; finite if all of it is.
+    """
+
+    gate_T: torch.Tensor
+    mass_TE: torch.Tensor
+    chosen_T: torch.Tensor
+    sum_T: torch.Tensor
+
+    def __init__(self, table: SlotTable, max_tokens: int, key: SealKey) -> None:
+        """Allocate for at most ``max_tokens`` tokens a step, everything closed."""
+        super().__init__()
+        self.table = table
+        self.key = key
+        self.requests: dict[str, _Tenancy] = {}
+        self._step: dict[str, _Scheduled] = {}
+        self._order: Sequence[str] = ()
+        self._num_tokens = 0
+        self._memory_now: _HostBuffers | _DeviceBuffers | None = None
+        closed = torch.full((max_tokens,), CLOSED_GATE, dtype=torch.int64)
+        self.register_buffer("gate_T", closed, persistent=False)
+        mass = torch.zeros(max_tokens, table.total, dtype=torch.int64)
+        self.register_buffer("mass_TE", mass, persistent=False)
+        chosen = torch.zeros(max_tokens, dtype=torch.int64)
+        self.register_buffer("chosen_T", chosen, persistent=False)
+        self.register_buffer("sum_T", torch.zeros(max_tokens, dtype=torch.float32), persistent=False)
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Drop finished requests, admit new ones, and note what each may count.
+
+        Raises:
+            GateError: a request has no genuine gate, or one that names a slot which was closed. The
+                engine core refuses and ends such requests before they get here, so this stops the
+                engine.
+        """
+        for request_id in scheduled.finished_req_ids:
+            self.requests.pop(request_id, None)
+        starts = dict(
+            zip(
+                scheduled.scheduled_cached_reqs.req_ids,
+                scheduled.scheduled_cached_reqs.num_computed_tokens,
+                strict=True,
+            )
+        )
+        for new in scheduled.scheduled_new_reqs:
+            starts[new.req_id] = new.num_computed_tokens
+            if new.req_id not in self.requests:
+                params = new.sampling_params
+                self._admit(new.req_id, params.extra_args if params else None)
+        self._step = {
+            request_id: self._schedule(request_id, starts[request_id], count)
+            for request_id, count in scheduled.num_scheduled_tokens.items()
+        }
+        self._num_tokens = 0
+
+    def expects(self, order: Sequence[str]) -> bool:
+        """Whether ``order`` names exactly the requests of this step."""
+        return len(order) == len(self._step) and all(name in self._step for name in order)
+
+    def fill(self, order: Sequence[str], num_padded: int) -> None:
+        """Write the step's per-token gates in the batch's order; close the padding.
+
+        Args:
+            order: request ids in batch order; each occupies its scheduled tokens, contiguously.
+            num_padded: tokens of the forward pass, padding included.
+
+        Raises:
+            GateError: the forward pass has fewer tokens than were scheduled.
+        """
+        step = [self._step[request_id] for request_id in order]
+        counts = [entry.tokens for entry in step]
+        total = sum(counts)
+        if total > num_padded:
+            raise GateError(f"{total} tokens were scheduled, the forward pass has {num_padded}")
+        masks = np.array([entry.bitmask for entry in step], np.uint64).view(np.int64)
+        self._order, self._num_tokens = order, total
+        self._memory().start(np.repeat(masks, counts), num_padded)
+
+    def close(self) -> None:
+        """Close every token, for profiling, warm-up, capture and dummy batches."""
+        self._step, self._order, self._num_tokens = {}, (), 0
+        self.gate_T.fill_(CLOSED_GATE)
+
+    def note(self, hidden_TH: torch.Tensor) -> None:
+        """Note which tokens' final hidden states are finite; part of the forward pass.
+
+        A number that is not finite stays in its token's residual stream to the end: every block adds to it, and
+        attention passes it on to the request's later tokens.
+        """
+        torch.sum(hidden_TH, -1, dtype=torch.float32, out=self.sum_T[: hidden_TH.shape[0]])
+
+    def collect(self) -> "PendingUsage | None":
+        """Send the forward pass's attribution on its way to the host."""
+        if not self._num_tokens:
+            return None
+        mass_TE, chosen_T, sum_T, copied = self._memory().take(self._num_tokens)
+        step = [self._step[request_id] for request_id in self._order]
+        return PendingUsage(list(self._order), step, mass_TE, chosen_T, sum_T, copied)
+
+    def _memory(self) -> "_HostBuffers | _DeviceBuffers":
+        """The buffers where they lie now: a module may be moved after it was made."""
+        gate_T = self.gate_T
+        if self._memory_now is None or self._memory_now.gate_T is not gate_T:
+            kind = _HostBuffers if gate_T.is_cpu else _DeviceBuffers
+            self._memory_now = kind(gate_T, self.mass_TE, self.chosen_T, self.sum_T)
+        return self._memory_now
+
+    def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
+        gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
+        check_owner(gate, external_id(request_id))
+        self.table.admit(gate)
+        self.requests[request_id] = _Tenancy(gate.bitmask)
+
+    def _schedule(self, request_id: str, first: int, count: int) -> _Scheduled:
+        tenancy = self.requests[request_id]
+        if tenancy.bitmask & ~self.table.live_mask:
+            raise GateError("a request that may use a closed slot was scheduled")
+        skip = min(max(tenancy.counted - first, 0), count)
+        tenancy.counted = max(tenancy.counted, first + count)
+        return _Scheduled(tenancy.bitmask, first, count, skip)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingUsage:
+    """A step's attribution on its way from the device, still per token."""
+
+    request_ids: list[str]
+    step: list[_Scheduled]
+    mass_TE: Int64Array
+    chosen_T: Int64Array
+    sum_T: Float32Array
+    copied: "torch.cuda.Event | None"
+
+    def get(self) -> StepUsage:
+        """Wait for the copy and add up each request's tokens, without those counted before."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        slots = self.mass_TE.shape[1]
+        used_T2E = np.empty((len(self.chosen_T), 2 * slots), np.int64)
+        used_T2E[:, :slots] = self.mass_TE
+        np.bitwise_and(self.chosen_T[:, None] >> _BITS[:slots], 1, out=used_T2E[:, slots:])
+        return StepUsage(
+            self.request_ids,
+            [entry.first + entry.skip for entry in self.step],
+            [entry.tokens - entry.skip for entry in self.step],
+            self._per_request(used_T2E),
+            self._overflowed(),
+        )
+
+    def _overflowed(self) -> list[str]:
+        finite_T = np.isfinite(self.sum_T)
+        if finite_T.all():
+            return []
+        tokens = [entry.tokens for entry in self.step]
+        bad = np.repeat(np.arange(len(tokens)), tokens)[~finite_T]
+        return [self.request_ids[index] for index in np.unique(bad)]
+
+    def _per_request(self, used_T2E: Int64Array) -> Int64Array:
+        starts, start = [], 0
+        for entry in self.step:
+            starts.append(start)
+            if entry.skip:
+                used_T2E[start : start + entry.skip] = 0
+            start += entry.tokens
+        if start == len(starts):  # one token each, as in every step that only decodes
+            return used_T2E
+        sums: Int64Array = np.add.reduceat(used_T2E, starts, axis=0)
+        return sums
+
+
+class _HostBuffers:
+    """On CPU, their own memory: next to a small step, a tensor operation's overhead is what gating costs."""
+
+    def __init__(
+        self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+    ) -> None:
+        self.gate_T = gate_T
+        self._gate_T: Int64Array = gate_T.numpy()
+        self._mass_TE: Int64Array = mass_TE.numpy()
+        self._chosen_T: Int64Array = chosen_T.numpy()
+        self._sum_T: Float32Array = sum_T.numpy()
+
+    def start(self, gates: Int64Array, num_padded: int) -> None:
+        """Write a step's gates, close its padding, and count from zero."""
+        self._gate_T[: len(gates)] = gates
+        self._gate_T[len(gates) : num_padded] = CLOSED_GATE
+        self._mass_TE[:num_padded] = 0
+        self._chosen_T[:num_padded] = 0
+
+    def take(self, length: int) -> tuple[Int64Array, Int64Array, Float32Array, None]:
+        """Copies that the next step does not write to."""
+        return self._mass_TE[:length].copy(), self._chosen_T[:length].copy(), self._sum_T[:length].copy(), None
+
+
+class _DeviceBuffers:
+    """On CUDA, through fresh pinned memory, never a reused buffer, and without waiting."""
+
+    def __init__(
+        self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+    ) -> None:
+        self.gate_T, self._mass_TE, self._chosen_T, self._sum_T = gate_T, mass_TE, chosen_T, sum_T
+
+    def start(self, gates: Int64Array, num_padded: int) -> None:
+        """As on CPU."""
+        padded = np.full(num_padded, CLOSED_GATE, np.int64)
+        padded[: len(gates)] = gates
+        self.gate_T[:num_padded].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+        self._mass_TE[:num_padded].zero_()
+        self._chosen_T[:num_padded].zero_()
+
+    def take(self, length: int) -> "tuple[Int64Array, Int64Array, Float32Array, torch.cuda.Event]":
+        """Copies that are complete once the event has happened."""
+        buffers = self._mass_TE, self._chosen_T, self._sum_T
+        mass_TE, chosen_T, sum_T = (buffer[:length].to("cpu", non_blocking=True).numpy() for buffer in buffers)
+        copied = torch.cuda.Event()
+        copied.record()
+        return mass_TE, chosen_T, sum_T, copied

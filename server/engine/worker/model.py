@@ -1,0 +1,248 @@
+"""FlexOlmo as a native vLLM model with a gate in every MoE block.
+
+Architecture: arXiv 2507.07024, section 3; OLMo-2 blocks (norms after attention and
+feed-forward, RMS norm over the whole query and key projections), a mixture of experts
+as feed-forward. Checkpoint layout: Hugging Face ``flex_olmo``.
+
+Legend: T tokens, H hidden size.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from vllm.distributed.utils import split_tensor_along_last_dim
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from flexgate.server.engine.core.guard import seal_key_from_environment
+from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.worker.gate_buffers import GateState
+from flexgate.server.engine.worker.moe import GatedMoE
+
+
+class FlexOlmoAttention(nn.Module):
+    """Self-attention with RMS norm over the whole query and key projections."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        """Shard heads over the tensor-parallel ranks."""
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.tp_rank = get_tensor_model_parallel_rank()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.q_size = heads // self.tp_size * head_dim
+        self.kv_size = kv_heads // self.tp_size * head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            head_dim,
+            heads,
+            kv_heads,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.q_norm = RMSNorm(heads * head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(kv_heads * head_dim, eps=config.rms_norm_eps)
+        self.o_proj = RowParallelLinear(
+            heads * head_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+            is_neox_style=True,
+        )
+        self.attn = Attention(
+            heads // self.tp_size,
+            head_dim,
+            head_dim**-0.5,
+            num_kv_heads=kv_heads // self.tp_size,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions_T: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        """Attend over the request's own KV cache."""
+        qkv, _ = self.qkv_proj(x_TH)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self._norm(self.q_norm, q), self._norm(self.k_norm, k)
+        q, k = self.rotary_emb(positions_T, q, k)
+        output: torch.Tensor = self.o_proj(self.attn(q, k, v))[0]
+        return output
+
+    def _norm(self, norm: RMSNorm, part: torch.Tensor) -> torch.Tensor:
+        """Normalise over all ranks' heads: the mean square is of the whole projection."""
+        if self.tp_size == 1:
+            return norm(part.contiguous())
+        whole = norm(tensor_model_parallel_all_gather(part.contiguous()))
+        split = partial(split_tensor_along_last_dim, num_partitions=self.tp_size)
+        return split(whole)[self.tp_rank].contiguous()
+
+
+class FlexOlmoLayer(nn.Module):
+    """Attention and gated experts, each normalised after, not before."""
+
+    def __init__(self, vllm_config: VllmConfig, gates: GateState, prefix: str) -> None:
+        """``gates`` is shared by all layers."""
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.self_attn = FlexOlmoAttention(vllm_config, f"{prefix}.self_attn")
+        self.mlp = GatedMoE(config, gates, vllm_config.quant_config, f"{prefix}.mlp")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, positions_T: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        """One block."""
+        x_TH = x_TH + self.post_attention_layernorm(self.self_attn(positions_T, x_TH))
+        return x_TH + self.post_feedforward_layernorm(self.mlp(x_TH))
+
+
+@support_torch_compile
+class FlexOlmoModel(nn.Module):
+    """Embeddings, blocks, final norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Built by vLLM; the gate buffers are this module's own."""
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.gates = GateState(
+            SlotTable.from_config(vllm_config.additional_config),
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            seal_key_from_environment(),
+        )
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            FlexOlmoLayer(vllm_config, self.gates, f"{prefix}.layers.{index}")
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, [T, H]."""
+        embedded: torch.Tensor = self.embed_tokens(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,  # noqa: ARG002
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, [T, H]; the argument names are vLLM's."""
+        x_TH = inputs_embeds if inputs_embeds is not None else self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x_TH = layer(positions, x_TH)
+        return self.norm(x_TH)
+
+
+class GatedFlexOlmoForCausalLM(nn.Module):
+    """What vLLM instantiates for the architecture ``FlexOlmoForCausalLM``."""
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Built by vLLM on every rank."""
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.model = FlexOlmoModel(vllm_config=vllm_config, prefix=f"{prefix}model")
+        self.lm_head = ParallelLMHead(self.config.vocab_size, self.config.hidden_size, prefix=f"{prefix}lm_head")
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    @property
+    def gates(self) -> GateState:
+        """The buffers that the worker's hooks fill."""
+        return self.model.gates
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """Model Runner V2 asks for the class that prepares each step's inputs."""
+        from flexgate.server.engine.worker.worker import GatedModelState
+
+        return GatedModelState
+
+    def moe_layers(self) -> list[GatedMoE]:
+        """The gated blocks, first layer first."""
+        layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
+        return [layer.mlp for layer in layers]
+
+    def kv_caches(self) -> list[torch.Tensor]:
+        """Each layer's KV cache, as vLLM has bound it."""
+        layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
+        return [layer.self_attn.attn.kv_cache for layer in layers]
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, [T, H]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, [T, H]."""
+        hidden: torch.Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        self.gates.note(hidden)
+        return hidden
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits over the vocabulary for the positions that are sampled."""
+        logits: torch.Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Zero every slot, then load live experts into theirs; router biases are optional.
+
+        An expert of the checkpoint that was withdrawn is not read, and its router row is zero.
+        """
+        for layer in self.moe_layers():
+            for parameter in layer.experts.parameters():
+                parameter.data.zero_()
+        loader = AutoWeightsLoader(self)
+        live = self.gates.table.live
+        wanted = ((name, tensor) for name, tensor in weights if _expert_of(name) in {None, *live})
+        loaded: set[str] = loader.load_weights(wanted, mapper=self.hf_to_vllm_mapper)
+        for slot in set(range(self.config.num_experts)) - live.keys():
+            for layer in self.moe_layers():
+                layer.gate.weight.data[slot].zero_()
+                layer.gate.bias.data[slot].zero_()
+        return loaded | {name for name, _ in self.named_parameters() if name.endswith("gate.bias")}
+
+
+def _expert_of(name: str) -> int | None:
+    """The expert index in a checkpoint's tensor name; None for what belongs to no expert."""
+    found = re.search(r"\.mlp\.experts\.(\d+)\.", name)
+    return None if found is None else int(found[1])

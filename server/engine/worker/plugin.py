@@ -1,0 +1,23 @@
+"""Entry point ``vllm.general_plugins``: makes vLLM know the gated model.
+
+vLLM loads it in every process and goes on when it fails, so its success is proved by
+the handshake, not assumed. Without a seal key in the environment it does nothing: a
+plain ``vllm serve`` on the same machine is left alone.
+"""
+
+import os
+
+from flexgate.server.engine.protocol.gates import SEAL_KEY_VARIABLE
+
+ARCHITECTURE = "FlexOlmoForCausalLM"
+
+
+def register() -> None:
+    """Register the gated FlexOlmo model in place of vLLM's Transformers backend."""
+    if SEAL_KEY_VARIABLE not in os.environ:
+        return
+    from vllm import ModelRegistry
+
+    from flexgate.server.engine.worker.model import GatedFlexOlmoForCausalLM
+
+    ModelRegistry.register_model(ARCHITECTURE, GatedFlexOlmoForCausalLM)

@@ -1,0 +1,295 @@
+"""Adding an expert: private copy, checks, masked slot on every rank, canary, commit, publish.
+
+Whatever fails before the commit leaves the slot zeroed and nothing else behind; what was committed
+is what a restart comes back to, and nothing undoes it. Where the store does not say whether it took the
+change, the private copy stays for the restart and the slot stays empty. A server that is stopped in the middle undoes
+nothing either: its memory is gone, and the next start removes copies that were not committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from flexgate.experts.errors import DiskFull, ExpertsError
+from flexgate.experts.package.manifest import Manifest
+from flexgate.experts.package.verify import VerifiedPackage, open_package
+from flexgate.policies.errors import PolicyError
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease
+from flexgate.server.engine.frontend.canary import CanaryNotScheduled
+from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineBusy, EngineFailed, PackageRefused
+from flexgate.server.experts.jobs import Job
+from flexgate.server.experts.repository import Added
+from flexgate.server.experts.slot_pool import Residence
+from flexgate.server.experts.uploads import FREE_BYTES
+from flexgate.server.experts.versions import UNSAID, is_set_aside
+
+Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
+"""Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
+
+_CHECKS: Final = ThreadPoolExecutor(2, "packages")
+"""A package takes minutes to copy and check: the threads that confirm the policy and commit withdrawals stay free."""
+
+logger = logging.getLogger(__name__)
+
+
+class Adding:
+    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock: a withdrawal
+    waits neither for a package to be loaded nor for a place to try it in.
+    """
+
+    def __init__(
+        self,
+        residence: Residence,
+        *,
+        canary: Canary,
+        confirm: Callable[[], object],
+        clock: Callable[[], float],
+    ) -> None:
+        """`confirm` refreshes the policy snapshot. Blocks."""
+        self._residence = residence
+        self._canary = canary
+        self._confirm = confirm
+        self._clock = clock
+
+    async def add(self, job: Job, source: Path, owner: str | None) -> ExpertInfo | None:
+        """Take in the package at `source` and make it live.
+
+        Args:
+            owner: the only owner whose package may come this way; None for any.
+
+        Returns:
+            The former version, which requests may still be using, if it replaces one.
+
+        Raises:
+            CommitUnknown: the store may have it, and the private copy stays.
+            ExpertError: nothing was changed.
+        """
+        self._residence.arriving.add(job.id)
+        try:
+            since = await asyncio.to_thread(self._residence.repository.epoch)
+            with await self._take_in(job, source) as package:
+                await asyncio.to_thread(self._check_owner, package.manifest, owner)
+                job.expert, job.version = package.manifest.id, package.manifest.version
+                return await self._load(job, package, since, owner)
+        except Exception:
+            if job.committed is False:
+                copy = self._residence.places.private / job.id
+                await asyncio.to_thread(shutil.rmtree, copy, ignore_errors=True)
+            raise
+        finally:
+            self._residence.arriving.discard(job.id)
+
+    async def _take_in(self, job: Job, source: Path) -> VerifiedPackage:
+        loop, places = asyncio.get_running_loop(), self._residence.places
+        handled = 0
+
+        def progress(count: int) -> None:
+            nonlocal handled
+            handled += count
+            loop.call_soon_threadsafe(setattr, job, "done", handled)
+
+        await job.at("copied", unit="bytes")
+        base = await self._residence.base()
+        try:
+            check = partial(
+                open_package,
+                source,
+                base=base,
+                trusted_keys=places.trusted_keys,
+                into=places.new_copy(job.id),
+                progress=progress,
+                keep_free=FREE_BYTES,
+            )
+            package = await loop.run_in_executor(_CHECKS, check)
+        except ExpertsError as error:
+            told = str(error).replace(str(source), job.package).replace(str(places.private), "the server")
+            if isinstance(error, DiskFull):
+                raise ChangeConflict(f"{told[:1].upper()}{told[1:]}.", code="disk_full") from error
+            raise PackageRefused(f"{told}.") from error
+        await job.at("verified")
+        return package
+
+    async def _load(self, job: Job, package: VerifiedPackage, since: int, owner: str | None) -> ExpertInfo | None:
+        manifest, residence = package.manifest, self._residence
+        await asyncio.to_thread(self._check_version, manifest, since)
+        kept = await asyncio.to_thread(residence.repository.slots_of_others, manifest.id)
+        if owner is not None:
+            residence.require_share(manifest.id, owner)
+        slot = residence.take_slot(kept, manifest.owner)
+        try:
+            digests = await self._fill(job, package, slot)
+            tried = await self._try(job, manifest.id, slot)
+            async with residence.changing:
+                generation = await self._newest(slot, tried)
+                await asyncio.to_thread(self._check_version, manifest, since)
+                return await self._make_live(job, package, slot, generation, digests)
+        except Exception:
+            if not job.committed and await residence.give_back(slot) and job.committed is None:
+                residence.hold(slot, package.directory.name)
+            raise
+
+    async def _newest(self, slot: int, tried: int) -> int:
+        """The generation that a commit will give the slot, under which it is open afterwards.
+
+        Others may have changed what is served while the expert was tried under `tried`. Whatever another server changes
+        from here on has the commit refused.
+        """
+        slots = self._residence.slots
+        generation = await asyncio.to_thread(self._residence.repository.epoch) + 1
+        if generation != tried:
+            try:
+                await slots.close(slot)
+                await slots.open(slot, generation)
+            except Exception as error:
+                raise EngineFailed(f"The slot could not be opened anew: {error}.") from error
+        return generation
+
+    async def _make_live(
+        self, job: Job, package: VerifiedPackage, slot: int, generation: int, digests: list[str]
+    ) -> ExpertInfo | None:
+        manifest, residence = package.manifest, self._residence
+        former = residence.find(manifest.id)
+        await self._commit(job, package, slot, generation)
+        if former is not None:
+            residence.soil(former.slot)
+            residence.retiring[manifest.id].append(former)
+        await job.at("dark")
+        with suppress(PolicyError):  # else the next poll sees it
+            await asyncio.to_thread(self._confirm)
+        present = residence.find(manifest.id)  # somebody may have begun to drain it for a withdrawal
+        live = present is None or present.live
+        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=live)
+        residence.client.publish((*residence.others(manifest.id), info), generation)
+        residence.keep(slot)
+        logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)
+        await job.at("live")
+        result = {"slot": slot, "generation": generation, "weights_epoch": generation, "digests": digests}
+        await job.succeed(result, self._clock())
+        return former
+
+    async def _fill(self, job: Job, package: VerifiedPackage, slot: int) -> list[str]:
+        await job.at("loaded", unit="layers")
+
+        def progress(_ranks: int, done: int, total: int) -> None:
+            job.done, job.total = done, total
+
+        digests = await self._residence.fill(slot, package.ticket, progress)
+        await job.at("agreed")
+        return digests
+
+    async def _try(self, job: Job, expert: str, slot: int) -> int:
+        """Open the slot, which nobody else can name, and try its expert; returns the generation it was tried under."""
+        residence = self._residence
+        public = residence.client.experts()[0].lease
+        generation = await asyncio.to_thread(residence.repository.epoch) + 1
+        try:
+            await residence.slots.open(slot, generation)
+            await job.at("canary")
+            await self._canary(public, ExpertLease(expert, slot, generation))
+        except CanaryNotScheduled as error:
+            raise EngineBusy(
+                f"The engine was too busy to try the expert: {error}. Nothing was changed. "
+                "Add it again when fewer requests are running, or start the server with a larger --max-num-seqs."
+            ) from error
+        except Exception as error:
+            raise EngineFailed(f"The loaded expert does not behave: {error}.") from error
+        return generation
+
+    async def _commit(self, job: Job, package: VerifiedPackage, slot: int, generation: int) -> None:
+        manifest, repository = package.manifest, self._residence.repository
+        added = Added(
+            manifest.id,
+            manifest.version,
+            slot,
+            generation,
+            package.directory.name,
+            manifest.weights.digest,
+            manifest.base.digest,
+            self._residence.merged.get(manifest.id),
+        )
+        try:
+            await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
+        except PolicyError as error:
+            job.committed = await asyncio.to_thread(self._was_committed, added)
+            if job.committed is None:
+                now = (
+                    "Nobody can use the expert; add it again, or restart the server, which loads it if it was taken."
+                    if self._residence.find(manifest.id) is None
+                    else "The former version is still served. Restart the server, which loads the new one if it was "
+                    "taken; if it was not, add it again."
+                )
+                raise CommitUnknown(error, now) from error
+            if not job.committed:
+                raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+        job.committed = True
+
+    def _was_committed(self, added: Added) -> bool | None:
+        """Whether only the answer was lost; None where the store does not say."""
+        try:
+            return added in self._residence.repository.added()
+        except PolicyError:
+            return None
+
+    def _check_version(self, manifest: Manifest, since: int) -> None:
+        """Refuse a package that is none of the expert's next version, or that was sent before the expert was withdrawn.
+
+        Args:
+            since: the weights epoch at which its job began.
+        """
+        residence = self._residence
+        if residence.repository.revoked().get(manifest.id, 0) > since:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' was withdrawn while this package was on its way. Add it again if it is to be "
+                "served all the same.",
+                code="experts_changing",
+            )
+        info = residence.find(manifest.id)
+        if info is None:
+            return
+        if not info.live:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' is being withdrawn. Add it again once that is done.", code="experts_changing"
+            )
+        if residence.repository.revoked().get(info.id, 0) > info.generation:
+            raise ChangeConflict(
+                f"Another server withdrew expert '{info.id}', which is being taken out here. Try again in a moment.",
+                code="experts_changing",
+            )
+        package = next((entry for entry in residence.repository.added() if entry.expert == info.id), None)
+        if package is None or is_set_aside(package, residence.merged):
+            loaded = residence.merged.get(info.id, UNSAID)
+        elif package.generation == info.generation:
+            loaded = package.version
+        else:
+            raise ChangeConflict(
+                f"The store has version {package.version} of expert '{info.id}', which this server did not load. "
+                + ("Restart it." if (residence.places.private / package.package).is_dir() else "Another one added it."),
+                code="expert_version_not_loaded",
+            )
+        if loaded == UNSAID:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' is loaded from the checkpoint, which does not say in which version. "
+                "Withdraw it before a package takes its place.",
+                code="expert_version_unknown",
+            )
+        if manifest.version <= loaded:
+            raise ChangeConflict(
+                f"Expert '{manifest.id}' is loaded in version {loaded}. A package that replaces it needs a higher one.",
+                code="expert_version_not_newer",
+            )
+
+    def _check_owner(self, manifest: Manifest, owner: str | None) -> None:
+        if owner is not None and manifest.owner != owner:
+            raise ChangeConflict(
+                f"The package is of another owner than '{owner}', for whom this key acts.",
+                code="expert_of_another_owner",
+            )
+        self._residence.repository.require_owner(manifest)

@@ -1,0 +1,96 @@
+"""What a start has to know of experts that were added or withdrawn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from flexgate.experts.package.signature import TrustedKeys
+from flexgate.policies.store.store import Store
+from flexgate.server.experts.errors import PackageRefused
+from flexgate.server.experts.repository import Added, ResidencyRepository
+from flexgate.server.experts.versions import Merged, is_set_aside
+from flexgate.server.lifecycle.seed import Loaded
+from flexgate.server.lifecycle.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AtStart:
+    """The last acknowledged state.
+
+    Attributes:
+        without: experts of the checkpoint that must not be loaded: withdrawn, or replaced by a package.
+        least_slots: slots that added experts need.
+        epoch: the newest weights epoch.
+        resident: what will be served, in slot order.
+        set_aside: packages that were added and are not loaded, since the checkpoint holds a newer version; a
+            sentence each.
+    """
+
+    without: frozenset[str]
+    least_slots: int
+    epoch: int
+    resident: tuple[Loaded, ...]
+    set_aside: tuple[str, ...]
+
+
+def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtStart:
+    """Read it; the store is migrated.
+
+    Raises:
+        PackageRefused: versions cannot be compared, or the slot of an expert that was added is also another's.
+    """
+    state = store.weights()
+    packages = ResidencyRepository(store).added()
+    old = [package for package in packages if is_set_aside(package, merged)]
+    added = [package for package in packages if package not in old]
+    without = state.withdrawn | {change.expert for change in added}
+    _require_own_slots(added, checkpoint, without)
+    kept = tuple(expert for expert in checkpoint if expert.id not in without)
+    catalogue = store.snapshot().experts if added else {}
+    known = {str(id_): expert for id_, expert in catalogue.items()}
+    resident = (*kept, *(known[change.expert] for change in added if change.expert in known))
+    least = 1 + max((change.slot for change in added), default=-1)
+    set_aside = tuple(
+        f"{package.expert} version {package.version}, which was added: the checkpoint holds version "
+        f"{merged[package.expert]}"
+        for package in old
+    )
+    for sentence in set_aside:
+        logger.warning("set aside: %s", sentence)
+    return AtStart(frozenset(without), least, state.epoch, resident, set_aside)
+
+
+def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], without: Collection[str]) -> None:
+    for package in added:
+        holders = [expert.id for expert in checkpoint[package.slot : package.slot + 1] if expert.id not in without]
+        for holder in holders:
+            raise PackageRefused(
+                f"expert '{package.expert}' was added into slot {package.slot}, which '{holder}' of this checkpoint "
+                f"needs: serve the former checkpoint, withdraw '{package.expert}' there, and add it again to this one"
+            )
+    first: dict[int, str] = {}
+    for package in added:
+        other = first.setdefault(package.slot, package.expert)
+        if other != package.expert:
+            raise PackageRefused(
+                f"expert '{package.expert}' was added into slot {package.slot} while '{other}', which was added into "
+                f"it before, was not loaded: start the server as it was then, withdraw '{package.expert}' there, and "
+                "add it again now"
+            )
+
+
+def trusted_keys(settings: Settings) -> TrustedKeys | None:
+    """Whose packages may be added: None asks for no signature; without a folder of keys nobody is trusted.
+
+    Raises:
+        KeyInvalid: a file in the folder is no public key.
+    """
+    if settings.demo or settings.allow_unsigned_experts:
+        return None
+    if settings.trusted_keys is None:
+        return TrustedKeys({})
+    return TrustedKeys.from_directory(settings.trusted_keys)

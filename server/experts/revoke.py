@@ -1,0 +1,199 @@
+"""Withdrawing an expert: no more gates, commit, the engine ends who may use it, zeros read back.
+
+When the record is there, no token can come of the expert any more: what was being sent is sent, its
+KV cache is unreachable and evicted, its weights are zero on every rank, and no restart loads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+from flexgate.policies.errors import PolicyError, StoreUnavailable
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotResident, NotStored
+from flexgate.server.experts.slot_pool import Residence
+from flexgate.server.policy.executors import CHANGES, run_in
+
+DELIVERY_SECONDS: Final = 2.0
+"""How long it waits for clients that read slowly; what is on the wire then is out of its hands."""
+DRAIN_POLL_SECONDS: Final = 0.05
+
+Record = Callable[[str, str, dict[str, Any]], None]
+"""Writes (actor, action, detail) to the audit log. Blocks."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Revocation:
+    """What an owner is told of a withdrawal. `digests` are the cleared slot's on every rank, none if it was not loaded.
+
+    Times are Unix seconds.
+    """
+
+    expert: str
+    slot: int
+    generation: int
+    weights_epoch: int
+    requested_at: float
+    aborted_requests: int = 0
+    evicted_blocks: int = 0
+    undelivered_responses: int = 0
+    digests: list[str] = field(default_factory=list)
+
+
+class Withdrawing:
+    """The steps of one withdrawal. The residence's lock is the caller's to hold."""
+
+    def __init__(
+        self,
+        residence: Residence,
+        *,
+        confirm: Callable[[], object],
+        record: Record,
+        clock: Callable[[], float],
+    ) -> None:
+        """`confirm` refreshes the policy snapshot. Blocks."""
+        self._residence = residence
+        self._confirm = confirm
+        self._record = record
+        self._clock = clock
+        self._doubtful: set[ExpertLease] = set()  # may have been withdrawn in the store
+
+    async def revoke(self, expert: str, *, actor: str) -> dict[str, Any]:
+        """Withdraw an expert for good; returns the record.
+
+        Raises:
+            NotResident: it is not loaded, nor would a start load it.
+            ChangeConflict: the store refused, and nothing was changed.
+            NotStored: no gate is sealed for the expert any more and its users are ended; it is still loaded.
+            EngineFailed: it is withdrawn, and a rank could not prove that it is gone.
+        """
+        began, residence = self._clock(), self._residence
+        info = residence.find(expert)
+        if info is None:
+            return await self._forget(expert, actor=actor, began=began)
+        self._publish(replace(info, live=False))  # it keeps its slot until it is known to be withdrawn
+        try:
+            epoch = await run_in(CHANGES, self._commit, info.id, info.slot, actor)
+        except StoreUnavailable as error:
+            self._doubtful.add(info.lease)
+            self._stop(info)
+            raise NotStored(error) from error
+        except PolicyError as error:
+            self._publish(info)
+            raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+        return await self._take_out(info, self._stop(info), epoch, actor=actor, began=began)
+
+    async def obey(self, info: ExpertInfo) -> None:
+        """Take out an expert that another process on the same store has withdrawn."""
+        residence, began = self._residence, self._clock()
+        revoked = await run_in(CHANGES, residence.repository.revoked)
+        if revoked.get(info.id, 0) > info.generation and residence.find(info.id) == info:
+            epoch = await run_in(CHANGES, residence.repository.epoch)
+            await self._take_out(info, self._stop(info), epoch, actor="another process", began=began)
+
+    async def drained(self, info: ExpertInfo, seconds: float) -> None:
+        """Wait until nobody uses an expert, no longer than `seconds`."""
+        residence, deadline = self._residence, time.monotonic() + seconds
+        while time.monotonic() < deadline and (
+            residence.client.in_use(info.lease) or await residence.slots.users(info.slot)
+        ):
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+    def _stop(self, info: ExpertInfo) -> tuple[GatedCall, ...]:
+        """Give no more tokens to whoever may use the expert, in this version or a former one."""
+        tenancies = (info, *self._residence.retiring.get(info.id, ()))
+        return tuple(call for each in tenancies for call in self._residence.client.withdraw(each.lease))
+
+    def wake(self, expert: str) -> None:
+        """Seal gates again for an expert whose withdrawal was refused after a drain, unless it may be withdrawn."""
+        info = self._residence.find(expert)
+        if info is not None and info.lease not in self._doubtful:
+            self._publish(replace(info, live=True))
+
+    def _publish(self, info: ExpertInfo) -> None:
+        client = self._residence.client
+        client.publish((*self._residence.others(info.id), info), client.weights_epoch)
+
+    async def _forget(self, expert: str, *, actor: str, began: float) -> dict[str, Any]:
+        """Withdraw what is not loaded here, and what a start would load."""
+        residence = self._residence
+        try:
+            entry = next((e for e in await run_in(CHANGES, residence.repository.added) if e.expert == expert), None)
+            if entry is None:
+                raise NotResident("No expert of that name is loaded that could be withdrawn.")
+            epoch = await run_in(CHANGES, self._commit, expert, entry.slot, actor)
+        except PolicyError as error:
+            raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
+        residence.client.publish(residence.client.experts(), epoch)
+        residence.release(entry.package)
+        return await self._settle(Revocation(expert, entry.slot, entry.generation, epoch, began), actor)
+
+    def _commit(self, expert: str, slot: int, actor: str) -> int:
+        repository = self._residence.repository
+        repository.epoch()  # a store that cannot be asked now has not been told either
+        try:
+            return repository.revoke(expert, slot, actor=actor, at=self._clock())
+        except PolicyError as error:
+            try:
+                withdrawn, epoch = repository.withdrawn(), repository.epoch()
+            except PolicyError:
+                raise StoreUnavailable(str(error)) from error
+            if expert in withdrawn:
+                return epoch  # it was committed, and the answer was lost, now or before
+            raise
+
+    async def _take_out(
+        self, info: ExpertInfo, users: Sequence[GatedCall], epoch: int, *, actor: str, began: float
+    ) -> dict[str, Any]:
+        residence = self._residence
+        residence.soil(info.slot)
+        residence.client.publish(residence.others(info.id), epoch)
+        tenancies = (info, *residence.retiring.pop(info.id, ()))
+        try:
+            closed = [await residence.slots.close(each.slot) for each in tenancies]
+            undelivered = await _undelivered(users)
+            digests = [await residence.clear(each.slot) for each in tenancies]
+        except Exception as error:
+            raise EngineFailed(
+                f"Expert '{info.id}' is withdrawn and no restart loads it, but the engine failed: {error}. Restart it."
+            ) from error
+        done = Revocation(info.id, info.slot, info.generation, epoch, began)
+        done.aborted_requests = len(users)
+        done.evicted_blocks = sum(one.evicted_blocks for one in closed)
+        done.undelivered_responses = undelivered
+        done.digests = digests[0]
+        return await self._settle(done, actor)
+
+    async def _settle(self, done: Revocation, actor: str) -> dict[str, Any]:
+        """Once nothing of the expert is left: confirm the policy, remove its copy, keep the record."""
+        await self._tidy(self._residence.forget_copies(), run_in(CHANGES, self._confirm))
+        record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
+        await self._tidy(run_in(CHANGES, self._record, actor, "weights.cleared", record))
+        logger.info("expert %s is withdrawn from slot %d", done.expert, done.slot)
+        return record
+
+    async def _tidy(self, *steps: Awaitable[object]) -> None:
+        """What follows once the expert is gone; a store or a disk that fails now does not bring it back."""
+        for error in await asyncio.gather(*steps, return_exceptions=True):
+            if isinstance(error, (PolicyError, OSError)):
+                logger.error("after a withdrawal: %s", error)
+            elif isinstance(error, BaseException):
+                raise error
+
+
+async def _undelivered(users: Sequence[GatedCall]) -> int:
+    """Wait until nothing of these calls' answers is left to send; how many were not done at the end."""
+    waiting = [asyncio.ensure_future(call.ended.wait()) for call in users if not call.ended.is_set()]
+    if not waiting:
+        return 0
+    _, late = await asyncio.wait(waiting, timeout=DELIVERY_SECONDS)
+    for task in late:
+        task.cancel()
+    return len(late)

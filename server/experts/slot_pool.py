@@ -1,0 +1,214 @@
+"""The engine's slots as this process knows them: who is in which, which are free, which are not clean."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from flexgate.experts.checkpoint.base import BaseIdentity
+from flexgate.experts.package.signature import TrustedKeys
+from flexgate.experts.package.weights import WeightsTicket
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed
+from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.versions import Merged
+from flexgate.server.policy.executors import CHANGES, run_in
+
+Progress = Callable[[int, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class EngineClient(Protocol):
+    """What gates are sealed from."""
+
+    weights_epoch: int
+
+    @property
+    def slots(self) -> int: ...
+    def experts(self) -> tuple[ExpertInfo, ...]: ...
+    def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None: ...
+    def in_use(self, lease: ExpertLease) -> bool: ...
+    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]: ...
+
+
+class Slots(Protocol):
+    """The engine's slots on every rank; see `flexgate.server.engine.frontend.slot_control`."""
+
+    async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]: ...
+    async def clear(self, slot: int) -> list[str]: ...
+    async def open(self, slot: int, generation: int) -> None: ...
+    async def close(self, slot: int) -> Any: ...
+    async def users(self, slot: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where private copies are kept, what they must fit, and whose signatures count (None: anybody's)."""
+
+    private: Path
+    base: Callable[[], BaseIdentity]
+    trusted_keys: TrustedKeys | None
+
+    def new_copy(self, name: str) -> Path:
+        """Where a private copy may be made."""
+        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self.private / name
+
+
+class Residence:
+    """Shared by everything that changes slots.
+
+    `changing` is held while what is served changes, never while files are copied or slots are filled: a
+    withdrawal does not wait until somebody's expert has been loaded.
+
+    Attributes:
+        arriving: names of private copies that are being made and loaded.
+        merged: versions of the checkpoint's experts.
+        retiring: former versions that requests may still be using, by expert.
+        per_owner: slots that one owner's packages may take, where that owner adds them.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        slots: Slots,
+        repository: ResidencyRepository,
+        places: Places,
+        merged: Merged,
+        *,
+        per_owner: int,
+    ) -> None:
+        self.client = client
+        self.slots = slots
+        self.repository = repository
+        self.places = places
+        self.merged = merged
+        self.per_owner = per_owner
+        self.changing = asyncio.Lock()
+        self.arriving: set[str] = set()
+        self.retiring: dict[str, list[ExpertInfo]] = defaultdict(list)
+        self._dirty: set[int] = set()
+        self._held: dict[str, int] = {}
+        self._reserved: dict[int, str] = {}  # slots that are being filled, and the owners of what comes into them
+        self._base: BaseIdentity | None = None
+
+    def find(self, expert: str) -> ExpertInfo | None:
+        """A loaded expert."""
+        return next((info for info in self.client.experts() if info.id == expert), None)
+
+    def others(self, expert: str) -> tuple[ExpertInfo, ...]:
+        """All loaded experts but one."""
+        return tuple(info for info in self.client.experts() if info.id != expert)
+
+    def take_slot(self, kept: Collection[int], owner: str) -> int:
+        """Reserve the lowest slot that is clean and free for a package of `owner`; raises `ChangeConflict`.
+
+        Args:
+            kept: slots that are not given away; see `ResidencyRepository.slots_of_others`.
+        """
+        taken = {info.slot for info in self.client.experts()} | self._dirty | set(kept)
+        free = [slot for slot in range(self.client.slots) if slot not in taken]
+        if not free:
+            idle = len(set(kept).difference(self._dirty, (info.slot for info in self.client.experts())))
+            left_out = f", {idle} of them by packages that this start left out" if idle else ""
+            raise ChangeConflict(
+                f"All {self.client.slots} expert slots are taken{left_out}. Withdraw an expert, "
+                "or start the server with a larger --max-experts.",
+                code="slots_full",
+            )
+        self.soil(free[0])
+        self._reserved[free[0]] = owner
+        return free[0]
+
+    def require_share(self, expert: str, owner: str) -> None:
+        """Refuse one more package of an owner whose packages take all the slots they may; raises `ChangeConflict`.
+
+        The version that the package replaces does not count, earlier ones that requests still use do.
+        """
+        loaded = [info for info in self.client.experts() if info.id != expert and info.id not in self.merged]
+        former = [info for infos in self.retiring.values() for info in infos]
+        taken = sum(info.owner == owner for info in loaded + former) + list(self._reserved.values()).count(owner)
+        if taken >= self.per_owner:
+            raise ChangeConflict(
+                f"Packages of owner '{owner}' take {taken} expert slots, former versions in use included, and may take "
+                f"{self.per_owner}. Withdraw one of them, or ask an administrator to add this one.",
+                code="owner_slots_full",
+            )
+
+    def soil(self, slot: int) -> None:
+        """The slot holds something that nobody may reach: not free until it was cleared."""
+        self._dirty.add(slot)
+
+    def hold(self, slot: int, package: str) -> None:
+        """The slot is clear, but a package that the store may name may come back to it: not free until `release`."""
+        self._dirty.add(slot)
+        self._held[package] = slot
+
+    def release(self, package: str) -> None:
+        """The store does not name the package any more."""
+        if package in self._held:
+            self._dirty.discard(self._held.pop(package))
+
+    def keep(self, slot: int) -> None:
+        """A reserved slot has become a loaded expert's."""
+        self._dirty.discard(slot)
+        self._reserved.pop(slot, None)
+
+    async def base(self) -> BaseIdentity:
+        """The identity of the served base model; read once."""
+        if self._base is None:
+            self._base = await asyncio.to_thread(self.places.base)
+        return self._base
+
+    async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:
+        """Load an expert into a reserved slot on every rank; raises `EngineFailed`."""
+        try:
+            return await self.slots.fill(slot, ticket, progress)
+        except Exception as error:
+            raise EngineFailed(f"The expert could not be loaded: {error}.") from error
+
+    async def clear(self, slot: int) -> list[str]:
+        """Zero a closed slot on every rank; it is free then. Raises what the engine raises."""
+        digests = await self.slots.clear(slot)
+        self._dirty.discard(slot)
+        self._reserved.pop(slot, None)
+        return digests
+
+    async def give_back(self, slot: int) -> bool:
+        """Leave a slot as it was found: closed, zeroed, free; whether it is. If that fails it is not used again."""
+        with suppress(Exception):  # it may never have been opened
+            await self.slots.close(slot)
+        try:
+            await self.clear(slot)
+        except Exception as error:
+            logger.error("slot %d cannot be cleared and is not used any more", slot, exc_info=error)
+            return False
+        return True
+
+    async def forget_copies(self) -> None:
+        """Remove private copies of packages that are not loaded, and free slots that were held for one of them."""
+        held = set(self._held)
+        await run_in(CHANGES, self._forget_copies)
+        if held:
+            for package in held - {entry.package for entry in await run_in(CHANGES, self.repository.added)}:
+                self.release(package)
+
+    def _forget_copies(self) -> None:
+        """The order matters: a copy stops to arrive only after it was committed, so whoever no longer
+        arrives is in the store by the time that the store is read, or never will be.
+        """
+        if not self.places.private.is_dir():
+            return
+        for path in self.places.private.iterdir():
+            if any(name in path.name for name in tuple(self.arriving)):
+                continue
+            if path.name not in {entry.package for entry in self.repository.added()}:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""Read one JSON object from a request, within limits that hold while it is read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from http import HTTPStatus
+from typing import Any, Final, NoReturn
+from weakref import WeakValueDictionary
+
+from flexgate.policies.strict_json import repeated_key
+from flexgate.server.http.errors import ApiError, Invalid, TooLarge
+from flexgate.server.http.offload import Offload
+
+AT_ONCE: Final = 64
+
+
+class Arriving:
+    """The bodies that are being read: of each key ``AT_ONCE`` are in memory, and the next ones wait."""
+
+    def __init__(self) -> None:
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def place(self, key_id: str) -> asyncio.Semaphore:
+        """What to hold while a body is read that came with a key."""
+        return self._places.setdefault(key_id, asyncio.Semaphore(AT_ONCE))
+
+
+async def read_json(
+    chunks: AsyncIterator[bytes],
+    headers: Mapping[str, str],
+    place: asyncio.Semaphore,
+    *,
+    limit: int,
+    seconds: float,
+    offload: Offload,
+    owner: str,
+) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Args:
+        chunks: the body as it arrives.
+        headers: with lower-case names.
+        place: see `Arriving`.
+        limit: bytes; more are refused without being kept.
+        seconds: how long the whole body may take, with the wait for a place.
+        offload: what parses it, and is told of it.
+        owner: whose large bodies wait for this one.
+
+    Raises:
+        Invalid: not JSON, not UTF-8, not an object, compressed or of another media type.
+        TooLarge: more than `limit` bytes are announced or arrive.
+        ApiError: 408 when the body does not arrive in time.
+    """
+    _check_headers(headers, limit)
+    async with AsyncExitStack() as held:
+        try:
+            async with asyncio.timeout(seconds):
+                await held.enter_async_context(place)
+                raw = await _read(chunks, limit)
+        except TimeoutError:
+            raise ApiError(
+                f"The body did not arrive within {seconds:g} seconds.",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+                code="request_timeout",
+            ) from None
+        offload.arrived(len(raw), owner)
+        return await offload.run(parse_object, raw)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """`raw` as a JSON object of strings that can be tokenized, with no key twice in any object of it."""
+    try:
+        value = read_json_text(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        _refuse("The body is not UTF-8.")
+    except NotJson as error:
+        _refuse(f"The body {error}.")
+    if not isinstance(value, dict):
+        _refuse("The body must be a JSON object.")
+    return value
+
+
+class NotJson(ValueError):
+    """Text that is no JSON, or that not every reader reads as the same; the message goes on from a name for it."""
+
+
+def read_json_text(text: str) -> Any:
+    """A JSON value of which every reader reads the same, and whose strings can be tokenized; raises `NotJson`."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except NotJson:
+        raise
+    except UnicodeEncodeError:
+        raise NotJson("has half of a surrogate pair in a string") from None
+    except RecursionError:
+        raise NotJson("is nested too deeply") from None
+    except ValueError:
+        raise NotJson("is not valid JSON") from None
+    return value
+
+
+def _check_headers(headers: Mapping[str, str], limit: int) -> None:
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        _refuse("Send the body as 'Content-Type: application/json'.")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        _refuse("Send the body without 'Content-Encoding'.")
+    announced = headers.get("content-length", "")
+    if announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
+        raise _too_large(limit)
+
+
+async def _read(chunks: AsyncIterator[bytes], limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is larger than the limit of {limit} bytes.")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise NotJson(f"has the key '{str(repeated_key(pairs))[:80]}' twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise NotJson(f"is not valid JSON: it has {name}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise Invalid(message, param=None, code="invalid_body")

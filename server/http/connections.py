@@ -1,0 +1,134 @@
+"""Connections whose clients never come to the end of a request's head.
+
+uvicorn reads a head of any length, for as long as it takes, before anything else sees the request: its timer for idle
+connections starts with the first answer (uvicorn/protocols/http/httptools_impl.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Final
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from flexgate.server.http.errors import ApiError
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+HEAD_SECONDS = 30.0
+PROBE_SECONDS = 1.0
+EVENT_STREAM: Final = "flexgate.event_stream"
+"""The scope's key of a response whose body is server-sent events."""
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_COMMENT: Final = b"9\r\n: probe\n\n\r\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, whose source is closed however the response ends, so that what makes them stops."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        scope[EVENT_STREAM] = True
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            close = getattr(self.body_iterator, "aclose", None)
+            if close is not None:
+                await close()
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which closes a connection that is not getting on.
+
+    A head, the trailers of a body, and whatever else is neither a head nor a part of a body may have ``MAX_HEAD_BYTES``
+    and what came in the same read. While nothing is being answered, a whole head has to come within ``HEAD_SECONDS``.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+    _pending = 0  # bytes since the last head, or the last part of a body
+    _got_on = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more: an answer that it waits for still goes out, and the connection ends with it.
+
+        A client that has gone altogether says the same, but what it is sent comes back as a reset.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self.pipeline:
+            return False
+        if self.scope["http_version"] != "1.1":
+            return False  # nothing can be sent between the parts of its answer
+        cycle.keep_alive = False
+        self._probe(cycle)
+        return True
+
+    def _probe(self, cycle: RequestResponseCycle) -> None:
+        """Find out whether a client that sends no more still reads; a reset shows at the write after it."""
+        if cycle.response_complete or self.transport.is_closing():
+            return
+        if not cycle.response_started:
+            self.transport.write(_CONTINUE)
+        elif cycle.chunked_encoding and EVENT_STREAM in cycle.scope:
+            self.transport.write(_COMMENT)
+        self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse it, and judge what it was for."""
+        self._got_on = False
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        self._pending = 0 if self._got_on else self._pending + len(data)
+        if self._pending > MAX_HEAD_BYTES:
+            self._refuse()
+        elif self._is_idle():
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """A head is whole."""
+        self._got_on = True
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body came."""
+        self._got_on = True
+        super().on_body(body)
+
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _refuse(self) -> None:
+        if self._is_idle():
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            error = ApiError(
+                f"The head of a request may have at most {MAX_HEAD_BYTES} bytes.", status=status, code="head_too_large"
+            )
+            body = json.dumps(error.body()).encode()
+            head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()

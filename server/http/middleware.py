@@ -1,0 +1,168 @@
+"""The outermost layer: request id, allowed hosts, one error body, one log line. Pure ASGI."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any, Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flexgate.policies.documents import Role
+from flexgate.policies.errors import PolicyError
+from flexgate.server.http import metrics
+from flexgate.server.http.auth import EVERY_ROLE, AuthError, authenticate
+from flexgate.server.http.context import STATE, Context
+from flexgate.server.http.errors import INTERNAL_MESSAGE, ApiError, Invalid
+from flexgate.server.http.logs import FIELDS
+from flexgate.server.http.refusals import is_denial
+from flexgate.server.lifecycle.services import Services
+from flexgate.server.policy.denial_log import ANONYMOUS, Denial
+
+_ONCE: Final = frozenset(
+    {b"authorization", b"host", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"}
+)
+"""Headers of which two could be read as two different requests, by this server and by what stands before it."""
+_ELSEWHERE: Final = {False: "administration_at_public_address", True: "inference_at_administration_address"}
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Wraps the routes. Nothing that a route raises leaves it."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        services: Services,
+        roles: Collection[Role] = EVERY_ROLE,
+        hosts: Collection[str] | None = None,
+    ) -> None:
+        """`roles` are those whose keys are known; `hosts` the only names that a Host header may have,
+        None allows all.
+        """
+        self._app = app
+        self._services = services
+        self._roles = roles
+        self._hosts = None if hosts is None else frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        context = scope[STATE] = Context(self._roles)
+        exchange = _Exchange(scope, context, send)
+        try:
+            _check_headers(scope)
+            self._check_host(scope)
+            await self._app(scope, receive, exchange.send)
+        except ApiError as error:
+            await exchange.fail(error, receive)
+        except ClientDisconnect:
+            context.noted["code"] = "client_gone"
+        except Exception as error:
+            logger.error("a request failed", exc_info=error, extra=_fields(context))
+            failure = ApiError(INTERNAL_MESSAGE, code="internal_error")
+            await exchange.fail(failure, receive)
+        finally:
+            try:
+                await self._note_stranger(scope, context)
+            finally:
+                exchange.log()
+                self._note_denial(context)
+
+    async def _note_stranger(self, scope: Scope, context: Context) -> None:
+        """Whose good key it was that is not known at this address. The answer, which does not say so, has gone out."""
+        header, policy = Headers(scope=scope).get("authorization"), self._services.policy
+        if context.error is None or "key" in context.noted or header is None or self._roles == EVERY_ROLE:
+            return
+        if not policy.fresh():  # this must not wait: it may be all that is left of a request
+            return
+        with suppress(AuthError, PolicyError):  # the lease may have run out since
+            snapshot = await policy.current()
+            key = authenticate(snapshot, header, self._services.clock(), EVERY_ROLE - set(self._roles))
+            context.noted |= {
+                "key": key.key_id,
+                "tenant": key.tenant_id,
+                "elsewhere": _ELSEWHERE[key.role is Role.TENANT],
+            }
+
+    def _note_denial(self, context: Context) -> None:
+        error, noted = context.error, context.noted
+        if error is not None and ("elsewhere" in noted or is_denial(error)):
+            actor, code = noted.get("key", ANONYMOUS), noted.get("elsewhere", error.code)
+            said = (context.route, error.status, code, error.param, error.rules)
+            self._services.denials.add(Denial(actor, noted.get("tenant"), *said), context.request_id)
+
+    def _check_host(self, scope: Scope) -> None:
+        if self._hosts is None:
+            return
+        host = Headers(scope=scope).get("host", "")
+        if _without_port(host) not in self._hosts:
+            raise Invalid("The Host header names another server.", param=None, code="wrong_host")
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, context: Context, send: Send) -> None:
+        self._scope = scope
+        self._context = context
+        self._send = send
+        self._status = 0
+        self._began = time.perf_counter()
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; the first one gets the request's id."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._context.request_id
+            headers["x-content-type-options"] = "nosniff"
+        await self._send(message)
+
+    async def fail(self, error: ApiError, receive: Receive) -> None:
+        """Answer with an error, unless an answer has begun: then the connection breaks off."""
+        self._context.fail(error)
+        if self._status:
+            raise ConnectionAbortedError("an answer broke off")
+        response = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+        await response(self._scope, receive, self.send)
+
+    def log(self) -> None:
+        """One line and one count per request."""
+        route = self._context.route
+        metrics.answered(route, self._status)
+        if self._status >= 400:
+            metrics.refused(self._context.noted.get("code"))
+        elapsed = round((time.perf_counter() - self._began) * 1000, 1)
+        said = {"route": route, "status": self._status, "ms": elapsed}
+        logger.info("request", extra=_fields(self._context, **said))
+
+
+def _check_headers(scope: Scope) -> None:
+    seen = set()
+    for name, _ in scope["headers"]:
+        if name in seen and (name in _ONCE or name.startswith(b"x-flexgate-")):
+            raise Invalid(f"The header '{name.decode('latin-1')}' is there twice.", param=None, code="duplicate_header")
+        seen.add(name)
+
+
+def _fields(context: Context, **more: Any) -> dict[str, Any]:
+    return {FIELDS: {"request": context.request_id, **more, **context.noted}}
+
+
+def _without_port(host: str) -> str:
+    name, separator, port = host.rpartition(":")
+    return name if separator and port.isdigit() else host

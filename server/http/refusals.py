@@ -1,0 +1,117 @@
+"""Which status and code each refusal of another package becomes."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Final
+
+from flexgate.policies.decision import Reason
+from flexgate.policies.errors import (
+    AnchorRequired,
+    ChangeRefused,
+    ConfirmationRequired,
+    ContextRefused,
+    DecisionRefused,
+    EmptyGate,
+    ExpertDenied,
+    ExpertRequired,
+    ObjectUnknown,
+    PolicyError,
+    RequiredExpertMissing,
+    StoreFull,
+    TenantArchived,
+    UnknownExpert,
+    UnknownTenant,
+)
+from flexgate.server.http.auth import AuthError, Unauthenticated
+from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
+
+UNKNOWN_EXPERT = "expert_not_found"
+INVALID_API_KEY: Final = "invalid_api_key"
+BEARER: Final = {"www-authenticate": "Bearer"}
+_DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
+_DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required", "expert_required"})
+
+
+def is_denial(error: ApiError) -> bool:
+    """Whether the caller was refused something that another key, policy or time would give."""
+    return error.status in _DENIED or error.code in _DENIALS
+
+
+def from_auth(error: AuthError) -> ApiError:
+    """401 when it is not known who calls, 403 for a good key of another role."""
+    if isinstance(error, Unauthenticated):
+        return ApiError(
+            str(error),
+            status=HTTPStatus.UNAUTHORIZED,
+            code=INVALID_API_KEY,
+            headers=dict(BEARER),
+        )
+    return ApiError(str(error), status=HTTPStatus.FORBIDDEN, code="wrong_key_role")
+
+
+def from_policy(error: PolicyError) -> ApiError:
+    """What a client is told when it gets no gate."""
+    if isinstance(error, DecisionRefused):
+        return _from_decision(error)
+    return Unavailable("The policy cannot be confirmed right now. Try again.", code="policy_unavailable")
+
+
+def from_change(error: PolicyError) -> ApiError:
+    """What the administration answers. Absent and not the caller's are the same answer."""
+    if isinstance(error, ObjectUnknown | UnknownTenant):
+        return not_found()
+    if isinstance(error, ChangeRefused):
+        code = "confirmation_required" if isinstance(error, ConfirmationRequired) else "change_refused"
+        param = "confirm" if isinstance(error, ConfirmationRequired) else None
+        return Invalid(_sentence(error), param=param, code=code)
+    if isinstance(error, StoreFull):
+        return ApiError(_sentence(error), status=HTTPStatus.INSUFFICIENT_STORAGE, code="disk_full")
+    return from_policy(error)
+
+
+def not_found() -> NotFound:
+    """The one answer for what does not exist and for what is not the caller's."""
+    return NotFound("There is no such object for this key.", code="not_found")
+
+
+def _sentence(error: PolicyError) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _from_decision(error: DecisionRefused) -> ApiError:
+    message = str(error)
+    if isinstance(error, ExpertDenied):
+        return ApiError(
+            message,
+            status=HTTPStatus.FORBIDDEN,
+            code="expert_policy_denied",
+            param=error.param,
+            details={"flexgate": {"excluded": [reason_json(r) for r in error.reasons]}},
+        )
+    if isinstance(error, UnknownExpert):
+        return NotFound(message, code=UNKNOWN_EXPERT, param=error.param)
+    if isinstance(error, UnknownTenant | TenantArchived):
+        return ApiError(message, status=HTTPStatus.FORBIDDEN, code="project_not_active")
+    if isinstance(error, AnchorRequired) and error.param is None:
+        return Unavailable(message, code="anchor_not_served")
+    if isinstance(error, RequiredExpertMissing):
+        return Unavailable(message, code="required_expert_missing")
+    codes: dict[type[DecisionRefused], str] = {
+        AnchorRequired: "anchor_required",
+        ContextRefused: "context_refused",
+        EmptyGate: "empty_gate",
+        ExpertRequired: "expert_required",
+    }
+    return Invalid(message, param=error.param, code=codes.get(type(error), "policy_refused"))
+
+
+def reason_json(reason: Reason) -> dict[str, Any]:
+    """Why one expert takes no part, as every answer shows it."""
+    return {
+        "expert": reason.expert,
+        "code": reason.code,
+        "rule": reason.rule,
+        "message": reason.message,
+    }

@@ -1,0 +1,85 @@
+"""Bodies and query strings as closed, typed fields.
+
+Query strings come as OpenAI's clients write them: `name=v`, `names[]=v&names[]=w`, `range[gte]=1`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from flexgate.server.http.body import read_json
+from flexgate.server.http.context import context_of, identify_again
+from flexgate.server.http.errors import Invalid, from_validation
+from flexgate.server.lifecycle.services import Services
+
+M = TypeVar("M", bound=BaseModel)
+_KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
+
+
+class Closed(BaseModel):
+    """Base of bodies and queries: a misspelt field is refused, not ignored, and so is a value of another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+async def read_request(request: Request, services: Services) -> dict[str, Any]:
+    """The JSON body of a request whose sender is known, and whose key is still good when all of it has come."""
+    noted = context_of(request).noted
+    body = await read_json(
+        request.stream(),
+        request.headers,
+        services.arriving.place(noted["key"]),
+        limit=services.body_bytes,
+        seconds=services.body_seconds,
+        offload=services.offload,
+        owner=noted["tenant"] or noted["key"],
+    )
+    await identify_again(request, services)
+    return body
+
+
+async def read_body(request: Request, services: Services, model: type[M]) -> M:
+    """The request's body as `model`; raises `ApiError` naming the field at fault."""
+    raw = await read_request(request, services)
+    try:
+        return await services.offload.run(model.model_validate, raw)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
+    """The parameters as `model`; raises `Invalid` naming the one at fault."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        _put(values, key, value)
+    try:
+        return model.model_validate(values, strict=False)  # strings are the only type that a query has
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _put(values: dict[str, Any], key: str, value: str) -> None:
+    parts = _KEY.fullmatch(key)
+    if parts is None:
+        raise Invalid("A query parameter has no name that is known here.", param=None, code="unknown_parameter")
+    name, inner = parts.groups()
+    if not value.isprintable():
+        raise Invalid(f"'{name}' has characters that do not print.", param=name, code="invalid_value")
+    if inner is None:
+        fits = name not in values
+        values[name] = value
+    elif inner == "":
+        fits = isinstance(values.setdefault(name, []), list)
+        if fits:
+            values[name].append(value)
+    else:
+        fits = isinstance(values.setdefault(name, {}), dict) and inner not in values[name]
+        if fits:
+            values[name][inner] = value
+    if not fits:
+        raise Invalid(f"'{name}' is there twice.", param=name, code="invalid_value")

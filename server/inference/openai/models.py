@@ -1,0 +1,42 @@
+"""`GET /v1/models`: the names this server answers to, without paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flexgate.server.http.context import identify
+from flexgate.server.http.errors import NotFound
+from flexgate.server.lifecycle.services import Services
+
+
+class Models:
+    """The two routes."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def list(self, request: Request) -> Response:
+        """Every name; names are aliases of one model."""
+        await identify(request, self._services)
+        cards = [self._card(name) for name in self._services.model_names]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def retrieve(self, request: Request) -> Response:
+        """One name."""
+        await identify(request, self._services)
+        name = request.path_params["model"]
+        if name not in self._services.model_names:
+            raise NotFound("The model does not exist.", code="model_not_found", param="model")
+        return JSONResponse(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self._services.started),
+            "owned_by": "flexgate",
+            "max_model_len": self._services.limits.prompt_tokens,
+        }

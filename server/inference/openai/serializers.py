@@ -1,0 +1,48 @@
+"""Chat and completion answers as they leave: vLLM's, without what only vLLM's own peers read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from pydantic import BaseModel
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from flexgate.server.inference.openai import sse, vllm_errors
+from flexgate.server.inference.pipeline import Run
+
+PEER_FIELDS: Final = ("kv_transfer_params", "ec_transfer_params")
+
+
+def plain_answer(run: Run, result: BaseModel) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    answer = result.model_dump()
+    for name in PEER_FIELDS:
+        answer.pop(name, None)
+    return _with_cached(run, answer)
+
+
+def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> AsyncIterator[str]:
+    """The events of a streamed answer."""
+    options = run.admitted.body.get("stream_options") or {}
+
+    def reshape(payload: dict[str, Any]) -> dict[str, Any]:
+        error = vllm_errors.from_response(ErrorResponse.model_validate(payload))
+        return run.error(error).body()
+
+    return sse.with_report(
+        result,
+        choices=choices,
+        include_usage=bool(options.get("include_usage")),
+        report=lambda chunk: _with_cached(run, {**chunk, "flexgate": run.answer_object()}),
+        reshape_error=reshape,
+    )
+
+
+def _with_cached(run: Run, answer: dict[str, Any]) -> dict[str, Any]:
+    """With the prompt tokens of all prompts that were read from the cache: vLLM tells those of one."""
+    usage = answer.get("usage")
+    if not usage:
+        return answer
+    details = {**(usage.get("prompt_tokens_details") or {}), "cached_tokens": run.call.cached_tokens()}
+    return {**answer, "usage": {**usage, "prompt_tokens_details": details}}

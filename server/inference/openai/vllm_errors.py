@@ -1,0 +1,186 @@
+"""vLLM's errors in this server's shape: its exceptions, its error objects, its error chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Final
+
+from pydantic import ValidationError
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import VLLMValidationError
+
+from flexgate.server.engine.frontend.calls import GatedCall
+from flexgate.server.engine.protocol.endings import (
+    CONSTRAINT_SLOW,
+    EXPERT_REVOKED,
+    GATE_EXPIRED,
+    KEY_EXPIRED,
+    KEY_REVOKED,
+    NUMBERS_OVERFLOWED,
+    PERMISSION_ENDED,
+    POLICY_UNAVAILABLE,
+    PROJECT_ARCHIVED,
+    QUEUED_TOO_LONG,
+)
+from flexgate.server.http.errors import (
+    CONTEXT_LENGTH_EXCEEDED,
+    INTERNAL_MESSAGE,
+    ApiError,
+    Invalid,
+    Unavailable,
+    path_of,
+)
+from flexgate.server.http.refusals import BEARER, INVALID_API_KEY
+
+_CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
+_PERMISSION_ENDED: Final = (
+    HTTPStatus.FORBIDDEN,
+    "expert_permission_ended",
+    "The permission to use an expert of this request ended while it ran. "
+    "Sending the request again uses what is permitted now.",
+)
+_ENDED: Final = {
+    EXPERT_REVOKED: (
+        HTTPStatus.FORBIDDEN,
+        "expert_revoked",
+        "An expert of this request was withdrawn while it ran. Sending the request again uses what is live now.",
+    ),
+    GATE_EXPIRED: _PERMISSION_ENDED,
+    PERMISSION_ENDED: _PERMISSION_ENDED,
+    NUMBERS_OVERFLOWED: (
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "numbers_overflowed",
+        "The model's numbers overflowed for this request: no answer is given, and the same request would overflow "
+        "again. 'flexgate.experts.ignore' leaves out an expert that causes it.",
+    ),
+    CONSTRAINT_SLOW: (
+        HTTPStatus.BAD_REQUEST,
+        "constraint_too_slow",
+        "What this constraint allows next took too long to find out, so that the answer was ended.",
+    ),
+    KEY_REVOKED: (
+        HTTPStatus.UNAUTHORIZED,
+        INVALID_API_KEY,
+        "The API key was revoked while the request ran. Use another key of the project.",
+    ),
+    KEY_EXPIRED: (
+        HTTPStatus.UNAUTHORIZED,
+        INVALID_API_KEY,
+        "The API key expired while the request ran. Use another key of the project.",
+    ),
+    PROJECT_ARCHIVED: (
+        HTTPStatus.UNAUTHORIZED,
+        INVALID_API_KEY,
+        "The project was archived while the request ran. Ask an administrator.",
+    ),
+    QUEUED_TOO_LONG: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "queued_too_long",
+        "The request waited for the engine as long as this server lets one wait. Try again later.",
+    ),
+    POLICY_UNAVAILABLE: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "policy_unavailable",
+        "The policy could not be confirmed any more while the request ran, so it was ended. Try again.",
+    ),
+}
+"""By the reason that ended a call: status, code, message. A key that is good no more has one code, before and after."""
+_HEADERS: Final = {
+    HTTPStatus.INTERNAL_SERVER_ERROR: {"x-should-retry": "false"},  # OpenAI's clients would send it again
+    HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": "1"},
+    HTTPStatus.UNAUTHORIZED: BEARER,
+}
+_PROMPTS: Final = ("messages", "prompt", "input", "tokens")
+_INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
+_TOO_LONG: Final = frozenset(["input_tokens", "input_text"])  # vLLM's words for what it counted
+
+
+def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
+    """What a handler or vLLM's request type raised; `body` is what they were given."""
+    if isinstance(error, ValidationError):
+        return _from_validation(error, body)
+    if isinstance(error, VLLMValidationError):
+        return _from_vllm_validation(error, body)
+    return from_info(create_error_response(error).error)
+
+
+def from_response(response: ErrorResponse) -> ApiError:
+    """What a handler returned instead of an answer."""
+    return from_info(response.error)
+
+
+def from_info(info: ErrorInfo) -> ApiError:
+    """vLLM's error object. What went wrong inside the server is not told."""
+    if info.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if info.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return Unavailable(info.message, code="engine_overloaded")
+        return ApiError(INTERNAL_MESSAGE, code="internal_error")
+    code = "model_not_found" if info.param == "model" and info.code == 404 else None
+    return ApiError(info.message, status=info.code, code=code, param=info.param)
+
+
+def constraint_of(body: Mapping[str, Any]) -> str | None:
+    """The field that constrains the answer, if one does."""
+    return next((name for name in _CONSTRAINTS if body.get(name) is not None), None)
+
+
+def not_generated(body: Mapping[str, Any]) -> ApiError | None:
+    """Why a living engine gave no answer, if the request's constraint is the likely cause."""
+    param = constraint_of(body)
+    if param is None:
+        return None
+    return Invalid(
+        f"No answer could be generated under the constraint in '{param}'.",
+        param=param,
+        code="constraint_failed",
+    )
+
+
+def ended_early(call: GatedCall) -> ApiError | None:
+    """Why a call's request was ended, if its gate or its right to run was the cause."""
+    ended = _ENDED.get(call.failed or "")
+    if ended is None:
+        return None
+    status, code, message = ended
+    headers = dict(_HEADERS.get(status, {}))
+    if call.failed == QUEUED_TOO_LONG:
+        headers["retry-after"] = "60"
+    return ApiError(message, status=status, code=code, headers=headers)
+
+
+def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:
+    message, named = str(error.args[0]), error.parameter
+    prompt = next((name for name in _PROMPTS if name in body), None)
+    if named in _TOO_LONG:
+        return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
+    if named == "max_tokens" and error.value == 0:  # what vLLM has left for the answer: no request may ask for none
+        message = (
+            f"'{prompt}' takes all tokens of this model's context: none is left for an answer. "
+            "Shorten it by at least one token."
+        )
+        return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
+    param = None if named in _INSIDE else named
+    return Invalid(message, param=param or constraint_of(body), code="invalid_value")
+
+
+def _from_validation(error: ValidationError, body: dict[str, Any]) -> ApiError:
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    param = path_of(_known_place(first["loc"], body))
+    message = first["msg"].removeprefix("Value error, ")
+    told = f"'{param}': {message}." if param else message
+    return Invalid(told, param=param, code="invalid_value")
+
+
+def _known_place(place: Sequence[str | int], body: Any) -> list[str | int]:
+    """The steps of `place` that lead into `body`: pydantic adds names of its own types."""
+    known: list[str | int] = []
+    for step in place:
+        if isinstance(step, str) and isinstance(body, dict) and (step in body or not known):
+            known.append(step)
+            body = body.get(step)
+        elif isinstance(step, int) and isinstance(body, list) and step < len(body):
+            known.append(step)
+            body = body[step]
+    return known

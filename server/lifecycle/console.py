@@ -1,0 +1,133 @@
+"""What an operator sees at start: progress, then a summary, or one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, Group
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.frontend.client import GatedEngineClient
+    from flexgate.server.engine.frontend.launch import LaunchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that is about to answer.
+
+    Attributes:
+        admin_address: administration's own address, if it has one.
+        admin_key: a first admin key, if this start made it.
+        hint: what to try first, on a demo.
+        set_aside: packages that were added and are not loaded, a sentence each.
+    """
+
+    plan: LaunchPlan
+    client: GatedEngineClient
+    address: str
+    admin_address: str | None
+    admin_key: str | None
+    hint: str | None
+    set_aside: Sequence[str]
+
+
+class Progress:
+    """A line that says what is happening; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._status = self._console.status("starting")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Show a step, with how much of it is done when that is known."""
+        share = f" {done * 100 // total} %" if total else ""
+        if self._status is not None:
+            self._status.update(f"{what}{share}")
+        elif what != self._last:
+            self._console.print(f"{what} ...", highlight=False)
+        self._last = what
+
+    def ready(self, started: Started) -> None:
+        """Show the summary instead."""
+        self.stop()
+        self._console.print(summary(started))
+
+    def stop(self) -> None:
+        """Take the line away."""
+        if self._status is not None:
+            self._status.stop()
+
+
+def summary(started: Started) -> Group:
+    """Model, experts, packages set aside, slots and their memory, kernels, addresses; a first admin key, once."""
+    from flexgate.server.engine.frontend.memory import human
+
+    planned, client = started.plan, started.client
+    slots, a = planned.slots, planned.checkpoint.architecture
+    rows = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("model", f"{planned.checkpoint.path} ({a.num_hidden_layers} layers, {planned.dtype})"),
+        ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
+        *(("set aside", sentence) for sentence in started.set_aside),
+        (
+            "slots",
+            f"{slots.slots}, on each rank {slots.held} of {human(slots.slot_bytes)} "
+            f"= {human(slots.held * slots.slot_bytes)}, "
+            f"KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}",
+        ),
+        ("kernels", client.kernels),
+        ("address", started.address),
+        *([] if started.admin_address is None else [("administration", started.admin_address)]),
+    ):
+        rows.add_row(Text(name, style="bold"), Text(value))
+    lines = []
+    if started.admin_key is not None:
+        lines.append(Text(f"first admin key, shown only now: {started.admin_key}", style="bold yellow"))
+    if started.hint is not None:
+        lines.append(Text(started.hint))
+    return Group(rows, *lines)
+
+
+def expected_failures() -> tuple[type[Exception], ...]:
+    """Errors that are answers to the operator: one sentence, no traceback."""
+    from flexgate.experts.errors import ExpertsError
+    from flexgate.policies.errors import PolicyError
+    from flexgate.server.engine.frontend.capabilities import RefusedConfigurationError
+    from flexgate.server.engine.frontend.checkpoint import CheckpointError
+    from flexgate.server.experts.errors import ExpertError
+    from flexgate.server.lifecycle.seed import DemoKeysFound, ManifestRefused
+    from flexgate.server.lifecycle.settings import SettingsError
+    from flexgate.server.policy.rollback_guard import ClockBehind
+
+    return (
+        CheckpointError,
+        ClockBehind,
+        DemoKeysFound,
+        ExpertError,
+        ExpertsError,
+        ManifestRefused,
+        PolicyError,
+        RefusedConfigurationError,
+        SettingsError,
+    )

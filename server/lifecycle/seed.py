@@ -1,0 +1,90 @@
+"""The policy store at start: migrated, with the checkpoint's experts and a first key in it.
+
+A manifest names an expert's owner as people write it ("Tarnholm Gazette"); agreements name owners
+by id. A name that is no id becomes one here ("tarnholm-gazette"), and two names that would become
+the same id are refused, because one owner's agreements would then hold for the other's experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+from flexgate.policies.documents import Role
+from flexgate.policies.store import demo
+from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
+from flexgate.policies.store.store import Store
+
+_OWNER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_ACTOR: Final = "flexgate serve"
+
+
+class DemoKeysFound(Exception):
+    """The store holds the demo's well-known keys, and this is no demo."""
+
+
+class ManifestRefused(Exception):
+    """The checkpoint's manifest names owners that the policy cannot tell apart."""
+
+
+class Loaded(Protocol):
+    """An expert that will be served."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def owner(self) -> str: ...
+    @property
+    def domain(self) -> str: ...
+    @property
+    def required(self) -> bool: ...
+
+
+def prepare_demo(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
+    """Migrate and seed the demo's store."""
+    store.migrate()
+    demo.seed(store, _manifest(experts), epoch=epoch, at=at)
+
+
+def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
+    """Migrate, and add unknown experts without any agreement.
+
+    Raises:
+        DemoKeysFound: before anything is changed but the schema.
+        ChangeRefused: experts were added or withdrawn since the weights epoch `epoch`, at which `experts` was read.
+    """
+    store.migrate()
+    if demo.holds_demo_keys(store):
+        raise DemoKeysFound("the policy database holds the demo's public keys; use another one, or start with --demo")
+    with store.change(actor=_ACTOR, note="start", at=at) as change:
+        put_catalogue(change, _manifest(experts), epoch=epoch)
+
+
+def first_admin_key(store: Store, *, at: float) -> str | None:
+    """An admin key, if there never was one; the caller shows it at once, for it cannot be shown again."""
+    if any(key.role is Role.ADMIN for key in store.keys()):
+        return None
+    with store.change(actor=_ACTOR, note="first admin key", at=at) as change:
+        return change.mint_key(Role.ADMIN).secret
+
+
+def owner_id(name: str) -> str:
+    """The id of the owner that a manifest names; raises `ManifestRefused` when there is none."""
+    if _OWNER_ID.fullmatch(name):
+        return name
+    id_ = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:63].rstrip("-")
+    if not id_:
+        raise ManifestRefused(f"the manifest's owner {name!r} has no letters to make an id of")
+    return id_
+
+
+def _manifest(experts: Iterable[Loaded]) -> list[ManifestExpert]:
+    names: dict[str, str] = {}
+    entries = []
+    for expert in experts:
+        id_ = owner_id(expert.owner)
+        if names.setdefault(id_, expert.owner) != expert.owner:
+            raise ManifestRefused(f"the manifest's owners {names[id_]!r} and {expert.owner!r} have the same id {id_!r}")
+        entries.append(ManifestExpert(expert.id, id_, expert.domain, expert.required))
+    return entries

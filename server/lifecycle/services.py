@@ -1,0 +1,76 @@
+"""What the routes work with, put together once by `flexgate.server.lifecycle.serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexgate.policies.cache import DecisionCache
+from flexgate.policies.store.store import Store
+from flexgate.server.engine.protocol.clock import Clock
+from flexgate.server.http.body import Arriving
+from flexgate.server.http.offload import Offload
+from flexgate.server.inference.enforcement import RevokedKeys, RunningRequests
+from flexgate.server.inference.fair_queue import FairQueue
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.inference.limits.limiter import Limiter
+from flexgate.server.inference.request.limits import Limits
+from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.denial_log import Denials
+from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.retention import Retention
+from flexgate.server.policy.unstored import Unstored
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.frontend.client import GatedEngineClient
+    from flexgate.server.experts.service import ExpertService
+    from flexgate.server.experts.uploads import Uploads
+    from flexgate.server.inference.openai.handlers import Handlers
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """The running parts. `draining` is set once, when the server is told to stop."""
+
+    client: GatedEngineClient
+    handlers: Handlers
+    policy: PolicySource
+    store: Store
+    experts: ExpertService
+    uploads: Uploads
+    queue: FairQueue
+    model_names: tuple[str, ...]
+    started: float
+    experts_dir: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    arriving: Arriving = field(default_factory=Arriving)
+    offload: Offload = field(default_factory=Offload)
+    decisions: DecisionCache = field(default_factory=DecisionCache)
+    clock: Callable[[], float] = field(default_factory=Clock)
+    draining: bool = False
+    revoked_keys: RevokedKeys = "end"
+    audit_denials_days: int = 90
+    denials: Denials = field(init=False)
+    recorded: Recorded = field(init=False)
+    budget_usage: BudgetUsage = field(init=False)
+    limiter: Limiter = field(init=False)
+    running: RunningRequests = field(init=False)
+    unstored: Unstored = field(init=False)
+    retention: Retention = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.denials = Denials(self.store, clock=self.clock)
+        self.recorded = Recorded(self.store)
+        self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
+        self.budget_usage = BudgetUsage(self.store, clock=self.clock)
+        self.limiter = Limiter(self.budget_usage)
+        self.running = RunningRequests(
+            self.client, clock=self.clock, policy=self.policy, revoked_keys=self.revoked_keys
+        )
+        self.policy.enforce_with(self.running.enforce)
+        self.policy.expire_with(self.running.expire)
+        self.unstored = Unstored(self.policy)

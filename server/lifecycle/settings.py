@@ -1,0 +1,287 @@
+"""Everything that can be set, from `FLEXGATE_*` variables and from `flexgate serve`'s options."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from flexgate.server.inference.request.limits import Limits
+
+_PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
+"""Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
+_DATABASES: Final = "give sqlite:////FOLDER/flexgate.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+_ORIGIN: Final = re.compile(r"https?://[^/?#\s@]+")
+DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+
+S = TypeVar("S", bound="StoreSettings")
+
+
+class SettingsError(ValueError):
+    """The settings contradict each other or name something impossible, in one sentence."""
+
+
+class StoreSettings(BaseSettings):
+    """Which policy database."""
+
+    model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore")
+
+    demo: Annotated[bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")] = False
+    state_dir: Annotated[Path | None, Field(description="Where the policy database and added experts are kept.")] = None
+    database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_database(cls, url: str | None) -> str | None:
+        if url is not None:
+            _require_database(url)
+        return url
+
+    @model_validator(mode="after")
+    def _one_database(self) -> Self:
+        if self.demo and self.database_url is not None:
+            raise ValueError("--demo keeps its own database; leave --database-url out")
+        return self
+
+    def database(self) -> str:
+        """The policy database's URL; the demo's is a file of its own. Makes the directory."""
+        if self.database_url is not None:
+            return self.database_url
+        return f"sqlite:///{self._state() / ('demo.db' if self.demo else 'flexgate.db')}"
+
+    def directory(self) -> Path:
+        """Where private copies of packages are kept, for every database apart from others. Makes the directory."""
+        directory = self._state() / ("demo" if self.demo else _named(_place(self.database())))
+        directory.mkdir(exist_ok=True, mode=0o700)
+        return directory
+
+    def _state(self) -> Path:
+        directory = (self.state_dir or _default_state_dir()).absolute()
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return directory
+
+
+class Settings(StoreSettings):
+    """One server. Options given to the command win over variables."""
+
+    model: Annotated[Path | None, Field(description="Directory of a FlexOlmo checkpoint.")] = None
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
+    admin_port: Annotated[
+        int | None,
+        Field(ge=0, le=65535, description="Administer on this port, on loopback only; the other then serves tenants."),
+    ] = None
+    allow_remote: Annotated[
+        bool,
+        Field(description="Allow an address other than loopback. There is no TLS here."),
+    ] = False
+    served_model_name: Annotated[tuple[str, ...], Field(description="Names that requests may give the model.")] = ()
+    chat_template: Annotated[
+        Path | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
+    ] = None
+    tool_call_parser: Annotated[str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")] = None
+    max_experts: Annotated[int | None, Field(ge=1, description="Expert slots; by default two more than experts.")] = (
+        None
+    )
+    experts_dir: Annotated[Path | None, Field(description="Folder of expert packages that can be added by name.")] = (
+        None
+    )
+    trusted_keys: Annotated[
+        Path | None, Field(description="Folder of OWNER.pem files: whose expert packages may be added.")
+    ] = None
+    allow_unsigned_experts: Annotated[
+        bool, Field(description="Add expert packages whoever signed them, or nobody; the demo does.")
+    ] = False
+    max_experts_per_owner: Annotated[
+        int | None,
+        Field(ge=1, description="Slots that an owner's own packages may take; by default half of those that are free."),
+    ] = None
+    max_package_bytes: Annotated[int, Field(ge=1, description="Largest expert package that can be uploaded.")] = (
+        64 << 30
+    )
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], Field(description="How weights are served.")] = "auto"
+    max_model_len: Annotated[
+        int | None, Field(ge=1, description="Tokens per request; by default the model's limit.")
+    ] = None
+    max_num_seqs: Annotated[int, Field(ge=1, description="Requests in one batch.")] = 64
+    kv_cache_memory_bytes: Annotated[int | None, Field(ge=1, description="KV cache; by default 1 GiB on CPU.")] = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, description="Ranks per model.")] = 1
+    enable_expert_parallel: Annotated[
+        bool, Field(description="Deal whole experts out to the ranks instead of splitting each.")
+    ] = False
+    moe_kernels: Annotated[
+        Literal["flexgate", "vllm"], Field(description="What computes the experts; refused where it cannot run.")
+    ] = "vllm"
+    enforce_eager: Annotated[bool, Field(description="Do not compile: starts sooner, decodes slower.")] = False
+    project_share: Annotated[
+        float, Field(gt=0, le=1, description="Share of the batch that one project may take; the rest waits for others.")
+    ] = 0.5
+    max_queued: Annotated[int, Field(ge=1, description="Prompts of one project that may wait for the engine.")] = 1024
+    queue_seconds: Annotated[float, Field(gt=0, description="How long a prompt may wait for the engine.")] = 300.0
+    max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
+    max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8
+    max_prompts: Annotated[int, Field(ge=1, description="Most prompts of one request.")] = 16
+    max_logprobs: Annotated[int, Field(ge=0, le=20, description="Most log-probabilities.")] = 20
+    max_grammar_bytes: Annotated[int, Field(ge=1, description="Largest schema, pattern or grammar.")] = 16 * 1024
+    body_seconds: Annotated[float, Field(gt=0, description="Time for a body to arrive.")] = 30.0
+    revoked_keys: Annotated[
+        Literal["end", "finish"], Field(description="What running requests of a revoked or expired key do.")
+    ] = "end"
+    audit_denials_days: Annotated[
+        int, Field(ge=1, description="How long the audit log keeps denied requests; changes it keeps for good.")
+    ] = 90
+    keep_alive_seconds: Annotated[
+        int, Field(ge=1, description="How long an idle connection is kept; proxies must give theirs up sooner.")
+    ] = 75
+    cors_origin: Annotated[
+        tuple[str, ...], Field(description="Web origin whose pages may call the tenants' routes; '*' is every one.")
+    ] = ()
+    drain_seconds: Annotated[int, Field(ge=0, description="Time for running requests at shutdown.")] = 30
+    policy_poll_seconds: Annotated[
+        float, Field(gt=0, description="How often the policy database is asked for changes.")
+    ] = 0.25
+    policy_lease_seconds: Annotated[float, Field(gt=0, description="How long a confirmed policy may be used.")] = 2.0
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="Least level logged.")] = (
+        "info"
+    )
+
+    log_format: Annotated[
+        Literal["auto", "json", "text"], Field(description="How lines are logged; auto is text on a terminal.")
+    ] = "auto"
+
+    @field_validator("chat_template")
+    @classmethod
+    def _a_file(cls, path: Path | None) -> Path | None:
+        with suppress(OSError):  # a template itself, say, is no name that a file could have
+            if path is None or path.is_file():
+                return path
+        raise ValueError(f"{str(path)[:80]} is no file")
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin[:80]!r} is no origin: write a scheme and a host, 'https://app.example.com'")
+        return origins
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not self.demo and self.model is None:
+            raise ValueError("name a model directory, or start with --demo")
+        if self.demo and self.model is not None:
+            raise ValueError("--demo serves its own model; leave the model directory out")
+        if self.demo and not is_loopback(self.host):
+            raise ValueError(f"--demo listens on loopback only, not on {self.host}")
+        if self.admin_port == self.port != 0:
+            raise ValueError(f"--admin-port and --port are both {self.port}; give administration a port of its own")
+        if not is_loopback(self.host) and not self.allow_remote:
+            raise ValueError(
+                f"{self.host} is not a loopback address; --allow-remote allows it, behind a proxy with TLS"
+            )
+        return self
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """Names that a Host header may have; None allows all."""
+        return DEMO_HOSTS if self.demo else None
+
+    @property
+    def limits(self) -> Limits:
+        """Limits of one request."""
+        return Limits(
+            n=self.max_n,
+            prompts=self.max_prompts,
+            logprobs=self.max_logprobs,
+            grammar_bytes=self.max_grammar_bytes,
+        )
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment and `given`; None means not given.
+
+    Raises:
+        SettingsError: naming the option and what is wrong.
+    """
+    return _load(Settings, given)
+
+
+def load_store_settings(**given: Any) -> StoreSettings:
+    """The same for what says which policy database."""
+    return _load(StoreSettings, given)
+
+
+def _load(kind: type[S], given: dict[str, Any]) -> S:
+    try:
+        return kind(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    option = "".join(f"--{str(step).replace('_', '-')}: " for step in first["loc"][:1])
+    raise SettingsError(f"{option}{message}")
+
+
+def _require_database(url: str) -> None:
+    """Raise ``ValueError`` for what names no database that could be opened, without repeating a password."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    from flexgate.policies.store.database import require_plain_file
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"not a database's URL; {_DATABASES}") from None
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ValueError(f"'{parsed.get_backend_name()}' is not served as a policy database; {_DATABASES}")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ValueError(f"a database in memory would be lost with the server; {_DATABASES}")
+    try:
+        require_plain_file(parsed)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_DATABASES}") from None
+
+
+def _named(place: str) -> str:
+    return "served-" + hashlib.sha256(place.encode()).hexdigest()[:12]
+
+
+def _place(url: str) -> str:
+    """What of a URL says which database it is: another password or a demand for TLS makes no other one of it."""
+    from sqlalchemy import URL, make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return url  # opening the store says what is wrong with it
+    if parsed.get_backend_name() == "sqlite":
+        return url
+    query = {name: value for name, value in parsed.query.items() if name in _PLACES}
+    place = URL.create(
+        parsed.get_backend_name(), parsed.username, None, parsed.host, parsed.port, parsed.database, query
+    )
+    return place.render_as_string()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _default_state_dir() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "flexgate"

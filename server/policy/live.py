@@ -1,0 +1,284 @@
+"""The policy that this process decides from: one immutable snapshot, confirmed again and again.
+
+The store is asked at every poll, and at once when it hints at a change; what changed is read, and a new
+snapshot swapped in as a whole. A snapshot that
+was not confirmed within its lease is not used: the request asks the store itself, and when that
+fails, nothing is decided. An expert is live where the catalogue and the engine agree that it is, so that
+a decision never allows an expert without a slot, or one that another process has withdrawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final, Protocol
+
+from flexgate.policies.agreements import ExpertId
+from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced
+from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.withhold import Withholding
+from flexgate.server.policy.executors import CHANGES, run_in
+from flexgate.server.policy.replicas import Peers
+from flexgate.server.policy.rollback_guard import Past
+
+WAIT_FOR_VERSION_S: Final = 1.0
+LAST_TRY_S: Final = 0.5
+"""How long the store is asked once more before what runs is ended: an event loop that was held up lost no store."""
+
+logger = logging.getLogger(__name__)
+
+
+class Confirms(Protocol):
+    """What is asked of a policy store: `known` again, or a newer snapshot, never an older one."""
+
+    def confirm(self, known: Snapshot | None) -> Snapshot: ...
+
+
+def with_live(snapshot: Snapshot, live: Mapping[str, int]) -> Snapshot:
+    """`snapshot` with the experts that its catalogue says are live and that are served, as loaded after any withdrawal.
+
+    Args:
+        live: the experts that are served, each with its generation.
+    """
+    served = {id_ for id_, generation in live.items() if generation >= snapshot.revoked.get(id_, 0)}
+    if all(expert.id in served for expert in snapshot.experts.values() if expert.live):
+        return snapshot
+    experts = {
+        id_: expert.model_copy(update={"live": expert.live and id_ in served})
+        for id_, expert in snapshot.experts.items()
+    }
+    return replace(snapshot, experts=MappingProxyType(experts))
+
+
+class Hints(Protocol):
+    """What tells that a change may have come. It may miss one, and fails never."""
+
+    def wait(self, seconds: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class PolicySource:
+    """Holds the current snapshot; `run` keeps it fresh."""
+
+    def __init__(
+        self,
+        store: Confirms,
+        live: Callable[[], Mapping[str, int]],
+        *,
+        lease_s: float,
+        poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        peers: Peers | None = None,
+        hints: Hints | None = None,
+        past: Past | None = None,
+        require_files: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`live` says which experts the engine serves now, each with its generation; `peers` are told what is
+        confirmed; `hints` cut the time between polls short; `past` keeps what is confirmed for the next start;
+        `require_files` raises `StoreReplaced` when the server's own files are not those that it started with.
+        """
+        self._store = store
+        self._live = live
+        self._lease_s = lease_s
+        self._poll_s = poll_s
+        self._clock = clock
+        self._peers = peers
+        self._hints = hints
+        self._past = past
+        self._require_files = require_files
+        self._enforce: Callable[[Snapshot], None] | None = None
+        self._expire: Callable[[], None] | None = None
+        self._stored: Snapshot | None = None
+        self._withheld: tuple[Withholding, ...] = ()
+        self._withholding = threading.Lock()
+        self._narrowed: tuple[Snapshot, tuple[Withholding, ...], Snapshot] | None = None
+        self._enforced: Snapshot | None = None
+        self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
+        self._confirmed = -float("inf")
+        self._confirming = threading.Lock()
+        self._asking: asyncio.Task[Snapshot] | None = None
+        self._asker = ThreadPoolExecutor(1, "policy-asked")
+
+    def enforce_with(self, enforce: Callable[[Snapshot], None]) -> None:
+        """End what a newer policy permits no more by `enforce`, before the peers are told of it. It may block."""
+        self._enforce = enforce
+
+    def expire_with(self, expire: Callable[[], None]) -> None:
+        """End what runs by `expire` once the snapshot's lease has run out; see `watch_lease`."""
+        self._expire = expire
+
+    def confirm(self) -> Snapshot:
+        """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
+        with self._confirming:  # else a slow answer could replace a newer one
+            if self._peers is not None and self._stored is None:
+                self._peers.announce(0)
+            asked, before = self._clock(), self._stored
+            try:
+                self._require_files()
+                self._stored = self._store.confirm(before)
+            except StoreReplaced:
+                self._confirmed = -float("inf")  # what was confirmed came from something that is not there any more
+                raise
+            self._confirmed = asked
+            if self._past is not None and (self._stored is not before or not self._past.kept()):
+                self._past.note(self._stored)
+            if self._enforce is not None and self._stored is not self._enforced:
+                self._enforce(self._narrow(self._stored))
+                self._enforced = self._stored
+            if self._peers is not None:
+                self._peers.announce(self._stored.policy_version)
+            return self._serve(self._stored)
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The newest snapshot that was read, confirmed or not."""
+        return None if self._stored is None else self._narrow(self._stored)
+
+    @property
+    def withholds(self) -> bool:
+        """Whether a right is withheld that the store still gives."""
+        return bool(self._withheld)
+
+    def withhold(self, withholding: Withholding) -> None:
+        """Take a right out of every snapshot from now on, and end what runs on it. Blocks until that has ended."""
+        with self._withholding:
+            self._withheld = (*self._withheld, withholding)
+        if self._enforce is not None and self._stored is not None:
+            self._enforce(self._narrow(self._stored))
+
+    def release(self, withholding: Withholding) -> None:
+        """Leave to the store what a right is, as before `withhold`."""
+        with self._withholding:
+            self._withheld = tuple(other for other in self._withheld if other is not withholding)
+
+    async def current(self, patience: float | None = None) -> Snapshot:
+        """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed.
+
+        Args:
+            patience: seconds in which the store must answer in time; the lease if None.
+        """
+        deadline = time.monotonic() + (self._lease_s if patience is None else patience)
+        while self._stored is None or not self.fresh():
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._ask()
+            except TimeoutError as error:
+                raise SnapshotStale("the policy store cannot be asked") from error
+            except PolicyError as error:
+                if patience is None or not isinstance(error, SnapshotStale):
+                    raise SnapshotStale("the policy store cannot be asked") from error
+        return self._serve(self._stored)
+
+    async def at_least(self, version: int) -> Snapshot:
+        """A snapshot of at least `version`, waited for up to a second; raises `SnapshotStale`."""
+        deadline = self._clock() + WAIT_FOR_VERSION_S
+        while True:
+            snapshot = await self.current()
+            if snapshot.policy_version >= version:
+                return snapshot
+            if self._clock() >= deadline:
+                raise SnapshotStale(f"policy version {version} did not arrive in time")
+            await asyncio.sleep(min(self._poll_s, 0.05))
+
+    async def everywhere(self, version: int) -> None:
+        """Return once no process decides from an older policy than `version`."""
+        if self._peers is not None:
+            await self._peers.everywhere(version)
+
+    def withdraw(self) -> None:
+        """Tell the peers that this process ends, and listen no more."""
+        if self._hints is not None:
+            self._hints.close()
+        if self._peers is not None:
+            self._peers.withdraw()
+
+    def fresh(self) -> bool:
+        """Whether the last confirmation is within its lease."""
+        return self._clock() - self._confirmed < self._lease_s
+
+    async def run(self) -> None:
+        """Confirm at every poll until this is cancelled, in a thread of its own: no load on the loop is waited for."""
+        stop = threading.Event()
+        poller = threading.Thread(target=self._poll, args=(stop,), name="policy", daemon=True)
+        poller.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stop.set()
+            await run_in(CHANGES, poller.join, self._lease_s)  # a store that hangs is not waited for
+
+    def _poll(self, stop: threading.Event) -> None:
+        """A store that fails is asked again."""
+        failing = False
+        while not stop.is_set():
+            try:
+                self.confirm()
+                failing = False
+            except Exception as error:  # whatever it is, who polls must not end
+                if not failing:
+                    logger.error("the policy cannot be confirmed: %s", error)
+                failing = True
+            if self._hints is None:
+                stop.wait(self._poll_s)
+            else:
+                self._hints.wait(self._poll_s)
+
+    async def watch_lease(self) -> None:
+        """End what runs on a snapshot that cannot be confirmed any more, for ever; later than its lease and a poll by
+        `LAST_TRY_S` at most.
+        """
+        while True:
+            await asyncio.sleep(self._poll_s)
+            if self._stored is not None and self._expire is not None and not await self._fresh_again():
+                self._expire()
+
+    async def _fresh_again(self) -> bool:
+        """Whether the lease holds, if need be after asking once more."""
+        with suppress(Exception):  # whatever it is, what watches must not end
+            async with asyncio.timeout(LAST_TRY_S):
+                while not self.fresh():
+                    with suppress(SnapshotStale):
+                        await self._ask()
+        return self.fresh()
+
+    async def _ask(self) -> Snapshot:
+        """Confirm once for all who ask meanwhile: a store that hangs holds one thread, not many."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(run_in(self._asker, self.confirm))
+            self._asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        snapshot = await asyncio.shield(self._asking)
+        if not self.fresh():
+            raise SnapshotStale("the policy store answered too late")
+        return snapshot
+
+    def _narrow(self, stored: Snapshot) -> Snapshot:
+        withheld, narrowed = self._withheld, self._narrowed
+        if not withheld:
+            return stored
+        if narrowed is None or narrowed[0] is not stored or narrowed[1] is not withheld:
+            snapshot = stored
+            for withholding in withheld:
+                snapshot = withholding(snapshot)
+            narrowed = self._narrowed = (stored, withheld, snapshot)
+        return narrowed[2]
+
+    def _serve(self, newest: Snapshot) -> Snapshot:
+        stored, live = self._narrow(newest), self._live()
+        served = self._served
+        if served is None or served[0] is not stored or served[1] != live:
+            served = self._served = (stored, live, with_live(stored, live))
+        return served[2]
+
+    def withdrawn(self, expert: str, generation: int) -> bool:
+        """Whether the store says that an expert, as it was loaded then, must not be served."""
+        if self._stored is None:
+            return False
+        known = self._stored.experts.get(ExpertId(expert))
+        return (known is not None and not known.live) or self._stored.revoked.get(expert, 0) > generation

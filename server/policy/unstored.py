@@ -1,0 +1,74 @@
+"""Rights that were taken away while the store could not take the change: withheld at once, and stored once it can.
+
+A disk may be full beyond its reserve, or a database read-only. The right is gone from this process from the first try
+on; other processes, and a restart before the change was stored, do not know of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from flexgate.policies.errors import PolicyError, StoreUnavailable
+from flexgate.policies.withhold import Withholding
+from flexgate.server.policy.executors import CHANGES, run_in
+from flexgate.server.policy.live import PolicySource
+
+RETRY_SECONDS: Final = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class _Change(NamedTuple):
+    what: str
+    withholding: Withholding
+    store: Callable[[], object]
+
+
+class Unstored:
+    """The changes of this process that wait for the store; `run` stores them."""
+
+    def __init__(self, policy: PolicySource) -> None:
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._changes: list[_Change] = []
+
+    def add(self, what: str, withholding: Withholding, store: Callable[[], object]) -> None:
+        """Withhold a right from now on, and end what runs on it; `store` makes the change. Blocks."""
+        with self._lock:
+            self._changes.append(_Change(what, withholding, store))
+        self._policy.withhold(withholding)
+        logger.error("%s cannot be stored: what it takes away is gone here, and it is tried again", what)
+
+    def waiting(self) -> int:
+        """How many changes are not stored yet."""
+        return len(self._changes)
+
+    def try_again(self) -> None:
+        """Store what can be stored now, oldest first. Blocks."""
+        for change in tuple(self._changes):
+            try:
+                change.store()
+            except StoreUnavailable:
+                return
+            except PolicyError as error:
+                logger.error("%s is refused by the store: %s", change.what, error)
+            else:
+                logger.info("%s is stored", change.what)
+            self._policy.confirm()  # the snapshot says it by itself before it is withheld no longer
+            self._policy.release(change.withholding)
+            with self._lock:
+                self._changes.remove(change)
+
+    async def run(self) -> None:
+        """Try again and again, for ever."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            if self._changes:
+                try:
+                    await run_in(CHANGES, self.try_again)
+                except PolicyError as error:
+                    logger.error("the policy cannot be confirmed: %s", error)

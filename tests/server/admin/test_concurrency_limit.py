@@ -1,0 +1,97 @@
+"""Who waits for whom: changes never wait for what tenants and owners read, however much of it there is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flexgate.policies.store import Store
+from flexgate.server.admin.agreements import endpoints as agreements
+from flexgate.server.admin.concurrency_limit import MOST_OF_ONE
+from flexgate.server.admin.projects import endpoints as projects
+
+pytestmark = pytest.mark.asyncio
+READS = {"sk-t": "/v1/organization/projects/t", "sk-owner": "/v1/agreements"}
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What tenants and owners read takes until this is set."""
+    done = threading.Event()
+
+    def wait(inner: Any) -> Any:
+        return lambda *arguments, **more: done.wait(20) and inner(*arguments, **more)
+
+    monkeypatch.setattr(projects, "visible_project", wait(projects.visible_project))
+    monkeypatch.setattr(agreements.agreements, "list_agreements", wait(agreements.agreements.list_agreements))
+    yield done
+    done.set()
+
+
+async def test_a_key_is_revoked_while_tenants_and_owners_read_without_end(
+    call: Any, real_store: Store, slow: threading.Event
+) -> None:
+    (key,) = [key.key_id for key in real_store.keys() if key.prefix == "sk-u"]
+    reads = [asyncio.ensure_future(call(who, "GET", path)) for who, path in READS.items() for _ in range(30)]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        revoked = await call("sk-admin", "DELETE", f"/v1/organization/projects/u/api_keys/{key}")
+        ended = await call("sk-owner", "DELETE", "/v1/agreements/a-news")
+    assert (revoked.status_code, ended.status_code) == (200, 200)
+    slow.set()
+    found = Counter(
+        (answer.request.headers["authorization"], answer.status_code) for answer in await asyncio.gather(*reads)
+    )
+    assert {status for _, status in found} == {200, 429}
+    for who in READS:
+        assert found[f"Bearer {who}", 200] == MOST_OF_ONE
+
+
+async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.Event) -> None:
+    reads = [asyncio.ensure_future(call("sk-t", "GET", READS["sk-t"])) for _ in range(MOST_OF_ONE + 1)]
+    (refused,), _ = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
+    answer = refused.result()
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert answer.json() == {
+        "error": {
+            "message": "This key may have 8 such requests to the administration under way at once. "
+            "Try again once one of them has been answered.",
+            "type": "requests",
+            "param": None,
+            "code": "rate_limit_exceeded",
+        }
+    }
+    slow.set()
+    assert Counter(answer.status_code for answer in await asyncio.gather(*reads)) == {200: MOST_OF_ONE, 429: 1}
+
+
+async def test_operators_may_have_as_much_under_way_as_they_like(call: Any, slow: threading.Event) -> None:
+    reads = [asyncio.ensure_future(call("sk-admin", "GET", READS["sk-t"])) for _ in range(3 * MOST_OF_ONE)]
+    await asyncio.sleep(0.05)
+    slow.set()
+    assert {answer.status_code for answer in await asyncio.gather(*reads)} == {200}
+
+
+async def test_a_key_is_revoked_while_everybody_else_reads_and_changes_without_end(
+    call: Any, real_store: Store, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(inner: Any) -> Any:
+        return lambda *arguments, **more: slow.wait(20) and inner(*arguments, **more)
+
+    monkeypatch.setattr(agreements.agreements, "withdraw_agreement", wait(agreements.agreements.withdraw_agreement))
+    (key,) = [key.key_id for key in real_store.keys() if key.prefix == "sk-u"]
+    threads = [asyncio.create_task(asyncio.to_thread(slow.wait, 20)) for _ in range(64)]
+    reads = [asyncio.create_task(call("sk-auditor", "GET", READS["sk-t"])) for _ in range(30)]
+    changes = [asyncio.create_task(call("sk-owner", "DELETE", "/v1/agreements/a-news")) for _ in range(MOST_OF_ONE)]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        revoked = await call("sk-admin", "DELETE", f"/v1/organization/projects/u/api_keys/{key}")
+    assert revoked.status_code == 200
+    assert not any(task.done() for task in (*threads, *reads, *changes))
+    slow.set()
+    await asyncio.gather(*threads, *reads, *changes)

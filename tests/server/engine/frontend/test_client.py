@@ -1,0 +1,331 @@
+import asyncio
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from scripted_engine import Engine
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.exceptions import EngineGenerateError
+from vllm.v1.outputs import LogprobsTensors
+
+from flexgate.server.engine.frontend import client as client_module
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.frontend.client import GatedEngineClient
+from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
+
+
+def salt(*leases: ExpertLease, tenant: str = "t", client_salt: str | None = None) -> str:
+    """The salt under which a call goes out."""
+    return GatedCall(GateGrant(tenant, leases, math.inf), client_salt).gate("request", KEY).cache_salt
+
+
+KEY = new_seal_key()
+INFO = ExpertInfo("public", "o", "", 0, 1, True)
+
+
+def test_the_salt_names_experts_and_generations_and_no_slot() -> None:
+    public, news = ExpertLease("public", 0, 1), ExpertLease("news", 1, 1)
+    assert salt(public, news) == salt(public, ExpertLease("news", 5, 1))
+    others = {
+        salt(public),
+        salt(public, ExpertLease("math", 1, 1)),
+        salt(public, ExpertLease("news", 1, 2)),
+        salt(public, news, tenant="u"),
+        salt(public, news, client_salt="c"),
+    }
+    assert len(others | {salt(public, news)}) == 6
+
+
+def test_nothing_goes_out_without_a_call() -> None:
+    client = object.__new__(GatedEngineClient)
+    with pytest.raises(GateError, match="outside of an admitted call"):
+        client.generate({"prompt_token_ids": [1]}, None, "request")  # type: ignore[arg-type]
+
+
+class Clock:
+    """Unix seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engine(clock: Clock) -> Engine:
+    made = Engine()
+    made.clock = clock
+    return made
+
+
+@pytest.fixture
+def call(engine: Engine) -> Iterator[GatedCall]:
+    """A call that is current."""
+    made = GatedCall(GateGrant("t", (ExpertLease("public", 0, 1),), math.inf))
+    token = CURRENT_CALL.set(made)
+    yield made
+    CURRENT_CALL.reset(token)
+
+
+async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
+    engine.client = client
+    client.begin(call)
+    CURRENT_CALL.set(call)
+    params = SamplingParams(n=n, max_tokens=9, output_kind=kind, detokenize=False)
+
+    async def read() -> None:
+        async for _ in client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request"):
+            pass
+
+    task = asyncio.ensure_future(read())
+    while len(engine.children) < n:
+        assert not task.done()
+        await asyncio.sleep(0)
+    return task
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("kind", list(RequestOutputKind), ids=lambda kind: kind.name)
+async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int
+) -> None:
+    """The prompt from the moment the engine has it, once for all choices; each token as it comes."""
+    reading = await begin(engine, call, kind, n)
+    assert call.tokens() == 3
+    engine.step(7)
+    engine.step(8)
+    assert call.tokens() == 3 + 2 * n
+    engine.step(9, finish=True)
+    assert call.tokens() == 3 + 3 * n
+    await reading
+
+
+def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
+    reserved: list[int] = []
+    call.reserve = reserved.append
+    for prompt in ([1, 2, 3], [4, 5]):
+        client.generate({"prompt_token_ids": prompt}, SamplingParams(n=2, max_tokens=9), "request")
+    assert reserved == [3 + 18, 3 + 18 + 2 + 18]
+
+
+def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
+
+    def refuse(tokens: int) -> None:
+        raise OverflowError(tokens)
+
+    call.reserve = refuse
+    with pytest.raises(OverflowError):
+        client.generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=9), "request")
+    assert engine.children == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=lambda kind: kind.name)
+async def test_a_call_that_is_stopped_gets_no_more_tokens_and_leaves_the_engine(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind
+) -> None:
+    reading = await begin(engine, call, kind, 2)
+    engine.step(7)
+    await asyncio.to_thread(engine.client.stop, call, "key_revoked")
+    with pytest.raises(EngineGenerateError, match="key_revoked"):
+        await asyncio.wait_for(reading, 10)
+    assert call.failed == "key_revoked"
+    assert engine.output_processor.request_states == {}
+
+
+OUTPUTS = pytest.mark.parametrize(
+    "kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=lambda kind: kind.name
+)
+
+
+@pytest.mark.asyncio
+@OUTPUTS
+async def test_a_call_leaves_the_engine_at_its_end_though_no_output_arrives(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.001)
+    reading = await begin(engine, call, kind, 2)
+    for end, reason in ((math.inf, "later"), (1500.0, "key_expired"), (1900.0, "later")):
+        await asyncio.to_thread(engine.client.end_at, call, end, reason)
+    engine.clock.now = 1499.0
+    await asyncio.sleep(0.02)
+    assert call.failed is None
+    assert len(engine.output_processor.request_states) == 2
+    engine.clock.now = 1500.0
+    with pytest.raises(EngineGenerateError, match="key_expired"):
+        await asyncio.wait_for(reading, 10)
+    assert call.failed == "key_expired"
+    assert engine.output_processor.request_states == {}
+
+
+@pytest.mark.asyncio
+async def test_no_timer_outlives_its_call(engine: Engine, call: GatedCall) -> None:
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 1)
+    engine.client.end_at(call, 1500.0, "key_expired")
+    await asyncio.sleep(0)
+    assert len(engine.client._timers) == 1
+    engine.step(7, finish=True)
+    await reading
+    engine.client.end(call)
+    engine.client.end_at(call, 1400.0, "key_expired")
+    await asyncio.sleep(0)
+    assert engine.client._timers == {}
+
+
+@pytest.mark.asyncio
+@OUTPUTS
+@pytest.mark.parametrize(
+    ("end", "sealed", "reason"), [(1500.0, 1500.0, "key_expired"), (2500.0, 2000.0, "gate_expired")]
+)
+async def test_the_engine_core_is_given_the_earlier_end_and_the_client_its_reason(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind, end: float, sealed: float, reason: str
+) -> None:
+    call.grant = replace(call.grant, valid_until=2000.0)
+    call.end_at(end, "key_expired")
+    reading = await begin(engine, call, kind, 1)
+    assert open_seal(engine.sealed[0], KEY).valid_until == sealed
+    ended = EngineCoreOutput(engine.children[0], [], finish_reason=FinishReason.ERROR, stop_reason="gate_expired")
+    engine.output_processor.process_outputs([ended])
+    await asyncio.wait({reading}, timeout=10)
+    assert call.failed == reason
+    assert (reading.exception() is None) == (reason == "gate_expired")
+
+
+@pytest.mark.asyncio
+async def test_an_end_is_judged_by_the_clock_that_does_not_go_back(engine: Engine, call: GatedCall) -> None:
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 1)
+    engine.clock.now = 0.0
+    engine.client.end_at(call, 5.0, "key_expired")  # long past by the machine's clock
+    engine.step(7)
+    await asyncio.sleep(0)
+    assert call.failed is None
+    engine.clock.now = 5.0
+    engine.step(7)
+    with pytest.raises(EngineGenerateError, match="key_expired"):
+        await asyncio.wait_for(reading, 10)
+
+
+@pytest.mark.asyncio
+async def test_who_leaves_before_the_only_output_is_charged_for_what_there_was(engine: Engine, call: GatedCall) -> None:
+    reading = await begin(engine, call, RequestOutputKind.FINAL_ONLY, 1)
+    engine.step(7)
+    reading.cancel()
+    await asyncio.wait({reading})
+    engine.step(8)
+    assert call.tokens() == 4
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("n", [1, 3])
+async def test_nothing_is_kept_of_a_request_that_did_not_reach_the_engine_core(
+    engine: Engine, call: GatedCall, n: int
+) -> None:
+    engine.unreachable = True
+    reading = await begin(engine, call, RequestOutputKind.DELTA, n)
+    with pytest.raises(OverflowError):
+        await reading
+    assert len(engine.children) == n
+    assert engine.output_processor.request_states == {}
+    assert engine.output_processor.external_req_ids == {}
+
+
+@pytest.mark.asyncio
+async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it_sees_them(
+    engine: Engine, call: GatedCall
+) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
+    for length, refused in ((1024, False), (1025, True)):
+        params = SamplingParams(max_tokens=1, bad_words=["x" * length])
+        outputs = client.generate({"prompt_token_ids": [1]}, params, "request")
+        asking = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0.01)
+        if refused:
+            with pytest.raises(VLLMValidationError, match=r"at most 1024 tokens, .* not 1025") as told:
+                await asyncio.wait_for(asking, 10)
+            assert told.value.parameter == "bad_words"
+            assert client._running == {}
+        else:
+            assert engine.children
+            asking.cancel()
+            await asyncio.wait({asking})
+        assert len(engine.children) == 1
+
+
+def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_was_granted() -> None:
+    now = ("public", None, "math", None)
+    former = GateGrant("t", (ExpertLease("public", 0, 1), ExpertLease("math", 1, 2)), math.inf)
+    assert former.name_slots(now) == ("public", "math", None, None)
+    assert GateGrant("t", (ExpertLease("public", 0, 1),), math.inf).name_slots(now) == now
+
+
+def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
+    """An output with log-probabilities of the last `prompt` tokens of its prompt."""
+    if not prompt:
+        return EngineCoreOutput(child, list(tokens))
+    shape = (prompt, 2)
+    scores = LogprobsTensors(torch.ones(shape, dtype=torch.int32), torch.zeros(shape), torch.ones(prompt))
+    return EngineCoreOutput(child, list(tokens), new_prompt_logprobs_tensors=scores)
+
+
+@pytest.mark.asyncio
+async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be_read(engine: Engine) -> None:
+    """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
+    params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
+    token = CURRENT_CALL.set(GatedCall(GateGrant("t", (INFO.lease,), math.inf)))
+    outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
+    CURRENT_CALL.reset(token)
+    first = asyncio.ensure_future(anext(outputs))
+    while not engine.children:
+        await asyncio.sleep(0)
+    one, other = engine.children
+    engine.output_processor.process_outputs([scored(one, 5, prompt=2)])
+    scores = (await first).prompt_logprobs
+    assert len(scores) == 3
+    engine.output_processor.process_outputs([scored(one, 6), scored(other, 7, prompt=2)])
+    both = await anext(outputs)
+    assert [part.index for part in both.outputs] == [0, 1]
+    assert both.prompt_logprobs == scores
+    await outputs.aclose()
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
+    call = GatedCall(GateGrant("t", (INFO.lease,), math.inf), prompt_only=True)
+    token = CURRENT_CALL.set(call)
+    params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
+    outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
+    CURRENT_CALL.reset(token)
+    last = asyncio.ensure_future(anext(outputs))
+    while not engine.children:
+        await asyncio.sleep(0)
+    engine.step(5, finish=True)
+    assert (await last).outputs[0].token_ids == []
+    assert call.tokens() == 3
+    await outputs.aclose()
+
+
+def test_a_client_is_ready_while_its_engine_core_answers(engine: Engine) -> None:
+    answers = [True, False, True]
+    engine.errored = False
+    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: answers.pop(0), clock=engine.clock)
+    assert not client.ready()
+    client.mark_ready()
+    assert [client.ready() for _ in range(3)] == [True, False, True]
+    engine.errored = True
+    assert not client.ready()

@@ -1,0 +1,72 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgate.experts.checkpoint.layout import Architecture
+from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
+from flexgate.server.engine.frontend.memory import SlotPlan, plan_slots
+
+ARCHITECTURE = Architecture(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+SLOT = 2 * (3 * 64 * 128 + 64) * 2  # layers, FFN and router row, bytes of a bfloat16
+OTHER = (2 * 4 * 64 * 64 + 2 * 1000 * 64) * 2
+KV = 1000
+
+
+def planned(available: int, **options: Any) -> SlotPlan:
+    checkpoint = Checkpoint(Path("model"), ARCHITECTURE, (), "bfloat16", {})
+    return plan_slots(checkpoint, dtype="bfloat16", kv_bytes=KV, available_bytes=available, **options)
+
+
+def test_two_slots_are_kept_free_where_there_is_room() -> None:
+    plan = planned(1 << 30)
+    assert (plan.slots, plan.held, plan.slot_bytes) == (6, 6, SLOT)
+    assert plan.total_bytes == 6 * SLOT + OTHER + KV
+
+
+@pytest.mark.parametrize(("fitting", "slots"), [(6, 6), (5, 5), (4, 4)])
+def test_free_slots_give_way_to_the_kv_cache(fitting: int, slots: int) -> None:
+    assert planned(OTHER + KV + fitting * SLOT).slots == slots
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(CheckpointError) as refused:
+        planned(OTHER + KV + 3 * SLOT)
+    assert str(refused.value) == (
+        "4 expert slots of 98.6 kB + 321.5 kB of shared weights + 1.0 kB of KV cache = 716.8 kB "
+        "do not fit into 618.2 kB"
+    )
+
+
+@pytest.mark.parametrize("slots", [3, 65])
+def test_fewer_slots_than_experts_and_more_than_a_gate_names_are_refused(slots: int) -> None:
+    with pytest.raises(CheckpointError, match=f"--max-experts {slots}: the checkpoint has 4 experts"):
+        planned(1 << 30, max_experts=slots)
+
+
+def test_slots_asked_for_are_not_reduced() -> None:
+    with pytest.raises(CheckpointError, match="8 expert slots"):
+        planned(OTHER + KV + 7 * SLOT, max_experts=8)
+
+
+def test_tensor_parallel_ranks_hold_a_part_of_every_slot() -> None:
+    plan = planned(1 << 30, ranks=2)
+    assert (plan.slots, plan.held, plan.slot_bytes) == (6, 6, SLOT // 2)
+
+
+@pytest.mark.parametrize(("slots", "held"), [(4, 3), (6, 4), (7, 5)])
+def test_expert_parallel_ranks_hold_their_share_and_a_zero_slot(slots: int, held: int) -> None:
+    options = {"max_experts": slots, "ranks": 2, "expert_parallel": True}
+    plan = planned(OTHER // 2 + KV + held * SLOT, **options)
+    assert (plan.slots, plan.held, plan.slot_bytes) == (slots, held, SLOT)
+    with pytest.raises(CheckpointError, match=f"{held} expert slots"):
+        planned(OTHER // 2 + KV + held * SLOT - 1, **options)

@@ -1,0 +1,256 @@
+"""What is made of a large body is made away from the event loop, whatever the door and the field."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel
+
+from flexgate.server.http import body
+from flexgate.server.http.offload import ON_LOOP_BYTES, PIECES_AT_ONCE, Offload
+from flexgate.server.inference import decide
+
+TEXT = {"role": "user", "content": "hi"}
+PART = {"type": "text", "text": "hi"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+ITEM = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+
+Made = Callable[[int], dict[str, Any]]
+DOORS: dict[str, tuple[str, Made]] = {
+    "messages": ("/v1/chat/completions", lambda n: {"messages": [TEXT] * n}),
+    "parts": ("/v1/chat/completions", lambda n: {"messages": [{"role": "user", "content": [PART] * n}]}),
+    "calls": (
+        "/v1/chat/completions",
+        lambda n: {"messages": [TEXT, *[{"role": "assistant", "tool_calls": [CALL] * 100}] * (n // 100)]},
+    ),
+    "tools": ("/v1/chat/completions", lambda n: {"messages": [TEXT], "tools": [TOOL] * n}),
+    "wide": ("/v1/chat/completions", lambda n: {"messages": [TEXT], "metadata": {f"k{i}": i for i in range(n)}}),
+    "extension": (
+        "/v1/chat/completions",
+        lambda n: {"messages": [TEXT], "flexgate": {"experts": {f"e{i}": {"a": i} for i in range(n)}}},
+    ),
+    "schema": (
+        "/v1/chat/completions",
+        lambda n: {
+            "messages": [TEXT],
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {f"p{i}": {} for i in range(n)}}},
+        },
+    ),
+    "texts": ("/v1/completions", lambda n: {"prompt": ["a"] * n}),
+    "ids": ("/v1/completions", lambda n: {"prompt": [7] * n}),
+    "lists of ids": ("/v1/completions", lambda n: {"prompt": [[7]] * n}),
+    "items": ("/v1/responses", lambda n: {"input": [ITEM] * n}),
+    "tokenize": ("/tokenize", lambda n: {"messages": [TEXT] * n}),
+    "tokens": ("/detokenize", lambda n: {"tokens": [7] * n}),
+    "policy": ("/v1/policy/simulate", lambda n: {"policy": {"tenants": [{"id": f"t{i}"} for i in range(n)]}}),
+}
+
+
+@pytest.fixture
+def ask(make_client: Callable[..., httpx.AsyncClient], handler: Any) -> Callable[..., Any]:
+    async def ask(path: str, made: dict[str, Any]) -> int:
+        handler.result = SimpleNamespace(model_dump=dict) if "tokenize" in path else None
+        async with make_client("sk-admin" if path.startswith("/v1/policy") else "sk-t") as http:
+            return (await http.post(path, json=made)).status_code
+
+    return ask
+
+
+async def _calls_on_this_thread(work: Any) -> int:
+    """How many calls, of Python functions and of native ones, this thread makes until `work` is done."""
+    calls = 0
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        await work
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("door", DOORS)
+async def test_the_loops_work_does_not_grow_with_the_body(ask: Any, door: str) -> None:
+    path, make = DOORS[door]
+    await ask(path, make(2000))  # what is done once
+    few, many = [await _calls_on_this_thread(ask(path, make(n))) for n in (2000, 8000)]
+    assert many < few + 1000, f"{many - few} more calls for 6000 more {door}"
+
+
+@pytest.mark.asyncio
+async def test_small_and_large_bodies_take_one_way_on_two_threads(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, int] = {}
+
+    def spy(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def seen(*args: Any, **options: Any) -> Any:
+            threads[name] = threading.get_ident()
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, name, seen)
+
+    for owner, name in ((body, "parse_object"), (decide, "parse_extension"), (BaseModel, "model_validate")):
+        spy(owner, name)
+    here = threading.get_ident()
+    for text, on_loop in (("a", True), ("a" * ON_LOOP_BYTES, False)):
+        threads.clear()
+        await ask("/v1/chat/completions", {"messages": [TEXT | {"content": text}], "flexgate": {}})
+        assert set(threads) == {"parse_object", "parse_extension", "model_validate"}
+        assert all((thread == here) is on_loop for thread in threads.values()), threads
+
+
+@pytest.mark.asyncio
+async def test_prompts_of_large_bodies_are_rendered_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexgate.server.inference.openai import handlers
+
+    async def render(*_: Any) -> int:
+        await asyncio.sleep(0)
+        return threading.get_ident()
+
+    for name in ("render_chat", "render_responses", "render_completion"):
+        monkeypatch.setattr(handlers.OnlineRenderer, name, render)
+        offload = Offload()
+        renderer = handlers.OffloadedRenderer.__new__(handlers.OffloadedRenderer)
+        renderer._offload = offload
+        offload.arrived(ON_LOOP_BYTES, "t")
+        assert await getattr(renderer, name)() == threading.get_ident()
+        offload.arrived(ON_LOOP_BYTES + 1, "t")
+        assert await getattr(renderer, name)() != threading.get_ident()
+
+
+@pytest.mark.asyncio
+async def test_a_projects_large_bodies_wait_for_one_another_and_for_nobody_elses() -> None:
+    offload, go, under_way = Offload(), threading.Event(), 0
+
+    async def heavy(owner: str, work: Callable[[], Any]) -> Any:
+        offload.arrived(ON_LOOP_BYTES + 1, owner)
+        return await offload.run(work)
+
+    def wait() -> None:
+        nonlocal under_way
+        under_way += 1
+        assert go.wait(20)
+
+    waiting = [asyncio.create_task(heavy("busy", wait)) for _ in range(20)]
+    assert await asyncio.wait_for(asyncio.create_task(heavy("other", lambda: 7)), 20) == 7
+    assert under_way == 1
+    for task in waiting[:15]:  # clients that leave do not let more of their work begin
+        task.cancel()
+    assert await asyncio.wait_for(asyncio.create_task(heavy("other", lambda: 8)), 20) == 8
+    assert under_way == 1
+    go.set()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert under_way == 6
+
+
+@pytest.mark.asyncio
+async def test_what_work_raises_is_raised_to_who_asked_and_its_lane_is_free() -> None:
+    offload = Offload()
+    offload.arrived(ON_LOOP_BYTES + 1, "t")
+    with pytest.raises(ValueError, match="broken"):
+        await offload.run(int, "broken")
+    assert await offload.run(lambda: 1) == 1
+
+
+@pytest.mark.asyncio
+async def test_of_many_requests_that_come_together_few_are_worked_on_before_what_comes_next() -> None:
+    offload, begun = Offload(), 0
+
+    def work() -> None:
+        nonlocal begun
+        begun += 1
+
+    async def small(run: Any, work: Any) -> None:
+        offload.arrived(1, "t")
+        await run(work)
+
+    async def waiting_work() -> None:
+        work()
+
+    many = [
+        asyncio.create_task(small(*pair))
+        for pair in ((offload.run, work), (offload.run_async, waiting_work))
+        for _ in range(500)
+    ]
+    passes = [0]
+    while begun < len(many):
+        await asyncio.sleep(0)
+        passes.append(begun)
+    assert max(after - before for before, after in itertools.pairwise(passes)) <= PIECES_AT_ONCE
+    await asyncio.gather(*many)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("tokens", "on_loop"), [(10, True), (10_000, False)])
+async def test_a_long_answer_is_made_and_written_off_the_loop(
+    client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, on_loop: bool
+) -> None:
+    from flexgate.server.engine.frontend.calls import GatedCall
+    from flexgate.server.inference.openai.making import Later
+
+    threads: list[int] = []
+
+    def dump() -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return {}
+
+    async def make() -> Any:
+        threads.append(threading.get_ident())
+        return SimpleNamespace(model_dump=dump)
+
+    monkeypatch.setattr(GatedCall, "tokens", lambda _: tokens)
+    handler.result = Later(make)
+    assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert [thread == threading.get_ident() for thread in threads] == [on_loop] * 2
+
+
+@pytest.mark.asyncio
+async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    from flexgate.server.engine.frontend.calls import CURRENT_CALL
+    from flexgate.server.engine.protocol.endings import KEY_REVOKED
+    from flexgate.server.inference.openai.making import Later
+
+    async def make() -> Any:
+        handler.calls[-1].failed = KEY_REVOKED
+        assert CURRENT_CALL.get() is None
+        return SimpleNamespace(model_dump=dict)
+
+    handler.result = Later(make)
+    refused = await client.post("/v1/completions", json={"prompt": "a"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stream", [True, False])
+async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    from flexgate.server.inference.openai import making
+
+    async def full(*_: Any) -> str:
+        return "made"
+
+    async def nothing() -> Any:
+        for event in ():
+            yield event
+
+    monkeypatch.setattr(making.OpenAIServingResponses, "responses_full_generator", full)
+    responses = making.LaterResponses.__new__(making.LaterResponses)
+    answer: Any = await responses.responses_full_generator(SimpleNamespace(stream=stream), None, nothing())
+    assert (answer if stream else await answer.make()) == "made"

@@ -1,0 +1,335 @@
+"""Limits of projects and keys, with a clock that the test moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexgate.policies.documents import Quota
+from flexgate.policies.errors import StoreReplaced, StoreUnavailable
+from flexgate.policies.store import Store, budgets, database
+from flexgate.server.http.errors import ApiError
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.inference.limits.counters import Counter, SlidingWindow
+from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope, Reservation, Rule
+from flexgate.server.inference.limits.refusals import duration, too_many_tokens
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def usage(real_store: Store) -> BudgetUsage:
+    usage = BudgetUsage(real_store)
+    usage.refresh()
+    return usage
+
+
+@pytest.fixture
+def limiter(usage: BudgetUsage, clock: Clock) -> Limiter:
+    return Limiter(usage, clock=clock)
+
+
+def scope(id_: str = "t", **quota: int) -> LimitScope:
+    return LimitScope(id_, "This project", Quota(**quota))
+
+
+def reserve(limiter: Limiter, *scopes: LimitScope, tokens: int = 0) -> Reservation:
+    return limiter.reserve(scopes, {REQUESTS: 1, TOKENS: tokens})
+
+
+def refused(limiter: Limiter, *scopes: LimitScope, tokens: int = 0) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        reserve(limiter, *scopes, tokens=tokens)
+    return caught.value
+
+
+def test_without_limits_nothing_is_counted_or_told(limiter: Limiter) -> None:
+    held = reserve(limiter, scope(), tokens=10**9)
+    assert held.headers == {}
+    held.commit({TOKENS: 5})
+
+
+def test_requests_per_minute(limiter: Limiter, clock: Clock) -> None:
+    t = scope(requests_per_minute=2)
+    first = reserve(limiter, t, tokens=0)
+    assert first.headers == {
+        "x-ratelimit-limit-requests": "2",
+        "x-ratelimit-remaining-requests": "1",
+        "x-ratelimit-reset-requests": "1m0s",
+    }
+    clock.now += 10
+    reserve(limiter, t, tokens=0).commit({TOKENS: 0})
+    first.commit({TOKENS: 0})
+    error = refused(limiter, t)
+    assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "requests")
+    assert str(error) == (
+        "This project may make 2 requests per minute. Try again in 50s, or ask an administrator to raise the limit."
+    )
+    assert error.headers["retry-after"] == "50"
+    assert error.headers["x-ratelimit-remaining-requests"] == "0"
+    clock.now += 50
+    reserve(limiter, t, tokens=0)
+    refused(limiter, t)
+
+
+def test_tokens_per_minute_are_reserved_and_committed(limiter: Limiter, clock: Clock) -> None:
+    t = scope(tokens_per_minute=100)
+    first = reserve(limiter, t, tokens=80)
+    assert first.headers["x-ratelimit-remaining-tokens"] == "20"
+    assert refused(limiter, t, tokens=30).type == "tokens"
+    first.commit({TOKENS: 10})
+    second = reserve(limiter, t, tokens=30)
+    second.commit({TOKENS: 90})  # its prompt was not part of what it asked for
+    error = refused(limiter, t)
+    assert error.headers["x-ratelimit-remaining-tokens"] == "0"
+    clock.now += 60
+    reserve(limiter, t, tokens=100)
+
+
+def test_headers_count_what_a_request_has_reserved_and_then_what_it_used(limiter: Limiter) -> None:
+    running = reserve(limiter, scope(tokens_per_minute=100))
+    told = [running.headers["x-ratelimit-remaining-tokens"]]
+    running.raise_to({TOKENS: 60})
+    told.append(running.headers["x-ratelimit-remaining-tokens"])
+    running.commit({TOKENS: 10})
+    told.append(running.headers["x-ratelimit-remaining-tokens"])
+    assert told == ["100", "40", "90"]
+
+
+def test_a_request_that_never_fits_is_not_told_to_try_again(limiter: Limiter) -> None:
+    error = refused(limiter, scope(tokens_per_minute=100), tokens=101)
+    assert "retry-after" not in error.headers
+    assert "Send a smaller request" in str(error)
+    assert "retry-after" not in refused(limiter, scope(requests_per_minute=0)).headers
+
+
+def test_requests_at_once(limiter: Limiter) -> None:
+    t = scope(concurrent_requests=1)
+    running = reserve(limiter, t, tokens=0)
+    assert refused(limiter, t).code == "rate_limit_exceeded"
+    running.commit({TOKENS: 0})
+    running.commit({TOKENS: 0})
+    again = reserve(limiter, t, tokens=0)
+    refused(limiter, t)
+    again.commit({TOKENS: 0})
+
+
+def test_a_key_and_its_project_limit_together_and_a_refusal_counts_nowhere(limiter: Limiter) -> None:
+    project, key, other = (
+        scope("t", requests_per_minute=3),
+        scope("k1", requests_per_minute=1),
+        scope("k2", requests_per_minute=5),
+    )
+    held = reserve(limiter, project, key, tokens=0)
+    assert held.headers["x-ratelimit-limit-requests"] == "1"
+    for _ in range(5):
+        refused(limiter, project, key)
+    reserve(limiter, project, other, tokens=0)
+    reserve(limiter, project, other, tokens=0)
+    refused(limiter, project, other)
+
+
+def test_a_limit_that_changes_holds_at_once(limiter: Limiter) -> None:
+    reserve(limiter, scope(requests_per_minute=10), tokens=0)
+    reserve(limiter, scope(requests_per_minute=10), tokens=0)
+    refused(limiter, scope(requests_per_minute=2))
+    reserve(limiter, scope(requests_per_minute=3), tokens=0)
+
+
+def test_a_budget_is_for_good(limiter: Limiter, usage: BudgetUsage, clock: Clock, real_store: Store) -> None:
+    t = scope(total_tokens=100)
+    running = reserve(limiter, t, tokens=60)
+    error = refused(limiter, t, tokens=50)
+    assert (error.status, error.code, error.type) == (429, "insufficient_quota", "insufficient_quota")
+    assert "can raise the budget" in str(error)
+    running.commit({TOKENS: 70})
+    clock.now += 3600
+    usage.refresh()
+    assert budgets.read_use(real_store.engine) == {"t": 70}
+    reserve(limiter, t, tokens=30).commit({TOKENS: 30})
+    assert refused(limiter, t).code == "insufficient_quota"
+    reserve(limiter, scope(total_tokens=101), tokens=1).commit({TOKENS: 1})
+
+
+def test_budgets_are_shared_by_processes_and_survive_restarts(real_store: Store) -> None:
+    here, there = BudgetUsage(real_store), BudgetUsage(real_store)
+    here.refresh()
+    here.add("t", 40)
+    here.refresh()
+    there.refresh()
+    there.add("t", 2)
+    assert there.committed("t") == 42
+    there.close()
+    here.refresh()
+    assert here.committed("t") == 42
+
+
+def test_used_tokens_are_not_lost_while_the_store_is_away(usage: BudgetUsage, monkeypatch: Any) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    usage.add("t", 5)
+    monkeypatch.setattr(budgets, "add_use", broken)
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    usage.add("t", 2)
+    assert usage.committed("t") == 7
+    monkeypatch.undo()
+    usage.refresh()
+    assert usage.committed("t") == 7
+
+
+def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    usage.add("t", 10)
+    monkeypatch.setattr(budgets, "read_use", broken)
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    usage.add("t", 5)
+    assert usage.committed("t") == 15
+    monkeypatch.undo()
+    usage.refresh()
+    assert usage.committed("t") == 15
+    assert budgets.read_use(real_store.engine) == {"t": 15}
+
+
+def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_written(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    """The database's file lost its name, or the connection broke off, after the commit."""
+
+    def lost(_: object) -> None:
+        raise StoreReplaced("moved")
+
+    usage.add("t", 10)
+    monkeypatch.setattr(database, "_require_kept", lost)
+    for _ in range(3):
+        with pytest.raises(StoreReplaced):
+            usage.refresh()
+        usage.add("t", 1)
+        assert usage.committed("t") in (11, 12, 13)
+    monkeypatch.undo()
+    assert budgets.read_use(real_store.engine) == {"t": 10}
+    usage.refresh()
+    assert usage.committed("t") == 13
+    assert budgets.read_use(real_store.engine) == {"t": 13}
+    usage.add("t", 5)
+    usage.close()
+    assert budgets.read_use(real_store.engine) == {"t": 18}
+
+
+def test_a_budget_that_is_not_known_is_not_spent(real_store: Store) -> None:
+    limiter = Limiter(BudgetUsage(real_store))
+    assert refused(limiter, scope(total_tokens=100)).status == 503
+    reserve(limiter, scope(requests_per_minute=1), tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0ms"), (0.0171, "18ms"), (0.9995, "1s"), (20.0, "20s"), (60.0, "1m0s"), (359.2, "6m0s")],
+)
+def test_durations_read_as_openais(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_reservation_is_raised_to_what_the_request_can_use_or_refused(limiter: Limiter, usage: BudgetUsage) -> None:
+    t = scope(tokens_per_minute=100, total_tokens=1000)
+    first = reserve(limiter, t, tokens=0)
+    first.raise_to({TOKENS: 70})
+    second = reserve(limiter, t, tokens=0)
+    with pytest.raises(ApiError) as caught:
+        second.raise_to({TOKENS: 31})
+    assert (caught.value.status, caught.value.type) == (429, "tokens")
+    assert caught.value.headers["x-ratelimit-remaining-tokens"] == "30"
+    second.raise_to({TOKENS: 30})
+    second.raise_to({TOKENS: 20})
+    assert refused(limiter, t).type == "tokens"
+    first.commit({TOKENS: 10})
+    second.commit({TOKENS: 5})
+    assert usage.committed("t") == 15
+    assert reserve(limiter, t, tokens=85).headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+def test_requests_at_once_that_state_no_length_do_not_overdraw_the_tokens_of_a_minute(limiter: Limiter) -> None:
+    t, admitted = scope(tokens_per_minute=100), 0
+    for _ in range(10):
+        try:
+            reserve(limiter, t).raise_to({TOKENS: 40})
+            admitted += 1
+        except ApiError:
+            continue
+    assert admitted == 2
+
+
+class Leased:
+    """A replica's share of one limit: it takes pieces of a common pool ahead of use."""
+
+    PIECE = 10
+
+    def __init__(self, pool: list[int]) -> None:
+        self._pool = pool
+        self._mine = self._used = 0
+
+    def used(self, now: float) -> int:
+        return self._used
+
+    def wait(self, limit: int, amount: int, now: float) -> float:
+        while self._mine < self._used + amount and self._pool[0] + self.PIECE <= limit:
+            self._pool[0] += self.PIECE
+            self._mine += self.PIECE
+        return 0.0 if self._used + amount <= self._mine else 60.0
+
+    def reset(self, now: float) -> float:
+        return 60.0
+
+    def reserve(self, amount: int, now: float) -> int:
+        self._used += amount
+        return amount
+
+    def commit(self, part: int, used: int, now: float) -> None:
+        self._used -= part - used
+
+
+def test_money_days_and_leased_shares_are_one_more_rule_each(usage: BudgetUsage, clock: Clock) -> None:
+    pool = [0]
+
+    def replica() -> Limiter:
+        def day(_: str) -> Counter:
+            return SlidingWindow(86_400.0)
+
+        def leased(_: str) -> Counter:
+            return Leased(pool)
+
+        rules = [
+            Rule("requests_per_minute", "microdollars", day, too_many_tokens),
+            Rule("tokens_per_minute", TOKENS, leased, too_many_tokens),
+        ]
+        return Limiter(usage, clock=clock, rules=rules)
+
+    here, there = replica(), replica()
+    t = scope(requests_per_minute=50, tokens_per_minute=30)
+    here.reserve([t], {"microdollars": 30, TOKENS: 15}).commit({"microdollars": 20, TOKENS: 15})
+    assert here.reserve([t], {"microdollars": 30}).headers["x-ratelimit-remaining-microdollars"] == "0"
+    clock.now += 43_200
+    with pytest.raises(ApiError):
+        here.reserve([t], {"microdollars": 1})
+    there.reserve([t], {TOKENS: 10})
+    with pytest.raises(ApiError):
+        there.reserve([t], {TOKENS: 1})
+    here.reserve([t], {TOKENS: 5})
