@@ -10,7 +10,7 @@ import math
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Final, Literal, NewType, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from flexgate.policies.errors import InvalidName
+from flexgate.policies.ids import PUBLIC, AgreementIdField, Assignee, ExpertReference, OwnerIdField
 from flexgate.policies.vocabulary import (
     Purpose,
     Region,
@@ -36,19 +37,9 @@ from flexgate.policies.vocabulary import (
     parse_stored_region,
 )
 
-ExpertId = NewType("ExpertId", str)
-SetId = NewType("SetId", str)
-OwnerId = NewType("OwnerId", str)
-TenantId = NewType("TenantId", str)
-GroupId = NewType("GroupId", str)
-AgreementId = NewType("AgreementId", str)
-
-PUBLIC: Final = ExpertId("public")
 STORED: Final = {"stored": True}
 """Validation context of documents that are in the store already."""
 
-_EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 _RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 
 T = TypeVar("T")
@@ -56,31 +47,6 @@ ListOf = Annotated[tuple[T, ...], Field(strict=False)]
 """Written as an array. Its members are as strict as everything else."""
 SetOf = Annotated[frozenset[T], Field(strict=False)]
 """Written as an array whose order says nothing."""
-
-
-def parse_expert_id(text: str) -> ExpertId:
-    """`text` as an expert id; raises `InvalidName`."""
-    if _EXPERT_ID.fullmatch(text):
-        return ExpertId(text)
-    raise InvalidName(f"{text!r} is not an expert id: it must match [a-z0-9][a-z0-9-]{{0,62}}")
-
-
-def parse_set_id(text: str) -> SetId:
-    """`text` as the name of a set of experts (`set:…`); raises `InvalidName`."""
-    if text.startswith("set:") and _EXPERT_ID.fullmatch(text[4:]):
-        return SetId(text)
-    raise InvalidName(f"{text!r} is not a set: it must match set:[a-z0-9][a-z0-9-]{{0,62}}")
-
-
-def _parse_reference(text: str) -> str:
-    return parse_set_id(text) if text.startswith("set:") else parse_expert_id(text)
-
-
-def _parse_assignee(text: str) -> str:
-    kind, _, name = text.partition(":")
-    if text == "everyone" or (kind in ("tenant", "group") and re.fullmatch(_NAME_PATTERN[1:-1], name)):
-        return text
-    raise InvalidName(f"{text!r} is not an assignee: use 'everyone', 'tenant:ID' or 'group:ID'")
 
 
 def _without_public(references: frozenset[str]) -> frozenset[str]:
@@ -117,15 +83,6 @@ def _unless_stored(value: Any, check: ValidatorFunctionWrapHandler, info: Valida
     return value if info.context == STORED and isinstance(value, str) else check(value)
 
 
-ExpertIdField = Annotated[ExpertId, AfterValidator(parse_expert_id)]
-SetIdField = Annotated[SetId, AfterValidator(parse_set_id)]
-Name = Annotated[str, StringConstraints(pattern=_NAME_PATTERN)]
-OwnerIdField = Annotated[OwnerId, StringConstraints(pattern=_NAME_PATTERN)]
-TenantIdField = Annotated[TenantId, StringConstraints(pattern=_NAME_PATTERN)]
-GroupIdField = Annotated[GroupId, StringConstraints(pattern=_NAME_PATTERN)]
-AgreementIdField = Annotated[AgreementId, StringConstraints(pattern=_NAME_PATTERN)]
-ExpertReference = Annotated[str, AfterValidator(_parse_reference)]
-Assignee = Annotated[str, AfterValidator(_parse_assignee)]
 PurposeField = Annotated[Purpose, AfterValidator(parse_purpose)]
 RegionField = Annotated[Region, AfterValidator(_region)]
 Moment = Annotated[datetime, BeforeValidator(_written_time), AfterValidator(_whole_second)]

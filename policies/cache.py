@@ -15,10 +15,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from flexgate.policies.agreements import TenantId
 from flexgate.policies.decide import declared_context, find_tenant, narrow
 from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
 from flexgate.policies.entitlements import grant
+from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region
 

@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Final
 
 from flexgate.policies import reasons
-from flexgate.policies.agreements import PUBLIC, ExpertId, SetId, TenantId
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Decision, DecisionRequest, Reason, admit
 from flexgate.policies.entitlements import ANYTHING, Context, Grant, grant
@@ -30,6 +29,7 @@ from flexgate.policies.errors import (
     UnknownExpert,
     UnknownTenant,
 )
+from flexgate.policies.ids import PUBLIC, ExpertId, SetId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region, parse_purpose, parse_region
 

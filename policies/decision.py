@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flexgate.policies.agreements import ExpertId, TenantId
+from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.vocabulary import Purpose, Region
 
 

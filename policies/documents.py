@@ -9,23 +9,19 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
-from flexgate.policies.agreements import (
-    AS_STORED,
+from flexgate.policies.agreements import AS_STORED, Document, PurposeField, RegionField, SetOf
+from flexgate.policies.errors import InvalidName
+from flexgate.policies.ids import (
     PUBLIC,
-    Document,
     ExpertIdField,
     ExpertReference,
     GroupIdField,
     OwnerId,
     OwnerIdField,
-    PurposeField,
-    RegionField,
     SetIdField,
-    SetOf,
     TenantId,
     TenantIdField,
 )
-from flexgate.policies.errors import InvalidName
 
 
 def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:

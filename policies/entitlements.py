@@ -1,4 +1,4 @@
-"""What a tenant may use for one purpose and region at one moment, before a request narrows it.
+"""Entitlements: what a tenant may use for one purpose and region at one moment, before a request narrows it.
 
 A grant holds for the half-open time slot `since <= now < until` between two dates of the
 agreements that touch it, so a cache may keep it for that long.
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from flexgate.policies import reasons
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.compiled.agreements import ANCHOR, Clause, Row, Terms, by_start
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
 from flexgate.policies.errors import ClockInvalid
+from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region, purpose_and_above, region_and_above
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexgate.policies.agreements import PUBLIC, ExpertId
 from flexgate.policies.compiled.agreements import Clause
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.entitlements import Context, grant
+from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.snapshot import Snapshot
 
 

@@ -11,11 +11,12 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
-from flexgate.policies.agreements import Agreement, ExpertId, SetId
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.compiled.agreements import Clause, Terms
 from flexgate.policies.compiled.compiler import Scope, keys_by_digest
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid
+from flexgate.policies.ids import ExpertId, SetId
 from flexgate.policies.snapshot import Snapshot
 
 D = TypeVar("D", Expert, ExpertSet, Tenant, Agreement)

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import NamedTuple
 
-from flexgate.policies.agreements import ExpertId, OwnerId
 from flexgate.policies.compiled.agreements import Clause
 from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
+from flexgate.policies.ids import ExpertId, OwnerId
 
 _once = lru_cache(maxsize=16_384)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import DecisionRefused
+from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 
 

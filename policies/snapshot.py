@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self, TypeVar
 
-from flexgate.policies.agreements import PUBLIC, Agreement, Document, ExpertId, SetId, TenantId
+from flexgate.policies.agreements import Agreement, Document
 from flexgate.policies.compiled.agreements import Terms
 from flexgate.policies.compiled.compiler import Scope, TenantRules, keys_by_digest
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid
+from flexgate.policies.ids import PUBLIC, ExpertId, SetId, TenantId
 from flexgate.policies.reasons import Standard, standard
 
 _Id = TypeVar("_Id", bound=str)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import MappingProxyType
 
-from flexgate.policies.agreements import ExpertId, TenantId
 from flexgate.policies.compiled.agreements import Clause, Terms
+from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
 Withholding = Callable[[Snapshot], Snapshot]

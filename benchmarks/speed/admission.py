@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flexgate.policies.agreements import PUBLIC, Agreement
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.documents import Expert, Quota, Role, Tenant
+from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.protocol.gates import Gate, SlotLease, cache_salt, new_seal_key, seal
 from flexgate.server.http.auth import authenticate, require_tenant

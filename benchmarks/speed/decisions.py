@@ -11,11 +11,12 @@ import timeit
 from collections.abc import Callable
 from typing import Any
 
-from flexgate.policies.agreements import Agreement, TenantId
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
+from flexgate.policies.ids import TenantId
 from flexgate.policies.incremental import Edit, revise
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.http.auth import authenticate

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from live_server import free_port
 
-from flexgate.policies.agreements import PUBLIC, Agreement
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Role, Tenant
+from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.checkpoint import ExpertEntry, read_checkpoint
 from flexgate.server.lifecycle.seed import prepare

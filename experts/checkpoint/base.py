@@ -12,7 +12,7 @@ of one line ``name dtype shape digest`` per shared tensor, sorted by name, shape
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -28,14 +28,8 @@ from flexgate.experts.checkpoint.layout import (
 from flexgate.experts.checkpoint.reader import CheckpointReader
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.io.hashing import Digests
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.tensorfile import DTYPES
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes just done."""
-
-
-def silent(_count: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from flexgate.experts.checkpoint.base import Progress, silent
 from flexgate.experts.checkpoint.layout import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from flexgate.experts.errors import LayoutError
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.stream import Job, Piece, nbytes
 
 SHARD_BYTES: Final = 5 * 10**9

@@ -28,7 +28,7 @@ from flexgate.experts.training.objective import pair_from_anchor, weighted_loss
 from flexgate.experts.training.pair import expert_layers, trainable
 from flexgate.experts.training.routing import Samples, collect, fit_rows, set_rows
 from flexgate.experts.training.train_expert import load_anchor
-from flexgate.policies.agreements import ExpertId, OwnerId
+from flexgate.policies.ids import ExpertId, OwnerId
 
 
 def build_package(settings: Settings, work: Path, owner: Domain) -> None:

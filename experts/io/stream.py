@@ -18,10 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from flexgate.experts.checkpoint.base import Progress, silent
 from flexgate.experts.errors import OutputRefused
 from flexgate.experts.io.hashing import Digests
 from flexgate.experts.io.output import require_absent, settle, sync, write_all, write_new
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.tensorfile import CHUNK, DTYPES, TensorFile, file_digest, make_header
 
 JOURNAL: Final = "journal.json"

@@ -10,7 +10,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from flexgate.experts.checkpoint.base import BaseIdentity, Progress, identity_of, silent
+from flexgate.experts.checkpoint.base import BaseIdentity, identity_of
 from flexgate.experts.checkpoint.layout import (
     EXPERT_KEYS,
     ROUTER_BIAS_KEY,
@@ -23,6 +23,7 @@ from flexgate.experts.checkpoint.layout import (
 from flexgate.experts.checkpoint.reader import CheckpointReader
 from flexgate.experts.checkpoint.shards import SHARD_BYTES, to_json, write_model
 from flexgate.experts.errors import LayoutError, ManifestInvalid
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.stream import Job, Piece, Written, fingerprint
 from flexgate.experts.package.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.package.manifest import Manifest, Statement

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flexgate.experts.checkpoint.base import Progress, silent
 from flexgate.experts.errors import PackageUnreadable
 from flexgate.experts.io.output import new_file, require_room, write_all
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.tensorfile import CHUNK
 from flexgate.experts.package.files import NAMES
 

@@ -16,18 +16,8 @@ from flexgate.experts.checkpoint.base import BaseArchitecture, BaseIdentity
 from flexgate.experts.errors import LayoutError, ManifestInvalid
 from flexgate.experts.io.tensorfile import parse_json
 from flexgate.experts.package.files import MANIFEST_NAME
-from flexgate.policies.agreements import (
-    PUBLIC,
-    Document,
-    Duty,
-    ExpertId,
-    ExpertIdField,
-    LicenseExpression,
-    ListOf,
-    OwnerIdField,
-    PurposeField,
-    RegionField,
-)
+from flexgate.policies.agreements import Document, Duty, LicenseExpression, ListOf, PurposeField, RegionField
+from flexgate.policies.ids import PUBLIC, ExpertId, ExpertIdField, OwnerIdField
 
 MAX_MANIFEST: Final = 1 << 20
 FORMAT: Final = "flexgate-expert/1"

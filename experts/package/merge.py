@@ -12,18 +12,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flexgate.experts.checkpoint.base import (
-    BaseArchitecture,
-    BaseIdentity,
-    Progress,
-    SharedDigests,
-    identity_of,
-    silent,
-)
+from flexgate.experts.checkpoint.base import BaseArchitecture, BaseIdentity, SharedDigests, identity_of
 from flexgate.experts.checkpoint.layout import EXPERT_KEYS, ROUTER_BIAS_KEY, ROUTER_KEY
 from flexgate.experts.checkpoint.reader import CheckpointReader
 from flexgate.experts.checkpoint.shards import SHARD_BYTES, to_json, write_model
 from flexgate.experts.errors import MergeError
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.stream import Job, Piece, fingerprint
 from flexgate.experts.io.tensorfile import DTYPES
 from flexgate.experts.package.extract import anchor_pieces

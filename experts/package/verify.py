@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from flexgate.experts.checkpoint.base import BaseIdentity, Progress, silent
+from flexgate.experts.checkpoint.base import BaseIdentity
 from flexgate.experts.errors import BaseMismatch, DigestMismatch, PackageUnreadable, SignatureInvalid
 from flexgate.experts.io.output import new_directory, write_new
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.tensorfile import MAX_HEADER
 from flexgate.experts.package.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.package.intake import Source

@@ -20,9 +20,10 @@ from typing import Final
 import numpy
 from torch import Tensor
 
-from flexgate.experts.checkpoint.base import BaseArchitecture, Progress, silent
+from flexgate.experts.checkpoint.base import BaseArchitecture
 from flexgate.experts.errors import DigestMismatch, PackageUnreadable, TensorFileError, WeightsInvalid
 from flexgate.experts.io.hashing import Digests
+from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.tensorfile import DTYPES, TensorFile, TensorInfo, file_digest
 from flexgate.experts.package.files import WEIGHTS_NAME
 

@@ -1,4 +1,4 @@
-"""Agreements as decisions read them: compiled when they change, not when they are read."""
+"""Compiled agreements: made when an agreement changes, read by every decision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
-from flexgate.policies.agreements import PUBLIC, Agreement, ExpertId
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.vocabulary import prohibited_regions, purpose_and_above, region_and_above
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from flexgate.policies.agreements import Agreement, ExpertId, SetId, TenantId
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.compiled.agreements import Clause, Terms, compile_clause
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.errors import SnapshotInvalid
+from flexgate.policies.ids import ExpertId, SetId, TenantId
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
-from flexgate.policies.agreements import OwnerId, TenantId
 from flexgate.policies.audit import Event
 from flexgate.policies.documents import KeyRecord, Role, Tenant
 from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, checks, schema
 from flexgate.policies.store.change_notifications import give_hint

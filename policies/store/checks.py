@@ -7,9 +7,10 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from flexgate.policies.agreements import PUBLIC, Agreement, Document, require_executed
+from flexgate.policies.agreements import Agreement, Document, require_executed
 from flexgate.policies.documents import Expert, ExpertSet, Tenant, require_title
 from flexgate.policies.errors import ChangeRefused, InvalidName
+from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
 from flexgate.policies.store.revisions import agreement_versions
 from flexgate.policies.vocabulary import parse_license_expression, parse_region

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from sqlalchemy import select
 
-from flexgate.policies.agreements import PUBLIC, Agreement
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Expert, Role, Tenant
+from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store import schema
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.change import Change

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError
 
-from flexgate.policies.agreements import STORED, Agreement, Document, ExpertIdField, ListOf, SetOf
+from flexgate.policies.agreements import STORED, Agreement, Document, ListOf, SetOf
 from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import ChangeRefused, InvalidName
+from flexgate.policies.ids import ExpertIdField
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import checks
 from flexgate.policies.store.change import Change

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from starlette.responses import JSONResponse, Response
 
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.documents import Role
+from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored

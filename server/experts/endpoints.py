@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from flexgate.policies.agreements import TenantId
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.documents import Role
 from flexgate.policies.entitlements import grant
+from flexgate.policies.ids import TenantId
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
 from flexgate.server.http.errors import NotFound
 from flexgate.server.http.refusals import UNKNOWN_EXPERT, reason_json

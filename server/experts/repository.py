@@ -8,8 +8,8 @@ from typing import Final
 from pydantic import BaseModel, ValidationError
 
 from flexgate.experts.package.manifest import Manifest
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.documents import Expert
+from flexgate.policies.ids import ExpertId
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import damaged
 from flexgate.policies.store.residency_log import WeightsChange

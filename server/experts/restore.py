@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from flexgate.experts.package.signature import TrustedKeys
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import Added, ResidencyRepository
 from flexgate.server.experts.versions import Merged, is_set_aside
-from flexgate.server.lifecycle.seed import Loaded
-from flexgate.server.lifecycle.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +81,14 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
             )
 
 
-def trusted_keys(settings: Settings) -> TrustedKeys | None:
-    """Whose packages may be added: None asks for no signature; without a folder of keys nobody is trusted.
+class Loaded(Protocol):
+    """An expert that will be served."""
 
-    Raises:
-        KeyInvalid: a file in the folder is no public key.
-    """
-    if settings.demo or settings.allow_unsigned_experts:
-        return None
-    if settings.trusted_keys is None:
-        return TrustedKeys({})
-    return TrustedKeys.from_directory(settings.trusted_keys)
+    @property
+    def id(self) -> str: ...
+    @property
+    def owner(self) -> str: ...
+    @property
+    def domain(self) -> str: ...
+    @property
+    def required(self) -> bool: ...

@@ -15,8 +15,8 @@ from flexgate.experts.errors import ExpertsError, SignatureInvalid
 from flexgate.experts.package.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
 from flexgate.experts.package.manifest import Manifest, parse_manifest
 from flexgate.experts.package.weights import WeightsTicket
-from flexgate.policies.agreements import PUBLIC
 from flexgate.policies.errors import PolicyError
+from flexgate.policies.ids import PUBLIC
 from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.experts.add import Adding, Canary
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored, PackageRefused

@@ -20,8 +20,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
-from flexgate.policies.agreements import OwnerId, TenantId
 from flexgate.policies.documents import KeyRecord, Role
+from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
 MAX_HEADER_CHARACTERS: Final = 512

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexgate.policies.agreements import TenantId
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.errors import PolicyError, SnapshotStale
+from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.http.errors import Unavailable
 from flexgate.server.http.refusals import from_policy

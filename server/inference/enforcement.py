@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
-from flexgate.policies.agreements import ExpertId, TenantId
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.errors import PolicyError
+from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.protocol.endings import (
     EXPERT_REVOKED,

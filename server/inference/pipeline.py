@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from flexgate.policies.agreements import TenantId
 from flexgate.policies.decision import Decision
+from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall, GateGrant
 from flexgate.server.http.auth import AuthError, Principal, require_tenant
@@ -26,6 +26,7 @@ from flexgate.server.http.errors import ApiError, NotFound, Unavailable
 from flexgate.server.http.refusals import from_auth
 from flexgate.server.http.validation import read_request
 from flexgate.server.inference import response_metadata
+from flexgate.server.inference.attribution import attribution_object
 from flexgate.server.inference.decide import Admitted, Kind, admit, honoured_body
 from flexgate.server.inference.enforcement import Right
 from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Reservation
@@ -80,7 +81,7 @@ class Run:
         """The `flexgate` object, once the engine is done with the call, whose usage is committed."""
         self._commit()
         used = self.call.attribution()
-        attribution = response_metadata.attribution_object(
+        attribution = attribution_object(
             self.admitted.snapshot, self.admitted.decision, used.experts, used.cached_prompt_tokens
         )
         return response_metadata.answer_object(

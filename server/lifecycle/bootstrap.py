@@ -1,4 +1,4 @@
-"""Starting a server in the right order: what can be refused without vLLM does not wait for vLLM to load.
+"""Start a server in the right order: what can be refused without vLLM does not wait for vLLM to load.
 
 The address is bound first, so that a taken port fails at once; it is listened on last, so that
 nothing answers before the engine has proved itself.
@@ -16,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexgate.experts.package.signature import TrustedKeys
 from flexgate.policies.store.demo import DEMO_KEYS
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.checkpoint import require_unchanged
 from flexgate.server.engine.frontend.launch import EngineSettings, launch, plan
 from flexgate.server.engine.protocol.clock import Clock
-from flexgate.server.experts.restore import AtStart, at_start, trusted_keys
+from flexgate.server.experts.restore import AtStart, at_start
 from flexgate.server.experts.versions import merged_versions
 from flexgate.server.lifecycle import seed
 from flexgate.server.lifecycle.console import Started
@@ -71,7 +72,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             engine = await launching.__aenter__()
         try:
             with _interruptible():
-                from flexgate.server.lifecycle.serve import put_together, run
+                from flexgate.server.lifecycle.container import put_together
+                from flexgate.server.lifecycle.serve import run
 
                 services = put_together(settings, model, engine, store, past, directory, merged, keys, clock)
                 require_unchanged(checkpoint)
@@ -201,3 +203,16 @@ def _require_tokenizer(model: Path) -> None:
 def _url(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def trusted_keys(settings: Settings) -> TrustedKeys | None:
+    """Whose packages may be added: None asks for no signature; without a folder of keys nobody is trusted.
+
+    Raises:
+        KeyInvalid: a file in the folder is no public key.
+    """
+    if settings.demo or settings.allow_unsigned_experts:
+        return None
+    if settings.trusted_keys is None:
+        return TrustedKeys({})
+    return TrustedKeys.from_directory(settings.trusted_keys)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Final
 
 from flexgate.policies.documents import Role
 from flexgate.policies.store import demo
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.store import Store
+from flexgate.server.experts.restore import Loaded
 
 _OWNER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ACTOR: Final = "flexgate serve"
@@ -26,19 +27,6 @@ class DemoKeysFound(Exception):
 
 class ManifestRefused(Exception):
     """The checkpoint's manifest names owners that the policy cannot tell apart."""
-
-
-class Loaded(Protocol):
-    """An expert that will be served."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def owner(self) -> str: ...
-    @property
-    def domain(self) -> str: ...
-    @property
-    def required(self) -> bool: ...
 
 
 def prepare_demo(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:

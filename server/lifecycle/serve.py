@@ -1,7 +1,6 @@
-"""What a server is once its engine has proved itself: the services put together, and the process that answers.
+"""Serve HTTP until a signal comes or the engine ends; run the background tasks meanwhile.
 
-This loads vLLM's handlers, so it is imported after everything that can be refused without them. uvicorn's own signal
-handling would end the process before the engine's processes are stopped, so it is not used.
+uvicorn's own signal handling would end the process before the engine's processes are stopped, so it is not used.
 """
 
 from __future__ import annotations
@@ -10,148 +9,24 @@ import asyncio
 import logging
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
 from vllm.utils.system_utils import set_ulimit
 
-from flexgate.experts.checkpoint.base import base_identity
-from flexgate.experts.package.signature import TrustedKeys
-from flexgate.policies.audit import Event
-from flexgate.policies.store.change_notifications import Hints
-from flexgate.policies.store.identity import FileIdentity
-from flexgate.policies.store.store import Store
-from flexgate.server.engine.frontend.calls import ExpertLease
-from flexgate.server.engine.frontend.canary import try_added
 from flexgate.server.engine.frontend.client import GatedEngineClient
-from flexgate.server.engine.frontend.launch import RunningEngine
-from flexgate.server.experts.repository import ResidencyRepository
-from flexgate.server.experts.service import ExpertService
-from flexgate.server.experts.slot_pool import Places, Residence
-from flexgate.server.experts.uploads import Uploads
-from flexgate.server.experts.versions import Merged
 from flexgate.server.http.connections import BoundedProtocol
-from flexgate.server.http.offload import Offload
-from flexgate.server.inference.fair_queue import FairQueue
-from flexgate.server.inference.openai.handlers import build_handlers
-from flexgate.server.inference.request.limits import Limits
 from flexgate.server.lifecycle.app import build_app, build_listeners
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
-from flexgate.server.policy.live import LAST_TRY_S, PolicySource
-from flexgate.server.policy.replicas import Peers
-from flexgate.server.policy.rollback_guard import Past
 
-CANARY_SECONDS: Final = 60.0
 DEMO_TOOL_PARSER: Final = "hermes"
 """So that tool_choice 'auto', which agent frameworks send, is served: calls as JSON between tags."""
 
 logger = logging.getLogger(__name__)
-
-
-def put_together(
-    settings: Settings,
-    model: Path,
-    engine: RunningEngine,
-    store: Store,
-    past: Past,
-    directory: FileIdentity,
-    merged: Merged,
-    keys: TrustedKeys | None,
-    clock: Callable[[], float],
-) -> Services:
-    """What the routes work with."""
-    client = engine.client
-    names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
-    policy = PolicySource(
-        store,
-        lambda: {info.id: info.generation for info in client.experts() if info.live},
-        lease_s=settings.policy_lease_seconds,
-        poll_s=settings.policy_poll_seconds,
-        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds + settings.policy_poll_seconds + LAST_TRY_S),
-        hints=Hints(store.engine),
-        past=past,
-        require_files=directory.require,
-    )
-    offload = Offload()
-    queue = FairQueue(
-        settings.max_num_seqs,
-        share=settings.project_share,
-        most_queued=settings.max_queued,
-        seconds=settings.queue_seconds,
-    )
-    handlers = build_handlers(
-        client,
-        offload,
-        model_names=names,
-        chat_template=settings.chat_template,
-        tool_call_parser=settings.tool_call_parser or (DEMO_TOOL_PARSER if settings.demo else None),
-    )
-    return Services(
-        client=client,
-        handlers=handlers,
-        policy=policy,
-        store=store,
-        experts=_expert_service(settings, model, engine, store, policy, merged, keys, clock),
-        uploads=Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time),
-        experts_dir=settings.experts_dir,
-        model_names=names,
-        started=clock(),
-        clock=clock,
-        revoked_keys=settings.revoked_keys,
-        audit_denials_days=settings.audit_denials_days,
-        queue=queue,
-        limits=_limits(settings, client, queue.alone),
-        body_bytes=settings.max_body_bytes,
-        body_seconds=settings.body_seconds,
-        offload=offload,
-    )
-
-
-def _limits(settings: Settings, client: GatedEngineClient, seats: int) -> Limits:
-    """With the longest text that could fit the model, as vLLM reckons: its longest token, over and over.
-
-    No prompt has more choices than `seats`, those that one project may take.
-    """
-    tokens = int(client.model_config.max_model_len)
-    longest = int(client.renderer.tokenizer.max_chars_per_token)
-    limits = replace(settings.limits, n=min(settings.max_n, seats))
-    return replace(limits, prompt_tokens=tokens, prompt_chars=tokens * longest)
-
-
-def _expert_service(
-    settings: Settings,
-    model: Path,
-    engine: RunningEngine,
-    store: Store,
-    policy: PolicySource,
-    merged: Merged,
-    keys: TrustedKeys | None,
-    clock: Callable[[], float],
-) -> ExpertService:
-    """The service over a running engine; `clock` (Unix seconds) stamps every change."""
-    places = Places(
-        private=settings.directory() / "experts",
-        base=lambda: base_identity(model),
-        trusted_keys=keys,
-    )
-    free = engine.client.slots - len(engine.client.experts())
-    per_owner = settings.max_experts_per_owner or max(1, free // 2)
-    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged, per_owner=per_owner)
-
-    def record(actor: str, action: str, detail: dict[str, Any]) -> None:
-        store.record([Event(at=clock(), actor=actor, action=action, detail=detail)], urgent=True)
-
-    async def canary(public: ExpertLease, added: ExpertLease) -> None:
-        await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
-
-    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)
 
 
 async def run(settings: Settings, services: Services, sock: socket.socket, admin: socket.socket | None = None) -> None:

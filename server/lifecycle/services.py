@@ -1,4 +1,4 @@
-"""What the routes work with, put together once by `flexgate.server.lifecycle.serve`."""
+"""What the routes work with, put together once by `flexgate.server.lifecycle.container`."""
 
 from __future__ import annotations
 

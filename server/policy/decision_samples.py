@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict, defaultdict
 from typing import Final
 
-from flexgate.policies.agreements import TenantId
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import (
     AnchorRequired,
@@ -23,6 +22,7 @@ from flexgate.policies.errors import (
     RequiredExpertMissing,
     StoreError,
 )
+from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import Replay
 from flexgate.policies.store.decision_samples import Asked, Question, add_questions, read_questions
 from flexgate.policies.store.store import Store

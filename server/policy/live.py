@@ -1,4 +1,4 @@
-"""The policy that this process decides from: one immutable snapshot, confirmed again and again.
+"""The live policy: the one immutable snapshot that this process decides from, confirmed again and again.
 
 The store is asked at every poll, and at once when it hints at a change; what changed is read, and a new
 snapshot swapped in as a whole. A snapshot that
@@ -20,8 +20,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced
+from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
 from flexgate.server.policy.executors import CHANGES, run_in

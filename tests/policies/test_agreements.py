@@ -7,9 +7,10 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from flexgate.policies.agreements import Agreement, parse_expert_id, parse_set_id
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import InvalidName
+from flexgate.policies.ids import parse_expert_id, parse_set_id
 
 REFUSED = [
     ("unknown field", {"colour": "red"}),

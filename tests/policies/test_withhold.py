@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from flexgate.policies.agreements import Agreement, TenantId
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Role, Tenant
 from flexgate.policies.errors import TenantArchived
+from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import (
     Withholding,

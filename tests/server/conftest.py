@@ -16,8 +16,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from flexgate.policies.agreements import Agreement, OwnerId, TenantId
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
+from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
 

@@ -9,7 +9,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from flexgate.server.engine.protocol.gates import GATE_ARG
+from flexgate.server.engine.protocol.names import GATE_ARG
 
 
 class Characters:

@@ -21,7 +21,7 @@ from flexgate.experts.package.verify import open_package
 from flexgate.experts.package.weights import ExpertLayer
 from flexgate.experts.package.write import write_package
 from flexgate.experts.training.model import FlexOlmo
-from flexgate.policies.agreements import ExpertId, OwnerId
+from flexgate.policies.ids import ExpertId, OwnerId
 
 
 def save(model: FlexOlmo, target: Path) -> None:

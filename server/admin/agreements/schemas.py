@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from pydantic import create_model
 
-from flexgate.policies.agreements import Agreement, AgreementIdField, OwnerIdField
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.ids import AgreementIdField, OwnerIdField
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.pseudonyms import Pseudonyms
 from flexgate.server.admin.operation import Json

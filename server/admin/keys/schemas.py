@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from flexgate.policies.agreements import OwnerIdField
 from flexgate.policies.documents import KeyRecord, Title
+from flexgate.policies.ids import OwnerIdField
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
 from flexgate.server.admin.operation import Json, Page

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from flexgate.policies import explain as explaining
 from flexgate.policies import simulate as simulating
-from flexgate.policies.agreements import TenantId
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Role
+from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import with_standard
 from flexgate.policies.store import gitops, history
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written

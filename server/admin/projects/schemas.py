@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final, Literal
 
-from flexgate.policies.agreements import ExpertReference, GroupIdField, PurposeField, RegionField, SetId, SetOf
+from flexgate.policies.agreements import PurposeField, RegionField, SetOf
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.documents import References, Tenant, Title
+from flexgate.policies.ids import ExpertReference, GroupIdField, SetId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
 from flexgate.server.admin.operation import Json, Page

@@ -9,19 +9,11 @@ import logging
 import os
 
 from flexgate.server.engine.protocol.clock import Clock
-from flexgate.server.engine.protocol.gates import (
-    GATE_ARG,
-    SEAL_KEY_VARIABLE,
-    Gate,
-    GateError,
-    SealKey,
-    check,
-    open_seal,
-)
+from flexgate.server.engine.protocol.gates import Gate, GateError, SealKey, check, open_seal
+from flexgate.server.engine.protocol.names import GATE_ARG, SEAL_KEY_VARIABLE, SELF_TEST
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.seam.engine import EngineCoreRequest
 
-SELF_TEST = "flexgate-self-test-"  # what the ids of requests begin with that must be refused at every start
 logger = logging.getLogger(__name__)
 
 

@@ -12,8 +12,9 @@ from flexgate.server.engine.core.parent_watchdog import end_with_parent, leave_i
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.engine.protocol.endings import CONSTRAINT_SLOW, EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
 from flexgate.server.engine.protocol.gates import Gate
+from flexgate.server.engine.protocol.names import SLOTS_UTILITY, USAGE_ATTRIBUTE, USAGE_KEY
 from flexgate.server.engine.protocol.slots import ANCHOR_SLOT, SlotTable
-from flexgate.server.engine.protocol.usage import USAGE_ATTRIBUTE, UsageLedger
+from flexgate.server.engine.protocol.usage import UsageLedger
 from flexgate.server.engine.seam.engine import (
     AsyncScheduler,
     BlockHash,
@@ -31,9 +32,6 @@ from flexgate.server.engine.seam.engine import (
     guard_requests,
     offer_to_engine_core,
 )
-
-USAGE_KEY = "flexgate"  # key of ``EngineCoreOutput.kv_transfer_params``
-SLOTS_UTILITY = "flexgate_slots"  # name under which the engine core takes :func:`_change_slots`
 
 logger = logging.getLogger(__name__)
 

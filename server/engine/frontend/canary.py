@@ -5,12 +5,11 @@ import math
 import uuid
 from typing import Any
 
-from flexgate.server.engine.core.guard import SELF_TEST
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.frontend.slot_control import SlotOperator
 from flexgate.server.engine.protocol.endings import NUMBERS_OVERFLOWED
-from flexgate.server.engine.protocol.gates import GATE_ARG
+from flexgate.server.engine.protocol.names import GATE_ARG, SELF_TEST
 from flexgate.server.engine.seam.engine import EngineGenerateError
 
 TENANT = "flexgate-canary"

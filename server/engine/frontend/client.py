@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from flexgate.server.engine.core.scheduler import USAGE_KEY
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, Ticket
 from flexgate.server.engine.frontend.constraining import Constrainer
 from flexgate.server.engine.frontend.params import most_tokens, refuse_many_bad_words
@@ -27,7 +26,8 @@ from flexgate.server.engine.protocol.endings import (
     POLICY_UNAVAILABLE,
     QUEUED_TOO_LONG,
 )
-from flexgate.server.engine.protocol.gates import GATE_ARG, GateError, SealKey, seal
+from flexgate.server.engine.protocol.gates import GateError, SealKey, seal
+from flexgate.server.engine.protocol.names import GATE_ARG, USAGE_KEY
 from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
 
 if TYPE_CHECKING:

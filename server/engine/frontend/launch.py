@@ -21,7 +21,8 @@ from flexgate.server.engine.frontend.core_process import EarlyContext, EarlyProc
 from flexgate.server.engine.frontend.memory import SlotPlan, kv_bytes_of_one_request, plan_slots
 from flexgate.server.engine.frontend.requirements import require_servable
 from flexgate.server.engine.frontend.tokenizer import require_readable_texts
-from flexgate.server.engine.protocol.gates import SEAL_KEY_VARIABLE, SealKey, new_seal_key
+from flexgate.server.engine.protocol.gates import SealKey, new_seal_key
+from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY, SEAL_KEY_VARIABLE
 from flexgate.server.engine.protocol.slots import SlotTable
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 CPU_KV_BYTES = 1 << 30
 MOE_KERNELS = ("flexgate", "vllm")
-MOE_KERNELS_KEY = "flexgate_moe_kernels"  # key of vLLM's ``additional_config``
 
 Stage = Callable[[str, int, int], None]  # (what is happening, done, total); total 0: unknown
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexgate.experts.package.weights import WeightsTicket
-from flexgate.server.engine.core.scheduler import SLOTS_UTILITY
+from flexgate.server.engine.protocol.names import SLOTS_UTILITY
+from flexgate.server.engine.protocol.slot_tasks import to_wire
 from flexgate.server.engine.seam.engine import RankFailed, ask_engine_core, ask_ranks
-from flexgate.server.engine.worker.slot_writer import to_wire
 
 POLL_SECONDS = 0.01
 

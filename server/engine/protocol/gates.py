@@ -18,10 +18,8 @@ from typing import NewType
 
 from flexgate.kernels.gated_topk import MAX_SLOTS
 
-GATE_ARG = "flexgate"  # key of ``SamplingParams.extra_args`` that carries the sealed gate
 SEAL_KEY_BYTES = 32
 MAX_SEALED_LENGTH = 8192
-SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"  # environment of the engine's processes
 
 SealKey = NewType("SealKey", bytes)
 SealedGate = NewType("SealedGate", str)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexgate.server.engine.protocol.gates import Gate, GateError, SlotLease
+from flexgate.server.engine.protocol.names import CONFIG_KEY
 
 ANCHOR_SLOT = 0
-CONFIG_KEY = "flexgate"  # key of vLLM's ``additional_config``
 
 
 class SlotError(ValueError):

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-USAGE_ATTRIBUTE = "expert_usage"  # of a ``ModelRunnerOutput``, where a worker leaves a StepUsage
-
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 

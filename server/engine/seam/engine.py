@@ -1,4 +1,4 @@
-"""Every private name of vLLM that flexgate relies on, and why. Written for vLLM 0.32.0.
+"""Every private name of vLLM's engine that flexgate relies on, and why. Written for vLLM 0.32.0.
 
 vLLM documents plugins, ``--worker-cls``, ``--scheduler-cls``, ``additional_config`` and a
 model's ``get_model_state_cls()``. What follows is not documented and may change with any

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from flexgate.kernels.gated_topk import MAX_SLOTS
-from flexgate.server.engine.protocol.gates import GATE_ARG, GateError, SealKey, check_owner, open_seal
+from flexgate.server.engine.protocol.gates import GateError, SealKey, check_owner, open_seal
+from flexgate.server.engine.protocol.names import GATE_ARG
 from flexgate.server.engine.protocol.slots import ANCHOR_SLOT, SlotTable
 from flexgate.server.engine.protocol.usage import Float32Array, Int64Array, StepUsage
 from flexgate.server.engine.seam.engine import SchedulerOutput, external_id

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 
 from flexgate.kernels.gated_experts import gated_experts, gated_experts_implementation
-from flexgate.server.engine.frontend.launch import MOE_KERNELS_KEY
+from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY
 from flexgate.server.engine.seam.engine import (
     CPUUnquantizedExperts,
     FusedMoEActivationFormat,

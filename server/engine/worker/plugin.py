@@ -7,7 +7,7 @@ plain ``vllm serve`` on the same machine is left alone.
 
 import os
 
-from flexgate.server.engine.protocol.gates import SEAL_KEY_VARIABLE
+from flexgate.server.engine.protocol.names import SEAL_KEY_VARIABLE
 
 ARCHITECTURE = "FlexOlmoForCausalLM"
 

@@ -13,43 +13,15 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass, field
 
 import torch
 
-from flexgate.experts.checkpoint.base import BaseArchitecture
 from flexgate.experts.package.weights import WeightsTicket, open_weights
+from flexgate.server.engine.protocol.slot_tasks import TaskReport
 from flexgate.server.engine.worker.slot_arrays import SlotArrays
 
 logger = logging.getLogger(__name__)
-
-
-class TaskReport(TypedDict):
-    """What a rank says of its last task; plain data, since it crosses a process boundary.
-
-    ``done`` of ``total`` layers; ``digest`` is SHA-256, in hexadecimal, over what is resident in
-    the slot after it, layer by layer; ``error`` is one sentence.
-    """
-
-    state: Literal["idle", "running", "done", "failed"]
-    slot: int
-    done: int
-    total: int
-    digest: str
-    error: str
-
-
-def to_wire(ticket: WeightsTicket) -> dict[str, Any]:
-    """A ticket as plain data, for a process boundary."""
-    return {**asdict(ticket), "path": str(ticket.path)}
-
-
-def from_wire(values: dict[str, Any]) -> WeightsTicket:
-    """Read back :func:`to_wire`."""
-    architecture = BaseArchitecture(**values["architecture"])
-    return WeightsTicket(**{**values, "path": Path(values["path"]), "architecture": architecture})
 
 
 class ResidencyError(RuntimeError):

@@ -12,8 +12,9 @@ from vllm.platforms import current_platform
 
 from flexgate.server.engine.core.parent_watchdog import leave_interrupts_to_the_server
 from flexgate.server.engine.protocol.handshake import RankReport, report_rank
+from flexgate.server.engine.protocol.names import USAGE_ATTRIBUTE
+from flexgate.server.engine.protocol.slot_tasks import TaskReport, from_wire
 from flexgate.server.engine.protocol.slots import SlotTable
-from flexgate.server.engine.protocol.usage import USAGE_ATTRIBUTE
 from flexgate.server.engine.seam.engine import (
     AsyncModelRunnerOutput,
     DefaultModelState,
@@ -24,7 +25,7 @@ from flexgate.server.engine.seam.engine import (
     clear_reused_blocks,
 )
 from flexgate.server.engine.worker.gate_buffers import GateState, PendingUsage
-from flexgate.server.engine.worker.slot_writer import SlotWriter, TaskReport, from_wire
+from flexgate.server.engine.worker.slot_writer import SlotWriter
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as _Worker

@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeCompletionRequest,
 )
 
-from flexgate.policies.agreements import TenantId
+from flexgate.policies.ids import TenantId
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.validation import read_request
 from flexgate.server.inference.decide import Kind, honoured_body

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from residencykit.local import Local, local, package, withdrawn_in, zeros
 
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.ids import ExpertId
 from flexgate.server.policy.live import PolicySource
 
 pytestmark = pytest.mark.asyncio

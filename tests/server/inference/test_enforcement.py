@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from flexgate.policies.agreements import Agreement, TenantId
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
+from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import ExpertLease, GatedCall, GateGrant
 from flexgate.server.http.auth import authenticate

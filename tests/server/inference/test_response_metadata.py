@@ -10,7 +10,8 @@ import pytest
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.inference.response_metadata import GateViolated, answer_object, attribution_object, headers
+from flexgate.server.inference.attribution import GateViolated, attribution_object
+from flexgate.server.inference.response_metadata import answer_object, headers
 
 
 class Use(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from flexgate.policies.agreements import ExpertId
 from flexgate.policies.errors import SnapshotStale, StoreUnavailable
+from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.policy.live import PolicySource, with_live
 

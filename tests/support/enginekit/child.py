@@ -80,7 +80,7 @@ class Engine:
         return [getattr(self, f"_{change.do}")(change) for change in changes]
 
     def _fill(self, change: SlotChange) -> None:
-        from flexgate.server.engine.worker.slot_writer import to_wire
+        from flexgate.server.engine.protocol.slot_tasks import to_wire
 
         self.ask_ranks("flexgate_load", change.slot, to_wire(change.ticket))
 

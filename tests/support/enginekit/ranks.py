@@ -7,7 +7,8 @@ from typing import Any
 
 def admit_request(worker: Any, request_id: str, sealed: str) -> str | None:
     """Run on every rank: why it does not admit a request, or None."""
-    from flexgate.server.engine.protocol.gates import GATE_ARG, GateError
+    from flexgate.server.engine.protocol.gates import GateError
+    from flexgate.server.engine.protocol.names import GATE_ARG
 
     gates = worker.model_runner.get_model().gates
     try:

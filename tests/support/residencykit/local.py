@@ -24,9 +24,10 @@ from flexgate.policies.store.store import Store
 from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease, GatedCall
 from flexgate.server.engine.frontend.slot_control import Closed, SlotTaskFailed
+from flexgate.server.engine.protocol.slot_tasks import from_wire, to_wire
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.worker.slot_arrays import SlotArrays
-from flexgate.server.engine.worker.slot_writer import SlotWriter, from_wire, to_wire
+from flexgate.server.engine.worker.slot_writer import SlotWriter
 from flexgate.server.experts.repository import ResidencyRepository
 from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.slot_pool import Places, Progress, Residence

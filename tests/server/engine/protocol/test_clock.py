@@ -19,7 +19,7 @@ from flexgate.policies.store import Store, history
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.http.auth import authenticate
 from flexgate.server.inference.request.limits import Limits
-from flexgate.server.lifecycle import bootstrap, serve
+from flexgate.server.lifecycle import bootstrap, container, serve
 from flexgate.server.lifecycle.console import Started
 from flexgate.server.lifecycle.settings import Settings
 from flexgate.server.policy.live import PolicySource
@@ -122,8 +122,8 @@ async def test_a_clock_set_back_while_the_engine_starts_stamps_nothing(
 
     monkeypatch.setattr(bootstrap, "Clock", lambda: Clock(lambda: machine.wall, lambda: machine.steady))
     monkeypatch.setattr(bootstrap, "launch", launch)
-    monkeypatch.setattr(serve, "build_handlers", lambda *_, **__: SimpleNamespace())
-    monkeypatch.setattr(serve, "_limits", lambda *_: Limits())
+    monkeypatch.setattr(container, "build_handlers", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(container, "_limits", lambda *_: Limits())
     monkeypatch.setattr(bootstrap, "_settle_heap", lambda: None)  # else the tests' own heap stays for ever
     monkeypatch.setattr(serve, "run", run)
     told: list[Started] = []

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flexgate.server.engine.protocol import gates
+from flexgate.server.engine.protocol.names import GATE_ARG
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.worker.gate_buffers import CLOSED_GATE, GateState
 
@@ -16,7 +17,7 @@ TABLE = SlotTable(4, {0: 1, 1: 1, 2: 1})
 
 def new_request(name: str, slots: tuple[int, ...]) -> Any:
     gate = gates.Gate(name, "tenant", tuple(TABLE.lease(slot) for slot in slots), math.inf, "salt")
-    params = SimpleNamespace(extra_args={gates.GATE_ARG: gates.seal(gate, KEY)})
+    params = SimpleNamespace(extra_args={GATE_ARG: gates.seal(gate, KEY)})
     return SimpleNamespace(req_id=f"{name}-0123abcd", num_computed_tokens=0, sampling_params=params)
 
 
