@@ -13,12 +13,12 @@ from typing import Any, Final, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from flexgate.policies.decision import Decision
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall, GateGrant
+from flexgate.server.engine.seam.openai import ErrorResponse
 from flexgate.server.http.auth import AuthError, Principal, require_tenant
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.context import context_of, identify

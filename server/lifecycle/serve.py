@@ -15,9 +15,9 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
-from vllm.utils.system_utils import set_ulimit
 
 from flexgate.server.engine.frontend.client import GatedEngineClient
+from flexgate.server.engine.seam.frontend import set_ulimit
 from flexgate.server.http.connections import BoundedProtocol
 from flexgate.server.lifecycle.app import build_app, build_listeners
 from flexgate.server.lifecycle.services import Services

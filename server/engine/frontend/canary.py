@@ -122,7 +122,7 @@ async def _answer(outputs: Any) -> float:
 
 
 def _params() -> Any:
-    from vllm.sampling_params import SamplingParams
+    from flexgate.server.engine.seam.engine import SamplingParams
 
     # Log-probabilities, so that whatever is compiled for them is compiled before /ready.
     return SamplingParams(temperature=0.0, max_tokens=2, logprobs=1, prompt_logprobs=1)

@@ -31,10 +31,9 @@ from flexgate.server.engine.protocol.names import GATE_ARG, USAGE_KEY
 from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
 
 if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
-    from vllm.sampling_params import SamplingParams
-
     from flexgate.server.engine.frontend.constraints.compiler import Compiler
+    from flexgate.server.engine.seam.engine import SamplingParams
+    from flexgate.server.engine.seam.frontend import RequestOutput
 
 LOOK_AGAIN_SECONDS: Final = 1.0
 """How often the clock is read until a call's end: it may be set forward meanwhile."""

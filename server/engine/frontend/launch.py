@@ -187,10 +187,9 @@ async def launch(
         )
 
         require_tested_version()
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         from flexgate.server.engine.frontend.slot_control import SlotOperator
         from flexgate.server.engine.frontend.watchdog import Heartbeat, end_if_it_hangs
+        from flexgate.server.engine.seam.frontend import AsyncLLM
 
         if early is not None:
             starting.enter_context(engine_core_of(EarlyContext(early)))
@@ -233,10 +232,8 @@ def prepare_environment(key: SealKey, settings: EngineSettings) -> None:
 
 def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
     """The ``VllmConfig`` of a plan; ``tuning`` overrides engine arguments (tests, benchmarks)."""
-    from vllm.config import StructuredOutputsConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     from flexgate.server.engine.seam.engine import keep_one_rank_in_the_engine_core
+    from flexgate.server.engine.seam.frontend import AsyncEngineArgs, StructuredOutputsConfig
 
     settings = planned.settings
     scheduler = "GatedAsyncScheduler" if settings.async_scheduling else "GatedScheduler"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm import envs
-from vllm.exceptions import VLLMValidationError
+from flexgate.server.engine.seam.engine import VLLMValidationError, envs
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
+    from flexgate.server.engine.seam.engine import SamplingParams
 
 
 def most_tokens(prompt: Any, params: SamplingParams) -> int:

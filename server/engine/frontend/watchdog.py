@@ -8,11 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import psutil
-from vllm import envs
 
 from flexgate.server.engine.frontend.slot_control import SlotOperator
 from flexgate.server.engine.protocol.slots import ANCHOR_SLOT
-from flexgate.server.engine.seam.engine import EngineDeadError
+from flexgate.server.engine.seam.engine import EngineDeadError, envs
 
 TICK_SECONDS = 1.0
 READY_SECONDS = (

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
-import vllm
 
 from flexgate.server.engine.protocol.slots import SlotTable
-from flexgate.server.engine.seam.engine import zero_blocks
+from flexgate.server.engine.seam.engine import VLLM_VERSION, zero_blocks
 
 NULL_BLOCK = 0  # of vLLM's KV cache: what unused entries of block tables name; no request's
 
@@ -47,7 +46,7 @@ def report_rank(worker: Any) -> RankReport:
         hook = type(worker.model_runner).__name__
     return RankReport(
         rank=worker.rank,
-        vllm_version=vllm.__version__,
+        vllm_version=VLLM_VERSION,
         model=f"{type(model).__module__}.{type(model).__qualname__}",
         hook=hook,
         moe_layers=len(layers),
@@ -124,7 +123,7 @@ def verify(
         "zero_slot": True,
         "clears_blocks": True,
         "key_digest": key_digest(key),
-        "vllm_version": vllm.__version__,
+        "vllm_version": VLLM_VERSION,
     }
     step = world_size if expert_parallel else 1
     for rank, report in enumerate(reports):

@@ -70,9 +70,10 @@ from typing import Any, Final, TypeVar
 import torch
 import vllm
 import xgrammar
-from vllm import envs
+from vllm import ModelRegistry, envs
 from vllm._custom_ops import cpu_prepack_moe_weight
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
@@ -85,6 +86,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1 import structured_output
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -102,11 +104,13 @@ from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+VLLM_VERSION: Final[str] = vllm.__version__
 TESTED_VERSIONS = frozenset({"0.32.0"})
 DEAD_POLL_SECONDS: Final = 0.5
 
 __all__ = [
     "TESTED_VERSIONS",
+    "VLLM_VERSION",
     "AsyncModelRunnerOutput",
     "AsyncScheduler",
     "BaseRouter",
@@ -123,20 +127,25 @@ __all__ = [
     "FusedMoEExpertsModular",
     "FusedMoEFactory",
     "MoEActivation",
+    "ModelRegistry",
     "ModelRunnerOutput",
+    "QueueOverflowError",
     "RankFailed",
     "Request",
     "RequestStatus",
     "RoutedExperts",
     "RoutingMethodType",
+    "SamplingParams",
     "Scheduler",
     "SchedulerOutput",
     "StructuredOutputOptions",
+    "StructuredOutputsParams",
     "TopKWeightAndReduceNoOP",
     "TritonExperts",
     "UnquantizedFusedMoEMethod",
     "UnquantizedMoeBackend",
     "UntestedVersionError",
+    "VLLMValidationError",
     "XgrammarBackend",
     "XgrammarGrammar",
     "allow_amx_tiles",
@@ -147,9 +156,12 @@ __all__ = [
     "cached_among",
     "clear_reused_blocks",
     "cpu_prepack_moe_weight",
+    "current_platform",
     "engine_core_of",
+    "envs",
     "evict_cached",
     "external_id",
+    "get_current_vllm_config",
     "guard_requests",
     "keep_one_rank_in_the_engine_core",
     "offer_to_engine_core",

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
 
 from flexgate.kernels.gated_experts import gated_experts, gated_experts_implementation
 from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY
@@ -27,6 +26,7 @@ from flexgate.server.engine.seam.engine import (
     UnquantizedFusedMoEMethod,
     UnquantizedMoeBackend,
     cpu_prepack_moe_weight,
+    get_current_vllm_config,
 )
 from flexgate.server.engine.worker.slot_arrays import Pack, plain
 

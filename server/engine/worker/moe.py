@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from vllm.config import get_current_vllm_config
 
 from flexgate.kernels.gated_topk import Fill, gated_topk
-from flexgate.server.engine.seam.engine import BaseRouter, FusedMoEFactory, RoutingMethodType
+from flexgate.server.engine.seam.engine import BaseRouter, FusedMoEFactory, RoutingMethodType, get_current_vllm_config
 from flexgate.server.engine.worker.gate_buffers import GateState
 from flexgate.server.engine.worker.kernels import chosen_routed_experts, held_kernels, pack_of
 from flexgate.server.engine.worker.slot_arrays import Pack, SlotArrays

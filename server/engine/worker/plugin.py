@@ -16,8 +16,7 @@ def register() -> None:
     """Register the gated FlexOlmo model in place of vLLM's Transformers backend."""
     if SEAL_KEY_VARIABLE not in os.environ:
         return
-    from vllm import ModelRegistry
-
+    from flexgate.server.engine.seam.engine import ModelRegistry
     from flexgate.server.engine.worker.model import GatedFlexOlmoForCausalLM
 
     ModelRegistry.register_model(ARCHITECTURE, GatedFlexOlmoForCausalLM)

@@ -5,10 +5,9 @@ Runner V1 has no such place, so :class:`GatedWorker` puts a subclass under its r
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.platforms import current_platform
 
 from flexgate.server.engine.core.parent_watchdog import leave_interrupts_to_the_server
 from flexgate.server.engine.protocol.handshake import RankReport, report_rank
@@ -23,14 +22,11 @@ from flexgate.server.engine.seam.engine import (
     allow_amx_tiles,
     answered,
     clear_reused_blocks,
+    current_platform,
 )
+from flexgate.server.engine.seam.worker import Worker as _Worker
 from flexgate.server.engine.worker.gate_buffers import GateState, PendingUsage
 from flexgate.server.engine.worker.slot_writer import SlotWriter
-
-if TYPE_CHECKING or not current_platform.is_cpu():
-    from vllm.v1.worker.gpu_worker import Worker as _Worker
-else:
-    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 
 
 class _AsyncOutput(AsyncModelRunnerOutput):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.sampling_params import SamplingParams
+from flexgate.server.engine.seam.openai import ChatCompletionRequest, CompletionRequest, SamplingParams
 
 
 def _with_choices(params: SamplingParams, n: int) -> SamplingParams:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
-from vllm.tool_parsers.abstract_tool_parser import ToolParser
-
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.schemas import Schema, enforceable
+from flexgate.server.engine.seam.handlers import ToolParser
+from flexgate.server.engine.seam.openai import StructuredOutputsParams, VLLMValidationError
 
 MAX_CALLS: Final = 8
 """Of one answer: a model that does not end the list by itself would call until its length ends."""

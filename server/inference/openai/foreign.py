@@ -14,9 +14,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response as OpenAiResponse
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse, ChatCompletionStreamResponse
-from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionStreamResponse
-from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
+from flexgate.server.engine.seam.openai import (
+    ChatCompletionResponse,
+    ChatCompletionStreamResponse,
+    CompletionResponse,
+    CompletionStreamResponse,
+    ResponsesResponse,
+)
 
 _SENT: Final = (ChatCompletionResponse, ChatCompletionStreamResponse, CompletionResponse, CompletionStreamResponse)
 _KNOWN: Final = (ChatCompletion, ChatCompletionChunk, Completion)

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.entrypoints.openai.models.protocol import BaseModelPath
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
-from vllm.renderers.online_renderer import OnlineRenderer
-from vllm.tool_parsers import ToolParserManager
-
 from flexgate.server.engine.frontend.tokenizer import template_problem
+from flexgate.server.engine.seam.handlers import (
+    BaseModelPath,
+    OnlineRenderer,
+    OpenAIServingChat,
+    OpenAIServingCompletion,
+    OpenAIServingModels,
+    OpenAIServingResponses,
+    ServingTokenization,
+    ToolParserManager,
+)
 from flexgate.server.http.offload import Offload
 from flexgate.server.inference.openai.forced import ConstrainedToolParser
 from flexgate.server.inference.openai.making import LaterChat, LaterCompletion, LaterResponses

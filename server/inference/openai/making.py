@@ -10,9 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from flexgate.server.engine.seam.handlers import OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses
 
 
 class Later:

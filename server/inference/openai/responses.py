@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from flexgate.server.engine.seam.openai import ResponsesRequest
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.decide import Kind
 from flexgate.server.inference.openai import sse, vllm_errors

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from pydantic import BaseModel
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from flexgate.server.engine.seam.openai import ErrorResponse
 from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.pipeline import Run
 

@@ -11,14 +11,14 @@ from typing import Any, Final
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.tokenize.protocol import (
+
+from flexgate.policies.ids import TenantId
+from flexgate.server.engine.seam.openai import (
     DetokenizeRequest,
+    ErrorResponse,
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-
-from flexgate.policies.ids import TenantId
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.validation import read_request
 from flexgate.server.inference.decide import Kind, honoured_body

@@ -7,9 +7,6 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from pydantic import ValidationError
-from vllm.entrypoints.serve import create_error_response
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
-from vllm.exceptions import VLLMValidationError
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import (
@@ -24,6 +21,7 @@ from flexgate.server.engine.protocol.endings import (
     PROJECT_ARCHIVED,
     QUEUED_TOO_LONG,
 )
+from flexgate.server.engine.seam.openai import ErrorInfo, ErrorResponse, VLLMValidationError, create_error_response
 from flexgate.server.http.errors import (
     CONTEXT_LENGTH_EXCEEDED,
     INTERNAL_MESSAGE,

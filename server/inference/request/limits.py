@@ -231,7 +231,7 @@ def _constraint(value: Any, limits: Limits) -> Body:
 
 def _check_notation(grammar: str, param: str) -> None:
     """Refuse Lark's, which has other ways to repeat than those that are bounded."""
-    from vllm.v1.structured_output.utils import grammar_is_likely_lark
+    from flexgate.server.engine.seam.openai import grammar_is_likely_lark
 
     if grammar_is_likely_lark(grammar):
         invalid(f"'{param}' must be in EBNF: its rules are written 'name ::= ...', the first one is 'root'.", param)

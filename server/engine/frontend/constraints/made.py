@@ -10,7 +10,7 @@ from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.schemas import enforceable
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import StructuredOutputsParams
+    from flexgate.server.engine.seam.engine import StructuredOutputsParams
 
 MAX_MADE_BYTES: Final = 128 * 1024
 """Of a made constraint: 128 tools with long names make less of the schemas that a request may have."""
