@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Final, ParamSpec, TypeVar
 
 from flexgate.policies.documents import Role
 from flexgate.server.http.auth import Principal
-from flexgate.server.http.errors import ApiError
+from flexgate.server.http.errors import ApiError, TooMany
 from flexgate.server.policy.executors import CHANGES, OTHERS_CHANGES, OTHERS_READS, READS, run_in
 
 P = ParamSpec("P")
@@ -44,10 +43,9 @@ async def in_turn(
 
 
 def _too_many() -> ApiError:
-    return ApiError(
+    return TooMany(
         f"This key may have {MOST_OF_ONE} such requests to the administration under way at once. "
         "Try again once one of them has been answered.",
-        status=HTTPStatus.TOO_MANY_REQUESTS,
         code="rate_limit_exceeded",
         type_="requests",
         headers={"retry-after": "1"},

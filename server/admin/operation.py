@@ -13,7 +13,6 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
@@ -30,6 +29,7 @@ from flexgate.server.http.auth import Principal
 from flexgate.server.http.context import CHANGE_PATIENCE_S, identify
 from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
+from flexgate.server.http.responses import OK
 from flexgate.server.http.validation import Closed, parse_query, read_body
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.policy.executors import CHANGES, run_in
@@ -99,7 +99,7 @@ class Operation(Generic[B, Q]):
     path: str
     roles: tuple[Role, ...]
     work: Callable[[Call[B, Q]], Json | Awaitable[Json | Response]]
-    status: HTTPStatus = HTTPStatus.OK
+    status: int = OK
     patient: bool = False
     body: type[B] = _NOTHING
     query: type[Q] = _NOTHING

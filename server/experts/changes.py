@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from flexgate.policies.documents import Role
 from flexgate.policies.ids import ExpertId
@@ -23,8 +22,9 @@ from flexgate.server.experts.uploads import Upload
 from flexgate.server.http.auth import Principal
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.context import while_identified
-from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
+from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import UNKNOWN_EXPERT
+from flexgate.server.http.responses import ACCEPTED, CREATED, accepted
 from flexgate.server.inference.openai.sse import DONE
 
 MOST_JOBS = 4
@@ -36,9 +36,8 @@ async def add(call: Call[AddBody, Nothing]) -> Response:
     services, principal, body = call.services, call.principal, call.body
     service, uploads = services.experts, services.uploads
     if service.jobs.running(principal.key_id) >= MOST_JOBS:
-        raise ApiError(
+        raise Conflict(
             f"{MOST_JOBS} jobs of this key are running. Wait for one of them.",
-            status=HTTPStatus.CONFLICT,
             code="too_many_jobs",
         )
     actor, owner = principal.key_id, principal.owner_id
@@ -50,8 +49,7 @@ async def add(call: Call[AddBody, Nothing]) -> Response:
             raise Invalid("An owner's key adds packages by upload.", param="package", code="upload_required")
         source = _under(services.experts_dir, body.package or "")
         job = service.start_add(source, name=source.name, actor=actor, owner=owner)
-    location = {"location": f"/v1/expert_jobs/{job.id}"}
-    return JSONResponse(job.to_json(), status_code=HTTPStatus.ACCEPTED, headers=location)
+    return accepted(job.to_json(), f"/v1/expert_jobs/{job.id}")
 
 
 async def job(call: Call[Nothing, JobQuery]) -> Json | Response:
@@ -137,8 +135,8 @@ def _answer(error: ExpertError) -> ApiError:
         return _unknown()
     if isinstance(error, NotStored):
         return Unavailable(str(error), code=error.code)
-    status = HTTPStatus.CONFLICT if isinstance(error, ChangeConflict) else HTTPStatus.INTERNAL_SERVER_ERROR
-    return ApiError(str(error), status=status, code=error.code)
+    kind = Conflict if isinstance(error, ChangeConflict) else ApiError
+    return kind(str(error), code=error.code)
 
 
 async def _events(states: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
@@ -153,14 +151,12 @@ async def _events(states: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
 _CHANGES: Final = (Role.ADMIN, Role.OWNER)
 _UPLOADS: Final = "/v1/expert_uploads"
 OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="POST", path="/v1/experts", roles=_CHANGES, work=add, body=AddBody, status=HTTPStatus.ACCEPTED),
+    Operation(method="POST", path="/v1/experts", roles=_CHANGES, work=add, body=AddBody, status=ACCEPTED),
     Operation(
         method="DELETE", path="/v1/experts/{expert}", roles=_CHANGES, work=revoke, query=RevokeQuery, patient=True
     ),
     Operation(method="GET", path="/v1/expert_jobs/{job}", roles=(*_CHANGES, Role.AUDITOR), work=job, query=JobQuery),
-    Operation(
-        method="POST", path=_UPLOADS, roles=_CHANGES, work=open_upload, body=UploadBody, status=HTTPStatus.CREATED
-    ),
+    Operation(method="POST", path=_UPLOADS, roles=_CHANGES, work=open_upload, body=UploadBody, status=CREATED),
     Operation(method="GET", path=f"{_UPLOADS}/{{upload}}", roles=_CHANGES, work=retrieve_upload),
     Operation(method="DELETE", path=f"{_UPLOADS}/{{upload}}", roles=_CHANGES, work=drop_upload),
     Operation(

@@ -17,12 +17,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
 from flexgate.experts.package.files import MANIFEST_NAME, NAMES, WEIGHTS_NAME
-from flexgate.server.http.errors import ApiError, Invalid, NotFound, TooLarge
+from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, OutOfSpace, TimedOut, TooLarge
 
 META: Final = "upload.json"
 MOST_UPLOADS: Final = 4
@@ -72,9 +71,8 @@ class Uploads:
         self._forget_stale()
         announced = [json.loads(meta.read_text()) for meta in self._root.glob(f"*/{META}")]
         if sum(meta["actor"] == actor for meta in announced) >= MOST_UPLOADS:
-            raise ApiError(
+            raise Conflict(
                 f"{MOST_UPLOADS} uploads of this key are open. Finish or delete one of them.",
-                status=HTTPStatus.CONFLICT,
                 code="too_many_uploads",
             )
         needed = 2 * sum(sizes.values())
@@ -111,9 +109,8 @@ class Uploads:
             raise NotFound("The upload has no such file.", code="upload_not_found")
         received = upload.received(name)
         if offset != received:
-            raise ApiError(
+            raise Conflict(
                 f"'{name}' has {received} bytes so far; go on from there.",
-                status=HTTPStatus.CONFLICT,
                 code="wrong_offset",
                 details={"received": received},
             )
@@ -143,9 +140,8 @@ class Uploads:
         self._require_idle(upload)
         missing = [name for name, size in upload.sizes.items() if upload.received(name) != size]
         if missing:
-            raise ApiError(
+            raise Conflict(
                 f"'{missing[0]}' of upload '{upload.id}' has not arrived in full.",
-                status=HTTPStatus.CONFLICT,
                 code="upload_incomplete",
             )
         (upload.directory / META).unlink()
@@ -161,7 +157,7 @@ class Uploads:
 
     def _require_idle(self, upload: Upload) -> None:
         if upload.id in self._writing:
-            raise ApiError("The upload is being written to.", status=HTTPStatus.CONFLICT, code="upload_busy")
+            raise Conflict("The upload is being written to.", code="upload_busy")
 
     def _to_come(self) -> int:
         """Bytes that are still to be written of the uploads there are, and of the private copies of them.
@@ -205,9 +201,8 @@ async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             async with asyncio.timeout(IDLE_SECONDS):
                 chunk = await anext(chunks, None)
         except TimeoutError:
-            raise ApiError(
+            raise TimedOut(
                 f"Nothing more of the file came for {IDLE_SECONDS:g} seconds. What has arrived is kept.",
-                status=HTTPStatus.REQUEST_TIMEOUT,
                 code="request_timeout",
             ) from None
         if chunk is None:
@@ -216,7 +211,7 @@ async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _disk_full(message: str) -> ApiError:
-    return ApiError(message, status=HTTPStatus.INSUFFICIENT_STORAGE, code="disk_full")
+    return OutOfSpace(message, code="disk_full")
 
 
 def _newest(directory: Path) -> float:

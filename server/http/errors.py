@@ -1,10 +1,16 @@
 """Errors that reach a client, and the one body that all of them have.
 
-ApiError                 a status, a type of OpenAI's vocabulary, a code, a message, the field
+ApiError                 500  a status, a type of OpenAI's vocabulary, a code, a message, the field
 ├── Invalid              400  the request is not one that can be served
-├── TooLarge             413
+├── Unauthorized         401  it is not known who calls
+├── Forbidden            403  it is known, and may not
 ├── NotFound             404  nothing of that name, or nothing the caller may know of
-└── Unavailable          503  try again later
+├── TimedOut             408  the client sent nothing more
+├── Conflict             409  not as things stand now
+├── TooLarge             413  the body is over the limit
+├── TooMany              429  a limit; later, or with a higher one
+├── Unavailable          503  try again later
+└── OutOfSpace           507  the disk has no room
 
 Every other package's errors are turned into these in `flexgate.server.http.refusals`; HTTP status codes
 are chosen there and here alone.
@@ -14,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from pydantic import ValidationError
 
@@ -23,6 +29,7 @@ INVALID_REQUEST: Final = "invalid_request_error"
 FORBIDDEN: Final = "request_forbidden"
 SERVER_ERROR: Final = "server_error"
 
+_SERVER_FAULTS: Final = HTTPStatus.INTERNAL_SERVER_ERROR
 INTERNAL_MESSAGE: Final = "The server could not answer this request. Its log has the request id."
 
 
@@ -31,11 +38,13 @@ class ApiError(Exception):
     given where OpenAI's word does not follow from the status.
     """
 
+    usual_status: ClassVar[int] = HTTPStatus.INTERNAL_SERVER_ERROR
+
     def __init__(
         self,
         message: str,
         *,
-        status: int = HTTPStatus.INTERNAL_SERVER_ERROR,
+        status: int | None = None,
         code: str | None = None,
         type_: str | None = None,
         param: str | None = None,
@@ -43,12 +52,17 @@ class ApiError(Exception):
         details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = int(status)
+        self.status = int(self.usual_status if status is None else status)
         self.code = code
         self.type = type_ or error_type(self.status)
         self.param = param
         self.headers = dict(headers or {})
         self.details = dict(details or {})
+
+    @property
+    def server_fault(self) -> bool:
+        """Whether the server is to blame, not the request."""
+        return is_server_fault(self.status)
 
     @property
     def rules(self) -> tuple[tuple[str, str, str], ...]:
@@ -65,36 +79,93 @@ class ApiError(Exception):
 class Invalid(ApiError):
     """400: `param` names the field, `code` says what is wrong with it."""
 
+    usual_status = HTTPStatus.BAD_REQUEST
+
     def __init__(self, message: str, *, param: str | None, code: str | None) -> None:
-        super().__init__(message, status=HTTPStatus.BAD_REQUEST, code=code, param=param)
+        super().__init__(message, code=code, param=param)
+
+
+class Unauthorized(ApiError):
+    """401: it is not known who calls."""
+
+    usual_status = HTTPStatus.UNAUTHORIZED
+
+
+class Forbidden(ApiError):
+    """403: it is known who calls, and they may not."""
+
+    usual_status = HTTPStatus.FORBIDDEN
+
+
+class TimedOut(ApiError):
+    """408: the client sent nothing more."""
+
+    usual_status = HTTPStatus.REQUEST_TIMEOUT
+
+
+class Conflict(ApiError):
+    """409: it cannot be done as things stand now."""
+
+    usual_status = HTTPStatus.CONFLICT
 
 
 class TooLarge(ApiError):
     """413: the body is over the limit."""
 
+    usual_status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
     def __init__(self, message: str) -> None:
-        status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        super().__init__(message, status=status, code="request_too_large")
+        super().__init__(message, code="request_too_large")
+
+
+class TooMany(ApiError):
+    """429: a limit is reached; `type_` says which kind."""
+
+    usual_status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class OutOfSpace(ApiError):
+    """507: the disk has no room."""
+
+    usual_status = HTTPStatus.INSUFFICIENT_STORAGE
 
 
 class NotFound(ApiError):
     """404."""
 
+    usual_status = HTTPStatus.NOT_FOUND
+
     def __init__(self, message: str, *, code: str, param: str | None = None) -> None:
-        super().__init__(message, status=HTTPStatus.NOT_FOUND, code=code, param=param)
+        super().__init__(message, code=code, param=param)
 
 
 class Unavailable(ApiError):
     """503: clients may try again."""
 
-    def __init__(self, message: str, *, code: str) -> None:
-        status = HTTPStatus.SERVICE_UNAVAILABLE
-        super().__init__(message, status=status, code=code, headers={"retry-after": "1"})
+    usual_status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __init__(self, message: str, *, code: str, retry_after: int = 1) -> None:
+        super().__init__(message, code=code, headers={"retry-after": str(retry_after)})
+
+
+def is_server_fault(status: int) -> bool:
+    """Whether a status blames the server."""
+    return status >= _SERVER_FAULTS
+
+
+def is_unavailable(status: int) -> bool:
+    """Whether a status says to try again later."""
+    return status == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def is_absent(status: int) -> bool:
+    """Whether a status says that there is nothing of that name."""
+    return status == HTTPStatus.NOT_FOUND
 
 
 def error_type(status: int) -> str:
     """OpenAI's word for a status."""
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if is_server_fault(status):
         return SERVER_ERROR
     return FORBIDDEN if status == HTTPStatus.FORBIDDEN else INVALID_REQUEST
 

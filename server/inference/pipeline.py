@@ -7,7 +7,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
@@ -22,8 +21,9 @@ from flexgate.server.engine.seam.openai import ErrorResponse
 from flexgate.server.http.auth import AuthError, Principal, require_tenant
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.context import context_of, identify
-from flexgate.server.http.errors import ApiError, NotFound, Unavailable
+from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_auth
+from flexgate.server.http.responses import client_gone
 from flexgate.server.http.validation import read_request
 from flexgate.server.inference import response_metadata
 from flexgate.server.inference.attribution import attribution_object
@@ -36,7 +36,6 @@ from flexgate.server.inference.openai.foreign import Answer
 from flexgate.server.inference.openai.making import Later
 from flexgate.server.lifecycle.services import Services
 
-CLIENT_GONE: Final = 499
 BYTES_OF_A_TOKEN: Final = 8
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ class Run:
     def error(self, error: ApiError) -> ApiError:
         """The error that ends the call: `error`, unless its gate or its constraint is the real cause."""
         self._commit()
-        if error.status < HTTPStatus.INTERNAL_SERVER_ERROR or self.services.client.errored:
+        if not error.server_fault or self.services.client.errored:
             return error
         refused = vllm_errors.ended_early(self.call)
         return refused or vllm_errors.not_generated(self.admitted.body) or error
@@ -152,7 +151,7 @@ class Generation:
         finally:
             CURRENT_CALL.reset(token)
         if result is None:
-            return Response(status_code=CLIENT_GONE)
+            return client_gone()
         if isinstance(result, ErrorResponse):
             raise run.error(vllm_errors.from_response(result))
         if hasattr(result, "__aiter__"):
@@ -273,10 +272,10 @@ def check_model(body: Mapping[str, Any], services: Services) -> None:
 def check_chat_template(services: Services) -> None:
     """Refuse chat on a checkpoint that cannot chat."""
     if not services.handlers.has_chat_template:
-        raise ApiError(
+        raise Invalid(
             "The served checkpoint has no chat template. "
             "Start the server with --chat-template, or use /v1/completions.",
-            status=HTTPStatus.BAD_REQUEST,
+            param=None,
             code="no_chat_template",
         )
 
@@ -302,6 +301,6 @@ async def _gone(request: Request) -> None:
 
 def _translate(error: Exception, body: dict[str, Any]) -> ApiError:
     translated = vllm_errors.from_exception(error, body)
-    if translated.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if translated.server_fault:
         logger.error("a handler failed", exc_info=error)
     return translated

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flexgate.policies.documents import Role
@@ -21,6 +20,7 @@ from flexgate.server.http.cors import TenantCors
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.health import Operations
 from flexgate.server.http.middleware import Gateway
+from flexgate.server.http.responses import of_error, of_http_error
 from flexgate.server.inference.openai import chat, completions, responses
 from flexgate.server.inference.openai.models import Models
 from flexgate.server.inference.openai.tokenization import Tokenization
@@ -50,8 +50,8 @@ def build_app(
         routes = [(method, path) for method, path, _ in _endpoints(services, {Role.TENANT})]
         app.add_middleware(TenantCors, origins=origins, routes=routes)
     app.add_middleware(Gateway, hosts=hosts, roles=roles, services=services)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ApiError, of_error)
+    app.add_exception_handler(HTTPException, of_http_error)
     return app
 
 
@@ -115,19 +115,3 @@ def _named(path: str, endpoint: Answer) -> Answer:
         return await endpoint(request)
 
     return answer
-
-
-async def _api_error(request: Request, error: Any) -> Response:
-    context_of(request).fail(error)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
-
-
-async def _http_error(request: Request, error: Any) -> Response:
-    messages = {
-        HTTPStatus.NOT_FOUND: ("There is nothing at this path.", "unknown_path"),
-        HTTPStatus.METHOD_NOT_ALLOWED: ("This path has no such method.", "method_not_allowed"),
-    }
-    status = error.status_code
-    message, code = messages.get(status, ("The request cannot be served.", "http_error"))
-    headers = dict(error.headers or {})
-    return await _api_error(request, ApiError(message, status=status, code=code, headers=headers))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from http import HTTPStatus
 from typing import NamedTuple
 
-from flexgate.server.http.errors import ApiError
+from flexgate.server.http.errors import ApiError, TooMany, Unavailable
 
 
 class Standing(NamedTuple):
@@ -75,11 +74,10 @@ def too_many_queued(limit: int, wait_s: float) -> ApiError:
 
 
 def queue_full(wait_s: float) -> ApiError:
-    return ApiError(
+    return Unavailable(
         "As many prompts wait for the engine as this server lets wait. Try again later.",
-        status=HTTPStatus.SERVICE_UNAVAILABLE,
         code="queue_full",
-        headers={"retry-after": str(_again(wait_s))},
+        retry_after=_again(wait_s),
     )
 
 
@@ -93,7 +91,7 @@ def over_budget(refused: Refused) -> ApiError:
         f"{refused.kind} has a budget of {refused.limit} tokens, of which {refused.used} are used or reserved, and "
         f"this request asks for {refused.amount}. An administrator can raise the budget."
     )
-    return ApiError(message, status=HTTPStatus.TOO_MANY_REQUESTS, code="insufficient_quota", type_="insufficient_quota")
+    return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
 
 
 def _again(wait_s: float) -> int:
@@ -109,5 +107,4 @@ def _advice(wait_s: float) -> str:
 
 def _limited(message: str, what: str, wait_s: float) -> ApiError:
     retry = {} if wait_s == math.inf else {"retry-after": str(math.ceil(wait_s))}
-    status = HTTPStatus.TOO_MANY_REQUESTS
-    return ApiError(message, status=status, code="rate_limit_exceeded", type_=what, headers=retry)
+    return TooMany(message, code="rate_limit_exceeded", type_=what, headers=retry)

@@ -20,6 +20,7 @@ from flexgate.server.engine.seam.openai import (
     TokenizeCompletionRequest,
 )
 from flexgate.server.http.errors import ApiError
+from flexgate.server.http.responses import client_gone
 from flexgate.server.http.validation import read_request
 from flexgate.server.inference.decide import Kind, honoured_body
 from flexgate.server.inference.limits import refusals
@@ -27,7 +28,6 @@ from flexgate.server.inference.limits.limiter import REQUESTS
 from flexgate.server.inference.limits.scopes import scopes_of
 from flexgate.server.inference.openai import vllm_errors
 from flexgate.server.inference.pipeline import (
-    CLIENT_GONE,
     check_chat_template,
     check_model,
     identify_tenant,
@@ -87,7 +87,7 @@ class Tokenization:
             finally:
                 reservation.commit({})
         if result is None:
-            return Response(status_code=CLIENT_GONE)
+            return client_gone()
         return JSONResponse(result, headers=reservation.headers)
 
     @contextmanager

@@ -26,29 +26,35 @@ from flexgate.server.http.errors import (
     CONTEXT_LENGTH_EXCEEDED,
     INTERNAL_MESSAGE,
     ApiError,
+    Forbidden,
     Invalid,
+    Unauthorized,
     Unavailable,
+    is_absent,
+    is_server_fault,
+    is_unavailable,
     path_of,
 )
 from flexgate.server.http.refusals import BEARER, INVALID_API_KEY
 
+_End = tuple[type[ApiError], str, str]
 _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
-_PERMISSION_ENDED: Final = (
-    HTTPStatus.FORBIDDEN,
+_PERMISSION_ENDED: Final[_End] = (
+    Forbidden,
     "expert_permission_ended",
     "The permission to use an expert of this request ended while it ran. "
     "Sending the request again uses what is permitted now.",
 )
-_ENDED: Final = {
+_ENDED: Final[dict[str, _End]] = {
     EXPERT_REVOKED: (
-        HTTPStatus.FORBIDDEN,
+        Forbidden,
         "expert_revoked",
         "An expert of this request was withdrawn while it ran. Sending the request again uses what is live now.",
     ),
     GATE_EXPIRED: _PERMISSION_ENDED,
     PERMISSION_ENDED: _PERMISSION_ENDED,
     NUMBERS_OVERFLOWED: (
-        HTTPStatus.INTERNAL_SERVER_ERROR,
+        ApiError,
         "numbers_overflowed",
         "The model's numbers overflowed for this request: no answer is given, and the same request would overflow "
         "again. 'flexgate.experts.ignore' leaves out an expert that causes it.",
@@ -59,36 +65,35 @@ _ENDED: Final = {
         "What this constraint allows next took too long to find out, so that the answer was ended.",
     ),
     KEY_REVOKED: (
-        HTTPStatus.UNAUTHORIZED,
+        Unauthorized,
         INVALID_API_KEY,
         "The API key was revoked while the request ran. Use another key of the project.",
     ),
     KEY_EXPIRED: (
-        HTTPStatus.UNAUTHORIZED,
+        Unauthorized,
         INVALID_API_KEY,
         "The API key expired while the request ran. Use another key of the project.",
     ),
     PROJECT_ARCHIVED: (
-        HTTPStatus.UNAUTHORIZED,
+        Unauthorized,
         INVALID_API_KEY,
         "The project was archived while the request ran. Ask an administrator.",
     ),
     QUEUED_TOO_LONG: (
-        HTTPStatus.SERVICE_UNAVAILABLE,
+        Unavailable,
         "queued_too_long",
         "The request waited for the engine as long as this server lets one wait. Try again later.",
     ),
     POLICY_UNAVAILABLE: (
-        HTTPStatus.SERVICE_UNAVAILABLE,
+        Unavailable,
         "policy_unavailable",
         "The policy could not be confirmed any more while the request ran, so it was ended. Try again.",
     ),
 }
-"""By the reason that ended a call: status, code, message. A key that is good no more has one code, before and after."""
-_HEADERS: Final = {
-    HTTPStatus.INTERNAL_SERVER_ERROR: {"x-should-retry": "false"},  # OpenAI's clients would send it again
-    HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": "1"},
-    HTTPStatus.UNAUTHORIZED: BEARER,
+"""By the reason that ended a call: kind, code, message. A key that is good no more has one code, before and after."""
+_HEADERS: Final[dict[type[ApiError], dict[str, str]]] = {
+    ApiError: {"x-should-retry": "false"},  # OpenAI's clients would send it again
+    Unauthorized: BEARER,
 }
 _PROMPTS: Final = ("messages", "prompt", "input", "tokens")
 _INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
@@ -111,11 +116,11 @@ def from_response(response: ErrorResponse) -> ApiError:
 
 def from_info(info: ErrorInfo) -> ApiError:
     """vLLM's error object. What went wrong inside the server is not told."""
-    if info.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        if info.code == HTTPStatus.SERVICE_UNAVAILABLE:
+    if is_server_fault(info.code):
+        if is_unavailable(info.code):
             return Unavailable(info.message, code="engine_overloaded")
         return ApiError(INTERNAL_MESSAGE, code="internal_error")
-    code = "model_not_found" if info.param == "model" and info.code == 404 else None
+    code = "model_not_found" if info.param == "model" and is_absent(info.code) else None
     return ApiError(info.message, status=info.code, code=code, param=info.param)
 
 
@@ -141,11 +146,10 @@ def ended_early(call: GatedCall) -> ApiError | None:
     ended = _ENDED.get(call.failed or "")
     if ended is None:
         return None
-    status, code, message = ended
-    headers = dict(_HEADERS.get(status, {}))
-    if call.failed == QUEUED_TOO_LONG:
-        headers["retry-after"] = "60"
-    return ApiError(message, status=status, code=code, headers=headers)
+    kind, code, message = ended
+    if kind is Unavailable:
+        return Unavailable(message, code=code, retry_after=60 if call.failed == QUEUED_TOO_LONG else 1)
+    return kind(message, code=code, headers=_HEADERS.get(kind))
 
 
 def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -> Invalid:

@@ -1,0 +1,45 @@
+"""Responses whose status is not 200, and what the router answers where no route fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flexgate.server.http.context import context_of
+from flexgate.server.http.errors import ApiError
+
+_NO_ROUTE: Final = {
+    HTTPStatus.NOT_FOUND: ("There is nothing at this path.", "unknown_path"),
+    HTTPStatus.METHOD_NOT_ALLOWED: ("This path has no such method.", "method_not_allowed"),
+}
+OK: Final = int(HTTPStatus.OK)
+CREATED: Final = int(HTTPStatus.CREATED)
+ACCEPTED: Final = int(HTTPStatus.ACCEPTED)
+_CLIENT_GONE: Final = 499
+
+
+def accepted(body: Mapping[str, Any], location: str) -> JSONResponse:
+    """202: the work is under way; `location` tells how far it is."""
+    return JSONResponse(body, status_code=ACCEPTED, headers={"location": location})
+
+
+def client_gone() -> Response:
+    """499: the client left before there was an answer. The log shows it."""
+    return Response(status_code=_CLIENT_GONE)
+
+
+async def of_error(request: Request, error: Any) -> Response:
+    """The one body of an `ApiError`."""
+    context_of(request).fail(error)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def of_http_error(request: Request, error: Any) -> Response:
+    """What Starlette raises where no route fits, in the one body."""
+    message, code = _NO_ROUTE.get(error.status_code, ("The request cannot be served.", "http_error"))
+    headers = dict(error.headers or {})
+    return await of_error(request, ApiError(message, status=error.status_code, code=code, headers=headers))
