@@ -13,7 +13,8 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request
@@ -30,13 +31,41 @@ from flexgate.server.http.context import CHANGE_PATIENCE_S, identify
 from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
 from flexgate.server.http.responses import OK
-from flexgate.server.http.validation import Closed, parse_query, read_body
-from flexgate.server.lifecycle.services import Services
+from flexgate.server.http.validation import Bodies, Closed, parse_query, read_body
+from flexgate.server.policy.decision_samples import Recorded
 from flexgate.server.policy.executors import CHANGES, run_in
+from flexgate.server.policy.unstored import Unstored
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.frontend.client import GatedEngineClient
+    from flexgate.server.experts.service import ExpertService
+    from flexgate.server.experts.uploads import Uploads
+
 
 Json = dict[str, Any]
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")
 logger = logging.getLogger(__name__)
+
+
+class AdminServices(Bodies, Protocol):
+    """What operations of the administration work with."""
+
+    @property
+    def store(self) -> Store: ...
+    @property
+    def unstored(self) -> Unstored: ...
+    @property
+    def recorded(self) -> Recorded: ...
+    @property
+    def model_names(self) -> tuple[str, ...]: ...
+    @property
+    def client(self) -> GatedEngineClient: ...
+    @property
+    def experts(self) -> ExpertService: ...
+    @property
+    def uploads(self) -> Uploads: ...
+    @property
+    def experts_dir(self) -> Path | None: ...
 
 
 class Nothing(Closed):
@@ -67,7 +96,7 @@ Q = TypeVar("Q", bound=BaseModel)
 class Call(Generic[B, Q]):
     """One call of an operation. `now` is Unix seconds; `path` holds the path's parameters."""
 
-    services: Services
+    services: AdminServices
     principal: Principal
     snapshot: Snapshot
     path: dict[str, str]
@@ -114,7 +143,7 @@ class Operation(Generic[B, Q]):
 class Administration:
     """The endpoint of an operation."""
 
-    def __init__(self, services: Services, operation: Operation[Any, Any]) -> None:
+    def __init__(self, services: AdminServices, operation: Operation[Any, Any]) -> None:
         self._services = services
         self._operation = operation
 

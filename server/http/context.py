@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -16,7 +16,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.server.http.auth import EVERY_ROLE, AuthError, Principal, authenticate, recognise, require_role
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.refusals import from_auth, from_policy
-from flexgate.server.lifecycle.services import Services
+from flexgate.server.policy.live import PolicySource
 
 STATE = "flexgate"
 CHECK_SECONDS: Final = 0.5
@@ -24,6 +24,15 @@ CHECK_SECONDS: Final = 0.5
 T = TypeVar("T")
 CHANGE_PATIENCE_S: Final = 10.0
 """How long who changes the policy or revokes an expert may have to wait for a confirmed policy, on a busy machine."""
+
+
+class Callers(Protocol):
+    """What tells who calls: the live policy, and the time by which keys expire."""
+
+    @property
+    def policy(self) -> PolicySource: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
 
 
 class Context:
@@ -55,7 +64,7 @@ def context_of(request: Request) -> Context:
 
 
 async def identify(
-    request: Request, services: Services, roles: Collection[Role] = EVERY_ROLE, *, patience: float | None = None
+    request: Request, services: Callers, roles: Collection[Role] = EVERY_ROLE, *, patience: float | None = None
 ) -> tuple[Principal, Snapshot]:
     """The caller by its key, which must have one of `roles`, and the snapshot that knows it; raises `ApiError`.
 
@@ -75,7 +84,7 @@ async def identify(
     return principal, snapshot
 
 
-async def identify_again(request: Request, services: Services) -> None:
+async def identify_again(request: Request, services: Callers) -> None:
     """Raise `ApiError` when the key that `identify` found is good no more; what takes long must not outlive it."""
     context = context_of(request)
     if context.principal is None:
@@ -89,7 +98,7 @@ async def identify_again(request: Request, services: Services) -> None:
         raise from_policy(error) from error
 
 
-async def while_identified(request: Request, services: Services, items: AsyncIterator[T]) -> AsyncIterator[T]:
+async def while_identified(request: Request, services: Callers, items: AsyncIterator[T]) -> AsyncIterator[T]:
     """`items` as they come, for as long as the caller's key is good; raises `ApiError` `CHECK_SECONDS` later."""
     end = object()
     async with aclosing(items):  # type: ignore[type-var]

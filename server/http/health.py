@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from flexgate.policies.documents import Role
 from flexgate.server.http import metrics
-from flexgate.server.http.context import identify
-from flexgate.server.lifecycle.services import Services
+from flexgate.server.http.context import Callers, identify
+
+
+class Engine(Protocol):
+    """What a probe asks of the engine."""
+
+    @property
+    def weights_epoch(self) -> int: ...
+    def ready(self) -> bool: ...
+
+
+class Queue(Protocol):
+    """What metrics say of the queue."""
+
+    @property
+    def queued(self) -> int: ...
+    @property
+    def projects(self) -> int: ...
+    @property
+    def free(self) -> int: ...
+
+
+class Probed(Callers, Protocol):
+    """What probes and metrics ask."""
+
+    @property
+    def client(self) -> Engine: ...
+    @property
+    def queue(self) -> Queue: ...
+    @property
+    def draining(self) -> bool: ...
 
 
 class Operations:
     """The three routes. Health and readiness say a status and nothing else."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Probed) -> None:
         self._services = services
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - a route's signature

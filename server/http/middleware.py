@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -17,12 +17,11 @@ from flexgate.policies.documents import Role
 from flexgate.policies.errors import PolicyError
 from flexgate.server.http import metrics
 from flexgate.server.http.auth import EVERY_ROLE, AuthError, authenticate
-from flexgate.server.http.context import STATE, Context
+from flexgate.server.http.context import STATE, Callers, Context
 from flexgate.server.http.errors import INTERNAL_MESSAGE, ApiError, Invalid
 from flexgate.server.http.logs import FIELDS
 from flexgate.server.http.refusals import is_denial
-from flexgate.server.lifecycle.services import Services
-from flexgate.server.policy.denial_log import ANONYMOUS, Denial
+from flexgate.server.policy.denial_log import ANONYMOUS, Denial, Denials
 
 _ONCE: Final = frozenset(
     {b"authorization", b"host", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"}
@@ -32,6 +31,13 @@ _ELSEWHERE: Final = {False: "administration_at_public_address", True: "inference
 logger = logging.getLogger(__name__)
 
 
+class Watched(Callers, Protocol):
+    """What the outermost layer writes to beside the log."""
+
+    @property
+    def denials(self) -> Denials: ...
+
+
 class Gateway:
     """Wraps the routes. Nothing that a route raises leaves it."""
 
@@ -39,7 +45,7 @@ class Gateway:
         self,
         app: ASGIApp,
         *,
-        services: Services,
+        services: Watched,
         roles: Collection[Role] = EVERY_ROLE,
         hosts: Collection[str] | None = None,
     ) -> None:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
-from flexgate.server.http.body import read_json
-from flexgate.server.http.context import context_of, identify_again
+from flexgate.server.http.body import Arriving, read_json
+from flexgate.server.http.context import Callers, context_of, identify_again
 from flexgate.server.http.errors import Invalid, from_validation
-from flexgate.server.lifecycle.services import Services
+from flexgate.server.http.offload import Offload
 
 M = TypeVar("M", bound=BaseModel)
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
@@ -27,7 +27,20 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-async def read_request(request: Request, services: Services) -> dict[str, Any]:
+class Bodies(Callers, Protocol):
+    """How bodies are read: beside others of the same key, within bytes and seconds."""
+
+    @property
+    def arriving(self) -> Arriving: ...
+    @property
+    def body_bytes(self) -> int: ...
+    @property
+    def body_seconds(self) -> float: ...
+    @property
+    def offload(self) -> Offload: ...
+
+
+async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
     """The JSON body of a request whose sender is known, and whose key is still good when all of it has come."""
     noted = context_of(request).noted
     body = await read_json(
@@ -43,7 +56,7 @@ async def read_request(request: Request, services: Services) -> dict[str, Any]:
     return body
 
 
-async def read_body(request: Request, services: Services, model: type[M]) -> M:
+async def read_body(request: Request, services: Bodies, model: type[M]) -> M:
     """The request's body as `model`; raises `ApiError` naming the field at fault."""
     raw = await read_request(request, services)
     try:

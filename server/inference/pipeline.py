@@ -7,12 +7,13 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decision import Decision
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
@@ -24,17 +25,24 @@ from flexgate.server.http.context import context_of, identify
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_auth
 from flexgate.server.http.responses import client_gone
-from flexgate.server.http.validation import read_request
+from flexgate.server.http.validation import Bodies, read_request
 from flexgate.server.inference import response_metadata
 from flexgate.server.inference.attribution import attribution_object
 from flexgate.server.inference.decide import Admitted, Kind, admit, honoured_body
-from flexgate.server.inference.enforcement import Right
-from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Reservation
+from flexgate.server.inference.enforcement import Right, RunningRequests
+from flexgate.server.inference.fair_queue import FairQueue
+from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, Reservation
 from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.foreign import Answer
 from flexgate.server.inference.openai.making import Later
-from flexgate.server.lifecycle.services import Services
+from flexgate.server.inference.request.limits import Limits
+from flexgate.server.policy.decision_samples import Recorded
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.frontend.client import GatedEngineClient
+    from flexgate.server.inference.openai.handlers import Handlers
+
 
 BYTES_OF_A_TOKEN: Final = 8
 
@@ -42,11 +50,34 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class InferenceServices(Bodies, Protocol):
+    """What requests for inference work with."""
+
+    @property
+    def client(self) -> GatedEngineClient: ...
+    @property
+    def handlers(self) -> Handlers: ...
+    @property
+    def decisions(self) -> DecisionCache: ...
+    @property
+    def recorded(self) -> Recorded: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def limiter(self) -> Limiter: ...
+    @property
+    def running(self) -> RunningRequests: ...
+    @property
+    def queue(self) -> FairQueue: ...
+    @property
+    def model_names(self) -> tuple[str, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One admitted request on its way through a handler."""
 
-    services: Services
+    services: InferenceServices
     admitted: Admitted
     right: Right
     weights_epoch: int
@@ -126,7 +157,7 @@ class Endpoint:
 class Generation:
     """A generating route."""
 
-    def __init__(self, services: Services, endpoint: Endpoint) -> None:
+    def __init__(self, services: InferenceServices, endpoint: Endpoint) -> None:
         self._services = services
         self._endpoint = endpoint
 
@@ -240,7 +271,7 @@ class Delivery(Response):
             self._done()
 
 
-async def identify_tenant(request: Request, services: Services) -> tuple[TenantId, Principal, Snapshot]:
+async def identify_tenant(request: Request, services: InferenceServices) -> tuple[TenantId, Principal, Snapshot]:
     """Who asks, by which key, and the snapshot that knows both; raises `ApiError`."""
     principal, snapshot = await identify(request, services)
     try:
@@ -249,7 +280,7 @@ async def identify_tenant(request: Request, services: Services) -> tuple[TenantI
         raise from_auth(error) from error
 
 
-def grant(decision: Decision, services: Services) -> GateGrant:
+def grant(decision: Decision, services: InferenceServices) -> GateGrant:
     """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
     leases = [services.client.lease(expert) for expert in decision.allowed]
     held = tuple(lease for lease in leases if lease is not None)
@@ -258,7 +289,7 @@ def grant(decision: Decision, services: Services) -> GateGrant:
     return GateGrant(decision.tenant_id, held, decision.valid_until)
 
 
-def check_model(body: Mapping[str, Any], services: Services) -> None:
+def check_model(body: Mapping[str, Any], services: InferenceServices) -> None:
     """Refuse a model that is none of this server's names."""
     model = body.get("model")
     if model is not None and model not in services.model_names:
@@ -269,7 +300,7 @@ def check_model(body: Mapping[str, Any], services: Services) -> None:
         )
 
 
-def check_chat_template(services: Services) -> None:
+def check_chat_template(services: InferenceServices) -> None:
     """Refuse chat on a checkpoint that cannot chat."""
     if not services.handlers.has_chat_template:
         raise Invalid(

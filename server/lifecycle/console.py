@@ -116,6 +116,7 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.engine.frontend.capabilities import RefusedConfigurationError
     from flexgate.server.engine.frontend.checkpoint import CheckpointError
     from flexgate.server.experts.errors import ExpertError
+    from flexgate.server.inference.errors import HandlersRefused
     from flexgate.server.lifecycle.seed import DemoKeysFound, ManifestRefused
     from flexgate.server.lifecycle.settings import SettingsError
     from flexgate.server.policy.rollback_guard import ClockBehind
@@ -129,5 +130,6 @@ def expected_failures() -> tuple[type[Exception], ...]:
         ManifestRefused,
         PolicyError,
         RefusedConfigurationError,
+        HandlersRefused,
         SettingsError,
     )

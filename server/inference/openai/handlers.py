@@ -23,9 +23,9 @@ from flexgate.server.engine.seam.handlers import (
     ToolParserManager,
 )
 from flexgate.server.http.offload import Offload
+from flexgate.server.inference.errors import HandlersRefused
 from flexgate.server.inference.openai.forced import ConstrainedToolParser
 from flexgate.server.inference.openai.making import LaterChat, LaterCompletion, LaterResponses
-from flexgate.server.lifecycle.settings import SettingsError
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
@@ -87,7 +87,7 @@ def build_handlers(
         tool_call_parser: vLLM's name of a parser, which lets requests choose tools by 'auto'.
 
     Raises:
-        SettingsError: vLLM has no such tool parser, or the template does not pass on what a user says.
+        HandlersRefused: vLLM has no such tool parser, or the template does not pass on what a user says.
     """
     parser = _parser(tool_call_parser)
     template = None if chat_template is None else _template(chat_template, client.renderer.tokenizer)
@@ -123,7 +123,7 @@ def _parser(name: str | None) -> str:
     known = [known for known in ToolParserManager.list_registered() if known != CONSTRAINED_PARSER]
     ToolParserManager.register_module(CONSTRAINED_PARSER, module=ConstrainedToolParser)
     if name is not None and name not in known:
-        raise SettingsError(f"--tool-call-parser {name}: vLLM has {', '.join(known)}")
+        raise HandlersRefused(f"--tool-call-parser {name}: vLLM has {', '.join(known)}")
     return name or CONSTRAINED_PARSER
 
 
@@ -131,9 +131,9 @@ def _template(file: Path, tokenizer: Any) -> str:
     try:
         template = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--chat-template {file}: {error}") from error
+        raise HandlersRefused(f"--chat-template {file}: {error}") from error
     if problem := template_problem(tokenizer, template):
-        raise SettingsError(f"--chat-template {file}: {problem}")
+        raise HandlersRefused(f"--chat-template {file}: {problem}")
     return template
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flexgate.server.http.context import identify
+from flexgate.server.http.context import Callers, identify
 from flexgate.server.http.errors import NotFound
-from flexgate.server.lifecycle.services import Services
+from flexgate.server.inference.request.limits import Limits
+
+
+class ModelServices(Callers, Protocol):
+    """What tells which models there are."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]: ...
+    @property
+    def started(self) -> float: ...
+    @property
+    def limits(self) -> Limits: ...
 
 
 class Models:
     """The two routes."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: ModelServices) -> None:
         self._services = services
 
     async def list(self, request: Request) -> Response:

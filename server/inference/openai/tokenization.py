@@ -28,13 +28,13 @@ from flexgate.server.inference.limits.limiter import REQUESTS
 from flexgate.server.inference.limits.scopes import scopes_of
 from flexgate.server.inference.openai import vllm_errors
 from flexgate.server.inference.pipeline import (
+    InferenceServices,
     check_chat_template,
     check_model,
     identify_tenant,
     until_gone,
 )
 from flexgate.server.inference.request import fields, limits
-from flexgate.server.lifecycle.services import Services
 
 AT_ONCE: Final = 4  # per project and process
 
@@ -46,7 +46,7 @@ DETOKENIZE = Kind("detokenize", fields.DETOKENIZE, limits.check_detokenize)
 class Tokenization:
     """The two routes. One thread makes tokens for everybody: a tenant may not fill what waits for it."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: InferenceServices) -> None:
         self._services = services
         self._running: Counter[TenantId] = Counter()
 

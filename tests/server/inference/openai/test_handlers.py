@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from flexgate.server.http.offload import Offload
+from flexgate.server.inference.errors import HandlersRefused
 from flexgate.server.inference.openai.handlers import build_handlers
-from flexgate.server.lifecycle.settings import SettingsError
 
 
 def build(checkpoint: Path, **options: Any) -> None:
@@ -21,7 +21,7 @@ def build(checkpoint: Path, **options: Any) -> None:
 
 
 def test_an_unknown_tool_parser_is_refused_with_those_there_are(text_checkpoint: Path) -> None:
-    with pytest.raises(SettingsError, match=r"^--tool-call-parser nope: vLLM has .*hermes.*") as refused:
+    with pytest.raises(HandlersRefused, match=r"^--tool-call-parser nope: vLLM has .*hermes.*") as refused:
         build(text_checkpoint, tool_call_parser="nope")
     assert "flexgate" not in str(refused.value), "what is not for users"
 
@@ -42,7 +42,7 @@ def test_a_template_that_cannot_be_used_is_refused(
 ) -> None:
     file = tmp_path / "chat.jinja"
     file.write_bytes(template)
-    with pytest.raises(SettingsError, match=f"^--chat-template {file}: .*{why}"):
+    with pytest.raises(HandlersRefused, match=f"^--chat-template {file}: .*{why}"):
         build(text_checkpoint, chat_template=file)
 
 
