@@ -1,0 +1,1 @@
+"""Which files one chat request visits from HTTP to the router, and in what order."""
