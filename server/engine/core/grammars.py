@@ -3,15 +3,14 @@
 Masks are made beside the step, which goes on without one that is late; the scheduler ends that request.
 """
 
-import hmac
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, Final
 
 from flexgate.server.engine.core.step_thread import StepThread, TooLate
+from flexgate.server.engine.protocol.constraints import open_constraint
 from flexgate.server.engine.protocol.gates import SealKey
 from flexgate.server.engine.seam.engine import (
     StructuredOutputOptions,
@@ -29,25 +28,6 @@ _KINDS: Final = {
     "grammar": StructuredOutputOptions.GRAMMAR,
     "structural_tag": StructuredOutputOptions.STRUCTURAL_TAG,
 }
-
-
-class GrammarError(ValueError):
-    """What arrived as a constraint is none that this server tried."""
-
-
-def seal_constraint(kind: str, text: str, key: SealKey) -> str:
-    """A constraint that was tried, as the engine core takes it."""
-    tried = f"{kind}.{text}"
-    return f"{_mac(tried, key)}.{tried}"
-
-
-def open_constraint(sealed: object, key: SealKey) -> tuple[str, str]:
-    """Kind and text of a sealed constraint; raises `GrammarError` unless it was sealed with this key."""
-    mac, _, tried = sealed.partition(".") if isinstance(sealed, str) else ("", "", "")
-    if not hmac.compare_digest(mac.encode(), _mac(tried, key).encode()):
-        raise GrammarError("the request's constraint has no seal of this server")
-    kind, _, text = tried.partition(".")
-    return kind, text
 
 
 def take_sealed_constraints(key: SealKey) -> None:
@@ -145,7 +125,3 @@ def _thread() -> StepThread:
         _threads.own = StepThread()
     own: StepThread = _threads.own
     return own
-
-
-def _mac(tried: str, key: SealKey) -> str:
-    return hmac.new(key, b"constraint\0" + tried.encode(), sha256).hexdigest()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flexgate.server.engine.core.grammars import seal_constraint
 from flexgate.server.engine.frontend.constraints.compiler import Compiler, CompilerBusy
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import Constraint
+from flexgate.server.engine.protocol.constraints import seal_constraint
 from flexgate.server.engine.protocol.gates import SealKey
 from flexgate.server.engine.seam.engine import QueueOverflowError, VLLMValidationError
 

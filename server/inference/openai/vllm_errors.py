@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -58,11 +57,6 @@ _ENDED: Final[dict[str, _End]] = {
         "numbers_overflowed",
         "The model's numbers overflowed for this request: no answer is given, and the same request would overflow "
         "again. 'flexgate.experts.ignore' leaves out an expert that causes it.",
-    ),
-    CONSTRAINT_SLOW: (
-        HTTPStatus.BAD_REQUEST,
-        "constraint_too_slow",
-        "What this constraint allows next took too long to find out, so that the answer was ended.",
     ),
     KEY_REVOKED: (
         Unauthorized,
@@ -143,6 +137,9 @@ def not_generated(body: Mapping[str, Any]) -> ApiError | None:
 
 def ended_early(call: GatedCall) -> ApiError | None:
     """Why a call's request was ended, if its gate or its right to run was the cause."""
+    if call.failed == CONSTRAINT_SLOW:
+        message = "What this constraint allows next took too long to find out, so that the answer was ended."
+        return Invalid(message, param=None, code="constraint_too_slow")
     ended = _ENDED.get(call.failed or "")
     if ended is None:
         return None

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from vllm.v1 import structured_output
 
 from flexgate.server.engine.core import grammars
-from flexgate.server.engine.core.grammars import GrammarError, WatchedGrammar, open_constraint, seal_constraint
+from flexgate.server.engine.core.grammars import WatchedGrammar
 from flexgate.server.engine.core.step_thread import MAX_LEFT, MAX_SECONDS, StepThread, TooLate
+from flexgate.server.engine.protocol.constraints import GrammarError, open_constraint, seal_constraint
 from flexgate.server.engine.protocol.gates import new_seal_key
 
 KEY = new_seal_key()

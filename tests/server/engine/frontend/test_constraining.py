@@ -8,11 +8,11 @@ import pytest
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from flexgate.server.engine.core.grammars import open_constraint
 from flexgate.server.engine.frontend.constraining import Constrainer
 from flexgate.server.engine.frontend.constraints.compiler import CompilerBusy
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import Constraint
+from flexgate.server.engine.protocol.constraints import open_constraint
 from flexgate.server.engine.protocol.gates import new_seal_key
 
 KEY = new_seal_key()
