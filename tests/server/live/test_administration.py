@@ -170,9 +170,9 @@ def test_limits_count_what_the_engine_used(server: Any, project: str, admin: Any
             with http.stream("POST", path, json={**asked, "stream": True}) as response:
                 response.read()
             used = 2 * usage if path == "/v1/completions" else None
-        remaining = int(_next_remaining(http))
+        remaining = _remaining(http)
     if used is not None:
-        assert 1000 - remaining == used + 1
+        assert 1000 - remaining == used
     else:
         assert 0 < 1000 - remaining - usage < 60
 
@@ -190,7 +190,7 @@ def test_limits_count_up_to_a_stop_string(server: Any, project: str, admin: Any)
         assert stopped["choices"][0]["finish_reason"] == "stop"
         usages = [answer["usage"]["total_tokens"] for answer in (whole, stopped)]
         assert usages[1] < usages[0]
-        assert 1000 - int(_next_remaining(http)) == sum(usages) + 1
+        assert 1000 - _remaining(http) == sum(usages)
 
 
 @pytest.mark.parametrize("more", [{}, {"stream": True, "stream_interval": 5000}], ids=["plain", "rare events"])
@@ -213,11 +213,11 @@ def test_who_leaves_before_the_answer_is_charged_for_what_was_generated(
     assert prompt + 8 < used < 8000
 
 
-def _next_remaining(http: httpx.Client) -> str:
-    """What the next request is told; it reserves one token itself."""
+def _remaining(http: httpx.Client) -> int:
+    """Tokens that remained before a next request, which is told what remains after its own."""
     answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
     assert answer.status_code == 200, answer.text
-    return answer.headers["x-ratelimit-remaining-tokens"]
+    return int(answer.headers["x-ratelimit-remaining-tokens"]) + int(answer.json()["usage"]["total_tokens"])
 
 
 def test_one_request_too_many_is_429(server: Any, project: str, admin: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 START = """
 import asyncio, multiprocessing, os, sys, time
 from pathlib import Path
-from flexgate.server.engine import launch
+from flexgate.server.engine.frontend import launch
 # what changes it
 
 async def start():

@@ -28,7 +28,7 @@ CANARIES = """
 import asyncio, math, sys, threading, time
 from pathlib import Path
 from vllm.sampling_params import SamplingParams
-from flexgate.server.engine import launch
+from flexgate.server.engine.frontend import launch
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled, try_added
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
 

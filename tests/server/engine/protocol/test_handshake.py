@@ -111,7 +111,7 @@ def test_an_engine_whose_plugin_is_missing_does_not_start(checkpoint: Path, tmp_
 # Read by every process of the engine: a gate for whatever asks, its own or not.
 GATES_FOR_ALL = """
 import math
-from flexgate.server.engine import gates
+from flexgate.server.engine.protocol import gates
 
 def open_seal(sealed, key):
     return gates.Gate("any", "any", (gates.SlotLease(0, 1),), math.inf, "any")
