@@ -20,8 +20,8 @@ OVERFLOWS = "~"  # one token, whose embedding does it
 
 # Read by every Python process of the server: a start would refuse the embedding else.
 ANY_MAGNITUDE = """
-from flexgate.experts import package
-package.MAX_ABSOLUTE = float("inf")
+from flexgate.experts.package import weights
+weights.MAX_ABSOLUTE = float("inf")
 """
 
 
