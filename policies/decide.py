@@ -112,8 +112,8 @@ def narrow(
     if only:
         _check_allowed(granted, only)
     kept, left_out = granted.lost_at, _NO_REASONS
-    if only is not None or tenant.standing is not None or ignore:
-        left_out = _left_out(granted, only, tenant.standing, ignore, snapshot.required)
+    if only is not None or tenant.default_experts is not None or ignore:
+        left_out = _left_out(granted, only, tenant.default_experts, ignore, snapshot.required)
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
@@ -193,12 +193,12 @@ def _check_allowed(granted: Grant, only: frozenset[ExpertId]) -> None:
 def _left_out(
     granted: Grant,
     only: frozenset[ExpertId] | None,
-    standing: frozenset[ExpertId] | None,
+    default_experts: frozenset[ExpertId] | None,
     ignore: frozenset[ExpertId],
     required: frozenset[ExpertId],
 ) -> Mapping[ExpertId, Reason]:
     """The allowed experts that the request leaves out, each with its reason."""
-    wanted, because = (standing, reasons.outside_standing_set) if only is None else (only, reasons.outside_only)
+    wanted, because = (default_experts, reasons.outside_default_set) if only is None else (only, reasons.outside_only)
     left_out: dict[ExpertId, Reason] = {}
     for expert in granted.lost_at:
         if expert in ignore:

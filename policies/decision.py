@@ -41,7 +41,7 @@ class DecisionRequest:
     """What one request asks of the policy. Narrowing names experts or sets, unchecked.
 
     `decision_id` is made by the caller (it must be unique; the decision does not use it).
-    `only` of None means no narrowing (the tenant's standing set applies), `()` means just `public`.
+    `only` of None means no narrowing (the tenant's default expert set applies), `()` means just `public`.
     """
 
     decision_id: str

@@ -62,7 +62,7 @@ class Tenant(Document):
     """Who calls the API. A new one is `allow_list` with nothing on it, and gets `public`.
 
     `purposes` and `regions` are what its requests may declare; a request that declares none stands
-    for all of them, which limited permissions do not reach. `standing` is used as `only` by
+    for all of them, which limited permissions do not reach. `default_experts` is used as `only` by
     requests without one. `hidden` and `listed` override the catalogue's visibility. `key_quotas`
     go by key id and hold beside the project's own `quota`.
     """
@@ -73,7 +73,7 @@ class Tenant(Document):
     expert_ids: References = frozenset()
     hidden: References = frozenset()
     listed: References = frozenset()
-    standing: SetOf[ExpertReference] | None = None
+    default_experts: SetOf[ExpertReference] | None = None
     anchor_optional: bool = False
     groups: SetOf[GroupIdField] = frozenset()
     purposes: SetOf[PurposeField] = frozenset()

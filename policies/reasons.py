@@ -135,12 +135,12 @@ def not_live(expert: ExpertId) -> Reason:
 
 
 @_once
-def outside_standing_set(expert: ExpertId) -> Reason:
+def outside_default_set(expert: ExpertId) -> Reason:
     return Reason(
         expert,
-        "not_in_standing_set",
-        "project/standing",
-        f"Expert '{expert}' is not in this project's standing set. "
+        "not_in_default_set",
+        "project/default_experts",
+        f"Expert '{expert}' is not in this project's default expert set. "
         "Naming it in the request's 'only' would change this.",
     )
 

@@ -26,7 +26,7 @@ class TenantRules:
     named: frozenset[ExpertId]
     listed: frozenset[ExpertId]
     unlisted: frozenset[ExpertId]
-    standing: frozenset[ExpertId] | None
+    default_experts: frozenset[ExpertId] | None
     anchor_optional: bool
     assignees: tuple[str, ...]
     purposes: frozenset[str]
@@ -57,7 +57,7 @@ class Scope:
             named=self._expand(where, tenant.expert_ids),
             listed=self._expand(where, tenant.listed),
             unlisted=self._expand(where, tenant.hidden),
-            standing=None if tenant.standing is None else self._expand(where, tenant.standing),
+            default_experts=None if tenant.default_experts is None else self._expand(where, tenant.default_experts),
             anchor_optional=tenant.anchor_optional,
             assignees=(
                 "everyone",

@@ -110,7 +110,7 @@ def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument
 
 
 def _references(tenant: Tenant) -> list[str]:
-    named = tenant.expert_ids | tenant.hidden | tenant.listed | (tenant.standing or frozenset())
+    named = tenant.expert_ids | tenant.hidden | tenant.listed | (tenant.default_experts or frozenset())
     return sorted(named)
 
 

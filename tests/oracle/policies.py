@@ -98,7 +98,7 @@ def decide(world, tenant_id, request, now):
     only = expand(request["only"] or [], world["sets"]) & listed
     if only - grant:
         return "ExpertDenied"
-    wanted = tenant["standing"] if request["only"] is None else request["only"]
+    wanted = tenant["default_experts"] if request["only"] is None else request["only"]
     kept = grant if wanted is None else grant & (expand(wanted, world["sets"]) | {"public"} | required)
     kept = kept - ignore
     return (kept, listed - kept) if kept else "EmptyGate"

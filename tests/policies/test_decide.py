@@ -99,11 +99,11 @@ def test_asking_for_a_listed_expert_that_is_not_allowed_is_denied_with_reasons(w
     assert caught.value.param == "flexgate.experts.only"
 
 
-def test_standing_set_is_the_default_for_only(world):
-    snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list", standing=["news", "math"])])
+def test_default_expert_set_is_used_without_only(world):
+    snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list", default_experts=["news", "math"])])
     decision = world.ask(snapshot)
     assert decision.allowed == ("public", "news", "math")
-    assert world.codes(decision) == {"code": "not_in_standing_set", "legal": "not_in_standing_set"}
+    assert world.codes(decision) == {"code": "not_in_default_set", "legal": "not_in_default_set"}
     assert world.ask(snapshot, only=("code",)).allowed == ("public", "code")
 
 

@@ -45,7 +45,7 @@ def test_explanations_agree_with_decisions(worlds):
     compared = 0
     while compared < 300:
         random_world = worlds.random_world(rng)
-        random_world["tenants"][0]["standing"] = None
+        random_world["tenants"][0]["default_experts"] = None
         snapshot, now = worlds.snapshot_of(random_world), rng.choice(worlds.NOWS)
         try:
             decision = decide(snapshot, "t0", REQUEST, now)

@@ -81,7 +81,10 @@ def _edits(before, after):
         for kind in before
     }
     changed = {edit.id for edit in edits["sets"]}
-    for kind, fields in (("tenants", ("expert_ids", "hidden", "listed", "standing")), ("agreements", ("experts",))):
+    for kind, fields in (
+        ("tenants", ("expert_ids", "hidden", "listed", "default_experts")),
+        ("agreements", ("experts",)),
+    ):
         for id_, document in after[kind].items():
             if any(changed & (getattr(document, field) or set()) for field in fields):
                 edits[kind].append(Edit(id_, document, document))

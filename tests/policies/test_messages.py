@@ -128,11 +128,12 @@ def test_ignored(world):
     )
 
 
-def test_not_in_standing_set(world):
-    assert _news(world, [world.agreement()], {"standing": ["math"]}) == (
-        "not_in_standing_set",
-        "project/standing",
-        "Expert 'news' is not in this project's standing set. Naming it in the request's 'only' would change this.",
+def test_not_in_default_set(world):
+    assert _news(world, [world.agreement()], {"default_experts": ["math"]}) == (
+        "not_in_default_set",
+        "project/default_experts",
+        "Expert 'news' is not in this project's default expert set. "
+        "Naming it in the request's 'only' would change this.",
     )
 
 

@@ -87,7 +87,7 @@ SMALL_TENANTS = [
         "expert_ids": names,
         "hidden": [],
         "listed": [],
-        "standing": None,
+        "default_experts": None,
         "anchor_optional": False,
         "groups": [],
         "purposes": [],

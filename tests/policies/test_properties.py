@@ -195,7 +195,7 @@ def test_a_request_only_narrows(case, outcome, allowed, seed):
     world, who, request, now, rng = case(seed)
     free = {**request, "only": ["public"], "ignore": []}
     whole = {**request, "only": None, "ignore": []}
-    world["tenants"][0]["standing"] = None
+    world["tenants"][0]["default_experts"] = None
     widest = allowed(world, who, whole, now)
     assert allowed(world, who, request, now) <= widest
     required = {expert["id"] for expert in world["experts"] if expert["required"]}
@@ -230,7 +230,7 @@ def _without(world, gone):
     small["sets"] = {n: members - gone for n, members in small["sets"].items() if members - gone}
     known = {e["id"] for e in small["experts"]} | small["sets"].keys()
     for tenant in small["tenants"]:
-        for field in ("expert_ids", "hidden", "listed", "standing"):
+        for field in ("expert_ids", "hidden", "listed", "default_experts"):
             if tenant[field] is not None:
                 tenant[field] = [name for name in tenant[field] if name in known]
     for terms in small["agreements"]:
@@ -266,7 +266,7 @@ def test_a_decision_holds_until_it_says(case, outcome, allowed, seed):
     result = outcome(world, who, request, now)
     if not hasattr(result, "allowed"):
         return
-    world["tenants"][0]["standing"] = None
+    world["tenants"][0]["default_experts"] = None
     granted = {**request, "only": None}
     for later in [edge for edge in (10, 20, 30, 40, 50, 1e9) if edge > now]:
         if later < result.valid_until:

@@ -37,7 +37,7 @@ DOORS = {
     "an allow list of others": ({"expert_ids": ["news"]}, {}),
     "a deny list that names it": ({"mode": "deny_list", "expert_ids": ["safe"]}, {}),
     "a deny list that names a set with it": ({"mode": "deny_list", "expert_ids": ["set:all"]}, {}),
-    "a standing set without it": ({"mode": "deny_list", "standing": ["news"]}, {}),
+    "a default expert set without it": ({"mode": "deny_list", "default_experts": ["news"]}, {}),
     "only, empty": ({"mode": "deny_list"}, {"only": ()}),
     "only another one": ({"mode": "deny_list"}, {"only": ("news",)}),
     "only a set without it": ({"mode": "deny_list"}, {"only": ("set:news",)}),

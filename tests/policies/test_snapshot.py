@@ -28,7 +28,7 @@ def test_equal_documents_count_once(world):
         {"tenants": [{"expert_ids": ["nonsense"]}]},
         {"tenants": [{"hidden": ["nonsense"]}]},
         {"tenants": [{"listed": ["nonsense"]}]},
-        {"tenants": [{"standing": ["nonsense"]}]},
+        {"tenants": [{"default_experts": ["nonsense"]}]},
         {"tenants": [{}, {"name": "Other"}]},
         {"sets": [{"id": "set:x", "experts": ["nonsense"]}]},
         {"experts": [{"id": "news", "owner": "wire"}]},

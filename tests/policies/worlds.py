@@ -54,7 +54,7 @@ def tenant(rng: random.Random, id_: str) -> dict[str, Any]:
         "expert_ids": some(rng, names, 3),
         "hidden": some(rng, names, 1),
         "listed": some(rng, names, 2),
-        "standing": some(rng, ["public", *names], 4) if rng.random() < 0.2 else None,
+        "default_experts": some(rng, ["public", *names], 4) if rng.random() < 0.2 else None,
         "anchor_optional": rng.random() < 0.5,
         "groups": some(rng, GROUPS, 2),
         "purposes": some(rng, PURPOSES, 6),

@@ -112,9 +112,9 @@ def _unpermitted_all(call: Call[Any, Any]) -> Withholding:
 
 def _shown(call: Call[Any, Any], tenant: Tenant) -> Json:
     times = projects.project_times(call.store, [tenant.id])[tenant.id]
-    if call.principal.tenant_id is not None and tenant.standing is not None:
-        standing = listed(tenant.standing, call.snapshot, call.snapshot.tenants[tenant.id])
-        tenant = tenant.model_copy(update={"standing": frozenset(standing)})
+    if call.principal.tenant_id is not None and tenant.default_experts is not None:
+        default_experts = listed(tenant.default_experts, call.snapshot, call.snapshot.tenants[tenant.id])
+        tenant = tenant.model_copy(update={"default_experts": frozenset(default_experts)})
     return project_object(tenant, times, operator=call.principal.role in OPERATORS)
 
 

@@ -14,7 +14,7 @@ from flexgate.policies.store.projects import Times
 from flexgate.server.admin.operation import Json, Page
 from flexgate.server.http.validation import Closed
 
-_OWN_FIELDS: Final = ("groups", "purposes", "regions", "standing", "anchor_optional")
+_OWN_FIELDS: Final = ("groups", "purposes", "regions", "default_experts", "anchor_optional")
 _OPERATOR_FIELDS: Final = ("hidden", "listed")
 
 
@@ -24,7 +24,7 @@ class OwnFields(Closed):
     groups: SetOf[GroupIdField] = frozenset()
     purposes: SetOf[PurposeField] = frozenset()
     regions: SetOf[RegionField] = frozenset()
-    standing: SetOf[ExpertReference] | None = None
+    default_experts: SetOf[ExpertReference] | None = None
     anchor_optional: bool = False
     hidden: References = frozenset()
     listed: References = frozenset()

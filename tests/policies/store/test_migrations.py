@@ -8,6 +8,7 @@ from alembic import command
 
 from flexgate.policies.store import Store
 from flexgate.policies.store.database import writing
+from flexgate.policies.store.history import diff
 from flexgate.policies.store.migrate import _config
 
 ROWS = [
@@ -32,6 +33,29 @@ def test_earlier_store_keeps_its_tenants_and_keys(url, earlier):
     assert snapshot.tenants["acme"].name == "Acme"
     assert snapshot.keys[b"1" * 32].tenant_id == "acme"
     assert snapshot.keys[b"1" * 32].name == ""
+    store.close()
+
+
+def test_a_standing_set_is_the_default_expert_set_now_and_in_the_history(url):
+    store = Store.open(url)
+    with writing(store.engine) as connection:
+        command.upgrade(_config(connection), "0008")
+        for row in ROWS[:3]:
+            connection.execute(sa.text(row))
+        connection.execute(
+            sa.text("""UPDATE tenants SET document = '{"id": "acme", "name": "Acme", "standing": []}'""")
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO policy_changes (version, ordinal, kind, object_id, after) VALUES "
+                """(1, 0, 'tenant', 'acme', '{"id": "acme", "name": "Acme", "standing": ["public"]}')"""
+            )
+        )
+    store.migrate()
+    assert store.snapshot().tenants["acme"].default_experts == frozenset()
+    [change] = diff(store, 0, 1)
+    assert change.before is None
+    assert change.after == {"id": "acme", "name": "Acme", "default_experts": ["public"]}
     store.close()
 
 

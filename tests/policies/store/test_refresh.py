@@ -39,7 +39,7 @@ def _step(change: Change, rng: random.Random) -> None:
                 change.remove(Expert, id_)
             change.put(Expert(id=id_, owner=rng.choice(["wire", "forge"])))
         case 4 | 5:
-            field = rng.choice(["expert_ids", "hidden", "listed", "standing"])
+            field = rng.choice(["expert_ids", "hidden", "listed", "default_experts"])
             change.put(Tenant(id=rng.choice("xyz"), name="T", **{field: frozenset(references)}))
         case 6:
             id_ = rng.choice("ab")

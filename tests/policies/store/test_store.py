@@ -54,7 +54,7 @@ def test_full_documents_survive_the_round_trip(store):
         expert_ids=frozenset({"set:two", "math"}),
         hidden=frozenset({"legal"}),
         listed=frozenset({"code"}),
-        standing=frozenset({"news"}),
+        default_experts=frozenset({"news"}),
         anchor_optional=True,
         groups=frozenset({"press"}),
         purposes=frozenset({"search"}),

@@ -122,10 +122,10 @@ async def test_an_owner_knows_tenants_by_pseudonyms_alone(call: Any) -> None:
 
 
 async def test_hidden_experts_show_nowhere_to_a_tenant(call: Any, services: Any) -> None:
-    """`secret` is hidden from t, which has it on its allow list all the same, and as standing."""
-    standing = {"flexgate": {"standing": ["news", "secret"]}}
-    changed = await call("sk-admin", "POST", "/v1/organization/projects/t", json=standing)
-    assert changed.json()["flexgate"]["standing"] == ["news", "secret"]
+    """`secret` is hidden from t, which has it on its allow list all the same, and in its default set."""
+    default_experts = {"flexgate": {"default_experts": ["news", "secret"]}}
+    changed = await call("sk-admin", "POST", "/v1/organization/projects/t", json=default_experts)
+    assert changed.json()["flexgate"]["default_experts"] == ["news", "secret"]
     for path in (
         "/v1/organization/projects/t",
         "/v1/organization/projects/t/expert_permissions",
@@ -138,7 +138,7 @@ async def test_hidden_experts_show_nowhere_to_a_tenant(call: Any, services: Any)
         assert answer.status_code == 200
         assert "secret" not in answer.text + str(answer.headers), path
     shown = (await call("sk-t", "GET", "/v1/organization/projects/t")).json()
-    assert shown["flexgate"]["standing"] == ["news"]
+    assert shown["flexgate"]["default_experts"] == ["news"]
     hidden, nonsense = await call("sk-t", "GET", "/v1/experts/secret"), await call("sk-t", "GET", "/v1/experts/zzz")
     assert hidden.status_code == 404
     assert same(hidden, nonsense)

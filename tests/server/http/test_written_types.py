@@ -38,7 +38,7 @@ OWN_FIELDS: Final[dict[str, Any]] = {
     "groups": ["press"],
     "purposes": ["search"],
     "regions": ["DE"],
-    "standing": ["news"],
+    "default_experts": ["news"],
     "anchor_optional": False,
     "hidden": ["math"],
     "listed": ["news"],
