@@ -119,6 +119,43 @@ def test_a_stream_ends_with_its_reason_and_nothing_comes_after_the_answer(changi
     assert record["undelivered_responses"] == 0
 
 
+def require(server: Any, place: Path, *experts: str) -> None:
+    """What an operator's policy file says, once the running server has learnt of it."""
+    (place / "policy.yaml").write_text(f"format: flexgate-policy/v1\nrequired_experts: [{', '.join(experts)}]\n")
+    database = f"--database-url=sqlite:///{server.database}"
+    command = [live._script(), "policy", "apply", place / "policy.yaml", database]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    with server.client("admin") as http:
+        version = http.get("/v1/policy/revisions").json()["data"][0]["version"]
+    deadline = time.monotonic() + 60
+    while "flexgate" not in ask(server, max_tokens=1, flexgate={"min_policy_version": version}):
+        assert time.monotonic() < deadline
+
+
+def test_a_required_expert_is_in_every_answer_and_its_revocation_ends_them_all(
+    changing: Any, package: Path, place: Path
+) -> None:
+    command(changing, "add", str(package))
+    permit(changing)
+    require(changing, place, "extra")
+    only: dict[str, Any] = {"flexgate": {"experts": {"only": ["news"]}}}
+    assert ask(changing, "press", **only)["flexgate"]["allowed"] == ["public", "news", "extra"]
+    ignoring = ask(changing, flexgate={"experts": {"ignore": ["extra"]}})
+    assert ignoring["error"]["code"] == "expert_required"
+    with changing.client("press") as http, changing.client("admin") as admin:
+        body = {**BODY, **only, "max_tokens": 900, "stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            admin.delete("/v1/experts/extra").raise_for_status()
+            ended = [json.loads(line[6:])["error"] for line in lines if '"error"' in line]
+    assert [error["code"] for error in ended] == ["expert_revoked"]
+    for who in ("all", "press", "public"):
+        assert ask(changing, who)["error"]["code"] == "required_expert_missing"
+    require(changing, place)
+    assert "extra" not in ask(changing)["flexgate"]["allowed"]
+
+
 def test_only_an_administrator_and_the_owner_may_withdraw(changing: Any) -> None:
     for who, status in (("all", 403), ("auditor", 403), ("owner", 404)):
         with changing.client(who) as http:
