@@ -38,7 +38,7 @@ def prohibited(expert: Expert, clause: Clause) -> Reason:
         for preposition, words in (("for", clause.purposes), ("in", clause.regions))
         if words is not None
     )
-    changes = f"Its owner, {expert.owner}, withdrawing it"
+    changes = f"Its owner, {expert.owner}, terminating it"
     if scope:
         changes += ", or the request declaring a purpose or region outside of it,"
     if clause.ends < math.inf:

@@ -80,9 +80,9 @@ def put_agreement(store: Store, agreement: Agreement, *, actor: str, at: float, 
     return change.policy_version
 
 
-def withdraw_agreement(store: Store, agreement_id: str, *, actor: str, at: float, owner_id: str | None = None) -> int:
-    """End an agreement now; returns the policy version. An owner may always do this."""
-    with store.change(actor=actor, note="withdraw agreement", at=at, urgent=True) as change:
+def terminate_agreement(store: Store, agreement_id: str, *, actor: str, at: float, owner_id: str | None = None) -> int:
+    """Terminate an agreement now; returns the policy version. An owner may always do this."""
+    with store.change(actor=actor, note="terminate agreement", at=at, urgent=True) as change:
         _own(change, agreement_id, owner_id)
         change.remove(Agreement, agreement_id)
     return change.policy_version

@@ -93,7 +93,7 @@ def read_object(connection: Connection, kind: str, ids: Iterable[str]) -> list[t
 
 
 def agreement_versions(connection: Connection, id_: str) -> list[Agreement]:
-    """Every version of an agreement that was ever stored, withdrawn ones too."""
+    """Every version of an agreement that was ever stored, terminated ones too."""
     table = policy_changes
     query = select(table.c.after).where(table.c.kind == "agreement", table.c.object_id == id_)
     stored = [row.after for row in connection.execute(query)]

@@ -59,9 +59,9 @@ def revise(target: Target, agreement: Agreement, terms: Terms) -> None:
 
 
 @administers(app)
-def end(target: Target, agreement: Agreement) -> None:
-    """End an agreement now. It stays in the history of the policy."""
-    target.end_agreement(agreement)
+def terminate(target: Target, agreement: Agreement) -> None:
+    """Terminate an agreement now. It stays in the history of the policy."""
+    target.terminate_agreement(agreement)
 
 
 def _read(path: Path) -> Json:

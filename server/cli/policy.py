@@ -25,7 +25,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 _REFUSED: Final = "everything: refused from then on"
 File = Annotated[Path, typer.Argument(help="A policy file, YAML or JSON; '-' reads standard input.")]
-Prune = Annotated[bool, typer.Option(help="Also end agreements, remove sets and archive tenants the file lacks.")]
+Prune = Annotated[
+    bool, typer.Option(help="Also terminate agreements, remove sets and archive tenants that the file does not name.")
+]
 
 
 @app.command()

@@ -100,8 +100,8 @@ class Target(PolicyTarget, Protocol):
     def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
         """Make an agreement, or give one other terms."""
 
-    def end_agreement(self, agreement_id: str) -> None:
-        """End an agreement now."""
+    def terminate_agreement(self, agreement_id: str) -> None:
+        """Terminate an agreement now."""
 
     def audit_log(self, after: int) -> Iterator[Entry]:
         """Entries after a number, oldest first."""
@@ -224,8 +224,8 @@ class DatabaseTarget(DatabasePolicy):
             return to_json(licences.create_agreement(self._store, terms, **_attributed()))
         return to_json(licences.revise_agreement(self._store, agreement_id, terms, **_attributed()))
 
-    def end_agreement(self, agreement_id: str) -> None:
-        licences.withdraw_agreement(self._store, agreement_id, **_attributed())
+    def terminate_agreement(self, agreement_id: str) -> None:
+        licences.terminate_agreement(self._store, agreement_id, **_attributed())
 
     def audit_log(self, after: int) -> Iterator[Entry]:
         while batch := self._store.audit_log(after=after, limit=_BATCH):
@@ -302,7 +302,7 @@ class ServerTarget(ServerPolicy):
         path = "/v1/agreements" if agreement_id is None else f"/v1/agreements/{_quoted(agreement_id)}"
         return _without_object(self._api.ask("POST", path, json=terms))
 
-    def end_agreement(self, agreement_id: str) -> None:
+    def terminate_agreement(self, agreement_id: str) -> None:
         self._api.ask("DELETE", f"/v1/agreements/{_quoted(agreement_id)}")
 
     def audit_log(self, after: int) -> Iterator[Entry]:

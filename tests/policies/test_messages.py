@@ -28,7 +28,7 @@ def test_prohibited(world):
         "prohibited",
         "agreement/ban@3",
         "Agreement 'ban' (version 3) prohibits expert 'news' to this project. "
-        "Its owner, wire, withdrawing it would change this.",
+        "Its owner, wire, terminating it would change this.",
     )
 
 
@@ -41,7 +41,7 @@ def test_prohibited_within_a_scope_and_for_a_time(world):
     )
     assert _news(world, [terms])[2] == (
         "Agreement 'a1' (version 1) prohibits expert 'news' to this project "
-        "for ai-train, search in DE. Its owner, wire, withdrawing it, or the request declaring a "
+        "for ai-train, search in DE. Its owner, wire, terminating it, or the request declaring a "
         "purpose or region outside of it, or waiting until 2026-01-01T00:00:00Z would change this."
     )
 

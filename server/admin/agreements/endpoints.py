@@ -48,10 +48,10 @@ def revise(call: Call[Agreement, Written]) -> Json:
     return agreement_object(agreements.revise_agreement(call.store, agreement_id, terms, **_attributed(call)), names)
 
 
-def end(call: Call[Nothing, Written]) -> Json:
-    """End an agreement now. It stays in the history of the policy."""
+def terminate(call: Call[Nothing, Written]) -> Json:
+    """Terminate an agreement now. It stays in the history of the policy."""
     agreement_id = call.path["agreement_id"]
-    agreements.withdraw_agreement(call.store, agreement_id, **_attributed(call))
+    agreements.terminate_agreement(call.store, agreement_id, **_attributed(call))
     return {"id": agreement_id, "object": "agreement.deleted", "deleted": True}
 
 
@@ -78,5 +78,5 @@ OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     Operation(method="POST", path=_ALL, roles=_WRITE, work=create, body=Terms, query=Written),
     Operation(method="GET", path=_ONE, roles=_READ, work=retrieve),
     Operation(method="POST", path=_ONE, roles=_WRITE, work=revise, body=Terms, query=Written),
-    Operation(method="DELETE", path=_ONE, roles=_WRITE, work=end, query=Written, withholds=_withheld),
+    Operation(method="DELETE", path=_ONE, roles=_WRITE, work=terminate, query=Written, withholds=_withheld),
 )

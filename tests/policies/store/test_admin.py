@@ -38,7 +38,7 @@ def test_a_whole_tenant_life(store):
     permissions = {"mode": "allow_list", "expert_ids": ["news"]}
     projects.update_project(store, project.id, permissions, **ADMIN)
     assert _allowed(store, minted.secret) == ("public", "news")
-    agreements.withdraw_agreement(store, "a1", owner_id="wire", actor="wire", at=3.0)
+    agreements.terminate_agreement(store, "a1", owner_id="wire", actor="wire", at=3.0)
     assert _allowed(store, minted.secret) == ("public",)
     accounts.delete_service_account(store, project.id, account.id, actor="admin", at=4.0)
     with pytest.raises(KeyRevoked):
@@ -180,7 +180,7 @@ def test_owner_sees_and_changes_its_own_agreements_only(store):
         with pytest.raises(ObjectUnknown, match=pattern):
             agreements.get_agreement(store, agreement_id, owner_id="wire")
         with pytest.raises(ObjectUnknown, match=pattern):
-            agreements.withdraw_agreement(store, agreement_id, owner_id="wire", **ADMIN)
+            agreements.terminate_agreement(store, agreement_id, owner_id="wire", **ADMIN)
     with pytest.raises(ChangeRefused):
         agreements.put_agreement(store, code, owner_id="wire", **ADMIN)
     stolen = NEWS.model_copy(update={"id": "a2", "version": 9})

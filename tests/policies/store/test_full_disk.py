@@ -20,7 +20,7 @@ from flexgate.policies.store.accounts import (
     revoke_admin_key,
     revoke_project_key,
 )
-from flexgate.policies.store.agreements import create_agreement, revise_agreement, withdraw_agreement
+from flexgate.policies.store.agreements import create_agreement, revise_agreement, terminate_agreement
 from flexgate.policies.store.decision_samples import Asked, Question, add_questions
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.projects import archive_project, create_project, update_project
@@ -63,7 +63,7 @@ def _revoke_expert(store: Any) -> None:
 
 TAKEN: dict[str, Callable[[Any], object]] = {
     "expert": _revoke_expert,
-    "agreement ended": lambda store: withdraw_agreement(store, "a", **BY),
+    "agreement ended": lambda store: terminate_agreement(store, "a", **BY),
     "agreement narrowed": lambda s: revise_agreement(s, "a", {**TERMS, "purposes": ["search"]}, **BY),
     "prohibition": lambda s: create_agreement(s, {**TERMS, "id": "b", "effect": "prohibit"}, **BY),
     "permission": lambda store: update_project(store, "t", {"expert_ids": []}, **BY),

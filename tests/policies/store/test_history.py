@@ -33,7 +33,7 @@ def _allowed(snapshot):
 
 @pytest.fixture
 def past(store):
-    """Version 2: tenant. 3: news permitted. 4: news prohibited. 5: withdrawn. 6: renamed."""
+    """Version 2: tenant. 3: news permitted. 4: news prohibited. 5: terminated. 6: renamed."""
     _do(store, 2.0, ("put", ACME))
     _do(store, 3.0, ("put", NEWS))
     _do(store, 4.0, ("put", NEWS.model_copy(update={"effect": "prohibit", "version": 2})))
@@ -146,7 +146,7 @@ def test_version_that_never_was_is_refused(past, version):
     assert past.version() == 6
 
 
-def test_an_agreements_version_is_never_used_for_other_terms_even_once_withdrawn(past):
+def test_an_agreements_version_is_never_used_for_other_terms_even_once_terminated(past):
     with pytest.raises(ChangeRefused):
         _do(past, 7.0, ("put", NEWS.model_copy(update={"version": 2})))
     _do(past, 7.0, ("put", NEWS.model_copy(update={"version": 3})))

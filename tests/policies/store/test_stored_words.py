@@ -14,7 +14,7 @@ from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import gitops, schema
-from flexgate.policies.store.agreements import revise_agreement, withdraw_agreement
+from flexgate.policies.store.agreements import revise_agreement, terminate_agreement
 from flexgate.policies.store.history import roll_back
 from flexgate.policies.store.projects import archive_project, update_project
 
@@ -105,7 +105,7 @@ def test_what_is_stored_can_be_exported_applied_and_changed(aged):
 
 def test_what_is_stored_can_be_taken_away_and_brought_back(aged):
     with_all, before = aged.version(), gitops.export(aged)
-    withdraw_agreement(aged, "a", **ADMIN)
+    terminate_agreement(aged, "a", **ADMIN)
     assert aged.snapshot().terms == {}
     roll_back(aged, with_all, confirm=aged.version(), **ADMIN)
     again = gitops.export(aged)

@@ -83,7 +83,7 @@ async def test_a_key_is_revoked_while_everybody_else_reads_and_changes_without_e
     def wait(inner: Any) -> Any:
         return lambda *arguments, **more: slow.wait(20) and inner(*arguments, **more)
 
-    monkeypatch.setattr(agreements.agreements, "withdraw_agreement", wait(agreements.agreements.withdraw_agreement))
+    monkeypatch.setattr(agreements.agreements, "terminate_agreement", wait(agreements.agreements.terminate_agreement))
     (key,) = [key.key_id for key in real_store.keys() if key.prefix == "sk-u"]
     threads = [asyncio.create_task(asyncio.to_thread(slow.wait, 20)) for _ in range(64)]
     reads = [asyncio.create_task(call("sk-auditor", "GET", READS["sk-t"])) for _ in range(30)]

@@ -88,7 +88,7 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     row = next(line for line in ok(run("agreements", "list")).splitlines() if line.startswith("a-new "))
     assert row.split() == ["a-new", "2", "academy", "math", "everyone", "permit"]
     assert json.loads(ok(run("agreements", "show", "a-new")))["assignee"] == "everyone"
-    ok(run("agreements", "end", "a-new"))
+    ok(run("agreements", "terminate", "a-new"))
     assert run("agreements", "show", "a-new").exit_code == 1
 
     ok(run("tenants", "revoke-key", project, key["id"]))
