@@ -145,7 +145,7 @@ async def _answer(url: str, hints: bool, pipe: PipeEnd) -> None:
     while (asked := await asyncio.to_thread(pipe.recv)) is not None:
         pipe.send(await _enforced(policy, *asked))
     polling.cancel()
-    policy.withdraw()
+    policy.deregister()
     store.close()
 
 

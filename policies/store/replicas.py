@@ -36,8 +36,8 @@ def announce(engine: Engine, process: Process, *, at: float) -> None:
             connection.execute(delete(table).where(table.c.seen < at - FORGOTTEN_AFTER_S))
 
 
-def withdraw(engine: Engine, process_id: str) -> None:
-    """Forget a process that has ended."""
+def deregister(engine: Engine, process_id: str) -> None:
+    """Remove a process that has ended."""
     with noting(engine) as connection:
         connection.execute(delete(processes).where(processes.c.id == process_id))
 

@@ -72,7 +72,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.denials.close()
         services.recorded.close()
         services.budget_usage.close()
-        services.policy.withdraw()
+        services.policy.deregister()
     if services.client.errored:
         raise EngineDied("the engine has died; the log says where")
 

@@ -192,12 +192,12 @@ class PolicySource:
         if self._peers is not None:
             await self._peers.everywhere(version)
 
-    def withdraw(self) -> None:
-        """Tell the peers that this process ends, and listen no more."""
+    def deregister(self) -> None:
+        """Deregister this process from its replicas, and listen no more."""
         if self._hints is not None:
             self._hints.close()
         if self._peers is not None:
-            self._peers.withdraw()
+            self._peers.deregister()
 
     def fresh(self) -> bool:
         """Whether the last confirmation is within its lease."""

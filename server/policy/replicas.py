@@ -51,10 +51,10 @@ class Peers:
             return
         self._announced, self._seen = version, self._clock()
 
-    def withdraw(self) -> None:
-        """Say that this process has ended; if it cannot, others wait for its lease."""
+    def deregister(self) -> None:
+        """Remove this process from the replicas; if the store fails, others wait for its lease."""
         with suppress(StoreError):
-            replicas.withdraw(self._engine, self._id)
+            replicas.deregister(self._engine, self._id)
 
     async def everywhere(self, version: int) -> None:
         """Return once no process decides from a policy older than `version` any more."""

@@ -51,9 +51,9 @@ async def test_a_process_that_is_gone_is_waited_for_until_its_lease_has_run_out(
     assert 0.5 <= time.monotonic() - began < 3
 
 
-async def test_a_process_that_said_goodbye_is_not_waited_for(real_store: Store) -> None:
+async def test_a_deregistered_process_is_not_waited_for(real_store: Store) -> None:
     gone, here = source(real_store), source(real_store)
-    gone.withdraw()
+    gone.deregister()
     version = change(real_store)
     here.confirm()
     await asyncio.wait_for(here.everywhere(version), 2)
