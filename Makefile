@@ -44,7 +44,7 @@ bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, 
 	mkdir -p build/kernels/flexgate && ln -sfn "$(CURDIR)/kernels" build/kernels/flexgate/kernels
 	PYTHONPATH=build/kernels $(PYTHON) -m flexgate.kernels.bench $(ARGS)
 
-residency-kills: $(VENV)/.dev ## Kill what adds and withdraws experts 1,000 times; fail if anything half done is left.
+residency-kills: $(VENV)/.dev ## Kill what adds and revokes experts 1,000 times; fail if anything half done is left.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.residency --kills 1000 --report docs/results/residency-kills.json
 
 server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if anything else comes back.

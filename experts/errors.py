@@ -18,7 +18,7 @@ ExpertsError
 ├── OutputRefused          the output exists already, or could not be written
 │   └── DiskFull           there is no room for it beside what must stay free
 ├── UsageInvalid           what a command was given cannot be meant
-├── ServerRefused          a running server would not take or withdraw an expert, in its words
+├── ServerRefused          a running server would not take or revoke an expert, in its words
 └── MergeError             parts that do not make one model
 """
 

@@ -40,9 +40,9 @@ def revise(
     tenants: Iterable[Edit[Tenant]] = (),
     agreements: Iterable[Edit[Agreement]] = (),
     keys: Iterable[KeyRecord] = (),
-    revoked: Mapping[str, int] | None = None,
+    revocation_epochs: Mapping[str, int] | None = None,
 ) -> Snapshot:
-    """`snapshot` after edits, each kind's in their order, with `keys` that are new or changed, and all of `revoked`.
+    """`snapshot` after edits, each kind's in their order, with new or changed `keys` and all `revocation_epochs`.
 
     Among the edits must be the tenants and agreements that name a set which changed, and whatever named
     an expert that went or changed its owner: the store refuses either while something names the expert.
@@ -68,7 +68,9 @@ def revise(
         tenants=MappingProxyType(rules),
         terms=MappingProxyType(_terms(snapshot.terms.copy(), scope, _net(agreements))),
         keys=MappingProxyType(keys_by_digest(keys, rules, snapshot.keys.copy())),
-        revoked=snapshot.revoked if revoked is None else MappingProxyType(dict(revoked)),
+        revocation_epochs=snapshot.revocation_epochs
+        if revocation_epochs is None
+        else MappingProxyType(dict(revocation_epochs)),
     )
 
 

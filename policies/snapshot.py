@@ -33,8 +33,8 @@ class Snapshot:
     `made` is when its version was made, in Unix seconds: two histories that have a version in
     common differ in it. `terms` are the agreements by assignee. `catalogue` is made of `experts`:
     what a decision asks of each; `hidden` are those that nobody sees who is not told, `required`
-    those that no request leaves out, `public` among them. `revoked` is the weights epoch of each
-    expert's last withdrawal: what was loaded before it must not be served.
+    those that no request leaves out, `public` among them. `revocation_epochs` is the weights epoch of each
+    expert's last revocation: what was loaded before it must not be served.
     """
 
     policy_version: int
@@ -44,7 +44,7 @@ class Snapshot:
     tenants: MappingProxyType[TenantId, TenantRules]
     terms: MappingProxyType[str, Terms]
     keys: MappingProxyType[bytes, KeyRecord]
-    revoked: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    revocation_epochs: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
     hidden: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
     required: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
@@ -70,7 +70,7 @@ class Snapshot:
         agreements: Iterable[Agreement] = (),
         sets: Iterable[ExpertSet] = (),
         keys: Iterable[KeyRecord] = (),
-        revoked: Mapping[str, int] = MappingProxyType({}),
+        revocation_epochs: Mapping[str, int] = MappingProxyType({}),
     ) -> Self:
         """Compile the documents; raises `SnapshotInvalid` when they do not fit together.
 
@@ -91,7 +91,7 @@ class Snapshot:
             tenants=MappingProxyType(rules),
             terms=MappingProxyType(scope.terms(terms.values())),
             keys=MappingProxyType(keys_by_digest(keys, rules, {})),
-            revoked=MappingProxyType(dict(revoked)),
+            revocation_epochs=MappingProxyType(dict(revocation_epochs)),
         )
 
     def hidden_from(self, tenant: TenantRules) -> frozenset[ExpertId]:

@@ -1,4 +1,4 @@
-"""Make a step of an addition or a withdrawal raise, and judge what the server then holds, serves and comes back to.
+"""Make a step of an addition or a revocation raise, and judge what the server then holds, serves and comes back to.
 
 The service goes on living, unlike in ``kills.residency``: after each fault its state must be the old or the new one,
 the next change must work, and so must a restart. The judge is that of the kills.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from residencykit import local as kit
-from residencykit.local import Local, LocalSlots, local, withdrawn_in
+from residencykit.local import Local, LocalSlots, local, revoked_in
 
 from flexgate.experts.io import output
 from flexgate.experts.package import intake, verify
@@ -190,8 +190,8 @@ class Trial:
         return False
 
     async def _follow(self, here: Local, experts: set[str]) -> None:
-        """A withdrawal that the store could not be told, or that was committed and not answered."""
-        following = asyncio.ensure_future(here.service.follow(withdrawn_in(self.store)))
+        """A revocation that the store could not be told, or that was committed and not answered."""
+        following = asyncio.ensure_future(here.service.follow(revoked_in(self.store)))
         for _ in range(500):
             served = {info.id for info in here.client.experts()}
             if served == experts and not here.service._residence.changing.locked():
@@ -221,7 +221,7 @@ class Trial:
     def _start(self) -> Local:
         state = at_start(self.store, EXPERTS, kit.MERGED)
         here = local(self.store, self.world.anchor, self.place, ranks=RANKS, without=state.without, epoch=state.epoch)
-        here.service._adding._confirm = here.service._withdrawing._confirm = self.store.snapshot
+        here.service._adding._confirm = here.service._revoker._confirm = self.store.snapshot
         return here
 
     def _stored(self) -> Stored:

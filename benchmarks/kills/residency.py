@@ -1,4 +1,4 @@
-"""Kill a process that adds and withdraws experts, at named points and at random times, and judge what is left.
+"""Kill a process that adds and revokes experts, at named points and at random times, and judge what is left.
 
 ``python -m kills.residency --kills 1000 --report docs/results/residency-kills.json``
 
@@ -254,7 +254,7 @@ def recover(world: World, place: Path) -> Callable[[Any], None]:
 
 
 def stored(database: Path, checkpoint: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Expert -> (slot, version) of the checkpoint and of what was added, less what was withdrawn; by SQL alone."""
+    """Expert -> (slot, version) of the checkpoint and of what was added, less what was revoked; by SQL alone."""
     with sqlite3.connect(database) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         query = "SELECT action, expert, slot, detail FROM weights_epochs ORDER BY epoch"

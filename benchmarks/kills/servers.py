@@ -1,4 +1,4 @@
-"""Kill a serving server or its engine while experts are added and withdrawn, start it again, and judge what it serves.
+"""Kill a serving server or its engine while experts are added and revoked, start it again, and judge what it serves.
 
 ``python -m kills.servers --kills 50 --report docs/results/server-kills.json``
 

@@ -1,4 +1,4 @@
-"""Experts that come and go under load: gaps between tokens, time to load, time to withdraw, memory over many cycles."""
+"""Experts that come and go under load: gaps between tokens, time to load, time to revoke, memory over many cycles."""
 
 import asyncio
 import json
@@ -109,7 +109,7 @@ async def _gaps(server: Server, package: Path, turns: int, *, tokens: int) -> di
 
 
 async def _cycles(server: Server, package: Path, cycles: int) -> dict[str, Any]:
-    """Add, ask, withdraw while two streams use the expert and one does not."""
+    """Add, ask, revoke while two streams use the expert and one does not."""
     revokes: list[float] = []
     lasted: list[float] = []
     late = hits = unharmed = undelivered = 0
@@ -144,7 +144,7 @@ async def _cycles(server: Server, package: Path, cycles: int) -> dict[str, Any]:
         "cycle_seconds": {"first_tenth": spread(lasted[:part]), "last_tenth": spread(lasted[-part:])},
         "revoke_seconds": _described(revokes),
         "tokens_after_the_answer": late,
-        "prompt_tokens_hit_in_the_cache_of_a_withdrawn_expert": hits,
+        "prompt_tokens_hit_in_the_cache_of_a_revoked_expert": hits,
         "users_ended_and_others_unharmed": unharmed,
         "undelivered_responses": undelivered,
         "resident_bytes": memory,

@@ -111,5 +111,5 @@ def _fill_memory(axis: Any, cycles: dict[str, Any]) -> None:
     done = [cycles["cycles"] * number / (len(resident) - 1) for number in range(len(resident))]
     axis.plot(done, [value / 1e9 for value in resident], marker="o", markersize=3)
     axis.set_ylim(0, 1.2e-9 * max(resident))
-    axis.set_xlabel("experts added and withdrawn")
+    axis.set_xlabel("experts added and revoked")
     axis.set_ylabel("resident memory, GB")

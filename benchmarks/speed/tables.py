@@ -90,13 +90,13 @@ def _changes(report: dict[str, Any]) -> Iterable[str]:
     shown = _most(f"{added:.2f} s, {read:.2f} s", added, ADDING * read)
     yield f"| adding it, against reading its file from the cache: medians | {shown} | ≤ {ADDING} × |"
     told, count = cycles["revoke_seconds"]["p99"], cycles["cycles"]
-    what = f"withdrawing an expert under load until it is acknowledged, {count:,} times: p99"
+    what = f"revoking an expert under load until it is acknowledged, {count:,} times: p99"
     yield f"| {what} | {_most(f'{told:.2f} s', told, 1)} | ≤ 1 s |"
     first, last = (cycles["cycle_seconds"][part]["median"] for part in ("first_tenth", "last_tenth"))
-    what = "an addition and a withdrawal, the first tenth of these times and the last: medians"
+    what = "an addition and a revocation, the first tenth of these times and the last: medians"
     yield f"| {what} | {first:.2f}, {last:.2f} s | |"
     first, last = (f"{cycles['resident_bytes'][index] / 1e9:.2f}" for index in (1, -1))
-    what = "resident memory after the first tenth of these adds and withdrawals, after all"
+    what = "resident memory after the first tenth of these adds and revocations, after all"
     yield f"| {what} | {first}, {last} GB | no growth |"
 
 

@@ -46,7 +46,7 @@ def revoke(
     drain_seconds: Annotated[float, typer.Option(help="Let running requests go on for so long.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Withdraw an expert from a running server for good; prints the record."""
+    """Revoke an expert from a running server for good; prints the record."""
     with reported(as_json) as show:
         from flexgate.experts.cli.server import Server
 

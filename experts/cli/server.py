@@ -1,4 +1,4 @@
-"""A running server from outside: upload a package, follow its job, withdraw an expert.
+"""A running server from outside: upload a package, follow its job, revoke an expert.
 
 Uploads go on where they broke off: the server says how much of each file it has.
 """
@@ -63,7 +63,7 @@ class Server(Api):
                     yield json.loads(line.removeprefix("data: "))
 
     def revoke(self, expert: str, drain_seconds: float) -> Json:
-        """Withdraw an expert; returns the record."""
+        """Revoke an expert; returns the record."""
         return self.ask("DELETE", f"/v1/experts/{expert}", params={"drain_seconds": drain_seconds})
 
     def _send(self, id_: str, name: str, path: Path, progress: Progress) -> None:

@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 def add_questions(engine: Engine, asked: Iterable[Asked]) -> None:
     """Count questions, and forget those that were not asked for longest beyond the bounds.
 
-    A few at a time: a change of the policy, which may be a withdrawal, waits for no more.
+    A few at a time: a change of the policy, which may be a revocation, waits for no more.
     """
     rest = iter(asked)
     while some := list(islice(rest, AT_ONCE)):

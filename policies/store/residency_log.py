@@ -52,7 +52,7 @@ class WeightsState:
     last: Mapping[str, WeightsChange]
 
     @property
-    def withdrawn(self) -> frozenset[str]:
+    def revoked(self) -> frozenset[str]:
         """Experts that must not be resident, wherever they come from."""
         return frozenset(name for name, change in self.last.items() if change.action == "revoked")
 
@@ -77,8 +77,8 @@ def newest_epoch(connection: Connection) -> int:
     return connection.scalar(select(func.max(weights_epochs.c.epoch))) or FIRST_EPOCH
 
 
-def revoked_epochs(connection: Connection) -> dict[str, int]:
-    """The epoch of each expert's last withdrawal, also of one that was added again since."""
+def revocation_epochs(connection: Connection) -> dict[str, int]:
+    """The epoch of each expert's last revocation, also of one that was added again since."""
     table = weights_epochs.c
     query = select(table.expert, func.max(table.epoch)).where(table.action == "revoked").group_by(table.expert)
     return dict(connection.execute(query).tuples().all())

@@ -14,7 +14,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.database import PUT_BACK
 from flexgate.policies.store.documents import KINDS, from_json, read_all
 from flexgate.policies.store.keys import key_from_row
-from flexgate.policies.store.residency_log import revoked_epochs
+from flexgate.policies.store.residency_log import revocation_epochs
 from flexgate.policies.store.revisions import ObjectChange, current_version, made_at, read_changes
 from flexgate.policies.store.schema import api_keys, policy_changes
 
@@ -34,7 +34,7 @@ def read_snapshot(connection: Connection) -> Snapshot:
             agreements=read_all(connection, Agreement),
             sets=read_all(connection, ExpertSet),
             keys=[key_from_row(row) for row in connection.execute(select(api_keys)).all()],
-            revoked=revoked_epochs(connection),
+            revocation_epochs=revocation_epochs(connection),
         )
     except SnapshotInvalid as error:
         raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
@@ -64,7 +64,7 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
             tenants=[*_edits(Tenant, changes), *_naming(connection, Tenant, changed)],
             agreements=[*_edits(Agreement, changes), *_naming(connection, Agreement, changed)],
             keys=_keys_of(connection, known.policy_version),
-            revoked=revoked_epochs(connection),
+            revocation_epochs=revocation_epochs(connection),
         )
     except SnapshotInvalid as error:
         raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error

@@ -15,7 +15,7 @@ from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import open_engine, reading, require_room, writing
 from flexgate.policies.store.keys import read_keys
 from flexgate.policies.store.migrate import migrate, refuse_newer
-from flexgate.policies.store.residency_log import WeightsState, revoked_epochs, weights_state
+from flexgate.policies.store.residency_log import WeightsState, revocation_epochs, weights_state
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
 
@@ -67,14 +67,14 @@ class Store:
             return read_keys(connection)
 
     def weights(self) -> WeightsState:
-        """Which experts were added to the engine or withdrawn from it."""
+        """Which experts were added to the engine or revoked from it."""
         with reading(self.engine) as connection:
             return weights_state(connection)
 
-    def revoked(self) -> dict[str, int]:
-        """The weights epoch of each expert's last withdrawal: what was loaded before it must not be served."""
+    def revocation_epochs(self) -> dict[str, int]:
+        """The weights epoch of each expert's last revocation: what was loaded before it must not be served."""
         with reading(self.engine) as connection:
-            return revoked_epochs(connection)
+            return revocation_epochs(connection)
 
     @contextmanager
     def change(self, *, actor: str, note: str = "", at: float, urgent: bool = False) -> Iterator[Change]:

@@ -35,13 +35,13 @@ Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
 """Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
 
 _CHECKS: Final = ThreadPoolExecutor(2, "packages")
-"""A package takes minutes to copy and check: the threads that confirm the policy and commit withdrawals stay free."""
+"""A package takes minutes to copy and check: the threads that confirm the policy and commit revocations stay free."""
 
 logger = logging.getLogger(__name__)
 
 
 class Adding:
-    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock: a withdrawal
+    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock: a revocation
     waits neither for a package to be loaded nor for a place to try it in.
     """
 
@@ -164,7 +164,7 @@ class Adding:
         await job.at("dark")
         with suppress(PolicyError):  # else the next poll sees it
             await asyncio.to_thread(self._confirm)
-        present = residence.find(manifest.id)  # somebody may have begun to drain it for a withdrawal
+        present = residence.find(manifest.id)  # somebody may have begun to drain it for a revocation
         live = present is None or present.live
         info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=live)
         residence.client.publish((*residence.others(manifest.id), info), generation)
@@ -239,15 +239,15 @@ class Adding:
             return None
 
     def _check_version(self, manifest: Manifest, since: int) -> None:
-        """Refuse a package that is none of the expert's next version, or that was sent before the expert was withdrawn.
+        """Refuse a package that is none of the expert's next version, or that was sent before the expert was revoked.
 
         Args:
             since: the weights epoch at which its job began.
         """
         residence = self._residence
-        if residence.repository.revoked().get(manifest.id, 0) > since:
+        if residence.repository.revocation_epochs().get(manifest.id, 0) > since:
             raise ChangeConflict(
-                f"Expert '{manifest.id}' was withdrawn while this package was on its way. Add it again if it is to be "
+                f"Expert '{manifest.id}' was revoked while this package was on its way. Add it again if it is to be "
                 "served all the same.",
                 code="experts_changing",
             )
@@ -256,11 +256,11 @@ class Adding:
             return
         if not info.live:
             raise ChangeConflict(
-                f"Expert '{manifest.id}' is being withdrawn. Add it again once that is done.", code="experts_changing"
+                f"Expert '{manifest.id}' is being revoked. Add it again once that is done.", code="experts_changing"
             )
-        if residence.repository.revoked().get(info.id, 0) > info.generation:
+        if residence.repository.revocation_epochs().get(info.id, 0) > info.generation:
             raise ChangeConflict(
-                f"Another server withdrew expert '{info.id}', which is being taken out here. Try again in a moment.",
+                f"Another server revoked expert '{info.id}', which is being unloaded here. Try again in a moment.",
                 code="experts_changing",
             )
         package = next((entry for entry in residence.repository.added() if entry.expert == info.id), None)
@@ -277,7 +277,7 @@ class Adding:
         if loaded == UNSAID:
             raise ChangeConflict(
                 f"Expert '{manifest.id}' is loaded from the checkpoint, which does not say in which version. "
-                "Withdraw it before a package takes its place.",
+                "Revoke it before a package takes its place.",
                 code="expert_version_unknown",
             )
         if manifest.version <= loaded:

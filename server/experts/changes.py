@@ -64,9 +64,9 @@ async def job(call: Call[Nothing, JobQuery]) -> Json | Response:
 
 
 async def revoke(call: Call[Nothing, RevokeQuery]) -> Json:
-    """Withdraw an expert from the running engine; answered once nothing can come of it any more."""
+    """Revoke an expert from the running engine; answered once nothing can come of it any more."""
     principal, expert = call.principal, call.path["expert"]
-    if not _may_withdraw(principal, call.snapshot, expert):
+    if not _may_revoke(principal, call.snapshot, expert):
         raise _unknown()
     try:
         return await call.services.experts.revoke(
@@ -119,7 +119,7 @@ def _under(directory: Path | None, name: str) -> Path:
     return path
 
 
-def _may_withdraw(principal: Principal, snapshot: Snapshot, expert: str) -> bool:
+def _may_revoke(principal: Principal, snapshot: Snapshot, expert: str) -> bool:
     known = snapshot.experts.get(ExpertId(expert))
     if principal.role is Role.ADMIN:
         return True
@@ -127,7 +127,7 @@ def _may_withdraw(principal: Principal, snapshot: Snapshot, expert: str) -> bool
 
 
 def _unknown() -> NotFound:
-    return NotFound("No expert of that name is loaded that could be withdrawn.", code=UNKNOWN_EXPERT)
+    return NotFound("No expert of that name is loaded that could be revoked.", code=UNKNOWN_EXPERT)
 
 
 def _answer(error: ExpertError) -> ApiError:

@@ -1,4 +1,4 @@
-"""Why an expert cannot be added or withdrawn.
+"""Why an expert cannot be added or revoked.
 
 ExpertError              a code for programs, a sentence for people
 ├── NotResident          no such expert is loaded, or it is none of the caller's
@@ -7,7 +7,7 @@ ExpertError              a code for programs, a sentence for people
 │   └── CommitUnknown    the store broke off, and nothing tells whether it took the change
 ├── NotStored            the expert is served no more by this process, and the store could not be told
 ├── EngineBusy           there was no place to try a new expert in; nothing is left of it
-└── EngineFailed         a rank could not do its part: of an add nothing is left, a withdrawal stays committed
+└── EngineFailed         a rank could not do its part: of an add nothing is left, a revocation stays committed
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ExpertError(Exception):
 
 
 class NotResident(ExpertError):
-    """There is nothing to withdraw."""
+    """There is nothing to revoke."""
 
     code = "expert_not_found"
 

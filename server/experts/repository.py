@@ -58,13 +58,13 @@ class ResidencyRepository:
         """The newest weights epoch."""
         return self._store.weights().epoch
 
-    def withdrawn(self) -> frozenset[str]:
+    def revoked(self) -> frozenset[str]:
         """Experts that must not be resident."""
-        return self._store.weights().withdrawn
+        return self._store.weights().revoked
 
-    def revoked(self) -> dict[str, int]:
-        """The epoch of each expert's last withdrawal: what was loaded before it must not be served."""
-        return self._store.revoked()
+    def revocation_epochs(self) -> dict[str, int]:
+        """The epoch of each expert's last revocation: what was loaded before it must not be served."""
+        return self._store.revocation_epochs()
 
     def added(self) -> tuple[Added, ...]:
         """Experts that came from packages, in the order in which they came; raises `StoreDamaged`."""

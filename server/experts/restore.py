@@ -1,4 +1,4 @@
-"""What a start has to know of experts that were added or withdrawn."""
+"""What a start has to know of experts that were added or revoked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AtStart:
     """The last acknowledged state.
 
     Attributes:
-        without: experts of the checkpoint that must not be loaded: withdrawn, or replaced by a package.
+        without: experts of the checkpoint that must not be loaded: revoked, or replaced by a package.
         least_slots: slots that added experts need.
         epoch: the newest weights epoch.
         resident: what will be served, in slot order.
@@ -45,7 +45,7 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
     packages = ResidencyRepository(store).added()
     old = [package for package in packages if is_set_aside(package, merged)]
     added = [package for package in packages if package not in old]
-    without = state.withdrawn | {change.expert for change in added}
+    without = state.revoked | {change.expert for change in added}
     _require_own_slots(added, checkpoint, without)
     kept = tuple(expert for expert in checkpoint if expert.id not in without)
     catalogue = store.snapshot().experts if added else {}
@@ -68,7 +68,7 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
         for holder in holders:
             raise PackageRefused(
                 f"expert '{package.expert}' was added into slot {package.slot}, which '{holder}' of this checkpoint "
-                f"needs: serve the former checkpoint, withdraw '{package.expert}' there, and add it again to this one"
+                f"needs: serve the former checkpoint, revoke '{package.expert}' there, and add it again to this one"
             )
     first: dict[int, str] = {}
     for package in added:
@@ -76,7 +76,7 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
         if other != package.expert:
             raise PackageRefused(
                 f"expert '{package.expert}' was added into slot {package.slot} while '{other}', which was added into "
-                f"it before, was not loaded: start the server as it was then, withdraw '{package.expert}' there, and "
+                f"it before, was not loaded: start the server as it was then, revoke '{package.expert}' there, and "
                 "add it again now"
             )
 

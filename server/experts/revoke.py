@@ -1,4 +1,4 @@
-"""Withdrawing an expert: no more gates, commit, the engine ends who may use it, zeros read back.
+"""Revoking an expert: no more gates, commit, the engine ends who may use it, zeros read back.
 
 When the record is there, no token can come of the expert any more: what was being sent is sent, its
 KV cache is unreachable and evicted, its weights are zero on every rank, and no restart loads it.
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Revocation:
-    """What an owner is told of a withdrawal. `digests` are the cleared slot's on every rank, none if it was not loaded.
+    """What an owner is told of a revocation. `digests` are the cleared slot's on every rank, none if it was not loaded.
 
     Times are Unix seconds.
     """
@@ -47,8 +47,8 @@ class Revocation:
     digests: list[str] = field(default_factory=list)
 
 
-class Withdrawing:
-    """The steps of one withdrawal. The residence's lock is the caller's to hold."""
+class Revoker:
+    """The steps of one revocation. The residence's lock is the caller's to hold."""
 
     def __init__(
         self,
@@ -63,22 +63,22 @@ class Withdrawing:
         self._confirm = confirm
         self._record = record
         self._clock = clock
-        self._doubtful: set[ExpertLease] = set()  # may have been withdrawn in the store
+        self._doubtful: set[ExpertLease] = set()  # may have been revoked in the store
 
     async def revoke(self, expert: str, *, actor: str) -> dict[str, Any]:
-        """Withdraw an expert for good; returns the record.
+        """Revoke an expert for good; returns the record.
 
         Raises:
             NotResident: it is not loaded, nor would a start load it.
             ChangeConflict: the store refused, and nothing was changed.
             NotStored: no gate is sealed for the expert any more and its users are ended; it is still loaded.
-            EngineFailed: it is withdrawn, and a rank could not prove that it is gone.
+            EngineFailed: it is revoked, and a rank could not prove that it is gone.
         """
         began, residence = self._clock(), self._residence
         info = residence.find(expert)
         if info is None:
             return await self._forget(expert, actor=actor, began=began)
-        self._publish(replace(info, live=False))  # it keeps its slot until it is known to be withdrawn
+        self._publish(replace(info, live=False))  # it keeps its slot until it is known to be revoked
         try:
             epoch = await run_in(CHANGES, self._commit, info.id, info.slot, actor)
         except StoreUnavailable as error:
@@ -88,15 +88,15 @@ class Withdrawing:
         except PolicyError as error:
             self._publish(info)
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
-        return await self._take_out(info, self._stop(info), epoch, actor=actor, began=began)
+        return await self._unload(info, self._stop(info), epoch, actor=actor, began=began)
 
-    async def obey(self, info: ExpertInfo) -> None:
-        """Take out an expert that another process on the same store has withdrawn."""
+    async def follow_revocation(self, info: ExpertInfo) -> None:
+        """Unload an expert that another process on the same store has revoked."""
         residence, began = self._residence, self._clock()
-        revoked = await run_in(CHANGES, residence.repository.revoked)
+        revoked = await run_in(CHANGES, residence.repository.revocation_epochs)
         if revoked.get(info.id, 0) > info.generation and residence.find(info.id) == info:
             epoch = await run_in(CHANGES, residence.repository.epoch)
-            await self._take_out(info, self._stop(info), epoch, actor="another process", began=began)
+            await self._unload(info, self._stop(info), epoch, actor="another process", began=began)
 
     async def drained(self, info: ExpertInfo, seconds: float) -> None:
         """Wait until nobody uses an expert, no longer than `seconds`."""
@@ -109,10 +109,10 @@ class Withdrawing:
     def _stop(self, info: ExpertInfo) -> tuple[GatedCall, ...]:
         """Give no more tokens to whoever may use the expert, in this version or a former one."""
         tenancies = (info, *self._residence.retiring.get(info.id, ()))
-        return tuple(call for each in tenancies for call in self._residence.client.withdraw(each.lease))
+        return tuple(call for each in tenancies for call in self._residence.client.revoke(each.lease))
 
     def wake(self, expert: str) -> None:
-        """Seal gates again for an expert whose withdrawal was refused after a drain, unless it may be withdrawn."""
+        """Seal gates again for an expert whose revocation was refused after a drain, unless it may be revoked."""
         info = self._residence.find(expert)
         if info is not None and info.lease not in self._doubtful:
             self._publish(replace(info, live=True))
@@ -122,12 +122,12 @@ class Withdrawing:
         client.publish((*self._residence.others(info.id), info), client.weights_epoch)
 
     async def _forget(self, expert: str, *, actor: str, began: float) -> dict[str, Any]:
-        """Withdraw what is not loaded here, and what a start would load."""
+        """Revoke what is not loaded here, and what a start would load."""
         residence = self._residence
         try:
             entry = next((e for e in await run_in(CHANGES, residence.repository.added) if e.expert == expert), None)
             if entry is None:
-                raise NotResident("No expert of that name is loaded that could be withdrawn.")
+                raise NotResident("No expert of that name is loaded that could be revoked.")
             epoch = await run_in(CHANGES, self._commit, expert, entry.slot, actor)
         except PolicyError as error:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
@@ -142,14 +142,14 @@ class Withdrawing:
             return repository.revoke(expert, slot, actor=actor, at=self._clock())
         except PolicyError as error:
             try:
-                withdrawn, epoch = repository.withdrawn(), repository.epoch()
+                revoked, epoch = repository.revoked(), repository.epoch()
             except PolicyError:
                 raise StoreUnavailable(str(error)) from error
-            if expert in withdrawn:
+            if expert in revoked:
                 return epoch  # it was committed, and the answer was lost, now or before
             raise
 
-    async def _take_out(
+    async def _unload(
         self, info: ExpertInfo, users: Sequence[GatedCall], epoch: int, *, actor: str, began: float
     ) -> dict[str, Any]:
         residence = self._residence
@@ -162,7 +162,7 @@ class Withdrawing:
             digests = [await residence.clear(each.slot) for each in tenancies]
         except Exception as error:
             raise EngineFailed(
-                f"Expert '{info.id}' is withdrawn and no restart loads it, but the engine failed: {error}. Restart it."
+                f"Expert '{info.id}' is revoked and no restart loads it, but the engine failed: {error}. Restart it."
             ) from error
         done = Revocation(info.id, info.slot, info.generation, epoch, began)
         done.aborted_requests = len(users)
@@ -176,14 +176,14 @@ class Withdrawing:
         await self._tidy(self._residence.forget_copies(), run_in(CHANGES, self._confirm))
         record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
         await self._tidy(run_in(CHANGES, self._record, actor, "weights.cleared", record))
-        logger.info("expert %s is withdrawn from slot %d", done.expert, done.slot)
+        logger.info("expert %s is revoked from slot %d", done.expert, done.slot)
         return record
 
     async def _tidy(self, *steps: Awaitable[object]) -> None:
         """What follows once the expert is gone; a store or a disk that fails now does not bring it back."""
         for error in await asyncio.gather(*steps, return_exceptions=True):
             if isinstance(error, (PolicyError, OSError)):
-                logger.error("after a withdrawal: %s", error)
+                logger.error("after a revocation: %s", error)
             elif isinstance(error, BaseException):
                 raise error
 

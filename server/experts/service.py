@@ -22,7 +22,7 @@ from flexgate.server.experts.add import Adding, Canary
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
-from flexgate.server.experts.revoke import Record, Withdrawing
+from flexgate.server.experts.revoke import Record, Revoker
 from flexgate.server.experts.slot_pool import Residence
 from flexgate.server.experts.versions import is_set_aside
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertService:
-    """Adds, replaces and withdraws experts."""
+    """Adds, replaces and revokes experts."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class ExpertService:
         self._residence = residence
         self._clock = clock
         self._adding = Adding(residence, canary=canary, confirm=confirm, clock=clock)
-        self._withdrawing = Withdrawing(residence, confirm=confirm, record=record, clock=clock)
+        self._revoker = Revoker(residence, confirm=confirm, record=record, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._unstored: dict[str, str] = {}  # who withdrew what the store could not be told
+        self._unstored: dict[str, str] = {}  # who revoked what the store could not be told
         self._store_again_at = 0.0
 
     def start_add(self, source: Path, *, name: str, actor: str, owner: str | None = None, move: bool = False) -> Job:
@@ -71,7 +71,7 @@ class ExpertService:
         return job
 
     async def revoke(self, expert: str, *, actor: str, drain_seconds: float = 0.0) -> dict[str, Any]:
-        """Withdraw an expert; see `Withdrawing.revoke`. Goes on to its end whoever stops waiting for it.
+        """Revoke an expert; see `Revoker.revoke`. Goes on to its end whoever stops waiting for it.
 
         Args:
             drain_seconds: how long running requests may go on before they are ended; no new one begins.
@@ -108,26 +108,26 @@ class ExpertService:
             info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.generation, live=True)
             residence.client.publish((*residence.others(entry.expert), info), residence.client.weights_epoch)
 
-    async def follow(self, withdrawn: Callable[[str, int], bool]) -> None:
-        """Take out what another process on the same store has withdrawn; runs for ever.
+    async def follow(self, revoked: Callable[[str, int], bool]) -> None:
+        """Unload what another process on the same store has revoked; runs for ever.
 
         Args:
-            withdrawn: whether the policy's snapshot says so of an expert and its generation.
+            revoked: whether the policy's snapshot says so of an expert and its generation.
         """
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             await self._store_again()
             for info in self._residence.client.experts():
-                if not withdrawn(info.id, info.generation):
+                if not revoked(info.id, info.generation):
                     continue
                 try:
                     async with self._residence.changing:
-                        await self._withdrawing.obey(info)
+                        await self._revoker.follow_revocation(info)
                 except (PolicyError, ExpertError) as error:
-                    logger.error("expert %s was withdrawn elsewhere and is not out yet: %s", info.id, error)
+                    logger.error("expert %s was revoked elsewhere and is not unloaded yet: %s", info.id, error)
 
     async def _store_again(self) -> None:
-        """Withdraw again what the store could not be told."""
+        """Revoke again what the store could not be told."""
         if not self._unstored or time.monotonic() < self._store_again_at:
             return
         for expert, actor in tuple(self._unstored.items()):
@@ -136,7 +136,7 @@ class ExpertService:
             except NotStored:
                 break
             except ExpertError as error:
-                logger.error("expert %s is not withdrawn: %s", expert, error)
+                logger.error("expert %s is not revoked: %s", expert, error)
                 del self._unstored[expert]
         self._store_again_at = time.monotonic() + STORE_AGAIN_SECONDS
 
@@ -162,32 +162,32 @@ class ExpertService:
             try:
                 await self._retire(former)
             except Exception as error:
-                logger.error("the former version of expert %s is not out yet", former.id, exc_info=error)
+                logger.error("the former version of expert %s is not unloaded yet", former.id, exc_info=error)
 
     async def _revoke(self, expert: str, actor: str, drain_seconds: float) -> dict[str, Any]:
         if expert == PUBLIC:
-            raise NotResident("The public expert cannot be withdrawn.")
+            raise NotResident("The public expert cannot be revoked.")
         info = self._residence.find(expert)
         if drain_seconds and info is not None:
             await self._drain(info, drain_seconds)
         async with self._residence.changing:
             try:
-                record = await self._withdrawing.revoke(expert, actor=actor)
+                record = await self._revoker.revoke(expert, actor=actor)
                 self._unstored.pop(expert, None)
                 return record
             except NotStored as error:
                 if expert not in self._unstored:
-                    logger.error("the withdrawal of expert %s is not stored: %s", expert, error.__cause__)
+                    logger.error("the revocation of expert %s is not stored: %s", expert, error.__cause__)
                 self._unstored[expert] = actor
                 raise
             except ChangeConflict:
                 if drain_seconds and info is not None and info.live:
-                    self._withdrawing.wake(expert)
+                    self._revoker.wake(expert)
                 raise
             except NotResident as error:
                 if self.jobs.bring(expert):
                     raise ChangeConflict(
-                        "A package of this expert is being added. Withdraw it once its job has ended.",
+                        "A package of this expert is being added. Revoke it once its job has ended.",
                         code="experts_changing",
                     ) from error
                 raise
@@ -197,16 +197,16 @@ class ExpertService:
         client = self._residence.client
         asleep = replace(info, live=False)
         client.publish((*self._residence.others(info.id), asleep), client.weights_epoch)
-        await self._withdrawing.drained(info, seconds)
+        await self._revoker.drained(info, seconds)
 
     async def _retire(self, former: ExpertInfo) -> None:
         """Let requests finish with the version that was replaced, then zero its slot."""
-        await self._withdrawing.drained(former, RETIRE_SECONDS)
+        await self._revoker.drained(former, RETIRE_SECONDS)
         async with self._residence.changing:
             retiring = self._residence.retiring.get(former.id, [])
-            if former in retiring:  # else it was withdrawn meanwhile
+            if former in retiring:  # else it was revoked meanwhile
                 retiring.remove(former)
-                self._residence.client.withdraw(former.lease)
+                self._residence.client.revoke(former.lease)
                 await self._residence.give_back(former.slot)
                 await self._residence.forget_copies()
 

@@ -36,7 +36,7 @@ class EngineClient(Protocol):
     def experts(self) -> tuple[ExpertInfo, ...]: ...
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None: ...
     def in_use(self, lease: ExpertLease) -> bool: ...
-    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]: ...
+    def revoke(self, lease: ExpertLease) -> tuple[GatedCall, ...]: ...
 
 
 class Slots(Protocol):
@@ -67,7 +67,7 @@ class Residence:
     """Shared by everything that changes slots.
 
     `changing` is held while what is served changes, never while files are copied or slots are filled: a
-    withdrawal does not wait until somebody's expert has been loaded.
+    revocation does not wait until somebody's expert has been loaded.
 
     Attributes:
         arriving: names of private copies that are being made and loaded.
@@ -120,7 +120,7 @@ class Residence:
             idle = len(set(kept).difference(self._dirty, (info.slot for info in self.client.experts())))
             left_out = f", {idle} of them by packages that this start left out" if idle else ""
             raise ChangeConflict(
-                f"All {self.client.slots} expert slots are taken{left_out}. Withdraw an expert, "
+                f"All {self.client.slots} expert slots are taken{left_out}. Revoke an expert, "
                 "or start the server with a larger --max-experts.",
                 code="slots_full",
             )
@@ -139,7 +139,7 @@ class Residence:
         if taken >= self.per_owner:
             raise ChangeConflict(
                 f"Packages of owner '{owner}' take {taken} expert slots, former versions in use included, and may take "
-                f"{self.per_owner}. Withdraw one of them, or ask an administrator to add this one.",
+                f"{self.per_owner}. Revoke one of them, or ask an administrator to add this one.",
                 code="owner_slots_full",
             )
 

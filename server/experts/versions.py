@@ -24,8 +24,8 @@ def merged_versions(model: Path, count: int) -> Merged:
 def is_set_aside(package: Added, merged: Merged) -> bool:
     """Whether the checkpoint holds a newer version than a package that was added.
 
-    Nobody withdraws what was acknowledged: a package stays for as long as the checkpoint says of its expert what it
-    said when the package was added, also where a newer version had been withdrawn to go back to an older one; and where
+    Nobody revokes what was acknowledged: a package stays for as long as the checkpoint says of its expert what it
+    said when the package was added, also where a newer version had been revoked to go back to an older one; and where
     it was not recorded what it said.
 
     Raises:
@@ -38,7 +38,7 @@ def is_set_aside(package: Added, merged: Merged) -> bool:
         raise PackageRefused(
             f"expert '{package.expert}', which was added in version {package.version}, is also in the checkpoint, "
             f'which does not say in which version: give its entry in {MODEL_MANIFEST} a "version", or serve the '
-            "former checkpoint and withdraw the expert there"
+            "former checkpoint and revoke the expert there"
         )
     return now > package.version
 

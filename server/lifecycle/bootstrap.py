@@ -63,7 +63,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         merged = merged_versions(model, len(checkpoint.experts))
         before = at_start(store, checkpoint.experts, merged)
         engine_settings = replace(
-            engine_settings, withdrawn=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
+            engine_settings, revoked=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
         planned = plan(engine_settings)
         _prepare(settings, store, before, at=clock())

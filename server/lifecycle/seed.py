@@ -40,7 +40,7 @@ def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.
-        ChangeRefused: experts were added or withdrawn since the weights epoch `epoch`, at which `experts` was read.
+        ChangeRefused: experts were added or revoked since the weights epoch `epoch`, at which `experts` was read.
     """
     store.migrate()
     if demo.holds_demo_keys(store):

@@ -58,7 +58,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.budget_usage.run(),
         services.unstored.run(),
         services.retention.run(),
-        services.experts.follow(services.policy.withdrawn),
+        services.experts.follow(services.policy.revoked),
         _stop_with_engine(server, services.client),
     )
     tasks = [asyncio.create_task(coroutine) for coroutine in work]

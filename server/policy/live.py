@@ -4,7 +4,7 @@ The store is asked at every poll, and at once when it hints at a change; what ch
 snapshot swapped in as a whole. A snapshot that
 was not confirmed within its lease is not used: the request asks the store itself, and when that
 fails, nothing is decided. An expert is live where the catalogue and the engine agree that it is, so that
-a decision never allows an expert without a slot, or one that another process has withdrawn.
+a decision never allows an expert without a slot, or one that another process has revoked.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Confirms(Protocol):
 
 
 def with_live(snapshot: Snapshot, live: Mapping[str, int]) -> Snapshot:
-    """`snapshot` with the experts that its catalogue says are live and that are served, as loaded after any withdrawal.
+    """`snapshot` with the experts that its catalogue says are live and that are served, as loaded after any revocation.
 
     Args:
         live: the experts that are served, each with its generation.
     """
-    served = {id_ for id_, generation in live.items() if generation >= snapshot.revoked.get(id_, 0)}
+    served = {id_ for id_, generation in live.items() if generation >= snapshot.revocation_epochs.get(id_, 0)}
     if all(expert.id in served for expert in snapshot.experts.values() if expert.live):
         return snapshot
     experts = {
@@ -276,9 +276,9 @@ class PolicySource:
             served = self._served = (stored, live, with_live(stored, live))
         return served[2]
 
-    def withdrawn(self, expert: str, generation: int) -> bool:
+    def revoked(self, expert: str, generation: int) -> bool:
         """Whether the store says that an expert, as it was loaded then, must not be served."""
         if self._stored is None:
             return False
         known = self._stored.experts.get(ExpertId(expert))
-        return (known is not None and not known.live) or self._stored.revoked.get(expert, 0) > generation
+        return (known is not None and not known.live) or self._stored.revocation_epochs.get(expert, 0) > generation

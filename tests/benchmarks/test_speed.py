@@ -191,11 +191,11 @@ def test_the_startup_benchmark_runs(asked: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.sliced(1, family="engines")
-def test_the_changes_benchmark_runs_and_no_token_comes_after_a_withdrawal(asked: Run) -> None:
+def test_the_changes_benchmark_runs_and_no_token_comes_after_a_revocation(asked: Run) -> None:
     changes.run(asked)
     draw(asked.results)
     assert "while an expert is added" in (asked.results / "changes.svg").read_text()
     cycles = json.loads((asked.results / "changes.json").read_text())["cycles"]
     assert cycles["users_ended_and_others_unharmed"] == cycles["cycles"] == 3
     assert cycles["tokens_after_the_answer"] == 0
-    assert cycles["prompt_tokens_hit_in_the_cache_of_a_withdrawn_expert"] == 0
+    assert cycles["prompt_tokens_hit_in_the_cache_of_a_revoked_expert"] == 0

@@ -1,4 +1,4 @@
-"""An engine must not outlive its server: nobody could end its requests or withdraw its experts any more. Nor may it end
+"""An engine must not outlive its server: nobody could end its requests or revoke its experts any more. Nor may it end
 before it.
 
 vLLM's own worker processes follow the engine core; the engine core follows nobody.

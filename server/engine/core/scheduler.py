@@ -185,7 +185,7 @@ class _Gated(_Base):
             self._remember_hashes(held)
 
     def _remember_hashes(self, held: _Held) -> None:
-        """Note which cached blocks a slot's expert took part in, to evict them when it is withdrawn."""
+        """Note which cached blocks a slot's expert took part in, to evict them when it is revoked."""
         hashes = held.request.block_hashes
         for lease in held.gate.leases:
             if lease.slot == ANCHOR_SLOT or not hashes:

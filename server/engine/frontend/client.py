@@ -161,7 +161,7 @@ class GatedEngineClient(EngineView):
         """Whether an open call may use ``lease``, on its way into the engine, in it, or out of it."""
         return any(lease in call.grant.experts for call in self._open)
 
-    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
+    def revoke(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
         """Give no more tokens to calls that may use ``lease``; returns those that are still open."""
         users = tuple(call for call in self._open if lease in call.grant.experts)
         for call in users:

@@ -55,7 +55,7 @@ class EngineSettings:
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
         check_weights: read every tensor once and refuse NaN, infinity and magnitudes over a package's bound.
-        withdrawn: experts of the checkpoint that must not be loaded.
+        revoked: experts of the checkpoint that must not be loaded.
         least_slots: slots that experts added earlier take, whatever the default would be.
         weights_epoch: the newest change of what is loaded; the generation of what the checkpoint holds.
     """
@@ -76,7 +76,7 @@ class EngineSettings:
     async_scheduling: bool = True
     check_weights: bool = True
     shutdown_timeout: int = 30
-    withdrawn: frozenset[str] = frozenset()
+    revoked: frozenset[str] = frozenset()
     least_slots: int = 0
     weights_epoch: int = 1
 
@@ -94,7 +94,7 @@ class LaunchPlan:
     def table(self) -> SlotTable:
         """Which slot holds which expert at start."""
         experts = self.checkpoint.experts
-        without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.withdrawn]
+        without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.revoked]
         generation = self.settings.weights_epoch
         return SlotTable.of_checkpoint(len(experts), self.slots.slots, without, generation=generation)
 

@@ -2,7 +2,7 @@
 
 The order is what makes a change safe (promise 5 of the design). To add: fill the masked slot on all
 ranks, open it on all ranks, then in the engine core, and only then let anybody seal a gate for it.
-To withdraw: the reverse.
+To revoke: the reverse.
 """
 
 from __future__ import annotations

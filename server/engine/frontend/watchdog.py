@@ -1,4 +1,4 @@
-"""An engine that hangs must end: its requests would wait for ever, and nothing could be withdrawn from it."""
+"""An engine that hangs must end: its requests would wait for ever, and nothing could be revoked from it."""
 
 import asyncio
 import logging

@@ -226,7 +226,7 @@ class GatedFlexOlmoForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Zero every slot, then load live experts into theirs; router biases are optional.
 
-        An expert of the checkpoint that was withdrawn is not read, and its router row is zero.
+        An expert of the checkpoint that was revoked is not read, and its router row is zero.
         """
         for layer in self.moe_layers():
             for parameter in layer.experts.parameters():

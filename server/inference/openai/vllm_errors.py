@@ -48,7 +48,7 @@ _ENDED: Final[dict[str, _End]] = {
     EXPERT_REVOKED: (
         Forbidden,
         "expert_revoked",
-        "An expert of this request was withdrawn while it ran. Sending the request again uses what is live now.",
+        "An expert of this request was revoked while it ran. Sending the request again uses what is live now.",
     ),
     GATE_EXPIRED: _PERMISSION_ENDED,
     PERMISSION_ENDED: _PERMISSION_ENDED,

@@ -178,7 +178,7 @@ async def test_a_revoked_expert_ends_the_wait_at_once(world: World) -> None:
     await full(world)
     call = world.call()
     reading = await world.read(call)
-    assert call in world.client.withdraw(PUBLIC)
+    assert call in world.client.revoke(PUBLIC)
     with pytest.raises(EngineGenerateError, match="expert_revoked"):
         await asyncio.wait_for(reading, 10)
     assert len(world.engine.children) == SEATS

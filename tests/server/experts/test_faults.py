@@ -1,4 +1,4 @@
-"""A step of an addition or a withdrawal raises: the state is the old or the new one, and the next change works."""
+"""A step of an addition or a revocation raises: the state is the old or the new one, and the next change works."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from residencykit.local import Local, package, withdrawn_in, zeros
+from residencykit.local import Local, package, revoked_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
@@ -98,7 +98,7 @@ async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
     assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
 
 
-async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_withdrawn(
+async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_revoked(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     with answer_lost(here):
@@ -134,11 +134,11 @@ async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_
 
 @pytest.mark.parametrize("again", ["by whoever asked", "as the store says"])
 @pytest.mark.parametrize("drain_seconds", [0.0, 0.05])
-async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_to_nobody(
+async def test_a_revocation_that_nobody_knows_to_be_committed_gives_the_expert_to_nobody(
     here: Local, tmp_path: Path, anchor: Path, drain_seconds: float, again: str
 ) -> None:
     repository = here.service._residence.repository
-    commit, withdrawn = repository.revoke, repository.withdrawn
+    commit, revoked = repository.revoke, repository.revoked
 
     def broken() -> Any:
         raise StoreUnavailable("away")
@@ -148,7 +148,7 @@ async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_t
 
     def lost(*args: Any, **kwargs: Any) -> int:
         commit(*args, **kwargs)
-        repository.withdrawn = broken  # type: ignore[method-assign]
+        repository.revoked = broken  # type: ignore[method-assign]
         raise StoreUnavailable("the answer was lost")
 
     await here.add(package(tmp_path, anchor))
@@ -170,16 +170,16 @@ async def test_a_withdrawal_that_nobody_knows_to_be_committed_gives_the_expert_t
     for seconds in (0.0, 0.05):
         with pytest.raises(NotStored):
             await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
-    repository.withdrawn = frozenset  # type: ignore[method-assign]
+    repository.revoked = frozenset  # type: ignore[method-assign]
     for seconds in (0.0, 0.05):
         with pytest.raises(NotStored, match="away"):
             await here.service.revoke("math", actor="key_admin", drain_seconds=seconds)
     assert [info.live for info in here.client.experts()] == [True, True, False]
-    repository.revoke, repository.withdrawn = commit, withdrawn  # type: ignore[method-assign]
+    repository.revoke, repository.revoked = commit, revoked  # type: ignore[method-assign]
     if again == "by whoever asked":
         assert (await here.service.revoke("math", actor="key_admin"))["expert"] == "math"
     else:
-        following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
+        following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
         async with asyncio.timeout(10):
             while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
                 await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Several servers on one store: what one withdraws, the others take out, whatever was added since."""
+"""Several servers on one store: what one revokes, the others unload, whatever was added since."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from residencykit.local import Local, local, package, withdrawn_in, zeros
+from residencykit.local import Local, local, package, revoked_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.ids import ExpertId
@@ -15,9 +15,9 @@ from flexgate.server.policy.live import PolicySource
 pytestmark = pytest.mark.asyncio
 
 
-async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local, tmp_path: Path, anchor: Path) -> None:
+async def test_what_another_process_revokes_is_unloaded_here_too(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
-    following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
+    following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
     elsewhere = here.service._residence.repository
     await asyncio.to_thread(elsewhere.revoke, "math", 2, actor="key_else", at=5.0)
     for _ in range(300):
@@ -30,7 +30,7 @@ async def test_what_another_process_withdraws_is_taken_out_here_too(here: Local,
     assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
 
 
-async def test_what_was_withdrawn_elsewhere_and_added_there_again_is_taken_out_here(
+async def test_what_was_revoked_elsewhere_and_added_there_again_is_unloaded_here(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     source = PolicySource(here.store, lambda: {i.id: i.generation for i in here.client.experts()}, lease_s=9, poll_s=9)
@@ -40,23 +40,23 @@ async def test_what_was_withdrawn_elsewhere_and_added_there_again_is_taken_out_h
     assert (await other.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))).state == "succeeded"
     assert here.store.snapshot().experts[ExpertId("news")].live
     assert not source.confirm().experts[ExpertId("news")].live
-    following = asyncio.ensure_future(here.service.follow(source.withdrawn))
+    following = asyncio.ensure_future(here.service.follow(source.revoked))
     async with asyncio.timeout(10):
         while here.client.published[-1] != ("public",) or here.slots.digests(1) != zeros(here):
             await asyncio.sleep(0.01)
     following.cancel()
 
 
-async def test_what_another_server_withdrew_is_replaced_only_once_it_is_out(
+async def test_what_another_server_revoked_is_replaced_only_once_it_is_unloaded(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     path = package(tmp_path, anchor, expert="news", owner="gazette", version=2)
     await local(here.store, anchor, tmp_path / "other").service.revoke("news", actor="key_else")
     assert (await here.add(path)).error == {
         "code": "experts_changing",
-        "message": "Another server withdrew expert 'news', which is being taken out here. Try again in a moment.",
+        "message": "Another server revoked expert 'news', which is being unloaded here. Try again in a moment.",
     }
-    following = asyncio.ensure_future(here.service.follow(withdrawn_in(here.store)))
+    following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
     async with asyncio.timeout(10):
         while here.client.published[-1] != ("public",) or here.service._residence.changing.locked():
             await asyncio.sleep(0.01)
@@ -68,7 +68,7 @@ async def test_following_another_process_outlives_a_store_that_fails(here: Local
     await here.add(package(tmp_path, anchor))
     repository = here.service._residence.repository
     await asyncio.to_thread(repository.revoke, "math", 2, actor="key_else", at=5.0)
-    asked = repository.revoked
+    asked = repository.revocation_epochs
     failures = [StoreUnavailable("away")]
 
     def failing() -> dict[str, int]:
@@ -76,7 +76,7 @@ async def test_following_another_process_outlives_a_store_that_fails(here: Local
             raise failures.pop()
         return asked()
 
-    repository.revoked = failing  # type: ignore[method-assign]
+    repository.revocation_epochs = failing  # type: ignore[method-assign]
     following = asyncio.ensure_future(here.service.follow(lambda expert, _: expert == "math"))
     for _ in range(400):
         if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):

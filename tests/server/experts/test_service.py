@@ -1,4 +1,4 @@
-"""Adding, replacing and withdrawing experts: the real code over plain tensors, without an engine."""
+"""Adding, replacing and revoking experts: the real code over plain tensors, without an engine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_a_revoked_expert_is_gone_from_slot_disk_and_catalogue(here: Local
     assert here.client.published[-1] == ("public", "news")
     assert not list((tmp_path / "experts").iterdir())
     assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
-    assert here.store.weights().withdrawn == {"math"}
+    assert here.store.weights().revoked == {"math"}
     assert [action for _, action, _ in here.recorded] == ["weights.cleared"]
 
 
@@ -182,7 +182,7 @@ async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_sto
     (tmp_path / "policy.db").rmdir()
     (tmp_path / "away.db").rename(tmp_path / "policy.db")
     async with asyncio.timeout(10):
-        while here.store.weights().withdrawn != {"math"} or here.service._residence.changing.locked():
+        while here.store.weights().revoked != {"math"} or here.service._residence.changing.locked():
             await asyncio.sleep(0.01)
     following.cancel()
     assert here.client.published[-1] == ("public", "news")
@@ -230,7 +230,7 @@ async def test_full_slots_are_refused_with_what_would_help(here: Local, tmp_path
     job = await here.add(package(tmp_path, anchor, expert="d"))
     assert job.error == {
         "code": "slots_full",
-        "message": "All 5 expert slots are taken. Withdraw an expert, or start the server with a larger --max-experts.",
+        "message": "All 5 expert slots are taken. Revoke an expert, or start the server with a larger --max-experts.",
     }
 
 
@@ -241,7 +241,7 @@ async def test_an_owner_takes_no_more_than_its_share_of_the_slots(here: Local, t
     assert refused.error == {
         "code": "owner_slots_full",
         "message": "Packages of owner 'acme' take 2 expert slots, former versions in use included, and may take 2. "
-        "Withdraw one of them, or ask an administrator to add this one.",
+        "Revoke one of them, or ask an administrator to add this one.",
     }
     assert (await here.add(package(tmp_path, anchor, expert="d", owner="other"), owner="other")).state == "succeeded"
     await here.service.revoke("a", actor="key_owner")
@@ -303,13 +303,13 @@ async def test_an_unsigned_package_needs_a_server_that_says_so(here: Local, tmp_
     assert "is not signed" in job.error["message"]
 
 
-async def test_the_anchor_and_what_is_not_loaded_cannot_be_withdrawn(here: Local) -> None:
+async def test_the_anchor_and_what_is_not_loaded_cannot_be_revoked(here: Local) -> None:
     for name in ("public", "nothing", "math"):
         with pytest.raises(NotResident):
             await here.service.revoke(name, actor="key_admin")
 
 
-async def test_what_only_a_start_would_load_can_be_withdrawn(
+async def test_what_only_a_start_would_load_can_be_revoked(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
     await here.add(package(tmp_path, anchor))
@@ -344,7 +344,7 @@ async def test_packages_that_are_checked_for_long_hold_up_no_thread_of_the_polic
     assert [job.state for job in await asyncio.gather(*jobs)] == ["succeeded"] * 3
 
 
-async def test_a_withdrawal_does_not_wait_until_another_expert_is_loaded(
+async def test_a_revocation_does_not_wait_until_another_expert_is_loaded(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     here.slots.hold = asyncio.Event()
@@ -369,7 +369,7 @@ async def being_tried(here: Local, source: Path) -> tuple[asyncio.Future[Any], a
     return adding, here.canary_hold
 
 
-async def test_a_withdrawal_does_not_wait_until_another_expert_is_tried(
+async def test_a_revocation_does_not_wait_until_another_expert_is_tried(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     adding, go = await being_tried(here, package(tmp_path, anchor))
@@ -383,7 +383,7 @@ async def test_a_withdrawal_does_not_wait_until_another_expert_is_tried(
     assert here.client.experts()[1].generation == 3
 
 
-async def test_what_was_withdrawn_while_a_package_of_it_was_on_its_way_stays_away(
+async def test_what_was_revoked_while_a_package_of_it_was_on_its_way_stays_away(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     await here.add(package(tmp_path, anchor))
@@ -395,16 +395,16 @@ async def test_what_was_withdrawn_while_a_package_of_it_was_on_its_way_stays_awa
     here.slots.hold.set()
     assert (await replacing).error == {
         "code": "experts_changing",
-        "message": "Expert 'math' was withdrawn while this package was on its way. Add it again if it is to be served "
+        "message": "Expert 'math' was revoked while this package was on its way. Add it again if it is to be served "
         "all the same.",
     }
     assert here.client.published[-1] == ("public", "news")
-    assert here.store.weights().withdrawn == {"math"}
+    assert here.store.weights().revoked == {"math"}
     assert here.slots.digests(2) == here.slots.digests(3) == zeros(here)
     assert (await here.add(package(tmp_path, anchor, version=2))).state == "succeeded"
 
 
-async def test_a_slot_is_nobodys_while_a_withdrawal_of_its_expert_is_being_committed(
+async def test_a_slot_is_nobodys_while_a_revocation_of_its_expert_is_being_committed(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     committing, go = threading.Event(), threading.Event()
@@ -456,12 +456,12 @@ async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_s
     assert (await again.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 4
     assert (await again.add(package(tmp_path, anchor, expert="wine"))).error == {
         "code": "slots_full",
-        "message": "All 5 expert slots are taken, 1 of them by packages that this start left out. Withdraw an expert, "
+        "message": "All 5 expert slots are taken, 1 of them by packages that this start left out. Revoke an expert, "
         "or start the server with a larger --max-experts.",
     }
 
 
-async def test_a_withdrawal_that_drains_holds_up_nobody_elses(here: Local, tmp_path: Path, anchor: Path) -> None:
+async def test_a_revocation_that_drains_holds_up_nobody_elses(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
     here.slots.busy = {2}
     draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
@@ -486,28 +486,28 @@ async def test_a_drain_waits_also_for_calls_that_have_not_reached_the_engine(
     assert (await asyncio.wait_for(draining, 10))["undelivered_responses"] == 0
 
 
-async def test_an_expert_that_is_being_withdrawn_is_not_replaced(here: Local, tmp_path: Path, anchor: Path) -> None:
+async def test_an_expert_that_is_being_revoked_is_not_replaced(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
     here.slots.busy = {2}
     draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
     await asyncio.sleep(0.05)
     assert (await here.add(package(tmp_path, anchor, version=2))).error == {
         "code": "experts_changing",
-        "message": "Expert 'math' is being withdrawn. Add it again once that is done.",
+        "message": "Expert 'math' is being revoked. Add it again once that is done.",
     }
     here.slots.busy = set()
     assert (await draining)["expert"] == "math"
     assert (await here.add(package(tmp_path, anchor, version=2))).state == "succeeded"
 
 
-async def test_an_expert_that_is_being_added_for_the_first_time_cannot_be_withdrawn_yet(
+async def test_an_expert_that_is_being_added_for_the_first_time_cannot_be_revoked_yet(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     here.slots.hold = asyncio.Event()
     adding = asyncio.ensure_future(here.add(package(tmp_path, anchor)))
     while not here.slots.held:
         await asyncio.sleep(0.001)
-    with pytest.raises(ChangeConflict, match=r"being added\. Withdraw it once its job has ended") as refused:
+    with pytest.raises(ChangeConflict, match=r"being added\. Revoke it once its job has ended") as refused:
         await here.service.revoke("math", actor="key_owner")
     assert refused.value.code == "experts_changing"
     here.slots.hold.set()
@@ -553,7 +553,7 @@ async def test_an_engine_that_does_not_open_a_slot_anew_fails_the_job_and_keeps_
     assert here.slots.digests(2) == zeros(here)
 
 
-async def test_what_is_not_loaded_cannot_be_withdrawn_without_the_store(here: Local) -> None:
+async def test_what_is_not_loaded_cannot_be_revoked_without_the_store(here: Local) -> None:
     def away() -> Any:
         raise StoreUnavailable("away")
 
@@ -569,8 +569,8 @@ async def test_a_record_that_cannot_be_audited_is_answered_all_the_same(
         raise StoreUnavailable("away")
 
     await here.add(package(tmp_path, anchor))
-    here.service._withdrawing._record = fail
-    here.service._withdrawing._confirm = fail
+    here.service._revoker._record = fail
+    here.service._revoker._confirm = fail
     record = await here.service.revoke("math", actor="key_admin")
     assert record["digests"] == zeros(here)
 

@@ -81,7 +81,7 @@ async def test_a_package_that_is_as_new_as_the_checkpoint_stays(place: Place, me
 
 
 @pytest.mark.asyncio
-async def test_a_version_that_was_withdrawn_to_go_back_to_an_older_one_does_not_return(place: Place) -> None:
+async def test_a_version_that_was_revoked_to_go_back_to_an_older_one_does_not_return(place: Place) -> None:
     here = place.serve(news=5)
     await here.service.revoke("news", actor="key_owner")
     assert (await place.add(here, 4)).state == "succeeded"
@@ -100,7 +100,7 @@ async def test_a_checkpoint_that_changed_and_names_no_version_stops_the_start(pl
         await place.restart(news=0)
     assert str(refused.value) == (
         "expert 'news', which was added in version 2, is also in the checkpoint, which does not say in which version: "
-        'give its entry in flexgate.json a "version", or serve the former checkpoint and withdraw the expert there'
+        'give its entry in flexgate.json a "version", or serve the former checkpoint and revoke the expert there'
     )
 
 
@@ -111,7 +111,7 @@ async def test_a_checkpoint_that_never_named_a_version_comes_back_as_it_was_left
     assert job.error == {
         "code": "expert_version_unknown",
         "message": "Expert 'news' is loaded from the checkpoint, which does not say in which version. "
-        "Withdraw it before a package takes its place.",
+        "Revoke it before a package takes its place.",
     }
     await here.service.revoke("news", actor="key_owner")
     assert (await place.add(here, 9)).state == "succeeded"
@@ -200,7 +200,7 @@ async def test_the_slot_of_a_package_that_was_set_aside_is_not_given_away(place:
 
 
 @pytest.mark.asyncio
-async def test_a_package_that_was_set_aside_keeps_no_slot_from_its_successor_nor_after_its_withdrawal(
+async def test_a_package_that_was_set_aside_keeps_no_slot_from_its_successor_nor_after_its_revocation(
     place: Place,
 ) -> None:
     await place.add(place.serve(news=1), 2)
@@ -227,5 +227,5 @@ async def test_two_packages_that_were_added_into_one_slot_are_refused_in_words(p
         at_start(place.store, CHECKPOINT, MERGED)
     assert str(refused.value) == (
         "expert 'math' was added into slot 2 while 'news', which was added into it before, was not loaded: "
-        "start the server as it was then, withdraw 'math' there, and add it again now"
+        "start the server as it was then, revoke 'math' there, and add it again now"
     )

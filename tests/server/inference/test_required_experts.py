@@ -25,7 +25,7 @@ def requiring(snapshot: Snapshot, world: Any, *, permitted: bool = True, revoked
         tenants=tenants,
         agreements=[terms for terms in agreements if permitted or terms.id != "a-math"],
         keys=snapshot.keys.values(),
-        revoked={"math": 2} if revoked else {},
+        revocation_epochs={"math": 2} if revoked else {},
     )
 
 

@@ -266,8 +266,8 @@ def test_the_quickstarts_policy_section_runs_as_it_is_written(run: Run, tmp_path
     assert ran == 7
 
 
-def test_the_quickstarts_withdraw_and_add_run_as_they_are_written(demo: str, run: Run) -> None:
-    section = QUICKSTART.read_text().split("\n## Withdraw an expert, and add it again\n")[1].split("\n## ")[0]
+def test_the_quickstarts_revoke_and_add_run_as_they_are_written(demo: str, run: Run) -> None:
+    section = QUICKSTART.read_text().split("\n## Revoke an expert, and add it again\n")[1].split("\n## ")[0]
     ((_, text),) = re.findall(r"```(console)\n(.*?)```", section, re.DOTALL)
     (export, _), (revoke, _), (extract, _), (add, _) = commands(text)
     probe = next(probe for probe in PROBES if (probe.domain, probe.kind, probe.phrasing) == ("legal", "chat", "seen"))
@@ -278,8 +278,8 @@ def test_the_quickstarts_withdraw_and_add_run_as_they_are_written(demo: str, run
 
     everyone = ALLOWED["sk-demo-all"]
     assert answer() == (probe.answer, everyone)
-    withdrawn = run("bash", "-c", f"{export}; {revoke}")
-    assert withdrawn.returncode == 0, withdrawn.stderr
+    revoked = run("bash", "-c", f"{export}; {revoke}")
+    assert revoked.returncode == 0, revoked.stderr
     text, allowed = answer()
     assert text != probe.answer
     assert allowed == [expert for expert in everyone if expert != "legal"]

@@ -1,4 +1,4 @@
-"""Experts added to and withdrawn from a running server, through HTTP and the command."""
+"""Experts added to and revoked from a running server, through HTTP and the command."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_required_expert_is_in_every_answer_and_its_revocation_ends_them_all(
     assert "extra" not in ask(changing)["flexgate"]["allowed"]
 
 
-def test_only_an_administrator_and_the_owner_may_withdraw(changing: Any) -> None:
+def test_only_an_administrator_and_the_owner_may_revoke(changing: Any) -> None:
     for who, status in (("all", 403), ("auditor", 403), ("owner", 404)):
         with changing.client(who) as http:
             response = http.delete("/v1/experts/math")
@@ -210,7 +210,7 @@ def test_what_is_no_package_is_refused(changing: Any, body: dict[str, str], stat
 
 
 def test_a_restart_comes_back_to_the_last_answer(text_checkpoint: Path, tmp_path: Path, package: Path) -> None:
-    """Killed, not stopped, after a withdrawal and an addition. The engine goes with its server."""
+    """Killed, not stopped, after a revocation and an addition. The engine goes with its server."""
     first = live.start(text_checkpoint, tmp_path, "--allow-unsigned-experts")
     record = command(first, "revoke", "news")
     command(first, "add", str(package))
@@ -232,7 +232,7 @@ def test_a_restart_comes_back_to_the_last_answer(text_checkpoint: Path, tmp_path
     finally:
         assert live.stop(second) == 0
     store = Store.open(f"sqlite:///{first.database}")
-    assert store.weights().withdrawn == {"news"}
+    assert store.weights().revoked == {"news"}
     store.close()
 
 

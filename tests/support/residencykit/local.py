@@ -131,7 +131,7 @@ class LocalClient:
     def in_use(self, lease: ExpertLease) -> bool:
         return any(lease in call.grant.experts and not call.ended.is_set() for call in self.open)
 
-    def withdraw(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
+    def revoke(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
         users = tuple(call for call in self.open if lease in call.grant.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
@@ -199,9 +199,9 @@ def local(
     return made[0]
 
 
-def withdrawn_in(store: Store) -> Callable[[str, int], bool]:
+def revoked_in(store: Store) -> Callable[[str, int], bool]:
     """What a policy source says of a store that it has just asked."""
-    return lambda expert, generation: store.revoked().get(expert, 0) > generation
+    return lambda expert, generation: store.revocation_epochs().get(expert, 0) > generation
 
 
 def package(tmp_path: Path, anchor: Path, expert: str = "math", owner: str = "acme", **options: Any) -> Path:

@@ -139,6 +139,6 @@ def test_what_is_assumed_of_vllm_is_what_it_says() -> None:
 
 
 def test_what_the_checkpoint_holds_is_as_old_as_the_start(tmp_path: Path) -> None:
-    """What is withdrawn elsewhere later makes it old; what was withdrawn before and came back does not."""
+    """What is revoked elsewhere later makes it old; what was revoked before and came back does not."""
     planned = plan(EngineSettings(write_random(tmp_path), dtype="float32", weights_epoch=7))
     assert set(planned.table.live.values()) == {7}
