@@ -128,36 +128,36 @@ class Adding:
             digests = await self._fill(job, package, slot)
             tried = await self._try(job, manifest.id, slot)
             async with residence.changing:
-                generation = await self._newest(slot, tried)
+                slot_epoch = await self._newest(slot, tried)
                 await asyncio.to_thread(self._check_version, manifest, since)
-                return await self._make_live(job, package, slot, generation, digests)
+                return await self._make_live(job, package, slot, slot_epoch, digests)
         except Exception:
             if not job.committed and await residence.give_back(slot) and job.committed is None:
                 residence.hold(slot, package.directory.name)
             raise
 
     async def _newest(self, slot: int, tried: int) -> int:
-        """The generation that a commit will give the slot, under which it is open afterwards.
+        """The slot epoch that a commit will give the slot, under which it is open afterwards.
 
         Others may have changed what is served while the expert was tried under `tried`. Whatever another server changes
         from here on has the commit refused.
         """
         slots = self._residence.slots
-        generation = await asyncio.to_thread(self._residence.repository.epoch) + 1
-        if generation != tried:
+        slot_epoch = await asyncio.to_thread(self._residence.repository.epoch) + 1
+        if slot_epoch != tried:
             try:
                 await slots.close(slot)
-                await slots.open(slot, generation)
+                await slots.open(slot, slot_epoch)
             except Exception as error:
                 raise EngineFailed(f"The slot could not be opened anew: {error}.") from error
-        return generation
+        return slot_epoch
 
     async def _make_live(
-        self, job: Job, package: VerifiedPackage, slot: int, generation: int, digests: list[str]
+        self, job: Job, package: VerifiedPackage, slot: int, slot_epoch: int, digests: list[str]
     ) -> ExpertInfo | None:
         manifest, residence = package.manifest, self._residence
         former = residence.find(manifest.id)
-        await self._commit(job, package, slot, generation)
+        await self._commit(job, package, slot, slot_epoch)
         if former is not None:
             residence.soil(former.slot)
             residence.retiring[manifest.id].append(former)
@@ -166,12 +166,12 @@ class Adding:
             await asyncio.to_thread(self._confirm)
         present = residence.find(manifest.id)  # somebody may have begun to drain it for a revocation
         live = present is None or present.live
-        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, generation, live=live)
-        residence.client.publish((*residence.others(manifest.id), info), generation)
+        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, slot_epoch, live=live)
+        residence.client.publish((*residence.others(manifest.id), info), slot_epoch)
         residence.keep(slot)
         logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)
         await job.at("live")
-        result = {"slot": slot, "generation": generation, "weights_epoch": generation, "digests": digests}
+        result = {"slot": slot, "slot_epoch": slot_epoch, "weights_epoch": slot_epoch, "digests": digests}
         await job.succeed(result, self._clock())
         return former
 
@@ -186,14 +186,14 @@ class Adding:
         return digests
 
     async def _try(self, job: Job, expert: str, slot: int) -> int:
-        """Open the slot, which nobody else can name, and try its expert; returns the generation it was tried under."""
+        """Open the slot, which nobody else can name, and try its expert; returns the slot epoch it was tried under."""
         residence = self._residence
         public = residence.client.experts()[0].lease
-        generation = await asyncio.to_thread(residence.repository.epoch) + 1
+        slot_epoch = await asyncio.to_thread(residence.repository.epoch) + 1
         try:
-            await residence.slots.open(slot, generation)
+            await residence.slots.open(slot, slot_epoch)
             await job.at("canary")
-            await self._canary(public, ExpertLease(expert, slot, generation))
+            await self._canary(public, ExpertLease(expert, slot, slot_epoch))
         except CanaryNotScheduled as error:
             raise EngineBusy(
                 f"The engine was too busy to try the expert: {error}. Nothing was changed. "
@@ -201,15 +201,15 @@ class Adding:
             ) from error
         except Exception as error:
             raise EngineFailed(f"The loaded expert does not behave: {error}.") from error
-        return generation
+        return slot_epoch
 
-    async def _commit(self, job: Job, package: VerifiedPackage, slot: int, generation: int) -> None:
+    async def _commit(self, job: Job, package: VerifiedPackage, slot: int, slot_epoch: int) -> None:
         manifest, repository = package.manifest, self._residence.repository
         added = Added(
             manifest.id,
             manifest.version,
             slot,
-            generation,
+            slot_epoch,
             package.directory.name,
             manifest.weights.digest,
             manifest.base.digest,
@@ -258,7 +258,7 @@ class Adding:
             raise ChangeConflict(
                 f"Expert '{manifest.id}' is being revoked. Add it again once that is done.", code="experts_changing"
             )
-        if residence.repository.revocation_epochs().get(info.id, 0) > info.generation:
+        if residence.repository.revocation_epochs().get(info.id, 0) > info.slot_epoch:
             raise ChangeConflict(
                 f"Another server revoked expert '{info.id}', which is being unloaded here. Try again in a moment.",
                 code="experts_changing",
@@ -266,7 +266,7 @@ class Adding:
         package = next((entry for entry in residence.repository.added() if entry.expert == info.id), None)
         if package is None or is_set_aside(package, residence.merged):
             loaded = residence.merged.get(info.id, UNSAID)
-        elif package.generation == info.generation:
+        elif package.slot_epoch == info.slot_epoch:
             loaded = package.version
         else:
             raise ChangeConflict(

@@ -75,7 +75,7 @@ def _for_operator(call: _Read) -> Iterator[Json]:
             "live": expert.live,
             "visibility": expert.visibility,
             "slot": None if info is None else info.slot,
-            "generation": None if info is None else info.generation,
+            "slot_epoch": None if info is None else info.slot_epoch,
         }
 
 

@@ -32,7 +32,7 @@ class Added:
     expert: str
     version: int
     slot: int
-    generation: int
+    slot_epoch: int
     package: str
     weights_digest: str
     base_digest: str
@@ -96,7 +96,7 @@ class ResidencyRepository:
                 "merged_version": added.merged,
             }
             epoch = change.add_weights(added.expert, slot=added.slot, package=added.package, detail=detail)
-            if epoch != added.generation:
+            if epoch != added.slot_epoch:
                 raise ChangeConflict(
                     "Another process changed the experts of this store at the same time. Try again.",
                     code="experts_changing",

@@ -38,7 +38,7 @@ class Revocation:
 
     expert: str
     slot: int
-    generation: int
+    slot_epoch: int
     weights_epoch: int
     requested_at: float
     aborted_requests: int = 0
@@ -94,7 +94,7 @@ class Revoker:
         """Unload an expert that another process on the same store has revoked."""
         residence, began = self._residence, self._clock()
         revoked = await run_in(CHANGES, residence.repository.revocation_epochs)
-        if revoked.get(info.id, 0) > info.generation and residence.find(info.id) == info:
+        if revoked.get(info.id, 0) > info.slot_epoch and residence.find(info.id) == info:
             epoch = await run_in(CHANGES, residence.repository.epoch)
             await self._unload(info, self._stop(info), epoch, actor="another process", began=began)
 
@@ -133,7 +133,7 @@ class Revoker:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         residence.client.publish(residence.client.experts(), epoch)
         residence.release(entry.package)
-        return await self._settle(Revocation(expert, entry.slot, entry.generation, epoch, began), actor)
+        return await self._settle(Revocation(expert, entry.slot, entry.slot_epoch, epoch, began), actor)
 
     def _commit(self, expert: str, slot: int, actor: str) -> int:
         repository = self._residence.repository
@@ -164,7 +164,7 @@ class Revoker:
             raise EngineFailed(
                 f"Expert '{info.id}' is revoked and no restart loads it, but the engine failed: {error}. Restart it."
             ) from error
-        done = Revocation(info.id, info.slot, info.generation, epoch, began)
+        done = Revocation(info.id, info.slot, info.slot_epoch, epoch, began)
         done.aborted_requests = len(users)
         done.evicted_blocks = sum(one.evicted_blocks for one in closed)
         done.undelivered_responses = undelivered

@@ -104,21 +104,21 @@ class ExpertService:
             path = residence.places.private / entry.package / WEIGHTS_NAME
             ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype)
             await residence.fill(entry.slot, ticket, lambda *_: None)
-            await residence.slots.open(entry.slot, entry.generation)
-            info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.generation, live=True)
+            await residence.slots.open(entry.slot, entry.slot_epoch)
+            info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.slot_epoch, live=True)
             residence.client.publish((*residence.others(entry.expert), info), residence.client.weights_epoch)
 
     async def follow(self, revoked: Callable[[str, int], bool]) -> None:
         """Unload what another process on the same store has revoked; runs for ever.
 
         Args:
-            revoked: whether the policy's snapshot says so of an expert and its generation.
+            revoked: whether the policy's snapshot says so of an expert and its slot epoch.
         """
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             await self._store_again()
             for info in self._residence.client.experts():
-                if not revoked(info.id, info.generation):
+                if not revoked(info.id, info.slot_epoch):
                     continue
                 try:
                     async with self._residence.changing:

@@ -56,7 +56,7 @@ def put_together(
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
         store,
-        lambda: {info.id: info.generation for info in client.experts() if info.live},
+        lambda: {info.id: info.slot_epoch for info in client.experts() if info.live},
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         peers=Peers(store.engine, lease_s=settings.policy_lease_seconds + settings.policy_poll_seconds + LAST_TRY_S),

@@ -45,9 +45,9 @@ def with_live(snapshot: Snapshot, live: Mapping[str, int]) -> Snapshot:
     """`snapshot` with the experts that its catalogue says are live and that are served, as loaded after any revocation.
 
     Args:
-        live: the experts that are served, each with its generation.
+        live: the experts that are served, each with its slot epoch.
     """
-    served = {id_ for id_, generation in live.items() if generation >= snapshot.revocation_epochs.get(id_, 0)}
+    served = {id_ for id_, slot_epoch in live.items() if slot_epoch >= snapshot.revocation_epochs.get(id_, 0)}
     if all(expert.id in served for expert in snapshot.experts.values() if expert.live):
         return snapshot
     experts = {
@@ -80,7 +80,7 @@ class PolicySource:
         past: Past | None = None,
         require_files: Callable[[], None] = lambda: None,
     ) -> None:
-        """`live` says which experts the engine serves now, each with its generation; `peers` are told what is
+        """`live` says which experts the engine serves now, each with its slot epoch; `peers` are told what is
         confirmed; `hints` cut the time between polls short; `past` keeps what is confirmed for the next start;
         `require_files` raises `StoreReplaced` when the server's own files are not those that it started with.
         """
@@ -276,9 +276,9 @@ class PolicySource:
             served = self._served = (stored, live, with_live(stored, live))
         return served[2]
 
-    def revoked(self, expert: str, generation: int) -> bool:
+    def revoked(self, expert: str, slot_epoch: int) -> bool:
         """Whether the store says that an expert, as it was loaded then, must not be served."""
         if self._stored is None:
             return False
         known = self._stored.experts.get(ExpertId(expert))
-        return (known is not None and not known.live) or self._stored.revocation_epochs.get(expert, 0) > generation
+        return (known is not None and not known.live) or self._stored.revocation_epochs.get(expert, 0) > slot_epoch

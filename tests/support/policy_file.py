@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from flexgate.server.cli.main import app
 
-LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)  # generations
+LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)  # epochs
 
 
 def run(*arguments: str) -> Result:

@@ -103,9 +103,9 @@ class _Gated(_Base):
                 self._slow.append(name)
         return masks
 
-    def open_slot(self, slot: int, generation: int) -> None:
+    def open_slot(self, slot: int, slot_epoch: int) -> None:
         """Let gates name a slot that every rank has opened; raises `SlotError`."""
-        self._table.open(slot, generation)
+        self._table.open(slot, slot_epoch)
 
     def close_slot(self, slot: int) -> dict[str, int]:
         """Refuse gates that name ``slot``, end requests that do, forget the KV cache they made.
@@ -224,7 +224,7 @@ def _change_slots(scheduler: _Gated, command: dict[str, Any]) -> Any:
     """What the API process asks of the engine core: ``open``, ``close``, ``users`` or ``waiting`` of a slot."""
     slot = int(command["slot"])
     if command["do"] == "open":
-        return scheduler.open_slot(slot, int(command["generation"]))
+        return scheduler.open_slot(slot, int(command["slot_epoch"]))
     does = {"close": scheduler.close_slot, "users": scheduler.users_of, "waiting": scheduler.waiting_for}
     return does[command["do"]](slot)
 

@@ -20,7 +20,7 @@ class ExpertLease:
 
     expert: str
     slot: int
-    generation: int
+    slot_epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class ExpertInfo:
     owner: str
     domain: str
     slot: int
-    generation: int
+    slot_epoch: int
     live: bool
 
     @property
     def lease(self) -> ExpertLease:
         """What a gate names of it."""
-        return ExpertLease(self.id, self.slot, self.generation)
+        return ExpertLease(self.id, self.slot, self.slot_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +136,11 @@ class GatedCall:
     def gate(self, request_id: str, key: SealKey) -> Gate:
         """The gate of one engine request of this call."""
         grant = self.grant
-        leases = tuple(sorted(SlotLease(e.slot, e.generation) for e in grant.experts))
+        leases = tuple(sorted(SlotLease(e.slot, e.slot_epoch) for e in grant.experts))
         salt = cache_salt(
             key,
             tenant=grant.tenant,
-            experts=[(e.expert, e.generation) for e in grant.experts],
+            experts=[(e.expert, e.slot_epoch) for e in grant.experts],
             client_salt=self.client_salt,
         )
         return Gate(request_id, grant.tenant, leases, min(grant.valid_until, self.valid_until), salt)

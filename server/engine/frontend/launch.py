@@ -57,7 +57,7 @@ class EngineSettings:
         check_weights: read every tensor once and refuse NaN, infinity and magnitudes over a package's bound.
         revoked: experts of the checkpoint that must not be loaded.
         least_slots: slots that experts added earlier take, whatever the default would be.
-        weights_epoch: the newest change of what is loaded; the generation of what the checkpoint holds.
+        weights_epoch: the newest change of what is loaded; the slot epoch of what the checkpoint holds.
     """
 
     model: Path
@@ -95,8 +95,8 @@ class LaunchPlan:
         """Which slot holds which expert at start."""
         experts = self.checkpoint.experts
         without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.revoked]
-        generation = self.settings.weights_epoch
-        return SlotTable.of_checkpoint(len(experts), self.slots.slots, without, generation=generation)
+        slot_epoch = self.settings.weights_epoch
+        return SlotTable.of_checkpoint(len(experts), self.slots.slots, without, slot_epoch=slot_epoch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,11 +67,11 @@ class SlotOperator:
         await ask_ranks(self._engine, "flexgate_clear", slot)
         return await self._finish(slot, lambda *_: None)
 
-    async def open(self, slot: int, generation: int) -> None:
+    async def open(self, slot: int, slot_epoch: int) -> None:
         """Let sealed gates name the slot: on every rank, then in the engine core; everywhere or nowhere."""
         try:
-            await ask_ranks(self._engine, "flexgate_open", slot, generation)
-            await self._ask("open", slot, generation)
+            await ask_ranks(self._engine, "flexgate_open", slot, slot_epoch)
+            await self._ask("open", slot, slot_epoch)
         except BaseException:
             with suppress(RankFailed):  # the ones that did not open it
                 await ask_ranks(self._engine, "flexgate_close", slot)
@@ -96,8 +96,8 @@ class SlotOperator:
         found: list[list[str]] = await ask_ranks(self._engine, "flexgate_digests")
         return found
 
-    async def _ask(self, do: str, slot: int, generation: int = 0) -> Any:
-        command = {"do": do, "slot": slot, "generation": generation}
+    async def _ask(self, do: str, slot: int, slot_epoch: int = 0) -> Any:
+        command = {"do": do, "slot": slot, "slot_epoch": slot_epoch}
         return await ask_engine_core(self._engine, SLOTS_UTILITY, command)
 
     async def _finish(self, slot: int, progress: Progress) -> list[str]:

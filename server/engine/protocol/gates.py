@@ -1,6 +1,6 @@
 """Sealed gates: the only form in which an allowed-expert set reaches the engine.
 
-A gate names slots *and* their generations, so that a slot handed to another
+A gate names slots *and* their epochs, so that a slot handed to another
 owner's expert never serves a gate made for the previous one. It is sealed with
 HMAC-SHA256 under a key that the API process draws at start and hands to the
 engine core's environment; the engine refuses a request whose seal is missing,
@@ -31,10 +31,10 @@ class GateError(ValueError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class SlotLease:
-    """One tenancy of an engine slot: the slot's index and its generation."""
+    """One tenancy of an engine slot: the slot's index and its epoch."""
 
     slot: int
-    generation: int
+    slot_epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Gate:
             raise GateError("a gate must allow at least one expert; an empty gate is refused")
         if slots != sorted(set(slots)):
             raise GateError(f"gate slots must be distinct and ascending, got {slots}")
-        if slots[0] < 0 or slots[-1] >= MAX_SLOTS or any(lease.generation < 0 for lease in self.leases):
-            raise GateError(f"gate slots must be in 0..{MAX_SLOTS - 1}, generations non-negative")
+        if slots[0] < 0 or slots[-1] >= MAX_SLOTS or any(lease.slot_epoch < 0 for lease in self.leases):
+            raise GateError(f"gate slots must be in 0..{MAX_SLOTS - 1}, epochs non-negative")
         if not self.request_id or not self.tenant or not self.cache_salt:
             raise GateError("a gate needs a request id, a tenant and a cache salt")
 
@@ -80,7 +80,7 @@ def seal(gate: Gate, key: SealKey) -> SealedGate:
         [
             gate.request_id,
             gate.tenant,
-            [[lease.slot, lease.generation] for lease in gate.leases],
+            [[lease.slot, lease.slot_epoch] for lease in gate.leases],
             gate.valid_until,
             gate.cache_salt,
         ],
@@ -144,7 +144,7 @@ def check_owner(gate: Gate, request_id: str) -> None:
 def cache_salt(key: SealKey, *, tenant: str, experts: Iterable[tuple[str, int]], client_salt: str | None) -> str:
     """Name the KV cache that this tenant, gate and client salt may share.
 
-    ``experts`` are (expert id, generation) of this gate alone: slots may move
+    ``experts`` are (expert id, slot_epoch) of this gate alone: slots may move
     and other tenants' gates may change without cold-starting this cache.
     """
     material = json.dumps([tenant, sorted(experts), client_salt], separators=(",", ":")).encode()

@@ -24,7 +24,7 @@ class SlotTable:
 
     Attributes:
         total: number of expert slots in every layer, 1..64.
-        live: slot -> generation of the expert in it; free slots are absent.
+        live: slot -> epoch of the expert in it; free slots are absent.
         live_mask: bit ``s`` is set when slot ``s`` holds an expert.
     """
 
@@ -38,10 +38,10 @@ class SlotTable:
 
     @classmethod
     def of_checkpoint(
-        cls, num_experts: int, total: int, without: Collection[int] = (), *, generation: int = 1
+        cls, num_experts: int, total: int, without: Collection[int] = (), *, slot_epoch: int = 1
     ) -> "SlotTable":
         """Expert *i* of a checkpoint takes slot *i*; the rest, and ``without``, is free."""
-        return cls(total, {slot: generation for slot in range(num_experts) if slot not in without})
+        return cls(total, {slot: slot_epoch for slot in range(num_experts) if slot not in without})
 
     def to_config(self) -> dict[str, Any]:
         """Plain data for vLLM's ``additional_config`` (JSON, no integer keys)."""
@@ -65,10 +65,10 @@ class SlotTable:
         Raises:
             GateError: some lease is not the slot's present one.
         """
-        if any(self.live.get(lease.slot) != lease.generation for lease in gate.leases):
+        if any(self.live.get(lease.slot) != lease.slot_epoch for lease in gate.leases):
             raise GateError("the gate names an expert that is no longer loaded")
 
-    def open(self, slot: int, generation: int) -> None:
+    def open(self, slot: int, slot_epoch: int) -> None:
         """Make a free slot live.
 
         Raises:
@@ -78,7 +78,7 @@ class SlotTable:
             raise SlotError(f"there is no slot {slot}; this engine has {self.total}")
         if slot in self.live:
             raise SlotError(f"slot {slot} holds an expert")
-        self.live[slot] = generation
+        self.live[slot] = slot_epoch
         self.live_mask |= 1 << slot
 
     def close(self, slot: int) -> None:

@@ -143,9 +143,9 @@ class GatedWorker(_Worker):
         return self._slots.report(slot)
 
     @answered
-    def flexgate_open(self, slot: int, generation: int) -> None:
+    def flexgate_open(self, slot: int, slot_epoch: int) -> None:
         """Let gates name ``slot`` from the next step on."""
-        self._table.open(slot, generation)
+        self._table.open(slot, slot_epoch)
 
     @answered
     def flexgate_close(self, slot: int) -> None:

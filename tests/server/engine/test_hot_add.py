@@ -37,21 +37,21 @@ def smaller(checkpoint: Path, moe_kernels: str, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def generation(smaller: ScriptedEngine, ticket: WeightsTicket, request: pytest.FixtureRequest) -> Iterator[int]:
-    """The fourth expert, hot-added for one test; its generation."""
+def slot_epoch(smaller: ScriptedEngine, ticket: WeightsTicket, request: pytest.FixtureRequest) -> Iterator[int]:
+    """The fourth expert, hot-added for one test; its slot epoch."""
     number = 100 + len(request.session.items) + request.session.items.index(request.node)
     smaller.change(*add(ticket, number))
     yield number
     smaller.change(*revoke())
 
 
-def add(ticket: WeightsTicket, generation: int, steps: tuple[int, int] = (0, 0)) -> list[SlotChange]:
+def add(ticket: WeightsTicket, slot_epoch: int, steps: tuple[int, int] = (0, 0)) -> list[SlotChange]:
     """Begin to fill before the first of ``steps``, open before the second."""
     begin, live = steps
     return [
         SlotChange(begin, "fill", NEW, ticket=ticket),
         SlotChange(live, "settle", NEW),
-        SlotChange(live, "open", NEW, generation),
+        SlotChange(live, "open", NEW, slot_epoch),
     ]
 
 
@@ -67,7 +67,7 @@ def crowd(gates: list[tuple[int, ...]], tokens: int = 6) -> list[Ask]:
 
 
 def test_a_hot_added_expert_equals_a_statically_merged_checkpoint(
-    smaller: ScriptedEngine, engine: ScriptedEngine, generation: int
+    smaller: ScriptedEngine, engine: ScriptedEngine, slot_epoch: int
 ) -> None:
     engine.reset_cache()
     smaller.reset_cache()
@@ -119,7 +119,7 @@ def test_no_prefix_computed_with_a_revoked_expert_is_hit_again(smaller: Scripted
 
 
 def test_evicted_blocks_are_gone_whatever_the_salt_says(smaller: ScriptedEngine, ticket: WeightsTicket) -> None:
-    """The same generation, hence the same salt: only the eviction stands between."""
+    """The same slot epoch, hence the same salt: only the eviction stands between."""
     users = Ask(LONG, (0, NEW))
     smaller.reset_cache()
     smaller.change(*add(ticket, 93))
@@ -129,11 +129,11 @@ def test_evicted_blocks_are_gone_whatever_the_salt_says(smaller: ScriptedEngine,
     smaller.change(*revoke())
 
 
-def test_a_gate_of_the_former_tenancy_is_refused(smaller: ScriptedEngine, generation: int) -> None:
-    stale = Ask((5, 6, 7), (0, NEW), generations={NEW: generation - 1})
+def test_a_gate_of_the_former_tenancy_is_refused(smaller: ScriptedEngine, slot_epoch: int) -> None:
+    stale = Ask((5, 6, 7), (0, NEW), epochs={NEW: slot_epoch - 1})
     with pytest.raises(RuntimeError, match="no longer loaded"):
         smaller.solo(stale)
-    assert smaller.solo(replace(stale, generations=None)).finish_reason == "length"
+    assert smaller.solo(replace(stale, epochs=None)).finish_reason == "length"
 
 
 def test_a_cleared_slot_is_what_it_was_before_anything_was_in_it(

@@ -95,7 +95,7 @@ async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
         "message": f"{said}The former version is still served. Restart the server, which loads the new one if it was "
         "taken; if it was not, add it again.",
     }
-    assert [info.generation for info in here.client.experts() if info.id == "news"] == [1]
+    assert [info.slot_epoch for info in here.client.experts() if info.id == "news"] == [1]
 
 
 async def test_a_slot_that_an_unknown_addition_keeps_is_free_once_it_was_revoked(

@@ -33,7 +33,7 @@ async def test_what_another_process_revokes_is_unloaded_here_too(here: Local, tm
 async def test_what_was_revoked_elsewhere_and_added_there_again_is_unloaded_here(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    source = PolicySource(here.store, lambda: {i.id: i.generation for i in here.client.experts()}, lease_s=9, poll_s=9)
+    source = PolicySource(here.store, lambda: {i.id: i.slot_epoch for i in here.client.experts()}, lease_s=9, poll_s=9)
     assert source.confirm().experts[ExpertId("news")].live
     other = local(here.store, anchor, tmp_path / "other")
     await other.service.revoke("news", actor="key_else")

@@ -33,7 +33,7 @@ async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
 ) -> None:
     job = await here.add(package(tmp_path, anchor))
     assert (job.state, job.stage, job.expert) == ("succeeded", "live", "math")
-    assert job.result["weights_epoch"] == job.result["generation"] == 2
+    assert job.result["weights_epoch"] == job.result["slot_epoch"] == 2
     assert job.result["digests"] == here.slots.digests(2)
     assert here.client.published[-1] == ("public", "news", "math")
     snapshot = here.store.snapshot()
@@ -95,7 +95,7 @@ async def test_a_restart_loads_what_was_added_and_nothing_else(
     again = local(store, anchor, tmp_path, epoch=state.epoch)
     await again.service.restore(lambda *_: None)
     assert again.client.published[-1] == ("public", "news", "math")
-    assert again.client.experts()[2].generation == 2
+    assert again.client.experts()[2].slot_epoch == 2
     assert again.slots.digests(2) == job.result["digests"]
     assert [path.name for path in (tmp_path / "experts").iterdir()] == [job.id]
 
@@ -318,7 +318,7 @@ async def test_what_only_a_start_would_load_can_be_revoked(
     await again.service.restore(lambda *_: None)
     assert again.client.published[-1] == ("public", "news")
     record = await again.service.revoke("math", actor="key_owner", drain_seconds=1.0)
-    assert (record["slot"], record["generation"], record["weights_epoch"], record["digests"]) == (2, 2, 3, [])
+    assert (record["slot"], record["slot_epoch"], record["weights_epoch"], record["digests"]) == (2, 2, 3, [])
     assert again.recorded == [("key_owner", "weights.cleared", record)]
     assert list((tmp_path / "experts").glob("job*")) == []
     assert at_start(store, CHECKPOINT, MERGED).resident == CHECKPOINT
@@ -356,7 +356,7 @@ async def test_a_revocation_does_not_wait_until_another_expert_is_loaded(
     here.slots.hold.set()
     job = await adding
     assert job.state == "succeeded"
-    assert job.result["generation"] == 3
+    assert job.result["slot_epoch"] == 3
     assert here.client.published[-1] == ("public", "math")
 
 
@@ -378,9 +378,9 @@ async def test_a_revocation_does_not_wait_until_another_expert_is_tried(
     assert record["weights_epoch"] == 2
     go.set()
     job = await adding
-    assert job.result["generation"] == 3
+    assert job.result["slot_epoch"] == 3
     assert here.slots.table.live == {0: 1, 2: 3}
-    assert here.client.experts()[1].generation == 3
+    assert here.client.experts()[1].slot_epoch == 3
 
 
 async def test_what_was_revoked_while_a_package_of_it_was_on_its_way_stays_away(
@@ -438,7 +438,7 @@ async def test_two_experts_arrive_at_the_same_time_in_slots_of_their_own(
     jobs = await asyncio.gather(*(here.add(path) for path in packages))
     assert [job.state for job in jobs] == ["succeeded"] * 3
     assert sorted(job.result["slot"] for job in jobs) == [2, 3, 4]
-    assert sorted(job.result["generation"] for job in jobs) == [2, 3, 4]
+    assert sorted(job.result["slot_epoch"] for job in jobs) == [2, 3, 4]
     assert sorted(here.client.published[-1]) == ["a", "b", "c", "news", "public"]
 
 

@@ -48,9 +48,9 @@ def place(store: Store, anchor: Path, tmp_path: Path) -> Place:
     return Place(store, anchor, tmp_path)
 
 
-def news_generation(here: Local) -> list[int]:
+def news_slot_epoch(here: Local) -> list[int]:
     """The start's epoch is the checkpoint's; one entry, or it is served twice."""
-    return [info.generation for info in here.client.experts() if info.id == "news"]
+    return [info.slot_epoch for info in here.client.experts() if info.id == "news"]
 
 
 @pytest.mark.asyncio
@@ -65,7 +65,7 @@ async def test_a_newer_version_in_the_checkpoint_is_served_and_the_package_set_a
     assert state.without == frozenset()
     assert [expert.id for expert in state.resident] == ["public", "news"]
     assert state.least_slots == 0
-    assert news_generation(here) == [2]
+    assert news_slot_epoch(here) == [2]
     assert here.slots.digests(2) == here.slots.digests(4)
 
 
@@ -76,7 +76,7 @@ async def test_a_package_that_is_as_new_as_the_checkpoint_stays(place: Place, me
     state, here = await place.restart(news=merged)
     assert state.set_aside == ()
     assert state.without == {"news"}
-    assert news_generation(here) == [job.result["generation"]]
+    assert news_slot_epoch(here) == [job.result["slot_epoch"]]
     assert here.slots.digests(2) == job.result["digests"]
 
 
@@ -87,10 +87,10 @@ async def test_a_version_that_was_revoked_to_go_back_to_an_older_one_does_not_re
     assert (await place.add(here, 4)).state == "succeeded"
     state, again = await place.restart(news=5)
     assert (state.set_aside, state.without) == ((), {"news"})
-    assert news_generation(again) == [3]
+    assert news_slot_epoch(again) == [3]
     state, again = await place.restart(news=6)
     assert len(state.set_aside) == 1
-    assert news_generation(again) == [3]
+    assert news_slot_epoch(again) == [3]
 
 
 @pytest.mark.asyncio
@@ -116,7 +116,7 @@ async def test_a_checkpoint_that_never_named_a_version_comes_back_as_it_was_left
     await here.service.revoke("news", actor="key_owner")
     assert (await place.add(here, 9)).state == "succeeded"
     _, again = await place.restart(news=0)
-    assert news_generation(again) == [3]
+    assert news_slot_epoch(again) == [3]
 
 
 @pytest.mark.asyncio
@@ -131,7 +131,7 @@ async def test_a_package_replaces_only_an_older_version_of_the_checkpoint(place:
         }
     assert (await place.add(here, 4)).state == "succeeded"
     state, again = await place.restart(news=3)
-    assert (state.set_aside, news_generation(again)) == ((), [3])
+    assert (state.set_aside, news_slot_epoch(again)) == ((), [3])
 
 
 @pytest.mark.asyncio
@@ -148,7 +148,7 @@ async def test_a_package_of_a_store_that_did_not_record_the_checkpoints_version_
         change.add_weights("news", slot=row.slot, package=job.id, detail=former)
     state, again = await place.restart(news=merged)
     assert (state.set_aside, state.without) == ((), {"news"})
-    assert news_generation(again) == [4]
+    assert news_slot_epoch(again) == [4]
     assert again.slots.digests(row.slot) == job.result["digests"]
 
 
@@ -195,7 +195,7 @@ async def test_the_slot_of_a_package_that_was_set_aside_is_not_given_away(place:
     math = await place.add(here, 1, expert="math", owner="academy")
     assert (news.result["slot"], math.result["slot"]) == (2, 3)
     _, former = await place.restart(news=1)
-    assert news_generation(former) == [news.result["generation"]]
+    assert news_slot_epoch(former) == [news.result["slot_epoch"]]
     assert [info.id for info in former.client.experts()] == ["public", "news", "math"]
 
 

@@ -100,7 +100,7 @@ class Engine:
         return [report["digest"] for report in reports]
 
     def _open(self, change: SlotChange) -> None:
-        self.ask_ranks("flexgate_open", change.slot, change.generation)
+        self.ask_ranks("flexgate_open", change.slot, change.slot_epoch)
         self._ask_core("open", change)
 
     def _close(self, change: SlotChange) -> Any:
@@ -109,7 +109,7 @@ class Engine:
         return closed
 
     def _ask_core(self, do: str, change: SlotChange) -> Any:
-        command = {"do": do, "slot": change.slot, "generation": change.generation}
+        command = {"do": do, "slot": change.slot, "slot_epoch": change.slot_epoch}
         return self.engine.engine_core.engine_core.flexgate_slots(command)
 
     def digests(self) -> list[list[str]]:
@@ -228,13 +228,13 @@ class Engine:
 
         from flexgate.server.engine.protocol import gates
 
-        generations = ask.generations or {}
+        epochs = ask.epochs or {}
         live = self.engine.engine_core.engine_core.scheduler._table.live
-        leases = tuple(gates.SlotLease(slot, generations.get(slot, live.get(slot, 1))) for slot in ask.gate)
+        leases = tuple(gates.SlotLease(slot, epochs.get(slot, live.get(slot, 1))) for slot in ask.gate)
         salt = gates.cache_salt(
             self.key,
             tenant=ask.tenant,
-            experts=[(str(lease.slot), lease.generation) for lease in leases],
+            experts=[(str(lease.slot), lease.slot_epoch) for lease in leases],
             client_salt=ask.client_salt,
         )
         until = time.time() + ask.valid_for

@@ -32,7 +32,7 @@ class Ask:
     client_salt: str | None = None
     prompt_logprobs: bool = False
     valid_for: float = math.inf
-    generations: dict[int, int] | None = None  # other than the live ones
+    epochs: dict[int, int] | None = None  # other than the live ones
     priority: int = 0
 
 
@@ -61,7 +61,7 @@ class SlotChange:
     at_step: int
     do: str
     slot: int = 0
-    generation: int = 0
+    slot_epoch: int = 0
     ticket: Any = None
 
 

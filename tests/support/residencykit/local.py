@@ -79,9 +79,9 @@ class LocalSlots:
             rank.clear(slot)
         return await self._finish("clear", slot, lambda *_: None)
 
-    async def open(self, slot: int, generation: int) -> None:
+    async def open(self, slot: int, slot_epoch: int) -> None:
         self._fail("open")
-        self.table.open(slot, generation)
+        self.table.open(slot, slot_epoch)
 
     async def close(self, slot: int) -> Closed:
         self._fail("close")
@@ -170,7 +170,7 @@ def local(
     per_owner: int = 2,
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
-    experts = tuple(replace(info, generation=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
+    experts = tuple(replace(info, slot_epoch=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
     table = SlotTable(SLOTS, {info.slot: epoch for info in experts})
     slots = LocalSlots(table, [rank_writer(shard, ranks) for shard in range(ranks)])
     if "news" in without:
@@ -201,7 +201,7 @@ def local(
 
 def revoked_in(store: Store) -> Callable[[str, int], bool]:
     """What a policy source says of a store that it has just asked."""
-    return lambda expert, generation: store.revocation_epochs().get(expert, 0) > generation
+    return lambda expert, slot_epoch: store.revocation_epochs().get(expert, 0) > slot_epoch
 
 
 def package(tmp_path: Path, anchor: Path, expert: str = "math", owner: str = "acme", **options: Any) -> Path:

@@ -40,7 +40,7 @@ async def main():
     )
     async with launch.launch(settings, clock=time.time) as engine:
         public = engine.client.experts()[0].lease
-        await engine.slots.open(ADDED.slot, ADDED.generation)
+        await engine.slots.open(ADDED.slot, ADDED.slot_epoch)
         begun = []
 
         async def ask(number, tokens):

@@ -27,7 +27,7 @@ KEY = new_seal_key()
 INFO = ExpertInfo("public", "o", "", 0, 1, True)
 
 
-def test_the_salt_names_experts_and_generations_and_no_slot() -> None:
+def test_the_salt_names_experts_and_epochs_and_no_slot() -> None:
     public, news = ExpertLease("public", 0, 1), ExpertLease("news", 1, 1)
     assert salt(public, news) == salt(public, ExpertLease("news", 5, 1))
     others = {

@@ -120,7 +120,7 @@ def test_a_gate_must_name_its_request_tenant_and_cache(field: str) -> None:
         gate(**{field: ""})
 
 
-def test_the_cache_salt_tells_tenants_gates_generations_and_client_salts_apart() -> None:
+def test_the_cache_salt_tells_tenants_gates_epochs_and_client_salts_apart() -> None:
     def salt(
         tenant: str = "t",
         experts: tuple[tuple[str, int], ...] = (("a", 1), ("b", 1)),
