@@ -16,7 +16,7 @@ from flexgate.policies.cache import DecisionCache
 from flexgate.policies.documents import Expert, Quota, Role, Tenant
 from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.protocol.gates import Gate, SlotLease, cache_salt, new_seal_key, seal
+from flexgate.server.engine.protocol.gates import Gate, SlotRef, cache_salt, new_seal_key, seal
 from flexgate.server.http.auth import authenticate, require_tenant
 from flexgate.server.http.body import parse_object
 from flexgate.server.inference.decide import admit, honoured_body
@@ -105,9 +105,9 @@ def _busy(usage: BudgetUsage, project: LimitScope, uses: int) -> Limiter:
 
 
 def _seal(allowed: Any, tenant: str, key: Any) -> str:
-    leases = tuple(SlotLease(slot, 1) for slot in range(len(allowed)))
+    refs = tuple(SlotRef(slot, 1) for slot in range(len(allowed)))
     salt = cache_salt(key, tenant=tenant, experts=[(expert, 1) for expert in allowed], client_salt=None)
-    return seal(Gate("request", tenant, leases, 2e9, salt), key)
+    return seal(Gate("request", tenant, refs, 2e9, salt), key)
 
 
 class _Clock:

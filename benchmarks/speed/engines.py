@@ -162,5 +162,5 @@ class _Running:
         """A gate that allows every expert, so that all variants do the same arithmetic."""
         from flexgate.server.engine.protocol import gates
 
-        leases = tuple(self.table.lease(slot) for slot in sorted(self.table.live))
-        return gates.seal(gates.Gate(request_id, "bench", leases, math.inf, "salt"), self.key)
+        refs = tuple(self.table.ref(slot) for slot in sorted(self.table.live))
+        return gates.seal(gates.Gate(request_id, "bench", refs, math.inf, "salt"), self.key)

@@ -22,7 +22,7 @@ from flexgate.experts.errors import DiskFull, ExpertsError
 from flexgate.experts.package.manifest import Manifest
 from flexgate.experts.package.verify import VerifiedPackage, open_package
 from flexgate.policies.errors import PolicyError
-from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef
 from flexgate.server.engine.frontend.canary import CanaryNotScheduled
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineBusy, EngineFailed, PackageRefused
 from flexgate.server.experts.jobs import Job
@@ -31,7 +31,7 @@ from flexgate.server.experts.slot_pool import Residence
 from flexgate.server.experts.uploads import FREE_BYTES
 from flexgate.server.experts.versions import UNSAID, is_set_aside
 
-Canary = Callable[[ExpertLease, ExpertLease], Awaitable[None]]
+Canary = Callable[[ExpertSlotRef, ExpertSlotRef], Awaitable[None]]
 """Tries the public expert and a new one; raises when the engine misbehaves or, in a way of its own, has no place."""
 
 _CHECKS: Final = ThreadPoolExecutor(2, "packages")
@@ -188,12 +188,12 @@ class Adding:
     async def _try(self, job: Job, expert: str, slot: int) -> int:
         """Open the slot, which nobody else can name, and try its expert; returns the slot epoch it was tried under."""
         residence = self._residence
-        public = residence.client.experts()[0].lease
+        public = residence.client.experts()[0].ref
         slot_epoch = await asyncio.to_thread(residence.repository.epoch) + 1
         try:
             await residence.slots.open(slot, slot_epoch)
             await job.at("canary")
-            await self._canary(public, ExpertLease(expert, slot, slot_epoch))
+            await self._canary(public, ExpertSlotRef(expert, slot, slot_epoch))
         except CanaryNotScheduled as error:
             raise EngineBusy(
                 f"The engine was too busy to try the expert: {error}. Nothing was changed. "

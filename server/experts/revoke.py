@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError, StoreUnavailable
-from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotResident, NotStored
 from flexgate.server.experts.slot_pool import Residence
 from flexgate.server.policy.executors import CHANGES, run_in
@@ -63,7 +63,7 @@ class Revoker:
         self._confirm = confirm
         self._record = record
         self._clock = clock
-        self._doubtful: set[ExpertLease] = set()  # may have been revoked in the store
+        self._doubtful: set[ExpertSlotRef] = set()  # may have been revoked in the store
 
     async def revoke(self, expert: str, *, actor: str) -> dict[str, Any]:
         """Revoke an expert for good; returns the record.
@@ -82,7 +82,7 @@ class Revoker:
         try:
             epoch = await run_in(CHANGES, self._commit, info.id, info.slot, actor)
         except StoreUnavailable as error:
-            self._doubtful.add(info.lease)
+            self._doubtful.add(info.ref)
             self._stop(info)
             raise NotStored(error) from error
         except PolicyError as error:
@@ -102,19 +102,19 @@ class Revoker:
         """Wait until nobody uses an expert, no longer than `seconds`."""
         residence, deadline = self._residence, time.monotonic() + seconds
         while time.monotonic() < deadline and (
-            residence.client.in_use(info.lease) or await residence.slots.users(info.slot)
+            residence.client.in_use(info.ref) or await residence.slots.users(info.slot)
         ):
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _stop(self, info: ExpertInfo) -> tuple[GatedCall, ...]:
         """Give no more tokens to whoever may use the expert, in this version or a former one."""
-        tenancies = (info, *self._residence.retiring.get(info.id, ()))
-        return tuple(call for each in tenancies for call in self._residence.client.revoke(each.lease))
+        assignments = (info, *self._residence.retiring.get(info.id, ()))
+        return tuple(call for each in assignments for call in self._residence.client.revoke(each.ref))
 
     def wake(self, expert: str) -> None:
         """Seal gates again for an expert whose revocation was refused after a drain, unless it may be revoked."""
         info = self._residence.find(expert)
-        if info is not None and info.lease not in self._doubtful:
+        if info is not None and info.ref not in self._doubtful:
             self._publish(replace(info, live=True))
 
     def _publish(self, info: ExpertInfo) -> None:
@@ -155,11 +155,11 @@ class Revoker:
         residence = self._residence
         residence.soil(info.slot)
         residence.client.publish(residence.others(info.id), epoch)
-        tenancies = (info, *residence.retiring.pop(info.id, ()))
+        assignments = (info, *residence.retiring.pop(info.id, ()))
         try:
-            closed = [await residence.slots.close(each.slot) for each in tenancies]
+            closed = [await residence.slots.close(each.slot) for each in assignments]
             undelivered = await _undelivered(users)
-            digests = [await residence.clear(each.slot) for each in tenancies]
+            digests = [await residence.clear(each.slot) for each in assignments]
         except Exception as error:
             raise EngineFailed(
                 f"Expert '{info.id}' is revoked and no restart loads it, but the engine failed: {error}. Restart it."

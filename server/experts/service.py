@@ -206,7 +206,7 @@ class ExpertService:
             retiring = self._residence.retiring.get(former.id, [])
             if former in retiring:  # else it was revoked meanwhile
                 retiring.remove(former)
-                self._residence.client.revoke(former.lease)
+                self._residence.client.revoke(former.ref)
                 await self._residence.give_back(former.slot)
                 await self._residence.forget_copies()
 

@@ -1,7 +1,7 @@
 """From a request's JSON to what may go on: its honoured fields, its decision and its gate.
 
 Nothing here knows vLLM. What leaves is a body that holds honoured fields only, so that what was
-refused or ignored cannot reach a handler, and a decision that the engine's leases are made of.
+refused or ignored cannot reach a handler, and a decision that the engine's gates are made of.
 """
 
 from __future__ import annotations

@@ -282,9 +282,9 @@ async def identify_tenant(request: Request, services: InferenceServices) -> tupl
 
 def grant(decision: Decision, services: InferenceServices) -> GateGrant:
     """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
-    leases = [services.client.lease(expert) for expert in decision.allowed]
-    held = tuple(lease for lease in leases if lease is not None)
-    if len(held) != len(leases):
+    refs = [services.client.ref(expert) for expert in decision.allowed]
+    held = tuple(ref for ref in refs if ref is not None)
+    if len(held) != len(refs):
         raise Unavailable("An expert of this request is being changed. Try again.", code="experts_changing")
     return GateGrant(decision.tenant_id, held, decision.valid_until)
 

@@ -17,7 +17,7 @@ from flexgate.policies.audit import Event
 from flexgate.policies.store.change_notifications import Hints
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.frontend.calls import ExpertLease
+from flexgate.server.engine.frontend.calls import ExpertSlotRef
 from flexgate.server.engine.frontend.canary import try_added
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.frontend.launch import RunningEngine
@@ -133,7 +133,7 @@ def _expert_service(
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
         store.record([Event(at=clock(), actor=actor, action=action, detail=detail)], urgent=True)
 
-    async def canary(public: ExpertLease, added: ExpertLease) -> None:
+    async def canary(public: ExpertSlotRef, added: ExpertSlotRef) -> None:
         await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
 
     return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)

@@ -66,7 +66,7 @@ TOP_LEVEL = [
     "experts",
     "only",
     "tenant",
-    "leases",
+    "slots",
     "slots",
 ]
 TOP_LEVEL += ["__class__", "constructor", "extra_body", "lora_request", "data_parallel_rank"]
@@ -82,7 +82,7 @@ def corpus() -> Iterator[tuple[str, str, Any]]:
 def unchanged(handler: Any) -> None:
     """Every call that reached a handler has the tenant's own gate, narrowed at most."""
     for request, call in zip(handler.seen, handler.calls, strict=True):
-        experts = [lease.expert for lease in call.grant.experts]
+        experts = [ref.expert for ref in call.grant.experts]
         assert set(experts) <= set(ALLOWED)
         assert experts
         assert call.grant.tenant == "t"

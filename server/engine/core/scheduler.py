@@ -52,7 +52,7 @@ class _Held:
     gate: Gate
 
     def may_use(self, slot: int) -> bool:
-        return any(lease.slot == slot for lease in self.gate.leases)
+        return any(ref.slot == slot for ref in self.gate.slots)
 
 
 class _Gated(_Base):
@@ -168,7 +168,7 @@ class _Gated(_Base):
         """End requests before the token just sampled is sent, and forget the KV cache they made."""
         held = [self._held[request_id] for request_id in request_ids if request_id in self._held]
         for one in held:
-            slots = [lease.slot for lease in one.gate.leases]
+            slots = [ref.slot for ref in one.gate.slots]
             logger.warning("the numbers of request %s overflowed; it may use slots %s", one.request.request_id, slots)
         self._end([one.request.request_id for one in held], NUMBERS_OVERFLOWED)
         for one in held:
@@ -187,13 +187,13 @@ class _Gated(_Base):
     def _remember_hashes(self, held: _Held) -> None:
         """Note which cached blocks a slot's expert took part in, to evict them when it is revoked."""
         hashes = held.request.block_hashes
-        for lease in held.gate.leases:
-            if lease.slot == ANCHOR_SLOT or not hashes:
+        for ref in held.gate.slots:
+            if ref.slot == ANCHOR_SLOT or not hashes:
                 continue
-            known = self._hashes[lease.slot]
+            known = self._hashes[ref.slot]
             known.update(hashes)
             if len(known) > 2 * self.cache_config.num_gpu_blocks:
-                self._hashes[lease.slot] = cached_among(self, known)
+                self._hashes[ref.slot] = cached_among(self, known)
 
     def _attach(self, output: EngineCoreOutput) -> None:
         total = self._ledger.totals.get(output.request_id)

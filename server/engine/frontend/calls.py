@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flexgate.kernels.gated_topk import MASS_SCALE
-from flexgate.server.engine.protocol.gates import Gate, SealKey, SlotLease, cache_salt
+from flexgate.server.engine.protocol.gates import Gate, SealKey, SlotRef, cache_salt
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertLease:
-    """One tenancy of a slot by a named expert."""
+class ExpertSlotRef:
+    """One assignment of a slot to a named expert."""
 
     expert: str
     slot: int
@@ -35,9 +35,9 @@ class ExpertInfo:
     live: bool
 
     @property
-    def lease(self) -> ExpertLease:
+    def ref(self) -> ExpertSlotRef:
         """What a gate names of it."""
-        return ExpertLease(self.id, self.slot, self.slot_epoch)
+        return ExpertSlotRef(self.id, self.slot, self.slot_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,15 @@ class GateGrant:
     """What a decision allows, in the engine's terms. ``valid_until`` is Unix seconds or inf."""
 
     tenant: str
-    experts: tuple[ExpertLease, ...]
+    experts: tuple[ExpertSlotRef, ...]
     valid_until: float
 
     def name_slots(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
         """Who is in each slot, by this gate; since it was granted, experts and slots may have changed hands."""
-        granted = {lease.expert for lease in self.experts}
+        granted = {ref.expert for ref in self.experts}
         named = [None if name in granted else name for name in names]
-        for lease in self.experts:
-            named[lease.slot] = lease.expert
+        for ref in self.experts:
+            named[ref.slot] = ref.expert
         return tuple(named)
 
 
@@ -136,14 +136,14 @@ class GatedCall:
     def gate(self, request_id: str, key: SealKey) -> Gate:
         """The gate of one engine request of this call."""
         grant = self.grant
-        leases = tuple(sorted(SlotLease(e.slot, e.slot_epoch) for e in grant.experts))
+        refs = tuple(sorted(SlotRef(e.slot, e.slot_epoch) for e in grant.experts))
         salt = cache_salt(
             key,
             tenant=grant.tenant,
             experts=[(e.expert, e.slot_epoch) for e in grant.experts],
             client_salt=self.client_salt,
         )
-        return Gate(request_id, grant.tenant, leases, min(grant.valid_until, self.valid_until), salt)
+        return Gate(request_id, grant.tenant, refs, min(grant.valid_until, self.valid_until), salt)
 
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""

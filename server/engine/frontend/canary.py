@@ -5,7 +5,7 @@ import math
 import uuid
 from typing import Any
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall, GateGrant
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.frontend.slot_control import SlotOperator
 from flexgate.server.engine.protocol.endings import NUMBERS_OVERFLOWED
@@ -35,33 +35,33 @@ async def sing(engine: Any, client: GatedEngineClient) -> None:
     await _must_refuse(engine, "a request without a gate", None)
     await _must_refuse(engine, "a forged gate", {GATE_ARG: "e30.e30"})
     for expert in client.experts():
-        await try_experts(client, expert.lease)
+        await try_experts(client, expert.ref)
 
 
-async def try_experts(client: GatedEngineClient, *leases: ExpertLease) -> None:
-    """Generate under a gate on exactly ``leases``.
+async def try_experts(client: GatedEngineClient, *refs: ExpertSlotRef) -> None:
+    """Generate under a gate on exactly ``refs``.
 
     Raises:
         CanaryError: the engine refused, the numbers overflowed, or attributed anything outside of the gate.
     """
-    call = GatedCall(GateGrant(TENANT, leases, math.inf), client_salt=str(uuid.uuid4()), priority=-1)
+    call = GatedCall(GateGrant(TENANT, refs, math.inf), client_salt=str(uuid.uuid4()), priority=-1)
     token = CURRENT_CALL.set(call)
     try:
         worst = await _answer(client.generate(PROMPT, _params(), "canary"))
     except Exception as error:
         if call.failed == NUMBERS_OVERFLOWED:
-            raise CanaryError(f"the numbers of a request for {_names(leases)} overflowed") from error
-        raise CanaryError(f"the engine refused a request for {_names(leases)}: {error}") from error
+            raise CanaryError(f"the numbers of a request for {_names(refs)} overflowed") from error
+        raise CanaryError(f"the engine refused a request for {_names(refs)}: {error}") from error
     finally:
         CURRENT_CALL.reset(token)
     if not math.isfinite(worst):
-        raise CanaryError(f"a request for {_names(leases)} was answered with NaN")
-    if outside := call.used_slots() - {lease.slot for lease in leases}:
-        raise CanaryError(f"a request for {_names(leases)} used slots {sorted(outside)}")
+        raise CanaryError(f"a request for {_names(refs)} was answered with NaN")
+    if outside := call.used_slots() - {ref.slot for ref in refs}:
+        raise CanaryError(f"a request for {_names(refs)} used slots {sorted(outside)}")
 
 
 async def try_added(
-    client: GatedEngineClient, slots: SlotOperator, public: ExpertLease, added: ExpertLease, *, seconds: float
+    client: GatedEngineClient, slots: SlotOperator, public: ExpertSlotRef, added: ExpertSlotRef, *, seconds: float
 ) -> None:
     """Try an expert that nobody else may use yet, in an engine that is serving.
 
@@ -87,8 +87,8 @@ async def try_added(
         trial.cancel()
 
 
-def _names(leases: tuple[ExpertLease, ...]) -> str:
-    return " and ".join(repr(lease.expert) for lease in leases)
+def _names(refs: tuple[ExpertSlotRef, ...]) -> str:
+    return " and ".join(repr(ref.expert) for ref in refs)
 
 
 async def _must_refuse(engine: Any, what: str, extra_args: dict[str, Any] | None) -> None:

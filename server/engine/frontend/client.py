@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, Ticket
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall, Ticket
 from flexgate.server.engine.frontend.constraining import Constrainer
 from flexgate.server.engine.frontend.params import most_tokens, refuse_many_bad_words
 from flexgate.server.engine.frontend.view import EngineView
@@ -89,11 +89,11 @@ class GatedEngineClient(EngineView):
         """Called by the launcher once every rank has proved itself."""
         self._ready = True
 
-    def lease(self, expert: str) -> ExpertLease | None:
-        """The present tenancy of a live expert, or None."""
+    def ref(self, expert: str) -> ExpertSlotRef | None:
+        """The present assignment of a live expert, or None."""
         for info in self._experts:
             if info.id == expert and info.live:
-                return info.lease
+                return info.ref
         return None
 
     @property
@@ -157,13 +157,13 @@ class GatedEngineClient(EngineView):
             self._aborting.add(task)
             task.add_done_callback(self._aborting.discard)
 
-    def in_use(self, lease: ExpertLease) -> bool:
-        """Whether an open call may use ``lease``, on its way into the engine, in it, or out of it."""
-        return any(lease in call.grant.experts for call in self._open)
+    def in_use(self, ref: ExpertSlotRef) -> bool:
+        """Whether an open call may use ``ref``, on its way into the engine, in it, or out of it."""
+        return any(ref in call.grant.experts for call in self._open)
 
-    def revoke(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
-        """Give no more tokens to calls that may use ``lease``; returns those that are still open."""
-        users = tuple(call for call in self._open if lease in call.grant.experts)
+    def revoke(self, ref: ExpertSlotRef) -> tuple[GatedCall, ...]:
+        """Give no more tokens to calls that may use ``ref``; returns those that are still open."""
+        users = tuple(call for call in self._open if ref in call.grant.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
             call.leave()

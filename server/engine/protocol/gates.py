@@ -30,8 +30,8 @@ class GateError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class SlotLease:
-    """One tenancy of an engine slot: the slot's index and its epoch."""
+class SlotRef:
+    """One assignment of an engine slot: its index and epoch."""
 
     slot: int
     slot_epoch: int
@@ -43,7 +43,7 @@ class Gate:
 
     request_id: str
     tenant: str
-    leases: tuple[SlotLease, ...]
+    slots: tuple[SlotRef, ...]
     valid_until: float
     cache_salt: str
 
@@ -53,12 +53,12 @@ class Gate:
         Raises:
             GateError: the gate is empty, repeats a slot, or names an impossible one.
         """
-        slots = [lease.slot for lease in self.leases]
+        slots = [ref.slot for ref in self.slots]
         if not slots:
             raise GateError("a gate must allow at least one expert; an empty gate is refused")
         if slots != sorted(set(slots)):
             raise GateError(f"gate slots must be distinct and ascending, got {slots}")
-        if slots[0] < 0 or slots[-1] >= MAX_SLOTS or any(lease.slot_epoch < 0 for lease in self.leases):
+        if slots[0] < 0 or slots[-1] >= MAX_SLOTS or any(ref.slot_epoch < 0 for ref in self.slots):
             raise GateError(f"gate slots must be in 0..{MAX_SLOTS - 1}, epochs non-negative")
         if not self.request_id or not self.tenant or not self.cache_salt:
             raise GateError("a gate needs a request id, a tenant and a cache salt")
@@ -66,7 +66,7 @@ class Gate:
     @property
     def bitmask(self) -> int:
         """Bit ``s`` is set when slot ``s`` is allowed; up to 64 slots."""
-        return sum(1 << lease.slot for lease in self.leases)
+        return sum(1 << ref.slot for ref in self.slots)
 
 
 def new_seal_key() -> SealKey:
@@ -80,7 +80,7 @@ def seal(gate: Gate, key: SealKey) -> SealedGate:
         [
             gate.request_id,
             gate.tenant,
-            [[lease.slot, lease.slot_epoch] for lease in gate.leases],
+            [[ref.slot, ref.slot_epoch] for ref in gate.slots],
             gate.valid_until,
             gate.cache_salt,
         ],
@@ -112,8 +112,8 @@ def open_seal(sealed: object, key: SealKey) -> Gate:
         raise GateError("the gate is not a sealed value") from error
     if not hmac.compare_digest(mac, _mac(payload, key)):
         raise GateError("the gate's seal is broken")
-    request_id, tenant, leases, valid_until, salt = json.loads(payload)
-    return Gate(request_id, tenant, tuple(SlotLease(s, g) for s, g in leases), valid_until, salt)
+    request_id, tenant, refs, valid_until, salt = json.loads(payload)
+    return Gate(request_id, tenant, tuple(SlotRef(s, g) for s, g in refs), valid_until, salt)
 
 
 def check(gate: Gate, *, request_id: str, now: float) -> None:

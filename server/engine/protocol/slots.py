@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexgate.server.engine.protocol.gates import Gate, GateError, SlotLease
+from flexgate.server.engine.protocol.gates import Gate, GateError, SlotRef
 from flexgate.server.engine.protocol.names import CONFIG_KEY
 
 ANCHOR_SLOT = 0
@@ -60,12 +60,12 @@ class SlotTable:
         return cls(int(data["total"]), {int(s): int(g) for s, g in data["live"]})
 
     def admit(self, gate: Gate) -> None:
-        """Refuse a gate that names a slot whose tenancy has changed.
+        """Refuse a gate that names a slot whose assignment has changed.
 
         Raises:
-            GateError: some lease is not the slot's present one.
+            GateError: some reference is not the slot's present one.
         """
-        if any(self.live.get(lease.slot) != lease.slot_epoch for lease in gate.leases):
+        if any(self.live.get(ref.slot) != ref.slot_epoch for ref in gate.slots):
             raise GateError("the gate names an expert that is no longer loaded")
 
     def open(self, slot: int, slot_epoch: int) -> None:
@@ -105,6 +105,6 @@ class SlotTable:
         if slot in self.live:
             raise SlotError(f"slot {slot} is live; close it first")
 
-    def lease(self, slot: int) -> SlotLease:
-        """The present tenancy of a live slot."""
-        return SlotLease(slot, self.live[slot])
+    def ref(self, slot: int) -> SlotRef:
+        """The present assignment of a live slot."""
+        return SlotRef(slot, self.live[slot])

@@ -26,7 +26,7 @@ CLOSED_GATE = 1 << ANCHOR_SLOT  # padding and dummy batches: the public expert o
 
 
 @dataclass(slots=True)
-class _Tenancy:
+class _RequestGate:
     """One live request: its gate as a bitmask and the positions already counted."""
 
     bitmask: int
@@ -62,7 +62,7 @@ class GateState(torch.nn.Module):
         super().__init__()
         self.table = table
         self.key = key
-        self.requests: dict[str, _Tenancy] = {}
+        self.requests: dict[str, _RequestGate] = {}
         self._step: dict[str, _Scheduled] = {}
         self._order: Sequence[str] = ()
         self._num_tokens = 0
@@ -159,15 +159,15 @@ class GateState(torch.nn.Module):
         gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
         check_owner(gate, external_id(request_id))
         self.table.admit(gate)
-        self.requests[request_id] = _Tenancy(gate.bitmask)
+        self.requests[request_id] = _RequestGate(gate.bitmask)
 
     def _schedule(self, request_id: str, first: int, count: int) -> _Scheduled:
-        tenancy = self.requests[request_id]
-        if tenancy.bitmask & ~self.table.live_mask:
+        gate = self.requests[request_id]
+        if gate.bitmask & ~self.table.live_mask:
             raise GateError("a request that may use a closed slot was scheduled")
-        skip = min(max(tenancy.counted - first, 0), count)
-        tenancy.counted = max(tenancy.counted, first + count)
-        return _Scheduled(tenancy.bitmask, first, count, skip)
+        skip = min(max(gate.counted - first, 0), count)
+        gate.counted = max(gate.counted, first + count)
+        return _Scheduled(gate.bitmask, first, count, skip)
 
 
 @dataclass(frozen=True, slots=True)

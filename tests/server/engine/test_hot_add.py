@@ -129,7 +129,7 @@ def test_evicted_blocks_are_gone_whatever_the_salt_says(smaller: ScriptedEngine,
     smaller.change(*revoke())
 
 
-def test_a_gate_of_the_former_tenancy_is_refused(smaller: ScriptedEngine, slot_epoch: int) -> None:
+def test_a_gate_of_the_former_assignment_is_refused(smaller: ScriptedEngine, slot_epoch: int) -> None:
     stale = Ask((5, 6, 7), (0, NEW), epochs={NEW: slot_epoch - 1})
     with pytest.raises(RuntimeError, match="no longer loaded"):
         smaller.solo(stale)

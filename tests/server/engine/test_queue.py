@@ -14,14 +14,14 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall, GateGrant
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import new_seal_key
 from flexgate.server.inference.fair_queue import FairQueue
 
 pytestmark = pytest.mark.asyncio
 
-PUBLIC = ExpertLease("public", 0, 1)
+PUBLIC = ExpertSlotRef("public", 0, 1)
 SEATS = 2
 
 

@@ -76,7 +76,7 @@ async def test_a_handler_gets_honoured_fields_and_the_gate(client: httpx.AsyncCl
     assert request.request_id == response.headers["x-request-id"].removeprefix("req_")
     assert call.client_salt == "pepper"
     assert isinstance(call.grant, GateGrant)
-    assert [lease.expert for lease in call.grant.experts] == ["public"]
+    assert [ref.expert for ref in call.grant.experts] == ["public"]
     assert call.grant.tenant == "t"
     assert CURRENT_CALL.get() is None
 
@@ -312,8 +312,8 @@ async def test_a_client_that_leaves_ends_generation(services: Any, handler: Any)
 async def test_an_expert_that_has_just_gone_is_no_reason_to_serve_without_it(
     client: httpx.AsyncClient, services: Any, handler: Any
 ) -> None:
-    before = services.client.lease
-    services.client.lease = lambda id_: None if id_ == "news" else before(id_)
+    before = services.client.ref
+    services.client.ref = lambda id_: None if id_ == "news" else before(id_)
     response = await client.post(PATH, json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "experts_changing")
     assert not handler.seen

@@ -179,11 +179,11 @@ class Engine:
             late = Ask(ask.prompt, ask.gate, valid_for=-1.0)
             sealed = gates.seal(self._gate(late, request_id), self.key)
         elif how == "stale":
-            leases = tuple(gates.SlotLease(s, 99) for s in ask.gate)
-            sealed = gates.seal(gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key)
+            refs = tuple(gates.SlotRef(s, 99) for s in ask.gate)
+            sealed = gates.seal(gates.Gate(request_id, "tenant", refs, time.time() + 60, "salt"), self.key)
         elif how == "free-slot":
-            leases = (gates.SlotLease(self.table.total - 1, 1),)
-            sealed = gates.seal(gates.Gate(request_id, "tenant", leases, time.time() + 60, "salt"), self.key)
+            refs = (gates.SlotRef(self.table.total - 1, 1),)
+            sealed = gates.seal(gates.Gate(request_id, "tenant", refs, time.time() + 60, "salt"), self.key)
         try:
             self._add(request_id, ask, sealed)
         except gates.GateError as error:
@@ -230,15 +230,15 @@ class Engine:
 
         epochs = ask.epochs or {}
         live = self.engine.engine_core.engine_core.scheduler._table.live
-        leases = tuple(gates.SlotLease(slot, epochs.get(slot, live.get(slot, 1))) for slot in ask.gate)
+        refs = tuple(gates.SlotRef(slot, epochs.get(slot, live.get(slot, 1))) for slot in ask.gate)
         salt = gates.cache_salt(
             self.key,
             tenant=ask.tenant,
-            experts=[(str(lease.slot), lease.slot_epoch) for lease in leases],
+            experts=[(str(ref.slot), ref.slot_epoch) for ref in refs],
             client_salt=ask.client_salt,
         )
         until = time.time() + ask.valid_for
-        return gates.Gate(request_id, ask.tenant, leases, until, salt)
+        return gates.Gate(request_id, ask.tenant, refs, until, salt)
 
     def _new_id(self) -> str:
         self.count += 1

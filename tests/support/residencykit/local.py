@@ -22,7 +22,7 @@ from flexgate.policies.audit import Event
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
-from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertLease, GatedCall
+from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.slot_control import Closed, SlotTaskFailed
 from flexgate.server.engine.protocol.slot_tasks import from_wire, to_wire
 from flexgate.server.engine.protocol.slots import SlotTable
@@ -128,11 +128,11 @@ class LocalClient:
         self.weights_epoch = weights_epoch
         self.published.append(tuple(info.id for info in self._experts))
 
-    def in_use(self, lease: ExpertLease) -> bool:
-        return any(lease in call.grant.experts and not call.ended.is_set() for call in self.open)
+    def in_use(self, ref: ExpertSlotRef) -> bool:
+        return any(ref in call.grant.experts and not call.ended.is_set() for call in self.open)
 
-    def revoke(self, lease: ExpertLease) -> tuple[GatedCall, ...]:
-        users = tuple(call for call in self.open if lease in call.grant.experts)
+    def revoke(self, ref: ExpertSlotRef) -> tuple[GatedCall, ...]:
+        users = tuple(call for call in self.open if ref in call.grant.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
         return users
@@ -182,7 +182,7 @@ def local(
     recorded: list[tuple[str, str, dict[str, Any]]] = []
     made: list[Local] = []
 
-    async def canary(*_: ExpertLease) -> None:
+    async def canary(*_: ExpertSlotRef) -> None:
         if made[0].canary_hold is not None:
             await made[0].canary_hold.wait()
         if made[0].canary_fails:

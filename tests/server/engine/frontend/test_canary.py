@@ -30,16 +30,16 @@ from pathlib import Path
 from vllm.sampling_params import SamplingParams
 from flexgate.server.engine.frontend import launch
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled, try_added
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertLease, GatedCall, GateGrant
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall, GateGrant
 
-ADDED = ExpertLease("added", 4, 7)
+ADDED = ExpertSlotRef("added", 4, 7)
 
 async def main():
     settings = launch.EngineSettings(
         Path(sys.argv[1]), dtype="float32", enforce_eager=True, kv_cache_memory_bytes=64 << 20, max_num_seqs=2
     )
     async with launch.launch(settings, clock=time.time) as engine:
-        public = engine.client.experts()[0].lease
+        public = engine.client.experts()[0].ref
         await engine.slots.open(ADDED.slot, ADDED.slot_epoch)
         begun = []
 

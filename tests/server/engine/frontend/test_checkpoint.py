@@ -191,8 +191,8 @@ async def test_every_expert_is_tried_alone_before_a_start_is_over(monkeypatch: p
     async def refuse(*_: Any) -> None:
         return
 
-    async def attempt(_client: Any, *leases: Any) -> None:
-        tried.append(" ".join(lease.expert for lease in leases))
+    async def attempt(_client: Any, *refs: Any) -> None:
+        tried.append(" ".join(ref.expert for ref in refs))
         if tried[-1] == "math":
             raise CanaryError("the numbers of a request for 'math' overflowed")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flexgate.server.engine.protocol.gates import (
     Gate,
     GateError,
-    SlotLease,
+    SlotRef,
     cache_salt,
     check,
     new_seal_key,
@@ -19,14 +19,14 @@ from flexgate.server.engine.protocol.gates import (
 from flexgate.server.engine.protocol.slots import SlotTable
 
 KEY = new_seal_key()
-LEASES = (SlotLease(0, 1), SlotLease(3, 7))
+SLOTS = (SlotRef(0, 1), SlotRef(3, 7))
 
 
 def gate(**changes: object) -> Gate:
     values: dict[str, object] = {
         "request_id": "r1",
         "tenant": "t1",
-        "leases": LEASES,
+        "slots": SLOTS,
         "valid_until": 100.0,
         "cache_salt": "salt",
     }
@@ -35,10 +35,10 @@ def gate(**changes: object) -> Gate:
 
 @given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 2**40)), min_size=1, max_size=64))
 def test_a_sealed_gate_opens_to_the_same_gate(pairs: list[tuple[int, int]]) -> None:
-    leases = tuple(SlotLease(s, g) for s, g in sorted(dict(pairs).items()))
-    original = gate(leases=leases, valid_until=math.inf)
+    refs = tuple(SlotRef(s, g) for s, g in sorted(dict(pairs).items()))
+    original = gate(slots=refs, valid_until=math.inf)
     assert open_seal(seal(original, KEY), KEY) == original
-    assert original.bitmask == sum(2**lease.slot for lease in leases)
+    assert original.bitmask == sum(2**ref.slot for ref in refs)
 
 
 @given(st.integers(min_value=0), st.integers(1, 255))
@@ -99,19 +99,19 @@ def test_a_gate_without_a_usable_end_is_expired(valid_until: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "leases",
+    "refs",
     [
         (),
-        (SlotLease(1, 1), SlotLease(0, 1)),
-        (SlotLease(1, 1), SlotLease(1, 2)),
-        (SlotLease(-1, 1),),
-        (SlotLease(0, -1),),
-        (SlotLease(64, 1),),
+        (SlotRef(1, 1), SlotRef(0, 1)),
+        (SlotRef(1, 1), SlotRef(1, 2)),
+        (SlotRef(-1, 1),),
+        (SlotRef(0, -1),),
+        (SlotRef(64, 1),),
     ],
 )
-def test_an_impossible_set_of_slots_is_refused(leases: tuple[SlotLease, ...]) -> None:
+def test_an_impossible_set_of_slots_is_refused(refs: tuple[SlotRef, ...]) -> None:
     with pytest.raises(GateError):
-        gate(leases=leases)
+        gate(slots=refs)
 
 
 @pytest.mark.parametrize("field", ["request_id", "tenant", "cache_salt"])
@@ -142,7 +142,7 @@ def test_the_cache_salt_tells_tenants_gates_epochs_and_client_salts_apart() -> N
     assert salt(experts=(("b", 1), ("a", 1))) == salt()
 
 
-def test_a_gate_naming_an_earlier_tenancy_of_a_slot_is_refused() -> None:
+def test_a_gate_naming_an_earlier_assignment_of_a_slot_is_refused() -> None:
     table = SlotTable(6, {0: 1, 3: 8})
     with pytest.raises(GateError, match="no longer loaded"):
         table.admit(gate())

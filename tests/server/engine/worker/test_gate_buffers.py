@@ -16,7 +16,7 @@ TABLE = SlotTable(4, {0: 1, 1: 1, 2: 1})
 
 
 def new_request(name: str, slots: tuple[int, ...]) -> Any:
-    gate = gates.Gate(name, "tenant", tuple(TABLE.lease(slot) for slot in slots), math.inf, "salt")
+    gate = gates.Gate(name, "tenant", tuple(TABLE.ref(slot) for slot in slots), math.inf, "salt")
     params = SimpleNamespace(extra_args={GATE_ARG: gates.seal(gate, KEY)})
     return SimpleNamespace(req_id=f"{name}-0123abcd", num_computed_tokens=0, sampling_params=params)
 
