@@ -17,7 +17,7 @@ from typing import Final
 
 from flexgate.policies.decide import declared_context, find_tenant, narrow
 from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
-from flexgate.policies.entitlements import grant
+from flexgate.policies.entitlements import entitlements
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region
@@ -75,10 +75,10 @@ class DecisionCache:
             return Decision(request.decision_id, *found.outcome)
         tenant = find_tenant(snapshot, tenant_id)
         context = declared_context(tenant, request.purpose, request.region)
-        granted = grant(snapshot, tenant, context, now)
-        decision = narrow(snapshot, tenant, granted, context, request)
+        entitled = entitlements(snapshot, tenant, context, now)
+        decision = narrow(snapshot, tenant, entitled, context, request)
         with self._keeping:
-            self._keep(memory, tenant_id, question, _Kept(decision[1:], granted.since, granted.until))
+            self._keep(memory, tenant_id, question, _Kept(decision[1:], entitled.since, entitled.until))
         return decision
 
     def _keep(self, memory: _Memory, tenant_id: str, question: _Question, kept: _Kept) -> None:

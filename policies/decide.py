@@ -16,7 +16,7 @@ from typing import Final
 from flexgate.policies import reasons
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Decision, DecisionRequest, Reason, admit
-from flexgate.policies.entitlements import ANYTHING, Context, Grant, grant
+from flexgate.policies.entitlements import ANYTHING, Context, Entitlements, entitlements
 from flexgate.policies.errors import (
     AnchorRequired,
     ContextRefused,
@@ -43,7 +43,7 @@ def decide(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: fl
     """The decision for one request at `now` (Unix seconds); raises a `DecisionRefused`."""
     tenant = find_tenant(snapshot, tenant_id)
     context = declared_context(tenant, request.purpose, request.region)
-    return narrow(snapshot, tenant, grant(snapshot, tenant, context, now), context, request)
+    return narrow(snapshot, tenant, entitlements(snapshot, tenant, context, now), context, request)
 
 
 def find_tenant(snapshot: Snapshot, tenant_id: str) -> TenantRules:
@@ -100,20 +100,20 @@ def _not_registered(kind: str, word: str, registered: frozenset[str]) -> str:
 def narrow(
     snapshot: Snapshot,
     tenant: TenantRules,
-    granted: Grant,
+    entitled: Entitlements,
     context: Context,
     request: DecisionRequest,
 ) -> Decision:
-    """Cut a grant down to what the request asks for; raises a `DecisionRefused`."""
-    only = None if request.only is None else _named(snapshot, granted, request.only, ONLY)
-    ignore = _named(snapshot, granted, request.ignore, IGNORE) if request.ignore else _NOTHING
-    _check_anchor(tenant, granted, ignore)
-    _check_required(snapshot, granted, ignore)
+    """Apply the request filter to the entitlements; raises a `DecisionRefused`."""
+    only = None if request.only is None else _named(snapshot, entitled, request.only, ONLY)
+    ignore = _named(snapshot, entitled, request.ignore, IGNORE) if request.ignore else _NOTHING
+    _check_anchor(tenant, entitled, ignore)
+    _check_required(snapshot, entitled, ignore)
     if only:
-        _check_allowed(granted, only)
-    kept, left_out = granted.lost_at, _NO_REASONS
+        _check_allowed(entitled, only)
+    kept, left_out = entitled.lost_at, _NO_REASONS
     if only is not None or tenant.default_experts is not None or ignore:
-        left_out = _left_out(granted, only, tenant.default_experts, ignore, snapshot.required)
+        left_out = _left_out(entitled, only, tenant.default_experts, ignore, snapshot.required)
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
@@ -125,19 +125,19 @@ def narrow(
         tenant_id=tenant.id,
         policy_version=snapshot.policy_version,
         allowed=admit(kept),
-        excluded=_excluded(snapshot, granted, left_out),
+        excluded=_excluded(snapshot, entitled, left_out),
         valid_until=min(kept.values()),
         purpose=context.purpose,
         region=context.region,
     )
 
 
-def _named(snapshot: Snapshot, granted: Grant, names: tuple[str, ...], param: str) -> frozenset[ExpertId]:
+def _named(snapshot: Snapshot, entitled: Entitlements, names: tuple[str, ...], param: str) -> frozenset[ExpertId]:
     """The listed experts that `names` stands for; a set stands for its listed members."""
     found: set[ExpertId] = set()
     for position, name in enumerate(names):
         members = snapshot.sets.get(SetId(name), (ExpertId(name),))
-        listed = {m for m in members if m in granted.lost_at or m in granted.refused}
+        listed = {m for m in members if m in entitled.lost_at or m in entitled.refused}
         if not listed:
             raise UnknownExpert(
                 f"'{param}[{position}]' names no expert that is listed for this project. "
@@ -148,8 +148,8 @@ def _named(snapshot: Snapshot, granted: Grant, names: tuple[str, ...], param: st
     return frozenset(found)
 
 
-def _check_anchor(tenant: TenantRules, granted: Grant, ignore: frozenset[ExpertId]) -> None:
-    if PUBLIC not in granted.lost_at and PUBLIC not in ignore:
+def _check_anchor(tenant: TenantRules, entitled: Entitlements, ignore: frozenset[ExpertId]) -> None:
+    if PUBLIC not in entitled.lost_at and PUBLIC not in ignore:
         raise AnchorRequired(
             "'public' takes part in every request, and it is not being served. "
             "Loading it into the server would change this."
@@ -162,7 +162,7 @@ def _check_anchor(tenant: TenantRules, granted: Grant, ignore: frozenset[ExpertI
         )
 
 
-def _check_required(snapshot: Snapshot, granted: Grant, ignore: frozenset[ExpertId]) -> None:
+def _check_required(snapshot: Snapshot, entitled: Entitlements, ignore: frozenset[ExpertId]) -> None:
     """Required experts take part, or nothing is answered; `_check_anchor` has judged `public`."""
     if len(snapshot.required) == 1:
         return
@@ -172,15 +172,15 @@ def _check_required(snapshot: Snapshot, granted: Grant, ignore: frozenset[Expert
                 f"Expert '{expert}' takes part in every request to this server. Leave it out of 'ignore'.",
                 param=IGNORE,
             )
-        if expert not in granted.lost_at:
+        if expert not in entitled.lost_at:
             raise RequiredExpertMissing(
                 f"Expert '{expert}' takes part in every request to this server, and cannot take part in this one. "
-                f"{granted.refused[expert].message}"
+                f"{entitled.refused[expert].message}"
             )
 
 
-def _check_allowed(granted: Grant, only: frozenset[ExpertId]) -> None:
-    denied = [reason for expert, reason in granted.refused.items() if expert in only]
+def _check_allowed(entitled: Entitlements, only: frozenset[ExpertId]) -> None:
+    denied = [reason for expert, reason in entitled.refused.items() if expert in only]
     if denied:
         names = ", ".join(f"'{reason.expert}'" for reason in denied)
         raise ExpertDenied(
@@ -191,7 +191,7 @@ def _check_allowed(granted: Grant, only: frozenset[ExpertId]) -> None:
 
 
 def _left_out(
-    granted: Grant,
+    entitled: Entitlements,
     only: frozenset[ExpertId] | None,
     default_experts: frozenset[ExpertId] | None,
     ignore: frozenset[ExpertId],
@@ -200,7 +200,7 @@ def _left_out(
     """The allowed experts that the request leaves out, each with its reason."""
     wanted, because = (default_experts, reasons.outside_default_set) if only is None else (only, reasons.outside_only)
     left_out: dict[ExpertId, Reason] = {}
-    for expert in granted.lost_at:
+    for expert in entitled.lost_at:
         if expert in ignore:
             left_out[expert] = reasons.ignored(expert)
         elif wanted is not None and expert not in wanted and expert not in required:
@@ -208,8 +208,8 @@ def _left_out(
     return left_out
 
 
-def _excluded(snapshot: Snapshot, granted: Grant, left_out: Mapping[ExpertId, Reason]) -> tuple[Reason, ...]:
+def _excluded(snapshot: Snapshot, entitled: Entitlements, left_out: Mapping[ExpertId, Reason]) -> tuple[Reason, ...]:
     if not left_out:
-        return tuple(granted.refused.values())
-    both = {**granted.refused, **left_out}
+        return tuple(entitled.refused.values())
+    both = {**entitled.refused, **left_out}
     return tuple(both[expert] for expert in snapshot.experts if expert in both)

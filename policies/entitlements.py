@@ -1,7 +1,7 @@
 """Entitlements: what a tenant may use for one purpose and region at one moment, before a request narrows it.
 
-A grant holds for the half-open time slot `since <= now < until` between two dates of the
-agreements that touch it, so a cache may keep it for that long.
+Entitlements hold for the half-open time slot `since <= now < until` between two dates of the
+agreements that touch them, so a cache may keep them for that long.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Context:
 ANYTHING: Final = Context.of(None, None)
 
 
-class Grant(NamedTuple):
+class Entitlements(NamedTuple):
     """`lost_at` says for each allowed expert when it stops being allowed (`math.inf`: never).
 
     `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
@@ -78,7 +78,7 @@ class Grant(NamedTuple):
     until: float
 
 
-def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float) -> Grant:
+def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float) -> Entitlements:
     """Apply agreements, the tenant's mode, visibility and liveness. Pure; default deny."""
     if math.isnan(now):
         raise ClockInvalid("the time given is not a number")
@@ -111,7 +111,7 @@ def grant(snapshot: Snapshot, tenant: TenantRules, context: Context, now: float)
         else:
             lost_at[id_] = until
     since, until = _time_slot(found, now)
-    return Grant(lost_at, refused, since, until)
+    return Entitlements(lost_at, refused, since, until)
 
 
 def _together(found: list[Terms]) -> tuple[frozenset[ExpertId], Row]:

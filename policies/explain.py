@@ -8,7 +8,7 @@ from flexgate.policies.compiled.agreements import Clause
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
-from flexgate.policies.entitlements import Context, grant
+from flexgate.policies.entitlements import Context, entitlements
 from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.snapshot import Snapshot
 
@@ -32,14 +32,14 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
     """
     tenant = find_tenant(snapshot, tenant_id)
     context = declared_context(tenant, request.purpose, request.region)
-    granted = grant(snapshot, tenant, context, now)
+    entitled = entitlements(snapshot, tenant, context, now)
     hidden = snapshot.hidden_from(tenant)
     return tuple(
         Explanation(
             expert,
-            _permitting(snapshot, tenant, context, expert, now) if expert in granted.lost_at else (),
-            granted.lost_at.get(expert),
-            granted.refused.get(expert),
+            _permitting(snapshot, tenant, context, expert, now) if expert in entitled.lost_at else (),
+            entitled.lost_at.get(expert),
+            entitled.refused.get(expert),
         )
         for expert in snapshot.experts
         if expert not in hidden

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.documents import Role
-from flexgate.policies.entitlements import grant
+from flexgate.policies.entitlements import entitlements
 from flexgate.policies.ids import TenantId
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
 from flexgate.server.http.errors import NotFound
@@ -44,12 +44,12 @@ def _cards(call: _Read) -> Iterator[Json]:
 def _for_tenant(call: _Read, tenant_id: TenantId) -> Iterator[Json]:
     snapshot = call.snapshot
     tenant = find_tenant(snapshot, tenant_id)
-    granted = grant(snapshot, tenant, declared_context(tenant, None, None), call.now)
+    entitled = entitlements(snapshot, tenant, declared_context(tenant, None, None), call.now)
     hidden = snapshot.hidden_from(tenant)
     for id_, expert in snapshot.experts.items():
         if id_ in hidden:
             continue
-        reason = granted.refused.get(id_)
+        reason = entitled.refused.get(id_)
         yield {
             "id": id_,
             "object": "expert",

@@ -167,7 +167,7 @@ def _decide(snapshot: Snapshot, right: Right, now: float) -> Decision | None:
 
 def _lost_permission(call: GatedCall, snapshot: Snapshot, decision: Decision | None) -> str | None:
     allowed = frozenset[ExpertId]() if decision is None else decision.allowed
-    lost = [ref.expert for ref in call.grant.experts if ref.expert not in allowed]
+    lost = [ref.expert for ref in call.allowed.experts if ref.expert not in allowed]
     if not lost:
         return None
     known = (snapshot.experts.get(ExpertId(expert)) for expert in lost)

@@ -47,7 +47,7 @@ def hidden(expert, tenant, sets):
     return expert["visibility"] == "hidden" and expert["id"] not in expand(tenant["listed"], sets)
 
 
-def granted(world, tenant, purpose, region, now):
+def entitled(world, tenant, purpose, region, now):
     """The experts that the tenant may use before narrowing."""
     asked_p = points(None if purpose is None else [purpose], PURPOSES, PURPOSES["all"])
     asked_r = points(None if region is None else [region], REGIONS, WORLD)
@@ -83,33 +83,33 @@ def decide(world, tenant_id, request, now):
     for name in [*(request["only"] or []), *request["ignore"]]:
         if not expand([name], world["sets"]) & listed:
             return "UnknownExpert"
-    grant = granted(world, tenant, request["purpose"], request["region"], now)
+    may = entitled(world, tenant, request["purpose"], request["region"], now)
     ignore = expand(request["ignore"], world["sets"])
     if "public" in ignore and not tenant["anchor_optional"]:
         return "AnchorRequired"
-    if "public" not in grant | ignore:
+    if "public" not in may | ignore:
         return "AnchorRequired"
     required = {e["id"] for e in world["experts"] if e["required"]} - {"public"}
     for expert in (e["id"] for e in world["experts"] if e["id"] in required):
         if expert in ignore & listed:
             return "ExpertRequired"
-        if expert not in grant:
+        if expert not in may:
             return "RequiredExpertMissing"
     only = expand(request["only"] or [], world["sets"]) & listed
-    if only - grant:
+    if only - may:
         return "ExpertDenied"
     wanted = tenant["default_experts"] if request["only"] is None else request["only"]
-    kept = grant if wanted is None else grant & (expand(wanted, world["sets"]) | {"public"} | required)
+    kept = may if wanted is None else may & (expand(wanted, world["sets"]) | {"public"} | required)
     kept = kept - ignore
     return (kept, listed - kept) if kept else "EmptyGate"
 
 
 def valid_until(world, tenant_id, request, now):
-    """The first later moment at which something allowed now is not granted any more."""
+    """The first later moment at which something allowed now is not permitted any more."""
     tenant = next(t for t in world["tenants"] if t["id"] == tenant_id)
     allowed, _ = decide(world, tenant_id, request, now)
     edges = {t[edge] for t in world["agreements"] for edge in ("starts", "ends")}
     for moment in sorted(m for m in edges if now < m < math.inf):
-        if not allowed <= granted(world, tenant, request["purpose"], request["region"], moment):
+        if not allowed <= entitled(world, tenant, request["purpose"], request["region"], moment):
             return moment
     return math.inf

@@ -14,10 +14,10 @@ REQUEST = DecisionRequest(decision_id="dec_1")
 
 
 @pytest.fixture
-def grants_computed(monkeypatch):
+def entitlements_computed(monkeypatch):
     calls = []
-    compute = cache_module.grant
-    monkeypatch.setattr(cache_module, "grant", lambda *a: calls.append(a) or compute(*a))
+    compute = cache_module.entitlements
+    monkeypatch.setattr(cache_module, "entitlements", lambda *a: calls.append(a) or compute(*a))
     return calls
 
 
@@ -29,20 +29,20 @@ def dated(world, iso):
     )
 
 
-def test_same_answer_inside_and_across_time_slots_in_any_order_of_times(dated, grants_computed):
+def test_same_answer_inside_and_across_time_slots_in_any_order_of_times(dated, entitlements_computed):
     cache = DecisionCache()
     times = [0.0, 999.9, 1000.0, 1500.0, 1999.9, 2000.0, 9000.0]
     for now in times + times[::-1]:
         assert cache.decide(dated, "acme", REQUEST, now) == decide(dated, "acme", REQUEST, now)
-    assert len(grants_computed) == 5
+    assert len(entitlements_computed) == 5
 
 
-def test_kept_decision_carries_the_new_decision_id(dated, grants_computed):
+def test_kept_decision_carries_the_new_decision_id(dated, entitlements_computed):
     cache = DecisionCache()
     for name in ("one", "two"):
         request = DecisionRequest(decision_id=name)
         assert cache.decide(dated, "acme", request, 0.0).decision_id == name
-    assert len(grants_computed) == 1
+    assert len(entitlements_computed) == 1
 
 
 def test_new_snapshot_starts_anew(world, dated):
@@ -85,7 +85,7 @@ def test_refusals_are_raised_every_time(world):
             cache.decide(snapshot, "acme", request, 1.0)
 
 
-def test_order_and_repetition_of_names_make_no_other_question(dated, grants_computed):
+def test_order_and_repetition_of_names_make_no_other_question(dated, entitlements_computed):
     cache = DecisionCache()
     for only, ignore in (
         (None, ("news", "math")),
@@ -96,7 +96,7 @@ def test_order_and_repetition_of_names_make_no_other_question(dated, grants_comp
     ):
         request = DecisionRequest(decision_id="d", only=only, ignore=ignore)
         assert cache.decide(dated, "acme", request, 1500.0) == decide(dated, "acme", request, 1500.0)
-    assert len(grants_computed) == len(cache) == 2
+    assert len(entitlements_computed) == len(cache) == 2
 
 
 def test_refusals_take_no_place_and_name_the_position_of_this_request(world):
@@ -120,29 +120,29 @@ def many(world):
     return world.build([], [world.tenant(id=id_, purposes=purposes) for id_ in ("a", "b", "c")])
 
 
-def test_a_tenant_pushes_out_its_own_decisions_alone(many, grants_computed):
+def test_a_tenant_pushes_out_its_own_decisions_alone(many, entitlements_computed):
     cache = DecisionCache(max_entries=100, max_of_one=2)
     ask(cache, many, "a", "x-search", "x-chat")
     ask(cache, many, "b", "x-search", "x-chat", "x-code", "x-news")
-    assert (len(cache), len(grants_computed)) == (4, 6)
+    assert (len(cache), len(entitlements_computed)) == (4, 6)
     ask(cache, many, "a", "x-search", "x-chat")
     ask(cache, many, "b", "x-code", "x-news")
-    assert len(grants_computed) == 6
+    assert len(entitlements_computed) == 6
     ask(cache, many, "b", "x-search")
-    assert (len(cache), len(grants_computed)) == (4, 7)
+    assert (len(cache), len(entitlements_computed)) == (4, 7)
 
 
-def test_a_full_memory_gives_way_to_a_tenant_that_has_nothing_in_it(many, grants_computed):
+def test_a_full_memory_gives_way_to_a_tenant_that_has_nothing_in_it(many, entitlements_computed):
     cache = DecisionCache(max_entries=3, max_of_one=2)
     ask(cache, many, "a", "x-search")
     ask(cache, many, "b", "x-search", "x-chat")
     ask(cache, many, "a", "x-chat")
-    assert (len(cache), len(grants_computed)) == (3, 4)
+    assert (len(cache), len(entitlements_computed)) == (3, 4)
     ask(cache, many, "b", "x-search", "x-chat")
-    assert len(grants_computed) == 4
+    assert len(entitlements_computed) == 4
     ask(cache, many, "c", "x-search")
     ask(cache, many, "b", "x-search", "x-chat")
-    assert (len(cache), len(grants_computed)) == (3, 5)
+    assert (len(cache), len(entitlements_computed)) == (3, 5)
 
 
 def test_a_decision_that_is_computed_anew_takes_no_other_place(dated):

@@ -13,7 +13,7 @@ import cedarpy
 import pytest
 
 from flexgate.policies.decide import declared_context, find_tenant
-from flexgate.policies.entitlements import grant
+from flexgate.policies.entitlements import entitlements
 
 ABOVE = {
     "ai-train": ["ai-train", "ai-all", "all"],
@@ -86,7 +86,7 @@ def test_cedar_agrees_on_agreements(worlds, seed):
     for now in (5, 10, 25, 30, 60):
         purpose = rng.choice([None, *ABOVE])
         tenant = find_tenant(snapshot, "t0")
-        ours = grant(snapshot, tenant, declared_context(tenant, purpose, None), now).lost_at
+        ours = entitlements(snapshot, tenant, declared_context(tenant, purpose, None), now).lost_at
         context = {
             "purposes": ABOVE.get(purpose, ["all"]),
             "declared": purpose is not None,

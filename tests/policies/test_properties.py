@@ -267,12 +267,12 @@ def test_a_decision_holds_until_it_says(case, outcome, allowed, seed):
     if not hasattr(result, "allowed"):
         return
     world["tenants"][0]["default_experts"] = None
-    granted = {**request, "only": None}
+    entitled = {**request, "only": None}
     for later in [edge for edge in (10, 20, 30, 40, 50, 1e9) if edge > now]:
         if later < result.valid_until:
-            assert set(result.allowed) <= allowed(world, who, granted, later)
+            assert set(result.allowed) <= allowed(world, who, entitled, later)
     if result.valid_until < float("inf"):
-        assert not set(result.allowed) <= allowed(world, who, granted, result.valid_until)
+        assert not set(result.allowed) <= allowed(world, who, entitled, result.valid_until)
 
 
 @in_many_worlds

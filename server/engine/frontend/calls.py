@@ -1,4 +1,4 @@
-"""One API call as the engine sees it: what a decision grants it, what its requests share, and what they used."""
+"""One API call as the engine sees it: what a decision allows it, what its requests share, and what they used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ExpertInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class GateGrant:
+class AllowedExperts:
     """What a decision allows, in the engine's terms. ``valid_until`` is Unix seconds or inf."""
 
     tenant: str
@@ -49,9 +49,9 @@ class GateGrant:
     valid_until: float
 
     def name_slots(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
-        """Who is in each slot, by this gate; since it was granted, experts and slots may have changed hands."""
-        granted = {ref.expert for ref in self.experts}
-        named = [None if name in granted else name for name in names]
+        """Who is in each slot, by this gate; since then experts and slots may have changed hands."""
+        here = {ref.expert for ref in self.experts}
+        named = [None if name in here else name for name in names]
         for ref in self.experts:
             named[ref.slot] = ref.expert
         return tuple(named)
@@ -113,7 +113,7 @@ class GatedCall:
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
 
-    grant: GateGrant
+    allowed: AllowedExperts
     client_salt: str | None = None
     failed: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,15 +135,15 @@ class GatedCall:
 
     def gate(self, request_id: str, key: SealKey) -> Gate:
         """The gate of one engine request of this call."""
-        grant = self.grant
-        refs = tuple(sorted(SlotRef(e.slot, e.slot_epoch) for e in grant.experts))
+        allowed = self.allowed
+        refs = tuple(sorted(SlotRef(e.slot, e.slot_epoch) for e in allowed.experts))
         salt = cache_salt(
             key,
-            tenant=grant.tenant,
-            experts=[(e.expert, e.slot_epoch) for e in grant.experts],
+            tenant=allowed.tenant,
+            experts=[(e.expert, e.slot_epoch) for e in allowed.experts],
             client_salt=self.client_salt,
         )
-        return Gate(request_id, grant.tenant, refs, min(grant.valid_until, self.valid_until), salt)
+        return Gate(request_id, allowed.tenant, refs, min(allowed.valid_until, self.valid_until), salt)
 
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
@@ -151,7 +151,7 @@ class GatedCall:
 
     def end_at(self, valid_until: float, reason: str) -> None:
         """Give no more tokens from a time on, unless that is said of an earlier one already."""
-        if valid_until < min(self.valid_until, self.grant.valid_until):
+        if valid_until < min(self.valid_until, self.allowed.valid_until):
             self.valid_until, self.expired = valid_until, reason
 
     def claim(self, tokens: int) -> None:

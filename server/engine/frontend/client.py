@@ -159,11 +159,11 @@ class GatedEngineClient(EngineView):
 
     def in_use(self, ref: ExpertSlotRef) -> bool:
         """Whether an open call may use ``ref``, on its way into the engine, in it, or out of it."""
-        return any(ref in call.grant.experts for call in self._open)
+        return any(ref in call.allowed.experts for call in self._open)
 
     def revoke(self, ref: ExpertSlotRef) -> tuple[GatedCall, ...]:
         """Give no more tokens to calls that may use ``ref``; returns those that are still open."""
-        users = tuple(call for call in self._open if ref in call.grant.experts)
+        users = tuple(call for call in self._open if ref in call.allowed.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
             call.leave()
@@ -212,13 +212,13 @@ class GatedEngineClient(EngineView):
         with ticket or nullcontext():
             params = sampling_params.clone()
             refuse_many_bad_words(params, self._engine.renderer.tokenizer)
-            await self._constrainer.constrain(call.grant.tenant, params)
+            await self._constrainer.constrain(call.allowed.tenant, params)
             self._refuse_ended(call)
             if ticket is not None:
                 await self._await_turn(call, ticket)
             request_id = f"flexgate-{uuid.uuid4().hex}"
             params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
-            call._names, call._layers = call.grant.name_slots(self._names), self._layers
+            call._names, call._layers = call.allowed.name_slots(self._names), self._layers
             self._running[request_id] = call, ticket
             outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
             prompt_logprobs = None
@@ -242,10 +242,10 @@ class GatedEngineClient(EngineView):
 
     async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
         """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
-        right_ends = min(call.valid_until, call.grant.valid_until)
+        right_ends = min(call.valid_until, call.allowed.valid_until)
         admitted = await ticket.admitted(right_ends - self._clock())
         self._refuse_ended(call)
-        if call.grant.valid_until <= self._clock():
+        if call.allowed.valid_until <= self._clock():
             call.failed = GATE_EXPIRED
         elif not admitted:
             call.failed = QUEUED_TOO_LONG

@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Store:
     return Store.open(f"sqlite:///{tmp_path / 'x.db'}")
 
 
-def test_a_first_start_makes_one_admin_key_and_no_grant(store: Store) -> None:
+def test_a_first_start_makes_one_admin_key_and_permits_nothing(store: Store) -> None:
     prepare(store, EXPERTS, epoch=1, at=time.time())
     secret = first_admin_key(store, at=time.time())
     assert secret is not None

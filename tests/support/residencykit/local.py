@@ -129,10 +129,10 @@ class LocalClient:
         self.published.append(tuple(info.id for info in self._experts))
 
     def in_use(self, ref: ExpertSlotRef) -> bool:
-        return any(ref in call.grant.experts and not call.ended.is_set() for call in self.open)
+        return any(ref in call.allowed.experts and not call.ended.is_set() for call in self.open)
 
     def revoke(self, ref: ExpertSlotRef) -> tuple[GatedCall, ...]:
-        users = tuple(call for call in self.open if ref in call.grant.experts)
+        users = tuple(call for call in self.open if ref in call.allowed.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
         return users

@@ -13,14 +13,14 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import LogprobsTensors
 
 from flexgate.server.engine.frontend import client as client_module
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall, GateGrant
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedExperts, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
 
 
 def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None) -> str:
     """The salt under which a call goes out."""
-    return GatedCall(GateGrant(tenant, refs, math.inf), client_salt).gate("request", KEY).cache_salt
+    return GatedCall(AllowedExperts(tenant, refs, math.inf), client_salt).gate("request", KEY).cache_salt
 
 
 KEY = new_seal_key()
@@ -71,7 +71,7 @@ def engine(clock: Clock) -> Engine:
 @pytest.fixture
 def call(engine: Engine) -> Iterator[GatedCall]:
     """A call that is current."""
-    made = GatedCall(GateGrant("t", (ExpertSlotRef("public", 0, 1),), math.inf))
+    made = GatedCall(AllowedExperts("t", (ExpertSlotRef("public", 0, 1),), math.inf))
     token = CURRENT_CALL.set(made)
     yield made
     CURRENT_CALL.reset(token)
@@ -194,7 +194,7 @@ async def test_no_timer_outlives_its_call(engine: Engine, call: GatedCall) -> No
 async def test_the_engine_core_is_given_the_earlier_end_and_the_client_its_reason(
     engine: Engine, call: GatedCall, kind: RequestOutputKind, end: float, sealed: float, reason: str
 ) -> None:
-    call.grant = replace(call.grant, valid_until=2000.0)
+    call.allowed = replace(call.allowed, valid_until=2000.0)
     call.end_at(end, "key_expired")
     reading = await begin(engine, call, kind, 1)
     assert open_seal(engine.sealed[0], KEY).valid_until == sealed
@@ -265,11 +265,11 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
         assert len(engine.children) == 1
 
 
-def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_was_granted() -> None:
+def test_an_expert_that_changed_slots_is_attributed_from_the_slot_of_its_gate() -> None:
     now = ("public", None, "math", None)
-    former = GateGrant("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
+    former = AllowedExperts("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
     assert former.name_slots(now) == ("public", "math", None, None)
-    assert GateGrant("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
+    assert AllowedExperts("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
 
 
 def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
@@ -286,7 +286,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
     """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
     params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
-    token = CURRENT_CALL.set(GatedCall(GateGrant("t", (INFO.ref,), math.inf)))
+    token = CURRENT_CALL.set(GatedCall(AllowedExperts("t", (INFO.ref,), math.inf)))
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
     CURRENT_CALL.reset(token)
     first = asyncio.ensure_future(anext(outputs))
@@ -306,7 +306,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
 @pytest.mark.asyncio
 async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
-    call = GatedCall(GateGrant("t", (INFO.ref,), math.inf), prompt_only=True)
+    call = GatedCall(AllowedExperts("t", (INFO.ref,), math.inf), prompt_only=True)
     token = CURRENT_CALL.set(call)
     params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
