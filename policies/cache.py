@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
-from flexgate.policies.decide import declared_context, find_tenant, narrow
+from flexgate.policies.decide import apply_filter, declared_context, find_tenant
 from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
 from flexgate.policies.entitlements import entitlements
 from flexgate.policies.ids import TenantId
@@ -76,7 +76,7 @@ class DecisionCache:
         tenant = find_tenant(snapshot, tenant_id)
         context = declared_context(tenant, request.purpose, request.region)
         entitled = entitlements(snapshot, tenant, context, now)
-        decision = narrow(snapshot, tenant, entitled, context, request)
+        decision = apply_filter(snapshot, tenant, entitled, context, request)
         with self._keeping:
             self._keep(memory, tenant_id, question, _Kept(decision[1:], entitled.since, entitled.until))
         return decision

@@ -1,9 +1,9 @@
 """Decide which experts one request may use. Pure: no clock, no database, no environment.
 
     gate = (some agreement in force permits expert → tenant, and none prohibits)
-           ∩ the tenant's mode ∩ the request's narrowing ∩ live experts
+           ∩ the tenant's mode ∩ the request filter ∩ live experts
 
-A request only narrows. A hidden expert is treated like a name that does not exist: both raise the
+A request filter only takes away. A hidden expert is treated like a name that does not exist: both raise the
 same `UnknownExpert`. Repeated work can be spared with `flexgate.policies.cache.DecisionCache`.
 """
 
@@ -43,7 +43,7 @@ def decide(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: fl
     """The decision for one request at `now` (Unix seconds); raises a `DecisionRefused`."""
     tenant = find_tenant(snapshot, tenant_id)
     context = declared_context(tenant, request.purpose, request.region)
-    return narrow(snapshot, tenant, entitlements(snapshot, tenant, context, now), context, request)
+    return apply_filter(snapshot, tenant, entitlements(snapshot, tenant, context, now), context, request)
 
 
 def find_tenant(snapshot: Snapshot, tenant_id: str) -> TenantRules:
@@ -97,7 +97,7 @@ def _not_registered(kind: str, word: str, registered: frozenset[str]) -> str:
     )
 
 
-def narrow(
+def apply_filter(
     snapshot: Snapshot,
     tenant: TenantRules,
     entitled: Entitlements,

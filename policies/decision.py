@@ -38,10 +38,10 @@ class Reason(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionRequest:
-    """What one request asks of the policy. Narrowing names experts or sets, unchecked.
+    """What one request asks of the policy. Its filter, `only` and `ignore`, names experts or sets, unchecked.
 
     `decision_id` is made by the caller (it must be unique; the decision does not use it).
-    `only` of None means no narrowing (the tenant's default expert set applies), `()` means just `public`.
+    `only` of None means no filter (the tenant's default expert set applies), `()` means just `public`.
     """
 
     decision_id: str
@@ -51,7 +51,7 @@ class DecisionRequest:
     ignore: tuple[str, ...] = ()
 
     @property
-    def narrows(self) -> bool:
+    def filters(self) -> bool:
         """Whether it names experts."""
         return self.only is not None or bool(self.ignore)
 

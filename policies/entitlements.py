@@ -1,4 +1,4 @@
-"""Entitlements: what a tenant may use for one purpose and region at one moment, before a request narrows it.
+"""Entitlements: what a tenant may use for one purpose and region at one moment, before the request filter.
 
 Entitlements hold for the half-open time slot `since <= now < until` between two dates of the
 agreements that touch them, so a cache may keep them for that long.

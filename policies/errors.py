@@ -106,7 +106,7 @@ class RequiredExpertMissing(DecisionRefused):
 
 
 class EmptyGate(DecisionRefused):
-    """Narrowing left no expert at all."""
+    """The request filter left no expert at all."""
 
 
 class StoreError(PolicyError):

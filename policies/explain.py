@@ -26,7 +26,7 @@ class Explanation:
 
 
 def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> tuple[Explanation, ...]:
-    """Explain what the tenant may use before narrowing, in catalogue order.
+    """Explain what the tenant may use before the request filter, in catalogue order.
 
     Hidden experts do not appear. Raises `UnknownTenant`, `TenantArchived` or `ContextRefused`.
     """

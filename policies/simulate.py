@@ -56,7 +56,7 @@ def simulate(before: Snapshot, after: Snapshot, replays: Iterable[Replay]) -> li
 
 
 def with_standard(recorded: Iterable[Replay], before: Snapshot, after: Snapshot, now: float) -> list[Replay]:
-    """`recorded`, and every question that an active tenant of either may ask without narrowing."""
+    """`recorded`, and every question that an active tenant of either may ask without a filter."""
     by_question = {replay.question: replay for snapshot in (before, after) for replay in _standard(snapshot, now)}
     by_question.update({replay.question: replay for replay in recorded})
     return list(by_question.values())

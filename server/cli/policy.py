@@ -148,14 +148,14 @@ def _difference_rows(differences: list[Json], asked: dict[str, int]) -> list[tup
         groups.setdefault(outcome, []).append(difference)
     rows = []
     for (tenant, gained, lost), found in groups.items():
-        plain = [question for question in found if not _narrows(question)]
+        plain = [question for question in found if not _filters(question)]
         when = ["anything"] if plain and len(plain) == asked[tenant] else [_declared(question) for question in plain]
-        when += [_declared(question) for question in found if _narrows(question)]
+        when += [_declared(question) for question in found if _filters(question)]
         rows.append((tenant, "; ".join(when), gained, lost))
     return rows
 
 
-def _narrows(question: Json) -> bool:
+def _filters(question: Json) -> bool:
     return question["only"] is not None or bool(question["ignore"])
 
 

@@ -98,7 +98,7 @@ class PolicySource:
         self._stored: Snapshot | None = None
         self._withheld: tuple[Withholding, ...] = ()
         self._withholding = threading.Lock()
-        self._narrowed: tuple[Snapshot, tuple[Withholding, ...], Snapshot] | None = None
+        self._reduced: tuple[Snapshot, tuple[Withholding, ...], Snapshot] | None = None
         self._enforced: Snapshot | None = None
         self._served: tuple[Snapshot, Mapping[str, int], Snapshot] | None = None
         self._confirmed = -float("inf")
@@ -130,7 +130,7 @@ class PolicySource:
             if self._past is not None and (self._stored is not before or not self._past.kept()):
                 self._past.note(self._stored)
             if self._enforce is not None and self._stored is not self._enforced:
-                self._enforce(self._narrow(self._stored))
+                self._enforce(self._without_withheld(self._stored))
                 self._enforced = self._stored
             if self._peers is not None:
                 self._peers.announce(self._stored.policy_version)
@@ -139,7 +139,7 @@ class PolicySource:
     @property
     def newest(self) -> Snapshot | None:
         """The newest snapshot that was read, confirmed or not."""
-        return None if self._stored is None else self._narrow(self._stored)
+        return None if self._stored is None else self._without_withheld(self._stored)
 
     @property
     def withholds(self) -> bool:
@@ -151,7 +151,7 @@ class PolicySource:
         with self._withholding:
             self._withheld = (*self._withheld, withholding)
         if self._enforce is not None and self._stored is not None:
-            self._enforce(self._narrow(self._stored))
+            self._enforce(self._without_withheld(self._stored))
 
     def release(self, withholding: Withholding) -> None:
         """Leave to the store what a right is, as before `withhold`."""
@@ -258,19 +258,19 @@ class PolicySource:
             raise SnapshotStale("the policy store answered too late")
         return snapshot
 
-    def _narrow(self, stored: Snapshot) -> Snapshot:
-        withheld, narrowed = self._withheld, self._narrowed
+    def _without_withheld(self, stored: Snapshot) -> Snapshot:
+        withheld, reduced = self._withheld, self._reduced
         if not withheld:
             return stored
-        if narrowed is None or narrowed[0] is not stored or narrowed[1] is not withheld:
+        if reduced is None or reduced[0] is not stored or reduced[1] is not withheld:
             snapshot = stored
             for withholding in withheld:
                 snapshot = withholding(snapshot)
-            narrowed = self._narrowed = (stored, withheld, snapshot)
-        return narrowed[2]
+            reduced = self._reduced = (stored, withheld, snapshot)
+        return reduced[2]
 
     def _serve(self, newest: Snapshot) -> Snapshot:
-        stored, live = self._narrow(newest), self._live()
+        stored, live = self._without_withheld(newest), self._live()
         served = self._served
         if served is None or served[0] is not stored or served[1] != live:
             served = self._served = (stored, live, with_live(stored, live))

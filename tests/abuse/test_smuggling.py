@@ -80,7 +80,7 @@ def corpus() -> Iterator[tuple[str, str, Any]]:
 
 
 def unchanged(handler: Any) -> None:
-    """Every call that reached a handler has the tenant's own gate, narrowed at most."""
+    """Every call that reached a handler has the tenant's own gate, filtered at most."""
     for request, call in zip(handler.seen, handler.calls, strict=True):
         experts = [ref.expert for ref in call.allowed.experts]
         assert set(experts) <= set(ALLOWED)

@@ -89,9 +89,9 @@ def test_refusal(client, demo) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model=demo.model, messages=[{"role": "user", "content": "x " * 3000}])
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
-    narrow = {"flexgate": {"experts": {"only": ["math"]}}}
+    filtered = {"flexgate": {"experts": {"only": ["math"]}}}
     with pytest.raises(openai.PermissionDeniedError) as denied:
         client.with_options(api_key="sk-demo-public").chat.completions.create(
-            model=demo.model, messages=[HELLO], extra_body=narrow
+            model=demo.model, messages=[HELLO], extra_body=filtered
         )
     assert denied.value.code == "expert_policy_denied"

@@ -48,7 +48,7 @@ def hidden(expert, tenant, sets):
 
 
 def entitled(world, tenant, purpose, region, now):
-    """The experts that the tenant may use before narrowing."""
+    """The experts that the tenant may use before the request filter."""
     asked_p = points(None if purpose is None else [purpose], PURPOSES, PURPOSES["all"])
     asked_r = points(None if region is None else [region], REGIONS, WORLD)
     gate = set()

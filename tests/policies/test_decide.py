@@ -1,4 +1,4 @@
-"""Which experts a request may use: agreements, mode, narrowing, visibility."""
+"""Which experts a request may use: agreements, mode, request filter, visibility."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_sets_stand_for_their_members(world):
     assert world.ask(snapshot, ignore=("set:forge",)).allowed == ("public",)
 
 
-def test_only_narrows_and_never_drops_public(world, open_world):
+def test_only_filters_and_never_drops_public(world, open_world):
     decision = world.ask(open_world, only=("news", "news"))
     assert decision.allowed == ("public", "news")
     assert set(world.codes(decision).values()) == {"not_requested"}
     assert world.ask(open_world, only=()).allowed == ("public",)
 
 
-def test_ignore_narrows_and_wins_over_only(world, open_world):
+def test_ignore_filters_and_wins_over_only(world, open_world):
     decision = world.ask(open_world, only=("news", "math"), ignore=("math",))
     assert decision.allowed == ("public", "news")
     assert world.codes(decision)["math"] == "ignored"

@@ -191,7 +191,7 @@ def test_limiting_a_permission_never_widens_and_limiting_a_prohibition_never_nar
 
 @in_many_worlds
 @seeds
-def test_a_request_only_narrows(case, outcome, allowed, seed):
+def test_a_request_filter_only_takes_away(case, outcome, allowed, seed):
     world, who, request, now, rng = case(seed)
     free = {**request, "only": ["public"], "ignore": []}
     whole = {**request, "only": None, "ignore": []}

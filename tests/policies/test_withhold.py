@@ -83,14 +83,14 @@ def _allowed(snapshot: Snapshot, tenant: str) -> set[str]:
 def test_what_is_withheld_is_allowed_no_more(
     snapshot: Snapshot, withholding: Withholding, allowing: set[str], denying: set[str]
 ) -> None:
-    narrowed = withholding(snapshot)
-    assert _allowed(narrowed, "allowing") == allowing
-    assert _allowed(narrowed, "denying") == denying
+    reduced = withholding(snapshot)
+    assert _allowed(reduced, "allowing") == allowing
+    assert _allowed(reduced, "denying") == denying
 
 
 def test_a_list_that_names_more_gives_nothing_while_it_is_not_stored(snapshot: Snapshot) -> None:
-    narrow = admitting_only(snapshot, "allowing", "allow_list", {"math"})
-    assert _allowed(admitting_only(narrow, "allowing", "deny_list", set()), "allowing") == {"public", "math"}
+    fewer = admitting_only(snapshot, "allowing", "allow_list", {"math"})
+    assert _allowed(admitting_only(fewer, "allowing", "deny_list", set()), "allowing") == {"public", "math"}
 
 
 def test_a_prohibition_is_not_withheld(snapshot: Snapshot) -> None:
@@ -106,14 +106,14 @@ def test_a_prohibition_is_not_withheld(snapshot: Snapshot) -> None:
 
 
 def test_a_tenant_that_is_withheld_is_like_an_archived_one(snapshot: Snapshot) -> None:
-    narrowed = without_tenant(snapshot, "denying")
+    reduced = without_tenant(snapshot, "denying")
     with pytest.raises(TenantArchived):
-        _allowed(narrowed, "denying")
-    assert _allowed(narrowed, "allowing") == ALL
+        _allowed(reduced, "denying")
+    assert _allowed(reduced, "allowing") == ALL
 
 
 @pytest.mark.parametrize(("key_id", "tenant_id"), [("k", "allowing"), ("adm", None)])
 def test_a_key_that_is_withheld_is_revoked_and_no_other(snapshot: Snapshot, key_id: str, tenant_id: str | None) -> None:
-    narrowed = without_key(snapshot, key_id, tenant_id=tenant_id, now=5.0)
-    assert {key.key_id: key.revoked for key in narrowed.keys.values() if key.revoked} == {key_id: 5.0}
+    reduced = without_key(snapshot, key_id, tenant_id=tenant_id, now=5.0)
+    assert {key.key_id: key.revoked for key in reduced.keys.values() if key.revoked} == {key_id: 5.0}
     assert without_key(snapshot, key_id, tenant_id="denying", now=5.0) is snapshot

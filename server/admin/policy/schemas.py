@@ -93,13 +93,13 @@ def difference_object(difference: Difference) -> Json:
 
 
 def simulation_object(plan: Plan, replays: list[Replay], differences: list[Difference]) -> Json:
-    """What a plan would change. `asked` counts, by project, the replayed questions that narrow nothing."""
+    """What a plan would change. `asked` counts, by project, the replayed questions without a filter."""
     return {
         "object": "policy.simulation",
         "policy_version": plan.current.policy_version,
         "changes": [change_object(change) for change in plan.changes],
         "replayed": len(replays),
-        "asked": Counter(replay.tenant_id for replay in replays if not replay.request.narrows),
+        "asked": Counter(replay.tenant_id for replay in replays if not replay.request.filters),
         "differences": [difference_object(difference) for difference in differences],
     }
 

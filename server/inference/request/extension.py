@@ -1,4 +1,4 @@
-"""The request extension `{"flexgate": {…}}`: closed, so that a misspelt narrowing is refused."""
+"""The request extension `{"flexgate": {…}}`: closed, so that a misspelt filter is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Narrowing(_Closed):
+class RequestFilter(_Closed):
     """`only` never drops `public`; `ignore` may, where the tenant's policy allows it."""
 
     only: _Names | None = None
@@ -29,9 +29,9 @@ class Narrowing(_Closed):
 
 
 class Extension(_Closed):
-    """What a request may ask of the gate. It only ever narrows."""
+    """What a request may ask of the gate. It can only take away."""
 
-    experts: Narrowing = Narrowing()
+    experts: RequestFilter = RequestFilter()
     purpose: Annotated[str, Field(max_length=80)] | None = None
     region: Annotated[str, Field(max_length=80)] | None = None
     min_policy_version: Annotated[int, Field(ge=0)] | None = None

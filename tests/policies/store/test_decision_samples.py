@@ -14,11 +14,11 @@ def question(number: int = 0, *, tenant: str = "acme", **fields: object) -> Ques
 
 
 def test_questions_add_up_and_come_back_as_they_were(store: Store) -> None:
-    plain, narrow = question(only=()), question(only=("news", "set:two"), ignore=("math",))
+    plain, filtered = question(only=()), question(only=("news", "set:two"), ignore=("math",))
     bare = question(purpose=None, region=None)
-    add_questions(store.engine, [Asked(plain, 2, 5.0), Asked(narrow, 1, 6.0), Asked(bare, 1, 4.0)])
+    add_questions(store.engine, [Asked(plain, 2, 5.0), Asked(filtered, 1, 6.0), Asked(bare, 1, 4.0)])
     add_questions(store.engine, [Asked(plain, 3, 7.0)])
-    assert read_questions(store.engine) == [Asked(plain, 5, 7.0), Asked(narrow, 1, 6.0), Asked(bare, 1, 4.0)]
+    assert read_questions(store.engine) == [Asked(plain, 5, 7.0), Asked(filtered, 1, 6.0), Asked(bare, 1, 4.0)]
 
 
 def test_every_part_of_a_question_tells_it_from_others() -> None:

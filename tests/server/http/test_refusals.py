@@ -206,7 +206,7 @@ CASES: dict[str, tuple[str | None, str, Any]] = {
     ),
     "extension as text": ("sk-t", COMPLETIONS, completion(flexgate="all")),
     "unknown extension key": ("sk-t", COMPLETIONS, gate(expert=["math"])),
-    "unknown narrowing key": ("sk-t", COMPLETIONS, gate(experts={"allow": ["math"]})),
+    "unknown request filter key": ("sk-t", COMPLETIONS, gate(experts={"allow": ["math"]})),
     "only as text": ("sk-t", COMPLETIONS, gate(experts={"only": "news"})),
     "unknown explain": ("sk-t", COMPLETIONS, gate(explain="all")),
     "version as text": ("sk-t", COMPLETIONS, gate(min_policy_version="8")),

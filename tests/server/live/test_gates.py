@@ -45,14 +45,14 @@ def test_an_excluded_expert_has_exactly_nothing(server: Any) -> None:
     assert parts["public"][1] > 0
 
 
-def test_narrowing_gives_what_the_narrower_licence_gives(server: Any) -> None:
-    """`all`, narrowed to what `press` has, is answered like `press`, bit for bit."""
-    narrowed = ask(server, "all", flexgate=only("news"), cache_salt="a")
+def test_a_request_filter_gives_what_fewer_agreements_give(server: Any) -> None:
+    """`all`, filtered to what `press` has, is answered like `press`, bit for bit."""
+    filtered = ask(server, "all", flexgate=only("news"), cache_salt="a")
     licensed = ask(server, "press", cache_salt="b")
-    assert narrowed["choices"] == licensed["choices"]
-    parts, others = used(narrowed), used(licensed)
+    assert filtered["choices"] == licensed["choices"]
+    parts, others = used(filtered), used(licensed)
     assert {e: parts[e] for e in others} == others
-    assert narrowed["choices"] != ask(server, "all")["choices"]
+    assert filtered["choices"] != ask(server, "all")["choices"]
 
 
 def test_the_anchor_can_go_where_the_tenant_may_do_without(server: Any) -> None:

@@ -222,9 +222,9 @@ def test_errors_are_the_openai_packages_own(ai: openai.OpenAI, server: Any) -> N
     with pytest.raises(openai.AuthenticationError) as unknown_key:
         ai.with_options(api_key="sk-nobody").completions.create(**ask)
     assert unknown_key.value.code == "invalid_api_key"
-    narrowing = {"flexgate": {"experts": {"only": ["math"]}}}
+    filtered = {"flexgate": {"experts": {"only": ["math"]}}}
     with pytest.raises(openai.PermissionDeniedError) as denied:
-        press.completions.create(**ask, extra_body=narrowing)
+        press.completions.create(**ask, extra_body=filtered)
     assert denied.value.code == "expert_policy_denied"
     assert "allow list" in denied.value.message
     with pytest.raises(openai.BadRequestError) as refused:
