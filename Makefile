@@ -17,7 +17,7 @@ SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels residency-kills server-kills demo-model defects mutants repeat-engine-tests test-clients docs verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels evaluation residency-kills server-kills demo-model defects mutants repeat-engine-tests test-clients docs verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench: $(VENV)/.dev ## Measure speed and memory into docs/results (BENCH=NAME fo
 bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, Triton and NumPy, nothing else.
 	mkdir -p build/kernels/flexgate && ln -sfn "$(CURDIR)/kernels" build/kernels/flexgate/kernels
 	PYTHONPATH=build/kernels $(PYTHON) -m flexgate.kernels.bench $(ARGS)
+
+evaluation: $(VENV)/.dev ## Compare ways to merge experts, from nothing, into docs (goes on where it was stopped).
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m merging $(ARGS)
 
 residency-kills: $(VENV)/.dev ## Kill what adds and revokes experts 1,000 times; fail if anything half done is left.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.residency --kills 1000 --report docs/results/residency-kills.json

@@ -12,10 +12,9 @@ import torch
 
 from flexgate.experts.checkpoint.layout import Architecture
 from flexgate.experts.errors import EvaluationRefused
-from flexgate.experts.evaluation.extraction import Attack, extracted, sampling, similarity
 from flexgate.experts.evaluation.gates import opt_out_gates
 from flexgate.experts.evaluation.heatmap import draw
-from flexgate.experts.evaluation.markdown import MARK, percent, write_figures
+from flexgate.experts.evaluation.markdown import MARK, write_figures
 from flexgate.experts.evaluation.measure import accuracy, choice_accuracy, nats_per_token, routing_accuracy
 from flexgate.experts.evaluation.predict import (
     Predict,
@@ -26,7 +25,6 @@ from flexgate.experts.evaluation.predict import (
     routed,
     soup,
 )
-from flexgate.experts.evaluation.statistics import difference, summary
 from flexgate.experts.training.batches import Example
 from flexgate.experts.training.model import FlexOlmo
 from flexgate.experts.training.objective import initialise
@@ -155,44 +153,6 @@ def test_every_expert_is_excluded_once_and_alone_once() -> None:
         "only b": (True, False, True),
         "public only": (True, False, False),
     }
-
-
-def test_samples_come_from_the_nucleus_in_their_proportions() -> None:
-    attack = Attack(top_k=3, top_p=0.8)
-    scores = sampling(always(0.5, 0.3, 0.15, 0.05), attack)(torch.zeros(4000, 1, dtype=torch.long))
-    counts = torch.bincount(scores[:, 0].argmax(-1), minlength=4) / 4000
-    assert counts[2:].tolist() == [0.0, 0.0]
-    assert counts[0].item() == pytest.approx(0.5 / 0.8, abs=0.03)
-
-
-def test_similarity_is_levenshtein_over_the_longer_length() -> None:
-    assert similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
-    assert similarity("", "") == 1.0
-    assert similarity("abc", "") == 0.0
-
-
-def test_a_text_is_extracted_from_a_model_that_knows_it_and_not_from_one_that_does_not() -> None:
-    texts = [Example((5, 6, 1, 2, 0), 2)]
-
-    def knows(tokens_BT: torch.Tensor) -> torch.Tensor:
-        after = {5: 6, 6: 1, 1: 2, 2: 0, 0: 0}
-        likely = torch.tensor([[after[token] for token in row] for row in tokens_BT.tolist()])
-        return torch.nn.functional.one_hot(likely, 8).float().mul(50).log_softmax(-1)
-
-    def decode(tokens: list[int]) -> str:
-        return "".join(map(str, tokens))
-
-    assert extracted(knows, texts, decode, Attack(samples=2), eos_id=0) == 1.0
-    assert extracted(always(*[0.0] * 3, 0.5, 0.5, *[0.0] * 3), texts, decode, Attack(samples=2), eos_id=0) == 0.0
-
-
-def test_intervals_are_students() -> None:
-    found = summary([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    assert found["ci95"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-4)
-    assert summary([0.5])["ci95"] is None
-    assert difference([1.0, 2.0], [0.5, 1.5])["ci95"] == [0.5, 0.5]
-    assert percent(found) == "200.0 ± 248.4"
 
 
 def test_what_people_wrote_above_the_figures_stays(tmp_path: Path) -> None:

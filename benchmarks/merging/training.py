@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from flexgate.experts.checkpoint.layout import EXPERT_KEYS, ROUTER_KEY, shared_keys
 from flexgate.experts.demo.tokenizer import PAD_ID
-from flexgate.experts.evaluation.sibling.settings import Settings
 from flexgate.experts.package.weights import ExpertLayer
 from flexgate.experts.training.batches import Batch, Example, batches
 from flexgate.experts.training.loop import Plan, Run
@@ -29,6 +28,7 @@ from flexgate.experts.training.pair import Row, expert_layers, make_pair, traina
 from flexgate.experts.training.routing import Samples, collect, fit_rows, set_rows
 from flexgate.experts.training.train_anchor import AnchorOptions, Channels, answer_loss, fit_anchor
 from flexgate.experts.training.train_expert import Z_WEIGHT
+from merging.settings import Settings
 
 PUBLIC_SHARE = 0.25
 """Of the text that a router is trained with by the language-model loss, as in ``experts train``."""

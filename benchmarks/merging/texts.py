@@ -19,8 +19,8 @@ from flexgate.experts.demo.registers import make_registers
 from flexgate.experts.demo.texts import encode
 from flexgate.experts.demo.tokenizer import EOS_ID, train_tokenizer
 from flexgate.experts.evaluation.measure import DomainTexts
-from flexgate.experts.evaluation.sibling.settings import Settings
 from flexgate.experts.training.batches import Example
+from merging.settings import Settings
 
 PUBLIC = "public"
 

@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from merging.bench import Bench
+from merging.extraction import Attack, extracted, sampling, similarity
+from merging.methods import ABLATIONS, MERGING, OURS, TUNED, UNRESTRICTED
+from merging.protocol import run
+from merging.report import PAPER, heatmap_rows, report
+from merging.settings import QUICK, Settings
+from merging.statistics import difference, summary
+from merging.summary import aims
 
 from flexgate.experts.checkpoint.layout import expert_keys
 from flexgate.experts.errors import TrainingRefused
-from flexgate.experts.evaluation.markdown import MARK
-from flexgate.experts.evaluation.sibling.bench import Bench
-from flexgate.experts.evaluation.sibling.methods import ABLATIONS, MERGING, OURS, TUNED, UNRESTRICTED
-from flexgate.experts.evaluation.sibling.protocol import run
-from flexgate.experts.evaluation.sibling.report import PAPER, heatmap_rows, report
-from flexgate.experts.evaluation.sibling.settings import QUICK, Settings
-from flexgate.experts.evaluation.sibling.summary import aims
+from flexgate.experts.evaluation.markdown import MARK, percent
+from flexgate.experts.evaluation.predict import Predict
+from flexgate.experts.training.batches import Example
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 ROWS = {OURS, TUNED, UNRESTRICTED, "public only", *MERGING, *ABLATIONS}
 JUDGED = (
     "other domains, accuracy",
@@ -29,6 +33,11 @@ JUDGED = (
     "extraction, excluded less never had",
 )
 DOMAINS = ("public", "news", "math", "code", "legal")
+
+
+def always(*shares: float) -> Predict:
+    """Predicts the same whatever came before."""
+    return lambda tokens_BT: torch.tensor(shares).log().expand(*tokens_BT.shape, -1)
 
 
 def seed(**accuracy: float) -> dict[str, Any]:
@@ -126,3 +135,41 @@ def test_the_committed_report_is_what_the_command_makes_of_its_figures() -> None
     assert (DOCS / "evaluation.md").read_text().split(MARK)[1] == f"\n\n{report(found)}"
     assert found["settings"] == json.loads(json.dumps(asdict(Settings())))
     assert len(found["settings"]["seeds"]) >= 3
+
+
+def test_samples_come_from_the_nucleus_in_their_proportions() -> None:
+    attack = Attack(top_k=3, top_p=0.8)
+    scores = sampling(always(0.5, 0.3, 0.15, 0.05), attack)(torch.zeros(4000, 1, dtype=torch.long))
+    counts = torch.bincount(scores[:, 0].argmax(-1), minlength=4) / 4000
+    assert counts[2:].tolist() == [0.0, 0.0]
+    assert counts[0].item() == pytest.approx(0.5 / 0.8, abs=0.03)
+
+
+def test_similarity_is_levenshtein_over_the_longer_length() -> None:
+    assert similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
+    assert similarity("", "") == 1.0
+    assert similarity("abc", "") == 0.0
+
+
+def test_a_text_is_extracted_from_a_model_that_knows_it_and_not_from_one_that_does_not() -> None:
+    texts = [Example((5, 6, 1, 2, 0), 2)]
+
+    def knows(tokens_BT: torch.Tensor) -> torch.Tensor:
+        after = {5: 6, 6: 1, 1: 2, 2: 0, 0: 0}
+        likely = torch.tensor([[after[token] for token in row] for row in tokens_BT.tolist()])
+        return torch.nn.functional.one_hot(likely, 8).float().mul(50).log_softmax(-1)
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(map(str, tokens))
+
+    assert extracted(knows, texts, decode, Attack(samples=2), eos_id=0) == 1.0
+    assert extracted(always(*[0.0] * 3, 0.5, 0.5, *[0.0] * 3), texts, decode, Attack(samples=2), eos_id=0) == 0.0
+
+
+def test_intervals_are_students() -> None:
+    found = summary([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0
+    assert found["ci95"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-4)
+    assert summary([0.5])["ci95"] is None
+    assert difference([1.0, 2.0], [0.5, 1.5])["ci95"] == [0.5, 0.5]
+    assert percent(found) == "200.0 ± 248.4"

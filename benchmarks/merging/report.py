@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from flexgate.experts.evaluation.markdown import percent, scaled, table
-from flexgate.experts.evaluation.sibling.methods import ABLATIONS, MERGING, OURS, TUNED, UNRESTRICTED
-from flexgate.experts.evaluation.sibling.summary import MACRO
+from merging.methods import ABLATIONS, MERGING, OURS, TUNED, UNRESTRICTED
+from merging.summary import MACRO
 
 PAPER: Final = {
     "public only": 36.9,

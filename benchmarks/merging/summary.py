@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final
 
-from flexgate.experts.evaluation.sibling.methods import MERGING, OURS, UNRESTRICTED
-from flexgate.experts.evaluation.statistics import difference, summary
+from merging.methods import MERGING, OURS, UNRESTRICTED
+from merging.statistics import difference, summary
 
 Seeds = Sequence[Mapping[str, Any]]
 MACRO: Final = "macro"

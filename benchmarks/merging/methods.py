@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flexgate.experts.evaluation.gates import opt_out_gates
 from flexgate.experts.evaluation.predict import Predict, ensemble, gated, log_posterior, routed, soup
-from flexgate.experts.evaluation.sibling.bench import Bench
-from flexgate.experts.evaluation.sibling.settings import Settings
-from flexgate.experts.evaluation.sibling.texts import all_ids, closed_ids
 from flexgate.experts.training.model import FlexOlmo
+from merging.bench import Bench
+from merging.settings import Settings
+from merging.texts import all_ids, closed_ids
 
 OURS: Final = "all experts"
 UNRESTRICTED: Final = "unrestricted MoE"

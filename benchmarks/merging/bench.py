@@ -12,10 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexgate.experts.demo.tokenizer import PAD_ID
 from flexgate.experts.evaluation.predict import Classifier, fit_classifier
-from flexgate.experts.evaluation.sibling import models
-from flexgate.experts.evaluation.sibling.settings import Settings
-from flexgate.experts.evaluation.sibling.texts import PUBLIC, Texts, all_ids, closed_ids, draw, make_tokenizer
-from flexgate.experts.evaluation.sibling.training import Owner, train_anchor, train_jointly, unrestricted
 from flexgate.experts.training.batches import make_batch
 from flexgate.experts.training.loop import Plan
 from flexgate.experts.training.model import FlexOlmo
@@ -23,6 +19,10 @@ from flexgate.experts.training.objective import pair_from_anchor
 from flexgate.experts.training.pair import trainable
 from flexgate.experts.training.train_anchor import answer_loss
 from flexgate.experts.training.tune_router import fit_routers
+from merging import models
+from merging.settings import Settings
+from merging.texts import PUBLIC, Texts, all_ids, closed_ids, draw, make_tokenizer
+from merging.training import Owner, train_anchor, train_jointly, unrestricted
 
 
 class Bench:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from flexgate.experts.demo.tokenizer import EOS_ID, PAD_ID
 from flexgate.experts.errors import TrainingRefused
-from flexgate.experts.evaluation.extraction import extracted
 from flexgate.experts.evaluation.measure import (
     DomainTexts,
     choice_accuracy,
@@ -26,11 +25,12 @@ from flexgate.experts.evaluation.measure import (
     routing_accuracy,
 )
 from flexgate.experts.evaluation.predict import Predict, gated
-from flexgate.experts.evaluation.sibling.bench import Bench
-from flexgate.experts.evaluation.sibling.methods import Method, choosers, everything, others, ours
-from flexgate.experts.evaluation.sibling.settings import VARIANTS, Settings
-from flexgate.experts.evaluation.sibling.summary import summarise
-from flexgate.experts.evaluation.sibling.texts import all_ids, closed_ids
+from merging.bench import Bench
+from merging.extraction import extracted
+from merging.methods import Method, choosers, everything, others, ours
+from merging.settings import VARIANTS, Settings
+from merging.summary import summarise
+from merging.texts import all_ids, closed_ids
 
 
 def run(settings: Settings, work: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run(settings: Settings, work: Path) -> dict[str, Any]:
     with tqdm(total=len(benches) * (len(methods) + 3), desc="protocol", position=1) as bar:
         seeds = [_seed(bench, methods, tunings, peak, bar) for bench in benches]
     return {
-        "command": "flexgate experts evaluate --protocol demo-sibling --work WORK",
+        "command": "make evaluation",
         "device": f"{platform.machine()}, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
         "settings": asdict(settings),

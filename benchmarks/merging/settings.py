@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from flexgate.experts.evaluation.extraction import Attack
+from merging.extraction import Attack
 
 VARIANTS: Final = ("coordinated", "uncoordinated", "unbiased", "uninitialised")
 """How owners train: ours, and the three ablations."""
