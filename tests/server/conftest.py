@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from clocks import Clock
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
@@ -69,6 +70,11 @@ def build_snapshot(version: int = 7) -> Snapshot:
             key("sk-owner", Role.OWNER, owner_id=OwnerId("gazette")),
         ],
     )
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture

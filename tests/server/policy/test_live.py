@@ -10,24 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from clocks import Clock
 
 from flexgate.policies.errors import SnapshotStale, StoreUnavailable
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.policy.live import PolicySource, with_live
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from clocks import Clock
 from scripted_engine import Engine
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -44,21 +45,6 @@ def test_nothing_goes_out_without_a_call() -> None:
     client = object.__new__(GatedEngineClient)
     with pytest.raises(GateError, match="outside of an admitted call"):
         client.generate({"prompt_token_ids": [1]}, None, "request")  # type: ignore[arg-type]
-
-
-class Clock:
-    """Unix seconds that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from clocks import Clock
 
 from flexgate.policies.documents import Quota
 from flexgate.policies.errors import StoreReplaced, StoreUnavailable
@@ -14,19 +15,6 @@ from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.counters import Counter, SlidingWindow
 from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope, Reservation, Rule
 from flexgate.server.inference.limits.refusals import duration, too_many_tokens
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
