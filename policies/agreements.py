@@ -1,4 +1,4 @@
-"""Agreements: the terms on which an owner lets tenants use experts. Closed and typed.
+"""Agreements: what an owner lets tenants use. Closed and typed.
 
 An unknown field or word is refused, not ignored: a term that nobody enforces is worse than none.
 Times are half-open, `not_before <= now < not_after`, in whole seconds with a time zone.
@@ -68,7 +68,7 @@ def _whole_second(moment: datetime) -> datetime:
     if moment.tzinfo is None:
         raise InvalidName("a time needs a time zone, for example 2026-11-23T00:00:00Z")
     if moment.microsecond:
-        raise InvalidName("terms take effect at whole seconds")
+        raise InvalidName("dates of an agreement are whole seconds")
     try:
         return moment.astimezone(UTC)
     except OverflowError:
@@ -131,10 +131,10 @@ def require_executed(duties: tuple[Duty, ...]) -> None:
 
 
 class Agreement(Document):
-    """One set of terms between an owner and tenants.
+    """What an owner permits or prohibits to tenants.
 
     `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
-    could be read either way. No duty is executed yet: new terms have none, and a stored permission with
+    could be read either way. No duty is executed yet: a new agreement has none, and a stored permission with
     duties permits nothing.
     """
 

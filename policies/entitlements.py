@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from flexgate.policies import reasons
-from flexgate.policies.compiled.agreements import ANCHOR, Clause, Row, Terms, by_start
+from flexgate.policies.compiled.agreements import ANCHOR, AssigneeAgreements, CompiledAgreement, Row, by_start
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
@@ -41,24 +41,24 @@ class Context:
             frozenset() if region is None else region_and_above(region),
         )
 
-    def covered_by(self, clause: Clause) -> bool:
-        """Whether the clause is about all of the declared purpose and region."""
-        return (clause.purposes is None or not clause.purposes.isdisjoint(self.purposes)) and (
-            clause.regions is None or not clause.regions.isdisjoint(self.regions)
+    def covered_by(self, agreement: CompiledAgreement) -> bool:
+        """Whether the agreement is about all of the declared purpose and region."""
+        return (agreement.purposes is None or not agreement.purposes.isdisjoint(self.purposes)) and (
+            agreement.regions is None or not agreement.regions.isdisjoint(self.regions)
         )
 
-    def touched_by(self, clause: Clause) -> bool:
-        """Whether the clause is about any part of the declared purpose and region."""
+    def touched_by(self, agreement: CompiledAgreement) -> bool:
+        """Whether the agreement is about any part of the declared purpose and region."""
         return (
-            clause.purposes is None
+            agreement.purposes is None
             or self.purpose is None
-            or not clause.purposes.isdisjoint(self.purposes)
-            or self.purpose in clause.purposes_above
+            or not agreement.purposes.isdisjoint(self.purposes)
+            or self.purpose in agreement.purposes_above
         ) and (
-            clause.regions is None
+            agreement.regions is None
             or self.region is None
-            or not clause.regions.isdisjoint(self.regions)
-            or self.region in clause.regions_above
+            or not agreement.regions.isdisjoint(self.regions)
+            or self.region in agreement.regions_above
         )
 
 
@@ -82,7 +82,7 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     """Apply agreements, the tenant's mode, visibility and liveness. Pure; default deny."""
     if math.isnan(now):
         raise ClockInvalid("the time given is not a number")
-    found = [terms for name in tenant.assignees if (terms := snapshot.terms.get(name))]
+    found = [of_one for name in tenant.assignees if (of_one := snapshot.agreements.get(name))]
     always, limited = (found[0].always, found[0].limited) if len(found) == 1 else _together(found)
     hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
     named = tenant.named - snapshot.required if deny_list else tenant.named | snapshot.required
@@ -94,12 +94,12 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
             continue
         until, reason = forever, None
         if id_ in limited:
-            clauses = limited[id_]
-            first = clauses[0]
-            if len(clauses) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
+            agreements = limited[id_]
+            first = agreements[0]
+            if len(agreements) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
                 until = first.ends
             else:
-                until, reason = _terms(snapshot.experts[id_], id_ in always, clauses, context, now)
+                until, reason = _judge(snapshot.experts[id_], id_ in always, agreements, context, now)
         elif id_ not in always:
             reason = standard.no_agreement
         if reason is not None:
@@ -114,55 +114,55 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     return Entitlements(lost_at, refused, since, until)
 
 
-def _together(found: list[Terms]) -> tuple[frozenset[ExpertId], Row]:
-    """What several assignees are always permitted, and their limited clauses, by start."""
-    limited: dict[ExpertId, tuple[Clause, ...]] = {}
-    for terms in found:
-        for expert, clauses in terms.limited.items():
+def _together(found: list[AssigneeAgreements]) -> tuple[frozenset[ExpertId], Row]:
+    """What several assignees are always permitted, and their limited agreements, by start."""
+    limited: dict[ExpertId, tuple[CompiledAgreement, ...]] = {}
+    for of_one in found:
+        for expert, agreements in of_one.limited.items():
             known = limited.get(expert)
-            limited[expert] = clauses if known is None else tuple(sorted((*known, *clauses), key=by_start))
-    return ANCHOR.union(*(terms.always for terms in found)), limited
+            limited[expert] = agreements if known is None else tuple(sorted((*known, *agreements), key=by_start))
+    return ANCHOR.union(*(of_one.always for of_one in found)), limited
 
 
-def _time_slot(found: list[Terms], now: float) -> tuple[float, float]:
+def _time_slot(found: list[AssigneeAgreements], now: float) -> tuple[float, float]:
     """The last date up to `now` and the first date after it, of agreements with the tenant."""
     since, until = -math.inf, math.inf
-    for terms in found:
-        place = bisect_right(terms.dates, now)
+    for of_one in found:
+        place = bisect_right(of_one.dates, now)
         if place > 0:
-            since = max(since, terms.dates[place - 1])
-        if place < len(terms.dates):
-            until = min(until, terms.dates[place])
+            since = max(since, of_one.dates[place - 1])
+        if place < len(of_one.dates):
+            until = min(until, of_one.dates[place])
     return since, until
 
 
-def _terms(
-    expert: Expert, always: bool, clauses: tuple[Clause, ...], context: Context, now: float
+def _judge(
+    expert: Expert, always: bool, agreements: tuple[CompiledAgreement, ...], context: Context, now: float
 ) -> tuple[float, Reason | None]:
     """Until when the agreements permit the expert, or why they do not.
 
-    `always` says that an unlimited agreement permits it; `clauses` are the limited ones, by start,
+    `always` says that an unlimited agreement permits it; `agreements` are the limited ones, by start,
     so that one pass finds how far permissions reach without a gap.
     """
     permitted_until = math.inf if always else now
     banned_from = math.inf
     bans = []
-    for clause in clauses:
-        if clause.permits:
-            if clause.starts <= permitted_until < clause.ends and context.covered_by(clause):
-                permitted_until = clause.ends
-        elif now < clause.ends and context.touched_by(clause):
-            if clause.starts <= now:
-                bans.append(clause)
-            banned_from = min(banned_from, clause.starts)
+    for agreement in agreements:
+        if agreement.permits:
+            if agreement.starts <= permitted_until < agreement.ends and context.covered_by(agreement):
+                permitted_until = agreement.ends
+        elif now < agreement.ends and context.touched_by(agreement):
+            if agreement.starts <= now:
+                bans.append(agreement)
+            banned_from = min(banned_from, agreement.starts)
     if bans:
         return now, reasons.prohibited(expert, min(bans, key=_by_id))
     if permitted_until > now:
         return min(permitted_until, banned_from), None
-    return now, _nearest_miss(expert, [c for c in clauses if c.permits], context, now)
+    return now, _nearest_miss(expert, [one for one in agreements if one.permits], context, now)
 
 
-def _nearest_miss(expert: Expert, permits: list[Clause], context: Context, now: float) -> Reason:
+def _nearest_miss(expert: Expert, permits: list[CompiledAgreement], context: Context, now: float) -> Reason:
     """The permission that comes closest, so that the reason says what is really missing."""
     in_force = [c for c in permits if c.starts <= now < c.ends]
     if in_force:
@@ -176,12 +176,12 @@ def _nearest_miss(expert: Expert, permits: list[Clause], context: Context, now: 
     return reasons.no_agreement(expert.id, expert.owner)
 
 
-def _out_of_scope(expert: Expert, in_force: list[Clause], context: Context) -> Reason:
+def _out_of_scope(expert: Expert, in_force: list[CompiledAgreement], context: Context) -> Reason:
     right_place = [c for c in in_force if c.regions is None or not c.regions.isdisjoint(context.regions)]
     if right_place:
         return reasons.purpose_not_permitted(expert, min(right_place, key=_by_id), context.purpose)
     return reasons.region_not_permitted(expert, min(in_force, key=_by_id), context.region)
 
 
-def _by_id(clause: Clause) -> str:
-    return clause.agreement_id
+def _by_id(agreement: CompiledAgreement) -> str:
+    return agreement.agreement_id

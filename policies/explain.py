@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexgate.policies.compiled.agreements import Clause
+from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
@@ -51,8 +51,8 @@ def _permitting(
 ) -> tuple[str, ...]:
     if expert == PUBLIC:
         return ("anchor",)
-    clauses: list[Clause] = []
-    for terms in (snapshot.terms[name] for name in tenant.assignees if name in snapshot.terms):
-        clauses += (*terms.unlimited.get(expert, ()), *terms.limited.get(expert, ()))
-    in_force = [c for c in clauses if c.permits and c.starts <= now < c.ends]
-    return tuple(sorted(c.rule for c in in_force if context.covered_by(c)))
+    agreements: list[CompiledAgreement] = []
+    for of_one in (snapshot.agreements[name] for name in tenant.assignees if name in snapshot.agreements):
+        agreements += (*of_one.unlimited.get(expert, ()), *of_one.limited.get(expert, ()))
+    in_force = [one for one in agreements if one.permits and one.starts <= now < one.ends]
+    return tuple(sorted(one.rule for one in in_force if context.covered_by(one)))

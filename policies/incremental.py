@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
 from flexgate.policies.agreements import Agreement
-from flexgate.policies.compiled.agreements import Clause, Terms
-from flexgate.policies.compiled.compiler import Scope, keys_by_digest
+from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
+from flexgate.policies.compiled.compiler import Compiler, keys_by_digest
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.ids import ExpertId, SetId
@@ -53,12 +53,12 @@ def revise(
     for edit_of_set in _net(sets).values():
         expanded.pop(SetId(edit_of_set.id), None)
         if edit_of_set.after is not None:
-            expanded[edit_of_set.after.id] = Scope(catalogue, {}).members(edit_of_set.after)
-    scope = Scope(catalogue, expanded)
+            expanded[edit_of_set.after.id] = Compiler(catalogue, {}).members(edit_of_set.after)
+    compiler = Compiler(catalogue, expanded)
     for edit in _net(tenants).values():
         if edit.after is None:
             raise SnapshotInvalid(f"tenant {edit.id!r} is gone; tenants are archived, not removed")
-        rules[edit.after.id] = scope.rules(edit.after)
+        rules[edit.after.id] = compiler.rules(edit.after)
     return replace(
         snapshot,
         policy_version=policy_version,
@@ -66,7 +66,7 @@ def revise(
         experts=MappingProxyType(catalogue),
         sets=MappingProxyType(expanded),
         tenants=MappingProxyType(rules),
-        terms=MappingProxyType(_terms(snapshot.terms.copy(), scope, _net(agreements))),
+        agreements=MappingProxyType(_by_assignee(snapshot.agreements.copy(), compiler, _net(agreements))),
         keys=MappingProxyType(keys_by_digest(keys, rules, snapshot.keys.copy())),
         revocation_epochs=snapshot.revocation_epochs
         if revocation_epochs is None
@@ -83,17 +83,19 @@ def _experts(experts: dict[ExpertId, Expert], edits: Iterable[Edit[Expert]]) -> 
     return experts
 
 
-def _terms(terms: dict[str, Terms], scope: Scope, edits: Mapping[str, Edit[Agreement]]) -> dict[str, Terms]:
-    """`terms` with each touched assignee's compiled again, of the clauses that stay and those that came."""
-    clauses: dict[str, list[tuple[ExpertId, Clause]]] = {}
+def _by_assignee(
+    known: dict[str, AssigneeAgreements], compiler: Compiler, edits: Mapping[str, Edit[Agreement]]
+) -> dict[str, AssigneeAgreements]:
+    """`known` with every touched assignee's agreements replaced."""
+    compiled: dict[str, list[tuple[ExpertId, CompiledAgreement]]] = {}
     documents = (document for edit in edits.values() for document in (edit.before, edit.after))
     for assignee in {document.assignee for document in documents if document is not None}:
-        before = terms.pop(assignee).clauses() if assignee in terms else ()
-        clauses[assignee] = [(expert, clause) for expert, clause in before if clause.agreement_id not in edits]
+        before = known.pop(assignee).entries() if assignee in known else ()
+        compiled[assignee] = [(expert, one) for expert, one in before if one.agreement_id not in edits]
     for edit in edits.values():
         if edit.after is not None:
-            clauses[edit.after.assignee].extend(scope.clauses(edit.after))
-    return terms | {assignee: Terms.of(found) for assignee, found in clauses.items() if found}
+            compiled[edit.after.assignee].extend(compiler.compile(edit.after))
+    return known | {assignee: AssigneeAgreements.of(found) for assignee, found in compiled.items() if found}
 
 
 def _net(edits: Iterable[Edit[D]]) -> dict[str, Edit[D]]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import NamedTuple
 
-from flexgate.policies.compiled.agreements import Clause
+from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
 from flexgate.policies.ids import ExpertId, OwnerId
@@ -32,22 +32,22 @@ def standard(expert: Expert) -> Standard:
     return Standard(no_agreement(id_, expert.owner), not_on_allow_list(id_), on_deny_list(id_), not_live(id_))
 
 
-def prohibited(expert: Expert, clause: Clause) -> Reason:
+def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
     scope = "".join(
         f" {preposition} {_words(words)}"
-        for preposition, words in (("for", clause.purposes), ("in", clause.regions))
+        for preposition, words in (("for", agreement.purposes), ("in", agreement.regions))
         if words is not None
     )
     changes = f"Its owner, {expert.owner}, terminating it"
     if scope:
         changes += ", or the request declaring a purpose or region outside of it,"
-    if clause.ends < math.inf:
-        changes += f" or waiting until {_utc(clause.ends)}"
+    if agreement.ends < math.inf:
+        changes += f" or waiting until {_utc(agreement.ends)}"
     return Reason(
         expert.id,
         "prohibited",
-        clause.rule,
-        f"{_agreement(clause)} prohibits expert '{expert.id}' to this project{scope}. {changes} would change this.",
+        agreement.rule,
+        f"{_agreement(agreement)} prohibits expert '{expert.id}' to this project{scope}. {changes} would change this.",
     )
 
 
@@ -62,44 +62,44 @@ def no_agreement(expert: ExpertId, owner: OwnerId) -> Reason:
     )
 
 
-def purpose_not_permitted(expert: Expert, clause: Clause, purpose: str | None) -> Reason:
+def purpose_not_permitted(expert: Expert, agreement: CompiledAgreement, purpose: str | None) -> Reason:
     return Reason(
         expert.id,
         "purpose_not_permitted",
-        clause.rule,
-        f"{_agreement(clause)} permits expert '{expert.id}' for {_words(clause.purposes)} only, "
+        agreement.rule,
+        f"{_agreement(agreement)} permits expert '{expert.id}' for {_words(agreement.purposes)} only, "
         f"and the request declares {_declared('purpose', purpose)}. "
         "Declaring a permitted purpose would change this.",
     )
 
 
-def region_not_permitted(expert: Expert, clause: Clause, region: str | None) -> Reason:
+def region_not_permitted(expert: Expert, agreement: CompiledAgreement, region: str | None) -> Reason:
     return Reason(
         expert.id,
         "region_not_permitted",
-        clause.rule,
-        f"{_agreement(clause)} permits expert '{expert.id}' in {_words(clause.regions)} only, "
+        agreement.rule,
+        f"{_agreement(agreement)} permits expert '{expert.id}' in {_words(agreement.regions)} only, "
         f"and the request declares {_declared('region', region)}. "
         "Declaring a permitted region would change this.",
     )
 
 
-def not_started(expert: Expert, clause: Clause) -> Reason:
+def not_started(expert: Expert, agreement: CompiledAgreement) -> Reason:
     return Reason(
         expert.id,
         "agreement_not_started",
-        clause.rule,
-        f"{_agreement(clause)} permits expert '{expert.id}' from {_utc(clause.starts)} on. "
+        agreement.rule,
+        f"{_agreement(agreement)} permits expert '{expert.id}' from {_utc(agreement.starts)} on. "
         "Waiting until then would change this.",
     )
 
 
-def ended(expert: Expert, clause: Clause) -> Reason:
+def ended(expert: Expert, agreement: CompiledAgreement) -> Reason:
     return Reason(
         expert.id,
         "agreement_ended",
-        clause.rule,
-        f"{_agreement(clause)} permitted expert '{expert.id}' until {_utc(clause.ends)}. "
+        agreement.rule,
+        f"{_agreement(agreement)} permitted expert '{expert.id}' until {_utc(agreement.ends)}. "
         f"A new agreement with its owner, {expert.owner}, would change this.",
     )
 
@@ -165,8 +165,8 @@ def ignored(expert: ExpertId) -> Reason:
     )
 
 
-def _agreement(clause: Clause) -> str:
-    return f"Agreement '{clause.agreement_id}' (version {clause.version})"
+def _agreement(agreement: CompiledAgreement) -> str:
+    return f"Agreement '{agreement.agreement_id}' (version {agreement.version})"
 
 
 def _words(words: frozenset[str] | None) -> str:

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Self, TypeVar
 
 from flexgate.policies.agreements import Agreement, Document
-from flexgate.policies.compiled.agreements import Terms
-from flexgate.policies.compiled.compiler import Scope, TenantRules, keys_by_digest
+from flexgate.policies.compiled.agreements import AssigneeAgreements
+from flexgate.policies.compiled.compiler import Compiler, TenantRules, keys_by_digest
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.ids import PUBLIC, ExpertId, SetId, TenantId
@@ -31,7 +31,7 @@ class Snapshot:
     """Build with `Snapshot.build`; every collection in it is read-only.
 
     `made` is when its version was made, in Unix seconds: two histories that have a version in
-    common differ in it. `terms` are the agreements by assignee. `catalogue` is made of `experts`:
+    common differ in it. `agreements` are by assignee. `catalogue` is made of `experts`:
     what a decision asks of each; `hidden` are those that nobody sees who is not told, `required`
     those that no request leaves out, `public` among them. `revocation_epochs` is the weights epoch of each
     expert's last revocation: what was loaded before it must not be served.
@@ -42,7 +42,7 @@ class Snapshot:
     experts: MappingProxyType[ExpertId, Expert]
     sets: MappingProxyType[SetId, frozenset[ExpertId]]
     tenants: MappingProxyType[TenantId, TenantRules]
-    terms: MappingProxyType[str, Terms]
+    agreements: MappingProxyType[str, AssigneeAgreements]
     keys: MappingProxyType[bytes, KeyRecord]
     revocation_epochs: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
@@ -79,17 +79,17 @@ class Snapshot:
         """
         catalogue = _by_id("expert", ((e.id, e) for e in experts))
         documents = _by_id("set", ((s.id, s) for s in sets))
-        expanded = {id_: Scope(catalogue, {}).members(document) for id_, document in documents.items()}
-        scope = Scope(catalogue, expanded)
-        rules = {id_: scope.rules(tenant) for id_, tenant in _by_id("tenant", ((t.id, t) for t in tenants)).items()}
-        terms = _by_id("agreement", ((a.id, a) for a in agreements))
+        expanded = {id_: Compiler(catalogue, {}).members(document) for id_, document in documents.items()}
+        compiler = Compiler(catalogue, expanded)
+        rules = {id_: compiler.rules(tenant) for id_, tenant in _by_id("tenant", ((t.id, t) for t in tenants)).items()}
+        by_id = _by_id("agreement", ((a.id, a) for a in agreements))
         return cls(
             policy_version=policy_version,
             made=made,
             experts=MappingProxyType(catalogue),
             sets=MappingProxyType(expanded),
             tenants=MappingProxyType(rules),
-            terms=MappingProxyType(scope.terms(terms.values())),
+            agreements=MappingProxyType(compiler.by_assignee(by_id.values())),
             keys=MappingProxyType(keys_by_digest(keys, rules, {})),
             revocation_epochs=MappingProxyType(dict(revocation_epochs)),
         )

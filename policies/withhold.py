@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import MappingProxyType
 
-from flexgate.policies.compiled.agreements import Clause, Terms
+from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
 from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
@@ -35,19 +35,21 @@ def without_key(snapshot: Snapshot, key_id: str, *, tenant_id: str | None, now: 
 def without_agreement(snapshot: Snapshot, agreement_id: str, *, owner_id: str | None) -> Snapshot:
     """As if the agreement permitted nothing; with an owner only if it is that owner's. What it prohibits stays."""
 
-    def stays(expert: ExpertId, clause: Clause) -> bool:
+    def stays(expert: ExpertId, compiled: CompiledAgreement) -> bool:
         own = owner_id is None or snapshot.experts[expert].owner == owner_id
-        return not (clause.permits and clause.agreement_id == agreement_id and own)
+        return not (compiled.permits and compiled.agreement_id == agreement_id and own)
 
-    terms = {
-        assignee: Terms.of(pair for pair in found.clauses() if stays(*pair)) if _names(found, agreement_id) else found
-        for assignee, found in snapshot.terms.items()
+    agreements = {
+        assignee: AssigneeAgreements.of(pair for pair in found.entries() if stays(*pair))
+        if _names(found, agreement_id)
+        else found
+        for assignee, found in snapshot.agreements.items()
     }
-    return replace(snapshot, terms=MappingProxyType(terms))
+    return replace(snapshot, agreements=MappingProxyType(agreements))
 
 
-def admitting_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Collection[str]) -> Snapshot:
-    """As if the tenant admitted no expert that it does not admit with `mode` and `expert_ids` too."""
+def listing_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Collection[str]) -> Snapshot:
+    """As if the tenant's lists allowed no expert that `mode` and `expert_ids` do not allow too."""
     known = snapshot.tenants.get(TenantId(tenant_id))
     if known is None:
         return snapshot
@@ -59,5 +61,5 @@ def admitting_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Co
     return replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, known.id: replace(known, named=named)}))
 
 
-def _names(terms: Terms, agreement_id: str) -> bool:
-    return any(clause.agreement_id == agreement_id for _, clause in terms.clauses())
+def _names(found: AssigneeAgreements, agreement_id: str) -> bool:
+    return any(agreement.agreement_id == agreement_id for _, agreement in found.entries())

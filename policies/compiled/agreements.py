@@ -13,7 +13,7 @@ from flexgate.policies.vocabulary import prohibited_regions, purpose_and_above, 
 
 
 @dataclass(frozen=True, slots=True)
-class Clause:
+class CompiledAgreement:
     """An agreement as the decision reads it. `*_above` hold its words and all that cover them;
     `whatever` says that it permits for any purpose, anywhere.
     """
@@ -39,21 +39,21 @@ class Clause:
         return f"agreement/{self.agreement_id}@{self.version}"
 
 
-def by_start(clause: Clause) -> tuple[float, str]:
-    """The order in which clauses are kept."""
-    return clause.starts, clause.agreement_id
+def by_start(agreement: CompiledAgreement) -> tuple[float, str]:
+    """The order in which compiled agreements are kept."""
+    return agreement.starts, agreement.agreement_id
 
 
-Row = Mapping[ExpertId, tuple[Clause, ...]]
+Row = Mapping[ExpertId, tuple[CompiledAgreement, ...]]
 ANCHOR: Final = frozenset({PUBLIC})
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """All clauses between one assignee and each expert, by start.
+class AssigneeAgreements:
+    """All compiled agreements between one assignee and each expert, by start.
 
     `always` are the anchor and the experts of `unlimited`, which permits whatever a request
-    declares; `limited` are all other clauses, and `dates` the moments at which one of these starts
+    declares; `limited` are all others, and `dates` the moments at which one of these starts
     or ends, in order.
     """
 
@@ -63,37 +63,37 @@ class Terms:
     dates: tuple[float, ...]
 
     @classmethod
-    def of(cls, clauses: Iterable[tuple[ExpertId, Clause]]) -> Self:
-        """Compile clauses, in whatever order."""
-        unlimited: dict[ExpertId, list[Clause]] = {}
-        limited: dict[ExpertId, list[Clause]] = {}
+    def of(cls, compiled: Iterable[tuple[ExpertId, CompiledAgreement]]) -> Self:
+        """Sort compiled agreements, given in any order."""
+        unlimited: dict[ExpertId, list[CompiledAgreement]] = {}
+        limited: dict[ExpertId, list[CompiledAgreement]] = {}
         edges: set[float] = set()
-        for expert, clause in sorted(clauses, key=lambda pair: by_start(pair[1])):
-            row = unlimited if clause.unlimited else limited
-            row.setdefault(expert, []).append(clause)
-            edges |= {clause.starts, clause.ends}
+        for expert, agreement in sorted(compiled, key=lambda pair: by_start(pair[1])):
+            row = unlimited if agreement.unlimited else limited
+            row.setdefault(expert, []).append(agreement)
+            edges |= {agreement.starts, agreement.ends}
         dates = tuple(sorted(edges - {-math.inf, math.inf}))
         return cls(ANCHOR.union(unlimited), _row(unlimited), _row(limited), dates)
 
-    def clauses(self) -> Iterable[tuple[ExpertId, Clause]]:
+    def entries(self) -> Iterable[tuple[ExpertId, CompiledAgreement]]:
         """What it was compiled from."""
         for row in (self.unlimited, self.limited):
-            for expert, clauses in row.items():
-                for clause in clauses:
-                    yield expert, clause
+            for expert, compiled in row.items():
+                for agreement in compiled:
+                    yield expert, agreement
 
 
-def _row(clauses: dict[ExpertId, list[Clause]]) -> Row:
-    return {expert: tuple(found) for expert, found in clauses.items()}
+def _row(compiled: dict[ExpertId, list[CompiledAgreement]]) -> Row:
+    return {expert: tuple(found) for expert, found in compiled.items()}
 
 
-def compile_clause(agreement: Agreement) -> Clause:
+def compile_agreement(agreement: Agreement) -> CompiledAgreement:
     """An agreement as the decision reads it."""
     purposes = None if agreement.purposes and "all" in agreement.purposes else agreement.purposes
     permits, regions = agreement.effect == "permit", agreement.regions
     if regions is not None and not permits:
         regions = prohibited_regions(regions)
-    return Clause(
+    return CompiledAgreement(
         agreement_id=agreement.id,
         version=agreement.version,
         permits=permits,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from flexgate.policies.agreements import Agreement
-from flexgate.policies.compiled.agreements import Clause, Terms, compile_clause
+from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement, compile_agreement
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.ids import ExpertId, SetId, TenantId
@@ -37,8 +37,8 @@ class TenantRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
-    """What documents may name. Every method raises `SnapshotInvalid`."""
+class Compiler:
+    """Compile documents against the catalogue and its sets. Every method raises `SnapshotInvalid`."""
 
     experts: Mapping[ExpertId, Expert]
     sets: Mapping[SetId, frozenset[ExpertId]]
@@ -71,21 +71,21 @@ class Scope:
             key_quotas=tenant.key_quotas,
         )
 
-    def terms(self, agreements: Iterable[Agreement]) -> dict[str, Terms]:
+    def by_assignee(self, agreements: Iterable[Agreement]) -> dict[str, AssigneeAgreements]:
         """Agreements by assignee, each cut down to experts that its owner owns."""
-        clauses: dict[str, list[tuple[ExpertId, Clause]]] = {}
+        compiled: dict[str, list[tuple[ExpertId, CompiledAgreement]]] = {}
         for agreement in agreements:
-            clauses.setdefault(agreement.assignee, []).extend(self.clauses(agreement))
-        return {assignee: Terms.of(found) for assignee, found in clauses.items() if found}
+            compiled.setdefault(agreement.assignee, []).extend(self.compile(agreement))
+        return {assignee: AssigneeAgreements.of(found) for assignee, found in compiled.items() if found}
 
-    def clauses(self, agreement: Agreement) -> Iterable[tuple[ExpertId, Clause]]:
+    def compile(self, agreement: Agreement) -> Iterable[tuple[ExpertId, CompiledAgreement]]:
         """One agreement, for each expert that it is about; none where duties that nothing executes go with it."""
         if agreement.duties and agreement.effect == "permit":
             return
-        clause = compile_clause(agreement)
+        compiled = compile_agreement(agreement)
         for expert in self._expand(f"agreement {agreement.id}", agreement.experts):
             if self.experts[expert].owner == agreement.owner:
-                yield expert, clause
+                yield expert, compiled
 
     def _expand(self, where: str, references: frozenset[str]) -> frozenset[ExpertId]:
         if references <= self.experts.keys():

@@ -34,37 +34,37 @@ def get_agreement(store: Store, agreement_id: str, *, owner_id: str | None = Non
 
 
 def create_agreement(
-    store: Store, terms: dict[str, Any], *, actor: str, at: float, owner_id: str | None = None
+    store: Store, fields: dict[str, Any], *, actor: str, at: float, owner_id: str | None = None
 ) -> Agreement:
-    """A new agreement of `terms`. Without an id it gets one; an owner's always does, because a
+    """A new agreement with `fields`. Without an id it gets one; an owner's always does, because a
     refused id would tell one owner of another's.
     """
-    if owner_id is not None and "id" in terms:
+    if owner_id is not None and "id" in fields:
         raise ChangeRefused("an owner's agreements get their ids from the server: leave 'id' out")
-    id_ = terms.get("id") or f"agr_{secrets.token_hex(8)}"
-    prohibits = terms.get("effect") == "prohibit"
+    id_ = fields.get("id") or f"agr_{secrets.token_hex(8)}"
+    prohibits = fields.get("effect") == "prohibit"
     with store.change(actor=actor, note="create agreement", at=at, urgent=prohibits) as change:
         if change.get(Agreement, id_) is not None:
             raise ChangeRefused(f"the id {id_!r} is taken: choose another one")
-        owner = terms.get("owner", owner_id)
-        return _put_next(change, {**terms, "id": id_, "owner": owner}, owner_id)
+        owner = fields.get("owner", owner_id)
+        return _put_next(change, {**fields, "id": id_, "owner": owner}, owner_id)
 
 
 def revise_agreement(
     store: Store,
     agreement_id: str,
-    terms: dict[str, Any],
+    fields: dict[str, Any],
     *,
     actor: str,
     at: float,
     owner_id: str | None = None,
 ) -> Agreement:
-    """Other terms under the next version. `terms` may say which version that must be."""
+    """Replace an agreement under the next version. `fields` may say which version that must be."""
     with store.change(actor=actor, note="revise agreement", at=at, urgent=True) as change:
         before = _own(change, agreement_id, owner_id)
-        if terms.get("id", agreement_id) != agreement_id or terms.get("owner", before.owner) != before.owner:
+        if fields.get("id", agreement_id) != agreement_id or fields.get("owner", before.owner) != before.owner:
             raise ChangeRefused("an agreement keeps its id and its owner: make another one")
-        same = {**terms, "id": agreement_id, "owner": before.owner}
+        same = {**fields, "id": agreement_id, "owner": before.owner}
         if checked(Agreement, {**same, "version": before.version}) == before:
             return before
         return _put_next(change, same, owner_id)
@@ -88,11 +88,11 @@ def terminate_agreement(store: Store, agreement_id: str, *, actor: str, at: floa
     return change.policy_version
 
 
-def _put_next(change: Change, terms: dict[str, Any], owner_id: str | None) -> Agreement:
-    version = change.next_agreement_version(terms["id"])
-    if terms.get("version", version) != version:
-        raise ChangeRefused(f"agreement {terms['id']!r} would get version {version}, not {terms['version']}")
-    agreement = checked(Agreement, {**terms, "version": version})
+def _put_next(change: Change, fields: dict[str, Any], owner_id: str | None) -> Agreement:
+    version = change.next_agreement_version(fields["id"])
+    if fields.get("version", version) != version:
+        raise ChangeRefused(f"agreement {fields['id']!r} would get version {version}, not {fields['version']}")
+    agreement = checked(Agreement, {**fields, "version": version})
     _put(change, agreement, owner_id)
     return agreement
 

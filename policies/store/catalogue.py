@@ -32,7 +32,7 @@ def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: i
         The live experts.
 
     Raises:
-        ChangeRefused: an expert changed its owner while terms name it, or experts came or went since `epoch`.
+        ChangeRefused: an expert changed its owner while an agreement names it, or experts came or went since `epoch`.
     """
     if change.weights_epoch() != epoch:
         raise ChangeRefused("experts were added or revoked while this server started: start it again")

@@ -38,7 +38,7 @@ def check_words(document: PolicyDocument, before: PolicyDocument | None) -> None
         if isinstance(document, Tenant):
             _check_tenant(document, before if isinstance(before, Tenant) else None)
         if isinstance(document, Agreement):
-            _check_terms(document, before if isinstance(before, Agreement) else None)
+            _check_new_agreement(document, before if isinstance(before, Agreement) else None)
     except InvalidName as error:
         raise ChangeRefused(f"{_name_of(document)}: {error}") from None
 
@@ -49,13 +49,13 @@ def _check_tenant(tenant: Tenant, before: Tenant | None) -> None:
         require_title(tenant.name)
 
 
-def _check_terms(terms: Agreement, before: Agreement | None) -> None:
-    _check_regions(terms.regions, before.regions if before else None)
-    license_ = terms.license_expression
+def _check_new_agreement(agreement: Agreement, before: Agreement | None) -> None:
+    _check_regions(agreement.regions, before.regions if before else None)
+    license_ = agreement.license_expression
     if license_ is not None and (before is None or license_ != before.license_expression):
         parse_license_expression(license_)
-    if before is None or terms.duties != before.duties:
-        require_executed(terms.duties)
+    if before is None or agreement.duties != before.duties:
+        require_executed(agreement.duties)
 
 
 def _check_regions(regions: frozenset[str] | None, known: frozenset[str] | None) -> None:
@@ -85,17 +85,17 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
         if foreign:
             raise ChangeRefused(
                 f"agreement {agreement.id!r} is {agreement.owner!r}'s, and {reference!r} belongs "
-                f"to {min(foreign)!r}: an owner gives terms for its own experts only"
+                f"to {min(foreign)!r}: an owner makes agreements about its own experts only"
             )
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
         raise ChangeRefused(f"agreement {agreement.id!r} names the unknown tenant {name!r}: create it first")
     stored = agreement_versions(connection, agreement.id)
-    newest = max((terms.version for terms in stored), default=0)
-    if any(terms.version >= agreement.version and terms != agreement for terms in stored):
+    newest = max((one.version for one in stored), default=0)
+    if any(one.version >= agreement.version and one != agreement for one in stored):
         raise ChangeRefused(
-            f"agreement {agreement.id!r} was stored as version {newest}: different terms need version {newest + 1} "
-            "or a higher one"
+            f"agreement {agreement.id!r} was stored as version {newest}: a changed agreement needs "
+            f"version {newest + 1} or a higher one"
         )
 
 

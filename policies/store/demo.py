@@ -47,7 +47,7 @@ def seed(store: Store, experts: Iterable[ManifestExpert], *, epoch: int, at: flo
 
 def _put_first(change: Change, catalogue: list[Expert]) -> None:
     for owner in sorted({expert.owner for expert in catalogue if expert.id != PUBLIC}):
-        change.put(_open_terms(owner, catalogue))
+        change.put(_open_agreement(owner, catalogue))
     for secret, values in _TENANTS.items():
         tenant = Tenant.model_validate(values | _CONTEXT | {"quota": _QUOTA})
         change.put(tenant)
@@ -55,7 +55,7 @@ def _put_first(change: Change, catalogue: list[Expert]) -> None:
     change.add_key(_ADMIN_KEY, prefix=_ADMIN_KEY, role=Role.ADMIN)
 
 
-def _open_terms(owner: str, catalogue: list[Expert]) -> Agreement:
+def _open_agreement(owner: str, catalogue: list[Expert]) -> Agreement:
     return Agreement.model_validate(
         {
             "id": f"demo-{owner}",

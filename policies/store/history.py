@@ -65,7 +65,7 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
 
     What cannot be undone stays: keys (a revoked key stays revoked), the catalogue (it follows the
     checkpoint; only what is hidden or required goes back), that a tenant existed (it is archived), and that
-    one was archived. An agreement whose terms come back gets a new, higher version.
+    one was archived. An agreement that comes back gets a new, higher version.
 
     Args:
         confirm: the present version, by which the caller says that it knows what would change.

@@ -1,4 +1,4 @@
-"""`flexgate agreements`: on what terms owners let tenants use experts."""
+"""`flexgate agreements`: what owners let tenants use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HELP: Final = (
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 Agreement = Annotated[str, typer.Argument(help="The agreement's id, as 'list' shows it.")]
-Terms = Annotated[Path, typer.Argument(help="JSON file with the terms; '-' reads standard input.")]
+AgreementFile = Annotated[Path, typer.Argument(help="JSON file with the agreement; '-' reads standard input.")]
 
 
 @administers(app, "list")
@@ -47,15 +47,15 @@ def show(target: Target, agreement: Agreement) -> None:
 
 
 @administers(app)
-def create(target: Target, terms: Terms) -> None:
-    """Make an agreement of a file's terms and print its id."""
-    typer.echo(target.put_agreement(None, _read(terms))["id"])
+def create(target: Target, file: AgreementFile) -> None:
+    """Make an agreement from a file and print its id."""
+    typer.echo(target.put_agreement(None, _read(file))["id"])
 
 
 @administers(app)
-def revise(target: Target, agreement: Agreement, terms: Terms) -> None:
-    """Replace an agreement's terms as a whole and print its version."""
-    typer.echo(target.put_agreement(agreement, _read(terms))["version"])
+def revise(target: Target, agreement: Agreement, file: AgreementFile) -> None:
+    """Replace an agreement as a whole from a file and print its version."""
+    typer.echo(target.put_agreement(agreement, _read(file))["version"])
 
 
 @administers(app)
@@ -67,12 +67,12 @@ def terminate(target: Target, agreement: Agreement) -> None:
 def _read(path: Path) -> Json:
     text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     try:
-        terms = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ChangeRefused(f"{path} is not JSON: {error}") from None
-    if not isinstance(terms, dict):
-        raise ChangeRefused(f"{path} must hold one JSON object, the agreement's terms")
-    return terms
+    if not isinstance(fields, dict):
+        raise ChangeRefused(f"{path} must hold one JSON object, the agreement")
+    return fields
 
 
 def _row(agreement: Json) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from flexgate.experts.errors import UsageInvalid
 from flexgate.policies.audit import LOGS, STARTS, Entry, Head
 from flexgate.policies.documents import Quota, Role
 from flexgate.policies.store import accounts, projects
-from flexgate.policies.store import agreements as licences
+from flexgate.policies.store import agreements as stored_agreements
 from flexgate.policies.store.documents import to_json
 from flexgate.server.admin.keys.schemas import admin_key_object
 from flexgate.server.cli.policy_target import DatabasePolicy, PolicyTarget, ServerPolicy
@@ -97,8 +97,8 @@ class Target(PolicyTarget, Protocol):
     def agreements(self) -> list[Json]:
         """Agreements in force, oldest first."""
 
-    def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
-        """Make an agreement, or give one other terms."""
+    def put_agreement(self, agreement_id: str | None, fields: Json) -> Json:
+        """Make an agreement, or replace one."""
 
     def terminate_agreement(self, agreement_id: str) -> None:
         """Terminate an agreement now."""
@@ -217,15 +217,15 @@ class DatabaseTarget(DatabasePolicy):
         projects.set_quota(self._store, project_id, limits, key_id=key_id, **_attributed())
 
     def agreements(self) -> list[Json]:
-        return [to_json(agreement) for agreement in licences.list_agreements(self._store)]
+        return [to_json(agreement) for agreement in stored_agreements.list_agreements(self._store)]
 
-    def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
+    def put_agreement(self, agreement_id: str | None, fields: Json) -> Json:
         if agreement_id is None:
-            return to_json(licences.create_agreement(self._store, terms, **_attributed()))
-        return to_json(licences.revise_agreement(self._store, agreement_id, terms, **_attributed()))
+            return to_json(stored_agreements.create_agreement(self._store, fields, **_attributed()))
+        return to_json(stored_agreements.revise_agreement(self._store, agreement_id, fields, **_attributed()))
 
     def terminate_agreement(self, agreement_id: str) -> None:
-        licences.terminate_agreement(self._store, agreement_id, **_attributed())
+        stored_agreements.terminate_agreement(self._store, agreement_id, **_attributed())
 
     def audit_log(self, after: int) -> Iterator[Entry]:
         while batch := self._store.audit_log(after=after, limit=_BATCH):
@@ -298,9 +298,9 @@ class ServerTarget(ServerPolicy):
     def agreements(self) -> list[Json]:
         return [_without_object(agreement) for agreement in self._api.pages("/v1/agreements")]
 
-    def put_agreement(self, agreement_id: str | None, terms: Json) -> Json:
+    def put_agreement(self, agreement_id: str | None, fields: Json) -> Json:
         path = "/v1/agreements" if agreement_id is None else f"/v1/agreements/{_quoted(agreement_id)}"
-        return _without_object(self._api.ask("POST", path, json=terms))
+        return _without_object(self._api.ask("POST", path, json=fields))
 
     def terminate_agreement(self, agreement_id: str) -> None:
         self._api.ask("DELETE", f"/v1/agreements/{_quoted(agreement_id)}")

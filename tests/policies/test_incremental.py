@@ -115,7 +115,7 @@ def test_what_is_not_touched_is_kept_as_it_is(world):
     after = revise(before, policy_version=8, made=5.0, tenants=[edit])
     assert after.tenants["acme"].name == "New"
     assert after.tenants["other"] is before.tenants["other"]
-    assert all(after.terms[assignee] is before.terms[assignee] for assignee in ("everyone", "tenant:acme"))
+    assert all(after.agreements[assignee] is before.agreements[assignee] for assignee in ("everyone", "tenant:acme"))
     assert (after.policy_version, after.made) == (8, 5.0)
     assert before.tenants["acme"].name == "Acme"
 
@@ -147,7 +147,7 @@ def test_an_expert_that_goes_comes_back_at_the_end_and_under_another_owner(world
         before, policy_version=8, made=0.0, experts=[Edit("news", news, None)], agreements=[Edit("a", permit, None)]
     )
     assert "news" not in gone.experts
-    assert not gone.terms
+    assert not gone.agreements
     back = permit.model_copy(update={"owner": "forge", "version": 2})
     after = revise(
         before,
@@ -157,8 +157,8 @@ def test_an_expert_that_goes_comes_back_at_the_end_and_under_another_owner(world
         agreements=[Edit("a", permit, back)],
     )
     assert list(after.experts)[-1] == "news"
-    (clause,) = after.terms["everyone"].unlimited["news"]
-    assert clause.version == 2
+    (compiled,) = after.agreements["everyone"].unlimited["news"]
+    assert compiled.version == 2
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_two_keys_with_one_digest_are_refused():
 
 def test_snapshot_is_immutable(world):
     snapshot = world.build(world.all_permitted())
-    for collection in ("experts", "tenants", "sets", "terms", "keys"):
+    for collection in ("experts", "tenants", "sets", "agreements", "keys"):
         with pytest.raises(TypeError):
             getattr(snapshot, collection)["x"] = None
     with pytest.raises(FrozenInstanceError):
@@ -109,8 +109,8 @@ def test_agreements_are_kept_apart_by_what_limits_them(world):
             world.agreement("from", not_before="2020-01-01T00:00:00Z"),
         ]
     )
-    unlimited = [clause.agreement_id for clause in snapshot.terms["everyone"].unlimited["news"]]
-    limited = [clause.agreement_id for clause in snapshot.terms["everyone"].limited["news"]]
+    unlimited = [agreement.agreement_id for agreement in snapshot.agreements["everyone"].unlimited["news"]]
+    limited = [agreement.agreement_id for agreement in snapshot.agreements["everyone"].limited["news"]]
     assert unlimited == ["all", "free"]
     assert limited == ["ban", "until", "where", "from"]
-    assert snapshot.terms["everyone"].dates == (1577836800.0, 1893456000.0)
+    assert snapshot.agreements["everyone"].dates == (1577836800.0, 1893456000.0)

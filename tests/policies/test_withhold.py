@@ -17,7 +17,7 @@ from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import (
     Withholding,
-    admitting_only,
+    listing_only,
     without_agreement,
     without_key,
     without_tenant,
@@ -64,19 +64,19 @@ def _allowed(snapshot: Snapshot, tenant: str) -> set[str]:
         (partial(without_agreement, agreement_id="g", owner_id="academy"), ALL, ALL),
         (partial(without_agreement, agreement_id="nonsense", owner_id=None), ALL, ALL),
         (
-            partial(admitting_only, tenant_id="allowing", mode="allow_list", expert_ids={"math"}),
+            partial(listing_only, tenant_id="allowing", mode="allow_list", expert_ids={"math"}),
             {"public", "math"},
             ALL,
         ),
-        (partial(admitting_only, tenant_id="denying", mode="allow_list", expert_ids={"math"}), ALL, {"public", "math"}),
+        (partial(listing_only, tenant_id="denying", mode="allow_list", expert_ids={"math"}), ALL, {"public", "math"}),
         (
-            partial(admitting_only, tenant_id="denying", mode="deny_list", expert_ids={"set:gazette"}),
+            partial(listing_only, tenant_id="denying", mode="deny_list", expert_ids={"set:gazette"}),
             ALL,
             {"public", "math"},
         ),
-        (partial(admitting_only, tenant_id="allowing", mode="deny_list", expert_ids={"law"}), ALL - {"law"}, ALL),
-        (partial(admitting_only, tenant_id="allowing", mode="allow_list", expert_ids=set()), {"public"}, ALL),
-        (partial(admitting_only, tenant_id="nonsense", mode="allow_list", expert_ids=set()), ALL, ALL),
+        (partial(listing_only, tenant_id="allowing", mode="deny_list", expert_ids={"law"}), ALL - {"law"}, ALL),
+        (partial(listing_only, tenant_id="allowing", mode="allow_list", expert_ids=set()), {"public"}, ALL),
+        (partial(listing_only, tenant_id="nonsense", mode="allow_list", expert_ids=set()), ALL, ALL),
         (partial(without_tenant, tenant_id="nonsense"), ALL, ALL),
     ],
 )
@@ -89,8 +89,8 @@ def test_what_is_withheld_is_allowed_no_more(
 
 
 def test_a_list_that_names_more_gives_nothing_while_it_is_not_stored(snapshot: Snapshot) -> None:
-    fewer = admitting_only(snapshot, "allowing", "allow_list", {"math"})
-    assert _allowed(admitting_only(fewer, "allowing", "deny_list", set()), "allowing") == {"public", "math"}
+    fewer = listing_only(snapshot, "allowing", "allow_list", {"math"})
+    assert _allowed(listing_only(fewer, "allowing", "deny_list", set()), "allowing") == {"public", "math"}
 
 
 def test_a_prohibition_is_not_withheld(snapshot: Snapshot) -> None:

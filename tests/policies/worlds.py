@@ -104,10 +104,10 @@ def snapshot_of(world: World, version: int = 1) -> Snapshot:
     )
 
 
-def agreement_of(terms: dict[str, Any]) -> Agreement:
-    fields = {name: value for name, value in terms.items() if name not in ("starts", "ends")}
+def agreement_of(agreement: dict[str, Any]) -> Agreement:
+    fields = {name: value for name, value in agreement.items() if name not in ("starts", "ends")}
     return Agreement.model_validate(
-        {**fields, "not_before": _moment(terms["starts"]), "not_after": _moment(terms["ends"])}
+        {**fields, "not_before": _moment(agreement["starts"]), "not_after": _moment(agreement["ends"])}
     )
 
 

@@ -135,7 +135,7 @@ _ADMIN_BASES: Mapping[str, Fields] = {
     "ExpertPermissions": {"mode": "deny_list", "expert_ids": []},
     "CreateServiceAccount": {"name": "S"},
     "CreateAdminKey": {"name": "K", "role": "auditor"},
-    "Terms": _AGREEMENT,
+    "AgreementBody": _AGREEMENT,
     "Simulate": {"policy": {}},
     "RollBack": {"version": 10**9},
 }
@@ -144,7 +144,7 @@ _ADMIN_TYPED: Mapping[str, Mapping[str, Values]] = {
     "UpdateProject": {"name": TEXTS, "flexgate": {"purposes": inside('{"purposes":%}', repeated('"p#"'))}},
     "ExpertPermissions": {"expert_ids": {"many": repeated('"e#"')}},
     "CreateServiceAccount": {"name": TEXTS},
-    "Terms": {"experts": {"many": repeated('"e#"')}, "assignee": {"long": TEXTS["words"]}},
+    "AgreementBody": {"experts": {"many": repeated('"e#"')}, "assignee": {"long": TEXTS["words"]}},
     "Simulate": {"policy": {name: inside(f'{{"{name}":%}}', value) for name, value in _POLICY.items()}},
 }
 

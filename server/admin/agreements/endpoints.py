@@ -1,4 +1,4 @@
-"""`/v1/agreements`: on what terms owners let tenants use experts.
+"""`/v1/agreements`: what owners let tenants use.
 
 Administrators see all; an owner sees and changes its own, and may always end one. Another owner's
 agreement is to it as one that does not exist.
@@ -14,7 +14,7 @@ from flexgate.policies.documents import Role
 from flexgate.policies.store import agreements
 from flexgate.policies.store.pseudonyms import Pseudonyms, read_pseudonyms
 from flexgate.policies.withhold import Withholding, without_agreement
-from flexgate.server.admin.agreements.schemas import Terms, agreement_object, given_terms
+from flexgate.server.admin.agreements.schemas import AgreementBody, agreement_fields, agreement_object
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
 from flexgate.server.admin.pages import list_object, page_of
 
@@ -28,10 +28,10 @@ def list_(call: Call[Nothing, Page]) -> Json:
 
 
 def create(call: Call[Agreement, Written]) -> Json:
-    """Make an agreement. Its terms are closed: what nobody would enforce is refused."""
+    """Make an agreement. Unknown fields and duties are refused, because they would not be enforced."""
     names = _names(call)
-    terms = given_terms(call.body, names, call.snapshot.tenants)
-    return agreement_object(agreements.create_agreement(call.store, terms, **_attributed(call)), names)
+    fields = agreement_fields(call.body, names, call.snapshot.tenants)
+    return agreement_object(agreements.create_agreement(call.store, fields, **_attributed(call)), names)
 
 
 def retrieve(call: Call[Nothing, Nothing]) -> Json:
@@ -41,11 +41,11 @@ def retrieve(call: Call[Nothing, Nothing]) -> Json:
 
 
 def revise(call: Call[Agreement, Written]) -> Json:
-    """Replace an agreement's terms as a whole; that is its next version."""
+    """Replace an agreement as a whole with its next version."""
     names = _names(call)
-    terms = given_terms(call.body, names, call.snapshot.tenants)
+    fields = agreement_fields(call.body, names, call.snapshot.tenants)
     agreement_id = call.path["agreement_id"]
-    return agreement_object(agreements.revise_agreement(call.store, agreement_id, terms, **_attributed(call)), names)
+    return agreement_object(agreements.revise_agreement(call.store, agreement_id, fields, **_attributed(call)), names)
 
 
 def terminate(call: Call[Nothing, Written]) -> Json:
@@ -75,8 +75,8 @@ _WRITE: Final = (Role.ADMIN, Role.OWNER)
 
 OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
     Operation(method="GET", path=_ALL, roles=_READ, work=list_, query=Page),
-    Operation(method="POST", path=_ALL, roles=_WRITE, work=create, body=Terms, query=Written),
+    Operation(method="POST", path=_ALL, roles=_WRITE, work=create, body=AgreementBody, query=Written),
     Operation(method="GET", path=_ONE, roles=_READ, work=retrieve),
-    Operation(method="POST", path=_ONE, roles=_WRITE, work=revise, body=Terms, query=Written),
+    Operation(method="POST", path=_ONE, roles=_WRITE, work=revise, body=AgreementBody, query=Written),
     Operation(method="DELETE", path=_ONE, roles=_WRITE, work=terminate, query=Written, withholds=_withheld),
 )

@@ -14,14 +14,16 @@ from flexgate.server.admin.operation import Json
 
 _TENANT: Final = "tenant:"
 
-Terms: Final = create_model(
-    "Terms",
+AgreementBody: Final = create_model(
+    "AgreementBody",
     __base__=Agreement,
     id=(AgreementIdField | None, None),
     version=(int | None, None),
     owner=(OwnerIdField | None, None),
 )
-Terms.__doc__ = """An agreement's terms. The server gives id and version; an owner's key gives the owner."""
+AgreementBody.__doc__ = (
+    """An agreement as it is written. The server gives id and version; an owner's key gives the owner."""
+)
 
 
 def agreement_object(agreement: Agreement, names: Pseudonyms | None) -> Json:
@@ -32,10 +34,10 @@ def agreement_object(agreement: Agreement, names: Pseudonyms | None) -> Json:
     return {"object": "agreement", **values}
 
 
-def given_terms(terms: Agreement, names: Pseudonyms | None, tenant_ids: Any) -> dict[str, Any]:
+def agreement_fields(written: Agreement, names: Pseudonyms | None, tenant_ids: Any) -> dict[str, Any]:
     """What a body says, without what it leaves out, and with an owner's names resolved."""
-    values = terms.model_dump(exclude_unset=True)
+    values = written.model_dump(exclude_unset=True)
     values = {name: value for name, value in values.items() if value is not None}
-    if names is not None and terms.assignee.startswith(_TENANT):
-        values["assignee"] = _TENANT + names.resolve(terms.assignee.removeprefix(_TENANT), tenant_ids)
+    if names is not None and written.assignee.startswith(_TENANT):
+        values["assignee"] = _TENANT + names.resolve(written.assignee.removeprefix(_TENANT), tenant_ids)
     return values

@@ -12,7 +12,7 @@ from typing import Any, Final
 from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.store import projects
 from flexgate.policies.store.projects import Times
-from flexgate.policies.withhold import Withholding, admitting_only, without_tenant
+from flexgate.policies.withhold import Withholding, listing_only, without_tenant
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
 from flexgate.server.admin.pages import list_object, page_of
 from flexgate.server.admin.projects.schemas import (
@@ -102,12 +102,12 @@ def _archived(call: Call[Any, Any]) -> Withholding:
 def _unpermitted(call: Call[ExpertPermissions, Written]) -> Withholding:
     body = call.body
     return partial(
-        admitting_only, tenant_id=call.path["project_id"], mode=body.mode, expert_ids=frozenset(body.expert_ids)
+        listing_only, tenant_id=call.path["project_id"], mode=body.mode, expert_ids=frozenset(body.expert_ids)
     )
 
 
 def _unpermitted_all(call: Call[Any, Any]) -> Withholding:
-    return partial(admitting_only, tenant_id=call.path["project_id"], mode="allow_list", expert_ids=frozenset())
+    return partial(listing_only, tenant_id=call.path["project_id"], mode="allow_list", expert_ids=frozenset())
 
 
 def _shown(call: Call[Any, Any], tenant: Tenant) -> Json:

@@ -64,7 +64,7 @@ def test_what_the_file_does_not_name_is_left_alone_unless_pruned(store):
     snapshot = store.snapshot()
     assert snapshot.tenants["acme"].archived
     assert not snapshot.tenants["beta"].archived
-    assert not snapshot.terms
+    assert not snapshot.agreements
     assert not snapshot.sets
 
 

@@ -79,8 +79,8 @@ def test_rolling_back_is_a_new_revision_with_the_old_meaning(past):
     assert _allowed(snapshot) == ("public", "news")
     assert snapshot.tenants["acme"].name == "Acme"
     assert newest_revisions(past)[0].note == "roll back to 3"
-    (clause,) = snapshot.terms["everyone"].unlimited["news"]
-    assert clause.version == 3
+    (agreement,) = snapshot.agreements["everyone"].unlimited["news"]
+    assert agreement.version == 3
 
 
 def test_rolling_back_to_the_present_changes_nothing(past):
@@ -95,7 +95,7 @@ def test_rolling_back_archives_tenants_and_removes_what_came_later(past):
     snapshot = past.snapshot()
     assert snapshot.tenants["new"].archived
     assert "set:two" not in snapshot.sets
-    assert not snapshot.terms
+    assert not snapshot.agreements
 
 
 def test_rolling_back_revives_no_key_and_no_expert(past):

@@ -86,7 +86,7 @@ def test_a_set_that_changes_reaches_everything_that_names_it(store: Store) -> No
         change.put(ExpertSet(id="set:two", experts=frozenset({"legal"})))
     after = store.confirm(known)
     assert after.tenants["acme"].named == {"legal"}
-    assert set(after.terms["everyone"].unlimited) == {"legal"}
+    assert set(after.agreements["everyone"].unlimited) == {"legal"}
 
 
 def test_more_sets_than_one_query_can_name_are_followed(store: Store) -> None:

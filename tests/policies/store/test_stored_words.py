@@ -106,14 +106,14 @@ def test_what_is_stored_can_be_exported_applied_and_changed(aged):
 def test_what_is_stored_can_be_taken_away_and_brought_back(aged):
     with_all, before = aged.version(), gitops.export(aged)
     terminate_agreement(aged, "a", **ADMIN)
-    assert aged.snapshot().terms == {}
+    assert aged.snapshot().agreements == {}
     roll_back(aged, with_all, confirm=aged.version(), **ADMIN)
     again = gitops.export(aged)
     assert again["agreements"] == [{**before["agreements"][0], "version": 2}]
     archive_project(aged, "acme", **ADMIN)
     assert aged.snapshot().tenants["acme"].archived
     gitops.apply(aged, gitops.parse_file({"format": "flexgate-policy/v1"}), prune=True, **ADMIN)
-    assert aged.snapshot().terms == {}
+    assert aged.snapshot().agreements == {}
 
 
 NEW = {

@@ -59,16 +59,21 @@ CASES: dict[str, tuple[str | None, str, str, Any]] = {
     "owner key without owner": ("sk-admin", "POST", "/v1/organization/admin_api_keys", {"name": "x", "role": "owner"}),
     "negative limit": ("sk-admin", "POST", f"{ALL}/t/rate_limits/rl-project", {"max_requests_per_1_minute": -1}),
     "image limit": ("sk-admin", "POST", f"{ALL}/t/rate_limits/rl-project", {"max_images_per_1_minute": 1}),
-    "terms without experts": ("sk-admin", "POST", "/v1/agreements", {**TERMS, "experts": []}),
-    "terms of someone else's expert": ("sk-admin", "POST", "/v1/agreements", {**TERMS, "id": "n", "experts": ["news"]}),
-    "terms for an unknown tenant": (
+    r"agreement without experts": ("sk-admin", "POST", "/v1/agreements", {**TERMS, "experts": []}),
+    r"agreement of someone else's expert": (
+        "sk-admin",
+        "POST",
+        "/v1/agreements",
+        {**TERMS, "id": "n", "experts": ["news"]},
+    ),
+    r"agreement for an unknown tenant": (
         "sk-admin",
         "POST",
         "/v1/agreements",
         {**TERMS, "id": "n", "assignee": "tenant:zzz"},
     ),
-    "terms that nobody enforces": ("sk-admin", "POST", "/v1/agreements", {**TERMS, "unless": "raining"}),
-    "terms that end before they start": (
+    r"agreement that nobody enforces": ("sk-admin", "POST", "/v1/agreements", {**TERMS, "unless": "raining"}),
+    r"agreement that end before they start": (
         "sk-admin",
         "POST",
         "/v1/agreements",

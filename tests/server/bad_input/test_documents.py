@@ -47,23 +47,24 @@ DOCUMENTS = {
         (AGREEMENTS, {**MATH, "id": "a-math", "effect": "prohibit"}),
         "The id 'a-math' is taken: choose another one.",
     ),
-    "other terms under a version": Bad(
+    "another agreement under a version": Bad(
         {"agreements": [{**MATH, "id": "a-math", "effect": "prohibit"}]},
-        "agreement 'a-math' was stored as version 1: different terms need version 2 or a higher one",
+        "agreement 'a-math' was stored as version 1: a changed agreement needs version 2 or a higher one",
         (f"{AGREEMENTS}/a-math", {**MATH, "id": "a-math", "effect": "prohibit", "version": 1}),
         "Agreement 'a-math' would get version 2, not 1.",
     ),
-    "terms of someone else's expert": _agreement(
-        "agreement 'n' is 'academy''s, and 'news' belongs to 'gazette': an owner gives terms for its own experts only",
+    "agreement of someone else's expert": _agreement(
+        "agreement 'n' is 'academy''s, and 'news' belongs to 'gazette': "
+        "an owner makes agreements about its own experts only",
         experts=["news"],
     ),
-    "terms of an unknown expert": _agreement(
+    "agreement of an unknown expert": _agreement(
         f"agreement 'n' names the unknown expert 'zzz': {THERE_ARE}", experts=["zzz"]
     ),
-    "terms of an unknown set": _agreement(
+    "agreement of an unknown set": _agreement(
         "agreement 'n' names the unknown set 'set:zzz': there is none yet", experts=["set:zzz"]
     ),
-    "terms for an unknown tenant": _agreement(
+    "agreement for an unknown tenant": _agreement(
         "agreement 'n' names the unknown tenant 'zzz': create it first", assignee="tenant:zzz"
     ),
     "an end before the start": _agreement(

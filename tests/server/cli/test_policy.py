@@ -171,7 +171,7 @@ def test_a_prohibition_is_not_ended_by_a_word_that_is_no_time(
     assert "agreements.0.not_after: " in found.stderr
     assert "is not a time: write it as '2026-11-23T00:00:00Z'" in found.stderr
     assert flexgate("policy", "apply", policy_file(terms % "2027-12-31T00:00:00Z")).exit_code == 0
-    assert real_store.snapshot().terms["everyone"].limited["news"][-1].ends == 1830211200.0
+    assert real_store.snapshot().agreements["everyone"].limited["news"][-1].ends == 1830211200.0
 
 
 @pytest.mark.parametrize(

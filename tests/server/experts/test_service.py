@@ -38,7 +38,7 @@ async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
     assert here.client.published[-1] == ("public", "news", "math")
     snapshot = here.store.snapshot()
     assert snapshot.experts["math"].live  # type: ignore[index]
-    assert not snapshot.terms
+    assert not snapshot.agreements
 
 
 async def test_a_copy_that_the_disk_has_no_room_for_is_refused_before_it_is_written(

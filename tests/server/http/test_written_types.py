@@ -99,7 +99,7 @@ LIMITS: Final = {
 WRITTEN: Final[dict[str, Any]] = {
     "PolicyFile": POLICY,
     "Manifest": MANIFEST,
-    "Terms": AGREEMENT,
+    "AgreementBody": AGREEMENT,
     "CreateProject": {"name": "T", "flexgate": OWN_FIELDS},
     "UpdateProject": {"name": "T", "flexgate": OWN_FIELDS},
     "ExpertPermissions": {"mode": "allow_list", "expert_ids": ["news"]},
@@ -191,4 +191,4 @@ def test_nothing_is_accepted_that_the_schema_refuses(name: str) -> None:
 @pytest.mark.parametrize("value", [20271231, 20271231.0, "20271231", "2027-12-31", True, "2027-12-31 00:00:00Z"])
 def test_only_a_written_time_is_a_time(field: str, value: Any) -> None:
     with pytest.raises(ValidationError, match="is not a time: write it as '2026-11-23T00:00:00Z'"):
-        MODELS["Terms"].model_validate({**AGREEMENT, "not_before": None, field: value})
+        MODELS["AgreementBody"].model_validate({**AGREEMENT, "not_before": None, field: value})

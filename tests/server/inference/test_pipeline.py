@@ -537,7 +537,7 @@ async def test_a_policy_that_comes_between_its_admission_and_its_start_ends_a_re
     begin = services.running.begin
 
     def begin_after_the_newer_policy(*args: Any) -> None:
-        store.answer = replace(store.answer, policy_version=8, terms=MappingProxyType({}))
+        store.answer = replace(store.answer, policy_version=8, agreements=MappingProxyType({}))
         services.policy.confirm()
         begin(*args)
 
