@@ -15,7 +15,7 @@ from typing import Final
 
 from flexgate.policies import reasons
 from flexgate.policies.compiled.compiler import TenantRules
-from flexgate.policies.decision import Decision, DecisionRequest, Reason, admit
+from flexgate.policies.decision import Decision, DecisionRequest, Reason, allow
 from flexgate.policies.entitlements import ANYTHING, Context, Entitlements, entitlements
 from flexgate.policies.errors import (
     AnchorRequired,
@@ -124,7 +124,7 @@ def apply_filter(
         decision_id=request.decision_id,
         tenant_id=tenant.id,
         policy_version=snapshot.policy_version,
-        allowed=admit(kept),
+        allowed=allow(kept),
         excluded=_excluded(snapshot, entitled, left_out),
         valid_until=min(kept.values()),
         purpose=context.purpose,

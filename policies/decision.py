@@ -22,7 +22,7 @@ class AllowedExperts(tuple[ExpertId, ...]):
         raise TypeError("AllowedExperts comes out of flexgate.policies.decide only")
 
 
-def admit(experts: Iterable[ExpertId]) -> AllowedExperts:
+def allow(experts: Iterable[ExpertId]) -> AllowedExperts:
     """For `flexgate.policies.decide`: turn experts that passed every rule into the sealed type."""
     return tuple.__new__(AllowedExperts, experts)
 

@@ -56,8 +56,8 @@ def listing_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Coll
     listed = frozenset(ExpertId(id_) for id_ in expert_ids if id_ in snapshot.experts)
     for id_, members in snapshot.sets.items():
         listed |= members if id_ in expert_ids else frozenset()
-    unadmitted = listed if mode == "deny_list" else snapshot.experts.keys() - listed
-    named = known.named | unadmitted if known.deny_list else known.named - unadmitted
+    unlisted = listed if mode == "deny_list" else snapshot.experts.keys() - listed
+    named = known.named | unlisted if known.deny_list else known.named - unlisted
     return replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, known.id: replace(known, named=named)}))
 
 

@@ -1,4 +1,4 @@
-"""Find tile sizes for one shape on this GPU; admit none that changes a bit.
+"""Find tile sizes for one shape on this GPU; accept none that changes a bit.
 
 At most 40 configurations. Each is compared bit for bit with one fixed configuration on two batches before it is timed;
 the table put together from the fastest has to pass all bit checks of the benchmark before it is written.
@@ -65,7 +65,7 @@ class Trial:
 def tune(
     place: Place, shape: Shape, block_d: int, space: Mapping[Bound, Sequence[Cut]]
 ) -> tuple[list[Tiles], dict[Bound, list[Trial]]]:
-    """The fastest admitted tiles of every bucket, and every trial. Raises ValueError where a bucket has none."""
+    """The fastest accepted tiles of every bucket, and every trial. Raises ValueError where a bucket has none."""
     if sum(map(len, space.values())) > MOST:
         raise ValueError(f"a tuning space holds at most {MOST} configurations")
     layer = random_weights(place, shape)
@@ -93,7 +93,7 @@ def _try(
         if not all(torch.equal(one, other) for one, other in zip(ours, wanted, strict=True)):
             return replace(trial, refused="changes bits")
         return replace(trial, took_us=_time(place, layer, batches[0], tiles, trial.product) or 0.0)
-    # A configuration that the compiler or the device does not take is one that is not admitted.
+    # A configuration that the compiler or the device does not take is one that is not accepted.
     except Exception as error:
         return replace(trial, refused=f"{type(error).__name__}: {str(error)[:200]}")
 
@@ -121,7 +121,7 @@ def _fastest(bound: Bound, trials: Sequence[Trial], block_d: int) -> Tiles:
         if first is not None and second is not None:
             pairs.append((first.took_us + second.took_us, first.cut, second.cut))
     if not pairs:
-        raise ValueError(f"no configuration for batches up to {bound} was admitted: {trials}")
+        raise ValueError(f"no configuration for batches up to {bound} was accepted: {trials}")
     _, first_cut, second_cut = min(pairs, key=lambda pair: pair[0])
     return Tiles(bound, first_cut[0], _product(first_cut, block_d), _product(second_cut, block_d))
 

@@ -71,7 +71,7 @@ class Ticket:
         """Whether its turn has yet to come."""
         return self in self.project.waiting
 
-    async def admitted(self, seconds: float) -> bool:
+    async def seated(self, seconds: float) -> bool:
         """Whether its turn came within `seconds`, the queue's own limit, and before it was closed."""
         if self.waiting and self._queue is not None:
             self._wake = asyncio.get_running_loop().create_future()
@@ -173,7 +173,7 @@ class FairQueue:
         found.waiting[ticket] = None
         self.queued += 1
         self._list(found)
-        self._admit()
+        self._fill_seats()
         return ticket
 
     def give_back(self, project: _Project, seats: int) -> None:
@@ -183,13 +183,13 @@ class FairQueue:
         if self.free == self.seats:
             self._turn = max(self._turn, project.turn)
         self._list(project)
-        self._admit()
+        self._fill_seats()
 
     def forget(self, ticket: Ticket) -> None:
         """Take a prompt out of the queue."""
         self._dequeue(ticket)
         self._list(ticket.project)
-        self._admit()
+        self._fill_seats()
 
     def _dequeue(self, ticket: Ticket) -> None:
         waiting = ticket.project.waiting
@@ -207,7 +207,7 @@ class FairQueue:
             project.listed = True
             heapq.heappush(self._absent, (project.turn, next(self._number), project))
 
-    def _admit(self) -> None:
+    def _fill_seats(self) -> None:
         now = self._clock()
         while self.free and (project := self._next()) is not None:
             if not project.taken:  # it goes to the end of those whose turn is the same

@@ -17,7 +17,7 @@ from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decision import Decision
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedExperts, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, GatedCall
 from flexgate.server.engine.seam.openai import ErrorResponse
 from flexgate.server.http.auth import AuthError, Principal, require_tenant
 from flexgate.server.http.connections import EventStream
@@ -231,7 +231,7 @@ class Generation:
             "decision": decision.decision_id,
             "policy_version": decision.policy_version,
         }
-        allowed, epoch = allowed_experts(decision, services), services.client.weights_epoch
+        allowed, epoch = allowed_slots(decision, services), services.client.weights_epoch
         scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)
         reservation = services.limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
         call = GatedCall(
@@ -280,13 +280,13 @@ async def identify_tenant(request: Request, services: InferenceServices) -> tupl
         raise from_auth(error) from error
 
 
-def allowed_experts(decision: Decision, services: InferenceServices) -> AllowedExperts:
+def allowed_slots(decision: Decision, services: InferenceServices) -> AllowedSlots:
     """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
     refs = [services.client.ref(expert) for expert in decision.allowed]
     held = tuple(ref for ref in refs if ref is not None)
     if len(held) != len(refs):
         raise Unavailable("An expert of this request is being changed. Try again.", code="experts_changing")
-    return AllowedExperts(decision.tenant_id, held, decision.valid_until)
+    return AllowedSlots(decision.tenant_id, held, decision.valid_until)
 
 
 def check_model(body: Mapping[str, Any], services: InferenceServices) -> None:

@@ -61,9 +61,9 @@ def entitled(world, tenant, purpose, region, now):
                 permits |= terms["effect"] == "permit" and asked_p <= p and asked_r <= r
                 forbids |= terms["effect"] == "prohibit" and bool(asked_p & p) and bool(asked_r & r)
         named = expert["id"] in expand(tenant["expert_ids"], world["sets"])
-        admitted = named == (tenant["mode"] == "allow_list") or expert["required"]
+        listed = named == (tenant["mode"] == "allow_list") or expert["required"]
         anchor = expert["id"] == "public"
-        licensed = anchor or (permits and not forbids and admitted)
+        licensed = anchor or (permits and not forbids and listed)
         if licensed and expert["live"] and not hidden(expert, tenant, world["sets"]):
             gate.add(expert["id"])
     return gate

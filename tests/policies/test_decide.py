@@ -21,7 +21,7 @@ def open_world(world):
     return world.build(world.all_permitted(), [world.tenant(mode="deny_list")])
 
 
-def test_deny_list_admits_every_permitted_expert(world, open_world):
+def test_deny_list_allows_every_permitted_expert(world, open_world):
     decision = world.ask(open_world)
     assert decision.allowed == ("public", "news", "math", "code", "legal")
     assert decision.excluded == ()
@@ -36,7 +36,7 @@ def test_deny_list_drops_what_is_on_it(world):
     assert world.codes(decision) == {"math": "in_deny_list"}
 
 
-def test_allow_list_admits_what_is_on_it_and_permitted(world):
+def test_allow_list_allows_what_is_on_it_and_permitted(world):
     snapshot = world.build([world.agreement()], [world.tenant(mode="allow_list", expert_ids=["news", "math"])])
     decision = world.ask(snapshot)
     assert decision.allowed == ("public", "news")

@@ -70,7 +70,7 @@ def archive(call: Call[Nothing, Written]) -> Json:
 
 
 def show_permissions(call: Call[Nothing, Nothing]) -> Json:
-    """Show which experts a project admits."""
+    """Show which experts a project's list allows or denies."""
     tenant = visible_project(call)
     ids = list(tenant.expert_ids)
     if call.principal.tenant_id is not None:
@@ -79,7 +79,7 @@ def show_permissions(call: Call[Nothing, Nothing]) -> Json:
 
 
 def set_permissions(call: Call[ExpertPermissions, Written]) -> Json:
-    """Set which experts a project admits. Agreements must permit them, too."""
+    """Set which experts a project's list allows or denies. Agreements must permit them, too."""
     return _permit(call, call.body.mode, call.body.expert_ids)
 
 

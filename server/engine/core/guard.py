@@ -59,7 +59,7 @@ class EngineGuard:
         try:
             gate = open_seal(sealed, self.key)
             check(gate, request_id=request.external_req_id or "", now=self.clock())
-            self.table.admit(gate)
+            self.table.validate(gate)
         except GateError as error:
             expected = request.request_id.startswith(SELF_TEST)
             level = logging.INFO if expected else logging.WARNING

@@ -41,7 +41,7 @@ class ExpertInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class AllowedExperts:
+class AllowedSlots:
     """What a decision allows, in the engine's terms. ``valid_until`` is Unix seconds or inf."""
 
     tenant: str
@@ -85,7 +85,7 @@ class Ticket(AbstractContextManager[Any], Protocol):
     def waiting(self) -> bool:
         """Whether its turn has yet to come."""
 
-    async def admitted(self, seconds: float) -> bool:
+    async def seated(self, seconds: float) -> bool:
         """Whether its turn came within `seconds`, and before it was closed."""
 
     def use(self, tokens: int) -> None:
@@ -113,7 +113,7 @@ class GatedCall:
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
 
-    allowed: AllowedExperts
+    allowed: AllowedSlots
     client_salt: str | None = None
     failed: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)

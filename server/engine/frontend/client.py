@@ -109,7 +109,7 @@ class GatedEngineClient(EngineView):
         self.weights_epoch = weights_epoch
 
     def begin(self, call: GatedCall) -> None:
-        """A call was admitted; :meth:`end` must follow."""
+        """A call begins; :meth:`end` must follow."""
         self._loop = asyncio.get_running_loop()
         self._open.add(call)
 
@@ -192,7 +192,7 @@ class GatedEngineClient(EngineView):
         """
         call = CURRENT_CALL.get()
         if call is None:
-            raise GateError("a handler asked for tokens outside of an admitted call")
+            raise GateError("a handler asked for tokens outside of a gated call")
         call.claim(most_tokens(prompt, sampling_params))
         return self._generate(
             call,
@@ -243,11 +243,11 @@ class GatedEngineClient(EngineView):
     async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
         """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
         right_ends = min(call.valid_until, call.allowed.valid_until)
-        admitted = await ticket.admitted(right_ends - self._clock())
+        seated = await ticket.seated(right_ends - self._clock())
         self._refuse_ended(call)
         if call.allowed.valid_until <= self._clock():
             call.failed = GATE_EXPIRED
-        elif not admitted:
+        elif not seated:
             call.failed = QUEUED_TOO_LONG
         elif call.confirmed is not None and not call.confirmed():
             call.failed = POLICY_UNAVAILABLE

@@ -59,7 +59,7 @@ class SlotTable:
         data = additional_config[CONFIG_KEY]
         return cls(int(data["total"]), {int(s): int(g) for s, g in data["live"]})
 
-    def admit(self, gate: Gate) -> None:
+    def validate(self, gate: Gate) -> None:
         """Refuse a gate that names a slot whose assignment has changed.
 
         Raises:

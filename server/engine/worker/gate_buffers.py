@@ -76,7 +76,7 @@ class GateState(torch.nn.Module):
         self.register_buffer("sum_T", torch.zeros(max_tokens, dtype=torch.float32), persistent=False)
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Drop finished requests, admit new ones, and note what each may count.
+        """Drop finished requests, register new ones, and note what each may count.
 
         Raises:
             GateError: a request has no genuine gate, or one that names a slot which was closed. The
@@ -96,7 +96,7 @@ class GateState(torch.nn.Module):
             starts[new.req_id] = new.num_computed_tokens
             if new.req_id not in self.requests:
                 params = new.sampling_params
-                self._admit(new.req_id, params.extra_args if params else None)
+                self._register(new.req_id, params.extra_args if params else None)
         self._step = {
             request_id: self._schedule(request_id, starts[request_id], count)
             for request_id, count in scheduled.num_scheduled_tokens.items()
@@ -155,10 +155,10 @@ class GateState(torch.nn.Module):
             self._memory_now = kind(gate_T, self.mass_TE, self.chosen_T, self.sum_T)
         return self._memory_now
 
-    def _admit(self, request_id: str, extra_args: dict[str, object] | None) -> None:
+    def _register(self, request_id: str, extra_args: dict[str, object] | None) -> None:
         gate = open_seal((extra_args or {}).get(GATE_ARG), self.key)
         check_owner(gate, external_id(request_id))
-        self.table.admit(gate)
+        self.table.validate(gate)
         self.requests[request_id] = _RequestGate(gate.bitmask)
 
     def _schedule(self, request_id: str, first: int, count: int) -> _Scheduled:

@@ -1,4 +1,4 @@
-"""The tuner, dry: the interpreter computes, nothing is timed, and the first admitted configuration wins."""
+"""The tuner, dry: the interpreter computes, nothing is timed, and the first accepted configuration wins."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def spoiled() -> Place:
 
 
 @pytest.mark.slow
-def test_a_configuration_that_changes_bits_or_cannot_run_is_not_admitted(spoiled: Place, tmp_path: Path) -> None:
+def test_a_configuration_that_changes_bits_or_cannot_run_is_not_accepted(spoiled: Place, tmp_path: Path) -> None:
     buckets, tried = tune(spoiled, SMALL, 32, TINY_SPACE)
     refused = [trial.refused for trials in tried.values() for trial in trials]
     assert refused[::2] == ["changes bits", "", "MemoryError: out of resource: shared memory", ""]
@@ -59,8 +59,8 @@ def test_a_configuration_that_changes_bits_or_cannot_run_is_not_admitted(spoiled
     assert json.loads(path.read_text())["tried"][0]["refused"] == "changes bits"
 
 
-def test_where_none_is_admitted_the_tuner_says_so(spoiled: Place) -> None:
-    with pytest.raises(ValueError, match="no configuration for batches up to 16 was admitted"):
+def test_where_none_is_accepted_the_tuner_says_so(spoiled: Place) -> None:
+    with pytest.raises(ValueError, match="no configuration for batches up to 16 was accepted"):
         tune(spoiled, SMALL, 32, {16: [(16, 128, 1, 4, 2)]})
 
 

@@ -181,11 +181,11 @@ def test_a_request_without_a_valid_gate_is_refused_and_the_engine_lives_on(
         ("request-x", "the gate was sealed for another request"),
     ],
 )
-def test_a_rank_admits_a_gate_for_its_own_request_alone(
+def test_a_rank_registers_a_gate_for_its_own_request_alone(
     engine: ScriptedEngine, request_id: str, reason: str | None
 ) -> None:
     """Whatever passed the guard: every rank opens the seal and compares the request by itself."""
-    assert engine.call("admit_on_ranks", Ask(PROMPT, (0, 1)), request_id) == [reason]
+    assert engine.call("register_on_ranks", Ask(PROMPT, (0, 1)), request_id) == [reason]
 
 
 def test_a_gate_that_expires_ends_its_request_also_when_nothing_else_runs(engine: ScriptedEngine) -> None:

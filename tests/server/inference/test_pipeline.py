@@ -26,7 +26,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedExperts, ExpertUse, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertUse, GatedCall
 from flexgate.server.engine.protocol.endings import (
     GATE_EXPIRED,
     KEY_EXPIRED,
@@ -75,7 +75,7 @@ async def test_a_handler_gets_honoured_fields_and_the_gate(client: httpx.AsyncCl
     assert not request.model_extra
     assert request.request_id == response.headers["x-request-id"].removeprefix("req_")
     assert call.client_salt == "pepper"
-    assert isinstance(call.allowed, AllowedExperts)
+    assert isinstance(call.allowed, AllowedSlots)
     assert [ref.expert for ref in call.allowed.experts] == ["public"]
     assert call.allowed.tenant == "t"
     assert CURRENT_CALL.get() is None
@@ -553,6 +553,6 @@ async def test_a_policy_that_comes_between_its_admission_and_its_start_ends_a_re
 def test_a_key_that_is_good_no_more_has_one_code_before_and_while_a_request_runs(
     ending: str, refusal: type[Unauthenticated]
 ) -> None:
-    before, ended = from_auth(refusal("no")), ended_early(GatedCall(AllowedExperts("t", (), 0.0), failed=ending))
+    before, ended = from_auth(refusal("no")), ended_early(GatedCall(AllowedSlots("t", (), 0.0), failed=ending))
     assert ended is not None
     assert (ended.status, ended.code, ended.headers) == (before.status, before.code, before.headers)

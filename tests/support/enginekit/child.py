@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from enginekit.ranks import admit_request
+from enginekit.ranks import register_request
 from enginekit.scripted import Answer, Ask, EngineScript, SlotChange
 
 ANY_BITS = 3  # log-probabilities returned per position
@@ -195,12 +195,12 @@ class Engine:
     def _moe_layers(self) -> Any:
         return self.engine.model_executor.driver_worker.worker.model_runner.get_model().moe_layers()
 
-    def admit_on_ranks(self, ask: Ask, request_id: str) -> list[str | None]:
+    def register_on_ranks(self, ask: Ask, request_id: str) -> list[str | None]:
         """Show every rank a request whose gate was sealed for ``request-x``, past the guard."""
         from flexgate.server.engine.protocol import gates
 
         sealed = gates.seal(self._gate(ask, "request-x"), self.key)
-        return self.engine.collective_rpc(admit_request, args=(request_id, sealed))
+        return self.engine.collective_rpc(register_request, args=(request_id, sealed))
 
     def _submit(self, ask: Ask) -> str:
         from flexgate.server.engine.protocol import gates

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def admit_request(worker: Any, request_id: str, sealed: str) -> str | None:
-    """Run on every rank: why it does not admit a request, or None."""
+def register_request(worker: Any, request_id: str, sealed: str) -> str | None:
+    """Run on every rank: why it does not register a request, or None."""
     from flexgate.server.engine.protocol.gates import GateError
     from flexgate.server.engine.protocol.names import GATE_ARG
 
     gates = worker.model_runner.get_model().gates
     try:
-        gates._admit(request_id, {GATE_ARG: sealed})
+        gates._register(request_id, {GATE_ARG: sealed})
     except GateError as error:
         return str(error)
     del gates.requests[request_id]

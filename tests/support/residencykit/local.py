@@ -1,7 +1,7 @@
 """Slots of several ranks in this process, and everything between a package and a committed change.
 
 The writer, the slot tables, the service, the store and the package checks are the real ones; only the
-inference engine around them is missing. Gates are admitted as an engine core would admit them.
+inference engine around them is missing. Gates are checked as an engine core would check them.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import LogprobsTensors
 
 from flexgate.server.engine.frontend import client as client_module
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedExperts, ExpertInfo, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
 
 
 def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None) -> str:
     """The salt under which a call goes out."""
-    return GatedCall(AllowedExperts(tenant, refs, math.inf), client_salt).gate("request", KEY).cache_salt
+    return GatedCall(AllowedSlots(tenant, refs, math.inf), client_salt).gate("request", KEY).cache_salt
 
 
 KEY = new_seal_key()
@@ -43,7 +43,7 @@ def test_the_salt_names_experts_and_epochs_and_no_slot() -> None:
 
 def test_nothing_goes_out_without_a_call() -> None:
     client = object.__new__(GatedEngineClient)
-    with pytest.raises(GateError, match="outside of an admitted call"):
+    with pytest.raises(GateError, match="outside of a gated call"):
         client.generate({"prompt_token_ids": [1]}, None, "request")  # type: ignore[arg-type]
 
 
@@ -57,7 +57,7 @@ def engine(clock: Clock) -> Engine:
 @pytest.fixture
 def call(engine: Engine) -> Iterator[GatedCall]:
     """A call that is current."""
-    made = GatedCall(AllowedExperts("t", (ExpertSlotRef("public", 0, 1),), math.inf))
+    made = GatedCall(AllowedSlots("t", (ExpertSlotRef("public", 0, 1),), math.inf))
     token = CURRENT_CALL.set(made)
     yield made
     CURRENT_CALL.reset(token)
@@ -253,9 +253,9 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
 
 def test_an_expert_that_changed_slots_is_attributed_from_the_slot_of_its_gate() -> None:
     now = ("public", None, "math", None)
-    former = AllowedExperts("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
+    former = AllowedSlots("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
     assert former.name_slots(now) == ("public", "math", None, None)
-    assert AllowedExperts("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
+    assert AllowedSlots("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
 
 
 def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
@@ -272,7 +272,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
     """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
     params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
-    token = CURRENT_CALL.set(GatedCall(AllowedExperts("t", (INFO.ref,), math.inf)))
+    token = CURRENT_CALL.set(GatedCall(AllowedSlots("t", (INFO.ref,), math.inf)))
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
     CURRENT_CALL.reset(token)
     first = asyncio.ensure_future(anext(outputs))
@@ -292,7 +292,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
 @pytest.mark.asyncio
 async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
-    call = GatedCall(AllowedExperts("t", (INFO.ref,), math.inf), prompt_only=True)
+    call = GatedCall(AllowedSlots("t", (INFO.ref,), math.inf), prompt_only=True)
     token = CURRENT_CALL.set(call)
     params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")

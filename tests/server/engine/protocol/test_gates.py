@@ -145,8 +145,8 @@ def test_the_cache_salt_tells_tenants_gates_epochs_and_client_salts_apart() -> N
 def test_a_gate_naming_an_earlier_assignment_of_a_slot_is_refused() -> None:
     table = SlotTable(6, {0: 1, 3: 8})
     with pytest.raises(GateError, match="no longer loaded"):
-        table.admit(gate())
-    SlotTable(6, {0: 1, 3: 7}).admit(gate())
+        table.validate(gate())
+    SlotTable(6, {0: 1, 3: 7}).validate(gate())
 
 
 def test_the_slot_table_survives_vllms_configuration() -> None:
