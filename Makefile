@@ -17,7 +17,7 @@ SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels evaluation residency-kills server-kills demo-model defects mutants repeat-engine-tests test-clients docs verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills demo-model defects mutants repeat-engine-tests test-clients docs verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,8 @@ bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, 
 evaluation: $(VENV)/.dev ## Compare ways to merge experts, from nothing, into docs (goes on where it was stopped).
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m merging $(ARGS)
 
-residency-kills: $(VENV)/.dev ## Kill what adds and revokes experts 1,000 times; fail if anything half done is left.
-	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.residency --kills 1000 --report docs/results/residency-kills.json
+expert-kills: $(VENV)/.dev ## Kill what adds and revokes experts 1,000 times; fail if anything half done is left.
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.experts --kills 1000 --report docs/results/expert-kills.json
 
 server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if anything else comes back.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.servers --kills 50 --report docs/results/server-kills.json

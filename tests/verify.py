@@ -31,7 +31,7 @@ STEPS = {
     "test-slow": f"{PYTEST} -m slow --ignore=tests/campaigns",
     "defects": f"{PYTHON} tests/defects/run.py --results {{folder}}/defects.jsonl",
     "mutants": f"{PYTHON} tests/policies/mutate.py",
-    "residency-kills": f"{PYTHON} -m kills.residency --kills 1000 --report {{folder}}/residency-kills.json",
+    "expert-kills": f"{PYTHON} -m kills.experts --kills 1000 --report {{folder}}/expert-kills.json",
     "server-kills": f"{PYTHON} -m kills.servers --kills 50 --report {{folder}}/server-kills.json",
     "repeat-engine-tests": "make --no-print-directory repeat-engine-tests",
     "clients": "make --no-print-directory test-clients",

@@ -1,6 +1,6 @@
 """Make a step of an addition or a revocation raise, and judge what the server then holds, serves and comes back to.
 
-The service goes on living, unlike in ``kills.residency``: after each fault its state must be the old or the new one,
+The service goes on living, unlike in ``kills.experts``: after each fault its state must be the old or the new one,
 the next change must work, and so must a restart. The judge is that of the kills.
 """
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from residencykit import local as kit
-from residencykit.local import Local, LocalSlots, local, revoked_in
+from slotkit import local as kit
+from slotkit.local import Local, LocalSlots, local, revoked_in
 
 from flexgate.experts.io import output
 from flexgate.experts.package import intake, verify
@@ -27,10 +27,10 @@ from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.worker.slot_arrays import ReadBackError, SlotArrays
 from flexgate.server.experts.errors import ExpertError
-from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.restore import at_start
-from flexgate.server.experts.slot_pool import Residence
-from kills.residency import RANKS, Op, World, expected_digests, plan, stored
+from flexgate.server.experts.slot_pool import SlotPool
+from kills.experts import RANKS, Op, World, expected_digests, plan, stored
 
 EXPERTS = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
 DISK = OSError(errno.ENOSPC, "No space left on device")
@@ -47,10 +47,10 @@ STEPS: dict[str, tuple[Place, Exception]] = {
     "write": ((SlotArrays, "write"), RANK),
     "zero": ((SlotArrays, "clear"), ReadBackError("slot 2 is not zero after it was cleared")),
     **{name: ((LocalSlots, name), RANK) for name in ("fill", "open", "close", "clear", "users")},
-    "forget": ((Residence, "_forget_copies"), DISK),
+    "forget": ((SlotPool, "_forget_copies"), DISK),
 }
 QUERIES: dict[str, Place] = {
-    **{name: (ResidencyRepository, name) for name in ("add", "revoke", "epoch", "added")},
+    **{name: (WeightsRepository, name) for name in ("add", "revoke", "epoch", "added")},
     "snapshot": (Store, "snapshot"),
     "record": (Store, "record"),
 }
@@ -176,7 +176,7 @@ class Trial:
                 self.wrong.append(f"{op} on {before} made {now}")
             if error is None and versions != new:
                 self.wrong.append(f"{op} was acknowledged, the store says {now}")
-            if error == "slots_full" and here.service._residence._dirty:
+            if error == "slots_full" and here.service._pool._dirty:
                 return False
             if error is not None and fired:
                 self.wrong.append(f"{op} failed without a fault: {error}")
@@ -194,7 +194,7 @@ class Trial:
         following = asyncio.ensure_future(here.service.follow(revoked_in(self.store)))
         for _ in range(500):
             served = {info.id for info in here.client.experts()}
-            if served == experts and not here.service._residence.changing.locked():
+            if served == experts and not here.service._pool.changing.locked():
                 break
             await asyncio.sleep(0.01)
         following.cancel()
@@ -229,7 +229,7 @@ class Trial:
 
     def _judge(self, here: Local, state: Stored, *, slots: int, copies: int) -> None:
         """How many slots and private copies may be left over."""
-        dirty = here.service._residence._dirty
+        dirty = here.service._pool._dirty
         holders = {"public": 0, **{expert: slot for expert, (slot, _) in state.items()}}
         published = {info.id: info.slot for info in here.client.experts()}
         if published != holders:

@@ -29,8 +29,8 @@ from rich.progress import track
 from safetensors.numpy import load_file
 from text_checkpoint import write_checkpoint
 
+from kills.experts import stored
 from kills.report import command
-from kills.residency import stored
 
 PACKAGES = (("extra", 1), ("extra", 2), ("more", 1))
 CHECKPOINT = ("news", "math", "code", "secret")

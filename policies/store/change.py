@@ -17,7 +17,6 @@ from flexgate.policies.store import audit, checks, schema
 from flexgate.policies.store.change_notifications import give_hint
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
 from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret, read_keys
-from flexgate.policies.store.residency_log import Action, append_weights, newest_epoch
 from flexgate.policies.store.revisions import (
     ObjectChange,
     Revision,
@@ -26,6 +25,7 @@ from flexgate.policies.store.revisions import (
     current_version,
 )
 from flexgate.policies.store.snapshots import read_snapshot
+from flexgate.policies.store.weights_log import Action, append_weights, newest_epoch
 
 
 class Change:

@@ -14,9 +14,9 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.database import PUT_BACK
 from flexgate.policies.store.documents import KINDS, from_json, read_all
 from flexgate.policies.store.keys import key_from_row
-from flexgate.policies.store.residency_log import revocation_epochs
 from flexgate.policies.store.revisions import ObjectChange, current_version, made_at, read_changes
 from flexgate.policies.store.schema import api_keys, policy_changes
+from flexgate.policies.store.weights_log import revocation_epochs
 
 MOST_SETS_FOLLOWED: Final = 100
 """More changed sets than these are a query that databases refuse: the whole is read instead."""

@@ -15,9 +15,9 @@ from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import open_engine, reading, require_room, writing
 from flexgate.policies.store.keys import read_keys
 from flexgate.policies.store.migrate import migrate, refuse_newer
-from flexgate.policies.store.residency_log import WeightsState, revocation_epochs, weights_state
 from flexgate.policies.store.revisions import current_version
 from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
+from flexgate.policies.store.weights_log import WeightsState, revocation_epochs, weights_state
 
 
 class Store:

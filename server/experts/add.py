@@ -27,7 +27,7 @@ from flexgate.server.engine.frontend.canary import CanaryNotScheduled
 from flexgate.server.experts.errors import ChangeConflict, CommitUnknown, EngineBusy, EngineFailed, PackageRefused
 from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.repository import Added
-from flexgate.server.experts.slot_pool import Residence
+from flexgate.server.experts.slot_pool import SlotPool
 from flexgate.server.experts.uploads import FREE_BYTES
 from flexgate.server.experts.versions import UNSAID, is_set_aside
 
@@ -41,20 +41,20 @@ logger = logging.getLogger(__name__)
 
 
 class Adding:
-    """The steps of one job. Only the last of them, which change what is served, hold the residence's lock: a revocation
+    """The steps of one job. Only the last of them, which change what is served, hold the pool's lock: a revocation
     waits neither for a package to be loaded nor for a place to try it in.
     """
 
     def __init__(
         self,
-        residence: Residence,
+        pool: SlotPool,
         *,
         canary: Canary,
         confirm: Callable[[], object],
         clock: Callable[[], float],
     ) -> None:
         """`confirm` refreshes the policy snapshot. Blocks."""
-        self._residence = residence
+        self._pool = pool
         self._canary = canary
         self._confirm = confirm
         self._clock = clock
@@ -72,23 +72,23 @@ class Adding:
             CommitUnknown: the store may have it, and the private copy stays.
             ExpertError: nothing was changed.
         """
-        self._residence.arriving.add(job.id)
+        self._pool.arriving.add(job.id)
         try:
-            since = await asyncio.to_thread(self._residence.repository.epoch)
+            since = await asyncio.to_thread(self._pool.repository.epoch)
             with await self._take_in(job, source) as package:
                 await asyncio.to_thread(self._check_owner, package.manifest, owner)
                 job.expert, job.version = package.manifest.id, package.manifest.version
                 return await self._load(job, package, since, owner)
         except Exception:
             if job.committed is False:
-                copy = self._residence.places.private / job.id
+                copy = self._pool.places.private / job.id
                 await asyncio.to_thread(shutil.rmtree, copy, ignore_errors=True)
             raise
         finally:
-            self._residence.arriving.discard(job.id)
+            self._pool.arriving.discard(job.id)
 
     async def _take_in(self, job: Job, source: Path) -> VerifiedPackage:
-        loop, places = asyncio.get_running_loop(), self._residence.places
+        loop, places = asyncio.get_running_loop(), self._pool.places
         handled = 0
 
         def progress(count: int) -> None:
@@ -97,7 +97,7 @@ class Adding:
             loop.call_soon_threadsafe(setattr, job, "done", handled)
 
         await job.at("copied", unit="bytes")
-        base = await self._residence.base()
+        base = await self._pool.base()
         try:
             check = partial(
                 open_package,
@@ -118,22 +118,22 @@ class Adding:
         return package
 
     async def _load(self, job: Job, package: VerifiedPackage, since: int, owner: str | None) -> ExpertInfo | None:
-        manifest, residence = package.manifest, self._residence
+        manifest, pool = package.manifest, self._pool
         await asyncio.to_thread(self._check_version, manifest, since)
-        kept = await asyncio.to_thread(residence.repository.slots_of_others, manifest.id)
+        kept = await asyncio.to_thread(pool.repository.slots_of_others, manifest.id)
         if owner is not None:
-            residence.require_share(manifest.id, owner)
-        slot = residence.take_slot(kept, manifest.owner)
+            pool.require_share(manifest.id, owner)
+        slot = pool.take_slot(kept, manifest.owner)
         try:
             digests = await self._fill(job, package, slot)
             tried = await self._try(job, manifest.id, slot)
-            async with residence.changing:
+            async with pool.changing:
                 slot_epoch = await self._newest(slot, tried)
                 await asyncio.to_thread(self._check_version, manifest, since)
                 return await self._make_live(job, package, slot, slot_epoch, digests)
         except Exception:
-            if not job.committed and await residence.give_back(slot) and job.committed is None:
-                residence.hold(slot, package.directory.name)
+            if not job.committed and await pool.release(slot) and job.committed is None:
+                pool.hold(slot, package.directory.name)
             raise
 
     async def _newest(self, slot: int, tried: int) -> int:
@@ -142,8 +142,8 @@ class Adding:
         Others may have changed what is served while the expert was tried under `tried`. Whatever another server changes
         from here on has the commit refused.
         """
-        slots = self._residence.slots
-        slot_epoch = await asyncio.to_thread(self._residence.repository.epoch) + 1
+        slots = self._pool.slots
+        slot_epoch = await asyncio.to_thread(self._pool.repository.epoch) + 1
         if slot_epoch != tried:
             try:
                 await slots.close(slot)
@@ -155,20 +155,20 @@ class Adding:
     async def _make_live(
         self, job: Job, package: VerifiedPackage, slot: int, slot_epoch: int, digests: list[str]
     ) -> ExpertInfo | None:
-        manifest, residence = package.manifest, self._residence
-        former = residence.find(manifest.id)
+        manifest, pool = package.manifest, self._pool
+        former = pool.find(manifest.id)
         await self._commit(job, package, slot, slot_epoch)
         if former is not None:
-            residence.soil(former.slot)
-            residence.retiring[manifest.id].append(former)
+            pool.mark_dirty(former.slot)
+            pool.retiring[manifest.id].append(former)
         await job.at("dark")
         with suppress(PolicyError):  # else the next poll sees it
             await asyncio.to_thread(self._confirm)
-        present = residence.find(manifest.id)  # somebody may have begun to drain it for a revocation
+        present = pool.find(manifest.id)  # somebody may have begun to drain it for a revocation
         live = present is None or present.live
         info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, slot_epoch, live=live)
-        residence.client.publish((*residence.others(manifest.id), info), slot_epoch)
-        residence.keep(slot)
+        pool.client.publish((*pool.others(manifest.id), info), slot_epoch)
+        pool.claim(slot)
         logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)
         await job.at("live")
         result = {"slot": slot, "slot_epoch": slot_epoch, "weights_epoch": slot_epoch, "digests": digests}
@@ -181,17 +181,17 @@ class Adding:
         def progress(_ranks: int, done: int, total: int) -> None:
             job.done, job.total = done, total
 
-        digests = await self._residence.fill(slot, package.ticket, progress)
+        digests = await self._pool.fill(slot, package.ticket, progress)
         await job.at("agreed")
         return digests
 
     async def _try(self, job: Job, expert: str, slot: int) -> int:
         """Open the slot, which nobody else can name, and try its expert; returns the slot epoch it was tried under."""
-        residence = self._residence
-        public = residence.client.experts()[0].ref
-        slot_epoch = await asyncio.to_thread(residence.repository.epoch) + 1
+        pool = self._pool
+        public = pool.client.experts()[0].ref
+        slot_epoch = await asyncio.to_thread(pool.repository.epoch) + 1
         try:
-            await residence.slots.open(slot, slot_epoch)
+            await pool.slots.open(slot, slot_epoch)
             await job.at("canary")
             await self._canary(public, ExpertSlotRef(expert, slot, slot_epoch))
         except CanaryNotScheduled as error:
@@ -204,7 +204,7 @@ class Adding:
         return slot_epoch
 
     async def _commit(self, job: Job, package: VerifiedPackage, slot: int, slot_epoch: int) -> None:
-        manifest, repository = package.manifest, self._residence.repository
+        manifest, repository = package.manifest, self._pool.repository
         added = Added(
             manifest.id,
             manifest.version,
@@ -213,7 +213,7 @@ class Adding:
             package.directory.name,
             manifest.weights.digest,
             manifest.base.digest,
-            self._residence.merged.get(manifest.id),
+            self._pool.merged.get(manifest.id),
         )
         try:
             await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
@@ -222,7 +222,7 @@ class Adding:
             if job.committed is None:
                 now = (
                     "Nobody can use the expert; add it again, or restart the server, which loads it if it was taken."
-                    if self._residence.find(manifest.id) is None
+                    if self._pool.find(manifest.id) is None
                     else "The former version is still served. Restart the server, which loads the new one if it was "
                     "taken; if it was not, add it again."
                 )
@@ -234,7 +234,7 @@ class Adding:
     def _was_committed(self, added: Added) -> bool | None:
         """Whether only the answer was lost; None where the store does not say."""
         try:
-            return added in self._residence.repository.added()
+            return added in self._pool.repository.added()
         except PolicyError:
             return None
 
@@ -244,34 +244,34 @@ class Adding:
         Args:
             since: the weights epoch at which its job began.
         """
-        residence = self._residence
-        if residence.repository.revocation_epochs().get(manifest.id, 0) > since:
+        pool = self._pool
+        if pool.repository.revocation_epochs().get(manifest.id, 0) > since:
             raise ChangeConflict(
                 f"Expert '{manifest.id}' was revoked while this package was on its way. Add it again if it is to be "
                 "served all the same.",
                 code="experts_changing",
             )
-        info = residence.find(manifest.id)
+        info = pool.find(manifest.id)
         if info is None:
             return
         if not info.live:
             raise ChangeConflict(
                 f"Expert '{manifest.id}' is being revoked. Add it again once that is done.", code="experts_changing"
             )
-        if residence.repository.revocation_epochs().get(info.id, 0) > info.slot_epoch:
+        if pool.repository.revocation_epochs().get(info.id, 0) > info.slot_epoch:
             raise ChangeConflict(
                 f"Another server revoked expert '{info.id}', which is being unloaded here. Try again in a moment.",
                 code="experts_changing",
             )
-        package = next((entry for entry in residence.repository.added() if entry.expert == info.id), None)
-        if package is None or is_set_aside(package, residence.merged):
-            loaded = residence.merged.get(info.id, UNSAID)
+        package = next((entry for entry in pool.repository.added() if entry.expert == info.id), None)
+        if package is None or is_set_aside(package, pool.merged):
+            loaded = pool.merged.get(info.id, UNSAID)
         elif package.slot_epoch == info.slot_epoch:
             loaded = package.version
         else:
             raise ChangeConflict(
                 f"The store has version {package.version} of expert '{info.id}', which this server did not load. "
-                + ("Restart it." if (residence.places.private / package.package).is_dir() else "Another one added it."),
+                + ("Restart it." if (pool.places.private / package.package).is_dir() else "Another one added it."),
                 code="expert_version_not_loaded",
             )
         if loaded == UNSAID:
@@ -292,4 +292,4 @@ class Adding:
                 f"The package is of another owner than '{owner}', for whom this key acts.",
                 code="expert_of_another_owner",
             )
-        self._residence.repository.require_owner(manifest)
+        self._pool.repository.require_owner(manifest)

@@ -16,7 +16,7 @@ from flexgate.policies.documents import Role
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.admin.operation import Call, Json, Nothing, Operation
-from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored
 from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
 from flexgate.server.experts.uploads import Upload
 from flexgate.server.http.auth import Principal
@@ -131,7 +131,7 @@ def _unknown() -> NotFound:
 
 
 def _answer(error: ExpertError) -> ApiError:
-    if isinstance(error, NotResident):
+    if isinstance(error, NotLoaded):
         return _unknown()
     if isinstance(error, NotStored):
         return Unavailable(str(error), code=error.code)

@@ -1,7 +1,7 @@
 """Why an expert cannot be added or revoked.
 
 ExpertError              a code for programs, a sentence for people
-├── NotResident          no such expert is loaded, or it is none of the caller's
+├── NotLoaded            no such expert is loaded, or it is none of the caller's
 ├── PackageRefused       the package itself may not be used
 ├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, disk, store, another change
 │   └── CommitUnknown    the store broke off, and nothing tells whether it took the change
@@ -19,7 +19,7 @@ class ExpertError(Exception):
     code = "expert_error"
 
 
-class NotResident(ExpertError):
+class NotLoaded(ExpertError):
     """There is nothing to revoke."""
 
     code = "expert_not_found"

@@ -12,8 +12,8 @@ from flexgate.policies.documents import Expert
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import damaged
-from flexgate.policies.store.residency_log import WeightsChange
 from flexgate.policies.store.store import Store
+from flexgate.policies.store.weights_log import WeightsChange
 from flexgate.server.experts.errors import ChangeConflict
 
 MAX_DOMAIN: Final = 200
@@ -48,7 +48,7 @@ class _Detail(BaseModel):
     merged_version: int | None = UNRECORDED
 
 
-class ResidencyRepository:
+class WeightsRepository:
     """Blocking; every method is one transaction."""
 
     def __init__(self, store: Store) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.errors import PackageRefused
-from flexgate.server.experts.repository import Added, ResidencyRepository
+from flexgate.server.experts.repository import Added, WeightsRepository
 from flexgate.server.experts.versions import Merged, is_set_aside
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
         PackageRefused: versions cannot be compared, or the slot of an expert that was added is also another's.
     """
     state = store.weights()
-    packages = ResidencyRepository(store).added()
+    packages = WeightsRepository(store).added()
     old = [package for package in packages if is_set_aside(package, merged)]
     added = [package for package in packages if package not in old]
     without = state.revoked | {change.expert for change in added}

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
-from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotResident, NotStored
-from flexgate.server.experts.slot_pool import Residence
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed, NotLoaded, NotStored
+from flexgate.server.experts.slot_pool import SlotPool
 from flexgate.server.policy.executors import CHANGES, run_in
 
 DELIVERY_SECONDS: Final = 2.0
@@ -48,18 +48,18 @@ class Revocation:
 
 
 class Revoker:
-    """The steps of one revocation. The residence's lock is the caller's to hold."""
+    """The steps of one revocation. The pool's lock is the caller's to hold."""
 
     def __init__(
         self,
-        residence: Residence,
+        pool: SlotPool,
         *,
         confirm: Callable[[], object],
         record: Record,
         clock: Callable[[], float],
     ) -> None:
         """`confirm` refreshes the policy snapshot. Blocks."""
-        self._residence = residence
+        self._pool = pool
         self._confirm = confirm
         self._record = record
         self._clock = clock
@@ -69,13 +69,13 @@ class Revoker:
         """Revoke an expert for good; returns the record.
 
         Raises:
-            NotResident: it is not loaded, nor would a start load it.
+            NotLoaded: it is not loaded, nor would a start load it.
             ChangeConflict: the store refused, and nothing was changed.
             NotStored: no gate is sealed for the expert any more and its users are ended; it is still loaded.
             EngineFailed: it is revoked, and a rank could not prove that it is gone.
         """
-        began, residence = self._clock(), self._residence
-        info = residence.find(expert)
+        began, pool = self._clock(), self._pool
+        info = pool.find(expert)
         if info is None:
             return await self._forget(expert, actor=actor, began=began)
         self._publish(replace(info, live=False))  # it keeps its slot until it is known to be revoked
@@ -92,51 +92,49 @@ class Revoker:
 
     async def follow_revocation(self, info: ExpertInfo) -> None:
         """Unload an expert that another process on the same store has revoked."""
-        residence, began = self._residence, self._clock()
-        revoked = await run_in(CHANGES, residence.repository.revocation_epochs)
-        if revoked.get(info.id, 0) > info.slot_epoch and residence.find(info.id) == info:
-            epoch = await run_in(CHANGES, residence.repository.epoch)
+        pool, began = self._pool, self._clock()
+        revoked = await run_in(CHANGES, pool.repository.revocation_epochs)
+        if revoked.get(info.id, 0) > info.slot_epoch and pool.find(info.id) == info:
+            epoch = await run_in(CHANGES, pool.repository.epoch)
             await self._unload(info, self._stop(info), epoch, actor="another process", began=began)
 
     async def drained(self, info: ExpertInfo, seconds: float) -> None:
         """Wait until nobody uses an expert, no longer than `seconds`."""
-        residence, deadline = self._residence, time.monotonic() + seconds
-        while time.monotonic() < deadline and (
-            residence.client.in_use(info.ref) or await residence.slots.users(info.slot)
-        ):
+        pool, deadline = self._pool, time.monotonic() + seconds
+        while time.monotonic() < deadline and (pool.client.in_use(info.ref) or await pool.slots.users(info.slot)):
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _stop(self, info: ExpertInfo) -> tuple[GatedCall, ...]:
         """Give no more tokens to whoever may use the expert, in this version or a former one."""
-        assignments = (info, *self._residence.retiring.get(info.id, ()))
-        return tuple(call for each in assignments for call in self._residence.client.revoke(each.ref))
+        assignments = (info, *self._pool.retiring.get(info.id, ()))
+        return tuple(call for each in assignments for call in self._pool.client.revoke(each.ref))
 
     def wake(self, expert: str) -> None:
         """Seal gates again for an expert whose revocation was refused after a drain, unless it may be revoked."""
-        info = self._residence.find(expert)
+        info = self._pool.find(expert)
         if info is not None and info.ref not in self._doubtful:
             self._publish(replace(info, live=True))
 
     def _publish(self, info: ExpertInfo) -> None:
-        client = self._residence.client
-        client.publish((*self._residence.others(info.id), info), client.weights_epoch)
+        client = self._pool.client
+        client.publish((*self._pool.others(info.id), info), client.weights_epoch)
 
     async def _forget(self, expert: str, *, actor: str, began: float) -> dict[str, Any]:
         """Revoke what is not loaded here, and what a start would load."""
-        residence = self._residence
+        pool = self._pool
         try:
-            entry = next((e for e in await run_in(CHANGES, residence.repository.added) if e.expert == expert), None)
+            entry = next((e for e in await run_in(CHANGES, pool.repository.added) if e.expert == expert), None)
             if entry is None:
-                raise NotResident("No expert of that name is loaded that could be revoked.")
+                raise NotLoaded("No expert of that name is loaded that could be revoked.")
             epoch = await run_in(CHANGES, self._commit, expert, entry.slot, actor)
         except PolicyError as error:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
-        residence.client.publish(residence.client.experts(), epoch)
-        residence.release(entry.package)
+        pool.client.publish(pool.client.experts(), epoch)
+        pool.release_package(entry.package)
         return await self._settle(Revocation(expert, entry.slot, entry.slot_epoch, epoch, began), actor)
 
     def _commit(self, expert: str, slot: int, actor: str) -> int:
-        repository = self._residence.repository
+        repository = self._pool.repository
         repository.epoch()  # a store that cannot be asked now has not been told either
         try:
             return repository.revoke(expert, slot, actor=actor, at=self._clock())
@@ -152,14 +150,14 @@ class Revoker:
     async def _unload(
         self, info: ExpertInfo, users: Sequence[GatedCall], epoch: int, *, actor: str, began: float
     ) -> dict[str, Any]:
-        residence = self._residence
-        residence.soil(info.slot)
-        residence.client.publish(residence.others(info.id), epoch)
-        assignments = (info, *residence.retiring.pop(info.id, ()))
+        pool = self._pool
+        pool.mark_dirty(info.slot)
+        pool.client.publish(pool.others(info.id), epoch)
+        assignments = (info, *pool.retiring.pop(info.id, ()))
         try:
-            closed = [await residence.slots.close(each.slot) for each in assignments]
+            closed = [await pool.slots.close(each.slot) for each in assignments]
             undelivered = await _undelivered(users)
-            digests = [await residence.clear(each.slot) for each in assignments]
+            digests = [await pool.clear(each.slot) for each in assignments]
         except Exception as error:
             raise EngineFailed(
                 f"Expert '{info.id}' is revoked and no restart loads it, but the engine failed: {error}. Restart it."
@@ -173,7 +171,7 @@ class Revoker:
 
     async def _settle(self, done: Revocation, actor: str) -> dict[str, Any]:
         """Once nothing of the expert is left: confirm the policy, remove its copy, keep the record."""
-        await self._tidy(self._residence.forget_copies(), run_in(CHANGES, self._confirm))
+        await self._tidy(self._pool.forget_copies(), run_in(CHANGES, self._confirm))
         record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
         await self._tidy(run_in(CHANGES, self._record, actor, "weights.cleared", record))
         logger.info("expert %s is revoked from slot %d", done.expert, done.slot)

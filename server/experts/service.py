@@ -19,11 +19,11 @@ from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import PUBLIC
 from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.experts.add import Adding, Canary
-from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotResident, NotStored, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.revoke import Record, Revoker
-from flexgate.server.experts.slot_pool import Residence
+from flexgate.server.experts.slot_pool import SlotPool
 from flexgate.server.experts.versions import is_set_aside
 
 RETIRE_SECONDS: Final = 600.0
@@ -39,7 +39,7 @@ class ExpertService:
 
     def __init__(
         self,
-        residence: Residence,
+        pool: SlotPool,
         *,
         canary: Canary,
         confirm: Callable[[], object],
@@ -50,10 +50,10 @@ class ExpertService:
         stamps every change.
         """
         self.jobs = Jobs(clock)
-        self._residence = residence
+        self._pool = pool
         self._clock = clock
-        self._adding = Adding(residence, canary=canary, confirm=confirm, clock=clock)
-        self._revoker = Revoker(residence, confirm=confirm, record=record, clock=clock)
+        self._adding = Adding(pool, canary=canary, confirm=confirm, clock=clock)
+        self._revoker = Revoker(pool, confirm=confirm, record=record, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unstored: dict[str, str] = {}  # who revoked what the store could not be told
         self._store_again_at = 0.0
@@ -88,11 +88,11 @@ class ExpertService:
             PackageRefused: a private copy is missing, damaged, or belongs to another base model.
             EngineFailed: a rank cannot load it.
         """
-        residence = self._residence
-        added = await asyncio.to_thread(residence.repository.added)
-        await residence.forget_copies()
+        pool = self._pool
+        added = await asyncio.to_thread(pool.repository.added)
+        await pool.forget_copies()
         for entry in added:
-            if is_set_aside(entry, residence.merged):
+            if is_set_aside(entry, pool.merged):
                 continue
             stage(f"loading expert {entry.expert}", 0, 0)
             try:
@@ -101,12 +101,12 @@ class ExpertService:
                 logger.error("expert %s is left out: %s", entry.expert, error)
                 continue
             identity = manifest.base.identity()
-            path = residence.places.private / entry.package / WEIGHTS_NAME
+            path = pool.places.private / entry.package / WEIGHTS_NAME
             ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype)
-            await residence.fill(entry.slot, ticket, lambda *_: None)
-            await residence.slots.open(entry.slot, entry.slot_epoch)
+            await pool.fill(entry.slot, ticket, lambda *_: None)
+            await pool.slots.open(entry.slot, entry.slot_epoch)
             info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.slot_epoch, live=True)
-            residence.client.publish((*residence.others(entry.expert), info), residence.client.weights_epoch)
+            pool.client.publish((*pool.others(entry.expert), info), pool.client.weights_epoch)
 
     async def follow(self, revoked: Callable[[str, int], bool]) -> None:
         """Unload what another process on the same store has revoked; runs for ever.
@@ -117,11 +117,11 @@ class ExpertService:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             await self._store_again()
-            for info in self._residence.client.experts():
+            for info in self._pool.client.experts():
                 if not revoked(info.id, info.slot_epoch):
                     continue
                 try:
-                    async with self._residence.changing:
+                    async with self._pool.changing:
                         await self._revoker.follow_revocation(info)
                 except (PolicyError, ExpertError) as error:
                     logger.error("expert %s was revoked elsewhere and is not unloaded yet: %s", info.id, error)
@@ -166,11 +166,11 @@ class ExpertService:
 
     async def _revoke(self, expert: str, actor: str, drain_seconds: float) -> dict[str, Any]:
         if expert == PUBLIC:
-            raise NotResident("The public expert cannot be revoked.")
-        info = self._residence.find(expert)
+            raise NotLoaded("The public expert cannot be revoked.")
+        info = self._pool.find(expert)
         if drain_seconds and info is not None:
             await self._drain(info, drain_seconds)
-        async with self._residence.changing:
+        async with self._pool.changing:
             try:
                 record = await self._revoker.revoke(expert, actor=actor)
                 self._unstored.pop(expert, None)
@@ -184,7 +184,7 @@ class ExpertService:
                 if drain_seconds and info is not None and info.live:
                     self._revoker.wake(expert)
                 raise
-            except NotResident as error:
+            except NotLoaded as error:
                 if self.jobs.bring(expert):
                     raise ChangeConflict(
                         "A package of this expert is being added. Revoke it once its job has ended.",
@@ -194,32 +194,32 @@ class ExpertService:
 
     async def _drain(self, info: ExpertInfo, seconds: float) -> None:
         """Seal no more gates for an expert, and wait for those that are out; holds up nobody else's change."""
-        client = self._residence.client
+        client = self._pool.client
         asleep = replace(info, live=False)
-        client.publish((*self._residence.others(info.id), asleep), client.weights_epoch)
+        client.publish((*self._pool.others(info.id), asleep), client.weights_epoch)
         await self._revoker.drained(info, seconds)
 
     async def _retire(self, former: ExpertInfo) -> None:
         """Let requests finish with the version that was replaced, then zero its slot."""
         await self._revoker.drained(former, RETIRE_SECONDS)
-        async with self._residence.changing:
-            retiring = self._residence.retiring.get(former.id, [])
+        async with self._pool.changing:
+            retiring = self._pool.retiring.get(former.id, [])
             if former in retiring:  # else it was revoked meanwhile
                 retiring.remove(former)
-                self._residence.client.revoke(former.ref)
-                await self._residence.give_back(former.slot)
-                await self._residence.forget_copies()
+                self._pool.client.revoke(former.ref)
+                await self._pool.release(former.slot)
+                await self._pool.forget_copies()
 
     async def _recall(self, entry: Added) -> Manifest:
         """The manifest of a private copy of an earlier run; every rank checks the weights again."""
-        places = self._residence.places
+        places = self._pool.places
         path = places.private / entry.package / MANIFEST_NAME
         try:
             text = await asyncio.to_thread(path.read_bytes)
             manifest = parse_manifest(text)
             if places.trusted_keys is not None:
                 places.trusted_keys.signer(manifest.owner, text, _signature(path.with_name(SIGNATURE_NAME)))
-            difference = (await self._residence.base()).difference(manifest.base.identity())
+            difference = (await self._pool.base()).difference(manifest.base.identity())
         except SignatureInvalid:
             raise
         except (ExpertsError, OSError) as error:

@@ -17,7 +17,7 @@ from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.weights import WeightsTicket
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed
-from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.versions import Merged
 from flexgate.server.policy.executors import CHANGES, run_in
 
@@ -63,7 +63,7 @@ class Places:
         return self.private / name
 
 
-class Residence:
+class SlotPool:
     """Shared by everything that changes slots.
 
     `changing` is held while what is served changes, never while files are copied or slots are filled: a
@@ -80,7 +80,7 @@ class Residence:
         self,
         client: EngineClient,
         slots: Slots,
-        repository: ResidencyRepository,
+        repository: WeightsRepository,
         places: Places,
         merged: Merged,
         *,
@@ -112,7 +112,7 @@ class Residence:
         """Reserve the lowest slot that is clean and free for a package of `owner`; raises `ChangeConflict`.
 
         Args:
-            kept: slots that are not given away; see `ResidencyRepository.slots_of_others`.
+            kept: slots that are not given away; see `WeightsRepository.slots_of_others`.
         """
         taken = {info.slot for info in self.client.experts()} | self._dirty | set(kept)
         free = [slot for slot in range(self.client.slots) if slot not in taken]
@@ -124,7 +124,7 @@ class Residence:
                 "or start the server with a larger --max-experts.",
                 code="slots_full",
             )
-        self.soil(free[0])
+        self.mark_dirty(free[0])
         self._reserved[free[0]] = owner
         return free[0]
 
@@ -143,21 +143,21 @@ class Residence:
                 code="owner_slots_full",
             )
 
-    def soil(self, slot: int) -> None:
+    def mark_dirty(self, slot: int) -> None:
         """The slot holds something that nobody may reach: not free until it was cleared."""
         self._dirty.add(slot)
 
     def hold(self, slot: int, package: str) -> None:
-        """The slot is clear, but a package that the store may name may come back to it: not free until `release`."""
+        """The slot is clear, but a stored package may come back to it: not free until `release_package`."""
         self._dirty.add(slot)
         self._held[package] = slot
 
-    def release(self, package: str) -> None:
+    def release_package(self, package: str) -> None:
         """The store does not name the package any more."""
         if package in self._held:
             self._dirty.discard(self._held.pop(package))
 
-    def keep(self, slot: int) -> None:
+    def claim(self, slot: int) -> None:
         """A reserved slot has become a loaded expert's."""
         self._dirty.discard(slot)
         self._reserved.pop(slot, None)
@@ -182,7 +182,7 @@ class Residence:
         self._reserved.pop(slot, None)
         return digests
 
-    async def give_back(self, slot: int) -> bool:
+    async def release(self, slot: int) -> bool:
         """Leave a slot as it was found: closed, zeroed, free; whether it is. If that fails it is not used again."""
         with suppress(Exception):  # it may never have been opened
             await self.slots.close(slot)
@@ -199,7 +199,7 @@ class Residence:
         await run_in(CHANGES, self._forget_copies)
         if held:
             for package in held - {entry.package for entry in await run_in(CHANGES, self.repository.added)}:
-                self.release(package)
+                self.release_package(package)
 
     def _forget_copies(self) -> None:
         """The order matters: a copy stops to arrive only after it was committed, so whoever no longer

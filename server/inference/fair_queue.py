@@ -60,7 +60,7 @@ class Ticket:
         self._queue: FairQueue | None = queue  # None once closed
         self.project = project
         self.seats = seats
-        self._seats = 0  # taken and not given back
+        self._seats = 0  # taken and not released
         self._prompt = prompt
         self._weight = weight
         self._began = began
@@ -87,7 +87,7 @@ class Ticket:
         """Give back the seat of a choice that is generated."""
         if self._queue is not None and self._seats > 1:
             self._seats -= 1
-            self._queue.give_back(self.project, 1)
+            self._queue.release_seats(self.project, 1)
         elif self._seats:
             self.close()
 
@@ -98,7 +98,7 @@ class Ticket:
             return
         seats, self._seats = self._seats, 0
         if seats:
-            queue.give_back(self.project, seats)
+            queue.release_seats(self.project, seats)
         else:
             queue.forget(self)
         self._told()
@@ -176,7 +176,7 @@ class FairQueue:
         self._fill_seats()
         return ticket
 
-    def give_back(self, project: _Project, seats: int) -> None:
+    def release_seats(self, project: _Project, seats: int) -> None:
         """Let others have seats."""
         project.taken -= seats
         self.free += seats

@@ -21,9 +21,9 @@ from flexgate.server.engine.frontend.calls import ExpertSlotRef
 from flexgate.server.engine.frontend.canary import try_added
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.frontend.launch import RunningEngine
-from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.service import ExpertService
-from flexgate.server.experts.slot_pool import Places, Residence
+from flexgate.server.experts.slot_pool import Places, SlotPool
 from flexgate.server.experts.uploads import Uploads
 from flexgate.server.experts.versions import Merged
 from flexgate.server.http.offload import Offload
@@ -128,7 +128,7 @@ def _expert_service(
     )
     free = engine.client.slots - len(engine.client.experts())
     per_owner = settings.max_experts_per_owner or max(1, free // 2)
-    residence = Residence(engine.client, engine.slots, ResidencyRepository(store), places, merged, per_owner=per_owner)
+    pool = SlotPool(engine.client, engine.slots, WeightsRepository(store), places, merged, per_owner=per_owner)
 
     def record(actor: str, action: str, detail: dict[str, Any]) -> None:
         store.record([Event(at=clock(), actor=actor, action=action, detail=detail)], urgent=True)
@@ -136,4 +136,4 @@ def _expert_service(
     async def canary(public: ExpertSlotRef, added: ExpertSlotRef) -> None:
         await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
 
-    return ExpertService(residence, canary=canary, confirm=policy.confirm, record=record, clock=clock)
+    return ExpertService(pool, canary=canary, confirm=policy.confirm, record=record, clock=clock)

@@ -214,16 +214,16 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
 
 def _expert_service(client: Any, store: Store, directory: Path) -> Any:
     """The real service over slots that nobody may touch."""
-    from flexgate.server.experts.repository import ResidencyRepository
+    from flexgate.server.experts.repository import WeightsRepository
     from flexgate.server.experts.service import ExpertService
-    from flexgate.server.experts.slot_pool import Places, Residence
+    from flexgate.server.experts.slot_pool import Places, SlotPool
 
     def unused(*_: Any) -> Any:
         raise AssertionError("there is no engine")
 
     places = Places(private=directory / "experts", base=unused, trusted_keys=None)
-    residence = Residence(client, SimpleNamespace(), ResidencyRepository(store), places, {}, per_owner=1)  # type: ignore[arg-type]
-    return ExpertService(residence, canary=unused, confirm=unused, record=unused, clock=time.time)
+    pool = SlotPool(client, SimpleNamespace(), WeightsRepository(store), places, {}, per_owner=1)  # type: ignore[arg-type]
+    return ExpertService(pool, canary=unused, confirm=unused, record=unused, clock=time.time)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from flexgate.server.engine.worker.slot_arrays import SlotArrays
 logger = logging.getLogger(__name__)
 
 
-class ResidencyError(RuntimeError):
+class SlotWriteError(RuntimeError):
     """A task cannot start, or its expert does not fit this model."""
 
 
@@ -40,7 +40,7 @@ class SlotWriter:
         """Start copying an expert's file into ``slot`` on all layers; this rank checks the file again.
 
         Raises:
-            ResidencyError: the slot is being worked on.
+            SlotWriteError: the slot is being worked on.
         """
         self._start(slot, lambda report: self._load(report, ticket))
 
@@ -67,7 +67,7 @@ class SlotWriter:
 
     def _start(self, slot: int, task: Callable[[TaskReport], None]) -> None:
         if self.report(slot)["state"] == "running":
-            raise ResidencyError(f"this rank is still busy with slot {slot}")
+            raise SlotWriteError(f"this rank is still busy with slot {slot}")
         report = TaskReport(state="running", slot=slot, done=0, total=len(self.layers), digest="", error="")
         self._reports[slot] = report
         thread = threading.Thread(target=self._run, args=(report, task), name=f"flexgate-slot-{slot}", daemon=True)
@@ -88,7 +88,7 @@ class SlotWriter:
     def _load(self, report: TaskReport, ticket: WeightsTicket) -> None:
         with open_weights(ticket) as weights:
             if weights.layers != len(self.layers):
-                raise ResidencyError(f"the expert has {weights.layers} layers, the model {len(self.layers)}")
+                raise SlotWriteError(f"the expert has {weights.layers} layers, the model {len(self.layers)}")
             for number, layer in enumerate(self.layers):
                 layer.write(report["slot"], weights.layer(number))
                 report["done"] += 1

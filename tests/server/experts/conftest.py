@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from catalogue import sync_catalogue
 from packagekit import write_model
-from residencykit.local import CHECKPOINT, Local, local
+from slotkit.local import CHECKPOINT, Local, local
 
 from flexgate.policies.store.store import Store
 

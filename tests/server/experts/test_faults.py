@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills.experts import World, build_world
 from kills.faults import POINTS, trial
-from kills.residency import World, build_world
 
 
 @pytest.fixture(scope="module")

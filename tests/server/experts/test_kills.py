@@ -1,4 +1,4 @@
-"""A seeded slice of the kills; the whole is ``make residency-kills``."""
+"""A seeded slice of the kills; the whole is ``make expert-kills``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def kills(count: int, seed: int) -> tuple[int, dict[str, object]]:
         filter(None, (str(ROOT / "benchmarks"), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH")))
     )
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-m", "kills.residency", f"--kills={count}", f"--seed={seed}"]
+    command = [sys.executable, "-m", "kills.experts", f"--kills={count}", f"--seed={seed}"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return run.returncode, json.loads(run.stdout[run.stdout.index("{") :])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from residencykit.local import Local, package, revoked_in, zeros
+from slotkit.local import Local, package, revoked_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.asyncio
 @contextmanager
 def answer_lost(here: Local) -> Iterator[None]:
     """An addition is committed, its answer lost, and the store cannot be asked what it holds."""
-    repository = here.service._residence.repository
+    repository = here.service._pool.repository
     added, commit = repository.added, repository.add
 
     def away() -> Any:
@@ -54,7 +54,7 @@ async def test_what_was_committed_is_not_undone_when_the_policy_cannot_be_confir
 async def test_an_add_whose_commit_was_made_and_not_answered_is_not_undone(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    repository = here.service._residence.repository
+    repository = here.service._pool.repository
     commit = repository.add
 
     def lost(*args: Any, **kwargs: Any) -> None:
@@ -70,7 +70,7 @@ async def test_an_add_whose_commit_was_made_and_not_answered_is_not_undone(
 async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    repository = here.service._residence.repository
+    repository = here.service._pool.repository
     added = repository.added
 
     def broken(*_: Any, **__: Any) -> Any:
@@ -137,7 +137,7 @@ async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_
 async def test_a_revocation_that_nobody_knows_to_be_committed_gives_the_expert_to_nobody(
     here: Local, tmp_path: Path, anchor: Path, drain_seconds: float, again: str
 ) -> None:
-    repository = here.service._residence.repository
+    repository = here.service._pool.repository
     commit, revoked = repository.revoke, repository.revoked
 
     def broken() -> Any:
@@ -181,7 +181,7 @@ async def test_a_revocation_that_nobody_knows_to_be_committed_gives_the_expert_t
     else:
         following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
         async with asyncio.timeout(10):
-            while len(here.client.experts()) > 2 or here.service._residence.changing.locked():
+            while len(here.client.experts()) > 2 or here.service._pool.changing.locked():
                 await asyncio.sleep(0.01)
         following.cancel()
     assert here.client.published[-1] == ("public", "news")

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from residencykit.local import Local, local, package, revoked_in, zeros
+from slotkit.local import Local, local, package, revoked_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.ids import ExpertId
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.asyncio
 async def test_what_another_process_revokes_is_unloaded_here_too(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
     following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
-    elsewhere = here.service._residence.repository
+    elsewhere = here.service._pool.repository
     await asyncio.to_thread(elsewhere.revoke, "math", 2, actor="key_else", at=5.0)
     for _ in range(300):
         if here.client.published[-1] == ("public", "news") and here.slots.digests(2) == zeros(here):
@@ -58,7 +58,7 @@ async def test_what_another_server_revoked_is_replaced_only_once_it_is_unloaded(
     }
     following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
     async with asyncio.timeout(10):
-        while here.client.published[-1] != ("public",) or here.service._residence.changing.locked():
+        while here.client.published[-1] != ("public",) or here.service._pool.changing.locked():
             await asyncio.sleep(0.01)
     following.cancel()
     assert (await here.add(path)).state == "succeeded"
@@ -66,7 +66,7 @@ async def test_what_another_server_revoked_is_replaced_only_once_it_is_unloaded(
 
 async def test_following_another_process_outlives_a_store_that_fails(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
-    repository = here.service._residence.repository
+    repository = here.service._pool.repository
     await asyncio.to_thread(repository.revoke, "math", 2, actor="key_else", at=5.0)
     asked = repository.revocation_epochs
     failures = [StoreUnavailable("away")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from residencykit.local import CHECKPOINT, MERGED, Local, local, package, zeros
+from slotkit.local import CHECKPOINT, MERGED, Local, local, package, zeros
 
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.verify import open_package
@@ -20,7 +20,7 @@ from flexgate.server.engine.frontend.calls import AllowedSlots, ExpertSlotRef, G
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
 from flexgate.server.experts import add as adding
-from flexgate.server.experts.errors import ChangeConflict, NotResident, NotStored, PackageRefused
+from flexgate.server.experts.errors import ChangeConflict, NotLoaded, NotStored, PackageRefused
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.restore import at_start
 from flexgate.server.experts.uploads import FREE_BYTES
@@ -129,7 +129,7 @@ async def test_a_newer_version_replaces_the_former_whose_slot_is_zeroed(
             break
         await asyncio.sleep(0.01)
     assert here.slots.digests(2) == zeros(here)
-    assert [entry.version for entry in here.service._residence.repository.added()] == [2]
+    assert [entry.version for entry in here.service._pool.repository.added()] == [2]
 
 
 @pytest.mark.parametrize("what", ["fill", "open", "canary"])
@@ -182,7 +182,7 @@ async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_sto
     (tmp_path / "policy.db").rmdir()
     (tmp_path / "away.db").rename(tmp_path / "policy.db")
     async with asyncio.timeout(10):
-        while here.store.weights().revoked != {"math"} or here.service._residence.changing.locked():
+        while here.store.weights().revoked != {"math"} or here.service._pool.changing.locked():
             await asyncio.sleep(0.01)
     following.cancel()
     assert here.client.published[-1] == ("public", "news")
@@ -218,7 +218,7 @@ async def test_the_commit_itself_refuses_the_id_of_another_owner(
     """Where the check that comes before the package is loaded said nothing: another server may have been faster."""
     await here.add(package(tmp_path, anchor))
     await here.service.revoke("math", actor="key_admin")
-    monkeypatch.setattr(here.service._residence.repository, "require_owner", lambda _: None)
+    monkeypatch.setattr(here.service._pool.repository, "require_owner", lambda _: None)
     taken = await here.add(package(tmp_path, anchor, owner="mallory"))
     assert (taken.state, taken.error["code"]) == ("failed", "expert_of_another_owner")
     assert here.store.snapshot().experts["math"].owner == "acme"  # type: ignore[index]
@@ -270,7 +270,7 @@ async def test_versions_that_requests_still_use_count_for_their_owner(
     refused = await here.add(package(tmp_path, anchor, expert="code"), owner="acme")
     assert refused.error["code"] == "owner_slots_full"
     here.slots.busy = set()
-    while 2 in {info.slot for infos in here.service._residence.retiring.values() for info in infos}:
+    while 2 in {info.slot for infos in here.service._pool.retiring.values() for info in infos}:
         await asyncio.sleep(0.01)
     assert (await here.add(package(tmp_path, anchor, expert="code"), owner="acme")).state == "succeeded"
 
@@ -287,7 +287,7 @@ async def test_what_an_owner_is_refused_names_nothing_of_other_owners(
     await here.add(package(tmp_path, anchor, expert="a"), owner="acme")
     await here.add(package(tmp_path, anchor, expert="b"), owner="acme")
     refused.append(await here.add(package(tmp_path, anchor, expert="c"), owner="acme"))
-    here.service._residence.per_owner = 9
+    here.service._pool.per_owner = 9
     refused.append(await here.add(package(tmp_path, anchor, expert="c"), owner="acme"))
     codes = ["expert_of_another_owner"] * 2 + ["owner_slots_full", "slots_full"]
     assert [job.error["code"] for job in refused] == codes
@@ -297,7 +297,7 @@ async def test_what_an_owner_is_refused_names_nothing_of_other_owners(
 
 
 async def test_an_unsigned_package_needs_a_server_that_says_so(here: Local, tmp_path: Path, anchor: Path) -> None:
-    object.__setattr__(here.service._residence.places, "trusted_keys", TrustedKeys({}))
+    object.__setattr__(here.service._pool.places, "trusted_keys", TrustedKeys({}))
     job = await here.add(package(tmp_path, anchor))
     assert job.error["code"] == "package_refused"
     assert "is not signed" in job.error["message"]
@@ -305,7 +305,7 @@ async def test_an_unsigned_package_needs_a_server_that_says_so(here: Local, tmp_
 
 async def test_the_anchor_and_what_is_not_loaded_cannot_be_revoked(here: Local) -> None:
     for name in ("public", "nothing", "math"):
-        with pytest.raises(NotResident):
+        with pytest.raises(NotLoaded):
             await here.service.revoke(name, actor="key_admin")
 
 
@@ -314,7 +314,7 @@ async def test_what_only_a_start_would_load_can_be_revoked(
 ) -> None:
     await here.add(package(tmp_path, anchor))
     again = local(store, anchor, tmp_path, epoch=2)
-    object.__setattr__(again.service._residence.places, "trusted_keys", TrustedKeys({}))
+    object.__setattr__(again.service._pool.places, "trusted_keys", TrustedKeys({}))
     await again.service.restore(lambda *_: None)
     assert again.client.published[-1] == ("public", "news")
     record = await again.service.revoke("math", actor="key_owner", drain_seconds=1.0)
@@ -322,7 +322,7 @@ async def test_what_only_a_start_would_load_can_be_revoked(
     assert again.recorded == [("key_owner", "weights.cleared", record)]
     assert list((tmp_path / "experts").glob("job*")) == []
     assert at_start(store, CHECKPOINT, MERGED).resident == CHECKPOINT
-    with pytest.raises(NotResident):
+    with pytest.raises(NotLoaded):
         await again.service.revoke("math", actor="key_owner")
 
 
@@ -414,7 +414,7 @@ async def test_a_slot_is_nobodys_while_a_revocation_of_its_expert_is_being_commi
         go.wait(30)
         raise ChangeRefused("not so")
 
-    here.service._residence.repository.revoke = refused  # type: ignore[method-assign]
+    here.service._pool.repository.revoke = refused  # type: ignore[method-assign]
     before = here.slots.digests(1)
     revoking = asyncio.ensure_future(here.service.revoke("news", actor="key_owner"))
     await asyncio.to_thread(committing.wait, 30)
@@ -447,11 +447,11 @@ async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_s
 ) -> None:
     await here.add(package(tmp_path, anchor))
     again = local(store, anchor, tmp_path, epoch=2)
-    object.__setattr__(again.service._residence.places, "trusted_keys", TrustedKeys({}))
+    object.__setattr__(again.service._pool.places, "trusted_keys", TrustedKeys({}))
     await again.service.restore(lambda *_: None)
     assert again.client.published[-1] == ("public", "news")
     assert again.slots.digests(2) == zeros(again)
-    object.__setattr__(again.service._residence.places, "trusted_keys", None)
+    object.__setattr__(again.service._pool.places, "trusted_keys", None)
     assert (await again.add(package(tmp_path, anchor, expert="code"))).result["slot"] == 3
     assert (await again.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 4
     assert (await again.add(package(tmp_path, anchor, expert="wine"))).error == {
@@ -557,7 +557,7 @@ async def test_what_is_not_loaded_cannot_be_revoked_without_the_store(here: Loca
     def away() -> Any:
         raise StoreUnavailable("away")
 
-    here.service._residence.repository.added = away  # type: ignore[method-assign]
+    here.service._pool.repository.added = away  # type: ignore[method-assign]
     with pytest.raises(ChangeConflict, match="The store refused the change: away"):
         await here.service.revoke("math", actor="key_owner")
 
@@ -578,17 +578,17 @@ async def test_a_record_that_cannot_be_audited_is_answered_all_the_same(
 async def test_tidying_up_leaves_what_is_arriving_and_what_has_just_been_committed(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    residence = here.service._residence
+    pool = here.service._pool
     private = tmp_path / "experts"
     for name in ("job_1", ".job_1.abc.partial", "job_2", "left-over"):
         (private / name).mkdir(parents=True)
-    residence.arriving |= {"job_1", "job_2"}
-    added = residence.repository.added
+    pool.arriving |= {"job_1", "job_2"}
+    added = pool.repository.added
 
     def commits_meanwhile() -> tuple[Added, ...]:
-        residence.arriving.discard("job_2")
+        pool.arriving.discard("job_2")
         return (*added(), Added("math", 1, 2, 2, "job_2", "", ""))
 
-    residence.repository.added = commits_meanwhile  # type: ignore[method-assign]
-    await residence.forget_copies()
+    pool.repository.added = commits_meanwhile  # type: ignore[method-assign]
+    await pool.forget_copies()
     assert sorted(path.name for path in private.iterdir()) == [".job_1.abc.partial", "job_1", "job_2"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from packagekit import make_package
-from residencykit.local import CHECKPOINT, MERGED, Local, local
+from slotkit.local import CHECKPOINT, MERGED, Local, local
 
 from flexgate.experts.errors import LayoutError
 from flexgate.policies.store.catalogue import ManifestExpert

@@ -18,7 +18,7 @@ from packagekit import statement
 
 from flexgate.experts.package.extract import extract_expert
 from flexgate.policies.store.store import Store
-from flexgate.server.experts.repository import Added, ResidencyRepository
+from flexgate.server.experts.repository import Added, WeightsRepository
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -249,7 +249,7 @@ def test_a_start_says_that_the_checkpoint_holds_a_newer_version_than_a_package_a
     made = extract_expert(model, "code", older, statement=statement("secret", "vault"))
     store = Store.open(f"sqlite:///{tmp_path / 'flexgate.db'}")
     added = Added("secret", 1, 5, 2, older.name, made.weights.digest, made.base.digest)
-    ResidencyRepository(store).add(made, added, actor="key_admin", at=time.time())
+    WeightsRepository(store).add(made, added, actor="key_admin", at=time.time())
     store.close()
     server = live.start(model, tmp_path, "--allow-unsigned-experts")
     try:

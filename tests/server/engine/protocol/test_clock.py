@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from residencykit.local import Local, local
+from slotkit.local import Local, local
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Role

@@ -28,9 +28,9 @@ from flexgate.server.engine.protocol.slot_tasks import from_wire, to_wire
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.worker.slot_arrays import SlotArrays
 from flexgate.server.engine.worker.slot_writer import SlotWriter
-from flexgate.server.experts.repository import ResidencyRepository
+from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.service import ExpertService
-from flexgate.server.experts.slot_pool import Places, Progress, Residence
+from flexgate.server.experts.slot_pool import Places, Progress, SlotPool
 
 SLOTS = 5
 LAYERS = ONE.num_hidden_layers
@@ -193,8 +193,8 @@ def local(
         recorded.append((actor, action, detail))
 
     confirm: Callable[[], object] = lambda: None  # noqa: E731
-    residence = Residence(client, slots, ResidencyRepository(store), places, merged, per_owner=per_owner)
-    service = ExpertService(residence, canary=canary, confirm=confirm, record=record, clock=time.time)
+    pool = SlotPool(client, slots, WeightsRepository(store), places, merged, per_owner=per_owner)
+    service = ExpertService(pool, canary=canary, confirm=confirm, record=record, clock=time.time)
     made.append(Local(service, client, slots, store, recorded))
     return made[0]
 

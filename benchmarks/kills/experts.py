@@ -1,8 +1,8 @@
 """Kill a process that adds and revokes experts, at named points and at random times, and judge what is left.
 
-``python -m kills.residency --kills 1000 --report docs/results/residency-kills.json``
+``python -m kills.experts --kills 1000 --report docs/results/expert-kills.json``
 
-The killed process runs the real service, store, package checks and slot writer (``residencykit.local``). What it
+The killed process runs the real service, store, package checks and slot writer (``slotkit.local``). What it
 acknowledged comes through a pipe. A second process recovers as a start does. The judge shares no code with either: it
 reads the database with sqlite3 and computes what every rank must hold from the packages' tensors.
 """
@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 from packagekit import ONE, make_package, write_model
-from residencykit import local as kit
-from residencykit.local import LocalSlots, local
 from rich.progress import track
+from slotkit import local as kit
+from slotkit.local import LocalSlots, local
 
 from kills.report import command
 
@@ -165,8 +165,8 @@ def plant(point: str) -> None:
     """Make this process kill itself when it comes to ``point`` for the last change that does."""
     from flexgate.server.engine.worker.slot_arrays import SlotArrays
     from flexgate.server.experts.jobs import Job
-    from flexgate.server.experts.repository import ResidencyRepository
-    from flexgate.server.experts.slot_pool import Residence
+    from flexgate.server.experts.repository import WeightsRepository
+    from flexgate.server.experts.slot_pool import SlotPool
 
     name, _, when = point.partition(":")
     left = [random.randint(0, 1)]
@@ -221,9 +221,9 @@ def plant(point: str) -> None:
             "open": (LocalSlots, "open"),
             "close": (LocalSlots, "close"),
             "clear": (LocalSlots, "clear"),
-            "add": (ResidencyRepository, "add"),
-            "revoke": (ResidencyRepository, "revoke"),
-            "forget": (Residence, "_forget_copies"),
+            "add": (WeightsRepository, "add"),
+            "revoke": (WeightsRepository, "revoke"),
+            "forget": (SlotPool, "_forget_copies"),
         }
         around(*owners[name])
 
@@ -355,4 +355,4 @@ def figures(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("residency", __doc__, 1000, run, figures)
+    command("experts", __doc__, 1000, run, figures)
