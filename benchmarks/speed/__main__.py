@@ -20,6 +20,7 @@ from speed import (
     packages,
     serving,
     startup,
+    versions,
 )
 from speed.plot import draw
 from speed.record import RESULTS, Run, minutes
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "enforcement": enforcement.run,
     "loop": loop.run,
     "fairness": fairness.run,
+    "versions": versions.run,
 }
 
 
@@ -47,13 +49,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds, to see that it runs")
     parser.add_argument("--starts", type=int, help="how often every contender is started, where ratios are measured")
     parser.add_argument("--rounds", type=int, help="turns of every contender within a start")
+    parser.add_argument("--before", type=Path, help="of 'versions': a checkout of the older commit with its own .venv")
     parser.add_argument("--results", type=Path, help="where files are written; with --quick a temporary directory")
     asked = parser.parse_args()
     if unknown := set(asked.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are: {', '.join(BENCHMARKS)}")
     results = asked.results or (Path(tempfile.mkdtemp(prefix="flexgate-bench-")) if asked.quick else RESULTS)
-    options = {"quick": asked.quick, "rounds": asked.rounds, "starts": asked.starts, "results": results}
-    names = asked.names or list(BENCHMARKS)
+    names = asked.names or [name for name in BENCHMARKS if name != "versions" or asked.before]
+    if (asked.before is not None) != ("versions" in names):
+        parser.error("'versions' and --before FOLDER go together")
+    options = {name: getattr(asked, name) for name in ("quick", "rounds", "starts", "before")} | {"results": results}
     console = Console(stderr=True)
     for name in names:
         console.print(minutes(name, Run(**options)))

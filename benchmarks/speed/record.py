@@ -33,6 +33,7 @@ class Run:
         starts: of every contender; None for a benchmark's own number.
         results: where files are written.
         kept: where unfinished measurements are kept.
+        before: a checkout of an older version to measure beside this one.
     """
 
     quick: bool
@@ -40,12 +41,13 @@ class Run:
     rounds: int | None = None
     starts: int | None = None
     kept: Path = KEPT
+    before: Path | None = None
     load: Before = field(default_factory=os.getloadavg)
     began: float = field(default_factory=time.monotonic)
 
     def journal(self, name: str) -> "Journal":
         """What an earlier run with the same options, at the same commit, on the same machine has measured."""
-        options = (self.quick, self.rounds, self.starts)
+        options = (self.quick, self.rounds, self.starts, str(self.before))
         key = hashlib.sha256(repr((_commit(), machine(), options)).encode()).hexdigest()[:16]
         return Journal(self.kept / f"{name}-{key}.jsonl")
 
@@ -87,7 +89,8 @@ class Run:
         return path
 
     def _command(self, name: str) -> str:
-        options = ((f"--{option}", getattr(self, option)) for option in ("starts", "rounds"))
+        before = None if self.before is None else "FOLDER"
+        options = (("--before", before), ("--starts", self.starts), ("--rounds", self.rounds))
         given = "".join(f" {option} {value}" for option, value in options if value is not None)
         return f'make bench BENCH="{name}{given}"' if given else f"make bench BENCH={name}"
 

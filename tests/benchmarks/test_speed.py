@@ -19,6 +19,7 @@ from speed import (
     serving,
     startup,
     tables,
+    versions,
 )
 from speed.engines import Batch
 from speed.plot import draw
@@ -177,6 +178,22 @@ def test_the_fairness_benchmark_runs(asked: Run, monkeypatch: pytest.MonkeyPatch
     report = json.loads((asked.results / "fairness.json").read_text())
     assert report["first_token_ratio"]["median"] > 0
     assert report["publishable"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
+def test_a_version_beside_itself_is_measured_in_every_case(asked: Run) -> None:
+    versions.run(replace(asked, before=versions.ROOT))
+    report = json.loads((asked.results / "versions.json").read_text())
+    assert report["command"] == 'make bench BENCH="versions --before FOLDER --rounds 1"'
+    assert {"start", "decode of 8", "chat, 1 clients"} <= {case["case"] for case in report["cases"]}
+    assert all(case["now/before"]["median"] > 0 for case in report["cases"])
+
+
+def test_a_folder_without_an_environment_is_no_version(asked: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="in a checkout of the older commit first"):
+        versions.run(replace(asked, before=tmp_path))
 
 
 @pytest.mark.slow
