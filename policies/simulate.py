@@ -14,7 +14,7 @@ from flexgate.policies.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One question: who asks what, when (Unix seconds), and how many requests asked it."""
+    """A decision sample to replay: tenant, request, time (Unix seconds), and how many requests it stands for."""
 
     tenant_id: str
     request: DecisionRequest
@@ -22,7 +22,7 @@ class Replay:
     times: int = 1
 
     @property
-    def question(self) -> tuple[object, ...]:
+    def key(self) -> tuple[object, ...]:
         """What distinguishes it from others."""
         request = self.request
         return self.tenant_id, request.purpose, request.region, request.only, request.ignore
@@ -55,11 +55,11 @@ def simulate(before: Snapshot, after: Snapshot, replays: Iterable[Replay]) -> li
     return differences
 
 
-def with_standard(recorded: Iterable[Replay], before: Snapshot, after: Snapshot, now: float) -> list[Replay]:
-    """`recorded`, and every question that an active tenant of either may ask without a filter."""
-    by_question = {replay.question: replay for snapshot in (before, after) for replay in _standard(snapshot, now)}
-    by_question.update({replay.question: replay for replay in recorded})
-    return list(by_question.values())
+def with_standard(samples: Iterable[Replay], before: Snapshot, after: Snapshot, now: float) -> list[Replay]:
+    """`samples`, and what an active tenant of either may request without a filter."""
+    by_key = {replay.key: replay for snapshot in (before, after) for replay in _standard(snapshot, now)}
+    by_key.update({replay.key: replay for replay in samples})
+    return list(by_key.values())
 
 
 def _standard(snapshot: Snapshot, now: float) -> Iterator[Replay]:

@@ -25,7 +25,7 @@ from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, 
 from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.inference.openai.chat import KIND
 from flexgate.server.inference.request.limits import Limits
-from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.live import PolicySource
 from speed.record import Run
 
@@ -64,7 +64,7 @@ async def _measure(store: Store, calls: int) -> dict[str, Any]:
     usage = BudgetUsage(store)
     source.confirm()
     usage.refresh()
-    limiter, cache, recorded, key = Limiter(usage), DecisionCache(), Recorded(store), new_seal_key()
+    limiter, cache, samples, key = Limiter(usage), DecisionCache(), DecisionSamples(store), new_seal_key()
     project = LimitScope("busy", "This project", Quota(**LIMITS))
     busy = {f"limits_after_{uses}_requests_a_minute": _busy(usage, project, uses) for uses in BUSY}
     for number in tqdm(range(calls), desc="admissions"):
@@ -77,7 +77,7 @@ async def _measure(store: Store, calls: int) -> dict[str, Any]:
         body = honoured_body(KIND, parse_object(BODY), Limits())
         clock.lap("body")
         admitted = await admit(
-            body, tenant=tenant, decision_id="dec", policy=source, cache=cache, recorded=recorded, now=now
+            body, tenant=tenant, decision_id="dec", policy=source, cache=cache, samples=samples, now=now
         )
         clock.lap("decision")
         scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)

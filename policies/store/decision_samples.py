@@ -1,8 +1,8 @@
-"""The questions that requests asked of the policy, to be replayed against a proposed change.
+"""Samples of the decisions that requests got, to be replayed against a proposed policy.
 
-Kept is what a decision depends on, once per distinct question: tenant, declared purpose and region,
-and the listed experts that were named; how often it was asked, and when last. Bounded: the newest
-questions, and of one tenant no more than its part.
+Kept is what a decision depends on, once per distinct sample: tenant, declared purpose and region,
+and the listed experts that were named; how many requests it stands for, and when the last one came.
+The newest samples are kept, and of one tenant no more than its part.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
 from flexgate.policies.store.database import reading, writing
-from flexgate.policies.store.schema import asked_questions
+from flexgate.policies.store.schema import decision_samples
 
 MOST: Final = 10_000
 MOST_OF_ONE: Final = 500
 AT_ONCE: Final = 25
 
 
-class Question(NamedTuple):
-    """What was asked; the order of names, and naming one twice, is no difference."""
+class DecisionSample(NamedTuple):
+    """What one request needed decided; the order of names, and naming one twice, is no difference."""
 
     tenant_id: str
     purpose: str | None
@@ -34,47 +34,47 @@ class Question(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Equal for equal questions."""
+        """Equal for equal samples."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
 
-class Asked(NamedTuple):
-    """A question, how many requests asked it, and when the last one did (Unix seconds)."""
+class CountedSample(NamedTuple):
+    """A sample, how many requests it stands for, and when the last one came (Unix seconds)."""
 
-    question: Question
+    sample: DecisionSample
     times: int
     last: float
 
 
-def add_questions(engine: Engine, asked: Iterable[Asked]) -> None:
-    """Count questions, and forget those that were not asked for longest beyond the bounds.
+def add_samples(engine: Engine, counted: Iterable[CountedSample]) -> None:
+    """Count samples, and delete the oldest beyond the bounds.
 
     A few at a time: a change of the policy, which may be a revocation, waits for no more.
     """
-    rest = iter(asked)
+    rest = iter(counted)
     while some := list(islice(rest, AT_ONCE)):
         with writing(engine) as connection:
-            for question, times, last in some:
-                _add(connection, question, times, last)
+            for sample, times, last in some:
+                _add(connection, sample, times, last)
     with writing(engine) as connection:
         _forget(connection)
 
 
-def _add(connection: Connection, question: Question, times: int, last: float) -> None:
-    table = asked_questions
-    known = update(table).where(table.c.id == question.id)
+def _add(connection: Connection, sample: DecisionSample, times: int, last: float) -> None:
+    table = decision_samples
+    known = update(table).where(table.c.id == sample.id)
     if connection.execute(known.values(times=table.c.times + times, last=last)).rowcount == 0:
-        connection.execute(insert(table).values(_row(question, times, last)))
+        connection.execute(insert(table).values(_row(sample, times, last)))
 
 
-def read_questions(engine: Engine) -> list[Asked]:
-    """Every question that is kept, newest first."""
-    table = asked_questions
+def read_samples(engine: Engine) -> list[CountedSample]:
+    """Every sample that is kept, newest first."""
+    table = decision_samples
     with reading(engine) as connection:
         rows = connection.execute(select(table).order_by(table.c.last.desc(), table.c.id))
         return [
-            Asked(
-                Question(
+            CountedSample(
+                DecisionSample(
                     row.tenant_id,
                     row.purpose,
                     row.region,
@@ -88,12 +88,12 @@ def read_questions(engine: Engine) -> list[Asked]:
         ]
 
 
-def _row(question: Question, times: int, last: float) -> dict[str, Any]:
-    return {"id": question.id, **question._asdict(), "times": times, "last": last}
+def _row(sample: DecisionSample, times: int, last: float) -> dict[str, Any]:
+    return {"id": sample.id, **sample._asdict(), "times": times, "last": last}
 
 
 def _forget(connection: Connection) -> None:
-    table = asked_questions
+    table = decision_samples
     newest = (table.c.last.desc(), table.c.id)
     places = select(
         table.c.id,

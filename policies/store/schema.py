@@ -124,8 +124,8 @@ use_batches: Final = Table(
     Column("at", Double, nullable=False),
 )
 
-asked_questions: Final = Table(
-    "asked_questions",
+decision_samples: Final = Table(
+    "decision_samples",
     metadata,
     Column("id", String(64), primary_key=True),
     Column("tenant_id", String(80), nullable=False),

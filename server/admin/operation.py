@@ -32,7 +32,7 @@ from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
 from flexgate.server.http.responses import OK
 from flexgate.server.http.validation import Bodies, Closed, parse_query, read_body
-from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.executors import CHANGES, run_in
 from flexgate.server.policy.unstored import Unstored
 
@@ -55,7 +55,7 @@ class AdminServices(Bodies, Protocol):
     @property
     def unstored(self) -> Unstored: ...
     @property
-    def recorded(self) -> Recorded: ...
+    def samples(self) -> DecisionSamples: ...
     @property
     def model_names(self) -> tuple[str, ...]: ...
     @property

@@ -104,7 +104,7 @@ def simulate(target: Target, file: File, prune: Prune = False, as_json: AsJson =
     if as_json:
         print_json(differences)
     else:
-        rows = _difference_rows(differences, found["asked"])
+        rows = _difference_rows(differences, found["unfiltered_samples"])
         print_table(("tenant", "when declaring", "gains", "loses"), rows, empty="nothing would change for any tenant")
     raise typer.Exit(DIFFERENT if differences else 0)
 
@@ -139,7 +139,7 @@ def _row(explanation: Json) -> tuple[str, str, str]:
     return explanation["expert"], "allowed", "by " + ", ".join(explanation["permitted_by"]) + ends
 
 
-def _difference_rows(differences: list[Json], asked: dict[str, int]) -> list[tuple[str, str, str, str]]:
+def _difference_rows(differences: list[Json], unfiltered: dict[str, int]) -> list[tuple[str, str, str, str]]:
     """One row for each tenant and outcome, with the requests that lead to it."""
     groups: dict[tuple[str, str, str], list[Json]] = {}
     for difference in differences:
@@ -148,21 +148,21 @@ def _difference_rows(differences: list[Json], asked: dict[str, int]) -> list[tup
         groups.setdefault(outcome, []).append(difference)
     rows = []
     for (tenant, gained, lost), found in groups.items():
-        plain = [question for question in found if not _filters(question)]
-        when = ["anything"] if plain and len(plain) == asked[tenant] else [_declared(question) for question in plain]
-        when += [_declared(question) for question in found if _filters(question)]
+        plain = [sample for sample in found if not _filters(sample)]
+        when = ["anything"] if plain and len(plain) == unfiltered[tenant] else [_declared(sample) for sample in plain]
+        when += [_declared(sample) for sample in found if _filters(sample)]
         rows.append((tenant, "; ".join(when), gained, lost))
     return rows
 
 
-def _filters(question: Json) -> bool:
-    return question["only"] is not None or bool(question["ignore"])
+def _filters(sample: Json) -> bool:
+    return sample["only"] is not None or bool(sample["ignore"])
 
 
-def _declared(question: Json) -> str:
-    said = f"{question['purpose'] or 'no purpose'} in {question['region'] or 'no region'}"
-    if question["only"] is not None:
-        said += f", only {', '.join(question['only']) or 'public'}"
-    if question["ignore"]:
-        said += f", without {', '.join(question['ignore'])}"
-    return said if question["requests"] == 0 else f"{said} ({question['requests']} requests)"
+def _declared(sample: Json) -> str:
+    said = f"{sample['purpose'] or 'no purpose'} in {sample['region'] or 'no region'}"
+    if sample["only"] is not None:
+        said += f", only {', '.join(sample['only']) or 'public'}"
+    if sample["ignore"]:
+        said += f", without {', '.join(sample['ignore'])}"
+    return said if sample["requests"] == 0 else f"{said} ({sample['requests']} requests)"

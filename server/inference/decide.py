@@ -20,7 +20,7 @@ from flexgate.server.http.refusals import from_policy
 from flexgate.server.inference.request import extension, fields
 from flexgate.server.inference.request.extension import Extension, parse_extension
 from flexgate.server.inference.request.limits import Limits
-from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.live import PolicySource
 
 CACHE_SALT = "cache_salt"
@@ -67,7 +67,7 @@ async def admit(
     decision_id: str,
     policy: PolicySource,
     cache: DecisionCache,
-    recorded: Recorded,
+    samples: DecisionSamples,
     now: float,
 ) -> Admitted:
     """Decide which experts a request may use.
@@ -82,15 +82,15 @@ async def admit(
     left = dict(body)
     asked: Extension = left.pop(extension.FIELD, None) or Extension()
     client_salt = left.pop(CACHE_SALT, None)
-    question = asked.decision_request(decision_id)
+    wanted = asked.decision_request(decision_id)
     try:
         snapshot = await _snapshot(policy, asked)
-        decision = cache.decide(snapshot, tenant, question, now)
+        decision = cache.decide(snapshot, tenant, wanted, now)
     except PolicyError as error:
-        recorded.add_refused(tenant, question, error, now)
+        samples.add_refused(tenant, wanted, error, now)
         raise from_policy(error) from error
-    recorded.add(tenant, question, now)
-    return Admitted(left, snapshot, decision, client_salt, asked.explain, question)
+    samples.add(tenant, wanted, now)
+    return Admitted(left, snapshot, decision, client_salt, asked.explain, wanted)
 
 
 async def _snapshot(policy: PolicySource, asked: Extension) -> Snapshot:

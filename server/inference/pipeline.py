@@ -37,7 +37,7 @@ from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.foreign import Answer
 from flexgate.server.inference.openai.making import Later
 from flexgate.server.inference.request.limits import Limits
-from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.decision_samples import DecisionSamples
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
@@ -60,7 +60,7 @@ class InferenceServices(Bodies, Protocol):
     @property
     def decisions(self) -> DecisionCache: ...
     @property
-    def recorded(self) -> Recorded: ...
+    def samples(self) -> DecisionSamples: ...
     @property
     def limits(self) -> Limits: ...
     @property
@@ -223,7 +223,7 @@ class Generation:
             decision_id=f"dec_{uuid.uuid4().hex}",
             policy=services.policy,
             cache=services.decisions,
-            recorded=services.recorded,
+            samples=services.samples,
             now=services.clock(),
         )
         decision = admitted.decision

@@ -54,7 +54,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.policy.run(),
         services.policy.watch_lease(),
         services.denials.run(),
-        services.recorded.run(),
+        services.samples.run(),
         services.budget_usage.run(),
         services.unstored.run(),
         services.retention.run(),
@@ -70,7 +70,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         services.denials.close()
-        services.recorded.close()
+        services.samples.close()
         services.budget_usage.close()
         services.policy.deregister()
     if services.client.errored:

@@ -17,7 +17,7 @@ from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.inference.request.limits import Limits
-from flexgate.server.policy.decision_samples import Recorded
+from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.denial_log import Denials
 from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.retention import Retention
@@ -55,7 +55,7 @@ class Services:
     revoked_keys: RevokedKeys = "end"
     audit_denials_days: int = 90
     denials: Denials = field(init=False)
-    recorded: Recorded = field(init=False)
+    samples: DecisionSamples = field(init=False)
     budget_usage: BudgetUsage = field(init=False)
     limiter: Limiter = field(init=False)
     running: RunningRequests = field(init=False)
@@ -64,7 +64,7 @@ class Services:
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
-        self.recorded = Recorded(self.store)
+        self.samples = DecisionSamples(self.store)
         self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
         self.budget_usage = BudgetUsage(self.store, clock=self.clock)
         self.limiter = Limiter(self.budget_usage)

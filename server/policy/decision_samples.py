@@ -1,7 +1,7 @@
 """Decisions that requests got, on their way into the store, to be replayed against a proposal.
 
-Only what a decision depends on is kept, once per distinct question, with a count: never a prompt, and
-no name that the client made up. Requests do not wait for the database: questions are counted here and
+Only what a decision depends on is kept, once per distinct sample, with a count: never a prompt, and
+no name that the client made up. Requests do not wait for the database: samples are counted here and
 written in batches. What a process has not written when it is killed is lost.
 """
 
@@ -24,7 +24,7 @@ from flexgate.policies.errors import (
 )
 from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import Replay
-from flexgate.policies.store.decision_samples import Asked, Question, add_questions, read_questions
+from flexgate.policies.store.decision_samples import CountedSample, DecisionSample, add_samples, read_samples
 from flexgate.policies.store.store import Store
 
 MAX_WAITING_OF_ONE: Final = 50
@@ -35,22 +35,22 @@ _ABOUT_LISTED: Final = (AnchorRequired, EmptyGate, ExpertDenied, ExpertRequired,
 logger = logging.getLogger(__name__)
 
 
-class Recorded:
-    """Counts questions; `run` writes them. Safe to use from several threads."""
+class DecisionSamples:
+    """Counts samples; `run` writes them. Safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._waiting: dict[TenantId, OrderedDict[Question, tuple[int, float]]] = defaultdict(OrderedDict)
+        self._waiting: dict[TenantId, OrderedDict[DecisionSample, tuple[int, float]]] = defaultdict(OrderedDict)
 
     def add(self, tenant_id: TenantId, request: DecisionRequest, now: float) -> None:
         """Note one decided request; of a tenant's too many the one that was asked longest ago makes way."""
         only = None if request.only is None else _names(request.only)
-        question = Question(tenant_id, request.purpose, request.region, only, _names(request.ignore))
+        sample = DecisionSample(tenant_id, request.purpose, request.region, only, _names(request.ignore))
         with self._lock:
             waiting = self._waiting[tenant_id]
-            times, _ = waiting.pop(question, (0, now))
-            waiting[question] = (times + 1, now)
+            times, _ = waiting.pop(sample, (0, now))
+            waiting[sample] = (times + 1, now)
             if len(waiting) > MAX_WAITING_OF_ONE:
                 waiting.popitem(last=False)
 
@@ -64,8 +64,8 @@ class Recorded:
         with self._lock:
             batch, self._waiting = self._waiting, defaultdict(OrderedDict)
         if batch:
-            asked = [Asked(question, *counted) for waiting in batch.values() for question, counted in waiting.items()]
-            add_questions(self._store.engine, asked)
+            counted = [CountedSample(one, *count) for waiting in batch.values() for one, count in waiting.items()]
+            add_samples(self._store.engine, counted)
 
     async def run(self) -> None:
         """Write again and again, for ever."""
@@ -78,25 +78,25 @@ class Recorded:
         try:
             self.flush()
         except StoreError as error:
-            logger.warning("questions are not recorded for simulations: %s", type(error).__name__)
+            logger.warning("decision samples could not be stored: %s", type(error).__name__)
 
 
 def replays(store: Store, now: float) -> list[Replay]:
-    """Every question that was recorded, of all processes, as if it were asked at `now` (Unix seconds)."""
+    """Every stored sample of all processes, as if its request came at `now` (Unix seconds)."""
     return [
         Replay(
-            question.tenant_id,
+            sample.tenant_id,
             DecisionRequest(
                 decision_id="simulate",
-                purpose=question.purpose,
-                region=question.region,
-                only=question.only,
-                ignore=question.ignore,
+                purpose=sample.purpose,
+                region=sample.region,
+                only=sample.only,
+                ignore=sample.ignore,
             ),
             now,
             times,
         )
-        for question, times, _ in read_questions(store.engine)
+        for sample, times, _ in read_samples(store.engine)
     ]
 
 

@@ -48,12 +48,11 @@ def explain(call: Call[Nothing, Explain]) -> Json:
 
 
 def simulate(call: Call[Simulate, Nothing]) -> Json:
-    """Say who would gain and who would lose what, if a policy file were applied. Nothing is changed.
+    """Show which projects would gain or lose which experts if a policy file were applied. Changes nothing.
 
-    Replayed are the questions that requests to any process asked of late, as if they came now, and
-    for each project what a request would get that asks for nothing special.
+    Replays the decision samples of recent requests, and a request without filter for every active project.
     """
-    call.services.recorded.flush()
+    call.services.samples.flush()
     plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
     replays = with_standard(decision_samples.replays(call.store, call.now), plan.current, plan.proposed, call.now)
     differences = simulating.simulate(plan.current, plan.proposed, replays)

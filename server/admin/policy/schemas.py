@@ -76,7 +76,7 @@ def explanation_object(explanation: Explanation) -> Json:
 
 
 def difference_object(difference: Difference) -> Json:
-    """What would change for one question, and how many requests asked it."""
+    """What would change for one decision sample, and how many requests it stands for."""
     request = difference.replay.request
     return {
         "project_id": difference.replay.tenant_id,
@@ -93,13 +93,13 @@ def difference_object(difference: Difference) -> Json:
 
 
 def simulation_object(plan: Plan, replays: list[Replay], differences: list[Difference]) -> Json:
-    """What a plan would change. `asked` counts, by project, the replayed questions without a filter."""
+    """What a plan would change. `unfiltered_samples` counts, by project, the replayed samples without a filter."""
     return {
         "object": "policy.simulation",
         "policy_version": plan.current.policy_version,
         "changes": [change_object(change) for change in plan.changes],
         "replayed": len(replays),
-        "asked": Counter(replay.tenant_id for replay in replays if not replay.request.filters),
+        "unfiltered_samples": Counter(replay.tenant_id for replay in replays if not replay.request.filters),
         "differences": [difference_object(difference) for difference in differences],
     }
 

@@ -21,7 +21,7 @@ from flexgate.policies.store.accounts import (
     revoke_project_key,
 )
 from flexgate.policies.store.agreements import create_agreement, revise_agreement, terminate_agreement
-from flexgate.policies.store.decision_samples import Asked, Question, add_questions
+from flexgate.policies.store.decision_samples import CountedSample, DecisionSample, add_samples
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.projects import archive_project, create_project, update_project
 from flexgate.policies.store.replicas import Process, announce
@@ -79,7 +79,7 @@ GIVEN: dict[str, Callable[[Any], object]] = {
     "key": lambda store: create_service_account(store, "t", "new", **BY),
     "admin key": lambda store: create_admin_key(store, "new", **BY),
     "denial": lambda store: store.record([Event(at=1.0, actor="k", action="request.denied", detail={})]),
-    "question": lambda s: add_questions(s.engine, [Asked(Question("t", None, None, None, ()), 1, 1.0)]),
+    "sample": lambda s: add_samples(s.engine, [CountedSample(DecisionSample("t", None, None, None, ()), 1, 1.0)]),
 }
 
 

@@ -8,6 +8,7 @@ from alembic import command
 
 from flexgate.policies.store import Store
 from flexgate.policies.store.database import writing
+from flexgate.policies.store.decision_samples import read_samples
 from flexgate.policies.store.history import diff
 from flexgate.policies.store.migrate import _config
 
@@ -36,7 +37,7 @@ def test_earlier_store_keeps_its_tenants_and_keys(url, earlier):
     store.close()
 
 
-def test_a_standing_set_is_the_default_expert_set_now_and_in_the_history(url):
+def test_standing_sets_and_asked_questions_of_an_earlier_store_keep_their_meaning(url):
     store = Store.open(url)
     with writing(store.engine) as connection:
         command.upgrade(_config(connection), "0008")
@@ -51,7 +52,11 @@ def test_a_standing_set_is_the_default_expert_set_now_and_in_the_history(url):
                 """(1, 0, 'tenant', 'acme', '{"id": "acme", "name": "Acme", "standing": ["public"]}')"""
             )
         )
+        connection.execute(
+            sa.text("""INSERT INTO asked_questions VALUES ('s', 'acme', NULL, NULL, NULL, '["news"]', 3, 1.0)""")
+        )
     store.migrate()
+    assert [(sample.ignore, times) for sample, times, _ in read_samples(store.engine)] == [(("news",), 3)]
     assert store.snapshot().tenants["acme"].default_experts == frozenset()
     [change] = diff(store, 0, 1)
     assert change.before is None

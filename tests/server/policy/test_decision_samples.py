@@ -25,7 +25,7 @@ from flexgate.policies.errors import (
 )
 from flexgate.policies.store import Store
 from flexgate.server.policy import decision_samples
-from flexgate.server.policy.decision_samples import Recorded, replays
+from flexgate.server.policy.decision_samples import DecisionSamples, replays
 
 
 def _asked(store: Store) -> dict[tuple[Any, ...], int]:
@@ -38,7 +38,7 @@ def _request(**fields: Any) -> DecisionRequest:
 
 def test_what_several_processes_recorded_adds_up_in_the_store(real_store: Store) -> None:
     for times in (2, 3):
-        process = Recorded(real_store)
+        process = DecisionSamples(real_store)
         for number in range(times):
             process.add("t", _request(only=("news", "math", "news")[number % 2 :]), float(number))
         process.close()
@@ -46,7 +46,7 @@ def test_what_several_processes_recorded_adds_up_in_the_store(real_store: Store)
 
 
 def test_replays_come_as_if_asked_now(real_store: Store) -> None:
-    process = Recorded(real_store)
+    process = DecisionSamples(real_store)
     process.add("t", _request(purpose="search", region="DE"), 1.0)
     process.flush()
     (replay,) = replays(real_store, 9.0)
@@ -57,7 +57,7 @@ def test_more_of_a_tenant_than_fits_before_writing_forgets_its_oldest(
     real_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decision_samples, "MAX_WAITING_OF_ONE", 2)
-    process = Recorded(real_store)
+    process = DecisionSamples(real_store)
     process.add("quiet", _request(purpose="x-a"), 0.0)
     for purpose in ("x-a", "x-b", "x-a", "x-c"):
         process.add("t", _request(purpose=purpose), 1.0)
@@ -72,9 +72,9 @@ def test_a_store_that_fails_loses_the_record_and_nothing_else(
     def fail(*_: object) -> None:
         raise StoreUnavailable("locked")
 
-    process = Recorded(real_store)
+    process = DecisionSamples(real_store)
     process.add("t", _request(), 1.0)
-    monkeypatch.setattr(decision_samples, "add_questions", fail)
+    monkeypatch.setattr(decision_samples, "add_samples", fail)
     process.close()
     assert "StoreUnavailable" in caplog.text
     monkeypatch.undo()
@@ -89,7 +89,7 @@ NOT_RECORDED = {ContextRefused, TenantArchived, UnknownExpert, UnknownTenant}
 
 def test_a_refusal_is_recorded_unless_it_names_what_is_not_there(real_store: Store) -> None:
     assert set(DecisionRefused.__subclasses__()) == RECORDED | NOT_RECORDED
-    process = Recorded(real_store)
+    process = DecisionSamples(real_store)
     for kind in RECORDED | NOT_RECORDED:
         error = kind("no", reasons=(), param="p") if kind is ExpertDenied else kind("no")
         process.add_refused("t", _request(ignore=(kind.__name__,)), error, 1.0)
@@ -113,7 +113,7 @@ async def test_allowed_and_denied_requests_are_recorded_and_no_text_of_the_clien
             body = {"prompt": "the kittiwake nests", "flexgate": extension, "user": "kittiwake"}
             answer = await http.post("/v1/completions", json=body)
             assert status in (None, answer.status_code), answer.text
-    services.recorded.flush()
+    services.samples.flush()
     assert _asked(real_store) == {("t", ("news",), ()): 1, ("t", ("math",), ()): 1}
     folder = Path(str(real_store.engine.url.database)).parent
     assert b"kittiwake" not in b"".join(path.read_bytes() for path in folder.iterdir())
