@@ -21,7 +21,7 @@ class Batch(NamedTuple):
 
 
 def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) -> None:
-    """Add tokens to each subject (a project's or key's id), all of them or none, `at` Unix seconds.
+    """Add tokens to each limit scope (a project's or key's id), all of them or none, `at` Unix seconds.
 
     A batch that was written before changes nothing: where it is unknown whether it was, write the same one again.
     """
@@ -29,16 +29,16 @@ def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) ->
     with writing(engine) as connection:
         if not _is_next(connection, batch, at):
             return
-        for subject, tokens in sorted(used.items()):
-            more = update(table).where(table.c.subject == subject).values(tokens=table.c.tokens + tokens)
+        for scope, tokens in sorted(used.items()):
+            more = update(table).where(table.c.limit_scope == scope).values(tokens=table.c.tokens + tokens)
             if connection.execute(more).rowcount == 0:
-                connection.execute(insert(table).values(subject=subject, tokens=tokens))
+                connection.execute(insert(table).values(limit_scope=scope, tokens=tokens))
 
 
 def read_use(engine: Engine) -> dict[str, int]:
-    """Tokens used so far, by subject."""
+    """Tokens used so far, by limit scope."""
     with reading(engine) as connection:
-        return {row.subject: row.tokens for row in connection.execute(select(token_use))}
+        return {row.limit_scope: row.tokens for row in connection.execute(select(token_use))}
 
 
 def _is_next(connection: Connection, batch: Batch, at: float) -> bool:

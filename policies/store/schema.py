@@ -112,7 +112,7 @@ processes: Final = Table(
 token_use: Final = Table(
     "token_use",
     metadata,
-    Column("subject", String(80), primary_key=True),
+    Column("limit_scope", String(80), primary_key=True),
     Column("tokens", _Version, nullable=False),
 )
 

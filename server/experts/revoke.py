@@ -131,7 +131,7 @@ class Revoker:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
         pool.client.publish(pool.client.experts(), epoch)
         pool.release_package(entry.package)
-        return await self._settle(Revocation(expert, entry.slot, entry.slot_epoch, epoch, began), actor)
+        return await self._finish(Revocation(expert, entry.slot, entry.slot_epoch, epoch, began), actor)
 
     def _commit(self, expert: str, slot: int, actor: str) -> int:
         repository = self._pool.repository
@@ -167,9 +167,9 @@ class Revoker:
         done.evicted_blocks = sum(one.evicted_blocks for one in closed)
         done.undelivered_responses = undelivered
         done.digests = digests[0]
-        return await self._settle(done, actor)
+        return await self._finish(done, actor)
 
-    async def _settle(self, done: Revocation, actor: str) -> dict[str, Any]:
+    async def _finish(self, done: Revocation, actor: str) -> dict[str, Any]:
         """Once nothing of the expert is left: confirm the policy, remove its copy, keep the record."""
         await self._tidy(self._pool.forget_copies(), run_in(CHANGES, self._confirm))
         record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}

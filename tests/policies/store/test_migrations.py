@@ -7,6 +7,7 @@ import sqlalchemy as sa
 from alembic import command
 
 from flexgate.policies.store import Store
+from flexgate.policies.store.budgets import read_use
 from flexgate.policies.store.database import writing
 from flexgate.policies.store.decision_samples import read_samples
 from flexgate.policies.store.history import diff
@@ -37,7 +38,7 @@ def test_earlier_store_keeps_its_tenants_and_keys(url, earlier):
     store.close()
 
 
-def test_standing_sets_and_asked_questions_of_an_earlier_store_keep_their_meaning(url):
+def test_what_an_earlier_store_calls_otherwise_keeps_its_meaning(url):
     store = Store.open(url)
     with writing(store.engine) as connection:
         command.upgrade(_config(connection), "0008")
@@ -55,7 +56,9 @@ def test_standing_sets_and_asked_questions_of_an_earlier_store_keep_their_meanin
         connection.execute(
             sa.text("""INSERT INTO asked_questions VALUES ('s', 'acme', NULL, NULL, NULL, '["news"]', 3, 1.0)""")
         )
+        connection.execute(sa.text("INSERT INTO token_use VALUES ('acme', 42)"))
     store.migrate()
+    assert read_use(store.engine) == {"acme": 42}
     assert [(sample.ignore, times) for sample, times, _ in read_samples(store.engine)] == [(("news",), 3)]
     assert store.snapshot().tenants["acme"].default_experts == frozenset()
     [change] = diff(store, 0, 1)

@@ -143,7 +143,7 @@ async def test_who_has_read_the_end_may_ask_again_at_once(
     assert seen[0].headers["x-ratelimit-remaining-tokens"] == "76"
 
 
-async def test_who_leaves_in_mid_stream_gives_back_what_is_held(
+async def test_who_leaves_in_mid_stream_releases_its_reservation(
     services: Any, client: httpx.AsyncClient, handler: Any, limit: Any
 ) -> None:
     limit(concurrent_requests=1)
@@ -172,7 +172,7 @@ async def test_who_leaves_in_mid_stream_gives_back_what_is_held(
 
 
 @pytest.mark.parametrize("result", [ValueError("bad"), RuntimeError("inside"), None])
-async def test_a_request_that_fails_gives_back_what_it_held(
+async def test_a_request_that_fails_releases_its_reservation(
     client: httpx.AsyncClient, handler: Any, limit: Any, result: Any
 ) -> None:
     limit(concurrent_requests=1, tokens_per_minute=100)
