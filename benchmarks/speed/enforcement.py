@@ -19,17 +19,17 @@ from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store, projects, schema
-from flexgate.policies.store.change_notifications import Hints
+from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.policies.store.documents import KINDS, to_json
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.replicas import Peers
+from flexgate.server.policy.replicas import Replicas
 from speed.decisions import EXPERTS, key, tenant, terms
 from speed.record import Run
 
 LEASE_S, POLL_S, LOOK_EVERY_S = 2.0, 0.25, 0.002
 WHAT = (
     "seconds from the commit of a change of one tenant's experts, made in one process, to the first decision by it in "
-    "another process, which polls every 0.25 s and on PostgreSQL hears hints (unless they are lost), and looks every "
+    "another process, which polls every 0.25 s and on PostgreSQL is notified (unless they are lost), and looks every "
     "2 ms; and what the change itself took"
 )
 
@@ -39,22 +39,26 @@ def run(asked: Run) -> None:
     tenants, changes = (100 if asked.quick else 100_000), asked.rounds or (5 if asked.quick else 100)
     measured: dict[str, Any] = {"what": WHAT, "changes": changes}
     with tempfile.TemporaryDirectory() as directory:
-        measured["sqlite"] = _measure(f"sqlite:///{directory}/policy.db", tenants, changes, hints=False, allowed=False)
+        measured["sqlite"] = _measure(
+            f"sqlite:///{directory}/policy.db", tenants, changes, notifications=False, allowed=False
+        )
     if find("postgres") is not None:
         with running() as server:
             url = server.new_database()
-            measured["postgresql"] = _measure(url, tenants, changes, hints=True, allowed=False)
-            measured["postgresql_hints_lost"] = _measure(url, tenants, changes, hints=False, allowed=True)
+            measured["postgresql"] = _measure(url, tenants, changes, notifications=True, allowed=False)
+            measured["postgresql_notifications_lost"] = _measure(
+                url, tenants, changes, notifications=False, allowed=True
+            )
     shape = {"tenants": tenants, "experts": len(EXPERTS), "agreements": tenants // 10, "keys": tenants}
     asked.write("enforcement", measured, shape=shape)
 
 
-def _measure(url: str, tenants: int, changes: int, *, hints: bool, allowed: bool) -> dict[str, Any]:
+def _measure(url: str, tenants: int, changes: int, *, notifications: bool, allowed: bool) -> dict[str, Any]:
     store = Store.open(url)
     store.migrate()
     if store.version() == 0:
         _fill(store, tenants)
-    with _other(url, hints=hints) as (other, started_s):
+    with _other(url, notifications=notifications) as (other, started_s):
         waits, writes = [], []
         for number in tqdm(range(changes), desc=f"changes on {store.engine.dialect.name}"):
             who = f"t{number}"
@@ -110,10 +114,10 @@ def _fill(store: Store, tenants: int) -> None:
 
 
 @contextmanager
-def _other(url: str, *, hints: bool) -> Iterator[tuple[PipeEnd, float]]:
+def _other(url: str, *, notifications: bool) -> Iterator[tuple[PipeEnd, float]]:
     """Another process that follows the store."""
     here, there = Pipe()
-    process = Process(target=_follow, args=(url, hints, there), daemon=True)
+    process = Process(target=_follow, args=(url, notifications, there), daemon=True)
     began = time.monotonic()
     process.start()
     here.recv()
@@ -124,11 +128,11 @@ def _other(url: str, *, hints: bool) -> Iterator[tuple[PipeEnd, float]]:
         process.join(30)
 
 
-def _follow(url: str, hints: bool, pipe: PipeEnd) -> None:
-    asyncio.run(_answer(url, hints, pipe))
+def _follow(url: str, notifications: bool, pipe: PipeEnd) -> None:
+    asyncio.run(_answer(url, notifications, pipe))
 
 
-async def _answer(url: str, hints: bool, pipe: PipeEnd) -> None:
+async def _answer(url: str, notifications: bool, pipe: PipeEnd) -> None:
     """Say for each (tenant, version) when a decision about the tenant was first made from that version."""
     store = Store.open(url)
     policy = PolicySource(
@@ -136,8 +140,8 @@ async def _answer(url: str, hints: bool, pipe: PipeEnd) -> None:
         lambda: dict.fromkeys((expert.id for expert in EXPERTS), 1),
         lease_s=LEASE_S,
         poll_s=POLL_S,
-        peers=Peers(store.engine, lease_s=LEASE_S),
-        hints=Hints(store.engine) if hints else None,
+        replicas=Replicas(store.engine, lease_s=LEASE_S),
+        notifications=ChangeNotifications(store.engine) if notifications else None,
     )
     policy.confirm()
     polling = asyncio.create_task(policy.run())

@@ -14,7 +14,7 @@ from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import audit, checks, schema
-from flexgate.policies.store.change_notifications import give_hint
+from flexgate.policies.store.change_notifications import notify
 from flexgate.policies.store.documents import KINDS, D, PolicyDocument, read_all, read_one, to_json
 from flexgate.policies.store.keys import MintedKey, digest, key_from_row, new_secret, read_keys
 from flexgate.policies.store.revisions import (
@@ -187,7 +187,7 @@ class Change:
         """Append the revision and the audit entries before `Store.change` commits; whether there are any."""
         if self._changes:
             append(self._connection, self._revision, self._changes)
-            give_hint(self._connection)
+            notify(self._connection)
         events = [*(self._event(change) for change in self._changes), *self._weights]
         audit.append(self._connection, events)
         return bool(events)

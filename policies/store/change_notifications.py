@@ -1,4 +1,4 @@
-"""PostgreSQL tells at once that the policy changed. Only a hint: whoever misses it polls anyway."""
+"""PostgreSQL notifications of policy changes. Only a shortcut: a server that misses one still polls."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ CHANNEL: Final = "flexgate_policy"
 logger = logging.getLogger(__name__)
 
 
-def give_hint(connection: Connection) -> None:
-    """Inside a changing transaction: tell those who listen, once it is committed."""
+def notify(connection: Connection) -> None:
+    """Notify listening servers once the transaction is committed."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.pg_notify(CHANNEL, "")))
 
 
-class Hints:
-    """Hears of changes over a connection of its own, which is made again when it breaks."""
+class ChangeNotifications:
+    """Listens on a connection of its own, which is made again when it breaks."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._connection: Connection | None = None
 
     def wait(self, seconds: float) -> None:
-        """Block until a hint comes, or for `seconds`; never fails, and may miss hints.
+        """Block until a notification comes, or for `seconds`; never fails, and may miss notifications.
 
         Making the connection again may take as long as the engine's connection time limit.
         """
@@ -37,7 +37,7 @@ class Hints:
                 if any(True for _ in self._driver().notifies(timeout=seconds, stop_after=1)):
                     return
             except Exception as error:  # whatever it is, who polls must not end
-                logger.warning("no hints from the database: %s", type(error).__name__)
+                logger.warning("no notifications from the database: %s", type(error).__name__)
                 self.close()
         time.sleep(max(0.0, began + seconds - time.monotonic()))
 

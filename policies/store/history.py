@@ -1,4 +1,4 @@
-"""The past of the policy: list revisions, read what one changed, compare two, go back to one."""
+"""The history of the policy: list revisions, read what one changed, compare two, go back to one."""
 
 from __future__ import annotations
 

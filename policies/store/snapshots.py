@@ -43,10 +43,10 @@ def read_snapshot(connection: Connection) -> Snapshot:
 def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
     """`known` itself if nothing changed since, else the newest; equal to `read_snapshot`.
 
-    Raises `StoreRolledBack` when `known` is not of the store's past, and `StoreDamaged`.
+    Raises `StoreRolledBack` when `known` is not in the store's history, and `StoreDamaged`.
     """
     version = current_version(connection)
-    require_past(connection, known.policy_version, known.made)
+    require_in_history(connection, known.policy_version, known.made)
     if version == known.policy_version:
         return known
     changes = read_changes(connection, known.policy_version, version)
@@ -70,8 +70,8 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
         raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
 
 
-def require_past(connection: Connection, read_before: int, made: float) -> None:
-    """Raise `StoreRolledBack` unless the store's past holds version `read_before`, made at that very moment."""
+def require_in_history(connection: Connection, read_before: int, made: float) -> None:
+    """Raise `StoreRolledBack` unless the store's history holds version `read_before`, made at that very moment."""
     version, advice = current_version(connection), "put the newer copy back"
     if version < read_before:
         raise StoreRolledBack(

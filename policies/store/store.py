@@ -16,7 +16,7 @@ from flexgate.policies.store.database import open_engine, reading, require_room,
 from flexgate.policies.store.keys import read_keys
 from flexgate.policies.store.migrate import migrate, refuse_newer
 from flexgate.policies.store.revisions import current_version
-from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_past
+from flexgate.policies.store.snapshots import read_snapshot, read_snapshot_after, require_in_history
 from flexgate.policies.store.weights_log import WeightsState, revocation_epochs, weights_state
 
 
@@ -56,10 +56,10 @@ class Store:
             refuse_newer(connection)
             return read_snapshot(connection) if known is None else read_snapshot_after(connection, known)
 
-    def require_past(self, version: int, made: float) -> None:
+    def require_in_history(self, version: int, made: float) -> None:
         """Raise `StoreRolledBack` unless policy version `version` was made here, at `made` (Unix seconds)."""
         with reading(self.engine) as connection:
-            require_past(connection, version, made)
+            require_in_history(connection, version, made)
 
     def keys(self) -> list[KeyRecord]:
         """Every key's record, revoked ones too, oldest first."""

@@ -28,7 +28,7 @@ from flexgate.server.experts.versions import merged_versions
 from flexgate.server.lifecycle import seed
 from flexgate.server.lifecycle.console import Started
 from flexgate.server.lifecycle.settings import Settings, SettingsError
-from flexgate.server.policy.rollback_guard import Past, require_clock
+from flexgate.server.policy.rollback_guard import RollbackGuard, require_clock
 
 Stage = Callable[[str, int, int], None]
 Ready = Callable[[Started], None]
@@ -57,8 +57,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _store(settings) as store,
     ):
         store.migrate()
-        past = _past(settings)
-        past.require(store)
+        rollback_guard = _rollback_guard(settings)
+        rollback_guard.require(store)
         require_clock(store, clock())
         merged = merged_versions(model, len(checkpoint.experts))
         before = at_start(store, checkpoint.experts, merged)
@@ -75,7 +75,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                 from flexgate.server.lifecycle.container import put_together
                 from flexgate.server.lifecycle.serve import run
 
-                services = put_together(settings, model, engine, store, past, directory, merged, keys, clock)
+                services = put_together(settings, model, engine, store, rollback_guard, directory, merged, keys, clock)
                 require_unchanged(checkpoint)
                 await services.experts.restore(stage)
             secret = None if settings.demo else seed.first_admin_key(store, at=clock())
@@ -175,8 +175,8 @@ def _hint(address: str) -> str:
     )
 
 
-def _past(settings: Settings) -> Past:
-    return Past(settings.directory() / "policy.json")
+def _rollback_guard(settings: Settings) -> RollbackGuard:
+    return RollbackGuard(settings.directory() / "policy.json")
 
 
 def _engine_settings(settings: Settings, model: Path) -> EngineSettings:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.policies.audit import Event
-from flexgate.policies.store.change_notifications import Hints
+from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.calls import ExpertSlotRef
@@ -34,8 +34,8 @@ from flexgate.server.lifecycle.serve import DEMO_TOOL_PARSER
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
 from flexgate.server.policy.live import LAST_TRY_S, PolicySource
-from flexgate.server.policy.replicas import Peers
-from flexgate.server.policy.rollback_guard import Past
+from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.rollback_guard import RollbackGuard
 
 CANARY_SECONDS: Final = 60.0
 
@@ -45,7 +45,7 @@ def put_together(
     model: Path,
     engine: RunningEngine,
     store: Store,
-    past: Past,
+    rollback_guard: RollbackGuard,
     directory: FileIdentity,
     merged: Merged,
     keys: TrustedKeys | None,
@@ -59,9 +59,11 @@ def put_together(
         lambda: {info.id: info.slot_epoch for info in client.experts() if info.live},
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
-        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds + settings.policy_poll_seconds + LAST_TRY_S),
-        hints=Hints(store.engine),
-        past=past,
+        replicas=Replicas(
+            store.engine, lease_s=settings.policy_lease_seconds + settings.policy_poll_seconds + LAST_TRY_S
+        ),
+        notifications=ChangeNotifications(store.engine),
+        rollback_guard=rollback_guard,
         require_files=directory.require,
     )
     offload = Offload()

@@ -1,6 +1,6 @@
 """The live policy: the one immutable snapshot that this process decides from, confirmed again and again.
 
-The store is asked at every poll, and at once when it hints at a change; what changed is read, and a new
+The store is asked at every poll, and at once when it notifications at a change; what changed is read, and a new
 snapshot swapped in as a whole. A snapshot that
 was not confirmed within its lease is not used: the request asks the store itself, and when that
 fails, nothing is decided. An expert is live where the catalogue and the engine agree that it is, so that
@@ -25,8 +25,8 @@ from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
 from flexgate.server.policy.executors import CHANGES, run_in
-from flexgate.server.policy.replicas import Peers
-from flexgate.server.policy.rollback_guard import Past
+from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.rollback_guard import RollbackGuard
 
 WAIT_FOR_VERSION_S: Final = 1.0
 LAST_TRY_S: Final = 0.5
@@ -57,8 +57,8 @@ def with_live(snapshot: Snapshot, live: Mapping[str, int]) -> Snapshot:
     return replace(snapshot, experts=MappingProxyType(experts))
 
 
-class Hints(Protocol):
-    """What tells that a change may have come. It may miss one, and fails never."""
+class ChangeNotifications(Protocol):
+    """Waits for news of a change. It may miss one, and never fails."""
 
     def wait(self, seconds: float) -> None: ...
     def close(self) -> None: ...
@@ -75,23 +75,26 @@ class PolicySource:
         lease_s: float,
         poll_s: float,
         clock: Callable[[], float] = time.monotonic,
-        peers: Peers | None = None,
-        hints: Hints | None = None,
-        past: Past | None = None,
+        replicas: Replicas | None = None,
+        notifications: ChangeNotifications | None = None,
+        rollback_guard: RollbackGuard | None = None,
         require_files: Callable[[], None] = lambda: None,
     ) -> None:
-        """`live` says which experts the engine serves now, each with its slot epoch; `peers` are told what is
-        confirmed; `hints` cut the time between polls short; `past` keeps what is confirmed for the next start;
-        `require_files` raises `StoreReplaced` when the server's own files are not those that it started with.
+        """Args:
+        live: gives the experts that the engine serves now, each with its slot epoch.
+        replicas: where the confirmed version is announced.
+        notifications: end the wait between two polls early.
+        rollback_guard: keeps the confirmed version for the next start.
+        require_files: raises `StoreReplaced` when the server's files are not those of its start.
         """
         self._store = store
         self._live = live
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._clock = clock
-        self._peers = peers
-        self._hints = hints
-        self._past = past
+        self._replicas = replicas
+        self._notifications = notifications
+        self._rollback_guard = rollback_guard
         self._require_files = require_files
         self._enforce: Callable[[Snapshot], None] | None = None
         self._expire: Callable[[], None] | None = None
@@ -107,7 +110,7 @@ class PolicySource:
         self._asker = ThreadPoolExecutor(1, "policy-asked")
 
     def enforce_with(self, enforce: Callable[[Snapshot], None]) -> None:
-        """End what a newer policy permits no more by `enforce`, before the peers are told of it. It may block."""
+        """End what a newer policy permits no more by `enforce`, before the version is announced. It may block."""
         self._enforce = enforce
 
     def expire_with(self, expire: Callable[[], None]) -> None:
@@ -117,8 +120,8 @@ class PolicySource:
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
         with self._confirming:  # else a slow answer could replace a newer one
-            if self._peers is not None and self._stored is None:
-                self._peers.announce(0)
+            if self._replicas is not None and self._stored is None:
+                self._replicas.announce(0)
             asked, before = self._clock(), self._stored
             try:
                 self._require_files()
@@ -127,13 +130,13 @@ class PolicySource:
                 self._confirmed = -float("inf")  # what was confirmed came from something that is not there any more
                 raise
             self._confirmed = asked
-            if self._past is not None and (self._stored is not before or not self._past.kept()):
-                self._past.note(self._stored)
+            if self._rollback_guard is not None and (self._stored is not before or not self._rollback_guard.kept()):
+                self._rollback_guard.note(self._stored)
             if self._enforce is not None and self._stored is not self._enforced:
                 self._enforce(self._without_withheld(self._stored))
                 self._enforced = self._stored
-            if self._peers is not None:
-                self._peers.announce(self._stored.policy_version)
+            if self._replicas is not None:
+                self._replicas.announce(self._stored.policy_version)
             return self._serve(self._stored)
 
     @property
@@ -189,15 +192,15 @@ class PolicySource:
 
     async def everywhere(self, version: int) -> None:
         """Return once no process decides from an older policy than `version`."""
-        if self._peers is not None:
-            await self._peers.everywhere(version)
+        if self._replicas is not None:
+            await self._replicas.everywhere(version)
 
     def deregister(self) -> None:
         """Deregister this process from its replicas, and listen no more."""
-        if self._hints is not None:
-            self._hints.close()
-        if self._peers is not None:
-            self._peers.deregister()
+        if self._notifications is not None:
+            self._notifications.close()
+        if self._replicas is not None:
+            self._replicas.deregister()
 
     def fresh(self) -> bool:
         """Whether the last confirmation is within its lease."""
@@ -225,10 +228,10 @@ class PolicySource:
                 if not failing:
                     logger.error("the policy cannot be confirmed: %s", error)
                 failing = True
-            if self._hints is None:
+            if self._notifications is None:
                 stop.wait(self._poll_s)
             else:
-                self._hints.wait(self._poll_s)
+                self._notifications.wait(self._poll_s)
 
     async def watch_lease(self) -> None:
         """End what runs on a snapshot that cannot be confirmed any more, for ever; later than its lease and a poll by

@@ -25,7 +25,7 @@ _LOOK_EVERY_S: Final = 0.05
 logger = logging.getLogger(__name__)
 
 
-class Peers:
+class Replicas:
     """Announces what this process confirmed. A process that cannot say so is waited for longer."""
 
     def __init__(self, engine: Engine, *, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:

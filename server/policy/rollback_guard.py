@@ -30,7 +30,7 @@ class ClockBehind(Exception):
     """The machine's clock is earlier than what has happened already."""
 
 
-class Past:
+class RollbackGuard:
     """The file that keeps it. One server writes it."""
 
     def __init__(self, path: Path) -> None:
@@ -49,7 +49,7 @@ class Past:
         return True
 
     def require(self, store: Store) -> None:
-        """Raise `StoreRolledBack` unless the store's past holds what was noted last; nothing noted is no claim."""
+        """Raise `StoreRolledBack` unless the store's history holds what was noted last; nothing noted is no claim."""
         try:
             noted = json.loads(self._path.read_text())
             version, made = int(noted["policy_version"]), float(noted["made"])
@@ -60,7 +60,7 @@ class Past:
                 f"{self._path} does not say which policy was confirmed last: remove it to accept the database as it is"
             ) from error
         try:
-            store.require_past(version, made)
+            store.require_in_history(version, made)
         except StoreRolledBack as error:
             raise StoreRolledBack(f"{error}, or remove {self._path} to accept this one") from None
 

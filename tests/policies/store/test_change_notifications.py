@@ -1,4 +1,4 @@
-"""A change is hinted at where the database can; where it cannot, or a hint is lost, time passes."""
+"""A change is notified where the database can; where it cannot, or a notification is lost, a poll finds it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import sqlalchemy as sa
 
 from flexgate.policies.documents import Tenant
 from flexgate.policies.store import Store
-from flexgate.policies.store.change_notifications import Hints, give_hint
+from flexgate.policies.store.change_notifications import ChangeNotifications, notify
 
 LONG_S = 20.0
 
 
 @pytest.fixture
-def hints(store: Store) -> Iterator[Hints]:
-    hints = Hints(store.engine)
-    yield hints
-    hints.close()
+def notifications(store: Store) -> Iterator[ChangeNotifications]:
+    notifications = ChangeNotifications(store.engine)
+    yield notifications
+    notifications.close()
 
 
 def _put(store: Store, name: str) -> None:
@@ -28,43 +28,45 @@ def _put(store: Store, name: str) -> None:
         change.put(Tenant(id="acme", name=name))
 
 
-def _waited(hints: Hints, seconds: float) -> float:
+def _waited(notifications: ChangeNotifications, seconds: float) -> float:
     began = time.monotonic()
-    hints.wait(seconds)
+    notifications.wait(seconds)
     return time.monotonic() - began
 
 
 def _only_postgresql(store: Store) -> None:
     if store.engine.dialect.name != "postgresql":
-        pytest.skip("SQLite gives no hints")
+        pytest.skip("SQLite gives no notifications")
 
 
-def test_without_a_change_the_wait_lasts_as_long_as_asked(hints: Hints) -> None:
-    assert all(0.2 <= _waited(hints, 0.2) < 2 for _ in range(2))
+def test_without_a_change_the_wait_lasts_as_long_as_asked(notifications: ChangeNotifications) -> None:
+    assert all(0.2 <= _waited(notifications, 0.2) < 2 for _ in range(2))
 
 
-def test_a_committed_change_ends_the_wait(store: Store, hints: Hints) -> None:
+def test_a_committed_change_ends_the_wait(store: Store, notifications: ChangeNotifications) -> None:
     _only_postgresql(store)
-    hints.wait(0.01)
+    notifications.wait(0.01)
     for name in ("A", "B"):
         timer = threading.Timer(0.2, _put, (store, name))
         timer.start()
-        assert 0.1 < _waited(hints, LONG_S) < LONG_S / 2
+        assert 0.1 < _waited(notifications, LONG_S) < LONG_S / 2
         timer.join()
 
 
-def test_a_change_that_is_not_committed_hints_at_nothing(store: Store, hints: Hints) -> None:
+def test_a_change_that_is_not_committed_notifies_no_server(store: Store, notifications: ChangeNotifications) -> None:
     _only_postgresql(store)
-    hints.wait(0.01)
+    notifications.wait(0.01)
     with store.engine.connect() as connection:
-        give_hint(connection)
+        notify(connection)
         connection.rollback()
-    assert _waited(hints, 0.3) >= 0.3
+    assert _waited(notifications, 0.3) >= 0.3
 
 
-def test_a_broken_connection_loses_hints_and_is_made_again(store: Store, hints: Hints) -> None:
+def test_a_broken_connection_loses_notifications_and_is_made_again(
+    store: Store, notifications: ChangeNotifications
+) -> None:
     _only_postgresql(store)
-    hints.wait(0.01)
+    notifications.wait(0.01)
     with store.engine.connect() as connection:
         connection.execute(
             sa.text(
@@ -73,15 +75,15 @@ def test_a_broken_connection_loses_hints_and_is_made_again(store: Store, hints: 
             )
         )
     _put(store, "lost")
-    assert _waited(hints, 0.3) >= 0.3
-    hints.wait(0.01)
+    assert _waited(notifications, 0.3) >= 0.3
+    notifications.wait(0.01)
     _put(store, "heard")
-    assert _waited(hints, LONG_S) < LONG_S / 2
+    assert _waited(notifications, LONG_S) < LONG_S / 2
 
 
 def test_an_unreachable_database_only_lets_time_pass() -> None:
     store = Store.open("postgresql://postgres@/nowhere?host=/nonexistent")
-    hints = Hints(store.engine)
-    assert _waited(hints, 0.2) >= 0.2
-    hints.close()
+    notifications = ChangeNotifications(store.engine)
+    assert _waited(notifications, 0.2) >= 0.2
+    notifications.close()
     store.close()

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from flexgate.policies.store import Store
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.replicas import Peers
+from flexgate.server.policy.replicas import Replicas
 
 EXPERTS = ("public", "news", "math", "secret")
 
@@ -20,8 +20,10 @@ EXPERTS = ("public", "news", "math", "secret")
 @pytest.fixture
 def services(services: Any, real_store: Store) -> Any:
     """Decisions come from the store that the administration writes to."""
-    peers = Peers(real_store.engine, lease_s=2.0)
-    services.policy = PolicySource(real_store, lambda: dict.fromkeys(EXPERTS, 1), lease_s=2.0, poll_s=0.01, peers=peers)
+    replicas = Replicas(real_store.engine, lease_s=2.0)
+    services.policy = PolicySource(
+        real_store, lambda: dict.fromkeys(EXPERTS, 1), lease_s=2.0, poll_s=0.01, replicas=replicas
+    )
     services.policy.confirm()
     return services
 

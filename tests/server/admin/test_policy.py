@@ -1,4 +1,4 @@
-"""Agreements, explanations, simulations and the policy's past, through HTTP."""
+"""Agreements, explanations, simulations and the policy's history, through HTTP."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.projects import list_projects, update_project
 from flexgate.server.lifecycle.settings import SettingsError, load_settings
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.rollback_guard import Past
+from flexgate.server.policy.rollback_guard import RollbackGuard
 
 Replace = Callable[[Path], None]
 LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)
@@ -174,7 +174,7 @@ def test_a_memory_that_was_deleted_or_replaced_is_written_again(
     real_store: Store, tmp_path: Path, content: str | None
 ) -> None:
     path = tmp_path / "policy.json"
-    source = PolicySource(real_store, lambda: LIVE, lease_s=30.0, poll_s=0.01, past=Past(path))
+    source = PolicySource(real_store, lambda: LIVE, lease_s=30.0, poll_s=0.01, rollback_guard=RollbackGuard(path))
     source.confirm()
     kept = path.read_text()
     path.rename(tmp_path / "moved.json")

@@ -18,7 +18,7 @@ from flexgate.policies.store import Store
 from flexgate.server.cli.main import app
 from flexgate.server.http.auth import KeyRevoked, authenticate
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.replicas import Peers
+from flexgate.server.policy.replicas import Replicas
 
 Run = Callable[..., Result]
 EVERY_GROUP = [
@@ -34,9 +34,9 @@ TERMS = {"id": "a-new", "owner": "academy", "experts": ["math"], "assignee": "te
 @pytest.fixture
 def services(services: Any, real_store: Store) -> Any:
     """Decisions come from the store that the administration writes to."""
-    peers = Peers(real_store.engine, lease_s=2.0)
+    replicas = Replicas(real_store.engine, lease_s=2.0)
     live = dict.fromkeys(("public", "news", "math", "secret"), 1)
-    services.policy = PolicySource(real_store, lambda: live, lease_s=2.0, poll_s=0.01, peers=peers)
+    services.policy = PolicySource(real_store, lambda: live, lease_s=2.0, poll_s=0.01, replicas=replicas)
     services.policy.confirm()
     return services
 

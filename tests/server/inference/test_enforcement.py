@@ -158,11 +158,11 @@ def test_a_request_that_has_ended_is_watched_no_longer() -> None:
     assert running_right.call.failed is None
 
 
-def test_the_peers_are_told_once_the_running_requests_have_ended() -> None:
+def test_the_replicas_are_told_once_the_running_requests_have_ended() -> None:
     told: list[Any] = []
     store = SimpleNamespace(confirm=lambda known: policy(1 if known is None else 2))
-    peers: Any = SimpleNamespace(announce=lambda version: told.append(version))
-    source = PolicySource(store, lambda: {"public": 1, "news": 1}, lease_s=2.0, poll_s=1.0, peers=peers)
+    replicas: Any = SimpleNamespace(announce=lambda version: told.append(version))
+    source = PolicySource(store, lambda: {"public": 1, "news": 1}, lease_s=2.0, poll_s=1.0, replicas=replicas)
     source.enforce_with(lambda snapshot: told.append(("enforced", snapshot.policy_version)))
     source.confirm()
     source.confirm()
@@ -173,8 +173,8 @@ def test_a_policy_whose_enforcement_failed_is_enforced_at_the_next_poll_and_told
     told: list[Any] = []
     snapshots = [policy(1), policy(2)]
     store = SimpleNamespace(confirm=lambda known: known if known and len(told) > 3 else snapshots.pop(0))
-    peers: Any = SimpleNamespace(announce=lambda version: told.append(version))
-    source = PolicySource(store, lambda: {"public": 1, "news": 1}, lease_s=2.0, poll_s=1.0, peers=peers)
+    replicas: Any = SimpleNamespace(announce=lambda version: told.append(version))
+    source = PolicySource(store, lambda: {"public": 1, "news": 1}, lease_s=2.0, poll_s=1.0, replicas=replicas)
 
     def enforce(snapshot: Snapshot) -> None:
         told.append(("enforced", snapshot.policy_version))

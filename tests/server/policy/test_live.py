@@ -84,7 +84,7 @@ async def test_polling_swaps_a_new_version_in_and_survives_failures(
 
 
 class Given:
-    """Hints that a test gives, or loses."""
+    """ChangeNotifications that a test gives, or loses."""
 
     def __init__(self) -> None:
         self.given = threading.Event()
@@ -98,28 +98,28 @@ class Given:
 
 
 @pytest.mark.asyncio
-async def test_a_hint_brings_a_change_before_the_next_poll(store: Any, snapshot: Snapshot) -> None:
-    hints = Given()
-    source = PolicySource(store, dict, lease_s=60.0, poll_s=30.0, hints=hints)
+async def test_a_notification_brings_a_change_before_the_next_poll(store: Any, snapshot: Snapshot) -> None:
+    notifications = Given()
+    source = PolicySource(store, dict, lease_s=60.0, poll_s=30.0, notifications=notifications)
     task = asyncio.create_task(source.run())
     try:
         while not source.fresh():
             await asyncio.sleep(0.01)
         store.answer = replace(snapshot, policy_version=9)
         assert (await source.current()).policy_version == 7
-        hints.given.set()
+        notifications.given.set()
         async with asyncio.timeout(10):
             while (await source.current()).policy_version != 9:
                 await asyncio.sleep(0.01)
     finally:
         task.cancel()
-        hints.close()
+        notifications.close()
 
 
 @pytest.mark.asyncio
-async def test_a_change_comes_with_the_poll_when_every_hint_is_lost(store: Any, snapshot: Snapshot) -> None:
-    hints = Given()
-    source = PolicySource(store, dict, lease_s=60.0, poll_s=0.05, hints=hints)
+async def test_a_change_comes_with_the_poll_when_every_notification_is_lost(store: Any, snapshot: Snapshot) -> None:
+    notifications = Given()
+    source = PolicySource(store, dict, lease_s=60.0, poll_s=0.05, notifications=notifications)
     task = asyncio.create_task(source.run())
     try:
         await asyncio.sleep(0.02)
@@ -128,7 +128,7 @@ async def test_a_change_comes_with_the_poll_when_every_hint_is_lost(store: Any, 
         assert (await source.current()).policy_version == 9
     finally:
         task.cancel()
-        hints.close()
+        notifications.close()
 
 
 @pytest.mark.asyncio

@@ -12,14 +12,14 @@ from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store import Store, replicas
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.replicas import Peers
+from flexgate.server.policy.replicas import Replicas
 
 pytestmark = pytest.mark.asyncio
 
 
 def source(store: Store, lease_s: float = 30.0) -> PolicySource:
-    peers = Peers(store.engine, lease_s=lease_s)
-    found = PolicySource(store, lambda: {"public": 1}, lease_s=lease_s, poll_s=0.01, peers=peers)
+    replicas = Replicas(store.engine, lease_s=lease_s)
+    found = PolicySource(store, lambda: {"public": 1}, lease_s=lease_s, poll_s=0.01, replicas=replicas)
     found.confirm()
     return found
 

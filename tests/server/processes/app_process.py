@@ -17,14 +17,14 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.store import Store
-from flexgate.policies.store.change_notifications import Hints
+from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.lifecycle.serve import run
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.replicas import Peers
+from flexgate.server.policy.replicas import Replicas
 
 
 async def _complete(request: Any, raw_request: Any = None) -> Any:
@@ -55,8 +55,8 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         lambda: dict.fromkeys(experts, 1),
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
-        peers=Peers(store.engine, lease_s=settings.policy_lease_seconds),
-        hints=Hints(store.engine),
+        replicas=Replicas(store.engine, lease_s=settings.policy_lease_seconds),
+        notifications=ChangeNotifications(store.engine),
     )
     policy.confirm()
     nothing: Any = SimpleNamespace(follow=_follow)

@@ -20,7 +20,7 @@ from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.lifecycle import bootstrap
 from flexgate.server.lifecycle.settings import Settings
 from flexgate.server.policy.live import PolicySource
-from flexgate.server.policy.rollback_guard import Past
+from flexgate.server.policy.rollback_guard import RollbackGuard
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def yesterday(database: Path, text_checkpoint: Path, tmp_path: Path) -> Callable
     store = Store.open(f"sqlite:///{database}")
     with store.change(actor="test", at=time.time()) as change:
         change.put(Tenant(id="acme", name="Acme", archived=True))
-    _past(text_checkpoint, tmp_path).note(store.snapshot())
+    _rollback_guard(text_checkpoint, tmp_path).note(store.snapshot())
     store.close()
     settle(database)
 
@@ -41,8 +41,8 @@ def yesterday(database: Path, text_checkpoint: Path, tmp_path: Path) -> Callable
     return put_back
 
 
-def _past(model: Path, tmp_path: Path) -> Past:
-    return Past(Settings(model=model, state_dir=tmp_path / "state").directory() / "policy.json")
+def _rollback_guard(model: Path, tmp_path: Path) -> RollbackGuard:
+    return RollbackGuard(Settings(model=model, state_dir=tmp_path / "state").directory() / "policy.json")
 
 
 def test_a_start_refuses_yesterdays_file_until_somebody_accepts_it(
@@ -83,23 +83,23 @@ def test_a_start_refuses_a_clock_that_is_behind_the_policy(
     assert content_of(database) == before
 
 
-def test_a_past_that_cannot_be_kept_is_logged_and_ends_nothing(
+def test_a_version_that_cannot_be_kept_is_logged_and_ends_nothing(
     real_store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    past = Past(tmp_path / "gone" / "policy.json")
-    source = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=1, past=past)
+    rollback_guard = RollbackGuard(tmp_path / "gone" / "policy.json")
+    source = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=1, rollback_guard=rollback_guard)
     assert source.confirm().tenants
     assert "policy.json cannot be written: No such file or directory" in caplog.text
     (tmp_path / "gone").mkdir()
-    past.note(real_store.snapshot())
-    past.require(real_store)
+    rollback_guard.note(real_store.snapshot())
+    rollback_guard.require(real_store)
 
 
-def test_a_past_that_could_not_be_kept_is_kept_at_the_next_poll(
+def test_a_version_that_could_not_be_kept_is_kept_at_the_next_poll(
     real_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    past = Past(tmp_path / "policy.json")
-    source = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=1, past=past)
+    rollback_guard = RollbackGuard(tmp_path / "policy.json")
+    source = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=1, rollback_guard=rollback_guard)
     before = source.confirm().policy_version
     full = OSError(errno.ENOSPC, "No space left on device")
     fsync = os.fsync
@@ -135,6 +135,6 @@ def test_what_was_confirmed_is_on_the_disk_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
     path = tmp_path / "policy.json"
-    Past(path).note(real_store.snapshot())
+    RollbackGuard(path).note(real_store.snapshot())
     text = path.read_text()
     assert done == [("policy.new", text), ("replace", text), (tmp_path.name, "")]
