@@ -221,7 +221,7 @@ class Trial:
     def _start(self) -> Local:
         state = at_start(self.store, EXPERTS, kit.MERGED)
         here = local(self.store, self.world.anchor, self.place, ranks=RANKS, without=state.without, epoch=state.epoch)
-        here.service._adding._confirm = here.service._revoker._confirm = self.store.snapshot
+        here.service._loader._confirm = here.service._revoker._confirm = self.store.snapshot
         return here
 
     def _stored(self) -> Stored:

@@ -17,10 +17,10 @@ def inspect_package(path: Path) -> dict[str, Any]:
     with Source(path) as source:
         manifest = parse_manifest(source.read(MANIFEST_NAME, MAX_MANIFEST))
         signed = SIGNATURE_NAME in source.names
-    said: dict[str, Any] = manifest.model_dump(mode="json", exclude_none=True)
-    said["base"] = {**said["base"], "tensors": len(manifest.base.tensors)}
-    said["weights"] = {**said["weights"], "tensors": len(manifest.weights.tensors)}
-    return {"signed": signed, "verified": False, **said}
+    fields: dict[str, Any] = manifest.model_dump(mode="json", exclude_none=True)
+    fields["base"] = {**fields["base"], "tensors": len(manifest.base.tensors)}
+    fields["weights"] = {**fields["weights"], "tensors": len(manifest.weights.tensors)}
+    return {"signed": signed, "verified": False, **fields}
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:

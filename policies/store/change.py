@@ -71,7 +71,7 @@ class Change:
         if before == document:
             return
         if not restored:
-            checks.check_words(document, before)
+            checks.check_vocabulary(document, before)
         checks.check_put(self._connection, document, before)
         values = to_json(document)
         if before is None:
@@ -206,8 +206,8 @@ class Change:
             package=package,
             detail=detail,
         )
-        told = {"id": expert, "weights_epoch": epoch, "slot": slot, "package": package, "detail": detail}
-        self._weights.append(Event(at=at, actor=actor, action=f"weights.{action}", detail=told))
+        entry = {"id": expert, "weights_epoch": epoch, "slot": slot, "package": package, "detail": detail}
+        self._weights.append(Event(at=at, actor=actor, action=f"weights.{action}", detail=entry))
         return epoch
 
     def _event(self, change: ObjectChange) -> Event:

@@ -32,7 +32,7 @@ def check_put(connection: Connection, document: PolicyDocument, before: PolicyDo
             _owners(connection, f"tenant {document.id!r}", reference)
 
 
-def check_words(document: PolicyDocument, before: PolicyDocument | None) -> None:
+def check_vocabulary(document: PolicyDocument, before: PolicyDocument | None) -> None:
     """Raise `ChangeRefused` for a word that is not in today's lists and that the document did not have before."""
     try:
         if isinstance(document, Tenant):

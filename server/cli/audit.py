@@ -58,15 +58,18 @@ def verify(
             with target_of(**where(context, options)) as target:
                 found = verify_entries(target.audit_log(0), outside=noted)
     if heads is None:
-        said = [f"{found.entries} entries follow from each other"]
-        said.append("a log that was replaced or cut off is noticed with --heads only")
+        sentences = [f"{found.entries} entries follow from each other"]
+        sentences.append("a log that was replaced or cut off is noticed with --heads only")
     else:
-        said = [f"{found.entries} entries verified", f"{len(noted) - found.trimmed_heads} heads from outside found"]
+        sentences = [
+            f"{found.entries} entries verified",
+            f"{len(noted) - found.trimmed_heads} heads from outside found",
+        ]
     if found.trimmed:
-        said.append(f"{found.trimmed} entries of denied requests were trimmed, as the log says")
+        sentences.append(f"{found.trimmed} entries of denied requests were trimmed, as the log says")
     if found.trimmed_heads:
-        said.append(f"{found.trimmed_heads} heads from outside are of those, with nothing left to compare")
-    typer.echo("; ".join(said))
+        sentences.append(f"{found.trimmed_heads} heads from outside are of those, with nothing left to compare")
+    typer.echo("; ".join(sentences))
 
 
 @administers(app)

@@ -62,8 +62,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"flexgate {importlib.metadata.version('flexgate')}")
         raise typer.Exit
 

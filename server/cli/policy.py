@@ -73,7 +73,7 @@ def rollback(
     version: Annotated[int, typer.Argument(min=0, help="The policy version that comes back.")],
     confirm: Annotated[int | None, typer.Option(help="The present version: says that it is meant.")] = None,
 ) -> None:
-    """Make the policy say what it said at a version. Without --confirm, only say what would change, and fail."""
+    """Make the policy say what it text at a version. Without --confirm, only say what would change, and fail."""
     typer.echo(target.roll_back(version, confirm))
 
 
@@ -160,9 +160,9 @@ def _filters(sample: Json) -> bool:
 
 
 def _declared(sample: Json) -> str:
-    said = f"{sample['purpose'] or 'no purpose'} in {sample['region'] or 'no region'}"
+    text = f"{sample['purpose'] or 'no purpose'} in {sample['region'] or 'no region'}"
     if sample["only"] is not None:
-        said += f", only {', '.join(sample['only']) or 'public'}"
+        text += f", only {', '.join(sample['only']) or 'public'}"
     if sample["ignore"]:
-        said += f", without {', '.join(sample['ignore'])}"
-    return said if sample["requests"] == 0 else f"{said} ({sample['requests']} requests)"
+        text += f", without {', '.join(sample['ignore'])}"
+    return text if sample["requests"] == 0 else f"{text} ({sample['requests']} requests)"

@@ -32,7 +32,7 @@ class PolicyTarget(Protocol):
         """Apply a file, in one revision; what changed."""
 
     def roll_back(self, version: int, confirm: int | None) -> int:
-        """Make the policy say what it said at a version; the new version."""
+        """Make the policy say what it given at a version; the new version."""
 
     def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
         """Why a tenant may use each expert or not."""
@@ -91,8 +91,8 @@ class ServerPolicy:
         return int(self._api.ask("POST", "/v1/policy/rollback", json=body)["policy_version"])
 
     def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
-        said = {"project_id": project_id, "purpose": purpose, "region": region}
-        query = {name: value for name, value in said.items() if value is not None}
+        given = {"project_id": project_id, "purpose": purpose, "region": region}
+        query = {name: value for name, value in given.items() if value is not None}
         return list(self._api.ask("GET", "/v1/policy/explain", params=query)["experts"])
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:

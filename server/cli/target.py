@@ -187,9 +187,9 @@ class DatabaseTarget(DatabasePolicy):
         projects.archive_project(self._store, project_id, **_attributed())
 
     def create_key(self, project_id: str, name: str, seconds: int | None) -> str:
-        said = _attributed()
-        expires = None if seconds is None else said["at"] + seconds
-        return accounts.create_service_account(self._store, project_id, name, expires=expires, **said)[1].secret
+        attributed = _attributed()
+        expires = None if seconds is None else attributed["at"] + seconds
+        return accounts.create_service_account(self._store, project_id, name, expires=expires, **attributed)[1].secret
 
     def revoke_key(self, project_id: str, key_id: str) -> None:
         accounts.revoke_project_key(self._store, project_id, key_id, **_attributed())
@@ -198,10 +198,10 @@ class DatabaseTarget(DatabasePolicy):
         return [admin_key_object(key) for key in accounts.list_admin_keys(self._store)]
 
     def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
-        said = _attributed()
-        expires = None if seconds is None else said["at"] + seconds
+        attributed = _attributed()
+        expires = None if seconds is None else attributed["at"] + seconds
         return accounts.create_admin_key(
-            self._store, name, role=Role(role), owner_id=owner_id, expires=expires, **said
+            self._store, name, role=Role(role), owner_id=owner_id, expires=expires, **attributed
         ).secret
 
     def revoke_admin_key(self, key_id: str) -> None:
@@ -276,8 +276,8 @@ class ServerTarget(ServerPolicy):
         return list(self._api.pages(_ADMIN_KEYS))
 
     def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
-        said = {"name": name, "role": role, "owner_id": owner_id, "expires_in_seconds": seconds}
-        body = {field: value for field, value in said.items() if value is not None}
+        given = {"name": name, "role": role, "owner_id": owner_id, "expires_in_seconds": seconds}
+        body = {field: value for field, value in given.items() if value is not None}
         return str(self._api.ask("POST", _ADMIN_KEYS, json=body)["value"])
 
     def revoke_admin_key(self, key_id: str) -> None:

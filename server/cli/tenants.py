@@ -95,7 +95,7 @@ def limits(target: Target, project: Project, as_json: AsJson = False) -> None:
         print_json(found)
         return
     names = list(found["project"])
-    rows = [[whose, *("none" if limit is None else str(limit) for limit in of.values())] for whose, of in found.items()]
+    rows = [[scope, *("none" if limit is None else str(limit) for limit in of.values())] for scope, of in found.items()]
     print_table(["of", *(name.replace("_", " ") for name in names)], rows, empty="no limits")
 
 

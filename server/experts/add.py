@@ -40,7 +40,7 @@ _CHECKS: Final = ThreadPoolExecutor(2, "packages")
 logger = logging.getLogger(__name__)
 
 
-class Adding:
+class Loader:
     """The steps of one job. Only the last of them, which change what is served, hold the pool's lock: a revocation
     waits neither for a package to be loaded nor for a place to try it in.
     """
@@ -110,10 +110,10 @@ class Adding:
             )
             package = await loop.run_in_executor(_CHECKS, check)
         except ExpertsError as error:
-            told = str(error).replace(str(source), job.package).replace(str(places.private), "the server")
+            message = str(error).replace(str(source), job.package).replace(str(places.private), "the server")
             if isinstance(error, DiskFull):
-                raise ChangeConflict(f"{told[:1].upper()}{told[1:]}.", code="disk_full") from error
-            raise PackageRefused(f"{told}.") from error
+                raise ChangeConflict(f"{message[:1].upper()}{message[1:]}.", code="disk_full") from error
+            raise PackageRefused(f"{message}.") from error
         await job.at("verified")
         return package
 

@@ -44,8 +44,8 @@ class CommitUnknown(ChangeConflict):
 
     def __init__(self, error: Exception, now: str) -> None:
         """`now` says what is served until somebody knows."""
-        told = f"The store broke off: {error}. Nothing tells whether it took the change. {now}"
-        super().__init__(told, code="commit_unknown")
+        message = f"The store broke off: {error}. Nothing tells whether it took the change. {now}"
+        super().__init__(message, code="commit_unknown")
 
 
 class NotStored(ExpertError):

@@ -18,7 +18,7 @@ from flexgate.experts.package.weights import WeightsTicket
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import PUBLIC
 from flexgate.server.engine.frontend.calls import ExpertInfo
-from flexgate.server.experts.add import Adding, Canary
+from flexgate.server.experts.add import Canary, Loader
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored, PackageRefused
 from flexgate.server.experts.jobs import Job, Jobs
 from flexgate.server.experts.repository import Added
@@ -52,7 +52,7 @@ class ExpertService:
         self.jobs = Jobs(clock)
         self._pool = pool
         self._clock = clock
-        self._adding = Adding(pool, canary=canary, confirm=confirm, clock=clock)
+        self._loader = Loader(pool, canary=canary, confirm=confirm, clock=clock)
         self._revoker = Revoker(pool, confirm=confirm, record=record, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unstored: dict[str, str] = {}  # who revoked what the store could not be told
@@ -142,7 +142,7 @@ class ExpertService:
 
     async def _run(self, job: Job, source: Path, owner: str | None, move: bool) -> None:
         try:
-            former = await self._adding.add(job, source, owner)
+            former = await self._loader.add(job, source, owner)
         except ExpertError as error:
             logger.warning("job %s failed at %s: %s", job.id, job.stage, error)
             await job.fail(error.code, str(error), self._clock())

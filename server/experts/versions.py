@@ -44,15 +44,15 @@ def is_set_aside(package: Added, merged: Merged) -> bool:
 
 
 def _version(model: Path, entry: Mapping[str, Any]) -> int:
-    said = entry.get("version", UNSAID)
-    if type(said) is not int or said < UNSAID:
+    version = entry.get("version", UNSAID)
+    if type(version) is not int or version < UNSAID:
         raise LayoutError(f"{model / MODEL_MANIFEST}: the version of '{entry['id']}' must be a whole number from 1")
     record = read_record(model, entry["id"])
     if record is None:
-        return said
-    if said not in (UNSAID, record.manifest.version):
+        return version
+    if version not in (UNSAID, record.manifest.version):
         raise LayoutError(
-            f"{model} contradicts itself: {MODEL_MANIFEST} names version {said} of '{entry['id']}', "
+            f"{model} contradicts itself: {MODEL_MANIFEST} names version {version} of '{entry['id']}', "
             f"its provenance version {record.manifest.version}"
         )
     return record.manifest.version

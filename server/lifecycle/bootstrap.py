@@ -72,10 +72,12 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             engine = await launching.__aenter__()
         try:
             with _interruptible():
-                from flexgate.server.lifecycle.container import put_together
+                from flexgate.server.lifecycle.container import build_services
                 from flexgate.server.lifecycle.serve import run
 
-                services = put_together(settings, model, engine, store, rollback_guard, directory, merged, keys, clock)
+                services = build_services(
+                    settings, model, engine, store, rollback_guard, directory, merged, keys, clock
+                )
                 require_unchanged(checkpoint)
                 await services.experts.restore(stage)
             secret = None if settings.demo else seed.first_admin_key(store, at=clock())

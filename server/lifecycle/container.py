@@ -40,7 +40,7 @@ from flexgate.server.policy.rollback_guard import RollbackGuard
 CANARY_SECONDS: Final = 60.0
 
 
-def put_together(
+def build_services(
     settings: Settings,
     model: Path,
     engine: RunningEngine,

@@ -107,7 +107,7 @@ class PolicySource:
         self._confirmed = -float("inf")
         self._confirming = threading.Lock()
         self._asking: asyncio.Task[Snapshot] | None = None
-        self._asker = ThreadPoolExecutor(1, "policy-asked")
+        self._asker = ThreadPoolExecutor(1, "policy-confirm")
 
     def enforce_with(self, enforce: Callable[[Snapshot], None]) -> None:
         """End what a newer policy permits no more by `enforce`, before the version is announced. It may block."""
@@ -122,14 +122,14 @@ class PolicySource:
         with self._confirming:  # else a slow answer could replace a newer one
             if self._replicas is not None and self._stored is None:
                 self._replicas.announce(0)
-            asked, before = self._clock(), self._stored
+            began, before = self._clock(), self._stored
             try:
                 self._require_files()
                 self._stored = self._store.confirm(before)
             except StoreReplaced:
                 self._confirmed = -float("inf")  # what was confirmed came from something that is not there any more
                 raise
-            self._confirmed = asked
+            self._confirmed = began
             if self._rollback_guard is not None and (self._stored is not before or not self._rollback_guard.kept()):
                 self._rollback_guard.note(self._stored)
             if self._enforce is not None and self._stored is not self._enforced:

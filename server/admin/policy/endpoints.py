@@ -100,12 +100,12 @@ def roll_back(call: Call[RollBack, Written]) -> Json:
 
 def _project(call: Call[Nothing, Explain]) -> str:
     own = call.principal.tenant_id
-    asked = call.query.project_id if call.query.project_id is not None else own
-    if asked is None:
+    requested = call.query.project_id if call.query.project_id is not None else own
+    if requested is None:
         raise Invalid("'project_id': say which project.", param="project_id", code="missing_parameter")
-    if own not in (None, asked):
+    if own not in (None, requested):
         raise not_found()
-    return asked
+    return requested
 
 
 def _cursor(after: str | None) -> int | None:

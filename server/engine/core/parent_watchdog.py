@@ -29,4 +29,4 @@ def end_with_parent() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="flexgate-lifeline", daemon=True).start()
+    threading.Thread(target=watch, name="flexgate-parent-watchdog", daemon=True).start()

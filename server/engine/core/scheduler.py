@@ -56,7 +56,7 @@ class _Held:
 
 
 class _Gated(_Base):
-    """Mixin over :class:`Scheduler`; installing it installs guard and lifeline, so none is alone."""
+    """Mixin over :class:`Scheduler`; installing it installs guard and parent watchdog, so none is alone."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         end_with_parent()

@@ -25,7 +25,7 @@ class CanaryNotScheduled(RuntimeError):
     """The engine had no place for the canary, which says nothing about the expert."""
 
 
-async def sing(engine: Any, client: GatedEngineClient) -> None:
+async def self_test(engine: Any, client: GatedEngineClient) -> None:
     """Try the engine from inside: no gate, a forged gate, then a gate on each expert alone.
 
     Raises:

@@ -52,18 +52,18 @@ class EarlyProcess:
     def __init__(self, modules: Sequence[str]) -> None:
         set_for_cpu()
         self.sentinel, kept_open = os.pipe()
-        told_by, self.pipe = os.pipe()
+        start_fd, self.pipe = os.pipe()
         tracker = resource_tracker.getfd()
         if tracker is None:
             raise RuntimeError("multiprocessing's resource tracker does not run")
         paths = spawn.get_preparation_data("")["sys_path"]
         executable, *options = spawn.get_command_line()
         program = f"import sys; sys.path[:] = {paths}; from {__name__} import wait; "
-        options[options.index("-c") + 1] = f"{program}wait({tuple(modules)}, {tracker}, {told_by})"
+        options[options.index("-c") + 1] = f"{program}wait({tuple(modules)}, {tracker}, {start_fd})"
         command = [os.fsencode(word) for word in (executable, *options)]
-        self.pid = util.spawnv_passfds(command[0], command, [tracker, kept_open, told_by])
+        self.pid = util.spawnv_passfds(command[0], command, [tracker, kept_open, start_fd])
         os.close(kept_open)
-        os.close(told_by)
+        os.close(start_fd)
         self.waiting = True
 
     def __enter__(self) -> Self:
@@ -131,17 +131,17 @@ def preloaded(before: str, torch: Path, *vllm: Path) -> str:
     return before
 
 
-def wait(modules: Sequence[str], tracker: int, told_by: int) -> None:
+def wait(modules: Sequence[str], tracker: int, start_fd: int) -> None:
     """What an early process runs: load, then do what a spawned process does; end quietly if it is never told."""
     with leaving():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's until the engine core takes it
         with suppress(ImportError):  # what it is told to run finds out, and says so
             for module in modules:
                 import_module(module)
-        told = select.poll()
-        told.register(told_by, select.POLLIN)
-        if any(event & select.POLLIN for _, event in told.poll()):
-            spawn.spawn_main(pipe_handle=told_by, tracker_fd=tracker)
+        poll = select.poll()
+        poll.register(start_fd, select.POLLIN)
+        if any(event & select.POLLIN for _, event in poll.poll()):
+            spawn.spawn_main(pipe_handle=start_fd, tracker_fd=tracker)
 
 
 class EarlyContext(SpawnContext):

@@ -305,7 +305,7 @@ async def _prove(
     clock: Callable[[], float],
     compiler: Compiler,
 ) -> "GatedEngineClient":
-    from flexgate.server.engine.frontend.canary import sing
+    from flexgate.server.engine.frontend.canary import self_test
     from flexgate.server.engine.frontend.client import GatedEngineClient
     from flexgate.server.engine.protocol.handshake import describe_kernels, verify
     from flexgate.server.engine.seam.engine import ask_ranks
@@ -331,7 +331,7 @@ async def _prove(
         compiler=compiler if engine.renderer.tokenizer is not None else None,
     )
     client.kernels = describe_kernels(reports)
-    await sing(engine, client)
+    await self_test(engine, client)
     require_unchanged(planned.checkpoint)
     heartbeat.beat()
     client.mark_ready()

@@ -64,11 +64,11 @@ def require_readable_texts(folder: Path, vocabulary: int) -> None:
 def _require_generation(path: Path, vocabulary: int) -> None:
     from transformers import GenerationConfig
 
-    said = {name: value for name, value in read_object(path).items() if value is not None}
+    fields = {name: value for name, value in read_object(path).items() if value is not None}
     for name, (holds, expected) in DEFAULTS.items():
-        if name in said and not holds(said[name]):
-            raise CheckpointError(f"{path}: {name} is {said[name]!r:.40}, expected {expected}")
-    ends = said.get("eos_token_id", [])
+        if name in fields and not holds(fields[name]):
+            raise CheckpointError(f"{path}: {name} is {fields[name]!r:.40}, expected {expected}")
+    ends = fields.get("eos_token_id", [])
     for id_ in ends if isinstance(ends, list) else [ends]:
         if not (_whole(id_) and 0 <= id_ < vocabulary):
             raise CheckpointError(f"{path}: eos_token_id is {ends!r:.40}, expected token ids below {vocabulary}")
@@ -79,11 +79,11 @@ def _require_tokenizer(folder: Path, vocabulary: int) -> None:
     from transformers import AutoTokenizer
 
     path = folder / TOKENIZER_CONFIG
-    said = read_object(path)
-    longest = said.get("model_max_length")
+    fields = read_object(path)
+    longest = fields.get("model_max_length")
     if longest is not None and not (_number(longest) and longest >= 1):
         raise CheckpointError(f"{path}: model_max_length is {longest!r:.40}, expected a number of at least 1")
-    _require_one_template(folder, said.get("chat_template"))
+    _require_one_template(folder, fields.get("chat_template"))
     tokenizer = _reading(
         folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     )

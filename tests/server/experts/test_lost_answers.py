@@ -44,7 +44,7 @@ async def test_what_was_committed_is_not_undone_when_the_policy_cannot_be_confir
     def fail() -> None:
         raise StoreUnavailable("away")
 
-    here.service._adding._confirm = fail
+    here.service._loader._confirm = fail
     job = await here.add(package(tmp_path, anchor))
     assert job.state == "succeeded"
     assert here.client.published[-1] == ("public", "news", "math")

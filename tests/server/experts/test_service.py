@@ -526,7 +526,7 @@ async def test_a_version_that_was_committed_as_a_drain_began_is_given_to_nobody(
         confirming.set()
         go.wait(30)
 
-    here.service._adding._confirm = confirm
+    here.service._loader._confirm = confirm
     replacing = asyncio.ensure_future(here.add(package(tmp_path, anchor, version=2)))
     await asyncio.to_thread(confirming.wait, 30)
     draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))

@@ -20,7 +20,7 @@ class Unenforceable(ConstraintError):
 
 def compiler_message(text: str) -> str:
     """What the compiler says of a client's text, without its own source files, checks and places in what it made."""
-    said = _PARSER.sub("", _PLACE.split(text.strip())[-1].split("\n")[0]).strip()
-    if not said or _INNER.search(said):
+    sentence = _PARSER.sub("", _PLACE.split(text.strip())[-1].split("\n")[0]).strip()
+    if not sentence or _INNER.search(sentence):
         return "it cannot be compiled"
-    return said[0].lower() + said[1:].rstrip(".")
+    return sentence[0].lower() + sentence[1:].rstrip(".")

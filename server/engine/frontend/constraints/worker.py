@@ -48,7 +48,7 @@ class _Child:
     pid: int
     deadline: float
     hung: bool = False
-    told: bytearray = field(default_factory=bytearray)
+    output: bytearray = field(default_factory=bytearray)
 
 
 def load_bindings() -> Any:
@@ -184,7 +184,7 @@ class Worker:
         child = self._children[source]
         chunk = os.read(source, _CHUNK)
         if chunk:
-            child.told += chunk
+            child.output += chunk
             return
         self._finish(source, child)
 
@@ -197,7 +197,7 @@ class Worker:
         if child.hung:
             answer = {"busy": f"a constraint was not compiled within {HUNG_SECONDS} s"}
         with suppress(ValueError):
-            answer = json.loads(child.told)
+            answer = json.loads(child.output)
         message = json.dumps({"id": child.job, **answer}).encode()
         with open(self._sink, "wb", closefd=False) as sink:
             sink.write(LENGTH.pack(len(message)) + message)

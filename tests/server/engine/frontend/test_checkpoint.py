@@ -200,7 +200,7 @@ async def test_every_expert_is_tried_alone_before_a_start_is_over(monkeypatch: p
     monkeypatch.setattr(canary, "try_experts", attempt)
     infos = [ExpertInfo(name, "owner", "", slot, 1, True) for slot, name in enumerate(("public", "news", "math"))]
     with pytest.raises(CanaryError, match="'math'"):
-        await canary.sing(None, SimpleNamespace(experts=lambda: infos))  # type: ignore[arg-type]
+        await canary.self_test(None, SimpleNamespace(experts=lambda: infos))  # type: ignore[arg-type]
     assert tried == ["public", "news", "math"]
 
 

@@ -178,7 +178,7 @@ def test_ctrl_c_is_left_to_its_parent(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_told_it_notices_the_end_of_its_parent(tmp_path: Path) -> None:
-    """Which is what the engine core's lifeline waits for."""
+    """Which is what the engine core's parent watchdog waits for."""
     place = tmp_path / "note"
     follow = f"import multiprocessing as m; m.parent_process().join(); open({str(place)!r}, 'w').write('noticed')"
     done = after_its_parent(f"EarlyContext(early).Process(target=exec, args=({follow!r},), name='EngineCore').start()")
