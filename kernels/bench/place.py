@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgate.kernels.gated_experts.launch import Kernels, device_kernels, device_names
-from flexgate.kernels.gated_topk.contract import FILL_NONE
+from flexgate.kernels.gated_topk.contract import FILL_NONE, unit_map
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
 
 Run = Callable[[], object]
@@ -34,10 +34,14 @@ class Place:
 
     def route(self, logits_TE: Tensor, gate_T: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Weights and ids of gated_topk, unused picks −1."""
-        mass_TE = torch.zeros_like(logits_TE, dtype=torch.int64)
+        mass_TU, unit_E = torch.zeros_like(logits_TE, dtype=torch.int64), self.own_units(logits_TE.shape[1])
         return launch_gated_topk(
-            self.topk, logits_TE, gate_T, None, mass_TE, torch.zeros_like(gate_T), top_k, False, FILL_NONE
+            self.topk, logits_TE, gate_T, unit_E, None, mass_TU, torch.zeros_like(gate_T), top_k, False, FILL_NONE
         )
+
+    def own_units(self, experts: int) -> Tensor:
+        """The map of a layer whose every expert is a unit of its own."""
+        return unit_map(range(experts)).to(self.device)
 
     def median_us(self, run: Run) -> float | None:
         """Median time of `run` with cold L2, replayed as a CUDA graph; None where nothing is measured."""

@@ -81,12 +81,12 @@ class Bench:
         operands = (batch.x_TH, layer.w13_EGH, layer.w2_EHF, batch.weights_TK, batch.ids_TK, out_TH)
         cell.times_us[OURS] = self.place.median_us(lambda: launch_gated_experts(kernels, tiles, *operands))
         gate_T = torch.full((batch.tokens,), (1 << cell.allowed) - 1, dtype=torch.int64, device=self.place.device)
-        mass_TE = torch.zeros_like(batch.logits_TE, dtype=torch.int64)
+        mass_TU, unit_E = torch.zeros_like(batch.logits_TE, dtype=torch.int64), self.place.own_units(layer.shape.slots)
         chosen_T, slots, top_k = torch.zeros_like(gate_T), layer.shape.slots, layer.shape.top_k
 
         def route() -> None:
             routed = launch_gated_topk(
-                self.place.topk, batch.logits_TE, gate_T, None, mass_TE, chosen_T, top_k, False, FILL_NONE
+                self.place.topk, batch.logits_TE, gate_T, unit_E, None, mass_TU, chosen_T, top_k, False, FILL_NONE
             )
             launch_plan(kernels, *routed, slots, tiles.block_t)
 

@@ -1,8 +1,13 @@
-"""What `gated_topk` takes, on every device: limits, the meaning of `fill`, and the checks that cost no synchronisation.
+"""What `gated_topk` takes, on every device: limits, units, the meaning of `fill`, checks that do not synchronise.
 
-Shape suffixes: T tokens, E expert slots, K chosen experts.
+A gate is one int64 per token that names at most 64 *units*: bit `u` admits unit `u`. Each layer maps its experts to
+units with `unit_E`; an expert takes part where the bit of its unit is set. Unit 0 is common: owned by nobody, in every
+gate. A layer need not have an expert of it.
+
+Shape suffixes: T tokens, E experts of the layer, U units, K chosen experts.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,49 +17,82 @@ from flexgate.kernels.errors import KernelArgumentError
 
 Fill = Literal["none", "first"] | int
 
-MAX_SLOTS = 64
-"""A gate is one int64: bit `e` allows slot `e`; with 64 slots bit 63 is the sign bit."""
+MAX_UNITS = 64
+"""Bits of a gate; with 64 units bit 63 is the sign bit."""
+
+MAX_EXPERTS = 512
+"""Experts of one layer."""
+
+COMMON_UNIT = 0
+"""Owned by nobody, in every gate; 63 others can be owned."""
+
+CLOSED_GATE = 1 << COMMON_UNIT
+"""The row of padding and of tokens that are nobody's: the common unit alone."""
 
 MASS_SCALE = 2**32
-"""Units of `mass_TE` per unit of routing weight. 2**31 real picks of weight 1 fit one int64 counter."""
+"""Units of `mass_TU` per unit of routing weight. 2**31 real picks of weight 1 fit one int64 counter."""
 
 FILL_NONE = -1
 FILL_FIRST = -2
 
 
-def encode_fill(fill: Fill, slots: int) -> int:
-    """The integer under which `fill` travels through the operator's schema: a slot, or one of FILL_NONE, FILL_FIRST."""
+def unit_map(units: Sequence[int]) -> Tensor:
+    """`unit_E` of a layer whose expert `e` belongs to `units[e]`.
+
+    Raises:
+        KernelArgumentError: no expert, too many, or a unit that no gate can name.
+    """
+    if not 1 <= len(units) <= MAX_EXPERTS:
+        raise KernelArgumentError(f"a layer has 1..{MAX_EXPERTS} experts, got a map of {len(units)}")
+    for expert, unit in enumerate(units):
+        if not 0 <= unit < MAX_UNITS:
+            raise KernelArgumentError(f"expert {expert} is mapped to unit {unit}; units are 0..{MAX_UNITS - 1}")
+    return torch.tensor(units, dtype=torch.uint8)
+
+
+def encode_fill(fill: Fill, experts: int) -> int:
+    """The integer under which `fill` travels through the operator's schema: an expert, or FILL_NONE, FILL_FIRST."""
     if fill == "none":
         return FILL_NONE
     if fill == "first":
         return FILL_FIRST
-    if isinstance(fill, int) and not isinstance(fill, bool) and 0 <= fill < slots:
+    if isinstance(fill, int) and not isinstance(fill, bool) and 0 <= fill < experts:
         return fill
-    raise KernelArgumentError(f'fill must be "none", "first" or a slot in 0..{slots - 1}, got {fill!r}')
+    raise KernelArgumentError(f'fill must be "none", "first" or an expert in 0..{experts - 1}, got {fill!r}')
 
 
 def check_arguments(
-    router_logits_TE: Tensor, gate_T: Tensor, bias_E: Tensor | None, mass_TE: Tensor, chosen_T: Tensor, top_k: int
+    router_logits_TE: Tensor,
+    gate_T: Tensor,
+    unit_E: Tensor,
+    bias_E: Tensor | None,
+    mass_TU: Tensor,
+    chosen_T: Tensor,
+    top_k: int,
 ) -> None:
-    """Raise KernelArgumentError unless shapes, dtypes, layout and devices fit; looks at no value of any tensor."""
+    """Raise KernelArgumentError unless shapes, dtypes and layout fit; looks at no value of any tensor."""
     if router_logits_TE.dim() != 2 or router_logits_TE.dtype is not torch.float32:
         raise _wrong("router_logits_TE", router_logits_TE, "float32 [T, E]")
-    tokens, slots = router_logits_TE.shape
-    if not 1 <= slots <= MAX_SLOTS:
-        raise KernelArgumentError(f"router_logits_TE has {slots} slots; a gate holds 1..{MAX_SLOTS}")
+    tokens, experts = router_logits_TE.shape
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise KernelArgumentError(f"router_logits_TE has {experts} experts; a layer has 1..{MAX_EXPERTS}")
     if top_k < 1:
         raise KernelArgumentError(f"top_k must be at least 1, got {top_k}")
     if gate_T.dtype is not torch.int64 or gate_T.shape != (tokens,):
         raise _wrong("gate_T", gate_T, f"int64 [{tokens}]")
-    if bias_E is not None and (bias_E.dtype is not torch.float32 or bias_E.shape != (slots,)):
-        raise _wrong("bias_E", bias_E, f"float32 [{slots}]")
-    if mass_TE.dtype is not torch.int64 or mass_TE.dim() != 2 or mass_TE.shape[1] != slots or len(mass_TE) < tokens:
-        raise _wrong("mass_TE", mass_TE, f"int64 [>={tokens}, {slots}]")
+    if unit_E.dtype is not torch.uint8 or unit_E.shape != (experts,):
+        raise _wrong("unit_E", unit_E, f"uint8 [{experts}]")
+    if bias_E is not None and (bias_E.dtype is not torch.float32 or bias_E.shape != (experts,)):
+        raise _wrong("bias_E", bias_E, f"float32 [{experts}]")
+    if mass_TU.dtype is not torch.int64 or mass_TU.dim() != 2 or len(mass_TU) < tokens:
+        raise _wrong("mass_TU", mass_TU, f"int64 [>={tokens}, U]")
+    if not 1 <= mass_TU.shape[1] <= MAX_UNITS:
+        raise KernelArgumentError(f"mass_TU has {mass_TU.shape[1]} units; a gate names 1..{MAX_UNITS}")
     if chosen_T.dtype is not torch.int64 or chosen_T.dim() != 1 or len(chosen_T) < tokens:
         raise _wrong("chosen_T", chosen_T, f"int64 [>={tokens}]")
     # A reshaped copy would swallow the accumulation.
-    if not (mass_TE.is_contiguous() and chosen_T.is_contiguous()):
-        raise KernelArgumentError("mass_TE and chosen_T are accumulated in place and must be contiguous")
+    if not (mass_TU.is_contiguous() and chosen_T.is_contiguous()):
+        raise KernelArgumentError("mass_TU and chosen_T are accumulated in place and must be contiguous")
 
 
 def empty_results(router_logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

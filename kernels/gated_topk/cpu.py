@@ -1,9 +1,9 @@
-"""`gated_topk` for CPU tensors: compiled C around torch's exponential, or NumPy where nothing can be compiled.
+"""`gated_topk` for CPU tensors: compiled C, or NumPy where nothing can be compiled.
 
 Both equal the reference bit for bit, so which one runs is a matter of speed alone. The library is built once, by the
 machinery that Triton uses for its own launchers: its choice of compiler, its cache directory, its trust in that.
 
-Shape suffixes: T tokens, E expert slots, K chosen experts.
+Shape suffixes: T tokens, E experts of the layer, U units, K chosen experts.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from flexgate.kernels.gated_topk.contract import empty_results
@@ -22,11 +21,39 @@ _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.c")
 # Contraction would fuse a product and a sum into one rounding, and the bits would depend on the processor.
 _FLAGS = ["-ffp-contract=off"]
+_POINTERS = frozenset({"logits", "gate", "unit", "bias", "mass", "chosen", "weights", "ids"})
+_FIELDS = [
+    "logits",
+    "logits_row",
+    "logits_column",
+    "gate",
+    "gate_step",
+    "unit",
+    "unit_step",
+    "bias",
+    "bias_step",
+    "mass",
+    "chosen",
+    "weights",
+    "ids",
+    "tokens",
+    "experts",
+    "units",
+    "top_k",
+    "renormalize",
+    "fill",
+]
+
+
+class _Routing(ctypes.Structure):
+    """The argument of the C function, field by field."""
+
+    _fields_ = [(name, ctypes.c_void_p if name in _POINTERS else ctypes.c_int64) for name in _FIELDS]
 
 
 @functools.cache
-def native_library() -> tuple[Callable[..., None], Callable[..., None]] | None:
-    """The compiled steps before and after the exponential, or None where they cannot be had (logged once)."""
+def native_library() -> Callable[..., None] | None:
+    """The compiled function, or None where it cannot be had (logged once)."""
     try:
         from triton.runtime.build import compile_so_from_file
 
@@ -35,40 +62,38 @@ def native_library() -> tuple[Callable[..., None], Callable[..., None]] | None:
     except Exception as error:
         _log.warning("gated_topk runs on NumPy, several times slower per call: %s", error)
         return None
-    shift, pick = library.flexgate_gated_shift, library.flexgate_gated_pick
-    shift.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
-    pick.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5
-    shift.restype = pick.restype = None
-    return shift, pick
+    function: Callable[..., None] = library.flexgate_gated_topk
+    return function
 
 
 def gated_topk_cpu(
     router_logits_TE: Tensor,
     gate_T: Tensor,
+    unit_E: Tensor,
     bias_E: Tensor | None,
-    mass_TE: Tensor,
+    mass_TU: Tensor,
     chosen_T: Tensor,
     top_k: int,
     renormalize: bool,
     fill: int,
 ) -> tuple[Tensor, Tensor]:
     """See `gated_topk_reference`; equal to it bit for bit, attribution included."""
-    library = native_library()
-    if library is None:
-        return gated_topk_vectorised(router_logits_TE, gate_T, bias_E, mass_TE, chosen_T, top_k, renormalize, fill)
-    shift, pick = library
-    tokens, slots = router_logits_TE.shape
-    logits_TE, gate_T = router_logits_TE.contiguous(), gate_T.contiguous()
-    # The name keeps a copy alive for as long as its address is in use.
-    bias_E = None if bias_E is None else bias_E.contiguous()
-    prob_TE = torch.empty_like(logits_TE)
-    weights_TK, ids_TK = empty_results(logits_TE, top_k)
-    gate, prob = gate_T.data_ptr(), prob_TE.data_ptr()
-    bias = None if bias_E is None else bias_E.data_ptr()
-    shift(logits_TE.data_ptr(), gate, bias, prob, tokens, slots)
-    prob_TE.exp_()
-    pick(
-        prob, gate, mass_TE.data_ptr(), chosen_T.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(),
-        tokens, slots, top_k, renormalize, fill,
+    function = native_library()
+    if function is None:
+        return gated_topk_vectorised(
+            router_logits_TE, gate_T, unit_E, bias_E, mass_TU, chosen_T, top_k, renormalize, fill
+        )
+    tokens, experts = router_logits_TE.shape
+    weights_TK, ids_TK = empty_results(router_logits_TE, top_k)
+    bias = (None, 0) if bias_E is None else (bias_E.data_ptr(), bias_E.stride(0))
+    function(
+        ctypes.byref(
+            _Routing(
+                router_logits_TE.data_ptr(), *router_logits_TE.stride(), gate_T.data_ptr(), gate_T.stride(0),
+                unit_E.data_ptr(), unit_E.stride(0), *bias, mass_TU.data_ptr(), chosen_T.data_ptr(),
+                weights_TK.data_ptr(), ids_TK.data_ptr(),
+                tokens, experts, mass_TU.shape[1], top_k, renormalize, fill,
+            )
+        )
     )  # fmt: skip
     return weights_TK, ids_TK

@@ -3,7 +3,7 @@
 Registered through `torch.library.define` rather than the `custom_op` decorator: the schema, the mutation and the fake
 implementation are the same, and the decorator's bookkeeping costs more than the whole routing of a decode step.
 
-Shape suffixes: T tokens, E expert slots, K chosen experts.
+Shape suffixes: T tokens, E experts of the layer, U units, K chosen experts.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from flexgate.kernels.gated_topk.cpu import gated_topk_cpu
 
 _LIBRARY = torch.library.Library("flexgate", "FRAGMENT")
 _LIBRARY.define(
-    "gated_topk(Tensor router_logits_TE, Tensor gate_T, Tensor? bias_E, Tensor(a!) mass_TE, Tensor(b!) chosen_T, "
-    "int top_k, bool renormalize, int fill) -> (Tensor weights_TK, Tensor ids_TK)"
+    "gated_topk(Tensor router_logits_TE, Tensor gate_T, Tensor unit_E, Tensor? bias_E, Tensor(a!) mass_TU, "
+    "Tensor(b!) chosen_T, int top_k, bool renormalize, int fill) -> (Tensor weights_TK, Tensor ids_TK)"
 )
 
 
@@ -25,21 +25,22 @@ def gated_topk(
     router_logits_TE: Tensor,
     gate_T: Tensor,
     *,
+    unit_E: Tensor,
     top_k: int,
     renormalize: bool,
     bias_E: Tensor | None,
-    mass_TE: Tensor,
+    mass_TU: Tensor,
     chosen_T: Tensor,
     fill: Fill,
 ) -> tuple[Tensor, Tensor]:
-    """Choose each token's experts among those its gate allows: weights_TK fp32, ids_TK int32.
+    """Choose each token's experts among those whose unit its gate names: weights_TK fp32, ids_TK int32.
 
     `gated_topk_reference` says what every argument means and is the specification. For inference: no gradient flows,
     and inputs that require one are refused. Nothing here reads a value back from the device.
     """
-    check_arguments(router_logits_TE, gate_T, bias_E, mass_TE, chosen_T, top_k)
+    check_arguments(router_logits_TE, gate_T, unit_E, bias_E, mass_TU, chosen_T, top_k)
     filler = encode_fill(fill, router_logits_TE.shape[1])
-    arguments = (router_logits_TE, gate_T, bias_E, mass_TE, chosen_T, top_k, renormalize, filler)
+    arguments = (router_logits_TE, gate_T, unit_E, bias_E, mass_TU, chosen_T, top_k, renormalize, filler)
     if _is_plain_on_cpu(router_logits_TE):
         return gated_topk_cpu(*arguments)
     weights_TK, ids_TK = _OPERATOR(*arguments)
@@ -66,8 +67,9 @@ def _cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _fake(
     router_logits_TE: Tensor,
     gate_T: Tensor,  # noqa: ARG001 - the schema's argument names
+    unit_E: Tensor,  # noqa: ARG001
     bias_E: Tensor | None,  # noqa: ARG001
-    mass_TE: Tensor,  # noqa: ARG001
+    mass_TU: Tensor,  # noqa: ARG001
     chosen_T: Tensor,  # noqa: ARG001
     top_k: int,
     renormalize: bool,  # noqa: ARG001

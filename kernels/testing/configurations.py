@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flexgate.kernels.gated_experts import kernel
 from flexgate.kernels.gated_experts.launch import COMBINE_BLOCK_H
 from flexgate.kernels.gated_experts.tiles import ProductTile
+from flexgate.kernels.gated_topk.contract import MAX_UNITS
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel
 from flexgate.kernels.testing.compiled import Binary, compile_kernel
 
@@ -55,13 +56,13 @@ def compile_combine(shape: Shape) -> Binary:
 def compile_routing(shape: Shape, *, renormalize: bool) -> Binary:
     """gated_topk for a decode step."""
     pointers = {
-        "logits_ptr": "*fp32", "gate_ptr": "*i64", "bias_ptr": "*fp32", "mass_ptr": "*i64",
+        "logits_ptr": "*fp32", "gate_ptr": "*i64", "unit_ptr": "*u8", "bias_ptr": "*fp32", "mass_ptr": "*i64",
         "chosen_ptr": "*i64", "weights_ptr": "*fp32", "ids_ptr": "*i32", "tokens": "i32",
     }  # fmt: skip
-    block_e = 1 << (shape.slots - 1).bit_length()
+    block_e, units = 1 << (shape.slots - 1).bit_length(), min(shape.slots, MAX_UNITS)
     constants = {
-        "SLOTS": shape.slots, "TOP_K": shape.top_k, "RENORMALIZE": renormalize, "FILL": -1, "HAS_BIAS": False,
-        "BLOCK_T": 256 // block_e, "BLOCK_E": block_e,
+        "EXPERTS": shape.slots, "UNITS": units, "TOP_K": shape.top_k, "RENORMALIZE": renormalize, "FILL": -1,
+        "HAS_BIAS": False, "BLOCK_T": max(1, 256 // block_e), "BLOCK_E": block_e, "BLOCK_U": min(block_e, MAX_UNITS),
     }  # fmt: skip
     return compile_kernel(gated_topk_kernel, pointers, constants, {"num_warps": 1, "enable_fp_fusion": False})
 

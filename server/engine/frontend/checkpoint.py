@@ -14,7 +14,7 @@ from flexgate.experts.checkpoint.reader import open_weights, read_json
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.io.tensorfile import TensorFile
 from flexgate.experts.package.weights import MAX_ABSOLUTE
-from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.kernels.gated_topk import MAX_UNITS
 from flexgate.server.engine.frontend.identity import FileIdentity, identities
 
 MANIFEST_NAME = "flexgate.json"
@@ -68,8 +68,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     files = identities(path)
     architecture = _architecture(path)
-    if architecture.num_experts > MAX_SLOTS:
-        raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_SLOTS}")
+    if architecture.num_experts > MAX_UNITS:
+        raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_UNITS}")
     with _open_weights(path) as tensors:
         stored_dtype = _check_headers(path, tensors, architecture)
     return Checkpoint(path, architecture, _experts(path, architecture), stored_dtype, files)

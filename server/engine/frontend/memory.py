@@ -5,7 +5,7 @@ All sizes are in bytes per rank.
 
 from dataclasses import dataclass
 
-from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.kernels.gated_topk import MAX_UNITS
 from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -74,11 +74,11 @@ def plan_slots(
     reserved = 1 if dealing > 1 else 0
     room = ((available_bytes - other_bytes - kv_bytes) // slot_bytes - reserved) * dealing
     taken = max(a.num_experts, least)
-    wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, MAX_SLOTS)
-    if not taken <= wanted <= MAX_SLOTS:
+    wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, MAX_UNITS)
+    if not taken <= wanted <= MAX_UNITS:
         raise CheckpointError(
             f"--max-experts {wanted}: the checkpoint has {a.num_experts} experts, {taken} slots are taken, "
-            f"and flexgate serves at most {MAX_SLOTS}"
+            f"and flexgate serves at most {MAX_UNITS}"
         )
     slots = wanted if max_experts is not None else max(min(wanted, room), taken)
     held = -(-slots // dealing) + reserved

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NewType
 
-from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.kernels.gated_topk import MAX_UNITS
 
 SEAL_KEY_BYTES = 32
 MAX_SEALED_LENGTH = 8192
@@ -58,8 +58,8 @@ class Gate:
             raise GateError("a gate must allow at least one expert; an empty gate is refused")
         if slots != sorted(set(slots)):
             raise GateError(f"gate slots must be distinct and ascending, got {slots}")
-        if slots[0] < 0 or slots[-1] >= MAX_SLOTS or any(ref.slot_epoch < 0 for ref in self.slots):
-            raise GateError(f"gate slots must be in 0..{MAX_SLOTS - 1}, epochs non-negative")
+        if slots[0] < 0 or slots[-1] >= MAX_UNITS or any(ref.slot_epoch < 0 for ref in self.slots):
+            raise GateError(f"gate slots must be in 0..{MAX_UNITS - 1}, epochs non-negative")
         if not self.request_id or not self.tenant or not self.cache_salt:
             raise GateError("a gate needs a request id, a tenant and a cache salt")
 

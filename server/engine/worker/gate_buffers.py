@@ -1,6 +1,6 @@
 """Per-request gates turned into the fixed-address buffers that the MoE layers read.
 
-Legend: T tokens, E expert slots, R requests of the step.
+Legend: T tokens, U units (slot i is unit i), R requests of the step.
 
 The hooks call, in this order and once per engine step: :meth:`GateState.begin_step`
 with the scheduler's output, :meth:`GateState.fill` once the runner has fixed the
@@ -14,15 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flexgate.kernels.gated_topk import MAX_SLOTS
+from flexgate.kernels.gated_topk import CLOSED_GATE, MAX_UNITS
 from flexgate.server.engine.protocol.gates import GateError, SealKey, check_owner, open_seal
 from flexgate.server.engine.protocol.names import GATE_ARG
-from flexgate.server.engine.protocol.slots import ANCHOR_SLOT, SlotTable
+from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.protocol.usage import Float32Array, Int64Array, StepUsage
 from flexgate.server.engine.seam.engine import SchedulerOutput, external_id
 
-_BITS = np.arange(MAX_SLOTS)
-CLOSED_GATE = 1 << ANCHOR_SLOT  # padding and dummy batches: the public expert only
+_BITS = np.arange(MAX_UNITS)
 
 
 @dataclass(slots=True)
@@ -46,14 +45,14 @@ class GateState(torch.nn.Module):
     """The gate and attribution buffers of one model replica on one rank.
 
     Buffers (addresses never change, for CUDA graphs and torch.compile):
-        gate_T: int64 bitmask of allowed slots per token.
-        mass_TE: int64 routing weight per token, summed over layers, in 1/MASS_SCALE.
-        chosen_T: int64 bitmask of slots chosen in at least one layer.
+        gate_T: int64 bitmask of allowed units per token; padding and dummy batches have the common unit alone.
+        mass_TU: int64 routing weight per token and unit, summed over layers, in 1/MASS_SCALE.
+        chosen_T: int64 bitmask of units chosen in at least one layer.
         sum_T: float32 sum of each token's final hidden state; finite if all of it is.
     """
 
     gate_T: torch.Tensor
-    mass_TE: torch.Tensor
+    mass_TU: torch.Tensor
     chosen_T: torch.Tensor
     sum_T: torch.Tensor
 
@@ -70,7 +69,7 @@ class GateState(torch.nn.Module):
         closed = torch.full((max_tokens,), CLOSED_GATE, dtype=torch.int64)
         self.register_buffer("gate_T", closed, persistent=False)
         mass = torch.zeros(max_tokens, table.total, dtype=torch.int64)
-        self.register_buffer("mass_TE", mass, persistent=False)
+        self.register_buffer("mass_TU", mass, persistent=False)
         chosen = torch.zeros(max_tokens, dtype=torch.int64)
         self.register_buffer("chosen_T", chosen, persistent=False)
         self.register_buffer("sum_T", torch.zeros(max_tokens, dtype=torch.float32), persistent=False)
@@ -143,16 +142,16 @@ class GateState(torch.nn.Module):
         """Send the forward pass's attribution on its way to the host."""
         if not self._num_tokens:
             return None
-        mass_TE, chosen_T, sum_T, copied = self._memory().take(self._num_tokens)
+        mass_TU, chosen_T, sum_T, copied = self._memory().take(self._num_tokens)
         step = [self._step[request_id] for request_id in self._order]
-        return PendingUsage(list(self._order), step, mass_TE, chosen_T, sum_T, copied)
+        return PendingUsage(list(self._order), step, mass_TU, chosen_T, sum_T, copied)
 
     def _memory(self) -> "_HostBuffers | _DeviceBuffers":
         """The buffers where they lie now: a module may be moved after it was made."""
         gate_T = self.gate_T
         if self._memory_now is None or self._memory_now.gate_T is not gate_T:
             kind = _HostBuffers if gate_T.is_cpu else _DeviceBuffers
-            self._memory_now = kind(gate_T, self.mass_TE, self.chosen_T, self.sum_T)
+            self._memory_now = kind(gate_T, self.mass_TU, self.chosen_T, self.sum_T)
         return self._memory_now
 
     def _register(self, request_id: str, extra_args: dict[str, object] | None) -> None:
@@ -176,7 +175,7 @@ class PendingUsage:
 
     request_ids: list[str]
     step: list[_Scheduled]
-    mass_TE: Int64Array
+    mass_TU: Int64Array
     chosen_T: Int64Array
     sum_T: Float32Array
     copied: "torch.cuda.Event | None"
@@ -185,15 +184,15 @@ class PendingUsage:
         """Wait for the copy and add up each request's tokens, without those counted before."""
         if self.copied is not None:
             self.copied.synchronize()
-        slots = self.mass_TE.shape[1]
-        used_T2E = np.empty((len(self.chosen_T), 2 * slots), np.int64)
-        used_T2E[:, :slots] = self.mass_TE
-        np.bitwise_and(self.chosen_T[:, None] >> _BITS[:slots], 1, out=used_T2E[:, slots:])
+        units = self.mass_TU.shape[1]
+        used_T2U = np.empty((len(self.chosen_T), 2 * units), np.int64)
+        used_T2U[:, :units] = self.mass_TU
+        np.bitwise_and(self.chosen_T[:, None] >> _BITS[:units], 1, out=used_T2U[:, units:])
         return StepUsage(
             self.request_ids,
             [entry.first + entry.skip for entry in self.step],
             [entry.tokens - entry.skip for entry in self.step],
-            self._per_request(used_T2E),
+            self._per_request(used_T2U),
             self._overflowed(),
         )
 
@@ -205,16 +204,16 @@ class PendingUsage:
         bad = np.repeat(np.arange(len(tokens)), tokens)[~finite_T]
         return [self.request_ids[index] for index in np.unique(bad)]
 
-    def _per_request(self, used_T2E: Int64Array) -> Int64Array:
+    def _per_request(self, used_T2U: Int64Array) -> Int64Array:
         starts, start = [], 0
         for entry in self.step:
             starts.append(start)
             if entry.skip:
-                used_T2E[start : start + entry.skip] = 0
+                used_T2U[start : start + entry.skip] = 0
             start += entry.tokens
         if start == len(starts):  # one token each, as in every step that only decodes
-            return used_T2E
-        sums: Int64Array = np.add.reduceat(used_T2E, starts, axis=0)
+            return used_T2U
+        sums: Int64Array = np.add.reduceat(used_T2U, starts, axis=0)
         return sums
 
 
@@ -222,11 +221,11 @@ class _HostBuffers:
     """On CPU, their own memory: next to a small step, a tensor operation's overhead is what gating costs."""
 
     def __init__(
-        self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+        self, gate_T: torch.Tensor, mass_TU: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
     ) -> None:
         self.gate_T = gate_T
         self._gate_T: Int64Array = gate_T.numpy()
-        self._mass_TE: Int64Array = mass_TE.numpy()
+        self._mass_TU: Int64Array = mass_TU.numpy()
         self._chosen_T: Int64Array = chosen_T.numpy()
         self._sum_T: Float32Array = sum_T.numpy()
 
@@ -234,34 +233,34 @@ class _HostBuffers:
         """Write a step's gates, close its padding, and count from zero."""
         self._gate_T[: len(gates)] = gates
         self._gate_T[len(gates) : num_padded] = CLOSED_GATE
-        self._mass_TE[:num_padded] = 0
+        self._mass_TU[:num_padded] = 0
         self._chosen_T[:num_padded] = 0
 
     def take(self, length: int) -> tuple[Int64Array, Int64Array, Float32Array, None]:
         """Copies that the next step does not write to."""
-        return self._mass_TE[:length].copy(), self._chosen_T[:length].copy(), self._sum_T[:length].copy(), None
+        return self._mass_TU[:length].copy(), self._chosen_T[:length].copy(), self._sum_T[:length].copy(), None
 
 
 class _DeviceBuffers:
     """On CUDA, through fresh pinned memory, never a reused buffer, and without waiting."""
 
     def __init__(
-        self, gate_T: torch.Tensor, mass_TE: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+        self, gate_T: torch.Tensor, mass_TU: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
     ) -> None:
-        self.gate_T, self._mass_TE, self._chosen_T, self._sum_T = gate_T, mass_TE, chosen_T, sum_T
+        self.gate_T, self._mass_TU, self._chosen_T, self._sum_T = gate_T, mass_TU, chosen_T, sum_T
 
     def start(self, gates: Int64Array, num_padded: int) -> None:
         """As on CPU."""
         padded = np.full(num_padded, CLOSED_GATE, np.int64)
         padded[: len(gates)] = gates
         self.gate_T[:num_padded].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
-        self._mass_TE[:num_padded].zero_()
+        self._mass_TU[:num_padded].zero_()
         self._chosen_T[:num_padded].zero_()
 
     def take(self, length: int) -> "tuple[Int64Array, Int64Array, Float32Array, torch.cuda.Event]":
         """Copies that are complete once the event has happened."""
-        buffers = self._mass_TE, self._chosen_T, self._sum_T
-        mass_TE, chosen_T, sum_T = (buffer[:length].to("cpu", non_blocking=True).numpy() for buffer in buffers)
+        buffers = self._mass_TU, self._chosen_T, self._sum_T
+        mass_TU, chosen_T, sum_T = (buffer[:length].to("cpu", non_blocking=True).numpy() for buffer in buffers)
         copied = torch.cuda.Event()
         copied.record()
-        return mass_TE, chosen_T, sum_T, copied
+        return mass_TU, chosen_T, sum_T, copied

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexgate.kernels.gated_topk import Fill, gated_topk
+from flexgate.kernels.gated_topk import Fill, gated_topk, unit_map
 from flexgate.server.engine.seam.engine import BaseRouter, FusedMoEFactory, RoutingMethodType, get_current_vllm_config
 from flexgate.server.engine.worker.gate_buffers import GateState
 from flexgate.server.engine.worker.kernels import chosen_routed_experts, held_kernels, pack_of
@@ -109,6 +109,8 @@ class GatedMoE(nn.Module):
         self.renormalize: bool = config.norm_topk_prob
         self.num_slots = gates.table.total
         self.gate = RouterRows(self.num_slots, config.hidden_size)
+        self.unit_E: torch.Tensor  # one expert per owner, in the same slot of every layer: slot i is unit i
+        self.register_buffer("unit_E", unit_map(range(self.num_slots)), persistent=False)
         # vLLM's CPU kernel knows no expert map: slots dealt out to ranks in turn, and after
         # them as many reserved ones, give every rank exactly one that stays all zero.
         ranks = expert_parallel_ranks()
@@ -183,10 +185,11 @@ class GatedMoE(nn.Module):
         weights_TK, ids_TK = gated_topk(
             self.gate(x_TH),
             gates.gate_T[: x_TH.shape[0]],
+            unit_E=self.unit_E,
             top_k=self.top_k,
             renormalize=self.renormalize,
             bias_E=self.gate.bias,
-            mass_TE=gates.mass_TE,
+            mass_TU=gates.mass_TU,
             chosen_T=gates.chosen_T,
             fill=self.fill,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from flexgate.kernels.gated_experts import gated_experts_reference
 from flexgate.kernels.gated_experts.launch import Kernels, launch_gated_experts
 from flexgate.kernels.gated_experts.tiles import ProductTile, Tiles
-from flexgate.kernels.gated_topk import gated_topk
+from flexgate.kernels.gated_topk import gated_topk, unit_map
 from flexgate.kernels.testing.interpreter import interpreted_experts
 
 
@@ -70,10 +70,11 @@ def make_layer(
     weights_TK, ids_TK = gated_topk(
         normal(tokens, slots),
         gate_T,
+        unit_E=unit_map(range(slots)),
         top_k=top_k,
         renormalize=False,
         bias_E=None,
-        mass_TE=torch.zeros(tokens, slots, dtype=torch.int64),
+        mass_TU=torch.zeros(tokens, slots, dtype=torch.int64),
         chosen_T=torch.zeros(tokens, dtype=torch.int64),
         fill="none",
     )

@@ -1,18 +1,17 @@
 """Every implementation of gated_topk behind one signature, and inputs to feed it.
 
-Shape suffixes: T tokens, E expert slots, K chosen experts.
+Shape suffixes: T tokens, E experts of the layer, U units, K chosen experts.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_topk import gated_topk_reference, reference
+from flexgate.kernels.gated_topk import MAX_UNITS, gated_topk_reference, unit_map
 from flexgate.kernels.gated_topk.contract import Fill, check_arguments, encode_fill
 from flexgate.kernels.gated_topk.cpu import gated_topk_cpu, native_library
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
@@ -28,7 +27,7 @@ class Routed:
 
     weights_TK: Tensor
     ids_TK: Tensor
-    mass_TE: Tensor
+    mass_TU: Tensor
     chosen_T: Tensor
 
     def same_bits(self, other: "Routed") -> bool:
@@ -48,54 +47,62 @@ class Router:
     def __init__(self, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._function = function
 
-    def layers(self, layers: list[Tensor], gate_T: Tensor, *, top_k: int) -> Routed:
+    def layers(self, layers: list[Tensor], gate_T: Tensor, *, top_k: int, maps: list[Tensor] | None = None) -> Routed:
         """Several layers one after another into one pair of buffers; the last layer's weights and ids."""
-        tokens, slots = layers[0].shape
-        mass_TE, chosen_T = torch.zeros(tokens, slots, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
+        tokens, experts = layers[0].shape
+        units = experts if maps is None else MAX_UNITS
+        mass_TU, chosen_T = torch.zeros(tokens, units, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
         outputs = [
             self._function(
                 logits_TE,
                 gate_T,
+                unit_E=unit_E,
                 bias_E=None,
-                mass_TE=mass_TE,
+                mass_TU=mass_TU,
                 chosen_T=chosen_T,
                 top_k=top_k,
                 renormalize=False,
                 fill="first",
             )
-            for logits_TE in layers
+            for logits_TE, unit_E in zip(layers, maps or [unit_map(range(experts))] * len(layers), strict=True)
         ]
-        return Routed(*outputs[-1], mass_TE, chosen_T)
+        return Routed(*outputs[-1], mass_TU, chosen_T)
 
     def __call__(
         self,
         logits_TE: Tensor,
         gate_T: Tensor,
         *,
+        unit_E: Tensor | None = None,
+        units: int | None = None,
         top_k: int = 2,
         renormalize: bool = False,
         bias_E: Tensor | None = None,
         fill: Fill = "first",
     ) -> Routed:
-        tokens, slots = logits_TE.shape
-        mass_TE = torch.full((tokens + 3, slots), SENTINEL)
+        """Without a map each expert is a unit of its own; without a number of units as many as needed, or all."""
+        tokens, experts = logits_TE.shape
+        if unit_E is None:
+            unit_E, units = unit_map(range(experts)), units or experts
+        mass_TU = torch.full((tokens + 3, units or MAX_UNITS), SENTINEL)
         chosen_T = torch.full((tokens + 3,), SENTINEL)
-        mass_TE[:tokens], chosen_T[:tokens] = 0, 0
+        mass_TU[:tokens], chosen_T[:tokens] = 0, 0
         weights_TK, ids_TK = self._function(
             logits_TE,
             gate_T,
+            unit_E=unit_E,
             bias_E=bias_E,
-            mass_TE=mass_TE,
+            mass_TU=mass_TU,
             chosen_T=chosen_T,
             top_k=top_k,
             renormalize=renormalize,
             fill=fill,
         )
-        assert bool((mass_TE[tokens:] == SENTINEL).all() and (chosen_T[tokens:] == SENTINEL).all())
-        return Routed(weights_TK, ids_TK, mass_TE[:tokens], chosen_T[:tokens])
+        assert bool((mass_TU[tokens:] == SENTINEL).all() and (chosen_T[tokens:] == SENTINEL).all())
+        return Routed(weights_TK, ids_TK, mass_TU[:tokens], chosen_T[:tokens])
 
 
-_CHECKED = ("bias_E", "mass_TE", "chosen_T", "top_k")
+_CHECKED = ("unit_E", "bias_E", "mass_TU", "chosen_T", "top_k")
 
 
 def _checked(implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -120,6 +127,8 @@ def _poison_new_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     empty_like, new_empty = torch.empty_like, Tensor.new_empty
 
     def poisoned(tensor: Tensor) -> Tensor:
+        if tensor.dtype is torch.uint8:
+            return tensor.fill_(MAX_UNITS)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else SENTINEL)
 
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poisoned(empty_like(*args, **kwargs)))
@@ -145,10 +154,8 @@ def routers() -> dict[str, Router]:
 
 
 @pytest.fixture
-def specified(implementation: str, monkeypatch: pytest.MonkeyPatch) -> Router:
-    """The reference; for the kernel with NumPy's exponential, which is what the interpreter computes with."""
-    if implementation == "kernel":
-        monkeypatch.setattr(reference, "exp", lambda tensor: torch.from_numpy(np.exp(tensor.numpy())))
+def specified() -> Router:
+    """The reference."""
     return Router(gated_topk_reference)
 
 

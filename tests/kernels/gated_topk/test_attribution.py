@@ -20,7 +20,7 @@ def test_mass_is_the_rounded_weight_of_each_real_pick(route: Any, random_gate: A
             # Python rounds half to even, and fp32 · 2**32 is exact in a float.
             weight = float(routed.weights_TK[token, rank])
             expected_TE[token, int(routed.ids_TK[token, rank])] = round(weight * MASS_SCALE)
-        assert torch.equal(routed.mass_TE, expected_TE)
+        assert torch.equal(routed.mass_TU, expected_TE)
 
 
 def test_small_weights_round_half_to_even(route: Any) -> None:
@@ -28,7 +28,7 @@ def test_small_weights_round_half_to_even(route: Any) -> None:
     logits_TE = torch.cat([torch.zeros(40, 1), -torch.linspace(4, 24, 40)[:, None]], dim=1)
     routed = route(logits_TE, torch.full((40,), 0b11), top_k=2)
     expected_T = [round(weight * MASS_SCALE) for weight in routed.weights_TK[:, 1].double().tolist()]
-    assert routed.mass_TE[:, 1].tolist() == expected_T
+    assert routed.mass_TU[:, 1].tolist() == expected_T
     assert any((weight * MASS_SCALE) % 1 > 0.5 for weight in routed.weights_TK[:, 1].double().tolist())
     assert any(0 < (weight * MASS_SCALE) % 1 < 0.5 for weight in routed.weights_TK[:, 1].double().tolist())
 
@@ -47,7 +47,7 @@ def test_fillers_never_count(route: Any) -> None:
     logits_TE = torch.randn(7, 7)
     for fill in ("none", "first", 0, 3, 6):
         routed = route(logits_TE, torch.full((7,), 0b0001000), top_k=5, fill=fill)
-        assert routed.mass_TE.tolist() == [[0, 0, 0, MASS_SCALE, 0, 0, 0]] * 7
+        assert routed.mass_TU.tolist() == [[0, 0, 0, MASS_SCALE, 0, 0, 0]] * 7
         assert routed.chosen_T.tolist() == [0b0001000] * 7
 
 
@@ -58,7 +58,7 @@ def test_layers_accumulate_in_any_order(route: Any) -> None:
     together = route.layers(layers, gate_T, top_k=2)
     turned = route.layers([layers[layer] for layer in (3, 1, 4, 0, 2)], gate_T, top_k=2)
     alone = [route(logits_TE, gate_T, top_k=2) for logits_TE in layers]
-    assert torch.equal(together.mass_TE, sum(routed.mass_TE for routed in alone))
-    assert torch.equal(together.mass_TE, turned.mass_TE)
+    assert torch.equal(together.mass_TU, sum(routed.mass_TU for routed in alone))
+    assert torch.equal(together.mass_TU, turned.mass_TU)
     assert torch.equal(together.chosen_T, turned.chosen_T)
-    assert torch.equal(together.mass_TE > 0, ((together.chosen_T[:, None] >> torch.arange(9)) & 1).bool())
+    assert torch.equal(together.mass_TU > 0, ((together.chosen_T[:, None] >> torch.arange(9)) & 1).bool())

@@ -6,6 +6,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from flexgate.kernels.gated_topk.contract import unit_map
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
 from flexgate.kernels.testing.configurations import Shape, compile_combine
 from flexgate.kernels.testing.interpreter import Interpreted
@@ -13,10 +14,9 @@ from flexgate.kernels.testing.interpreter import Interpreted
 
 def _launch(gate_T: torch.Tensor) -> torch.Tensor:
     tokens = len(gate_T)
-    mass_TE, chosen_T = torch.zeros(tokens, 7, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
-    weights_TK, _ = launch_gated_topk(
-        Interpreted(gated_topk_kernel), torch.zeros(tokens, 7), gate_T, None, mass_TE, chosen_T, 2, False, -1
-    )
+    mass_TU, chosen_T = torch.zeros(tokens, 7, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
+    operands = torch.zeros(tokens, 7), gate_T, unit_map(range(7)), None, mass_TU, chosen_T
+    weights_TK, _ = launch_gated_topk(Interpreted(gated_topk_kernel), *operands, 2, False, -1)
     return weights_TK
 
 

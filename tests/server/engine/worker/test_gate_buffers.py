@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from flexgate.kernels.gated_topk import CLOSED_GATE
 from flexgate.server.engine.protocol import gates
 from flexgate.server.engine.protocol.names import GATE_ARG
 from flexgate.server.engine.protocol.slots import SlotTable
-from flexgate.server.engine.worker.gate_buffers import CLOSED_GATE, GateState
+from flexgate.server.engine.worker.gate_buffers import GateState
 
 KEY = gates.new_seal_key()
 TABLE = SlotTable(4, {0: 1, 1: 1, 2: 1})
