@@ -1,4 +1,4 @@
-"""A running server's HTTP interface, as every command speaks to it: one key, one sentence for what goes wrong."""
+"""Client of a running server's HTTP interface: one key, and one sentence per error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Api:
     """Requests to one server with one key."""
 
     def __init__(self, url: str, key: str) -> None:
-        """Connect nothing yet; raises ``UsageInvalid`` for a URL or key that no server could take."""
+        """Prepare a connection; raises ``UsageInvalid`` for a URL or key that no server accepts."""
         check_access(url, key)
         headers = {"authorization": f"Bearer {key}"}
         self.http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(60, read=None))
@@ -41,9 +41,9 @@ class Api:
         try:
             answer = response.json()
         except ValueError:
-            raise ServerRefused(f"{self.http.base_url} is not a flexgate server: it does not answer in JSON") from None
+            raise ServerRefused(f"{self.http.base_url} is not a flexgate server: its response is not JSON") from None
         if not isinstance(answer, dict):
-            raise ServerRefused(f"{self.http.base_url} is not a flexgate server: its answer is no JSON object")
+            raise ServerRefused(f"{self.http.base_url} is not a flexgate server: its response is not a JSON object")
         return answer
 
     def pages(self, path: str, **query: Any) -> Iterator[Json]:
@@ -57,7 +57,7 @@ class Api:
 
 
 def check_access(url: str, key: str) -> None:
-    """Refuse what could not reach any server.
+    """Check a URL and a key without connecting.
 
     Raises:
         UsageInvalid: the URL has no scheme or host, or the key is empty or cannot be sent.
@@ -71,11 +71,13 @@ def check_access(url: str, key: str) -> None:
     if not key.strip():
         raise UsageInvalid("--key: the key is empty: give one here or in FLEXGATE_KEY")
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise UsageInvalid("--key: the key has characters that no key has: check for spaces and line breaks")
+        raise UsageInvalid(
+            "--key: the key has characters that are not allowed in keys: check for spaces and line breaks"
+        )
 
 
 def refused(response: httpx.Response) -> ServerRefused:
-    """The server's own words."""
+    """The server's error message as an exception."""
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):

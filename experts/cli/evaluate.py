@@ -15,18 +15,18 @@ from flexgate.experts.cli.support import Json, reported
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Merged checkpoint.")],
-    texts: Annotated[Path, typer.Option(help="Folder with one folder of held-out texts per expert id.")],
+    texts: Annotated[Path, typer.Option(help="Folder with one folder of held-out texts per expert, named by its id.")],
     report: Annotated[Path | None, typer.Option(help="JSON file to write.", show_default=False)] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Markdown file whose figures to write.", show_default=False)
+        Path | None, typer.Option(help="Markdown file to write the figures into.", show_default=False)
     ] = None,
     heatmap: Annotated[
-        Path | None, typer.Option(help="SVG or PNG to draw the opt-out matrix in.", show_default=False)
+        Path | None, typer.Option(help="SVG or PNG file to draw the opt-out matrix into.", show_default=False)
     ] = None,
-    length: Annotated[int, typer.Option(help="Longest piece of text, in tokens.")] = 512,
+    length: Annotated[int, typer.Option(help="Longest piece of a text, in tokens.")] = 512,
     as_json: Json = False,
 ) -> None:
-    """Measure every expert with and without the others: exact answers, perplexity, routing."""
+    """Measure a merged checkpoint with and without each expert: exact answers, perplexity, routing."""
     with reported(as_json) as show:
         from flexgate.experts.evaluation import checkpoint
 

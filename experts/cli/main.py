@@ -1,4 +1,4 @@
-"""``flexgate experts``: make, check and combine expert packages, put them into a server. Runs without vLLM.
+"""``flexgate experts``: make, check and merge expert packages, add them to a server. Runs without vLLM.
 
 Every command prints what it did, or with ``--json`` one JSON object; an error is one sentence and exit status 1.
 Modules that load PyTorch are imported when a command needs them, so that help is quick.
@@ -11,7 +11,10 @@ import typer
 from flexgate.experts.cli import evaluate, packages, remote, train
 
 app = typer.Typer(
-    name="experts", no_args_is_help=True, add_completion=False, help="Make, check and combine expert packages."
+    name="experts",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Make, check and merge expert packages; add and revoke experts of a running server.",
 )
 app.command("train-anchor")(train.train_anchor)
 app.command()(train.train)

@@ -21,10 +21,10 @@ from flexgate.experts.cli.support import (
 
 def keygen(
     owner: str,
-    into: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path(),
+    into: Annotated[Path, typer.Option(help="Folder to write the two files into.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Make a key pair: OWNER.key stays with the owner, OWNER.pem goes to operators."""
+    """Create a key pair: OWNER.key stays with the owner, OWNER.pem is given to operators."""
     with reported(as_json) as show:
         from flexgate.experts.package.signature import generate, key_id, read_public_keys
 
@@ -33,7 +33,7 @@ def keygen(
 
 
 def inspect(path: Path, as_json: Json = False) -> None:
-    """Show what a package or a merged checkpoint says of itself. Nothing is verified."""
+    """Show the manifest of a package or a merged checkpoint. Nothing is verified."""
     with reported(as_json) as show:
         from flexgate.experts.checkpoint.layout import CONFIG_NAME
         from flexgate.experts.package.inspect import inspect_checkpoint, inspect_package
@@ -43,12 +43,12 @@ def inspect(path: Path, as_json: Json = False) -> None:
 
 def verify(
     package: Path,
-    base: Annotated[Path | None, typer.Option(help="Anchor or merged checkpoint that it must belong to.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Anchor or merged checkpoint that the package must fit.")] = None,
     trusted_keys: TrustedKeysOption = None,
     unsigned: UnsignedOption = False,
     as_json: Json = False,
 ) -> None:
-    """Check a package from the first byte to the last, on a private copy that is deleted afterwards."""
+    """Check a whole package, on a private copy that is deleted afterwards."""
     with reported(as_json) as show, opener(trusted_keys, unsigned) as open_one:
         from flexgate.experts.checkpoint.base import base_identity
 
@@ -60,7 +60,7 @@ def verify(
                 "verified": True,
                 "id": checked.manifest.id,
                 "owner": checked.manifest.owner,
-                "signed by": checked.signer or "nobody that was asked for",
+                "signed by": checked.signer or "signature not checked (--unsigned)",
                 "base": checked.manifest.base.digest,
                 "base checked": base is not None,
                 "tensors": len(checked.weights.digests),
@@ -77,7 +77,7 @@ def extract(
     key: KeyOption = None,
     as_json: Json = False,
 ) -> None:
-    """Take one expert out of a merged checkpoint; an interrupted run goes on when started again."""
+    """Copy one expert out of a merged checkpoint, as a package. An interrupted run resumes when started again."""
     with reported(as_json) as show, progress_bar("extract") as progress:
         from flexgate.experts.package.extract import extract_anchor, extract_expert
 
@@ -94,12 +94,12 @@ def merge(
     anchor: Path,
     packages: list[Path],
     into: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
-    top_k: Annotated[int, typer.Option(help="Experts per token of the merged model.")] = 2,
+    top_k: Annotated[int, typer.Option(help="Number of experts per token in the merged model.")] = 2,
     trusted_keys: TrustedKeysOption = None,
     unsigned: UnsignedOption = False,
     as_json: Json = False,
 ) -> None:
-    """Verify packages and put them behind an anchor; an interrupted run goes on when started again."""
+    """Verify packages and merge them with an anchor. An interrupted run resumes when started again."""
     with reported(as_json) as show, opener(trusted_keys, unsigned) as open_one:
         from flexgate.experts.checkpoint.base import base_identity
         from flexgate.experts.package.merge import combine

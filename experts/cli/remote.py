@@ -16,8 +16,10 @@ from flexgate.experts.errors import ServerRefused
 if TYPE_CHECKING:
     from flexgate.experts.cli.server import Server
 
-Url = Annotated[str, typer.Option(envvar="FLEXGATE_URL", help="The server.")]
-Key = Annotated[str, typer.Option(envvar="FLEXGATE_KEY", help="An administrator's or owner's key.", show_envvar=True)]
+Url = Annotated[str, typer.Option(envvar="FLEXGATE_URL", help="URL of the server.")]
+Key = Annotated[
+    str, typer.Option(envvar="FLEXGATE_KEY", help="API key of an admin or of the expert's owner.", show_envvar=True)
+]
 LOCAL = "http://127.0.0.1:8000"
 _COLUMNS = ("id", "owner", "domain", "live", "visibility", "slot", "allowed", "reason")
 
@@ -29,7 +31,7 @@ def add(
     by_name: Annotated[bool, typer.Option("--by-name", help="The package is in the server's --experts-dir.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Add an expert to a running server: upload, verify, load on every rank, try, make live."""
+    """Add an expert to a running server: upload, verify, load on every rank, test, make live."""
     with reported(as_json) as show:
         from flexgate.experts.cli.server import Server
 
@@ -43,10 +45,10 @@ def revoke(
     expert: str,
     key: Key,
     url: Url = LOCAL,
-    drain_seconds: Annotated[float, typer.Option(help="Let running requests go on for so long.")] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="Time that running requests get to finish.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Revoke an expert from a running server for good; prints the record."""
+    """Revoke an expert on a running server permanently and print the record."""
     with reported(as_json) as show:
         from flexgate.experts.cli.server import Server
 
@@ -55,7 +57,7 @@ def revoke(
 
 
 def list_experts(key: Key, url: Url = LOCAL, as_json: Json = False) -> None:
-    """The experts of a running server, as this key sees them."""
+    """List the experts of a running server that this key may see."""
     with reported(as_json) as show:
         from flexgate.experts.cli.server import Server
 

@@ -1,6 +1,6 @@
-"""A running server from outside: upload a package, follow its job, revoke an expert.
+"""Client for a server's experts: upload a package, follow its job, revoke an expert.
 
-Uploads go on where they broke off: the server says how much of each file it has.
+An interrupted upload resumes: the server reports how much of each file it has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexgate.experts.package.files import NAMES
 
 CHUNK: Final = 1 << 22
 PIECE: Final = 1 << 26
-"""Bytes of one request: what is sent again at most when a connection breaks."""
+"""Bytes of one request; at most this much is sent again after a broken connection."""
 ATTEMPTS: Final = 5
 Progress = Callable[[int], None]
 
@@ -36,12 +36,14 @@ class Server(Api):
         """Send a package's files; returns the upload's id.
 
         Raises:
-            PackageUnreadable: `package` is no folder with a package's files.
-            ServerRefused: the server would not take it, in its words.
+            PackageUnreadable: `package` is not a folder with a package's files.
+            ServerRefused: the server refused it; has its message.
         """
         paths = {path.name: path for path in sorted(package.iterdir())} if package.is_dir() else {}
         if not paths or not paths.keys() <= NAMES:
-            raise PackageUnreadable(f"{package} is no expert package: it must hold {', '.join(sorted(NAMES))} only")
+            raise PackageUnreadable(
+                f"{package} is not an expert package: it must contain {', '.join(sorted(NAMES))} only"
+            )
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         id_: str = self.ask("POST", "/v1/expert_uploads", json={"files": sizes})["id"]
         for name, path in paths.items():
@@ -49,7 +51,7 @@ class Server(Api):
         return id_
 
     def add(self, source: Json) -> Json:
-        """Begin to add ``{"upload": id}`` or ``{"package": name}``; returns the job."""
+        """Start to add ``{"upload": id}`` or ``{"package": name}``; returns the job."""
         return self.ask("POST", "/v1/experts", json=source)
 
     def follow(self, job: str) -> Iterator[Json]:

@@ -1,4 +1,4 @@
-"""What every ``flexgate experts`` command shares: options, output, errors, progress, opening packages."""
+"""What ``flexgate experts`` commands share: options, output, errors, progress, opening packages."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 TrustedKeysOption = Annotated[
-    Path | None, typer.Option(help="Folder with OWNER.pem files: whose signatures count.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Folder with the public keys (OWNER.pem) of the owners whose signatures are accepted.", show_default=False
+    ),
 ]
-UnsignedOption = Annotated[bool, typer.Option(help="Ask for no signature; for packages of your own only.")]
-KeyOption = Annotated[Path | None, typer.Option(help="The owner's private key, to sign with.", show_default=False)]
+UnsignedOption = Annotated[bool, typer.Option(help="Do not check signatures. Only for your own packages.")]
+KeyOption = Annotated[Path | None, typer.Option(help="The owner's private key; signs the package.", show_default=False)]
 
 
 Show = Callable[[Mapping[str, Any]], None]
@@ -36,9 +39,9 @@ Show = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def reported(as_json: bool, *, quiet: bool = False) -> Iterator[Show]:
-    """Print what the command found; an error of this package becomes a message and exit status 1.
+    """Print the command's result; an error of this package becomes a message and exit status 1, or 2 for wrong usage.
 
-    ``quiet`` leaves the printing to another process, which finds the same unless it is gone.
+    ``quiet`` leaves the printing to another process with the same result, except if that process is lost.
     """
     if quiet:
         logging.getLogger("flexgate.experts").setLevel(logging.ERROR)
@@ -52,7 +55,7 @@ def reported(as_json: bool, *, quiet: bool = False) -> Iterator[Show]:
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int], None]]:
-    """Bytes done, on the terminal if there is one."""
+    """A progress bar of bytes, if there is a terminal."""
     with tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:
         yield lambda count: bar.update(count) and None
 
@@ -61,7 +64,7 @@ def progress_bar(name: str) -> Iterator[Callable[[int], None]]:
 def opener(
     trusted_keys: Path | None, unsigned: bool
 ) -> Iterator[Callable[[Path, BaseIdentity | None], VerifiedPackage]]:
-    """Opens packages; their private copies live as long as the block."""
+    """Open packages; their private copies are deleted at the end of the block."""
     from flexgate.experts.package.signature import TrustedKeys
     from flexgate.experts.package.verify import open_package
 
@@ -84,7 +87,7 @@ def opener(
 
 
 def read_statement(path: Path) -> Statement:
-    """What the owner wrote; raises ``ManifestInvalid``."""
+    """Read an owner's statement; raises ``ManifestInvalid``."""
     from flexgate.experts.errors import ManifestInvalid
     from flexgate.experts.package.manifest import parse_statement
 

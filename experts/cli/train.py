@@ -15,15 +15,15 @@ from flexgate.experts.cli.support import Json, KeyOption, read_statement, report
 if TYPE_CHECKING:
     from flexgate.experts.training.loop import Plan
 
-Steps = Annotated[int, typer.Option(help="Steps of the optimizer at most.")]
+Steps = Annotated[int, typer.Option(help="Maximum number of optimizer steps.")]
 Peak = Annotated[float, typer.Option(help="Highest learning rate.")]
-Tokens = Annotated[int, typer.Option(help="Tokens in a step.")]
-Seed = Annotated[int, typer.Option(help="The same seed, texts and machine give the same bits.")]
-Length = Annotated[int, typer.Option(help="Longest piece of text, in tokens.")]
-Save = Annotated[int, typer.Option(help="Steps between saved states: what a killed run loses at most.")]
-Evaluate = Annotated[int, typer.Option(help="Steps between looks at held-out text.")]
-Patience = Annotated[int, typer.Option(help="Looks without improvement before stopping; 0 never stops early.")]
-Arithmetic = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the forward pass computes in.")]
+Tokens = Annotated[int, typer.Option(help="Tokens per step.")]
+Seed = Annotated[int, typer.Option(help="Random seed. The same seed, texts and machine give the same bits.")]
+Length = Annotated[int, typer.Option(help="Longest piece of a text, in tokens.")]
+Save = Annotated[int, typer.Option(help="Steps between checkpoints of the run; a killed run loses at most this many.")]
+Evaluate = Annotated[int, typer.Option(help="Steps between evaluations on held-out text.")]
+Patience = Annotated[int, typer.Option(help="Early stopping: evaluations without improvement; 0 disables it.")]
+Arithmetic = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the forward pass.")]
 
 
 def _plan(given: Mapping[str, Any]) -> Plan:
@@ -38,19 +38,23 @@ def _require_one_process() -> None:
     from flexgate.experts.errors import TrainingRefused
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise TrainingRefused("this command trains in one process, only 'train' in several: start it without torchrun")
+        raise TrainingRefused(
+            "this command trains in one process: start it without torchrun (only 'train' supports it)"
+        )
 
 
 def train_anchor(
     texts: Annotated[Path, typer.Argument(help="Folder of public *.txt, *.md and *.jsonl.")],
     target: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer, which is learnt from the texts.")] = 1024,
+    vocab_size: Annotated[
+        int, typer.Option(help="Vocabulary size of the tokenizer, which is learnt from the texts.")
+    ] = 1024,
     hidden_size: int = 128,
     intermediate_size: int = 256,
     layers: int = 4,
     heads: int = 4,
     length: Length = 512,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the checkpoint stores.")] = "bfloat16",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the checkpoint.")] = "bfloat16",
     steps: Steps = 1200,
     peak: Peak = 3e-3,
     tokens_per_batch: Tokens = 2500,
@@ -61,7 +65,7 @@ def train_anchor(
     arithmetic: Arithmetic = "float32",
     as_json: Json = False,
 ) -> None:
-    """Train a small public model from nothing; a killed run goes on when started again."""
+    """Train a small public model from nothing. A killed run resumes when started again."""
     given = dict(locals())
     with reported(as_json) as show:
         _require_one_process()
@@ -82,18 +86,24 @@ def train(
     public: Annotated[Path | None, typer.Option(help="Folder of public texts.", show_default=False)] = None,
     key: KeyOption = None,
     router: Annotated[
-        Literal["discriminant", "mean-hidden", "embedding"], typer.Option(help="How the router row starts.")
+        Literal["discriminant", "mean-hidden", "embedding"], typer.Option(help="Initial value of the router row.")
     ] = "discriminant",
-    embedding: Annotated[Path | None, typer.Option(help="NumPy file with the domain's embedding.")] = None,
-    train_router: Annotated[bool, typer.Option(help="Train router row and bias with the expert.")] = False,
-    sharpness: Annotated[float, typer.Option(help="Factor on a discriminant's log-odds.")] = 1.0,
-    public_share: Annotated[float, typer.Option(help="Public text's part of the training.")] = 0.25,
-    layer: Annotated[list[int] | None, typer.Option(help="Train the FFN of these layers only.")] = None,
+    embedding: Annotated[
+        Path | None, typer.Option(help="NumPy file with the domain's embedding; required with --router embedding.")
+    ] = None,
+    train_router: Annotated[bool, typer.Option(help="Also train the router row and bias.")] = False,
+    sharpness: Annotated[float, typer.Option(help="With --router discriminant: factor on its log-odds.")] = 1.0,
+    public_share: Annotated[
+        float, typer.Option(help="Fraction of public text in the training, from 0 to below 1.")
+    ] = 0.25,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Train only the FFN of this layer; may be repeated. Default: all layers.")
+    ] = None,
     length: Length = 512,
     steps: Steps = 400,
     peak: Peak = 9e-4,
     tokens_per_batch: Tokens = 2048,
-    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts; answers count 1.")] = 0.2,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts, relative to answers.")] = 0.2,
     seed: Seed = 0,
     save_every: Save = 50,
     evaluate_every: Evaluate = 50,
@@ -101,7 +111,7 @@ def train(
     arithmetic: Arithmetic = "float32",
     as_json: Json = False,
 ) -> None:
-    """Train an expert on texts that stay where they are; a killed run goes on when started again."""
+    """Train an expert on an owner's texts, which are not copied. A killed run resumes when started again."""
     given = dict(locals())
     from flexgate.experts.training.parallel import joined, lost_process_reported
 
@@ -124,7 +134,7 @@ def tune_router(
     steps: Steps = 200,
     peak: Peak = 9e-4,
     tokens_per_batch: Tokens = 2048,
-    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts; answers count 1.")] = 0.2,
+    prompt_weight: Annotated[float, typer.Option(help="Weight of the loss on prompts, relative to answers.")] = 0.2,
     seed: Seed = 0,
     save_every: Save = 50,
     evaluate_every: Evaluate = 50,
@@ -132,7 +142,7 @@ def tune_router(
     arithmetic: Arithmetic = "float32",
     as_json: Json = False,
 ) -> None:
-    """Train a merge's routers on public texts: it is then marked as not strictly separable."""
+    """Train the routers of a merged checkpoint on public texts. The result is marked as not strictly separable."""
     given = dict(locals())
     with reported(as_json) as show:
         _require_one_process()

@@ -1,4 +1,4 @@
-"""`flexgate admin-keys`: hand out and revoke the keys of administrators, auditors and owners."""
+"""`flexgate admin-keys`: create and revoke keys of admins, auditors and owners."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import typer
 
 from flexgate.experts.cli.support import print_table
 from flexgate.server.cli.store import AsJson, print_json
-from flexgate.server.cli.target import Target, administers
+from flexgate.server.cli.target import READER, Target, administers
 
 _HELP: Final = (
-    "Hand out and revoke the keys of administrators, auditors and owners.\n\n"
+    "Create and revoke keys of admins, auditors and owners.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
     "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
 )
@@ -27,7 +27,7 @@ class KeyRole(enum.StrEnum):
     OWNER = "owner"
 
 
-@administers(app, "list")
+@administers(app, "list", roles=READER)
 def list_(target: Target, as_json: AsJson = False) -> None:
     """List keys that are not revoked, oldest first."""
     found = target.admin_keys()
@@ -41,17 +41,19 @@ def list_(target: Target, as_json: AsJson = False) -> None:
 @administers(app)
 def create(
     target: Target,
-    name: Annotated[str, typer.Argument(help="Who will use the key.")],
-    role: Annotated[KeyRole, typer.Option(help="What the key may do.")] = KeyRole.ADMIN,
-    owner: Annotated[str | None, typer.Option(help="With --role owner: the owner's id.")] = None,
-    expires_in_days: Annotated[float | None, typer.Option(min=0.001, max=3650, help="Without it, never.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the key, for people.")],
+    role: Annotated[KeyRole, typer.Option(help="Role of the key.")] = KeyRole.ADMIN,
+    owner: Annotated[str | None, typer.Option(help="The owner's id; required with --role owner.")] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(min=0.001, max=3650, help="Days until the key expires; default: never.")
+    ] = None,
 ) -> None:
-    """Create a key and print it, this once. To rotate, create a second one and revoke the first."""
+    """Create a key and print it; it is shown only once. To rotate, create a second key and revoke the first."""
     seconds = None if expires_in_days is None else round(expires_in_days * 86_400)
     typer.echo(target.create_admin_key(name, role.value, owner, seconds))
 
 
 @administers(app)
 def revoke(target: Target, key_id: Annotated[str, typer.Argument(help="The key's id, as 'list' shows it.")]) -> None:
-    """Revoke a key for good. The last admin key that does not expire is kept."""
+    """Revoke a key permanently. The last admin key without an expiry date cannot be revoked."""
     target.revoke_admin_key(key_id)

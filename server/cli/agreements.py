@@ -1,4 +1,4 @@
-"""`flexgate agreements`: what owners let tenants use."""
+"""`flexgate agreements`: create, show, revise and terminate agreements."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import typer
 from flexgate.experts.cli.support import print_table
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.server.cli.store import AsJson, print_json
-from flexgate.server.cli.target import Json, Target, administers
+from flexgate.server.cli.target import READER, Json, Target, administers
 
 _HELP: Final = (
-    "Make, show, revise and end agreements.\n\n"
-    "Acts on the policy database, or with --url and --key on a running server, there also with an owner's key.\n\n"
+    "Create, show, revise and terminate agreements.\n\n"
+    "Acts on the policy database, or with --url and --key on a running server.\n\n"
     "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
@@ -25,7 +25,7 @@ Agreement = Annotated[str, typer.Argument(help="The agreement's id, as 'list' sh
 AgreementFile = Annotated[Path, typer.Argument(help="JSON file with the agreement; '-' reads standard input.")]
 
 
-@administers(app, "list")
+@administers(app, "list", roles=f"{READER}, or owner")
 def list_(target: Target, as_json: AsJson = False) -> None:
     """List agreements in force, oldest first."""
     found = target.agreements()
@@ -36,7 +36,7 @@ def list_(target: Target, as_json: AsJson = False) -> None:
         print_table(header, [_row(agreement) for agreement in found], empty="no agreements")
 
 
-@administers(app)
+@administers(app, roles=f"{READER}, or owner")
 def show(target: Target, agreement: Agreement) -> None:
     """Print an agreement as JSON."""
     for found in target.agreements():
@@ -46,19 +46,19 @@ def show(target: Target, agreement: Agreement) -> None:
     raise ObjectUnknown(f"there is no agreement '{agreement}'")
 
 
-@administers(app)
+@administers(app, roles="admin or owner")
 def create(target: Target, file: AgreementFile) -> None:
-    """Make an agreement from a file and print its id."""
+    """Create an agreement from a JSON file and print its id."""
     typer.echo(target.put_agreement(None, _read(file))["id"])
 
 
-@administers(app)
+@administers(app, roles="admin or owner")
 def revise(target: Target, agreement: Agreement, file: AgreementFile) -> None:
-    """Replace an agreement as a whole from a file and print its version."""
+    """Replace a whole agreement by that of a JSON file and print its new version."""
     typer.echo(target.put_agreement(agreement, _read(file))["version"])
 
 
-@administers(app)
+@administers(app, roles="admin or owner")
 def terminate(target: Target, agreement: Agreement) -> None:
     """Terminate an agreement now. It stays in the history of the policy."""
     target.terminate_agreement(agreement)

@@ -1,4 +1,4 @@
-"""`flexgate audit`: verify the audit log, take it out of the database, trim its denied requests."""
+"""`flexgate audit`: verify, export and trim the audit log."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from flexgate.policies.audit import verify as verify_entries
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli.store import DatabaseUrl, Demo, StateDir, failing
-from flexgate.server.cli.target import TARGETS, Key, Target, Url, administers, where
+from flexgate.server.cli.target import READER, Target, Url, administers, key_option, typed_options
 from flexgate.server.cli.target import target as target_of
 
 _HELP: Final = (
-    "Verify the audit log, take it out of the database, trim its denied requests.\n\n"
-    "Keep heads somewhere else (`flexgate audit head >> heads.jsonl`, from time to time): with them, "
-    "`verify` also notices a log that was cut off or written anew as a whole.\n\n"
-    "Exit status: 0 all is well; 1 the log is broken or cannot be read, with one sentence; 2 wrong usage."
+    "Verify, export and trim the audit log.\n\n"
+    "Keep heads on another machine (`flexgate audit head >> heads.jsonl`, from time to time): with them, "
+    "`verify` also detects a log that was truncated or replaced as a whole.\n\n"
+    "Exit status: 0 success; 1 the log is broken or cannot be read, with one sentence; 2 wrong usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 
-@administers(app)
+@administers(app, roles=READER)
 def head(target: Target) -> None:
-    """Print the newest change and the newest denied request, each as one line of JSON, to be kept outside."""
+    """Print the newest entries of changes and of denied requests, as lines of JSON to keep on another machine."""
     for found in target.audit_heads():
         if found.sequence or found.log != REQUESTS:
             typer.echo(json.dumps(found._asdict()))
@@ -38,15 +38,15 @@ def head(target: Target) -> None:
 @app.command()
 def verify(
     context: typer.Context,
-    heads: Annotated[Path | None, typer.Option(help="File with lines that 'head' printed before.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Verify an export instead of the database.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="File with earlier output of 'head'.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Verify an exported log instead of the database.")] = None,
     demo: Demo = None,
     state_dir: StateDir = None,
     database_url: DatabaseUrl = None,
     url: Url = None,
-    key: Key = None,
+    key: Annotated[str | None, key_option(READER)] = None,
 ) -> None:
-    """Check every entry of the log against the one before it, and against heads kept outside."""
+    """Check the hash chain of the log, and whether it contains the heads of --heads."""
     with failing():
         noted = [] if heads is None else _heads(heads)
         if file is not None:
@@ -55,28 +55,27 @@ def verify(
                 found = verify_entries(map(from_line, lines), outside=noted)
         else:
             options = {"demo": demo, "state_dir": state_dir, "database_url": database_url, "url": url, "key": key}
-            with target_of(**where(context, options)) as target:
+            with target_of(context, options) as target:
                 found = verify_entries(target.audit_log(0), outside=noted)
     if heads is None:
-        sentences = [f"{found.entries} entries follow from each other"]
-        sentences.append("a log that was replaced or cut off is noticed with --heads only")
+        sentences = [f"OK: the hash chain of {found.entries} entries is intact"]
+        sentences.append("without --heads, a replaced or truncated log is not detected")
     else:
-        sentences = [
-            f"{found.entries} entries verified",
-            f"{len(noted) - found.trimmed_heads} heads from outside found",
-        ]
+        sentences = [f"OK: the hash chain of {found.entries} entries is intact"]
+        sentences.append(f"it contains {len(noted) - found.trimmed_heads} of {len(noted)} given heads")
     if found.trimmed:
-        sentences.append(f"{found.trimmed} entries of denied requests were trimmed, as the log says")
+        sentences.append(f"{found.trimmed} entries of denied requests were trimmed, as recorded in the log")
     if found.trimmed_heads:
-        sentences.append(f"{found.trimmed_heads} heads from outside are of those, with nothing left to compare")
+        sentences.append(f"{found.trimmed_heads} of the given heads are trimmed entries and cannot be checked")
     typer.echo("; ".join(sentences))
 
 
-@administers(app)
+@administers(app, roles=READER)
 def export(
-    target: Target, after: Annotated[int, typer.Option(min=0, help="Leave out entries up to this number.")] = 0
+    target: Target,
+    after: Annotated[int, typer.Option(min=0, help="Print only entries after this sequence number.")] = 0,
 ) -> None:
-    """Print the log as JSON Lines, oldest first."""
+    """Print the log as JSON Lines, oldest entry first."""
     for entry in target.audit_log(after):
         sys.stdout.write(to_line(entry) + "\n")
 
@@ -84,24 +83,25 @@ def export(
 @administers(app)
 def trim(
     target: Target,
-    older_than_days: Annotated[int, typer.Option(min=1, help="How old denied requests must be to go.")],
+    older_than_days: Annotated[int, typer.Option(min=1, help="Delete entries that are older than this.")],
 ) -> None:
-    """Remove old denied requests and print how many entries went; an entry says so. Changes are never removed."""
+    """Delete old entries of denied requests and print their number.
+
+    The deletion is itself recorded. Entries of changes are never deleted.
+    """
     typer.echo(target.trim_audit(older_than_days))
 
 
 def _refuse_targets(context: typer.Context) -> None:
-    """Refuse a database or a server that was written beside --file; what the environment names is not meant."""
-    for option in TARGETS:
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            raise UsageInvalid(f"--file and --{option.replace('_', '-')} are two places to read from: give one of them")
+    """Refuse a typed database or server beside --file; one that only the environment names is not used."""
+    for option in sorted(typed_options(context)):
+        raise UsageInvalid(f"give either --file or --{option.replace('_', '-')}, not both")
 
 
 def _heads(path: Path) -> list[Head]:
     heads = [_head(line) for line in path.read_text().splitlines() if line.strip()]
     if not any(head.sequence for head in heads):
-        raise AuditBroken(f"{path} holds no head to compare with: keep what 'flexgate audit head' prints")
+        raise AuditBroken(f"{path} contains no head: give a file with the output of 'flexgate audit head'")
     return heads
 
 
@@ -112,4 +112,4 @@ def _head(line: str) -> Head:
             raise TypeError
         return head
     except (TypeError, ValueError):
-        raise AuditBroken(f"not a head: {line[:80]!r}") from None
+        raise AuditBroken(f"this line is not output of 'flexgate audit head': {line[:80]!r}") from None

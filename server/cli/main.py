@@ -14,15 +14,21 @@ from flexgate.server.engine.frontend.leaving import leaving
 
 SUBCOMMANDS: Final = {
     "serve": ("flexgate.server.cli.serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
-    "experts": ("flexgate.experts.cli.main", "Make, check and change experts."),
-    "tenants": ("flexgate.server.cli.tenants", "Create tenants, permit experts, hand out and revoke keys."),
+    "experts": (
+        "flexgate.experts.cli.main",
+        "Make, check and merge expert packages; add and revoke experts of a running server.",
+    ),
+    "tenants": (
+        "flexgate.server.cli.tenants",
+        "Create tenants, set which experts each may use, create and revoke keys.",
+    ),
     "admin-keys": (
         "flexgate.server.cli.admin_keys",
-        "Hand out and revoke keys of administrators, auditors and owners.",
+        "Create and revoke keys of admins, auditors and owners.",
     ),
-    "agreements": ("flexgate.server.cli.agreements", "Make, show, revise and end agreements."),
-    "policy": ("flexgate.server.cli.policy", "The policy as a file; explain it, and simulate a change."),
-    "audit": ("flexgate.server.cli.audit", "Verify the audit log, and export it."),
+    "agreements": ("flexgate.server.cli.agreements", "Create, show, revise and terminate agreements."),
+    "policy": ("flexgate.server.cli.policy", "Manage the policy as a file, explain it, and simulate changes."),
+    "audit": ("flexgate.server.cli.audit", "Verify, export and trim the audit log."),
 }
 
 

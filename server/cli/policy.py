@@ -1,4 +1,4 @@
-"""`flexgate policy`: the policy as a file, why it gives what it gives, and what a file would change."""
+"""`flexgate policy`: the policy as a file, explained, and simulated."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from flexgate.experts.cli.support import print_table
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.server.cli import policy_yaml
 from flexgate.server.cli.store import DIFFERENT, AsJson, failing, print_json
-from flexgate.server.cli.target import Json, Target, administers
+from flexgate.server.cli.target import READER, Json, Target, administers
 
 _HELP: Final = (
-    "The policy as a file, why it gives what it gives, and what a file would change.\n\n"
+    "Manage the policy as a file, explain what a tenant may use, and simulate changes.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
-    "Exit status: 0 done, or no difference; 1 refused or failed, with one sentence; 2 wrong usage; 3 "
-    "`diff` and `simulate` found differences."
+    "Exit status: 0 success, or no difference; 1 refused or failed, with one sentence; 2 wrong usage; 3 "
+    "`diff` or `simulate` found differences."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
-_REFUSED: Final = "everything: refused from then on"
+_REFUSED: Final = "all requests refused"
 File = Annotated[Path, typer.Argument(help="A policy file, YAML or JSON; '-' reads standard input.")]
 Prune = Annotated[
-    bool, typer.Option(help="Also terminate agreements, remove sets and archive tenants that the file does not name.")
+    bool, typer.Option(help="Also remove what is not in the file: terminate agreements, delete sets, archive tenants.")
 ]
 
 
@@ -36,18 +36,20 @@ def schema() -> None:
     print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **PolicyFile.model_json_schema()})
 
 
-@administers(app)
+@administers(app, roles=READER)
 def export(
     target: Target,
-    version: Annotated[int | None, typer.Option(help="As it was at this policy version.", show_default="now")] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Print this policy version instead of the current one.", show_default="current")
+    ] = None,
 ) -> None:
-    """Print the policy as a file. Applied again, it changes nothing."""
+    """Print the policy as a file. Applying that file changes nothing."""
     sys.stdout.write(policy_yaml.dump(target.export_policy(version)))
 
 
 @administers(app)
 def diff(target: Target, file: File, prune: Prune = False, as_json: AsJson = False) -> None:
-    """Say what applying a file would change. Exit status 3 if anything."""
+    """Show what applying a file would change. Exit status 3 if there are differences."""
     changes = target.plan_policy(policy_yaml.load(file), prune=prune)
     _print_changes(changes, as_json, none="nothing would change")
     raise typer.Exit(DIFFERENT if changes else 0)
@@ -58,10 +60,10 @@ def apply(
     target: Target,
     file: File,
     prune: Prune = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the file and show the changes, but do not make them.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make the policy say what a file says, in one revision, or not at all."""
+    """Apply a policy file atomically, as one revision."""
     content = policy_yaml.load(file)
     changes = target.plan_policy(content, prune=prune) if dry_run else target.apply_policy(content, prune=prune)
     _print_changes(changes, as_json, none="nothing would change" if dry_run else "nothing to change")
@@ -70,22 +72,22 @@ def apply(
 @administers(app)
 def rollback(
     target: Target,
-    version: Annotated[int, typer.Argument(min=0, help="The policy version that comes back.")],
-    confirm: Annotated[int | None, typer.Option(help="The present version: says that it is meant.")] = None,
+    version: Annotated[int, typer.Argument(min=0, help="The policy version to go back to.")],
+    confirm: Annotated[int | None, typer.Option(help="Confirm the rollback: the current policy version.")] = None,
 ) -> None:
-    """Make the policy say what it text at a version. Without --confirm, only say what would change, and fail."""
+    """Roll the policy back to an earlier version. Without --confirm: show the changes and exit with status 1."""
     typer.echo(target.roll_back(version, confirm))
 
 
-@administers(app)
+@administers(app, roles=READER)
 def explain(
     target: Target,
     project: Annotated[str, typer.Argument(help="The tenant's id, as 'flexgate tenants list' shows it.")],
-    purpose: Annotated[str | None, typer.Option(help="What requests would declare.")] = None,
-    region: Annotated[str | None, typer.Option(help="Where requests would say they are.")] = None,
+    purpose: Annotated[str | None, typer.Option(help="Explain for requests that declare this purpose.")] = None,
+    region: Annotated[str | None, typer.Option(help="Explain for requests that declare this region.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which experts a tenant may use, and why, or why not and what would change it."""
+    """Show which experts a tenant may use, and for each the reason why or why not."""
     found = target.explain(project, purpose, region)
     if as_json:
         print_json(found)
@@ -95,9 +97,9 @@ def explain(
 
 @administers(app)
 def simulate(target: Target, file: File, prune: Prune = False, as_json: AsJson = False) -> None:
-    """Say which tenants would gain or lose what, if a file were applied. Exit status 3 if any.
+    """Show which tenants would gain or lose which experts if a file were applied. Exit status 3 if any would.
 
-    Asked again are requests of late, and what a request would get that asks for nothing special.
+    Replays recent requests, and for every tenant one request without options, against the file.
     """
     found = target.simulate(policy_yaml.load(file), prune=prune)
     differences = found["differences"]
@@ -111,7 +113,7 @@ def simulate(target: Target, file: File, prune: Prune = False, as_json: AsJson =
 
 @app.command()
 def check(file: File) -> None:
-    """Check a file's form without any database."""
+    """Check a file against the schema, without a database."""
     with failing():
         policy_yaml.load(file, stored=False)
 
@@ -140,7 +142,7 @@ def _row(explanation: Json) -> tuple[str, str, str]:
 
 
 def _difference_rows(differences: list[Json], unfiltered: dict[str, int]) -> list[tuple[str, str, str, str]]:
-    """One row for each tenant and outcome, with the requests that lead to it."""
+    """One row per tenant and outcome, with the requests that have it."""
     groups: dict[tuple[str, str, str], list[Json]] = {}
     for difference in differences:
         lost = ", ".join(difference["lost"]) if difference["refused_after"] is None else _REFUSED

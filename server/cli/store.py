@@ -1,7 +1,7 @@
-"""What the commands that work on the policy store share: which store, who acts, how they fail.
+"""What commands on the policy database share: opening it, the actor of a change, and failing.
 
-They change the store itself. Every running server enforces a change within its poll, a quarter of a
-second by default, so no server needs to be asked.
+They change the database itself. Every running server enforces a change with its next poll, by
+default within a quarter of a second.
 """
 
 from __future__ import annotations
@@ -27,19 +27,24 @@ from flexgate.server.lifecycle.settings import SettingsError, load_store_setting
 FAILED: Final = 1
 DIFFERENT: Final = 3
 
-Demo = Annotated[bool | None, typer.Option("--demo", help="The demo's own database.", show_default=False)]
+Demo = Annotated[
+    bool | None,
+    typer.Option("--demo", help="Act on the demo's policy database.", envvar="FLEXGATE_DEMO", show_default=False),
+]
 StateDir = Annotated[
-    Path | None, typer.Option(help="Where the server keeps its database.", envvar="FLEXGATE_STATE_DIR")
+    Path | None,
+    typer.Option(help="Act on the SQLite policy database in this state directory.", envvar="FLEXGATE_STATE_DIR"),
 ]
 DatabaseUrl = Annotated[
-    str | None, typer.Option(help="The policy database, as an SQLAlchemy URL.", envvar="FLEXGATE_DATABASE_URL")
+    str | None,
+    typer.Option(help="Act on the policy database of this SQLAlchemy URL.", envvar="FLEXGATE_DATABASE_URL"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @contextmanager
 def opened(demo: bool | None, state_dir: Path | None, database_url: str | None) -> Iterator[Store]:
-    """The store, closed at the end; what goes wrong is one sentence and exit status 1."""
+    """Open the store and close it at the end; an error is one sentence and exit status 1."""
     with failing():
         url = load_store_settings(demo=demo, state_dir=state_dir, database_url=database_url).database()
         _require_file(url)
@@ -53,7 +58,7 @@ def opened(demo: bool | None, state_dir: Path | None, database_url: str | None) 
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Turn what goes wrong on purpose into one sentence and exit status 1."""
+    """Turn an expected error into one sentence and exit status 1, or 2 for wrong usage."""
     try:
         yield
     except (PolicyError, SettingsError, ExpertsError, OSError, UnicodeDecodeError) as error:
@@ -62,7 +67,7 @@ def failing() -> Iterator[None]:
 
 
 def actor() -> str:
-    """Who changes the store, as the audit log will say."""
+    """The actor of a change, as the audit log shows it."""
     try:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):
@@ -70,11 +75,14 @@ def actor() -> str:
 
 
 def print_json(value: Any) -> None:
-    """For programs."""
+    """Print JSON for programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _require_file(url: str) -> None:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").is_file():
-        raise StoreUnavailable(f"there is no policy database at {parsed.database}: the server's first start makes it")
+        raise StoreUnavailable(
+            f"there is no policy database at '{parsed.database}': start the server once, which creates it, "
+            "or name another with --state-dir or --database-url"
+        )

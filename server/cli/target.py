@@ -1,7 +1,7 @@
-"""Where an administrative command acts: on the policy database itself, or on a running server by URL and admin key.
+"""What an administrative command acts on: the policy database, or a running server by URL and key.
 
-Either way it is the same command with the same output. A server answers once its own process enforces a change; what is
-changed in the database reaches every server on it within its poll.
+Both give the same output. A server responds once its own process enforces a change. A change made in the database
+reaches every server on it with the next poll.
 """
 
 from __future__ import annotations
@@ -10,36 +10,39 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Final, Protocol
 
 import typer
 
 from flexgate.experts.cli.api import Api
-from flexgate.experts.errors import UsageInvalid
 from flexgate.policies.audit import LOGS, STARTS, Entry, Head
 from flexgate.policies.documents import Quota, Role
 from flexgate.policies.store import accounts, projects
 from flexgate.policies.store import agreements as stored_agreements
 from flexgate.policies.store.documents import to_json
 from flexgate.server.admin.keys.schemas import admin_key_object
+from flexgate.server.cli.place import chosen_place
 from flexgate.server.cli.policy_target import DatabasePolicy, PolicyTarget, ServerPolicy
 from flexgate.server.cli.store import DatabaseUrl, Demo, StateDir, actor, failing, opened
 from flexgate.server.policy.retention import trim_denials
 
 Json = dict[str, Any]
 Url = Annotated[str | None, typer.Option(help="Act on this running server, not on a database.", envvar="FLEXGATE_URL")]
-Key = Annotated[
-    str | None, typer.Option(help="With --url: an administrator's or auditor's key.", envvar="FLEXGATE_KEY")
-]
+ADMIN: Final = "admin"
+READER: Final = "admin or auditor"
+
+
+def key_option(roles: str) -> Any:
+    """The option --key of a command that keys of these roles may run."""
+    return typer.Option(help=f"With --url: API key, role {roles}.", envvar="FLEXGATE_KEY")
+
+
 TARGETS: Final = {
     "demo": Demo,
     "state_dir": StateDir,
     "database_url": DatabaseUrl,
     "url": Url,
-    "key": Key,
 }
-_DATABASE: Final = frozenset(["demo", "state_dir", "database_url"])
 _BATCH: Final = 1000
 _PROJECTS: Final = "/v1/organization/projects"
 _ADMIN_KEYS: Final = "/v1/organization/admin_api_keys"
@@ -56,13 +59,13 @@ _UNLIMITED: Final = 10**15
 
 
 class Target(PolicyTarget, Protocol):
-    """What can be administered. Objects are JSON; ids, names and modes as the HTTP interface has them."""
+    """Administration. Objects are JSON; ids, names and modes are those of the HTTP interface."""
 
     def projects(self, *, archived: bool) -> list[Json]:
         """Tenants with ``id``, ``name``, ``archived``, ``mode`` and ``expert_ids``, oldest first."""
 
     def project(self, project_id: str) -> Json:
-        """One of them, with all that it has and its ``keys``."""
+        """One tenant with all fields and its ``keys``."""
 
     def create_project(self, name: str) -> str:
         """The new tenant's id."""
@@ -71,28 +74,28 @@ class Target(PolicyTarget, Protocol):
         """Replace a tenant's list of experts."""
 
     def archive(self, project_id: str) -> None:
-        """Archive a tenant for good."""
+        """Archive a tenant permanently."""
 
     def create_key(self, project_id: str, name: str, seconds: int | None) -> str:
         """The new key's secret."""
 
     def revoke_key(self, project_id: str, key_id: str) -> None:
-        """Revoke a key for good."""
+        """Revoke a key permanently."""
 
     def admin_keys(self) -> list[Json]:
-        """The keys of administrators, auditors and owners that are not revoked, oldest first."""
+        """Keys of admins, auditors and owners that are not revoked, oldest first."""
 
     def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
         """The new key's secret."""
 
     def revoke_admin_key(self, key_id: str) -> None:
-        """Revoke such a key for good."""
+        """Revoke a key of an admin, auditor or owner permanently."""
 
     def limits(self, project_id: str) -> dict[str, Json]:
-        """The limits of a tenant, under ``project``, and of each of its keys; None is without limit."""
+        """Limits of a tenant (under ``project``) and of each of its keys; None means unlimited."""
 
     def set_limits(self, project_id: str, key_id: str | None, limits: Json) -> None:
-        """Change some limits; None takes one away."""
+        """Change the given limits; None removes one."""
 
     def agreements(self) -> list[Json]:
         """Agreements in force, oldest first."""
@@ -110,38 +113,38 @@ class Target(PolicyTarget, Protocol):
         """The newest entry of each log."""
 
     def trim_audit(self, days: int) -> int:
-        """Remove denied requests older than that; how many entries went."""
+        """Delete entries of denied requests older than ``days``; returns their number."""
 
 
 @contextmanager
-def target(
-    demo: bool | None, state_dir: Path | None, database_url: str | None, url: str | None, key: str | None
-) -> Iterator[Target]:
-    """The database, or with ``url`` the server; what goes wrong is one sentence and an exit status."""
-    if url is None:
-        with opened(demo, state_dir, database_url) as store:
+def target(context: typer.Context, options: dict[str, Any]) -> Iterator[Target]:
+    """Open the database, or with ``url`` the server; an error becomes one sentence and an exit status."""
+    with failing():
+        place = chosen_place(options, typed_options(context))
+    if place["url"] is None:
+        with opened(place["demo"], place["state_dir"], place["database_url"]) as store:
             yield DatabaseTarget(store)
         return
-    with failing():
-        if demo or state_dir is not None or database_url is not None:
-            raise UsageInvalid("--url and a database are two places to act on: give one of them")
-        with Api(url, key or "") as api:
-            yield ServerTarget(api)
+    with failing(), Api(place["url"], place["key"] or "") as api:
+        yield ServerTarget(api)
 
 
-def administers(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose first argument is the target that further options name."""
+def administers(
+    app: typer.Typer, name: str | None = None, *, roles: str = ADMIN
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose first argument is the target that further options name; `roles` of keys may run it."""
+    options = {**TARGETS, "key": Annotated[str | None, key_option(roles)]}
 
     def register(work: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(work, eval_str=True).parameters.values())[1:]
 
         def run(context: typer.Context, **given: Any) -> None:
-            with target(**where(context, {option: given.pop(option) for option in TARGETS})) as chosen:
+            with target(context, {option: given.pop(option) for option in options}) as chosen:
                 work(chosen, **given)
 
         shared = [
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for option, annotation in TARGETS.items()
+            for option, annotation in options.items()
         ]
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
@@ -153,19 +156,14 @@ def administers(app: typer.Typer, name: str | None = None) -> Callable[[Callable
     return register
 
 
-def where(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
-    """The target's options. A place that was written in the command outweighs another that the environment names."""
-    sources = {option: context.get_parameter_source(option) for option in options}
-    written = {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    if "url" not in written and written & _DATABASE:
-        return options | {"url": None}
-    if "url" in written and not written & _DATABASE:
-        return options | dict.fromkeys(_DATABASE)
-    return options
+def typed_options(context: typer.Context) -> set[str]:
+    """Which of the target's options were typed, and not taken from the environment."""
+    sources = {option: context.get_parameter_source(option) for option in (*TARGETS, "key")}
+    return {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 class DatabaseTarget(DatabasePolicy):
-    """The policy database; changes are attributed to the user of this machine."""
+    """The policy database; changes are attributed to the operating system's user."""
 
     def projects(self, *, archived: bool) -> list[Json]:
         return [to_json(tenant) for tenant in projects.list_projects(self._store, archived=archived)]

@@ -1,4 +1,4 @@
-"""`flexgate tenants`: create tenants, say which experts each may use, set limits, hand out and revoke keys."""
+"""`flexgate tenants`: create tenants, set which experts each may use and its limits, create and revoke keys."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import typer
 
 from flexgate.experts.cli.support import print_table
 from flexgate.server.cli.store import AsJson, print_json
-from flexgate.server.cli.target import Json, Target, administers
+from flexgate.server.cli.target import READER, Json, Target, administers
 
 _HELP: Final = (
-    "Create tenants, say which experts each may use, set limits, hand out and revoke keys.\n\n"
+    "Create tenants, set which experts each may use and its limits, create and revoke keys.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
     "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
 )
@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 
 class Mode(enum.StrEnum):
-    """How a tenant's list is meant."""
+    """Mode of a tenant's list."""
 
     ALLOW_LIST = "allow_list"
     DENY_LIST = "deny_list"
@@ -28,13 +28,13 @@ class Mode(enum.StrEnum):
 
 Project = Annotated[str, typer.Argument(help="The tenant's id, as 'list' shows it.")]
 KeyId = Annotated[str, typer.Argument(help="The key's id, as 'show' prints it.")]
-Limit = Annotated[int | None, typer.Option(min=-1, help="-1 takes the limit away.", show_default=False)]
+Limit = Annotated[int | None, typer.Option(min=-1, help="Limit; -1 removes it.", show_default=False)]
 
 
-@administers(app, "list")
+@administers(app, "list", roles=READER)
 def list_(
     target: Target,
-    archived: Annotated[bool, typer.Option(help="Archived ones, too.")] = False,
+    archived: Annotated[bool, typer.Option(help="Also list archived tenants.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List tenants, oldest first."""
@@ -46,12 +46,12 @@ def list_(
 
 
 @administers(app)
-def create(target: Target, name: Annotated[str, typer.Argument(help="A name for people.")]) -> None:
-    """Create a tenant and print its id. It may use `public` alone until more is permitted."""
+def create(target: Target, name: Annotated[str, typer.Argument(help="Name of the tenant, for people.")]) -> None:
+    """Create a tenant and print its id. Until more is permitted, it may use `public` only."""
     typer.echo(target.create_project(name))
 
 
-@administers(app)
+@administers(app, roles=READER)
 def show(target: Target, project: Project) -> None:
     """Print a tenant and its keys as JSON."""
     print_json(target.project(project))
@@ -62,11 +62,13 @@ def permit(
     target: Target,
     project: Project,
     experts: Annotated[
-        list[str] | None, typer.Argument(help="Experts, or sets as 'set:…'; none for an empty list.")
+        list[str] | None, typer.Argument(help="Expert ids, or sets ('set:…'). Without any, the list is emptied.")
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="allow_list: only these. deny_list: all but these.")] = Mode.ALLOW_LIST,
+    mode: Annotated[
+        Mode, typer.Option(help="allow_list: the tenant may use only these. deny_list: all but these.")
+    ] = Mode.ALLOW_LIST,
 ) -> None:
-    """Replace a tenant's list of experts. Agreements must permit them, too."""
+    """Replace a tenant's whole list of experts. A listed expert is available only if an agreement permits it, too."""
     target.permit(project, mode.value, experts or [])
 
 
@@ -74,20 +76,22 @@ def permit(
 def create_key(
     target: Target,
     project: Project,
-    name: Annotated[str, typer.Argument(help="Who will use the key.")],
-    expires_in_days: Annotated[float | None, typer.Option(min=0.001, max=3650, help="Without it, never.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the key, for people.")],
+    expires_in_days: Annotated[
+        float | None, typer.Option(min=0.001, max=3650, help="Days until the key expires; default: never.")
+    ] = None,
 ) -> None:
-    """Create a key and print it, this once. To rotate, create a second one and revoke the first."""
+    """Create a key and print it; it is shown only once. To rotate, create a second key and revoke the first."""
     typer.echo(target.create_key(project, name, None if expires_in_days is None else round(expires_in_days * 86_400)))
 
 
 @administers(app)
 def revoke_key(target: Target, project: Project, key_id: KeyId) -> None:
-    """Revoke a key for good."""
+    """Revoke a key permanently."""
     target.revoke_key(project, key_id)
 
 
-@administers(app)
+@administers(app, roles=READER)
 def limits(target: Target, project: Project, as_json: AsJson = False) -> None:
     """Show the limits of a tenant and of each of its keys."""
     found = target.limits(project)
@@ -103,13 +107,15 @@ def limits(target: Target, project: Project, as_json: AsJson = False) -> None:
 def set_limits(
     target: Target,
     project: Project,
-    of_key: Annotated[str | None, typer.Option(help="Limit this key of the tenant, not the tenant.")] = None,
+    of_key: Annotated[
+        str | None, typer.Option(help="Id of a key of the tenant: limit this key instead of the tenant.")
+    ] = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
     concurrent_requests: Limit = None,
     total_tokens: Limit = None,
 ) -> None:
-    """Set some limits of a tenant or of one of its keys; the others stay."""
+    """Set the given limits of a tenant or of one of its keys; others keep their values."""
     given = {
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
@@ -124,7 +130,7 @@ def set_limits(
 
 @administers(app)
 def archive(target: Target, project: Project) -> None:
-    """Archive a tenant for good, and revoke its keys."""
+    """Archive a tenant permanently and revoke its keys."""
     target.archive(project)
 
 

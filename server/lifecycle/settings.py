@@ -1,4 +1,4 @@
-"""Everything that can be set, from `FLEXGATE_*` variables and from `flexgate serve`'s options."""
+"""Settings, from `FLEXGATE_*` variables and the options of `flexgate serve`."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ S = TypeVar("S", bound="StoreSettings")
 
 
 class SettingsError(ValueError):
-    """The settings contradict each other or name something impossible, in one sentence."""
+    """The settings contradict each other or name something impossible; the message is one sentence."""
 
 
 class StoreSettings(BaseSettings):
-    """Which policy database."""
+    """Which policy database is used."""
 
     model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore")
 
-    demo: Annotated[bool, Field(description="Serve the shipped demo model with demo keys, on loopback only.")] = False
-    state_dir: Annotated[Path | None, Field(description="Where the policy database and added experts are kept.")] = None
+    demo: Annotated[bool, Field(description="Serve the shipped demo model with well-known keys, on loopback only.")] = (
+        False
+    )
+    state_dir: Annotated[
+        Path | None, Field(description="Directory for the SQLite policy database and added experts.")
+    ] = None
     database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
 
     @field_validator("database_url")
@@ -48,7 +52,10 @@ class StoreSettings(BaseSettings):
     @model_validator(mode="after")
     def _one_database(self) -> Self:
         if self.demo and self.database_url is not None:
-            raise ValueError("--demo keeps its own database; leave --database-url out")
+            raise ValueError(
+                "--demo and --database-url name two databases: leave one of them out, or unset FLEXGATE_DEMO "
+                "or FLEXGATE_DATABASE_URL"
+            )
         return self
 
     def database(self) -> str:
@@ -77,84 +84,118 @@ class Settings(StoreSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
     admin_port: Annotated[
         int | None,
-        Field(ge=0, le=65535, description="Administer on this port, on loopback only; the other then serves tenants."),
+        Field(
+            ge=0,
+            le=65535,
+            description="Serve the admin API on this port (loopback only); --port then serves tenants only.",
+        ),
     ] = None
     allow_remote: Annotated[
         bool,
-        Field(description="Allow an address other than loopback. There is no TLS here."),
+        Field(description="Allow an address other than loopback. The server has no TLS of its own."),
     ] = False
-    served_model_name: Annotated[tuple[str, ...], Field(description="Names that requests may give the model.")] = ()
+    served_model_name: Annotated[
+        tuple[str, ...],
+        Field(description="Model name accepted in requests; may be repeated. Default: the directory's name."),
+    ] = ()
     chat_template: Annotated[
         Path | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
     ] = None
-    tool_call_parser: Annotated[str | None, Field(description="vLLM's tool parser for tool_choice 'auto'.")] = None
-    max_experts: Annotated[int | None, Field(ge=1, description="Expert slots; by default two more than experts.")] = (
-        None
-    )
+    tool_call_parser: Annotated[
+        str | None, Field(description="vLLM's parser of tool calls; needed for tool_choice 'auto'.")
+    ] = None
+    max_experts: Annotated[
+        int | None, Field(ge=1, description="Number of expert slots; by default the checkpoint's experts plus two.")
+    ] = None
     experts_dir: Annotated[Path | None, Field(description="Folder of expert packages that can be added by name.")] = (
         None
     )
     trusted_keys: Annotated[
-        Path | None, Field(description="Folder of OWNER.pem files: whose expert packages may be added.")
+        Path | None,
+        Field(description="Folder with the public keys (OWNER.pem) of the owners whose expert packages are accepted."),
     ] = None
     allow_unsigned_experts: Annotated[
-        bool, Field(description="Add expert packages whoever signed them, or nobody; the demo does.")
+        bool, Field(description="Accept expert packages without checking signatures. Insecure; on with --demo.")
     ] = False
     max_experts_per_owner: Annotated[
         int | None,
-        Field(ge=1, description="Slots that an owner's own packages may take; by default half of those that are free."),
+        Field(
+            ge=1,
+            description="Slots that packages added with one owner's key may take; by default half of the free ones.",
+        ),
     ] = None
     max_package_bytes: Annotated[int, Field(ge=1, description="Largest expert package that can be uploaded.")] = (
         64 << 30
     )
-    dtype: Annotated[Literal["auto", "bfloat16", "float32"], Field(description="How weights are served.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], Field(description="Data type of the weights; auto is the checkpoint's.")
+    ] = "auto"
     max_model_len: Annotated[
-        int | None, Field(ge=1, description="Tokens per request; by default the model's limit.")
+        int | None, Field(ge=1, description="Largest number of tokens of a request; by default the model's limit.")
     ] = None
-    max_num_seqs: Annotated[int, Field(ge=1, description="Requests in one batch.")] = 64
-    kv_cache_memory_bytes: Annotated[int | None, Field(ge=1, description="KV cache; by default 1 GiB on CPU.")] = None
-    tensor_parallel_size: Annotated[int, Field(ge=1, description="Ranks per model.")] = 1
+    max_num_seqs: Annotated[int, Field(ge=1, description="Largest number of requests in one batch.")] = 64
+    kv_cache_memory_bytes: Annotated[
+        int | None, Field(ge=1, description="Size of the KV cache; by default 1 GiB on CPU.")
+    ] = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, description="Number of ranks that the model is split over.")] = 1
     enable_expert_parallel: Annotated[
-        bool, Field(description="Deal whole experts out to the ranks instead of splitting each.")
+        bool, Field(description="Expert parallelism: place whole experts on ranks instead of splitting every expert.")
     ] = False
     moe_kernels: Annotated[
-        Literal["flexgate", "vllm"], Field(description="What computes the experts; refused where it cannot run.")
+        Literal["flexgate", "vllm"],
+        Field(description="Kernels of the expert layers. The server does not start if they are unavailable."),
     ] = "vllm"
-    enforce_eager: Annotated[bool, Field(description="Do not compile: starts sooner, decodes slower.")] = False
+    enforce_eager: Annotated[bool, Field(description="Do not compile the model: faster start, slower decoding.")] = (
+        False
+    )
     project_share: Annotated[
-        float, Field(gt=0, le=1, description="Share of the batch that one project may take; the rest waits for others.")
+        float,
+        Field(gt=0, le=1, description="Largest share of the batch for one project; the rest is kept free for others."),
     ] = 0.5
-    max_queued: Annotated[int, Field(ge=1, description="Prompts of one project that may wait for the engine.")] = 1024
-    queue_seconds: Annotated[float, Field(gt=0, description="How long a prompt may wait for the engine.")] = 300.0
-    max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body.")] = 1 << 20
-    max_n: Annotated[int, Field(ge=1, description="Most choices of one prompt.")] = 8
-    max_prompts: Annotated[int, Field(ge=1, description="Most prompts of one request.")] = 16
-    max_logprobs: Annotated[int, Field(ge=0, le=20, description="Most log-probabilities.")] = 20
-    max_grammar_bytes: Annotated[int, Field(ge=1, description="Largest schema, pattern or grammar.")] = 16 * 1024
-    body_seconds: Annotated[float, Field(gt=0, description="Time for a body to arrive.")] = 30.0
+    max_queued: Annotated[
+        int, Field(ge=1, description="Prompts of one project that may wait for the engine; beyond it 429.")
+    ] = 1024
+    queue_seconds: Annotated[
+        float, Field(gt=0, description="Longest time that a prompt waits for the engine; beyond it 503.")
+    ] = 300.0
+    max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body, in bytes.")] = 1 << 20
+    max_n: Annotated[int, Field(ge=1, description="Maximum number of choices per prompt.")] = 8
+    max_prompts: Annotated[int, Field(ge=1, description="Maximum number of prompts per request.")] = 16
+    max_logprobs: Annotated[int, Field(ge=0, le=20, description="Maximum number of log-probabilities per token.")] = 20
+    max_grammar_bytes: Annotated[int, Field(ge=1, description="Largest schema, pattern or grammar, in bytes.")] = (
+        16 * 1024
+    )
+    body_seconds: Annotated[float, Field(gt=0, description="Longest time for a request body to arrive.")] = 30.0
     revoked_keys: Annotated[
-        Literal["end", "finish"], Field(description="What running requests of a revoked or expired key do.")
+        Literal["end", "finish"],
+        Field(description="When a key is revoked or expires: end its running requests, or let them finish."),
     ] = "end"
     audit_denials_days: Annotated[
-        int, Field(ge=1, description="How long the audit log keeps denied requests; changes it keeps for good.")
+        int,
+        Field(ge=1, description="Days to keep audit entries of denied requests. Entries of changes are kept forever."),
     ] = 90
     keep_alive_seconds: Annotated[
-        int, Field(ge=1, description="How long an idle connection is kept; proxies must give theirs up sooner.")
+        int,
+        Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),
     ] = 75
     cors_origin: Annotated[
-        tuple[str, ...], Field(description="Web origin whose pages may call the tenants' routes; '*' is every one.")
+        tuple[str, ...],
+        Field(description="Web origin whose pages may call the tenants' routes; '*' allows all. May be repeated."),
     ] = ()
-    drain_seconds: Annotated[int, Field(ge=0, description="Time for running requests at shutdown.")] = 30
+    drain_seconds: Annotated[int, Field(ge=0, description="Time that running requests get to finish at shutdown.")] = 30
     policy_poll_seconds: Annotated[
-        float, Field(gt=0, description="How often the policy database is asked for changes.")
+        float, Field(gt=0, description="Interval of polling the policy database for changes.")
     ] = 0.25
-    policy_lease_seconds: Annotated[float, Field(gt=0, description="How long a confirmed policy may be used.")] = 2.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="Least level logged.")] = (
-        "info"
-    )
+    policy_lease_seconds: Annotated[
+        float, Field(gt=0, description="Refuse all requests if the policy database has not answered for this long.")
+    ] = 2.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="Lowest level that is logged.")
+    ] = "info"
 
     log_format: Annotated[
-        Literal["auto", "json", "text"], Field(description="How lines are logged; auto is text on a terminal.")
+        Literal["auto", "json", "text"],
+        Field(description="Format of log lines; auto is text on a terminal, else JSON."),
     ] = "auto"
 
     @field_validator("chat_template")
@@ -163,22 +204,26 @@ class Settings(StoreSettings):
         with suppress(OSError):  # a template itself, say, is no name that a file could have
             if path is None or path.is_file():
                 return path
-        raise ValueError(f"{str(path)[:80]} is no file")
+        raise ValueError(f"{str(path)[:80]} is not a file")
 
     @field_validator("cors_origin")
     @classmethod
     def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin[:80]!r} is no origin: write a scheme and a host, 'https://app.example.com'")
+                raise ValueError(
+                    f"{origin[:80]!r} is not an origin: give a scheme and a host, such as 'https://app.example.com'"
+                )
         return origins
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not self.demo and self.model is None:
-            raise ValueError("name a model directory, or start with --demo")
+            raise ValueError("no model is given: name a model directory, or start with --demo")
         if self.demo and self.model is not None:
-            raise ValueError("--demo serves its own model; leave the model directory out")
+            raise ValueError(
+                "--demo and MODEL name two models: leave one of them out, or unset FLEXGATE_DEMO or FLEXGATE_MODEL"
+            )
         if self.demo and not is_loopback(self.host):
             raise ValueError(f"--demo listens on loopback only, not on {self.host}")
         if self.admin_port == self.port != 0:
@@ -215,7 +260,7 @@ def load_settings(**given: Any) -> Settings:
 
 
 def load_store_settings(**given: Any) -> StoreSettings:
-    """The same for what says which policy database."""
+    """Settings of the policy database alone; see `load_settings`."""
     return _load(StoreSettings, given)
 
 

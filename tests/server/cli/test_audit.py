@@ -32,7 +32,7 @@ def heads(flexgate: Run, tmp_path: Path) -> Path:
 def test_an_untouched_log_is_verified(flexgate: Run, heads: Path) -> None:
     found = flexgate("audit", "verify", "--heads", str(heads))
     assert found.exit_code == 0
-    assert "2 heads from outside found" in found.output
+    assert "it contains 2 of 2 given heads" in found.output
 
 
 def test_an_export_is_the_log_and_is_verified_without_a_database(
@@ -83,7 +83,7 @@ def test_what_is_no_head_is_refused(flexgate: Run, heads: Path) -> None:
     heads.write_text("{}\n")
     found = flexgate("audit", "verify", "--heads", str(heads))
     assert found.exit_code == 1
-    assert "not a head" in found.stderr
+    assert "this line is not output of 'flexgate audit head'" in found.stderr
 
 
 def test_a_key_put_twice_into_an_export_is_found(flexgate: Run, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_a_file_without_a_head_is_not_praised(flexgate: Run, heads: Path, conten
     heads.write_text(content)
     found = flexgate("audit", "verify", "--heads", str(heads))
     assert found.exit_code == 1
-    assert "holds no head to compare with" in found.stderr
+    assert "contains no head: give a file with the output of" in found.stderr
 
 
 def test_without_heads_nothing_is_said_of_what_cannot_be_known(flexgate: Run) -> None:
     found = flexgate("audit", "verify")
     assert found.exit_code == 0
     assert "verified" not in found.output
-    assert "a log that was replaced or cut off is noticed with --heads only" in found.output
+    assert "without --heads, a replaced or truncated log is not detected" in found.output
 
 
 def test_old_denied_requests_are_trimmed_and_the_log_is_verified_with_heads_from_before(
@@ -120,8 +120,8 @@ def test_old_denied_requests_are_trimmed_and_the_log_is_verified_with_heads_from
     assert flexgate("audit", "trim", "--older-than-days", "2").output.strip() == "2"
     found = flexgate("audit", "verify", "--heads", str(heads))
     assert found.exit_code == 0
-    assert "2 entries of denied requests were trimmed, as the log says" in found.output
-    assert "1 heads from outside are of those, with nothing left to compare" in found.output
+    assert "2 entries of denied requests were trimmed, as recorded in the log" in found.output
+    assert "1 of the given heads are trimmed entries and cannot be checked" in found.output
     path = tmp_path / "export.jsonl"
     path.write_text(flexgate("audit", "export").output)
     assert flexgate("audit", "verify", "--file", str(path), "--heads", str(heads)).output == found.output
@@ -147,4 +147,4 @@ def test_an_export_and_another_place_are_not_verified_at_once(flexgate: Run, tmp
     value = {"--demo": (), "--url": ("http://127.0.0.1:1",)}.get(option, ("x",))
     found = flexgate("audit", "verify", "--file", str(path), option, *value)
     assert (found.exit_code, found.stdout) == (2, "")
-    assert f"--file and {option} are two places to read from: give one of them" in found.stderr
+    assert f"give either --file or {option}, not both" in found.stderr

@@ -92,7 +92,7 @@ def test_a_database_url_that_names_none_is_one_sentence(words: tuple[str, ...], 
     ("url", "key", "said"),
     [
         ("http://127.0.0.1:8000", "", "error: --key: the key is empty: give one here or in FLEXGATE_KEY"),
-        ("http://127.0.0.1:8000", "sk-a\nb", "error: --key: the key has characters that no key has"),
+        ("http://127.0.0.1:8000", "sk-a\nb", "error: --key: the key has characters that are not allowed"),
         ("localhost:8000", "sk-a", "error: --url: 'localhost:8000' has no scheme or host: give a URL such as http:"),
         ("http://", "sk-a", "error: --url: 'http://' has no scheme or host"),
         ("http://host:port", "sk-a", "error: --url: 'http://host:port' is not a server's URL: Invalid port"),
@@ -114,7 +114,7 @@ def test_the_experts_of_a_server_are_changed_without_pytorch(words: str) -> None
     first, rest = program.split("\n")
     done = subprocess.run([sys.executable, "-c", first + check + rest], capture_output=True, text=True, timeout=120)
     assert done.stdout == "False\n"
-    assert "127.0.0.1:9" in done.stderr or "nowhere is no expert package" in done.stderr
+    assert "127.0.0.1:9" in done.stderr or "nowhere is not an expert package" in done.stderr
 
 
 @pytest.mark.asyncio

@@ -105,7 +105,7 @@ def test_simulate_says_who_gains_and_loses(flexgate: Run, policy_file: Run) -> N
     assert gained[("v", "search")] == ["public", "news", "math"]
     archived = FORMAT + "tenants:\n- {id: t, name: t, archived: true}\n"
     found = flexgate("policy", "simulate", policy_file(archived))
-    assert "everything: refused from then on" in found.output
+    assert "all requests refused" in found.output
 
 
 def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:

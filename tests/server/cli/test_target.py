@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from flexgate.experts.cli.api import Api
 from flexgate.experts.errors import ServerRefused
 from flexgate.policies.store import Store
-from flexgate.server.cli.main import app
+from flexgate.server.cli.main import SUBCOMMANDS, app
 from flexgate.server.http.auth import KeyRevoked, authenticate
 from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
@@ -132,7 +134,7 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     head = ok(run("audit", "head"))
     (folder / "heads.jsonl").write_text(head)
     sequence = json.loads(head)["sequence"]
-    said = f"{sequence} entries verified; 1 heads from outside found\n"
+    said = f"OK: the hash chain of {sequence} entries is intact; it contains 1 of 1 given heads\n"
     assert ok(run("audit", "verify", "--heads", str(folder / "heads.jsonl"))) == said
     lines = ok(run("audit", "export", "--after", str(sequence - 2))).splitlines()
     assert [json.loads(line)["sequence"] for line in lines] == [sequence - 1, sequence]
@@ -171,7 +173,7 @@ async def test_a_server_refuses_in_its_own_words(urls: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--url", "http://127.0.0.1:9", "--demo"], "flexgate: --url and a database are two places to act on"),
+        (["--url", "http://127.0.0.1:9", "--demo"], "flexgate: --url and --demo name two places to act on"),
         (["--url", "http://127.0.0.1:9"], "flexgate: --key: the key is empty"),
         (["--url", "127.0.0.1:9", "--key", "k"], "flexgate: --url: '127.0.0.1:9' has no scheme or host"),
     ],
@@ -197,7 +199,7 @@ def test_limits_without_a_limit_are_wrong_usage(real_store: Store) -> None:
 @pytest.mark.parametrize(
     ("environment", "options", "said"),
     [
-        ({"FLEXGATE_URL": "http://127.0.0.1:9"}, ["--state-dir", "missing"], "there is no policy database at "),
+        ({"FLEXGATE_URL": "http://127.0.0.1:9"}, ["--state-dir", "missing"], "there is no policy database at '"),
         ({"FLEXGATE_STATE_DIR": "missing"}, ["--url", "http://127.0.0.1:9", "--key", "k"], "does not answer"),
     ],
 )
@@ -221,5 +223,63 @@ def test_an_answer_that_is_no_object_is_refused_in_a_sentence(answer: Any) -> No
             base_url="http://127.0.0.1:1",
             transport=httpx.MockTransport(lambda _: httpx.Response(200, content=json.dumps(answer))),
         )
-        with pytest.raises(ServerRefused, match="is not a flexgate server: its answer is no JSON object"):
+        with pytest.raises(ServerRefused, match="is not a flexgate server: its response is not a JSON object"):
             api.ask("GET", "/v1/agreements")
+
+
+COMMANDS = {
+    "tenants list": "",
+    "tenants create": "x",
+    "tenants show": "t",
+    "tenants permit": "t",
+    "tenants create-key": "t x",
+    "tenants revoke-key": "t key_x",
+    "tenants limits": "t",
+    "tenants set-limits": "t --total-tokens 9",
+    "tenants archive": "t",
+    "admin-keys list": "",
+    "admin-keys create": "x",
+    "admin-keys revoke": "key_x",
+    "agreements list": "",
+    "agreements show": "a-news",
+    "agreements create": "-",
+    "agreements revise": "a-news -",
+    "agreements terminate": "a-news",
+    "policy export": "",
+    "policy diff": "-",
+    "policy apply": "-",
+    "policy rollback": "1",
+    "policy explain": "t",
+    "policy simulate": "-",
+    "audit head": "",
+    "audit verify": "",
+    "audit export": "",
+    "audit trim": "--older-than-days 1",
+}
+
+
+def roles_in_help() -> dict[str, str]:
+    """The roles that the help of each command names for --key."""
+    found = {}
+    for group in ("tenants", "admin-keys", "agreements", "policy", "audit"):
+        app = typer.main.get_command(importlib.import_module(SUBCOMMANDS[group][0]).app)
+        for name, command in app.commands.items():  # type: ignore[attr-defined]
+            for option in command.params:
+                if option.name == "key":
+                    found[f"{group} {name}"] = option.help
+    return found
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("role", ["auditor", "owner"])
+async def test_help_names_every_role_whose_key_a_command_takes(urls: tuple[str, str], role: str) -> None:
+    named = roles_in_help()
+    assert named.keys() == COMMANDS.keys()
+    run = on(["--url", urls[1], "--key", f"sk-{role}"])
+
+    def refused(words: str) -> bool:
+        given = json.dumps({"format": "flexgate-policy/v1"} if words.startswith("policy") else TERMS)
+        return f"role '{role}'" in run(*words.split(), stdin=given).stderr
+
+    for command, arguments in COMMANDS.items():
+        assert await asyncio.to_thread(refused, f"{command} {arguments}") == (role not in named[command]), command

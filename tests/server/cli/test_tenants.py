@@ -63,7 +63,7 @@ def test_no_database_is_made_by_looking_at_one(flexgate: Run, tmp_path: Path) ->
     url = f"sqlite:///{tmp_path}/nothing.db"
     found = flexgate("tenants", "list", "--database-url", url)
     assert found.exit_code == 1
-    assert "the server's first start makes it" in found.stderr
+    assert "start the server once, which creates it" in found.stderr
     assert not (tmp_path / "nothing.db").exists()
 
 

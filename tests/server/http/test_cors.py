@@ -88,5 +88,5 @@ async def test_a_page_may_use_every_route_of_inference(services: Any, path: str)
 
 @pytest.mark.parametrize("origin", ["app.example.com", "https://app.example.com/path", "null", "https://"])
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
-    with pytest.raises(SettingsError, match="is no origin: write a scheme and a host"):
+    with pytest.raises(SettingsError, match="is not an origin: give a scheme and a host"):
         load_settings(demo=True, cors_origin=(origin,))
