@@ -4,6 +4,7 @@ PolicyError
 ├── InvalidName            an id or a word that the vocabulary does not know
 ├── SnapshotInvalid        documents that do not fit together
 ├── SnapshotStale          the snapshot was not confirmed within its lease
+├── VersionNotReached      the snapshot is confirmed, and older than the version that was asked for
 ├── ClockInvalid           the time given is not a number
 ├── AuditBroken            the audit log was edited, reordered or cut off
 ├── DecisionRefused        a request that gets no gate; `param` names the field at fault
@@ -51,6 +52,14 @@ class SnapshotInvalid(PolicyError):
 
 class SnapshotStale(PolicyError):
     """No snapshot was confirmed within the lease: nothing may be decided from it."""
+
+
+class VersionNotReached(PolicyError):
+    """The confirmed snapshot is older than the policy version that a request asks for."""
+
+    def __init__(self, version: int, *, current: int) -> None:
+        super().__init__(f"policy version {version} was not reached in time; the current one is {current}")
+        self.current = current
 
 
 class ClockInvalid(PolicyError):

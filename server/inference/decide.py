@@ -12,7 +12,7 @@ from typing import Any
 
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decision import Decision, DecisionRequest
-from flexgate.policies.errors import PolicyError, SnapshotStale
+from flexgate.policies.errors import PolicyError, VersionNotReached
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.http.errors import Unavailable
@@ -98,8 +98,9 @@ async def _snapshot(policy: PolicySource, asked: Extension) -> Snapshot:
         return await policy.current()
     try:
         return await policy.at_least(asked.min_policy_version)
-    except SnapshotStale as error:
+    except VersionNotReached as error:
         raise Unavailable(
-            f"Policy version {asked.min_policy_version} has not arrived here yet. Try again.",
+            f"'flexgate.min_policy_version' asks for policy version {asked.min_policy_version}, and this server has "
+            f"version {error.current}. Try again, or ask for a lower version.",
             code="policy_version_not_reached",
         ) from error

@@ -20,7 +20,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced
+from flexgate.policies.errors import PolicyError, SnapshotStale, StoreReplaced, VersionNotReached
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
@@ -180,14 +180,19 @@ class PolicySource:
         return self._serve(self._stored)
 
     async def at_least(self, version: int) -> Snapshot:
-        """A snapshot of at least `version`, waited for up to a second; raises `SnapshotStale`."""
+        """A snapshot of at least `version`, waited for up to a second.
+
+        Raises:
+            VersionNotReached: the policy is confirmed, and still older.
+            SnapshotStale: the policy cannot be confirmed.
+        """
         deadline = self._clock() + WAIT_FOR_VERSION_S
         while True:
             snapshot = await self.current()
             if snapshot.policy_version >= version:
                 return snapshot
             if self._clock() >= deadline:
-                raise SnapshotStale(f"policy version {version} did not arrive in time")
+                raise VersionNotReached(version, current=snapshot.policy_version)
             await asyncio.sleep(min(self._poll_s, 0.05))
 
     async def everywhere(self, version: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from clocks import Clock
 
-from flexgate.policies.errors import SnapshotStale, StoreUnavailable
+from flexgate.policies.errors import SnapshotStale, StoreUnavailable, VersionNotReached
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.policy.live import PolicySource, with_live
@@ -210,7 +210,7 @@ async def test_a_wanted_version_is_waited_for(
 @pytest.mark.asyncio
 async def test_a_version_that_does_not_arrive_is_given_up(store: Any) -> None:
     source = PolicySource(store, dict, lease_s=2.0, poll_s=0.01)
-    with pytest.raises(SnapshotStale, match="version 99"):
+    with pytest.raises(VersionNotReached, match="version 99"):
         await source.at_least(99)
 
 
