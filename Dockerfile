@@ -1,7 +1,6 @@
 # Two targets: `docker build --target cpu .` and `docker build --target cuda .`
 # Installs what CI installs: hashed locks, no dependency resolution, then our wheel.
-# First start of a server that is not the demo (prints one admin key, once, and grants nothing):
-#   docker run -v models:/models:ro -v state:/state IMAGE serve /models/NAME --database-url sqlite:////state/flexgate.db
+# To run it, see "Install" in docs/operations.md. The database and the state directory are kept in /state.
 
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
@@ -18,7 +17,7 @@ FROM python:3.11-slim-bookworm AS base
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libnuma1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 flexgate && mkdir /state && chown flexgate /state
-ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+ENV PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 FLEXGATE_STATE_DIR=/state
 COPY locks /locks
 COPY --from=build /wheels /wheels
 

@@ -12,8 +12,8 @@ ApiError                 500  a status, a type of OpenAI's vocabulary, a code, a
 ├── Unavailable          503  try again later
 └── OutOfSpace           507  the disk has no room
 
-Every other package's errors are turned into these in `flexgate.server.http.refusals`; HTTP status codes
-are chosen there and here alone.
+Errors of other packages are turned into these in `flexgate.server.http.refusals`. HTTP status codes are chosen in
+`flexgate.server.http` alone.
 """
 
 from __future__ import annotations

@@ -54,15 +54,18 @@ class Operations:
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002 - a route's signature
         """Whether a request would be served: engine proved, policy confirmed, not stopping."""
-        services = self._services
-        ready = services.client.ready() and services.policy.fresh() and not services.draining
-        status = "ready" if ready else "not_ready"
-        return JSONResponse({"status": status}, status_code=200 if ready else 503)
+        ready = self._is_ready()
+        return JSONResponse({"status": "ready" if ready else "not_ready"}, status_code=200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics, for auditors and administrators."""
         _, snapshot = await identify(request, self._services, (Role.AUDITOR, Role.ADMIN))
+        metrics.ready(self._is_ready())
         metrics.epochs(snapshot.policy_version, self._services.client.weights_epoch)
         queue = self._services.queue
         metrics.queue(queue.queued, queue.projects, queue.free)
         return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+    def _is_ready(self) -> bool:
+        services = self._services
+        return services.client.ready() and services.policy.fresh() and not services.draining

@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, His
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
+_READY: Final = Gauge("flexgate_ready", "Whether /ready returns 200.", registry=REGISTRY)
 _REQUESTS: Final = Counter("flexgate_requests", "Answered requests.", ["route", "status"], registry=REGISTRY)
 _REFUSALS: Final = Counter("flexgate_refusals", "Refused requests by error code.", ["code"], registry=REGISTRY)
 _POLICY_VERSION: Final = Gauge("flexgate_policy_version", "Version of the policy in use.", registry=REGISTRY)
@@ -31,6 +32,11 @@ def answered(route: str, status: int) -> None:
 def refused(code: str | None) -> None:
     """Count one error answer."""
     _REFUSALS.labels(code=code or "none").inc()
+
+
+def ready(is_ready: bool) -> None:
+    """Note whether a request would be served."""
+    _READY.set(is_ready)
 
 
 def epochs(policy_version: int, weights_epoch: int) -> None:

@@ -1,7 +1,13 @@
-"""No Docker engine is at hand: the image's install steps are held equal to those that CI runs."""
+"""Without a container engine: the image installs what CI installs, and documented commands fit the image."""
 
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
+
+import pytest
+
+from flexgate.server.lifecycle.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -45,3 +51,25 @@ def test_the_build_step_uses_the_pinned_build_backend() -> None:
     assert pinned is not None
     assert pinned[0] in DOCKERFILE
     assert f"{pinned[0]} " in (ROOT / "locks/cpu.txt").read_text()
+
+
+def test_the_documented_container_is_reachable_and_keeps_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (words,) = re.findall(r"^\$ (docker run (?:.*\\\n)*.*)$", page, re.MULTILINE)
+    run, serve = map(shlex.split, re.split(r" flexgate\s+serve ", words.replace("\\\n", " ")))
+    volumes = [value.split(":")[1] for name, value in pairwise(run) if name == "-v"]
+    (state,) = re.findall(r"FLEXGATE_STATE_DIR=(\S+)", DOCKERFILE)
+    (port,) = set(re.findall(r"EXPOSE (\d+)", DOCKERFILE))
+    assert state in volumes
+    assert run[run.index("-p") + 1] == f"127.0.0.1:8000:{port}"
+    assert any(serve[0].startswith(f"{folder}/") for folder in volumes)
+    monkeypatch.setenv("FLEXGATE_STATE_DIR", state)
+    settings = load_settings(
+        model=serve[0], host=serve[serve.index("--host") + 1], allow_remote=serve[-1] == "--allow-remote"
+    )
+    assert (settings.host, settings.port, str(settings.state_dir)) == ("0.0.0.0", int(port), state)
+
+
+def test_the_documented_install_is_that_of_make() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert lock_step(page) == lock_step(RUNTIME)

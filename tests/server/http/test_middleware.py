@@ -152,6 +152,7 @@ async def test_metrics_have_no_client_text(make_client: Callable[..., httpx.Asyn
     assert response.status_code == 200
     assert CANARY not in response.text
     assert 'flexgate_requests_total{route="unmatched",status="404"}' in response.text
+    assert "flexgate_ready 1.0" in response.text
     assert "flexgate_policy_version 7.0" in response.text
     assert "flexgate_weights_epoch 3.0" in response.text
 
