@@ -44,10 +44,10 @@ def test_generated_parts_are_up_to_date(part: str) -> None:
     assert around(page.read_text(), part)[1] == make()
 
 
-@pytest.mark.parametrize("document", [README, README.with_name("CONTRIBUTING.md")], ids=lambda path: path.name)
-def test_every_file_that_a_page_of_the_root_names_exists(document: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text())
-    assert [link for link in links if not (README.parent / link).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_page_links_to_exists_in_the_repository(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
