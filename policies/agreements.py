@@ -127,7 +127,7 @@ Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
 def require_executed(duties: tuple[Duty, ...]) -> None:
     """Raise `InvalidName` for duties: an agreement that is written now cannot have any."""
     if duties:
-        raise InvalidName("nothing executes duties yet, so an agreement cannot have any: leave them out")
+        raise InvalidName("'duties' are not supported yet: leave them out")
 
 
 class Agreement(Document):

@@ -130,7 +130,7 @@ class _Trim(NamedTuple):
         detail = entry.detail
         entries, through, hash_ = (detail.get(name) for name in ("entries", "through", "hash"))
         if type(entries) is not int or type(through) is not int or type(hash_) is not str or entries < 1:
-            raise AuditBroken(f"entry {entry.sequence} does not say what was trimmed")
+            raise AuditBroken(f"entry {entry.sequence} does not name what was trimmed")
         return cls(entries, Head(through, hash_, REQUESTS))
 
 
@@ -173,15 +173,17 @@ class _Walk:
         last = self.trims[-1].through if self.trims else STARTS[REQUESTS]
         trimmed = sum(trim.entries for trim in self.trims)
         if trimmed != self.absent or self.gap[1] > last.sequence + 1:
-            raise AuditBroken(f"entry {self.gap[1]} follows entry {self.gap[0]}, and what is missing was not trimmed")
+            raise AuditBroken(
+                f"entries between {self.gap[0]} and {self.gap[1]} are missing, and no trim is recorded for them"
+            )
         if self.heads[REQUESTS].sequence and self.resumed != last.hash:
-            raise AuditBroken("the denied requests do not go on from where the log says that they were trimmed")
+            raise AuditBroken("the first denied request that is left does not match the recorded trim")
         gone = {head for head in self.missing if head.log == REQUESTS and head.sequence < last.sequence}
         left = self.missing - gone - {last}
         if left:
             raise AuditBroken(
                 f"the log ends at entry {self.newest} and does not contain the entry "
-                f"{min(left).sequence} that was noted outside: it was cut off or rewritten"
+                f"{min(left).sequence} that was kept outside: it was truncated or rewritten"
             )
         return Verified(self.heads[CHANGES], self.heads[REQUESTS], self.entries, trimmed, len(gone))
 

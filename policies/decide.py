@@ -92,8 +92,8 @@ def _region(tenant: TenantRules, text: str | None) -> Region | None:
 def _not_registered(kind: str, word: str, registered: frozenset[str]) -> str:
     may = ", ".join(sorted(registered)) or "none"
     return (
-        f"This project may not declare the {kind} '{word}' (registered: {may}). "
-        "An administrator registering it would change this."
+        f"The {kind} '{word}' is not registered for this project (registered: {may}). "
+        "Declare a registered one, or ask an administrator to register it."
     )
 
 
@@ -117,7 +117,7 @@ def apply_filter(
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
-            "No expert is left for this request. Asking for an allowed expert would change this.",
+            "'flexgate.experts' leaves no expert for this request. Keep at least one that the project may use.",
             param="flexgate.experts",
         )
     return Decision(
@@ -140,8 +140,8 @@ def _named(snapshot: Snapshot, entitled: Entitlements, names: tuple[str, ...], p
         listed = {m for m in members if m in entitled.lost_at or m in entitled.refused}
         if not listed:
             raise UnknownExpert(
-                f"'{param}[{position}]' names no expert that is listed for this project. "
-                "GET /v1/experts shows those that are.",
+                f"'{param}[{position}]' is no expert or set that this project can use or see. "
+                "GET /v1/experts lists its experts.",
                 param=f"{param}[{position}]",
             )
         found |= listed
@@ -151,13 +151,12 @@ def _named(snapshot: Snapshot, entitled: Entitlements, names: tuple[str, ...], p
 def _check_anchor(tenant: TenantRules, entitled: Entitlements, ignore: frozenset[ExpertId]) -> None:
     if PUBLIC not in entitled.lost_at and PUBLIC not in ignore:
         raise AnchorRequired(
-            "'public' takes part in every request, and it is not being served. "
-            "Loading it into the server would change this."
+            "Expert 'public', which every request uses, is not loaded on this server. Ask an administrator to load it."
         )
     if PUBLIC in ignore and not tenant.anchor_optional:
         raise AnchorRequired(
-            "'public' takes part in every request of this project. "
-            "An administrator making the anchor optional would change this.",
+            "'flexgate.experts.ignore' names 'public', which every request of this project uses. "
+            "Remove it there, or ask an administrator to set 'anchor_optional'.",
             param=IGNORE,
         )
 
@@ -169,12 +168,12 @@ def _check_required(snapshot: Snapshot, entitled: Entitlements, ignore: frozense
     for expert in (id_ for id_ in snapshot.experts if id_ in snapshot.required and id_ != PUBLIC):
         if expert in ignore:
             raise ExpertRequired(
-                f"Expert '{expert}' takes part in every request to this server. Leave it out of 'ignore'.",
+                f"'{IGNORE}' names '{expert}', which every request to this server uses. Remove it there.",
                 param=IGNORE,
             )
         if expert not in entitled.lost_at:
             raise RequiredExpertMissing(
-                f"Expert '{expert}' takes part in every request to this server, and cannot take part in this one. "
+                f"Expert '{expert}', which every request to this server uses, is not available to this one. "
                 f"{entitled.refused[expert].message}"
             )
 
@@ -182,12 +181,7 @@ def _check_required(snapshot: Snapshot, entitled: Entitlements, ignore: frozense
 def _check_allowed(entitled: Entitlements, only: frozenset[ExpertId]) -> None:
     denied = [reason for expert, reason in entitled.refused.items() if expert in only]
     if denied:
-        names = ", ".join(f"'{reason.expert}'" for reason in denied)
-        raise ExpertDenied(
-            f"The policy does not allow {names}. " + " ".join(r.message for r in denied),
-            reasons=denied,
-            param=ONLY,
-        )
+        raise ExpertDenied(" ".join(reason.message for reason in denied), reasons=denied, param=ONLY)
 
 
 def _left_out(

@@ -26,7 +26,9 @@ from flexgate.policies.ids import (
 
 def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
     if PUBLIC in references:
-        raise InvalidName("'public' is always listed and follows anchor_optional, not this list")
+        raise InvalidName(
+            "'public' belongs to every project and to no list: use 'anchor_optional' to let requests ignore it"
+        )
     return references
 
 

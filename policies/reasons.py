@@ -1,4 +1,4 @@
-"""The sentence for every rule that can exclude an expert: which rule, and what would change it.
+"""The sentence for every rule that can exclude an expert: which rule, and what to do.
 
 Sentences that depend on the expert alone are made once, because every decision needs many.
 """
@@ -33,21 +33,22 @@ def standard(expert: Expert) -> Standard:
 
 
 def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
-    scope = "".join(
-        f" {preposition} {_words(words)}"
-        for preposition, words in (("for", agreement.purposes), ("in", agreement.regions))
+    limits = "; ".join(
+        f"{kind}: {_words(words)}"
+        for kind, words in (("purposes", agreement.purposes), ("regions", agreement.regions))
         if words is not None
     )
-    changes = f"Its owner, {expert.owner}, terminating it"
-    if scope:
-        changes += ", or the request declaring a purpose or region outside of it,"
+    only = f" ({limits})" if limits else ""
+    actions = f"Ask its owner, {expert.owner}, to terminate the agreement"
+    if limits:
+        actions += ", or declare a purpose or region that it does not cover"
     if agreement.ends < math.inf:
-        changes += f" or waiting until {_utc(agreement.ends)}"
+        actions += f", or try again after {_utc(agreement.ends)}"
     return Reason(
         expert.id,
         "prohibited",
         agreement.rule,
-        f"{_agreement(agreement)} prohibits expert '{expert.id}' to this project{scope}. {changes} would change this.",
+        f"{_agreement(agreement)} prohibits this project from using expert '{expert.id}'{only}. {actions}.",
     )
 
 
@@ -57,8 +58,7 @@ def no_agreement(expert: ExpertId, owner: OwnerId) -> Reason:
         expert,
         "no_agreement",
         "default_deny",
-        f"No agreement permits expert '{expert}' to this project. "
-        f"An agreement with its owner, {owner}, would change this.",
+        f"No agreement permits this project to use expert '{expert}'. Ask its owner, {owner}, for one.",
     )
 
 
@@ -67,9 +67,9 @@ def purpose_not_permitted(expert: Expert, agreement: CompiledAgreement, purpose:
         expert.id,
         "purpose_not_permitted",
         agreement.rule,
-        f"{_agreement(agreement)} permits expert '{expert.id}' for {_words(agreement.purposes)} only, "
-        f"and the request declares {_declared('purpose', purpose)}. "
-        "Declaring a permitted purpose would change this.",
+        f"{_agreement(agreement)} permits expert '{expert.id}' for these purposes only: "
+        f"{_words(agreement.purposes)}. The request declares {_declared('purpose', purpose)}. "
+        "Declare one of them in 'flexgate.purpose'.",
     )
 
 
@@ -78,9 +78,9 @@ def region_not_permitted(expert: Expert, agreement: CompiledAgreement, region: s
         expert.id,
         "region_not_permitted",
         agreement.rule,
-        f"{_agreement(agreement)} permits expert '{expert.id}' in {_words(agreement.regions)} only, "
-        f"and the request declares {_declared('region', region)}. "
-        "Declaring a permitted region would change this.",
+        f"{_agreement(agreement)} permits expert '{expert.id}' in these regions only: "
+        f"{_words(agreement.regions)}. The request declares {_declared('region', region)}. "
+        "Declare one of them in 'flexgate.region'.",
     )
 
 
@@ -89,8 +89,7 @@ def not_started(expert: Expert, agreement: CompiledAgreement) -> Reason:
         expert.id,
         "agreement_not_started",
         agreement.rule,
-        f"{_agreement(agreement)} permits expert '{expert.id}' from {_utc(agreement.starts)} on. "
-        "Waiting until then would change this.",
+        f"{_agreement(agreement)} permits expert '{expert.id}' only from {_utc(agreement.starts)} on. Try again then.",
     )
 
 
@@ -100,7 +99,7 @@ def ended(expert: Expert, agreement: CompiledAgreement) -> Reason:
         "agreement_ended",
         agreement.rule,
         f"{_agreement(agreement)} permitted expert '{expert.id}' until {_utc(agreement.ends)}. "
-        f"A new agreement with its owner, {expert.owner}, would change this.",
+        f"Ask its owner, {expert.owner}, for a new agreement.",
     )
 
 
@@ -110,7 +109,7 @@ def not_on_allow_list(expert: ExpertId) -> Reason:
         expert,
         "not_in_allow_list",
         "project/allow_list",
-        f"Expert '{expert}' is not on this project's allow list. An administrator adding it would change this.",
+        f"Expert '{expert}' is not on this project's allow list. Ask an administrator to add it.",
     )
 
 
@@ -120,7 +119,7 @@ def on_deny_list(expert: ExpertId) -> Reason:
         expert,
         "in_deny_list",
         "project/deny_list",
-        f"Expert '{expert}' is on this project's deny list. An administrator removing it would change this.",
+        f"Expert '{expert}' is on this project's deny list. Ask an administrator to remove it.",
     )
 
 
@@ -130,7 +129,7 @@ def not_live(expert: ExpertId) -> Reason:
         expert,
         "not_live",
         "expert/live",
-        f"Expert '{expert}' is not being served. Loading it into the server would change this.",
+        f"Expert '{expert}' is not loaded on this server. Ask an administrator to load it.",
     )
 
 
@@ -140,8 +139,7 @@ def outside_default_set(expert: ExpertId) -> Reason:
         expert,
         "not_in_default_set",
         "project/default_experts",
-        f"Expert '{expert}' is not in this project's default expert set. "
-        "Naming it in the request's 'only' would change this.",
+        f"Expert '{expert}' is not in this project's default expert set. Name it in 'flexgate.experts.only' to use it.",
     )
 
 
@@ -151,7 +149,7 @@ def outside_only(expert: ExpertId) -> Reason:
         expert,
         "not_requested",
         "request/only",
-        f"The request's 'only' does not name expert '{expert}'. Naming it would change this.",
+        f"'flexgate.experts.only' does not name expert '{expert}'. Name it there to use it.",
     )
 
 
@@ -161,7 +159,7 @@ def ignored(expert: ExpertId) -> Reason:
         expert,
         "ignored",
         "request/ignore",
-        f"The request's 'ignore' names expert '{expert}'. Leaving it out would change this.",
+        f"'flexgate.experts.ignore' names expert '{expert}'. Remove it there to use it.",
     )
 
 

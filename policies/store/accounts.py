@@ -109,7 +109,7 @@ def revoke_admin_key(store: Store, key_id: str, *, actor: str, at: float) -> Key
             raise ObjectUnknown(f"there is no admin key {key_id!r}")
         others = change.keys(api_keys.c.role == Role.ADMIN.value, api_keys.c.id != key_id)
         if key.role is Role.ADMIN and not any(_lasting_admin(other) for other in others):
-            raise ChangeRefused("this is the last admin key that lasts: create another one first")
+            raise ChangeRefused("this is the only admin key without an expiry date: create another one first")
         return change.revoke_key(key_id)
 
 

@@ -63,7 +63,9 @@ def revise_agreement(
     with store.change(actor=actor, note="revise agreement", at=at, urgent=True) as change:
         before = _own(change, agreement_id, owner_id)
         if fields.get("id", agreement_id) != agreement_id or fields.get("owner", before.owner) != before.owner:
-            raise ChangeRefused("an agreement keeps its id and its owner: make another one")
+            raise ChangeRefused(
+                "'id' and 'owner' of an agreement cannot be changed: leave them out, or create another agreement"
+            )
         same = {**fields, "id": agreement_id, "owner": before.owner}
         if checked(Agreement, {**same, "version": before.version}) == before:
             return before

@@ -35,7 +35,7 @@ def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: i
         ChangeRefused: an expert changed its owner while an agreement names it, or experts came or went since `epoch`.
     """
     if change.weights_epoch() != epoch:
-        raise ChangeRefused("experts were added or revoked while this server started: start it again")
+        raise ChangeRefused("experts were changed while this server started: start it again")
     live = []
     for manifest in experts:
         known = change.get(Expert, manifest.id)

@@ -226,11 +226,11 @@ class Change:
 
     def _check_key(self, record: KeyRecord) -> None:
         if (record.role is Role.TENANT) != (record.tenant_id is not None):
-            raise ChangeRefused("exactly a tenant's key names a tenant")
+            raise ChangeRefused("a tenant's key needs a tenant, and no other key may name one")
         if (record.role is Role.OWNER) != (record.owner_id is not None):
-            raise ChangeRefused("exactly an owner's key names an owner")
+            raise ChangeRefused("the role 'owner' needs 'owner_id', and no other role may have it")
         if record.expires is not None and record.expires <= record.created:
-            raise ChangeRefused("a key must expire later than it is created")
+            raise ChangeRefused("a key must expire after its creation")
         if record.tenant_id is not None:
             tenant = self.get(Tenant, record.tenant_id)
             if tenant is None or tenant.archived:

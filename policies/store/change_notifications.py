@@ -37,7 +37,9 @@ class ChangeNotifications:
                 if any(True for _ in self._driver().notifies(timeout=seconds, stop_after=1)):
                     return
             except Exception as error:  # whatever it is, who polls must not end
-                logger.warning("no notifications from the database: %s", type(error).__name__)
+                logger.warning(
+                    "no change notifications from the database, which is polled meanwhile: %s", type(error).__name__
+                )
                 self.close()
         time.sleep(max(0.0, began + seconds - time.monotonic()))
 

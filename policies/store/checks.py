@@ -84,8 +84,8 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
         foreign = _owners(connection, f"agreement {agreement.id!r}", reference) - {agreement.owner}
         if foreign:
             raise ChangeRefused(
-                f"agreement {agreement.id!r} is {agreement.owner!r}'s, and {reference!r} belongs "
-                f"to {min(foreign)!r}: an owner makes agreements about its own experts only"
+                f"agreement {agreement.id!r} of owner {agreement.owner!r} names {reference!r}, which belongs "
+                f"to {min(foreign)!r}: name the owner's own experts only"
             )
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
@@ -103,10 +103,10 @@ def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument
     if expert.id == PUBLIC and expert.visibility == "hidden":
         raise ChangeRefused("'public' is every model's anchor and cannot be hidden")
     if expert.required and expert.visibility == "hidden":
-        raise ChangeRefused(f"{expert.id!r} is required, so that it takes part in every answer: it cannot be hidden")
+        raise ChangeRefused(f"{expert.id!r} is required in every answer and cannot be hidden")
     if isinstance(before, Expert) and before.owner != expert.owner:
         for user in _users(connection, expert.id):
-            raise ChangeRefused(f"{user} names {expert.id!r} under its present owner")
+            raise ChangeRefused(f"{user} names {expert.id!r} with its present owner: change that first")
 
 
 def _references(tenant: Tenant) -> list[str]:
@@ -131,12 +131,12 @@ def _owner(connection: Connection, who: str, expert_id: str) -> str:
 
 
 def unknown(who: str, what: str, name: str, there: Iterable[Expert | ExpertSet]) -> ChangeRefused:
-    """`who` names something that is not there. Operators read this: hidden experts are told, too."""
+    """`who` names an unknown object. Only operators read this, so hidden experts are named, too."""
     ids = sorted(str(document.id) for document in there)
     if len(ids) > _MOST_NAMED:
         ids[_MOST_NAMED:] = [f"{len(ids) - _MOST_NAMED} more"]
-    there_are = f"there are {', '.join(ids)}" if ids else "there is none yet"
-    return ChangeRefused(f"{who} names the unknown {what} {name!r}: {there_are}")
+    existing = f"use one of {', '.join(ids)}" if ids else "there is none yet"
+    return ChangeRefused(f"{who} names the unknown {what} {name!r}: {existing}")
 
 
 def _users(connection: Connection, reference: str) -> list[str]:

@@ -25,7 +25,7 @@ from flexgate.policies.strict_json import no_key_twice
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2
-PUT_BACK: Final = "put a copy of the database back"
+PUT_BACK: Final = "restore a backup of the database"
 _WRITE_LOCK: Final = 0x666C6578
 _files: Final[WeakKeyDictionary[Engine, FileIdentity]] = WeakKeyDictionary()
 _reserves: Final[WeakKeyDictionary[Engine, Reserve]] = WeakKeyDictionary()

@@ -61,14 +61,14 @@ def documents_after(connection: Connection, changes: list[ObjectChange], kind: t
 
 
 def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: float) -> int:
-    """Make the policy say what it said at version `to`, as a new revision; returns its version.
+    """Restore the policy of version `to` as a new revision; returns its version.
 
     What cannot be undone stays: keys (a revoked key stays revoked), the catalogue (it follows the
     checkpoint; only what is hidden or required goes back), that a tenant existed (it is archived), and that
     one was archived. An agreement that comes back gets a new, higher version.
 
     Args:
-        confirm: the present version, by which the caller says that it knows what would change.
+        confirm: the present version, which confirms the rollback.
 
     Raises:
         ConfirmationRequired: something would change, and `confirm` is not the present version; says what.
@@ -87,8 +87,8 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
                     _undo_creation(change, kind, entry)
         if change.changes and confirm != present:
             raise ConfirmationRequired(
-                f"going from policy version {present} back to {to} would {_in_words(change.changes)}: nothing was "
-                f"changed; confirm with {present}, the present version, to do it"
+                f"rolling back from policy version {present} to {to} would {_in_words(change.changes)}: nothing was "
+                f"changed; to do it, confirm with {present}, the present version"
             )
     return change.policy_version
 

@@ -30,14 +30,16 @@ class FileIdentity:
         if self._taken is None:
             self._taken = self._now()
             if self._taken is None:
-                raise StoreReplaced(f"{self._what} {self.path} was opened and is not there: was it deleted, or moved?")
+                raise StoreReplaced(
+                    f"{self._what} {self.path} disappeared after it was opened: check the path and start again"
+                )
 
     def require(self) -> None:
         """Raise `StoreReplaced` unless the path names the file that was taken; before `take` nothing is claimed."""
         if self._taken is not None and self._now() != self._taken:
             raise StoreReplaced(
-                f"{self._what} {self.path} was replaced or deleted while it was in use: put the very file back, or "
-                "restart the server to work with what is there now"
+                f"{self._what} {self.path} was replaced or deleted while it was in use: restart the server to use the "
+                "file that is there now, or move the original file back"
             )
 
     def _now(self) -> tuple[int, int] | None:

@@ -42,7 +42,9 @@ def check_current(engine: Engine) -> None:
         heads = MigrationContext.configure(connection).get_current_heads()
     _refuse_unknown(heads)
     if set(heads) != set(scripts.get_heads()):
-        raise ChangeRefused("the store has no tables of this version: start this version's server on it once")
+        raise ChangeRefused(
+            "the database schema is older than this version: start this version's server on it once, which migrates it"
+        )
 
 
 def _config(connection: Connection | None) -> Config:

@@ -41,5 +41,5 @@ def read_pseudonyms(engine: Engine, owner_id: str) -> Pseudonyms:
     with reading(engine) as connection:
         key = connection.scalar(query)
     if key is None:
-        raise StoreDamaged("the store has lost its pseudonym key")
+        raise StoreDamaged("the policy database has no pseudonym key: restore a backup")
     return Pseudonyms(bytes(key), owner_id)

@@ -43,7 +43,7 @@ class Reserve:
             if found.f_bavail * found.f_frsize < RESERVED_BYTES:
                 raise StoreFull(
                     f"the disk of {self._database} has less than {RESERVED_BYTES >> 20} MiB left, which are kept for "
-                    "changes that take rights away: free some space"
+                    "revocations: free some space"
                 )
 
 

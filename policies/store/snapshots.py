@@ -37,7 +37,7 @@ def read_snapshot(connection: Connection) -> Snapshot:
             revocation_epochs=revocation_epochs(connection),
         )
     except SnapshotInvalid as error:
-        raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
+        raise StoreDamaged(f"the stored policy is inconsistent ({error}): {PUT_BACK}") from error
 
 
 def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
@@ -67,19 +67,19 @@ def read_snapshot_after(connection: Connection, known: Snapshot) -> Snapshot:
             revocation_epochs=revocation_epochs(connection),
         )
     except SnapshotInvalid as error:
-        raise StoreDamaged(f"the stored policy does not fit together ({error}): {PUT_BACK}") from error
+        raise StoreDamaged(f"the stored policy is inconsistent ({error}): {PUT_BACK}") from error
 
 
 def require_in_history(connection: Connection, read_before: int, made: float) -> None:
     """Raise `StoreRolledBack` unless the store's history holds version `read_before`, made at that very moment."""
-    version, advice = current_version(connection), "put the newer copy back"
+    version, advice = current_version(connection), "restore the newer database"
     if version < read_before:
         raise StoreRolledBack(
-            f"the store is at policy version {version}, and version {read_before} was read from it before: {advice}"
+            f"the database went back to policy version {version}, after version {read_before} was served: {advice}"
         )
     if made_at(connection, read_before) != made:
         raise StoreRolledBack(
-            f"the store's policy version {read_before} is not the one that was read from it before: {advice}"
+            f"the database has another policy version {read_before} than the one that was served before: {advice}"
         )
 
 

@@ -44,8 +44,8 @@ async def in_turn(
 
 def _too_many() -> ApiError:
     return TooMany(
-        f"This key may have {MOST_OF_ONE} such requests to the administration under way at once. "
-        "Try again once one of them has been answered.",
+        f"This key already has {MOST_OF_ONE} such administration requests in progress, which is the limit. "
+        "Try again when one has finished.",
         code="rate_limit_exceeded",
         type_="requests",
         headers={"retry-after": "1"},

@@ -177,13 +177,14 @@ class Administration:
         return JSONResponse(result, operation.status, headers={"x-flexgate-policy-version": version})
 
     async def _withheld(self, withholding: Withholding, call: Call[Any, Any]) -> ApiError:
-        """Enforce here what the store could not take, until it can; the answer says so."""
+        """Enforce a revocation that could not be stored, until it is; the answer says so."""
         what = f"{self._operation.method} {self._operation.path} {call.path}"
         store = partial(self._operation.work, call)
         await run_in(CHANGES, self._services.unstored.add, what, withholding, store)
         return Unavailable(
-            "The policy store could not take this change. What it takes away is gone from this server from now on, "
-            "which tries again to store it; other servers, and a restart before that, do not know of it.",
+            "The change could not be stored in the policy database. This server enforces the revocation and keeps "
+            "trying to store it. Until then other servers allow what it takes away, and so would a restart of this "
+            "one: repair the database first.",
             code="change_not_stored",
         )
 
@@ -205,5 +206,7 @@ class Administration:
 
 
 def _not_confirmed() -> Unavailable:
-    message = "The change was made, and it cannot be confirmed right now where it is in force."
-    return Unavailable(message, code="change_not_confirmed")
+    return Unavailable(
+        "The change is stored, but not confirmed to be in force on all servers. Do not repeat it; check that they run.",
+        code="change_not_confirmed",
+    )

@@ -32,7 +32,7 @@ class PolicyTarget(Protocol):
         """Apply a file, in one revision; what changed."""
 
     def roll_back(self, version: int, confirm: int | None) -> int:
-        """Make the policy say what it given at a version; the new version."""
+        """Roll the policy back to a version; returns the new version."""
 
     def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
         """Why a tenant may use each expert or not."""

@@ -200,7 +200,9 @@ class Loader:
                 "Add it again when fewer requests are running, or start the server with a larger --max-num-seqs."
             ) from error
         except Exception as error:
-            raise EngineFailed(f"The loaded expert does not behave: {error}.") from error
+            raise EngineFailed(
+                f"The expert failed its canary and was unloaded: {error}. Check the package's weights."
+            ) from error
         return slot_epoch
 
     async def _commit(self, job: Job, package: VerifiedPackage, slot: int, slot_epoch: int) -> None:
@@ -221,10 +223,10 @@ class Loader:
             job.committed = await asyncio.to_thread(self._was_committed, added)
             if job.committed is None:
                 now = (
-                    "Nobody can use the expert; add it again, or restart the server, which loads it if it was taken."
+                    "The expert is not in use. Restart the server, which loads it if it was stored, or add it again."
                     if self._pool.find(manifest.id) is None
                     else "The former version is still served. Restart the server, which loads the new one if it was "
-                    "taken; if it was not, add it again."
+                    "stored, or add it again."
                 )
                 raise CommitUnknown(error, now) from error
             if not job.committed:
@@ -247,8 +249,8 @@ class Loader:
         pool = self._pool
         if pool.repository.revocation_epochs().get(manifest.id, 0) > since:
             raise ChangeConflict(
-                f"Expert '{manifest.id}' was revoked while this package was on its way. Add it again if it is to be "
-                "served all the same.",
+                f"Expert '{manifest.id}' was revoked while this package was being added. To serve it anyway, add the "
+                "package again.",
                 code="experts_changing",
             )
         info = pool.find(manifest.id)
@@ -260,7 +262,7 @@ class Loader:
             )
         if pool.repository.revocation_epochs().get(info.id, 0) > info.slot_epoch:
             raise ChangeConflict(
-                f"Another server revoked expert '{info.id}', which is being unloaded here. Try again in a moment.",
+                f"Expert '{info.id}' was revoked by another server and is being unloaded here. Try again in a moment.",
                 code="experts_changing",
             )
         package = next((entry for entry in pool.repository.added() if entry.expert == info.id), None)
@@ -270,26 +272,30 @@ class Loader:
             loaded = package.version
         else:
             raise ChangeConflict(
-                f"The store has version {package.version} of expert '{info.id}', which this server did not load. "
-                + ("Restart it." if (pool.places.private / package.package).is_dir() else "Another one added it."),
+                f"Version {package.version} of expert '{info.id}' is stored but not loaded on this server. "
+                + (
+                    "Restart the server."
+                    if (pool.places.private / package.package).is_dir()
+                    else "Another server added it."
+                ),
                 code="expert_version_not_loaded",
             )
         if loaded == UNSAID:
             raise ChangeConflict(
-                f"Expert '{manifest.id}' is loaded from the checkpoint, which does not say in which version. "
-                "Revoke it before a package takes its place.",
+                f"Expert '{manifest.id}' is loaded from the checkpoint, which names no version of it. "
+                "Revoke it before adding a package.",
                 code="expert_version_unknown",
             )
         if manifest.version <= loaded:
             raise ChangeConflict(
-                f"Expert '{manifest.id}' is loaded in version {loaded}. A package that replaces it needs a higher one.",
+                f"Expert '{manifest.id}' is loaded in version {loaded}. Add a package with a higher version.",
                 code="expert_version_not_newer",
             )
 
     def _check_owner(self, manifest: Manifest, owner: str | None) -> None:
         if owner is not None and manifest.owner != owner:
             raise ChangeConflict(
-                f"The package is of another owner than '{owner}', for whom this key acts.",
+                f"The package does not belong to owner '{owner}', whose key this is.",
                 code="expert_of_another_owner",
             )
         self._pool.repository.require_owner(manifest)

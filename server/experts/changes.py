@@ -127,7 +127,7 @@ def _may_revoke(principal: Principal, snapshot: Snapshot, expert: str) -> bool:
 
 
 def _unknown() -> NotFound:
-    return NotFound("No expert of that name is loaded that could be revoked.", code=UNKNOWN_EXPERT)
+    return NotFound("No expert of that name is loaded. GET /v1/experts lists the loaded ones.", code=UNKNOWN_EXPERT)
 
 
 def _answer(error: ExpertError) -> ApiError:

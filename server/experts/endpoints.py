@@ -30,7 +30,7 @@ async def retrieve(call: _Read) -> Json:
         if card["id"] == call.path["expert"]:
             return card
     raise NotFound(
-        "No expert of that name is listed for this key. GET /v1/experts shows those that are.",
+        "No expert of that name is visible to this key. GET /v1/experts lists the visible ones.",
         code=UNKNOWN_EXPERT,
     )
 

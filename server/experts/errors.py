@@ -4,8 +4,8 @@ ExpertError              a code for programs, a sentence for people
 ├── NotLoaded            no such expert is loaded, or it is none of the caller's
 ├── PackageRefused       the package itself may not be used
 ├── ChangeConflict       it cannot be changed as things stand: version, owner, slots, disk, store, another change
-│   └── CommitUnknown    the store broke off, and nothing tells whether it took the change
-├── NotStored            the expert is served no more by this process, and the store could not be told
+│   └── CommitUnknown    the connection broke; whether the change was committed is unknown
+├── NotStored            this process has stopped serving the expert; the revocation is not stored
 ├── EngineBusy           there was no place to try a new expert in; nothing is left of it
 └── EngineFailed         a rank could not do its part: of an add nothing is left, a revocation stays committed
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 
 class ExpertError(Exception):
-    """What was asked for was not done. `code` is stable; `str(error)` is for the caller."""
+    """A change of experts failed. `code` is stable; `str(error)` is for the caller."""
 
     code = "expert_error"
 
@@ -40,24 +40,24 @@ class ChangeConflict(ExpertError):
 
 
 class CommitUnknown(ChangeConflict):
-    """Asked afterwards, the store did not say either."""
+    """Whether the commit succeeded could not be read afterwards."""
 
     def __init__(self, error: Exception, now: str) -> None:
-        """`now` says what is served until somebody knows."""
-        message = f"The store broke off: {error}. Nothing tells whether it took the change. {now}"
+        """`now` says what is served meanwhile, and what to do."""
+        message = f"Lost the database connection: {error}. It is unknown whether the change was committed. {now}"
         super().__init__(message, code="commit_unknown")
 
 
 class NotStored(ExpertError):
-    """The store could not take a revocation, or does not say whether it did; it is tried again."""
+    """A revocation could not be stored, or its commit is unknown; it is retried."""
 
     code = "change_not_stored"
 
     def __init__(self, error: Exception) -> None:
         super().__init__(
-            f"The policy store could not take the change: {error}. This server serves the expert no more, has ended "
-            "the requests that might use it, and tries again to store the change; other servers, and a restart before "
-            "that, do not know of it."
+            f"The revocation could not be stored: {error}. This server has stopped serving the expert, has ended the "
+            "requests that could use it, and keeps trying to store the revocation. Until then other servers serve it, "
+            "and a restart would load it: repair the policy database first."
         )
 
 

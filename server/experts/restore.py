@@ -53,8 +53,8 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
     resident = (*kept, *(known[change.expert] for change in added if change.expert in known))
     least = 1 + max((change.slot for change in added), default=-1)
     set_aside = tuple(
-        f"{package.expert} version {package.version}, which was added: the checkpoint holds version "
-        f"{merged[package.expert]}"
+        f"added package {package.expert} version {package.version}: the checkpoint's version "
+        f"{merged[package.expert]} is newer and is served"
         for package in old
     )
     for sentence in set_aside:
@@ -67,17 +67,17 @@ def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], wit
         holders = [expert.id for expert in checkpoint[package.slot : package.slot + 1] if expert.id not in without]
         for holder in holders:
             raise PackageRefused(
-                f"expert '{package.expert}' was added into slot {package.slot}, which '{holder}' of this checkpoint "
-                f"needs: serve the former checkpoint, revoke '{package.expert}' there, and add it again to this one"
+                f"added expert '{package.expert}' has slot {package.slot}, which this checkpoint needs for '{holder}': "
+                f"start with the former checkpoint, revoke '{package.expert}', then start with this one and add it"
             )
     first: dict[int, str] = {}
     for package in added:
         other = first.setdefault(package.slot, package.expert)
         if other != package.expert:
             raise PackageRefused(
-                f"expert '{package.expert}' was added into slot {package.slot} while '{other}', which was added into "
-                f"it before, was not loaded: start the server as it was then, revoke '{package.expert}' there, and "
-                "add it again now"
+                f"two added experts have slot {package.slot}, '{other}' and later '{package.expert}': start with the "
+                f"checkpoint that was served when '{package.expert}' was added, revoke it, then start with this "
+                "checkpoint and add it"
             )
 
 

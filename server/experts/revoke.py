@@ -125,7 +125,7 @@ class Revoker:
         try:
             entry = next((e for e in await run_in(CHANGES, pool.repository.added) if e.expert == expert), None)
             if entry is None:
-                raise NotLoaded("No expert of that name is loaded that could be revoked.")
+                raise NotLoaded("No expert of that name is loaded. GET /v1/experts lists the loaded ones.")
             epoch = await run_in(CHANGES, self._commit, expert, entry.slot, actor)
         except PolicyError as error:
             raise ChangeConflict(f"The store refused the change: {error}.", code="store_refused") from error
@@ -160,7 +160,8 @@ class Revoker:
             digests = [await pool.clear(each.slot) for each in assignments]
         except Exception as error:
             raise EngineFailed(
-                f"Expert '{info.id}' is revoked and no restart loads it, but the engine failed: {error}. Restart it."
+                f"Expert '{info.id}' is revoked and no restart loads it, but its slot could not be cleared: {error}. "
+                "Restart the server."
             ) from error
         done = Revocation(info.id, info.slot, info.slot_epoch, epoch, began)
         done.aborted_requests = len(users)

@@ -149,11 +149,15 @@ class ExpertService:
             return
         except PolicyError as error:
             logger.error("job %s failed at %s: %s", job.id, job.stage, error)
-            await job.fail("store_refused", f"The store could not be asked: {error}.", self._clock())
+            await job.fail("store_refused", f"The policy database could not be read: {error}.", self._clock())
             return
         except Exception as error:
             logger.error("job %s failed at %s", job.id, job.stage, exc_info=error)
-            await job.fail("internal_error", "The server could not add it. Its log has the job id.", self._clock())
+            await job.fail(
+                "internal_error",
+                "The server failed to add the expert. Its log names the cause under the job's id.",
+                self._clock(),
+            )
             return
         finally:
             if move:

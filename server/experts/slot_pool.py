@@ -118,7 +118,7 @@ class SlotPool:
         free = [slot for slot in range(self.client.slots) if slot not in taken]
         if not free:
             idle = len(set(kept).difference(self._dirty, (info.slot for info in self.client.experts())))
-            left_out = f", {idle} of them by packages that this start left out" if idle else ""
+            left_out = f", {idle} of them by packages that were not loaded at the start" if idle else ""
             raise ChangeConflict(
                 f"All {self.client.slots} expert slots are taken{left_out}. Revoke an expert, "
                 "or start the server with a larger --max-experts.",
@@ -138,8 +138,8 @@ class SlotPool:
         taken = sum(info.owner == owner for info in loaded + former) + list(self._reserved.values()).count(owner)
         if taken >= self.per_owner:
             raise ChangeConflict(
-                f"Packages of owner '{owner}' take {taken} expert slots, former versions in use included, and may take "
-                f"{self.per_owner}. Revoke one of them, or ask an administrator to add this one.",
+                f"Owner '{owner}' uses {taken} of its {self.per_owner} expert slots (former versions in use count). "
+                "Revoke one of its experts, or ask an administrator to add this package.",
                 code="owner_slots_full",
             )
 

@@ -78,8 +78,8 @@ class Uploads:
         needed = 2 * sum(sizes.values())
         if self._to_come() + needed + FREE_BYTES > shutil.disk_usage(self._root).free:
             raise _disk_full(
-                f"The package and the server's private copy of it take {needed} bytes, for which the disk has no room "
-                "beside the packages that are on their way."
+                f"The package and the server's private copy of it need {needed} bytes, and the disk has less beside "
+                "what other uploads have reserved. Free some space, or wait until they have finished."
             )
         id_ = f"upload_{secrets.token_hex(12)}"
         directory = self._root / id_
@@ -157,7 +157,7 @@ class Uploads:
 
     def _require_idle(self, upload: Upload) -> None:
         if upload.id in self._writing:
-            raise Conflict("The upload is being written to.", code="upload_busy")
+            raise Conflict("Another request is writing to this upload. Wait until it has ended.", code="upload_busy")
 
     def _to_come(self) -> int:
         """Bytes that are still to be written of the uploads there are, and of the private copies of them.
@@ -202,7 +202,7 @@ async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 chunk = await anext(chunks, None)
         except TimeoutError:
             raise TimedOut(
-                f"Nothing more of the file came for {IDLE_SECONDS:g} seconds. What has arrived is kept.",
+                f"No data for {IDLE_SECONDS:g} seconds. What has arrived is kept: continue at its size.",
                 code="request_timeout",
             ) from None
         if chunk is None:
@@ -229,7 +229,7 @@ def _size(path: Path) -> int:
 
 def _write_all(descriptor: int, data: bytes) -> None:
     if shutil.disk_usage(descriptor).free < len(data) + FREE_BYTES:
-        raise _disk_full("The disk has no room for more of the upload. What has arrived is kept.")
+        raise _disk_full("The disk is full. What has arrived is kept: free some space and continue.")
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

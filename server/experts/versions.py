@@ -24,21 +24,20 @@ def merged_versions(model: Path, count: int) -> Merged:
 def is_set_aside(package: Added, merged: Merged) -> bool:
     """Whether the checkpoint holds a newer version than a package that was added.
 
-    Nobody revokes what was acknowledged: a package stays for as long as the checkpoint says of its expert what it
-    said when the package was added, also where a newer version had been revoked to go back to an older one; and where
-    it was not recorded what it said.
+    A package stays while the checkpoint names the same version of its expert as when the package was added, or where
+    that was not recorded.
 
     Raises:
-        PackageRefused: the checkpoint has changed and does not say in which version it holds the expert.
+        PackageRefused: the checkpoint has changed and names no version of the expert.
     """
     now = merged.get(package.expert)
     if now is None or package.merged in (now, UNRECORDED):
         return False
     if now == UNSAID:
         raise PackageRefused(
-            f"expert '{package.expert}', which was added in version {package.version}, is also in the checkpoint, "
-            f'which does not say in which version: give its entry in {MODEL_MANIFEST} a "version", or serve the '
-            "former checkpoint and revoke the expert there"
+            f"expert '{package.expert}' was added in version {package.version} and is in the checkpoint, which names "
+            f'no version of it: give its entry in {MODEL_MANIFEST} a "version", or start with the former checkpoint '
+            "and revoke the added expert"
         )
     return now > package.version
 

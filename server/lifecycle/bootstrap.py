@@ -129,7 +129,7 @@ def _alone(directory: Path) -> Iterator[FileIdentity]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SettingsError(
-                f"another server keeps its experts in {directory}; give this one a --state-dir of its own"
+                f"another server uses the state directory {directory}: stop it, or give this one another --state-dir"
             ) from error
         file = FileIdentity(directory / "lock", "the lock of the state directory")
         file.take()

@@ -44,7 +44,9 @@ def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -
     """
     store.migrate()
     if demo.holds_demo_keys(store):
-        raise DemoKeysFound("the policy database holds the demo's public keys; use another one, or start with --demo")
+        raise DemoKeysFound(
+            "the policy database contains the well-known demo keys; use another database, or start with --demo"
+        )
     with store.change(actor=_ACTOR, note="start", at=at) as change:
         put_catalogue(change, _manifest(experts), epoch=epoch)
 

@@ -74,7 +74,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.budget_usage.close()
         services.policy.deregister()
     if services.client.errored:
-        raise EngineDied("the engine has died; the log says where")
+        raise EngineDied("the engine has died; the lines before this one name the cause")
 
 
 class EngineDied(Exception):

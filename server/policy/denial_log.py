@@ -140,7 +140,10 @@ class Denials:
                 failing = False
             except StoreError as error:
                 if not failing:
-                    logger.error("denied requests wait for the audit log: %s", type(error).__name__)
+                    logger.error(
+                        "audit entries of denied requests cannot be written and are kept in memory: %s",
+                        type(error).__name__,
+                    )
                 failing = True
 
     def close(self) -> None:
@@ -148,7 +151,7 @@ class Denials:
         try:
             self._write(lambda _: True)
         except StoreError:
-            logger.error("%d denied requests could not be written to the audit log", self.waiting())
+            logger.error("%d audit entries of denied requests were lost", self.waiting())
 
     def _take(self, due: Callable[[Denial], bool]) -> dict[Denial, _Counted]:
         """What is due of what waits, longest first."""

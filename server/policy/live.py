@@ -231,7 +231,7 @@ class PolicySource:
                 failing = False
             except Exception as error:  # whatever it is, who polls must not end
                 if not failing:
-                    logger.error("the policy cannot be confirmed: %s", error)
+                    logger.error("the policy database does not answer: %s", error)
                 failing = True
             if self._notifications is None:
                 stop.wait(self._poll_s)

@@ -47,7 +47,7 @@ class Replicas:
         except StoreError:
             if self._announced is None:
                 raise
-            logger.warning("this process cannot say which policy it has")
+            logger.warning("this process cannot announce its policy version")
             return
         self._announced, self._seen = version, self._clock()
 

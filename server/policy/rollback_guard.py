@@ -57,12 +57,13 @@ class RollbackGuard:
             return
         except (ValueError, KeyError, TypeError) as error:
             raise StoreRolledBack(
-                f"{self._path} does not say which policy was confirmed last: remove it to accept the database as it is"
+                f"{self._path} is damaged and does not name the newest policy that was served: check that the database "
+                "was not rolled back, then remove the file"
             ) from error
         try:
             store.require_in_history(version, made)
         except StoreRolledBack as error:
-            raise StoreRolledBack(f"{error}, or remove {self._path} to accept this one") from None
+            raise StoreRolledBack(f"{error}, or remove {self._path} to accept this database") from None
 
     def note(self, snapshot: Snapshot) -> None:
         """Keep which policy was confirmed. A disk that is full ends nothing: it is logged, and tried the next time."""
@@ -88,8 +89,9 @@ def require_clock(store: Store, now: float) -> None:
     for newest in newest_revisions(store, limit=1):
         if now < newest.at - CLOCKS_DIFFER_S:
             raise ClockBehind(
-                f"this machine's clock says {_utc(now)}, and the policy was changed at {_utc(newest.at)} by "
-                f"{newest.actor!r}: set the clock, or make any change now if that one was made by a wrong clock"
+                f"this machine's clock says {_utc(now)}, which is before the newest change of the policy, made at "
+                f"{_utc(newest.at)} by {newest.actor!r}: set the clock; or, if that change was stamped by a wrong "
+                "clock, make another one with 'flexgate policy apply'"
             )
 
 

@@ -41,7 +41,7 @@ class Unstored:
         with self._lock:
             self._changes.append(_Change(what, withholding, store))
         self._policy.withhold(withholding)
-        logger.error("%s cannot be stored: what it takes away is gone here, and it is tried again", what)
+        logger.error("%s cannot be stored; this server enforces it and tries again", what)
 
     def waiting(self) -> int:
         """How many changes are not stored yet."""

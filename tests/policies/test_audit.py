@@ -144,7 +144,7 @@ def test_log_written_anew_is_told_by_a_head_from_outside():
     head = verify(_log(10)).changes
     other = [chain(START, Event(at=1.0, actor="mallory", action="nothing.happened", detail={}))]
     verify(other)
-    with pytest.raises(AuditBroken, match="cut off or rewritten"):
+    with pytest.raises(AuditBroken, match="truncated or rewritten"):
         verify(other, outside=[head])
 
 

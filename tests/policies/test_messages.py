@@ -1,4 +1,4 @@
-"""The exact sentences. Each says which rule excludes the expert, and what would change it."""
+"""The exact sentences. Each says which rule excludes the expert, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from flexgate.policies.errors import DecisionRefused
 
-CHANGE = "An agreement with its owner, wire, would change this."
+NO_AGREEMENT = "No agreement permits this project to use expert 'news'. Ask its owner, wire, for one."
 
 
 def _news(world, terms, tenant=None, **request):
@@ -19,7 +19,7 @@ def test_no_agreement(world):
     assert _news(world, []) == (
         "no_agreement",
         "default_deny",
-        f"No agreement permits expert 'news' to this project. {CHANGE}",
+        NO_AGREEMENT,
     )
 
 
@@ -27,8 +27,8 @@ def test_prohibited(world):
     assert _news(world, [world.agreement("ban", version=3, effect="prohibit")]) == (
         "prohibited",
         "agreement/ban@3",
-        "Agreement 'ban' (version 3) prohibits expert 'news' to this project. "
-        "Its owner, wire, terminating it would change this.",
+        "Agreement 'ban' (version 3) prohibits this project from using expert 'news'. "
+        "Ask its owner, wire, to terminate the agreement.",
     )
 
 
@@ -40,9 +40,9 @@ def test_prohibited_within_a_scope_and_for_a_time(world):
         not_after="2026-01-01T00:00:00Z",
     )
     assert _news(world, [terms])[2] == (
-        "Agreement 'a1' (version 1) prohibits expert 'news' to this project "
-        "for ai-train, search in DE. Its owner, wire, terminating it, or the request declaring a "
-        "purpose or region outside of it, or waiting until 2026-01-01T00:00:00Z would change this."
+        "Agreement 'a1' (version 1) prohibits this project from using expert 'news' "
+        "(purposes: ai-train, search; regions: DE). Ask its owner, wire, to terminate the agreement, "
+        "or declare a purpose or region that it does not cover, or try again after 2026-01-01T00:00:00Z."
     )
 
 
@@ -51,19 +51,19 @@ def test_purpose_not_permitted(world):
     assert _news(world, terms) == (
         "purpose_not_permitted",
         "agreement/a1@1",
-        "Agreement 'a1' (version 1) permits expert 'news' for ai-input, search only, and the "
-        "request declares no purpose. Declaring a permitted purpose would change this.",
+        "Agreement 'a1' (version 1) permits expert 'news' for these purposes only: ai-input, search. "
+        "The request declares no purpose. Declare one of them in 'flexgate.purpose'.",
     )
     message = _news(world, terms, {"purposes": ["ai-train"]}, purpose="ai-train")[2]
-    assert "and the request declares 'ai-train'." in message
+    assert "The request declares 'ai-train'." in message
 
 
 def test_region_not_permitted(world):
     assert _news(world, [world.agreement(regions=["EU"])]) == (
         "region_not_permitted",
         "agreement/a1@1",
-        "Agreement 'a1' (version 1) permits expert 'news' in EU only, and the request declares no "
-        "region. Declaring a permitted region would change this.",
+        "Agreement 'a1' (version 1) permits expert 'news' in these regions only: EU. "
+        "The request declares no region. Declare one of them in 'flexgate.region'.",
     )
 
 
@@ -71,8 +71,7 @@ def test_agreement_not_started(world):
     assert _news(world, [world.agreement(not_before="2026-11-24T00:00:00Z")]) == (
         "agreement_not_started",
         "agreement/a1@1",
-        "Agreement 'a1' (version 1) permits expert 'news' from 2026-11-24T00:00:00Z on. "
-        "Waiting until then would change this.",
+        "Agreement 'a1' (version 1) permits expert 'news' only from 2026-11-24T00:00:00Z on. Try again then.",
     )
 
 
@@ -80,8 +79,8 @@ def test_agreement_ended(world):
     assert _news(world, [world.agreement(not_after="1970-01-02T00:00:00Z")]) == (
         "agreement_ended",
         "agreement/a1@1",
-        f"Agreement 'a1' (version 1) permitted expert 'news' until 1970-01-02T00:00:00Z. "
-        f"{CHANGE.replace('An agreement', 'A new agreement')}",
+        "Agreement 'a1' (version 1) permitted expert 'news' until 1970-01-02T00:00:00Z. "
+        "Ask its owner, wire, for a new agreement.",
     )
 
 
@@ -89,7 +88,7 @@ def test_not_in_allow_list(world):
     assert _news(world, [world.agreement()], {"mode": "allow_list"}) == (
         "not_in_allow_list",
         "project/allow_list",
-        "Expert 'news' is not on this project's allow list. An administrator adding it would change this.",
+        "Expert 'news' is not on this project's allow list. Ask an administrator to add it.",
     )
 
 
@@ -97,7 +96,7 @@ def test_in_deny_list(world):
     assert _news(world, [world.agreement()], {"expert_ids": ["news"]}) == (
         "in_deny_list",
         "project/deny_list",
-        "Expert 'news' is on this project's deny list. An administrator removing it would change this.",
+        "Expert 'news' is on this project's deny list. Ask an administrator to remove it.",
     )
 
 
@@ -108,7 +107,7 @@ def test_not_live(world):
         "news",
         "not_live",
         "expert/live",
-        "Expert 'news' is not being served. Loading it into the server would change this.",
+        "Expert 'news' is not loaded on this server. Ask an administrator to load it.",
     )
 
 
@@ -116,7 +115,7 @@ def test_not_requested(world):
     assert _news(world, [world.agreement()], only=()) == (
         "not_requested",
         "request/only",
-        "The request's 'only' does not name expert 'news'. Naming it would change this.",
+        "'flexgate.experts.only' does not name expert 'news'. Name it there to use it.",
     )
 
 
@@ -124,7 +123,7 @@ def test_ignored(world):
     assert _news(world, [world.agreement()], ignore=("news",)) == (
         "ignored",
         "request/ignore",
-        "The request's 'ignore' names expert 'news'. Leaving it out would change this.",
+        "'flexgate.experts.ignore' names expert 'news'. Remove it there to use it.",
     )
 
 
@@ -132,8 +131,7 @@ def test_not_in_default_set(world):
     assert _news(world, [world.agreement()], {"default_experts": ["math"]}) == (
         "not_in_default_set",
         "project/default_experts",
-        "Expert 'news' is not in this project's default expert set. "
-        "Naming it in the request's 'only' would change this.",
+        "Expert 'news' is not in this project's default expert set. Name it in 'flexgate.experts.only' to use it.",
     )
 
 
@@ -142,41 +140,41 @@ REFUSALS = [
         {},
         {"only": ("news",)},
         "flexgate.experts.only",
-        f"The policy does not allow 'news'. No agreement permits expert 'news' to this project. {CHANGE}",
+        NO_AGREEMENT,
     ),
     (
         {},
         {"only": ("public", "nonsense")},
         "flexgate.experts.only[1]",
-        "'flexgate.experts.only[1]' names no expert that is listed for this project. "
-        "GET /v1/experts shows those that are.",
+        "'flexgate.experts.only[1]' is no expert or set that this project can use or see. "
+        "GET /v1/experts lists its experts.",
     ),
     (
         {},
         {"ignore": ("public",)},
         "flexgate.experts.ignore",
-        "'public' takes part in every request of this project. "
-        "An administrator making the anchor optional would change this.",
+        "'flexgate.experts.ignore' names 'public', which every request of this project uses. "
+        "Remove it there, or ask an administrator to set 'anchor_optional'.",
     ),
     (
         {"anchor_optional": True},
         {"ignore": ("public",)},
         "flexgate.experts",
-        "No expert is left for this request. Asking for an allowed expert would change this.",
+        "'flexgate.experts' leaves no expert for this request. Keep at least one that the project may use.",
     ),
     (
         {"purposes": ["search", "ai-input"]},
         {"purpose": "ai-train"},
         "flexgate.purpose",
-        "This project may not declare the purpose 'ai-train' (registered: ai-input, search). "
-        "An administrator registering it would change this.",
+        "The purpose 'ai-train' is not registered for this project (registered: ai-input, search). "
+        "Declare a registered one, or ask an administrator to register it.",
     ),
     (
         {},
         {"region": "DE"},
         "flexgate.region",
-        "This project may not declare the region 'DE' (registered: none). "
-        "An administrator registering it would change this.",
+        "The region 'DE' is not registered for this project (registered: none). "
+        "Declare a registered one, or ask an administrator to register it.",
     ),
     (
         {},
@@ -212,8 +210,7 @@ def test_anchor_that_is_not_live(world):
     with pytest.raises(DecisionRefused) as caught:
         world.ask(world.build(experts=experts))
     assert str(caught.value) == (
-        "'public' takes part in every request, and it is not being served. "
-        "Loading it into the server would change this."
+        "Expert 'public', which every request uses, is not loaded on this server. Ask an administrator to load it."
     )
 
 

@@ -59,15 +59,17 @@ def test_a_request_that_ignores_it_is_refused(ask, names):
     with pytest.raises(ExpertRequired) as refused:
         ask(tenant={"mode": "deny_list"}, ignore=names)
     assert refused.value.param == "flexgate.experts.ignore"
-    assert str(refused.value).startswith("Expert 'safe' takes part in every request to this server. ")
+    assert str(refused.value).startswith(
+        "'flexgate.experts.ignore' names 'safe', which every request to this server uses."
+    )
 
 
 @pytest.mark.parametrize(
     ("expert", "permit", "why"),
     [
-        ({**SAFE, "live": False}, PERMIT_SAFE, "Expert 'safe' is not being served."),
-        (SAFE, None, "No agreement permits expert 'safe' to this project."),
-        (SAFE, {**PERMIT_SAFE, "effect": "prohibit"}, "prohibits expert 'safe' to this project"),
+        ({**SAFE, "live": False}, PERMIT_SAFE, "Expert 'safe' is not loaded on this server."),
+        (SAFE, None, "No agreement permits this project to use expert 'safe'."),
+        (SAFE, {**PERMIT_SAFE, "effect": "prohibit"}, "prohibits this project from using expert 'safe'"),
         (SAFE, {**PERMIT_SAFE, "not_after": "2026-01-01T00:00:00Z"}, "permitted expert 'safe' until"),
     ],
 )

@@ -50,7 +50,7 @@ async def try_experts(client: GatedEngineClient, *refs: ExpertSlotRef) -> None:
         worst = await _answer(client.generate(PROMPT, _params(), "canary"))
     except Exception as error:
         if call.failed == NUMBERS_OVERFLOWED:
-            raise CanaryError(f"the numbers of a request for {_names(refs)} overflowed") from error
+            raise CanaryError(f"a request for {_names(refs)} computed NaN or infinity") from error
         raise CanaryError(f"the engine refused a request for {_names(refs)}: {error}") from error
     finally:
         CURRENT_CALL.reset(token)

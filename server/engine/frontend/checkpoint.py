@@ -85,8 +85,7 @@ def require_unchanged(checkpoint: Checkpoint) -> None:
     for name in sorted(now.keys() | checkpoint.files.keys()):
         if now.get(name) != checkpoint.files.get(name):
             raise CheckpointError(
-                f"{checkpoint.path / name} changed while the server started, so what was checked may not be what was "
-                "loaded: start again once nothing writes there"
+                f"{checkpoint.path / name} was changed while the server started: stop what writes to it and start again"
             )
 
 

@@ -186,7 +186,7 @@ class _Process(SpawnProcess):
             try:
                 return _TellEarly(process_obj)
             except CannotBeTold as error:
-                logger.warning("the engine core loads vLLM after the server, not beside it: %s", error)
+                logger.warning("the start takes longer: the engine process was started again: %s", error)
                 early.discard()
         return popen_spawn_posix.Popen(process_obj)
 
@@ -195,14 +195,14 @@ class _TellEarly(popen_spawn_posix.Popen):
     """With a process that is there already."""
 
     def duplicate_for_child(self, _fd: int) -> int:
-        raise CannotBeTold("what was begun early can be given no file descriptors")
+        raise CannotBeTold("an early process cannot be given file descriptors")
 
     def _launch(self, process_obj: Any) -> None:
         context: EarlyContext = process_obj.context
         now, before = process_obj.environment, context.environment
         changed = {name for name in now.keys() | before.keys() if now.get(name) != before.get(name)}
         if late := sorted(changed - READ_WHEN_USED):
-            raise CannotBeTold(f"{', '.join(late)} changed after it had begun")
+            raise CannotBeTold(f"{', '.join(late)} changed during the start")
         what = io.BytesIO()
         set_spawning_popen(self)
         try:

@@ -63,7 +63,7 @@ def _ranks(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> s
 def _length(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
     limit = checkpoint.architecture.max_position_embeddings
     if settings.max_model_len is not None and settings.max_model_len > limit:
-        return f"--max-model-len {settings.max_model_len} is more than the {limit} positions it was made for"
+        return f"--max-model-len {settings.max_model_len} is more than the model's {limit} positions"
     return None
 
 

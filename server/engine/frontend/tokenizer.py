@@ -112,9 +112,7 @@ def _require_one_template(folder: Path, configured: Any) -> None:
         )
     if files and templates != {name: _text(path) for name, path in files.items()}:
         where = TEMPLATE_FILE if (folder / TEMPLATE_FILE).is_file() else TEMPLATE_FOLDER
-        raise CheckpointError(
-            f"{folder}: {TOKENIZER_CONFIG} and {where} hold different chat templates: remove the one that is not meant"
-        )
+        raise CheckpointError(f"{folder}: {TOKENIZER_CONFIG} and {where} hold different chat templates: remove one")
 
 
 def _text(path: Path) -> str:
@@ -133,7 +131,7 @@ def template_problem(tokenizer: PreTrainedTokenizerBase, template: str | None) -
         else:
             if PROBE in str(rendered):
                 return None
-            problem = problem or "what a user says is not in what it makes"
+            problem = problem or "a user's message is not in its output"
     return problem
 
 

@@ -141,7 +141,7 @@ def test_no_change_can_be_passed_off_as_trimmed(store: Store, heads: list[Head])
 @pytest.mark.parametrize("entries_", [0, -1, 1.0, "1", None, True])
 def test_a_trimming_without_a_number_is_refused(store: Store, heads: list[Head], entries_: Any) -> None:
     _forge(store, entries=entries_, through=heads[1])
-    with pytest.raises(AuditBroken, match="does not say what was trimmed"):
+    with pytest.raises(AuditBroken, match="does not name what was trimmed"):
         store.verify_audit()
 
 
@@ -149,7 +149,7 @@ def test_denied_requests_that_were_written_anew_after_a_trimming_are_told_by_a_h
     store: Store, heads: list[Head]
 ) -> None:
     store.trim_audit(before=500.0, **BY)
-    with pytest.raises(AuditBroken, match="was noted outside"):
+    with pytest.raises(AuditBroken, match="was kept outside"):
         store.verify_audit(outside=[Head(heads[-1].sequence, "f" * 64, REQUESTS)])
-    with pytest.raises(AuditBroken, match="was noted outside"):
+    with pytest.raises(AuditBroken, match="was kept outside"):
         store.verify_audit(outside=[Head(heads[9].sequence, "f" * 64, REQUESTS)])

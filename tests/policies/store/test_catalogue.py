@@ -62,7 +62,7 @@ def test_a_start_that_another_servers_change_overtook_is_refused(empty):
     with empty.change(actor="key_else", at=1.0) as change:
         epoch = change.weights_epoch()
         change.revoke_weights("news", slot=1, detail={})
-    said = "experts were added or revoked while this server started: start it again"
+    said = "experts were changed while this server started: start it again"
     with pytest.raises(ChangeRefused, match=said), empty.change(actor="start", at=2.0) as change:
         put_catalogue(change, [PUBLIC, NEWS], epoch=epoch)
     assert empty.version() == 0

@@ -99,7 +99,7 @@ def test_nothing_else_is_written_once_the_room_is_short(store: Store, disk: Smal
     disk.free()
     disk.fill(left)
     version, head = store.version(), store.audit_heads()
-    with pytest.raises(StoreFull, match="less than 8 MiB left, which are kept for changes that take rights away"):
+    with pytest.raises(StoreFull, match="less than 8 MiB left, which are kept for revocations"):
         GIVEN[given](store)
     assert (store.version(), store.audit_heads()) == (version, head)
     disk.free()

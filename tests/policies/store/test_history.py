@@ -32,7 +32,7 @@ def _allowed(snapshot):
 
 
 @pytest.fixture
-def store(store):
+def history(store):
     """Version 2: tenant. 3: news permitted. 4: news prohibited. 5: terminated. 6: renamed."""
     _do(store, 2.0, ("put", ACME))
     _do(store, 3.0, ("put", NEWS))
@@ -42,15 +42,15 @@ def store(store):
     return store
 
 
-def test_revisions_are_numbered_and_attributed(store):
-    listed = newest_revisions(store)
+def test_revisions_are_numbered_and_attributed(history):
+    listed = newest_revisions(history)
     assert [r.version for r in listed] == [6, 5, 4, 3, 2, 1]
     assert (listed[3].actor, listed[3].note, listed[3].at) == ("actor-3.0", "note-3.0", 3.0)
-    assert [r.version for r in newest_revisions(store, before=5, limit=2)] == [4, 3]
+    assert [r.version for r in newest_revisions(history, before=5, limit=2)] == [4, 3]
 
 
-def test_old_versions_can_be_read(store):
-    was = {version: gitops.export(store, version) for version in range(1, 7)}
+def test_old_versions_can_be_read(history):
+    was = {version: gitops.export(history, version) for version in range(1, 7)}
     assert {version: [a["effect"] for a in file["agreements"]] for version, file in was.items()} == {
         1: [],
         2: [],
@@ -61,95 +61,95 @@ def test_old_versions_can_be_read(store):
     }
     names = [[tenant["name"] for tenant in was[version]["tenants"]] for version in (1, 5, 6)]
     assert names == [[], ["Acme"], ["Acme 2"]]
-    assert was[6] == gitops.export(store)
+    assert was[6] == gitops.export(history)
 
 
-def test_diff_is_net_and_turns_round(store):
-    assert diff(store, 2, 5) == []
-    (forth,) = diff(store, 3, 5)
-    (back,) = diff(store, 5, 3)
+def test_diff_is_net_and_turns_round(history):
+    assert diff(history, 2, 5) == []
+    (forth,) = diff(history, 3, 5)
+    (back,) = diff(history, 5, 3)
     assert (forth.kind, forth.object_id, forth.after) == ("agreement", "a1", None)
     assert (back.before, back.after) == (forth.after, forth.before)
-    assert [c.object_id for c in diff(store, 1, 6)] == ["acme"]
+    assert [c.object_id for c in diff(history, 1, 6)] == ["acme"]
 
 
-def test_rolling_back_is_a_new_revision_with_the_old_meaning(store):
-    assert roll_back(store, 3, confirm=store.version(), actor="admin", at=9.0) == 7
-    snapshot = store.snapshot()
+def test_rolling_back_is_a_new_revision_with_the_old_meaning(history):
+    assert roll_back(history, 3, confirm=history.version(), actor="admin", at=9.0) == 7
+    snapshot = history.snapshot()
     assert _allowed(snapshot) == ("public", "news")
     assert snapshot.tenants["acme"].name == "Acme"
-    assert newest_revisions(store)[0].note == "roll back to 3"
+    assert newest_revisions(history)[0].note == "roll back to 3"
     (agreement,) = snapshot.agreements["everyone"].unlimited["news"]
     assert agreement.version == 3
 
 
-def test_rolling_back_to_the_present_changes_nothing(store):
-    assert roll_back(store, 6, confirm=store.version(), actor="admin", at=9.0) == 6
+def test_rolling_back_to_the_present_changes_nothing(history):
+    assert roll_back(history, 6, confirm=history.version(), actor="admin", at=9.0) == 6
 
 
-def test_rolling_back_archives_tenants_and_removes_what_came_later(store):
+def test_rolling_back_archives_tenants_and_removes_what_came_later(history):
     two = ExpertSet(id="set:two", experts=frozenset({"code", "legal"}))
     terms = NEWS.model_copy(update={"id": "later", "owner": "forge", "experts": frozenset({"set:two"})})
-    _do(store, 7.0, ("put", two), ("put", Tenant(id="new", name="N")), ("put", terms))
-    roll_back(store, 6, confirm=store.version(), actor="admin", at=9.0)
-    snapshot = store.snapshot()
+    _do(history, 7.0, ("put", two), ("put", Tenant(id="new", name="N")), ("put", terms))
+    roll_back(history, 6, confirm=history.version(), actor="admin", at=9.0)
+    snapshot = history.snapshot()
     assert snapshot.tenants["new"].archived
     assert "set:two" not in snapshot.sets
     assert not snapshot.agreements
 
 
-def test_rolling_back_revives_no_key_and_no_expert(store):
-    with store.change(actor="t", at=7.0) as change:
+def test_rolling_back_revives_no_key_and_no_expert(history):
+    with history.change(actor="t", at=7.0) as change:
         key = change.mint_key(Role.TENANT, tenant_id="acme").record
-    _do(store, 8.0, ("revoke_key", key.key_id))
-    _do(store, 9.0, ("put", Expert(id="news", owner="wire", live=False, visibility="hidden")))
-    _do(store, 10.0, ("put", Expert(id="extra", owner="wire")))
-    roll_back(store, 7, confirm=store.version(), actor="admin", at=11.0)
-    snapshot = store.snapshot()
+    _do(history, 8.0, ("revoke_key", key.key_id))
+    _do(history, 9.0, ("put", Expert(id="news", owner="wire", live=False, visibility="hidden")))
+    _do(history, 10.0, ("put", Expert(id="extra", owner="wire")))
+    roll_back(history, 7, confirm=history.version(), actor="admin", at=11.0)
+    snapshot = history.snapshot()
     assert snapshot.keys[key.sha256].revoked == 8.0
     assert not snapshot.experts["news"].live
     assert snapshot.experts["news"].visibility == "listed"
     assert "extra" in snapshot.experts
 
 
-def test_a_rollback_that_is_not_confirmed_changes_nothing_and_says_what_it_would(store):
+def test_a_rollback_that_is_not_confirmed_changes_nothing_and_says_what_it_would(history):
     two = ExpertSet(id="set:two", experts=frozenset({"code"}))
-    _do(store, 7.0, ("put", two), ("put", Tenant(id="new", name="N")))
-    before = store.snapshot()
+    _do(history, 7.0, ("put", two), ("put", Tenant(id="new", name="N")))
+    before = history.snapshot()
     for confirm in (None, 0, 6, 8):
         with pytest.raises(ConfirmationRequired) as refused:
-            roll_back(store, 0, confirm=confirm, actor="admin", at=9.0)
+            roll_back(history, 0, confirm=confirm, actor="admin", at=9.0)
         assert str(refused.value) == (
-            "going from policy version 7 back to 0 would archive 2 tenants ('acme', 'new'), remove 1 expert set "
-            "('set:two'): nothing was changed; confirm with 7, the present version, to do it"
+            "rolling back from policy version 7 to 0 would archive 2 tenants ('acme', 'new'), remove 1 expert set "
+            "('set:two'): nothing was changed; to do it, confirm with 7, the present version"
         )
-    assert store.snapshot() == before
+    assert history.snapshot() == before
 
 
-def test_a_rollback_brings_back_no_archived_tenant(store):
-    (tenant,) = list_projects(store)
-    _do(store, 7.0, ("put", tenant.model_copy(update={"archived": True})))
-    roll_back(store, 6, confirm=7, actor="admin", at=9.0)
-    assert store.snapshot().tenants["acme"].archived
+def test_a_rollback_brings_back_no_archived_tenant(history):
+    (tenant,) = list_projects(history)
+    _do(history, 7.0, ("put", tenant.model_copy(update={"archived": True})))
+    roll_back(history, 6, confirm=7, actor="admin", at=9.0)
+    assert history.snapshot().tenants["acme"].archived
 
 
 @pytest.mark.parametrize("version", [-1, 7])
-def test_version_that_never_was_is_refused(store, version):
+def test_version_that_never_was_is_refused(history, version):
     for call in (
-        lambda: diff(store, 1, version),
-        lambda: diff(store, version, 1),
-        lambda: gitops.export(store, version),
-        lambda: roll_back(store, version, confirm=store.version(), actor="a", at=9.0),
+        lambda: diff(history, 1, version),
+        lambda: diff(history, version, 1),
+        lambda: gitops.export(history, version),
+        lambda: roll_back(history, version, confirm=history.version(), actor="a", at=9.0),
     ):
         with pytest.raises(ChangeRefused):
             call()
-    assert store.version() == 6
+    assert history.version() == 6
 
 
-def test_an_agreements_version_is_never_used_for_other_terms_even_once_terminated(store):
+def test_an_agreements_version_is_never_used_for_other_terms_even_once_terminated(history):
     with pytest.raises(ChangeRefused):
-        _do(store, 7.0, ("put", NEWS.model_copy(update={"version": 2})))
-    _do(store, 7.0, ("put", NEWS.model_copy(update={"version": 3})))
+        _do(history, 7.0, ("put", NEWS.model_copy(update={"version": 2})))
+    _do(history, 7.0, ("put", NEWS.model_copy(update={"version": 3})))
 
 
 def test_confirm_returns_the_same_snapshot_until_something_changes(store):
@@ -166,7 +166,7 @@ def test_yesterdays_file_is_refused(store, sqlite_file, tmp_path):
     known = store.confirm(None)
     assert known.policy_version == known_version
     yesterday = Store.open(f"sqlite:///{tmp_path}/yesterday.db")
-    with pytest.raises(StoreRolledBack, match="version 1, and version 2"):
+    with pytest.raises(StoreRolledBack, match="version 1, after version 2 was served"):
         yesterday.confirm(known)
     yesterday.close()
 
@@ -178,10 +178,10 @@ def test_yesterdays_file_is_refused_also_once_it_was_changed_again(store, sqlite
     known = store.confirm(None)
     yesterday = Store.open(f"sqlite:///{tmp_path}/yesterday.db")
     _do(yesterday, 3.0, ("put", ACME))
-    with pytest.raises(StoreRolledBack, match="version 2 is not the one"):
+    with pytest.raises(StoreRolledBack, match="another policy version 2"):
         yesterday.confirm(known)
     _do(yesterday, 4.0, ("put", ACME.model_copy(update={"name": "Other"})))
-    with pytest.raises(StoreRolledBack, match="version 2 is not the one"):
+    with pytest.raises(StoreRolledBack, match="another policy version 2"):
         yesterday.confirm(known)
     yesterday.close()
 

@@ -126,7 +126,7 @@ NEW = {
     "license": ({"agreements": [{**TERMS, "version": 2, "license_expression": "Mine"}]}, "agreement 'a': 'Mine'"),
     "duties": (
         {"agreements": [{**TERMS, "version": 2, "duties": [{"kind": "attribute"}]}]},
-        "agreement 'a': nothing executes duties yet",
+        "agreement 'a': 'duties' are not supported yet",
     ),
     "in another agreement": ({"agreements": [{**TERMS, **OLD_TERMS, "id": "b"}]}, "agreement 'b': 'DE-ZZ'"),
 }

@@ -59,8 +59,8 @@ async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json() == {
         "error": {
-            "message": "This key may have 8 such requests to the administration under way at once. "
-            "Try again once one of them has been answered.",
+            "message": "This key already has 8 such administration requests in progress, which is the limit. "
+            "Try again when one has finished.",
             "type": "requests",
             "param": None,
             "code": "rate_limit_exceeded",

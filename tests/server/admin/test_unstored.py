@@ -53,7 +53,7 @@ async def test_an_expert_is_permitted_no_more_at_once(
     assert await _may_use_news(call)
     answer = await call("sk-admin", method, path, json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "change_not_stored")
-    assert "What it takes away is gone from this server from now on" in answer.json()["error"]["message"]
+    assert "This server enforces the revocation and keeps trying" in answer.json()["error"]["message"]
     assert not await _may_use_news(call)
     services.policy.confirm()
     services.unstored.try_again()

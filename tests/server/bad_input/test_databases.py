@@ -90,39 +90,39 @@ _ADDED = "INSERT INTO weights_epochs VALUES (2, 1.0, 'test', 'added', 'extra', 5
 DAMAGED: dict[str, tuple[Break, str]] = {
     "document": (
         _damaging('UPDATE tenants SET document = \'{"id": "acme", "name": 1}\' WHERE id = \'acme\''),
-        "the stored tenant 'acme' does not parse (name: Input should be a valid string): put a copy of the database "
-        "back",
+        "the stored tenant 'acme' does not parse (name: Input should be a valid string): restore a backup of the "
+        "database",
     ),
     "no JSON": (
         _damaging("UPDATE tenants SET document = '{\"id\": ' WHERE id = 'acme'"),
-        "a stored document cannot be read as JSON (Expecting value): put a copy of the database back",
+        "a stored document cannot be read as JSON (Expecting value): restore a backup of the database",
     ),
     "key": (
         _damaging("UPDATE api_keys SET role = 'god'"),
-        "' does not parse (role: Input should be 'tenant', 'admin', 'auditor' or 'owner'): put a copy of the database "
-        "back",
+        "' does not parse (role: Input should be 'tenant', 'admin', 'auditor' or 'owner'): restore a backup of the "
+        "database",
     ),
     "time of a revision": (
         _damaging("UPDATE policy_revisions SET at = 'x'"),
-        " does not parse (at: Input should be a valid number): put a copy of the database back",
+        " does not parse (at: Input should be a valid number): restore a backup of the database",
     ),
     "time that is no date": (
         _damaging("UPDATE policy_revisions SET at = 1e300"),
-        " does not parse (at: Input should be less than or equal to 253402300799): put a copy of the database back",
+        " does not parse (at: Input should be less than or equal to 253402300799): restore a backup of the database",
     ),
     "change of weights without a version": (
         _damaging(_ADDED.format("{}")),
-        "the stored change of weights 2 does not parse (version: Field required): put a copy of the database back",
+        "the stored change of weights 2 does not parse (version: Field required): restore a backup of the database",
     ),
     "version that is no number": (
         _damaging(_ADDED.format('{"version": "1", "weights_digest": "", "base_digest": ""}')),
-        "the stored change of weights 2 does not parse (version: Input should be a valid integer): put a copy of the "
-        "database back",
+        "the stored change of weights 2 does not parse (version: Input should be a valid integer): restore a backup of "
+        "the database",
     ),
     "what does not fit": (
         _damaging('UPDATE tenants SET document = \'{"id": "acme", "name": "A", "expert_ids": ["zzz"]}\''),
-        "the stored policy does not fit together (tenant acme names the unknown expert 'zzz'): put a copy of the "
-        "database back",
+        "the stored policy is inconsistent (tenant acme names the unknown expert 'zzz'): restore a backup of "
+        "the database",
     ),
 }
 
@@ -183,11 +183,11 @@ async def test_a_running_server_refuses_until_the_database_is_back(
         real_store.close()
     if name == "down":
         said = (
-            f"the database {path} was replaced or deleted while it was in use: put the very file back, or restart the "
-            "server to work with what is there now"
+            f"the database {path} was replaced or deleted while it was in use: restart the server to use the file that "
+            "is there now, or move the original file back"
         )
     logged = {record.getMessage() for record in caplog.records}
-    assert {f"the policy store cannot be used: {said}", f"the policy cannot be confirmed: {said}"} <= logged
+    assert {f"the policy store cannot be used: {said}", f"the policy database does not answer: {said}"} <= logged
     assert content_of(path) == before
     services.policy = PolicySource(real_store, lambda: LIVE, lease_s=60, poll_s=0.01)
     assert await asked("sk-t", "GET", "/v1/experts") == (200, None)

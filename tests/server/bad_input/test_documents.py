@@ -24,7 +24,7 @@ MATH = {"id": "n", "owner": "academy", "experts": ["math"], "assignee": "everyon
 T = {"id": "t", "name": "t"}
 PERMISSIONS = "/v1/organization/projects/t/expert_permissions"
 AGREEMENTS = "/v1/agreements"
-THERE_ARE = "there are math, news, public, secret"
+THERE_ARE = "use one of math, news, public, secret"
 
 
 class Bad(NamedTuple):
@@ -54,8 +54,7 @@ DOCUMENTS = {
         "Agreement 'a-math' would get version 2, not 1.",
     ),
     "agreement of someone else's expert": _agreement(
-        "agreement 'n' is 'academy''s, and 'news' belongs to 'gazette': "
-        "an owner makes agreements about its own experts only",
+        "agreement 'n' of owner 'academy' names 'news', which belongs to 'gazette': name the owner's own experts only",
         experts=["news"],
     ),
     "agreement of an unknown expert": _agreement(

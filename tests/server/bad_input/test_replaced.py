@@ -78,7 +78,7 @@ async def test_a_running_server_decides_nothing_once_its_database_was_replaced(
         polling.cancel()
     assert not source.fresh()
     (said,) = [record.getMessage() for record in caplog.records if "cannot be confirmed" in record.getMessage()]
-    assert f"the database {path} was replaced or deleted while it was in use: put the very file back" in said
+    assert f"the database {path} was replaced or deleted while it was in use: restart the server" in said
 
 
 @pytest.mark.parametrize("replace", REPLACE)
@@ -131,7 +131,7 @@ def test_a_database_whose_file_cannot_be_compared_is_refused(path: Path, uri: st
 
 def test_a_file_that_is_not_there_is_not_taken_for_the_right_one(tmp_path: Path) -> None:
     file = FileIdentity(tmp_path / "gone", "the database")
-    with pytest.raises(StoreReplaced, match="gone was opened and is not there"):
+    with pytest.raises(StoreReplaced, match="gone disappeared after it was opened"):
         file.take()
 
 

@@ -53,10 +53,10 @@ def test_a_start_refuses_yesterdays_file_until_somebody_accepts_it(
     before = content_of(database)
     sentence = refusal(serve())
     (mark,) = (tmp_path / "state").glob("served-*/policy.json")
-    assert sentence.endswith(f"read from it before: put the newer copy back, or remove {mark} to accept this one")
+    assert sentence.endswith(f"was served: restore the newer database, or remove {mark} to accept this database")
     assert content_of(database) == before
     mark.write_text("{}")
-    assert f"{mark} does not say which policy was confirmed last" in refusal(serve())
+    assert f"{mark} is damaged" in refusal(serve())
     mark.unlink()
     assert refusal(serve()).endswith("the engine would be started now")
 
@@ -66,7 +66,7 @@ def test_a_start_refuses_an_empty_database_in_place_of_the_one_it_had(
 ) -> None:
     yesterday()
     database.unlink()
-    assert "the store is at policy version 0, and version 3 was read from it before" in refusal(serve())
+    assert "the database went back to policy version 0, after version 3 was served" in refusal(serve())
 
 
 def test_a_start_refuses_a_clock_that_is_behind_the_policy(
@@ -79,7 +79,7 @@ def test_a_start_refuses_a_clock_that_is_behind_the_policy(
     set_back[0] = 3600.0
     sentence = refusal(serve())
     assert "this machine's clock says " in sentence
-    assert sentence.endswith("by 'test': set the clock, or make any change now if that one was made by a wrong clock")
+    assert sentence.endswith("by a wrong clock, make another one with 'flexgate policy apply'")
     assert content_of(database) == before
 
 

@@ -55,7 +55,7 @@ def test_an_export_is_the_log_and_is_verified_without_a_database(
     [
         ("UPDATE audit_log SET actor = 'nobody' WHERE sequence = 2", "entry 2 was changed"),
         ("DELETE FROM audit_log WHERE sequence = 2", "entry 3 follows entry 1"),
-        ("DELETE FROM audit_log WHERE sequence > 3", "was cut off or rewritten"),
+        ("DELETE FROM audit_log WHERE sequence > 3", "was truncated or rewritten"),
         (
             """UPDATE audit_log SET detail = replace(detail, '{"policy_version"', '{"note": "x", "policy_version"')""",
             "the key 'note' is there twice",

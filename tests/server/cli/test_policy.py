@@ -80,16 +80,19 @@ def test_a_rollback_says_what_it_would_change_and_is_done_once_confirmed(flexgat
     assert (refused.exit_code, real_store.version()) == (1, version)
     assert f"from policy version {version} back to 0 would remove 3 agreements" in refused.stderr
     assert "archive 2 tenants ('t', 'u'): nothing was changed" in refused.stderr
-    assert f"confirm with {version}, the present version, to do it" in refused.stderr
+    assert f"to do it, confirm with {version}, the present version" in refused.stderr
     assert flexgate("policy", "rollback", "0", "--confirm", str(version)).exit_code == 0
     assert all(tenant.archived for tenant in real_store.snapshot().tenants.values())
 
 
-def test_explain_says_why_and_what_would_change_it(flexgate: Run) -> None:
+def test_explain_says_why_and_what_to_do(flexgate: Run) -> None:
     said = flexgate("policy", "explain", "t").output.splitlines()
     assert said[1].split() == ["public", "allowed", "by", "anchor"]
     assert said[2].split() == ["news", "allowed", "by", "agreement/a-news@1"]
-    assert "math    excluded  Expert 'math' is not on this project's allow list. An administrator adding it" in said[3]
+    assert (
+        "math    excluded  Expert 'math' is not on this project's allow list. Ask an administrator to add it."
+        in said[3]
+    )
     assert "secret" not in "".join(said)
     found = json.loads(flexgate("policy", "explain", "t", "--json").output)
     assert found[2]["reason"]["code"] == "not_in_allow_list"
@@ -137,7 +140,7 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         (FORMAT + "tenants: [{id: x, name: !!timestamp 2026-01-01}]", "could not determine a constructor"),
         (FORMAT + "? [a]\n: b", "a key is one word"),
         (FORMAT + "required_experts: [zzz]", "required_experts names the unknown expert 'zzz'"),
-        (FORMAT + "required_experts: [secret]", "'secret' is required, so that it takes part in every answer"),
+        (FORMAT + "required_experts: [secret]", "'secret' is required in every answer"),
         ("\x00", "unacceptable character"),
     ],
 )

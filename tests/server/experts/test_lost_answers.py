@@ -81,19 +81,19 @@ async def test_an_add_that_nobody_knows_to_be_committed_says_what_is_served(
         raise StoreUnavailable("away")
 
     repository.add = breaks_off  # type: ignore[method-assign]
-    said = "The store broke off: away. Nothing tells whether it took the change. "
+    said = "Lost the database connection: away. It is unknown whether the change was committed. "
     job = await here.add(package(tmp_path, anchor))
     assert job.error == {
         "code": "commit_unknown",
-        "message": f"{said}Nobody can use the expert; add it again, or restart the server, which loads it if it was "
-        "taken.",
+        "message": f"{said}The expert is not in use. Restart the server, which loads it if it was "
+        "stored, or add it again.",
     }
     repository.added = added  # type: ignore[method-assign]
     job = await here.add(package(tmp_path, anchor, expert="news", owner="gazette", version=2))
     assert job.error == {
         "code": "commit_unknown",
         "message": f"{said}The former version is still served. Restart the server, which loads the new one if it was "
-        "taken; if it was not, add it again.",
+        "stored, or add it again.",
     }
     assert [info.slot_epoch for info in here.client.experts() if info.id == "news"] == [1]
 
@@ -128,7 +128,7 @@ async def test_after_a_lost_answer_the_store_is_believed_about_which_version_it_
     assert job.error["code"] == "commit_unknown"
     assert (await here.add(package(tmp_path, anchor, version=3))).error == {
         "code": "expert_version_not_loaded",
-        "message": "The store has version 2 of expert 'math', which this server did not load. Restart it.",
+        "message": "Version 2 of expert 'math' is stored but not loaded on this server. Restart the server.",
     }
 
 
@@ -160,9 +160,9 @@ async def test_a_revocation_that_nobody_knows_to_be_committed_gives_the_expert_t
         await here.service.revoke("math", actor="key_admin", drain_seconds=drain_seconds)
     assert (unknown.value.code, str(unknown.value)) == (
         "change_not_stored",
-        "The policy store could not take the change: the answer was lost. This server serves the expert no more, has "
-        "ended the requests that might use it, and tries again to store the change; other servers, and a restart "
-        "before that, do not know of it.",
+        "The revocation could not be stored: the answer was lost. This server has stopped serving the expert, has "
+        "ended the requests that could use it, and keeps trying to store the revocation. Until then other servers "
+        "serve it, and a restart would load it: repair the policy database first.",
     )
     assert call.failed == EXPERT_REVOKED
     assert [info.live for info in here.client.experts()] == [True, True, False]

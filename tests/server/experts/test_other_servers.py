@@ -54,7 +54,7 @@ async def test_what_another_server_revoked_is_replaced_only_once_it_is_unloaded(
     await local(here.store, anchor, tmp_path / "other").service.revoke("news", actor="key_else")
     assert (await here.add(path)).error == {
         "code": "experts_changing",
-        "message": "Another server revoked expert 'news', which is being unloaded here. Try again in a moment.",
+        "message": "Expert 'news' was revoked by another server and is being unloaded here. Try again in a moment.",
     }
     following = asyncio.ensure_future(here.service.follow(revoked_in(here.store)))
     async with asyncio.timeout(10):

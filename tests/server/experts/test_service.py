@@ -174,7 +174,7 @@ async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_sto
     here.store.engine.dispose()
     (tmp_path / "policy.db").rename(tmp_path / "away.db")
     (tmp_path / "policy.db").mkdir()
-    with pytest.raises(NotStored, match="This server serves the expert no more"):
+    with pytest.raises(NotStored, match="This server has stopped serving the expert"):
         await here.service.revoke("math", actor="key_admin")
     assert [info.live for info in here.client.experts()] == [True, True, False]
     assert call.failed == EXPERT_REVOKED
@@ -240,8 +240,8 @@ async def test_an_owner_takes_no_more_than_its_share_of_the_slots(here: Local, t
     refused = await here.add(package(tmp_path, anchor, expert="c"), owner="acme")
     assert refused.error == {
         "code": "owner_slots_full",
-        "message": "Packages of owner 'acme' take 2 expert slots, former versions in use included, and may take 2. "
-        "Revoke one of them, or ask an administrator to add this one.",
+        "message": "Owner 'acme' uses 2 of its 2 expert slots (former versions in use count). "
+        "Revoke one of its experts, or ask an administrator to add this package.",
     }
     assert (await here.add(package(tmp_path, anchor, expert="d", owner="other"), owner="other")).state == "succeeded"
     await here.service.revoke("a", actor="key_owner")
@@ -395,8 +395,8 @@ async def test_what_was_revoked_while_a_package_of_it_was_on_its_way_stays_away(
     here.slots.hold.set()
     assert (await replacing).error == {
         "code": "experts_changing",
-        "message": "Expert 'math' was revoked while this package was on its way. Add it again if it is to be served "
-        "all the same.",
+        "message": "Expert 'math' was revoked while this package was being added. To serve it anyway, add the "
+        "package again.",
     }
     assert here.client.published[-1] == ("public", "news")
     assert here.store.weights().revoked == {"math"}
@@ -456,8 +456,8 @@ async def test_an_expert_whose_signer_is_not_trusted_any_more_is_left_out_at_a_s
     assert (await again.add(package(tmp_path, anchor, expert="law"))).result["slot"] == 4
     assert (await again.add(package(tmp_path, anchor, expert="wine"))).error == {
         "code": "slots_full",
-        "message": "All 5 expert slots are taken, 1 of them by packages that this start left out. Revoke an expert, "
-        "or start the server with a larger --max-experts.",
+        "message": "All 5 expert slots are taken, 1 of them by packages that were not loaded at the start. "
+        "Revoke an expert, or start the server with a larger --max-experts.",
     }
 
 

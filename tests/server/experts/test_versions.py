@@ -60,7 +60,7 @@ async def test_a_newer_version_in_the_checkpoint_is_served_and_the_package_set_a
     assert (await place.add(place.serve(news=1), 2)).state == "succeeded"
     with caplog.at_level(logging.WARNING, "flexgate.server.experts.restore"):
         state, here = await place.restart(news=3)
-    assert state.set_aside == ("news version 2, which was added: the checkpoint holds version 3",)
+    assert state.set_aside == ("added package news version 2: the checkpoint's version 3 is newer and is served",)
     assert caplog.messages == [f"set aside: {state.set_aside[0]}"]
     assert state.without == frozenset()
     assert [expert.id for expert in state.resident] == ["public", "news"]
@@ -99,8 +99,8 @@ async def test_a_checkpoint_that_changed_and_names_no_version_stops_the_start(pl
     with pytest.raises(PackageRefused) as refused:
         await place.restart(news=0)
     assert str(refused.value) == (
-        "expert 'news', which was added in version 2, is also in the checkpoint, which does not say in which version: "
-        'give its entry in flexgate.json a "version", or serve the former checkpoint and revoke the expert there'
+        "expert 'news' was added in version 2 and is in the checkpoint, which names no version of it: "
+        'give its entry in flexgate.json a "version", or start with the former checkpoint and revoke the added expert'
     )
 
 
@@ -110,8 +110,8 @@ async def test_a_checkpoint_that_never_named_a_version_comes_back_as_it_was_left
     job = await place.add(here, 9)
     assert job.error == {
         "code": "expert_version_unknown",
-        "message": "Expert 'news' is loaded from the checkpoint, which does not say in which version. "
-        "Revoke it before a package takes its place.",
+        "message": "Expert 'news' is loaded from the checkpoint, which names no version of it. "
+        "Revoke it before adding a package.",
     }
     await here.service.revoke("news", actor="key_owner")
     assert (await place.add(here, 9)).state == "succeeded"
@@ -127,7 +127,7 @@ async def test_a_package_replaces_only_an_older_version_of_the_checkpoint(place:
         job = await place.add(here, version)
         assert job.error == {
             "code": "expert_version_not_newer",
-            "message": "Expert 'news' is loaded in version 3. A package that replaces it needs a higher one.",
+            "message": "Expert 'news' is loaded in version 3. Add a package with a higher version.",
         }
     assert (await place.add(here, 4)).state == "succeeded"
     state, again = await place.restart(news=3)
@@ -184,7 +184,7 @@ async def test_a_slot_that_a_later_checkpoint_needs_is_refused_in_words(place: P
     job = await place.add(place.serve(news=1), 2)
     assert job.result["slot"] == len(CHECKPOINT)
     longer = (*CHECKPOINT, ManifestExpert("math", "academy", "math"))
-    with pytest.raises(PackageRefused, match="'news' was added into slot 2, which 'math' of this checkpoint needs"):
+    with pytest.raises(PackageRefused, match="'news' has slot 2, which this checkpoint needs for 'math'"):
         at_start(place.store, longer, {**MERGED, "news": 1, "math": 1})
 
 
@@ -226,6 +226,6 @@ async def test_two_packages_that_were_added_into_one_slot_are_refused_in_words(p
     with pytest.raises(PackageRefused) as refused:
         at_start(place.store, CHECKPOINT, MERGED)
     assert str(refused.value) == (
-        "expert 'math' was added into slot 2 while 'news', which was added into it before, was not loaded: "
-        "start the server as it was then, revoke 'math' there, and add it again now"
+        "two added experts have slot 2, 'news' and later 'math': start with the checkpoint that was served when "
+        "'math' was added, revoke it, then start with this checkpoint and add it"
     )

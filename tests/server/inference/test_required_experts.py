@@ -48,15 +48,17 @@ async def test_a_request_that_leaves_it_out_is_refused(client: httpx.AsyncClient
     response = await client.post(path, json=body)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "expert_required", "flexgate.experts.ignore")
-    assert error["message"].startswith("Expert 'math' takes part in every request to this server. ")
+    assert error["message"].startswith(
+        "'flexgate.experts.ignore' names 'math', which every request to this server uses."
+    )
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"permitted": False}, "No agreement permits expert 'math' to this project."),
-        ({"revoked": True}, "Expert 'math' is not being served."),
+        ({"permitted": False}, "No agreement permits this project to use expert 'math'."),
+        ({"revoked": True}, "Expert 'math' is not loaded on this server."),
     ],
     ids=["without an agreement", "revoked"],
 )

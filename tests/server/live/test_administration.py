@@ -144,7 +144,7 @@ def test_a_stream_across_the_end_of_a_licence_stops_there_and_says_why(server: A
     assert 0 < len(texts) < 1000, "the stream ended by itself"
     assert errors == ["expert_permission_ended"]
     assert max(texts) < end + 0.5
-    with pytest.raises(openai.PermissionDeniedError, match="prohibits expert 'math'"):
+    with pytest.raises(openai.PermissionDeniedError, match="prohibits this project from using expert 'math'"):
         ask(server, key, experts={"only": ["math"]})
 
 

@@ -258,7 +258,7 @@ def test_a_start_says_that_the_checkpoint_holds_a_newer_version_than_a_package_a
         assert live.stop(server) == 0
     assert of_secret["flexgate"]["allowed"] == ["public", "secret"]
     assert of_secret["choices"] != of_code["choices"]
-    sentence = "secret version 1, which was added: the checkpoint holds version 2"
+    sentence = "added package secret version 1: the checkpoint's version 2 is newer and is served"
     lines = [line for line in server.log.read_text().splitlines() if sentence in line]
     assert len(lines) == 2
     assert any(line.startswith("set aside  ") for line in lines)

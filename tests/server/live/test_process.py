@@ -184,7 +184,7 @@ def test_a_restart_refuses_yesterdays_database(text_checkpoint: Path, tmp_path: 
     shutil.copy(yesterday, database)
     status, said, _ = refused(tmp_path, str(text_checkpoint), *options)
     assert status == 1
-    assert "was read from it before: put the newer copy back, or remove " in said
+    assert "was served: restore the newer database, or remove " in said
     assert "Traceback" not in said
 
 

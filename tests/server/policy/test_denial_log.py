@@ -161,7 +161,7 @@ def test_what_is_lost_at_the_end_is_said(caplog: pytest.LogCaptureFixture) -> No
     sink.broken = True
     denials.add(denial(), "req_1")
     denials.close()
-    assert "1 denied requests could not be written" in caplog.text
+    assert "1 audit entries of denied requests were lost" in caplog.text
 
 
 def test_entries_are_part_of_the_hash_chain(real_store: Store) -> None:

@@ -194,7 +194,7 @@ async def test_every_expert_is_tried_alone_before_a_start_is_over(monkeypatch: p
     async def attempt(_client: Any, *refs: Any) -> None:
         tried.append(" ".join(ref.expert for ref in refs))
         if tried[-1] == "math":
-            raise CanaryError("the numbers of a request for 'math' overflowed")
+            raise CanaryError("a request for 'math' computed NaN or infinity")
 
     monkeypatch.setattr(canary, "_must_refuse", refuse)
     monkeypatch.setattr(canary, "try_experts", attempt)
@@ -226,7 +226,7 @@ launch.require_unchanged = {unchanged}
     ("factor", "unchanged", "said"),
     [
         ("1.01", "launch.require_unchanged", "model.safetensors changed while the server started"),
-        ("float('nan')", "lambda checkpoint: None", "the numbers of a request for 'expert-2' overflowed"),
+        ("float('nan')", "lambda checkpoint: None", "a request for 'expert-2' computed NaN or infinity"),
     ],
     ids=["changed", "nan"],
 )

@@ -54,7 +54,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "--tensor-parallel-size 2 does not divide its 97 expert intermediate columns",
     ),
     "one rank": ({"enable_expert_parallel": True}, "--enable-expert-parallel needs --tensor-parallel-size 2 or more"),
-    "length": ({"max_model_len": 513}, "--max-model-len 513 is more than the 512 positions it was made for"),
+    "length": ({"max_model_len": 513}, "--max-model-len 513 is more than the model's 512 positions"),
     "batch": ({"max_num_seqs": 2049}, "--max-num-seqs 2049 is more than a step's 2048 tokens"),
     "kv cache": (
         {"kv_cache_memory_bytes": 983039},

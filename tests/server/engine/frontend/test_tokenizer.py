@@ -96,7 +96,7 @@ def test_chat_templates_that_disagree_are_refused(model: Path) -> None:
     change(model / "tokenizer_config.json", chat_template=template)
     plan(EngineSettings(model, dtype="float32"))
     change(model / "tokenizer_config.json", chat_template=template + " ")
-    said = "MODEL: tokenizer_config.json and {} hold different chat templates: remove the one that is not meant"
+    said = "MODEL: tokenizer_config.json and {} hold different chat templates: remove one"
     assert refusal(model) == said.format("chat_template.jinja")
     (model / "chat_template.jinja").unlink()
     plan(EngineSettings(model, dtype="float32"))
@@ -107,7 +107,11 @@ def test_chat_templates_that_disagree_are_refused(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("template", "why"),
-    [("{% if %}", "TemplateSyntaxError"), ("{{ 1 + 'a' }}", "TypeError"), ("hello", "what a user says is not in what")],
+    [
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("hello", "a user's message is not in its output"),
+    ],
 )
 def test_a_template_of_the_folder_that_passes_on_nothing_is_refused(model: Path, template: str, why: str) -> None:
     (model / "chat_template.jinja").write_text(template)

@@ -32,7 +32,7 @@ def test_an_unknown_tool_parser_is_refused_with_those_there_are(text_checkpoint:
         (b"{% if %}", "Expected an expression"),
         (b"{{ raise_exception('only tools speak') }}", "only tools speak"),
         (b"\xff", "codec can't decode"),
-        (b"hello, I am a README", "not in what it makes"),
+        (b"hello, I am a README", "not in its output"),
         (b"{{ messages[0].content + 1 }}", "TypeError"),
         (b"{{ messages[0].content // 0 }}", "Error"),
     ],
