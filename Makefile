@@ -1,4 +1,4 @@
-# flexgate: `make serve` and `make test` need nothing but Python 3.11 and this checkout.
+# flexgate: `make serve` and `make test` need this checkout, Python 3.11 or 3.12 and, for the first run, a network.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -28,7 +28,7 @@ serve: $(VENV)/.runtime ## Serve the demo model on 127.0.0.1:$(PORT) with three 
 test: $(VENV)/.dev ## Run the test suite.
 	$(PYTEST) $(SPREAD) -m "not slow"
 
-test-slow: $(VENV)/.dev ## Run the slow tests as CI does: of the heaviest a slice that the commit or SEED=… chooses.
+test-slow: $(VENV)/.dev ## Run the slow tests as CI does; of the heaviest only a slice, chosen by the commit or SEED=….
 	$(PYTEST) $(SPREAD) --slice=$(SEED) -m slow
 
 lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.
@@ -44,25 +44,25 @@ bench-kernels: ## Check and time the kernels on a GPU: needs PYTHON with torch, 
 	mkdir -p build/kernels/flexgate && ln -sfn "$(CURDIR)/kernels" build/kernels/flexgate/kernels
 	PYTHONPATH=build/kernels $(PYTHON) -m flexgate.kernels.bench $(ARGS)
 
-evaluation: $(VENV)/.dev ## Compare ways to merge experts, from nothing, into docs (goes on where it was stopped).
+evaluation: $(VENV)/.dev ## Compare ways to merge experts, from nothing, into docs (resumes if it was stopped).
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m merging $(ARGS)
 
-expert-kills: $(VENV)/.dev ## Kill what adds and revokes experts 1,000 times; fail if anything half done is left.
+expert-kills: $(VENV)/.dev ## Kill the process that adds and revokes experts 1,000 times; fail if a partial change remains.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.experts --kills 1000 --report docs/results/expert-kills.json
 
-server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if anything else comes back.
+server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if a restart serves anything but the last state.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.servers --kills 50 --report docs/results/server-kills.json
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo
 
-defects: $(VENV)/.dev ## Plant every defect; fail if its tests do not notice (ARGS="NAME …", ARGS=--check).
+defects: $(VENV)/.dev ## Plant every defect; fail if its tests still pass (ARGS="NAME …", ARGS=--check).
 	$(BIN)/python tests/defects/run.py $(ARGS)
 
-mutants: $(VENV)/.dev ## Change one place of the decision code after another; fail if more than 5 % go unnoticed.
+mutants: $(VENV)/.dev ## Mutate the decision code, one place at a time; fail if the tests miss more than 5 %.
 	$(BIN)/python tests/policies/mutate.py
 
-repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find what fails by chance.
+repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find flaky ones.
 	PYTHONPATH=tests/support $(PYTEST) -p enginekit.repeat --repeat $(TIMES) -m engine tests/server/engine
 
 test-clients: $(VENV)/.runtime build/clients/.installed ## Run real clients against the demo, in an environment of their own (needs Node 20 and npm).
@@ -78,7 +78,7 @@ build/clients/.installed: locks/clients.txt locks/torch-cpu.txt tests/clients/pa
 docs: $(VENV)/.dev ## Build the documentation into build/site; fail on a broken link.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-verify: $(VENV)/.dev ## Everything, whole: tests, defects, mutants, kills (STEPS="…" for some; goes on where it was stopped).
+verify: $(VENV)/.dev ## Run everything: tests, defects, mutants, kills (STEPS="…" for some; resumes if it was stopped).
 	$(BIN)/python tests/verify.py $(STEPS)
 
 lock: ## Pin and hash what locks/*.in name (needs uv).
