@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from speed.statistics import Ratio, reasons
+from speed.statistics import ALLOWED, Ratio, reasons
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
@@ -58,15 +58,17 @@ class Run:
         *,
         shape: dict[str, Any],
         itself: Sequence[tuple[str, Ratio]] = (),
+        allowed: float = ALLOWED,
         against: Sequence[str] = (),
     ) -> Path:
         """Write ``NAME.json``, or beside it what must not be published.
 
         Args:
             itself: each baseline against a second set of starts of itself, where ratios are measured.
+            allowed: how far from 1 their intervals may reach.
             against: what else speaks against publishing it.
         """
-        refused = [*(["a quick run measures nothing"] if self.quick else []), *against, *reasons(itself)]
+        refused = [*(["a quick run measures nothing"] if self.quick else []), *against, *reasons(itself, allowed)]
         report = {
             "command": self._command(name),
             "publishable": not refused,

@@ -27,7 +27,7 @@ CONFIDENCE = 0.95
 NORMAL = 1.96  # quantile of the normal distribution that leaves 2.5 % above
 # The same quantile of Student's t for 1, 2, … degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-ALLOWED = 0.01  # how far from 1 the interval of a contender against itself may reach
+ALLOWED = 0.01  # how far from 1 the interval of a contender against itself may reach, where bounds lie near 1
 
 Starts = Sequence[Sequence[float]]  # of each start its rounds
 Logs = Sequence[NDArray[np.float64]]
@@ -78,17 +78,17 @@ def pooled_quantile(
     return _over_starts(mine - other, sum(map(len, ours)), seed)
 
 
-def reasons(itself: Sequence[tuple[str, Ratio]]) -> list[str]:
-    """Why a result must not be published: where a contender against itself is not within ALLOWED of 1.
+def reasons(itself: Sequence[tuple[str, Ratio]], allowed: float = ALLOWED) -> list[str]:
+    """Why a result must not be published: where a contender against itself is not within `allowed` of 1.
 
     The whole interval counts, not its middle: a benchmark whose noise reaches 3 % cannot tell 0.99 from 1, even
     where its own contender happens to come out at 1.000.
     """
     return [
         f"{name}: the baseline against itself is {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], "
-        f"and may be at most {ALLOWED:.0%} from 1; measure more starts, or on a quieter machine"
+        f"and may be at most {allowed:.0%} from 1; measure more starts, or on a quieter machine"
         for name, ratio in itself
-        if not ratio.farthest() <= ALLOWED
+        if not ratio.farthest() <= allowed
     ]
 
 

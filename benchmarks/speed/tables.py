@@ -78,6 +78,35 @@ def _single(results: Path) -> Iterable[str]:
     yield from _changes(_read(results, "changes"))
     p99 = pieces["all"]["p99_us"]
     yield f"| key, body, decision, limits and seal of a request: p99 | {_most(f'{p99:.0f} µs', p99, 300)} | ≤ 300 µs |"
+    for name, rows in (("loop", _loop), ("fairness", _fairness), ("emergency", _emergency)):
+        if (results / f"{name}.json").exists():
+            yield from rows(_read(results, name))
+
+
+def _loop(report: dict[str, Any]) -> Iterable[str]:
+    bodies, bound = report["bodies"], report["bound_ms"]
+    longest = max((one["thread_ms"] for one in report["longest_callbacks"]), default=0.0)
+    what = f"a callback of any of {bodies:,} hostile bodies on the event loop: longest, thread time"
+    yield f"| {what} | {_most(f'{longest:.0f} ms', longest, bound)} | ≤ {bound:.0f} ms |"
+    steps = [one["thread_ms"] - one["unconstrained_ms"] for one in report["longest_steps"] if "thread_ms" in one]
+    longest = max(steps, default=0.0)
+    what = "an engine step of any of them beyond the same tokens unconstrained: longest, thread time"
+    yield f"| {what} | {_most(f'{longest:.0f} ms', longest, bound)} | ≤ {bound:.0f} ms |"
+
+
+def _fairness(report: dict[str, Any]) -> Iterable[str]:
+    ratio, bound = report["first_token_ratio"], report["bound"]
+    low, high = ratio["ci95"]
+    shown = _most(f"{ratio['median']:.2f} × [{low:.2f}, {high:.2f}]", high, bound)
+    what = f"first token of a request beside {report['streams']} streams of another project, against an idle server's"
+    yield f"| {what} | {shown} | ≤ {bound:.0f} × |"
+
+
+def _emergency(report: dict[str, Any]) -> Iterable[str]:
+    changes, bound = report["changes"].values(), report["bound_seconds"]
+    worst, count = max(one["seconds"]["worst"] for one in changes), sum(one["count"] for one in changes)
+    what = f"taking a right away under {report['streams']} streams, {count:,} times: worst"
+    yield f"| {what} | {_most(f'{worst:.2f} s', worst, bound)} | ≤ {bound:.0f} s |"
 
 
 def _changes(report: dict[str, Any]) -> Iterable[str]:

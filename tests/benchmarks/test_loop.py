@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from speed import loop
 from speed.loop import trace
 from speed.loop.bodies import DOORS, LARGEST, SIZES, Body, corpus
 from speed.loop.trace import Long, Sent
-from speed.record import Run
+from speed.record import Journal, Run
 
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.inference.request.fields import Fate
@@ -121,7 +123,6 @@ def test_a_run_that_left_bodies_out_is_not_publishable(
     bodies: list[Body], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Idle:
-        restarts = 0
         trace = tmp_path
 
         def __init__(self, _directory: Path) -> None: ...
@@ -132,9 +133,43 @@ def test_a_run_that_left_bodies_out_is_not_publishable(
 
     monkeypatch.setattr(loop, "Target", Idle)
     monkeypatch.setattr(loop, "MINUTES", -1.0)
-    assert not loop.run(Run(quick=False, results=tmp_path), bodies[:3])
+    assert not loop.run(Run(quick=False, results=tmp_path, kept=tmp_path / "kept"), bodies[:3])
     report = json.loads((tmp_path / "loop.json").read_text())
     assert (report["publishable"], report["reasons"]) == (False, ["3 of 3 bodies were not tried"])
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was(bodies: list[Body], tmp_path: Path) -> None:
+    journal, sent = Journal(tmp_path / "kept.jsonl"), list[str]()
+
+    class Answering:
+        trace = tmp_path / "trace"
+
+        def send(self, body: Body, _content: bytes, name: str | None = None) -> Sent:
+            sent.append(body.name)
+            if sent.count(body.name) > 1:
+                raise KeyboardInterrupt
+            return Sent(name or body.name, 1, time.monotonic(), outcome="400", long=[])
+
+        def settle(self) -> None: ...
+
+    chosen = [body for body in bodies if not body.typed][: 2 * loop.PART]
+    target: Any = Answering()
+    send = target.send
+    target.send = lambda body, content: send(chosen[0] if len(sent) == loop.PART + 3 else body, content)
+    with pytest.raises(KeyboardInterrupt):
+        loop.send(target, chosen, journal, seconds=60)
+    again: Any = Answering()
+    sent.clear()
+    cases, spent, untried = loop.send(again, chosen, Journal(tmp_path / "kept.jsonl"), seconds=60)
+    assert sent == [body.name for body in chosen[loop.PART :]]
+    assert [case.body for case in cases] == chosen
+    assert (untried, spent > 0) == (0, True)
+
+
+def test_what_a_case_was_is_read_back_from_the_journal(bodies: list[Body]) -> None:
+    sent = Sent("a", 1, 10.0, outcome="200", long=[Long("callback", "x", 1.0, 60.0, 61.0, ("here",))])
+    case = loop.Case(bodies[0], 7, [sent], [Sent("b", 1)])
+    assert loop.Case.read(json.loads(json.dumps(case.kept())), bodies) == case
 
 
 def test_a_step_is_judged_beside_the_same_tokens_without_a_constraint(bodies: list[Body]) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks run and their arithmetic holds; how fast anything is, no test says."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from speed import (
     changes,
     compare,
     decisions,
+    emergency,
     enforcement,
     engine_speed,
     fairness,
     packages,
+    quiet,
     record,
     serving,
     startup,
@@ -167,6 +170,49 @@ def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(asked: Run) 
     serving.run(asked)
     draw(asked.results)
     assert "transformers" in (asked.results / "speed.svg").read_text()
+
+
+def made_round(others: float, *, loaded: float = 0.04) -> fairness.Round:
+    return fairness.Round({"idle": [0.02, 0.02], "loaded": [loaded, loaded], "again": [0.02, 0.02]}, others)
+
+
+def test_first_tokens_are_compared_over_the_rounds_that_other_programs_disturbed_least() -> None:
+    found = [[made_round(0.9, loaded=0.4), made_round(0.1), made_round(0.0)]] * 3
+    results, itself, held = fairness.report(found, rounds=2)
+    assert results["first_token_ratio"]["median"] == pytest.approx(2.0)
+    assert (results["rounds_disturbed"], itself.value, held) == (3, pytest.approx(1.0), True)
+    assert fairness._against(found, rounds=2) == []
+
+
+def test_first_tokens_beside_other_programs_are_not_published_and_the_reason_says_how_much_they_used() -> None:
+    (why,) = fairness._against([[made_round(0.8)] * 6, [made_round(0.0)] * 2], rounds=2)
+    assert why.startswith("in 1 of 2 starts")
+    assert "0.80 cores" in why
+
+
+def test_the_bound_holds_where_the_whole_interval_does() -> None:
+    found = [[made_round(0.0, loaded=loaded)] for loaded in (0.02, 0.04, 0.11)]
+    results, _, held = fairness.report(found, rounds=1)
+    assert results["first_token_ratio"]["median"] < fairness.BOUND
+    assert not held
+
+
+def test_what_others_use_is_what_neither_the_server_nor_the_benchmark_used() -> None:
+    before, after = quiet.Used(10.0, 100.0, 40.0), quiet.Used(12.0, 103.0, 42.0)
+    assert after.others_since(before) == pytest.approx(0.5)
+    now = quiet.Used.now(os.getpid())
+    assert now.machine > now.ours > 0
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
+def test_the_emergency_benchmark_sees_what_each_change_waited_for(asked: Run) -> None:
+    emergency.run(asked)
+    report = json.loads((asked.results / "emergency.json").read_text())
+    assert len(report["changes"]) == 6
+    assert all(one["passes"]["median"] >= 1 and one["seconds"]["worst"] > 0 for one in report["changes"].values())
+    assert report["statuses_of_streams"]["200"] >= 200
 
 
 @pytest.mark.slow

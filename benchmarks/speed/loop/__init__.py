@@ -9,9 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -19,12 +19,13 @@ from speed.loop import trace
 from speed.loop.bodies import Body, corpus
 from speed.loop.target import CannotStart, Target
 from speed.loop.trace import BOUND_MS, Sent
-from speed.record import Run
+from speed.record import Journal, Run
 
 MINUTES = 60.0
 TRIES = 3
 SHOWN = 20
 BROKEN = ("callbacks_beyond", "steps_beyond", "unanswered")
+PART = 20
 PER_QUICK = 60  # every so many bodies one is sent
 WHAT = (
     "bodies made from the tables of fields, one request at a time: the most thread time of a callback on the event "
@@ -50,6 +51,18 @@ class Case:
         """The longest step of as many tokens without the constraint."""
         return max((one.busy("step") for one in self.plain), default=0.0)
 
+    def kept(self) -> dict[str, Any]:
+        """What `read` reads."""
+        return {"body": self.body.name, "size": self.size, "tries": [*map(asdict, self.tries)]} | {
+            "plain": [*map(asdict, self.plain)]
+        }
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any], bodies: Sequence[Body]) -> Self:
+        """A case as `kept` gave it, of one of these bodies."""
+        body = next(body for body in bodies if body.name == kept["body"])
+        return cls(body, kept["size"], *([Sent.read(one) for one in kept[name]] for name in ("tries", "plain")))
+
     def beyond(self) -> bool:
         """Whether either bound is broken."""
         callback = trace.least(self.tries, "callback").busy("callback")
@@ -57,20 +70,26 @@ class Case:
 
 
 def run(asked: Run, bodies: Sequence[Body] | None = None) -> bool:
-    """Send the corpus, or every so many of it, for `rounds` minutes at most.
+    """Send the corpus, or every so many of it, for `rounds` minutes at most; an ended run goes on where it was.
 
     Returns:
         Whether all were sent and stay within the bounds.
     """
     everything = sorted(corpus(), key=lambda body: not body.typed)  # what is made something of comes first
     chosen = list(bodies or everything)[:: PER_QUICK if asked.quick and bodies is None else 1]
+    most = asked.rounds or MINUTES
+    sys.stdout.write(f"{len(chosen)} bodies, {most:g} minutes at most; the same command goes on from there\n")
+    journal = replace(asked, rounds=None).journal("loop")
     with tempfile.TemporaryDirectory(prefix="flexgate-loop-") as directory, Target(Path(directory)) as target:
-        cases, untried = send(target, chosen, seconds=60 * (asked.rounds or MINUTES))
-        restarts = target.restarts
-    found = report(cases, untried) | {"restarts": restarts}
+        cases, spent, untried = send(target, chosen, journal, seconds=60 * most)
+    found = report(cases, untried)
     against = [f"{untried} of {len(chosen)} bodies were not tried"] if untried else []
-    asked.write("loop", {"what": WHAT, **found}, shape={"model": "the demo's"}, against=against)
+    asked.write(
+        "loop", {"what": WHAT, **found, "seconds": round(spent)}, shape={"model": "the demo's"}, against=against
+    )
     sys.stdout.writelines(lines(found))
+    if not untried:
+        journal.close()
     return not untried and not any(found[name] for name in BROKEN)
 
 
@@ -82,25 +101,45 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: {one['body']} ({one['bytes']} bytes): {took}; {one['outcome']}\n"
 
 
-def send(target: Target, bodies: Sequence[Body], *, seconds: float) -> tuple[list[Case], int]:
-    """Every body at its sizes, then again what was beyond a bound; the number of bodies there was no time for."""
-    deadline = time.monotonic() + seconds
+def send(target: Target, bodies: Sequence[Body], journal: Journal, *, seconds: float) -> tuple[list[Case], float, int]:
+    """Every body, in parts that the journal keeps.
+
+    Returns:
+        What came of them, the seconds that it took, and the number of bodies there was no time for.
+    """
+    deadline, spent = time.monotonic() + seconds, 0.0
+    cases: list[Case] = []
+    parts = [bodies[begin : begin + PART] for begin in range(0, len(bodies), PART)]
+    for number, part in enumerate(tqdm(parts, desc=f"parts of {PART} bodies")):
+        name = f"{number}: {part[0].name} to {part[-1].name}"
+        if name not in journal:
+            if time.monotonic() > deadline:
+                return cases, spent, len(bodies) - number * PART
+            began = time.monotonic()
+            try:
+                made = _send_part(target, part)
+            except CannotStart as error:
+                sys.stdout.write(f"ended early: {error}\n")
+                return cases, spent, len(bodies) - number * PART
+            journal.add(name, {"seconds": time.monotonic() - began, "cases": [case.kept() for case in made]})
+        cases += [Case.read(kept, part) for kept in journal[name]["cases"]]
+        spent += journal[name]["seconds"]
+    return cases, spent, 0
+
+
+def _send_part(target: Target, bodies: Sequence[Body]) -> list[Case]:
+    """Every body at its sizes, then again what was beyond a bound."""
     cases: list[Case] = []
     sent: list[Sent] = []
-    for number, body in enumerate(tqdm(bodies, desc="bodies")):
-        if time.monotonic() > deadline:
-            return _judged(cases, sent, target), len(bodies) - number
-        try:
-            cases += _shrinking(target, body, sent)
-        except CannotStart as error:
-            sys.stdout.write(f"ended early: {error}\n")
-            return _judged(cases, sent, target), len(bodies) - number
-    _judged(cases, sent, target)
-    for case in tqdm([case for case in cases if case.beyond() and case.tries[0].answered], desc="again"):
-        for _ in range(TRIES - 1):
-            if time.monotonic() < deadline:
+    for body in bodies:
+        cases += _shrinking(target, body, sent)
+    _judge(sent, target)
+    for case in cases:
+        if case.beyond() and case.tries[0].answered:
+            for _ in range(TRIES - 1):
                 _try(target, case, sent)
-    return _judged(cases, sent, target), 0
+    _judge(sent, target)
+    return cases
 
 
 def _shrinking(target: Target, body: Body, sent: list[Sent]) -> Iterator[Case]:
@@ -123,11 +162,12 @@ def _try(target: Target, case: Case, sent: list[Sent]) -> None:
         sent.append(case.plain[-1])
 
 
-def _judged(cases: list[Case], sent: list[Sent], target: Target) -> list[Case]:
+def _judge(sent: Sequence[Sent], target: Target) -> None:
+    """Give each request what took long; the last one's is written once the server answers again."""
+    target.settle()
     for one in sent:
         one.long.clear()
     trace.assign(sent, trace.read(target.trace))
-    return cases
 
 
 def report(cases: Sequence[Case], untried: int) -> dict[str, Any]:

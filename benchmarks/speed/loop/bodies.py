@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from flexgate.server.admin.operation import Operation
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.fields import Fate, Table
-from speed.loop.values import FEW, FLAT_TOOLS, GENERIC, TEXTS, TYPED, Value, Values, inside, repeated
+from speed.loop.values import FEW, FLAT_TOOLS, GENERIC, TEXTS, TYPED, Value, Values, fixed, inside, repeated
 
 LARGEST = 1_000_000
 """Bytes, a little less than a body may have."""
@@ -25,7 +25,12 @@ _TOOL = {"type": "function", "function": {"name": "f0"}}
 
 @dataclass(frozen=True)
 class Body:
-    """One adversarial body; `value` makes the text of `field`, ``None`` stands for the whole query string."""
+    """One adversarial body; `value` makes the text of `field`, ``None`` stands for the whole query string.
+
+    Attributes:
+        seconds: how long its answer may take. Trying a constraint may take 5 s of a processor's time.
+        unread: seconds in which its client reads nothing of the answer.
+    """
 
     name: str
     method: Literal["GET", "POST"]
@@ -35,6 +40,8 @@ class Body:
     value: Value
     typed: bool
     admin: bool = False
+    seconds: float = 10.0
+    unread: float = 0.0
 
     def content(self, size: int) -> bytes:
         """The JSON text, or the query string, of about `size` bytes."""
@@ -89,6 +96,7 @@ def corpus() -> Iterator[Body]:
     """Every body."""
     for door in DOORS:
         yield from _of(door)
+    yield from _long_answers()
     yield from _of_administration()
     yield from _queries()
 
@@ -101,9 +109,48 @@ def _of(door: Door) -> Iterator[Body]:
         if rule.fate is Fate.HONOURED:
             for kind, value in _typed(door, field).items():
                 name = f"{door.name}: {field} = {kind}"
-                yield Body(name, "POST", door.path, _base(door, field), field, value, typed=True)
+                seconds = 60.0 if field in CONSTRAINING else 10.0
+                yield Body(name, "POST", door.path, _base(door, field), field, value, typed=True, seconds=seconds)
     for kind, value in {"many": _names, "one": lambda size: f'1, "{"u" * size}": 1'}.items():
         yield Body(f"{door.name}: unknown fields, {kind}", "POST", door.path, door.base, "unknown", value, typed=False)
+
+
+_EVERY_SCORE: Fields = {"ignore_eos": True, "logprobs": 20}
+_CHAT_SCORES: Fields = {**_CHAT, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+_PROMPT = [7 + number % 100 for number in range(1000)]
+_LONG: Mapping[str, tuple[Door, Fields, str, Any]] = {
+    "echo": (DOORS[2], {**_EVERY_SCORE, "echo": True, "max_tokens": 1, "n": 8}, "prompt", _PROMPT),
+    "echo alone": (DOORS[2], {**_EVERY_SCORE, "echo": True, "max_tokens": 0}, "prompt", _PROMPT),
+    "echo of 16": (DOORS[2], {**_EVERY_SCORE, "echo": True, "max_tokens": 1}, "prompt", [_PROMPT] * 16),
+    "completion": (DOORS[2], {**_EVERY_SCORE, "prompt": "The", "n": 8}, "max_tokens", 250),
+    "chosen ids": (
+        DOORS[2],
+        {"prompt": "The", "ignore_eos": True, "logprobs": 0, "max_tokens": 400},
+        "logprob_token_ids",
+        list(range(7, 27)),
+    ),
+    "chat": (DOORS[0], {**_CHAT_SCORES, "n": 8}, "max_tokens", 250),
+    "responses": (
+        DOORS[3],
+        {"input": "hi", "ignore_eos": True, "top_logprobs": 20, "include": ["message.output_text.logprobs"]},
+        "max_output_tokens",
+        900,
+    ),
+}
+
+
+def _long_answers() -> Iterator[Body]:
+    """Short bodies whose answers are as long as they come, and as late."""
+    for kind, (door, base, field, value) in _LONG.items():
+        more: dict[str, tuple[Fields, float]] = {"": ({}, 0.0), ", streamed": ({"stream": True}, 0.0)}
+        if "stream_interval" in door.table:
+            more[", streamed seldom"] = ({"stream": True, "stream_interval": 100_000}, 0.0)
+        if field.startswith("max"):
+            more[", streamed and read late"] = ({"stream": True}, 6.0)
+        for how, (added, unread) in more.items():
+            name = f"{door.name}: {field} = long {kind}{how}"
+            made = Body(name, "POST", door.path, {**base, **added}, field, fixed(value), typed=True)
+            yield replace(made, seconds=60.0, unread=unread)
 
 
 def _typed(door: Door, field: str) -> Values:
@@ -129,6 +176,7 @@ _AGREEMENT = {"id": "all-bench", "experts": ["public"], "assignee": "everyone", 
 _POLICY = {
     "tenants": repeated('{"id":"t#","name":"T"}'),
     "agreements": repeated(json.dumps({**_AGREEMENT, "id": "a#"})),
+    "hidden_experts": repeated("7"),
 }
 _ADMIN_BASES: Mapping[str, Fields] = {
     "CreateProject": {"name": "P"},
@@ -142,10 +190,13 @@ _ADMIN_BASES: Mapping[str, Fields] = {
 _ADMIN_TYPED: Mapping[str, Mapping[str, Values]] = {
     "CreateProject": {"name": TEXTS, "flexgate": {"groups": inside('{"groups":%}', repeated('"g#"'))}},
     "UpdateProject": {"name": TEXTS, "flexgate": {"purposes": inside('{"purposes":%}', repeated('"p#"'))}},
-    "ExpertPermissions": {"expert_ids": {"many": repeated('"e#"')}},
+    "ExpertPermissions": {"expert_ids": {"many": repeated('"e#"'), "of another type": repeated("7")}},
     "CreateServiceAccount": {"name": TEXTS},
     "AgreementBody": {"experts": {"many": repeated('"e#"')}, "assignee": {"long": TEXTS["words"]}},
-    "Simulate": {"policy": {name: inside(f'{{"{name}":%}}', value) for name, value in _POLICY.items()}},
+    "Simulate": {
+        "policy": {name: inside(f'{{"{name}":%}}', value) for name, value in _POLICY.items()}
+        | {f"{name} of another type": inside(f'{{"{name}":%}}', repeated("7")) for name in _POLICY}
+    },
 }
 
 

@@ -18,7 +18,6 @@ from speed.loop.trace import Sent
 from speed.servers import ADMIN_KEY, KEY, Server, flexgate
 
 TRACING = Path(__file__).with_name("tracing")
-ANSWER_SECONDS = 10.0
 RECOVER_SECONDS = 20.0
 MOST_BYTES = 5 << 30  # of resident memory in all processes of the server; a good one takes less than 2 GB
 LOOK_EVERY = 0.1
@@ -34,7 +33,6 @@ class Target:
     def __init__(self, directory: Path) -> None:
         self.trace = directory / "trace"
         self.trace.mkdir()
-        self.restarts = -1
         self._directory = directory
         self._server: Server | None = None
         self._stack = ExitStack()
@@ -53,7 +51,7 @@ class Target:
         try:
             sent.outcome = str(self._request(body, content))
         except TimeoutError:
-            sent.outcome = f"no answer within {ANSWER_SECONDS:g} s"
+            sent.outcome = f"no answer within {body.seconds:g} s"
         except (OSError, http.client.HTTPException) as error:
             sent.outcome = f"the connection broke off: {type(error).__name__}"
         if not sent.answered and not self._recovers():
@@ -61,6 +59,11 @@ class Target:
             sent.outcome += f"; {large if self._too_large else late}"
             self._restart(sent)
         return sent
+
+    def settle(self) -> None:
+        """Wait until the server answers, after all that it had to do before."""
+        if not self._recovers():
+            raise CannotStart(f"not ready within {RECOVER_SECONDS:g} s")
 
     def _restart(self, sent: Sent) -> None:
         self._kill()
@@ -77,10 +80,11 @@ class Target:
         if body.field is None:
             query = content.decode()
             path, content = f"{path}?{query}" if query else path, b""
-        with self._connection(ANSWER_SECONDS) as connection:
+        with self._connection(body.seconds) as connection:
             connection.request(body.method, path, content or None, headers)
             answer = connection.getresponse()
-            deadline = time.monotonic() + ANSWER_SECONDS
+            time.sleep(body.unread)
+            deadline = time.monotonic() + body.seconds
             while answer.read(1 << 20):
                 if time.monotonic() > deadline:
                     raise TimeoutError
@@ -106,7 +110,6 @@ class Target:
             connection.close()
 
     def _start(self) -> None:
-        self.restarts += 1
         self._too_large = False
         path = os.pathsep.join(filter(None, (str(TRACING), os.environ.get("PYTHONPATH"))))
         environment = {"PYTHONPATH": path, "FLEXGATE_TRACE": str(self.trace)}

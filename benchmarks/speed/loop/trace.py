@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 BOUND_MS = 50.0
 ROOT = Path(__file__).parents[3]
@@ -39,6 +39,11 @@ class Sent:
     ended: float = math.inf
     outcome: str = ""  # a status, or what happened instead of an answer
     long: list[Long] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> Self:
+        """A request as `dataclasses.asdict` gave it."""
+        return cls(**{**kept, "long": [Long(**{**one, "where": tuple(one["where"])}) for one in kept["long"]]})
 
     @property
     def answered(self) -> bool:

@@ -83,6 +83,39 @@ def watch_callbacks() -> None:
     uvloop.run = asyncio.run
 
 
+def watch_changes(module: Any) -> None:
+    """Count the passes of the main thread's event loop, and note what each call of the administration saw of them."""
+    base = asyncio.base_events.BaseEventLoop
+    once, answer = base._run_once, module.Administration.answer  # type: ignore[attr-defined]
+    passes: list[float] = []  # thread time of each
+
+    def run_once(loop: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return once(loop)
+        began = time.thread_time()
+        once(loop)
+        passes.append(time.thread_time() - began)
+        return None
+
+    async def answered(self: Any, request: Any) -> Any:
+        began, first = time.monotonic(), len(passes)
+        try:
+            return await answer(self, request)
+        finally:
+            seen = passes[first:]
+            line = {
+                "what": f"{request.method} {self._operation.path}",
+                "wall": time.monotonic() - began,
+                "passes": len(seen) + 1,
+                "busy": sum(seen),
+                "longest": max(seen, default=0.0),
+            }
+            with Path(FOLDER or "", f"{os.getpid()}.changes.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    base._run_once, module.Administration.answer = run_once, answered  # type: ignore[attr-defined]
+
+
 def watch_steps(module: Any) -> None:
     """Time every step of an engine core."""
 
@@ -124,6 +157,12 @@ class AfterImport:
 
 if FOLDER:
     if any(Path(word).name == "flexgate" for word in sys.orig_argv[:3]):
-        watch_callbacks()
+        if os.environ.get("FLEXGATE_TRACE_CHANGES"):
+            import uvloop
+
+            uvloop.run = asyncio.run
+            sys.meta_path.insert(0, AfterImport("flexgate.server.admin.operation", watch_changes))  # type: ignore[arg-type]
+        else:
+            watch_callbacks()
     else:
         sys.meta_path.insert(0, AfterImport("vllm.v1.engine.core", watch_steps))  # type: ignore[arg-type]
