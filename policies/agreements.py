@@ -43,9 +43,9 @@ STORED: Final = {"stored": True}
 _RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 
 T = TypeVar("T")
-ListOf = Annotated[tuple[T, ...], Field(strict=False)]
-"""Written as an array. Its members are as strict as everything else."""
-SetOf = Annotated[frozenset[T], Field(strict=False)]
+ListOf = Annotated[tuple[T, ...], Field(strict=False, fail_fast=True)]
+"""Written as an array. Its members are as strict as everything else, and the first wrong one is told of."""
+SetOf = Annotated[frozenset[T], Field(strict=False, fail_fast=True)]
 """Written as an array whose order says nothing."""
 
 

@@ -31,7 +31,7 @@ from flexgate.server.http.context import CHANGE_PATIENCE_S, identify
 from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
 from flexgate.server.http.responses import OK
-from flexgate.server.http.validation import Bodies, Closed, parse_query, read_body
+from flexgate.server.http.validation import Bodies, Closed, read_body, read_query
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.executors import CHANGES, run_in
 from flexgate.server.policy.unstored import Unstored
@@ -154,7 +154,7 @@ class Administration:
         principal, snapshot = await identify(request, services, operation.roles, patience=patience)
         if not all(_ID.fullmatch(value) for value in request.path_params.values()):
             raise not_found()
-        query = parse_query(request.query_params.multi_items(), operation.query)
+        query = read_query(request, operation.query)
         body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
         call = Call(services, principal, snapshot, dict(request.path_params), query, body, services.clock(), request)
         try:

@@ -15,6 +15,8 @@ from flexgate.server.http.errors import ApiError, Invalid, TooLarge
 from flexgate.server.http.offload import Offload
 
 AT_ONCE: Final = 64
+MAX_KEYS: Final = 4096
+"""Of one object: whatever reads it tells of each key that does not belong there."""
 
 
 class Arriving:
@@ -131,6 +133,8 @@ def _too_large(limit: int) -> TooLarge:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise NotJson(f"has an object of {len(pairs)} keys: at most {MAX_KEYS} are read")
     found = dict(pairs)
     if len(found) < len(pairs):
         raise NotJson(f"has the key '{str(repeated_key(pairs))[:80]}' twice in one object")

@@ -16,13 +16,18 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
+
+from flexgate.server.http.errors import ApiError
 
 ON_LOOP_BYTES: Final = 4 * 1024
 """The largest body of which all that is made takes the loop a few milliseconds."""
 PIECES_AT_ONCE: Final = 32
 THREADS: Final = 2
+OPERATORS: Final = "(operators)"
+"""Owner of the bodies that operators send to change the policy: they wait for nobody's but each other's."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,6 +42,9 @@ class Arrived:
 
 
 _arrived: contextvars.ContextVar[Arrived | None] = contextvars.ContextVar("flexgate_arrived_body", default=None)
+_serving: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars.ContextVar(
+    "flexgate_serving_loop", default=None
+)
 
 
 class Offload:
@@ -44,6 +52,7 @@ class Offload:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "bodies")
+        self._operators = ThreadPoolExecutor(1, "operators-bodies")
         self._lanes: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._left = PIECES_AT_ONCE
 
@@ -55,32 +64,73 @@ class Offload:
         """What `work` returns or raises. It must not touch the event loop."""
         body = _arrived.get()
         if body is not None and body.size <= ON_LOOP_BYTES:
-            await self._turn()
+            await self._turn(body.owner)
             return work(*args, **options)
-        lane = self._lanes.setdefault("" if body is None else body.owner, asyncio.Semaphore(1))
-        await lane.acquire()
-        context, loop = contextvars.copy_context(), asyncio.get_running_loop()
-        running = self._threads.submit(lambda: context.run(work, *args, **options))
-        running.add_done_callback(lambda _: _release(lane, loop))
-        return await asyncio.wrap_future(running)
+        return await self.run_for("" if body is None else body.owner, partial(work, *args, **options))
 
     async def run_async(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **options: P.kwargs) -> T:
         """The same for a coroutine function, which may wait, but for nothing that belongs to the server's loop."""
         body = _arrived.get()
         if body is not None and body.size <= ON_LOOP_BYTES:
-            await self._turn()
+            await self._turn(body.owner)
             return await work(*args, **options)
         return await self.run(lambda: asyncio.run(work(*args, **options)))
 
-    async def _turn(self) -> None:
-        while not self._left:
+    @staticmethod
+    def arrived_bytes() -> int:
+        """The size of the current request's body, which its answer may repeat."""
+        body = _arrived.get()
+        return 0 if body is None else body.size
+
+    @staticmethod
+    def holds_up(size: int) -> bool:
+        """Whether what is made of so many bytes holds up the event loop."""
+        return size > ON_LOOP_BYTES
+
+    async def run_for(self, owner: str, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, in a thread; one piece at a time for each owner."""
+        lane = self._lanes.setdefault(owner, asyncio.Semaphore(1))
+        await lane.acquire()
+        context, loop = contextvars.copy_context(), asyncio.get_running_loop()
+        context.run(_serving.set, loop)
+        threads = self._operators if owner == OPERATORS else self._threads
+        running = threads.submit(context.run, _shedding, work)
+        running.add_done_callback(lambda _: _release(lane, loop))
+        return await asyncio.wrap_future(running)
+
+    async def _turn(self, owner: str) -> None:
+        while not self._left and owner != OPERATORS:
             await asyncio.sleep(0)
         if self._left == PIECES_AT_ONCE:
             asyncio.get_running_loop().call_soon(self._begin_pass)
-        self._left -= 1
+        self._left = max(0, self._left - 1)
 
     def _begin_pass(self) -> None:
         self._left = PIECES_AT_ONCE
+
+
+def _shedding(work: Callable[[], T]) -> T:
+    """What `work` returns; a refusal leaves behind what it came from, so that it is freed here, not on the loop."""
+    try:
+        return work()
+    except ApiError as error:
+        if error.server_fault:
+            raise  # with its cause, for the log
+        error.__context__ = error.__cause__ = None
+        refusal = error.with_traceback(None)
+    raise refusal
+
+
+def on_loop(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, on the event loop: for what an `Offload` runs in a thread, which waits for it."""
+    loop = _serving.get()
+    if loop is None or asyncio._get_running_loop() is loop:
+        return work()
+
+    async def run() -> T:
+        return work()
+
+    return asyncio.run_coroutine_threadsafe(run(), loop).result()
 
 
 def _release(lane: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> None:

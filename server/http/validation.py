@@ -12,12 +12,14 @@ from typing import Any, Final, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
+from flexgate.policies.documents import Role
 from flexgate.server.http.body import Arriving, read_json
 from flexgate.server.http.context import Callers, context_of, identify_again
 from flexgate.server.http.errors import Invalid, from_validation
-from flexgate.server.http.offload import Offload
+from flexgate.server.http.offload import OPERATORS, Offload
 
 M = TypeVar("M", bound=BaseModel)
+MAX_QUERY_BYTES: Final = 8192
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
 
 
@@ -42,15 +44,16 @@ class Bodies(Callers, Protocol):
 
 async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
     """The JSON body of a request whose sender is known, and whose key is still good when all of it has come."""
-    noted = context_of(request).noted
+    context = context_of(request)
+    operator = context.principal is not None and context.principal.role is Role.ADMIN
     body = await read_json(
         request.stream(),
         request.headers,
-        services.arriving.place(noted["key"]),
+        services.arriving.place(context.noted["key"]),
         limit=services.body_bytes,
         seconds=services.body_seconds,
         offload=services.offload,
-        owner=noted["tenant"] or noted["key"],
+        owner=OPERATORS if operator else context.noted["tenant"] or context.noted["key"],
     )
     await identify_again(request, services)
     return body
@@ -59,10 +62,24 @@ async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
 async def read_body(request: Request, services: Bodies, model: type[M]) -> M:
     """The request's body as `model`; raises `ApiError` naming the field at fault."""
     raw = await read_request(request, services)
+    return await services.offload.run(validated, model, raw)
+
+
+def validated(model: type[M], values: Any, *, strict: bool | None = None) -> M:
+    """`values` as `model`; raises `Invalid` naming the field at fault."""
     try:
-        return await services.offload.run(model.model_validate, raw)
+        return model.model_validate(values, strict=strict)
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+def read_query(request: Request, model: type[M]) -> M:
+    """The request's parameters as `model`; raises `Invalid` naming the one at fault."""
+    size = len(request.scope["query_string"])
+    if size > MAX_QUERY_BYTES:
+        message = f"The query string has {size} bytes: at most {MAX_QUERY_BYTES} are read."
+        raise Invalid(message, param=None, code="invalid_value")
+    return parse_query(request.query_params.multi_items(), model)
 
 
 def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
@@ -70,10 +87,7 @@ def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
     values: dict[str, Any] = {}
     for key, value in pairs:
         _put(values, key, value)
-    try:
-        return model.model_validate(values, strict=False)  # strings are the only type that a query has
-    except ValidationError as error:
-        raise from_validation(error) from None
+    return validated(model, values, strict=False)  # strings are the only type that a query has
 
 
 def _put(values: dict[str, Any], key: str, value: str) -> None:

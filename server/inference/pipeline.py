@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from flexgate.server.http.auth import AuthError, Principal, require_tenant
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.context import context_of, identify
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
+from flexgate.server.http.offload import on_loop
 from flexgate.server.http.refusals import from_auth
 from flexgate.server.http.responses import client_gone
 from flexgate.server.http.validation import Bodies, read_request
@@ -36,6 +37,7 @@ from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
 from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.foreign import Answer
 from flexgate.server.inference.openai.making import Later
+from flexgate.server.inference.openai.streaming import in_pieces
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.policy.decision_samples import DecisionSamples
 
@@ -105,7 +107,7 @@ class Run:
 
     def _commit(self) -> None:
         """Commit what the call used, before the client reads the end: its next request follows at once."""
-        self.reservation.commit({TOKENS: self.call.tokens()})
+        on_loop(lambda: self.reservation.commit({TOKENS: self.call.tokens()}))
 
     def answer_object(self) -> dict[str, Any]:
         """The `flexgate` object, once the engine is done with the call, whose usage is committed."""
@@ -121,10 +123,12 @@ class Run:
             attribution=attribution,
         )
 
-    def answer_bytes(self) -> int:
-        """About how large the answer is: each token, with as many log-probabilities as were asked for."""
-        asked = (self.admitted.body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
-        return self.call.tokens() * BYTES_OF_A_TOKEN * (1 + sum(int(one or 0) for one in asked))
+    def answer_bytes(self, tokens: int) -> int:
+        """About how large the answer is for so many tokens, with the log-probabilities that were asked for."""
+        body = self.admitted.body
+        asked = (body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+        each = 1 + sum(int(one or 0) for one in asked) + len(body.get("logprob_token_ids") or ())
+        return tokens * BYTES_OF_A_TOKEN * each
 
     def headers(self) -> dict[str, str]:
         """The `x-flexgate-*` and `x-ratelimit-*` headers."""
@@ -150,7 +154,7 @@ class Endpoint:
     needs_chat_template: bool
     start: Callable[[Run], Awaitable[Any]]
     plain: Callable[[Run, Any], dict[str, Any]]
-    stream: Callable[[Run, Any], AsyncIterator[str]]
+    stream: Callable[[Run, Any], AsyncGenerator[str, None]]
     response: type[JSONResponse] = Answer
 
 
@@ -192,7 +196,7 @@ class Generation:
     async def _plain(self, run: Run, result: Any) -> Response:
         """An answer that is not streamed, made where its size belongs."""
         offload, about = self._services.offload, run.answer_object()
-        offload.arrived(run.answer_bytes(), run.right.tenant)
+        offload.arrived(offload.arrived_bytes() + run.answer_bytes(run.call.tokens()), run.right.tenant)
         try:
             made = await offload.run_async(result.make) if isinstance(result, Later) else result
         except Exception as error:
@@ -247,11 +251,14 @@ class Generation:
 
     async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
         CURRENT_CALL.set(run.call)
+        events = self._endpoint.stream(run, result)
+        made = in_pieces(events, self._services.offload, run.right.tenant, run.answer_bytes)
         try:
-            async for event in sse.with_comments(self._endpoint.stream(run, result)):
+            async for event in sse.with_comments(made):
                 yield event
         finally:
             CURRENT_CALL.set(None)
+            await made.aclose()
             await result.aclose()
 
 

@@ -67,21 +67,28 @@ class OpenApi:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._made: bytes | memoryview | None = None
 
     async def document(self, request: Request) -> Response:
         """The document."""
         await identify(request, self._services)
-        whole = document()
-        served = {
+        served = frozenset(
             (method.lower(), route.path.replace(":path}", "}"))
             for route in request.app.routes
             for method in route.methods
-        }
+        )
+        if self._made is None:
+            self._made = await self._services.offload.run_for("", lambda: JSONResponse(self._document(served)).body)
+        return Response(self._made, media_type="application/json")
+
+    @staticmethod
+    def _document(served: frozenset[tuple[str, str]]) -> Json:
+        whole = document()
         here = {
             path: {method: described for method, described in methods.items() if (method, path) in served}
             for path, methods in whole["paths"].items()
         }
-        return JSONResponse(_restricted(whole, {path: methods for path, methods in here.items() if methods}))
+        return _restricted(whole, {path: methods for path, methods in here.items() if methods})
 
 
 def _restricted(whole: Json, paths: Json) -> Json:

@@ -29,6 +29,7 @@ from flexgate.server.engine.protocol.endings import (
 from flexgate.server.engine.protocol.gates import GateError, SealKey, seal
 from flexgate.server.engine.protocol.names import GATE_ARG, USAGE_KEY
 from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
+from flexgate.server.engine.seam.frontend import make_prompt_logprobs_later
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.constraints.compiler import Compiler
@@ -76,6 +77,7 @@ class GatedEngineClient(EngineView):
         self.kernels = ""  # what computes the experts, as every rank reported it
         see_requests(engine, self._see)
         take_output_extras(engine, self._take)
+        make_prompt_logprobs_later()
 
     def experts(self) -> tuple[ExpertInfo, ...]:
         """Loaded experts in slot order."""

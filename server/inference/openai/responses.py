@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -15,6 +15,7 @@ from flexgate.server.inference.decide import Kind
 from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.foreign import FOREIGN_IN_RESPONSES
 from flexgate.server.inference.openai.serializers import PEER_FIELDS
+from flexgate.server.inference.openai.vllm_errors import validated
 from flexgate.server.inference.pipeline import Endpoint, Run
 from flexgate.server.inference.request import fields, limits
 from flexgate.server.inference.request.tools import check_tool_choice, forces_a_call
@@ -30,7 +31,7 @@ async def _start(run: Run) -> Any:
     body = run.admitted.body
     check_tool_choice(body, has_parser=run.services.handlers.has_tool_parser)
     ours = {"request_id": f"resp_{run.request_id}", "store": False}
-    request = await run.services.offload.run(ResponsesRequest.model_validate, {**body, **ours})
+    request = await run.services.offload.run(validated, ResponsesRequest, {**body, **ours})
     handlers = run.services.handlers
     return await (handlers.forced_responses if forces_a_call(body) else handlers.responses).create_responses(request)
 
@@ -39,7 +40,7 @@ def _plain(run: Run, result: BaseModel) -> dict[str, Any]:  # noqa: ARG001 - one
     return _without_hidden(result.model_dump(mode="json", by_alias=True))
 
 
-async def _stream(run: Run, result: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+async def _stream(run: Run, result: AsyncIterator[BaseModel]) -> AsyncGenerator[str, None]:
     """vLLM's events by name, and its failures as the `error` event that clients expect."""
     sequence = 0
     try:

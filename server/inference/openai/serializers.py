@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -22,7 +22,7 @@ def plain_answer(run: Run, result: BaseModel) -> dict[str, Any]:
     return _with_cached(run, answer)
 
 
-def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> AsyncIterator[str]:
+def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> AsyncGenerator[str, None]:
     """The events of a streamed answer."""
     options = run.admitted.body.get("stream_options") or {}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final
 
 from flexgate.server.inference.openai.foreign import without_nulls
@@ -34,7 +34,7 @@ async def with_report(
     include_usage: bool,
     report: Report,
     reshape_error: Reshape,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """`events` with what `report` adds on one of them.
 
     Args:

@@ -88,7 +88,7 @@ class Tokenization:
                 reservation.commit({})
         if result is None:
             return client_gone()
-        return JSONResponse(result, headers=reservation.headers)
+        return await services.offload.run(JSONResponse, result, headers=reservation.headers)
 
     @contextmanager
     def _place(self, tenant: TenantId) -> Iterator[None]:

@@ -14,7 +14,7 @@ FIELD: Final = "flexgate"
 MAX_NAMES: Final = 256
 
 _Name = Annotated[str, Field(max_length=80)]
-_Names = Annotated[tuple[_Name, ...], Field(max_length=MAX_NAMES)]
+_Names = Annotated[tuple[_Name, ...], Field(max_length=MAX_NAMES, fail_fast=True)]
 
 
 class _Closed(BaseModel):

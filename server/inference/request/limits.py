@@ -29,6 +29,7 @@ _LISTS: Final = {
     "bad_words": 128,
     "logit_bias": 1024,
     "allowed_token_ids": 1024,
+    "include": 16,  # vLLM tells of each member that is wrong
 }
 MAX_BAD_WORDS_CHARACTERS: Final = 8192
 MAX_INTEGER: Final = (1 << 31) - 1

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgate.server.http.body import AT_ONCE, Arriving, parse_object, read_json
+from flexgate.server.http.body import AT_ONCE, MAX_KEYS, Arriving, parse_object, read_json
 from flexgate.server.http.errors import ApiError, Invalid, TooLarge
 from flexgate.server.http.offload import Offload
 
@@ -154,3 +154,10 @@ def test_any_object_survives(value: dict[str, object]) -> None:
         return
     if all(abs(v) < 10**300 for v in value.values() if isinstance(v, int)):
         assert parse_object(raw) == value
+
+
+def test_an_object_of_very_many_keys_is_refused_wherever_it_stands() -> None:
+    most = {f"k{number}": 1 for number in range(MAX_KEYS)}
+    assert parse_object(json.dumps({"a": [most]}).encode()) == {"a": [most]}
+    with pytest.raises(Invalid, match=f"an object of {MAX_KEYS + 1} keys: at most {MAX_KEYS}"):
+        parse_object(json.dumps({"a": [most | {"one": 1}]}).encode())

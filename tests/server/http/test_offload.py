@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from flexgate.server.http import body
-from flexgate.server.http.offload import ON_LOOP_BYTES, PIECES_AT_ONCE, Offload
+from flexgate.server.http.offload import ON_LOOP_BYTES, OPERATORS, PIECES_AT_ONCE, THREADS, Offload
 from flexgate.server.inference import decide
 
 TEXT = {"role": "user", "content": "hi"}
@@ -52,6 +52,7 @@ DOORS: dict[str, tuple[str, Made]] = {
     "tokenize": ("/tokenize", lambda n: {"messages": [TEXT] * n}),
     "tokens": ("/detokenize", lambda n: {"tokens": [7] * n}),
     "policy": ("/v1/policy/simulate", lambda n: {"policy": {"tenants": [{"id": f"t{i}"} for i in range(n)]}}),
+    "wrong members": ("/v1/policy/simulate", lambda n: {"policy": {"hidden_experts": [7] * n}}),
 }
 
 
@@ -254,3 +255,154 @@ async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
     responses = making.LaterResponses.__new__(making.LaterResponses)
     answer: Any = await responses.responses_full_generator(SimpleNamespace(stream=stream), None, nothing())
     assert (answer if stream else await answer.make()) == "made"
+
+
+class Number(BaseModel):
+    number: int
+
+
+@pytest.mark.asyncio
+async def test_what_is_wrong_with_a_large_body_is_told_and_freed_off_the_loop(
+    ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexgate.server.http import validation
+    from flexgate.server.inference.openai import vllm_errors
+
+    threads: list[int] = []
+
+    def spied(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def seen(*args: Any) -> Any:
+            threads.append(threading.get_ident())
+            return plain(*args)
+
+        return seen
+
+    for module, name in ((validation, "from_validation"), (vllm_errors, "_from_validation")):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    long = "a" * ON_LOOP_BYTES
+    assert await ask("/v1/policy/simulate", {"policy": {"tenants": long}}) == 400
+    assert await ask("/v1/responses", {"input": long, "include": [7]}) == 400
+    assert await ask("/v1/chat/completions", {"messages": [TEXT], "user": long, "temperature": [long]}) == 400
+    assert await ask("/v1/completions", {"prompt": long, "temperature": [7]}) == 400
+    assert len(threads) == 4
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.asyncio
+async def test_a_refusal_leaves_what_it_came_from_behind_and_a_fault_of_the_server_keeps_its_cause() -> None:
+    from flexgate.server.http.errors import ApiError, Invalid
+
+    def refuse(error: type[ApiError]) -> None:
+        try:
+            Number.model_validate({"number": "x"})
+        except ValueError as cause:
+            raise error("no", **({} if error is ApiError else {"param": None, "code": "c"})) from cause
+
+    offload = Offload()
+    offload.arrived(ON_LOOP_BYTES + 1, "t")
+    with pytest.raises(Invalid) as refused:
+        await offload.run(refuse, Invalid)
+    assert (refused.value.__cause__, refused.value.__context__) == (None, None)
+    assert "refuse" not in {frame.name for frame in refused.traceback}
+    with pytest.raises(ApiError) as failed:
+        await offload.run(refuse, ApiError)
+    assert isinstance(failed.value.__cause__, ValueError)
+
+
+@pytest.mark.asyncio
+async def test_a_short_answer_that_repeats_a_large_body_is_written_off_the_loop(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    threads: list[int] = []
+
+    def dump(**_: Any) -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return {}
+
+    handler.result = SimpleNamespace(model_dump=dump)
+    for path, long in (("/v1/responses", {"input": "a" * ON_LOOP_BYTES}), ("/v1/responses", {"input": "a"})):
+        assert (await client.post(path, json=long)).status_code == 200
+    assert [thread == threading.get_ident() for thread in threads] == [False, True]
+
+
+@pytest.mark.asyncio
+async def test_the_first_events_of_a_stream_may_repeat_a_large_body(client: httpx.AsyncClient, handler: Any) -> None:
+    threads: list[int] = []
+
+    async def events() -> Any:
+        threads.append(threading.get_ident())
+        yield 'data: {"choices":[{"index":0,"text":"x","finish_reason":"length"}]}\n\n'
+
+    handler.result = events
+    for text in ("a" * ON_LOOP_BYTES, "a"):
+        assert (await client.post("/v1/completions", json={"prompt": text, "stream": True})).status_code == 200
+    assert [thread == threading.get_ident() for thread in threads] == [False, True]
+
+
+def test_no_list_of_a_body_tells_of_more_than_its_first_wrong_member() -> None:
+    from flexgate.server.admin.operations import OPERATIONS
+    from flexgate.server.experts import changes, endpoints
+    from flexgate.server.inference.request.extension import Extension
+
+    def lists(schema: Any) -> Any:
+        if isinstance(schema, dict):
+            if schema.get("type") in ("list", "set", "frozenset", "tuple"):
+                yield schema
+            for name, part in schema.items():
+                yield from () if name == "metadata" else lists(part)
+        elif isinstance(schema, list | tuple):
+            for part in schema:
+                yield from lists(part)
+
+    operations = (*OPERATIONS, *endpoints.OPERATIONS, *changes.OPERATIONS)
+    found = [
+        one for model in {*(op.body for op in operations), Extension} for one in lists(model.__pydantic_core_schema__)
+    ]
+    assert len(found) > 20
+    assert all(one.get("fail_fast") for one in found)
+
+
+@pytest.mark.asyncio
+async def test_a_long_query_string_is_refused_before_it_is_taken_apart(
+    make_client: Callable[..., httpx.AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starlette.requests import Request
+
+    monkeypatch.setattr(Request, "query_params", property(lambda _: pytest.fail("taken apart")))
+    async with make_client("sk-admin") as http:
+        refused = await http.get("/v1/organization/projects?" + "&".join(["a=1"] * 2100))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+
+
+@pytest.mark.asyncio
+async def test_what_operators_send_waits_for_no_tenants_bodies(
+    ask: Any, services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offload, go, begun = services.offload, threading.Event(), threading.Semaphore(0)
+
+    def hold() -> None:
+        begun.release()
+        assert go.wait(20)
+
+    held = [asyncio.create_task(offload.run_for(f"t{number}", hold)) for number in range(THREADS + 5)]
+    for _ in range(THREADS):
+        assert await asyncio.to_thread(begun.acquire, timeout=20)
+    monkeypatch.setattr(offload, "_left", 0)  # as many small ones were begun as one pass of the loop may have
+    monkeypatch.setattr(offload, "_begin_pass", lambda: None)
+    try:
+        for text in ("a" * ON_LOOP_BYTES, "a"):
+            assert await asyncio.wait_for(ask("/v1/policy/simulate", {"policy": {"tenants": text}}), 10) == 400
+    finally:
+        go.set()
+        await asyncio.gather(*held)
+
+
+@pytest.mark.asyncio
+async def test_only_administrators_bodies_are_operators(ask: Any, services: Any) -> None:
+    owners: list[str] = []
+    arrived = services.offload.arrived
+    services.offload.arrived = lambda size, owner: (owners.append(owner), arrived(size, owner))
+    await ask("/v1/policy/simulate", {})
+    await ask("/v1/completions", {"temperature": "x"})
+    assert owners[0] == OPERATORS
+    assert OPERATORS not in owners[1:]

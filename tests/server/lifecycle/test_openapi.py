@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse, Comp
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL
+from flexgate.server.lifecycle import openapi
 from flexgate.server.lifecycle.app import build_app
 from flexgate.server.lifecycle.openapi import document
 from flexgate.server.policy.live import PolicySource
@@ -64,6 +66,23 @@ def test_the_description_names_what_it_refers_to() -> None:
 @pytest.mark.asyncio
 async def test_any_key_may_read_it(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/openapi.json")).json() == document()
+
+
+@pytest.mark.asyncio
+async def test_it_is_made_once_and_off_the_event_loop(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def seen() -> Any:
+        threads.append(threading.get_ident())
+        return document()
+
+    monkeypatch.setattr(openapi, "document", seen)
+    first, second = [(await client.get("/v1/openapi.json")).content for _ in range(2)]
+    assert first == second
+    assert len(threads) == 1
+    assert threads != [threading.get_ident()]
 
 
 async def _answer(request: Any, raw_request: Any = None) -> Any:

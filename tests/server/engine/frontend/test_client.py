@@ -17,6 +17,7 @@ from flexgate.server.engine.frontend import client as client_module
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
+from flexgate.server.engine.seam.frontend import PromptLogprobs
 
 
 def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None) -> str:
@@ -281,6 +282,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
     one, other = engine.children
     engine.output_processor.process_outputs([scored(one, 5, prompt=2)])
     scores = (await first).prompt_logprobs
+    assert isinstance(scores, PromptLogprobs)
     assert len(scores) == 3
     engine.output_processor.process_outputs([scored(one, 6), scored(other, 7, prompt=2)])
     both = await anext(outputs)

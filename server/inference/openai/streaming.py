@@ -1,0 +1,152 @@
+"""Streams of vLLM's handlers, whose events are made away from the event loop where the engine's outputs are long.
+
+One event can be as long as the whole answer: the first of a stream that echoes its prompt, the last of a Responses
+stream, and any that is asked for seldom (`stream_interval`) or left unread for a while, with twenty log-probabilities
+of each token. So a stream is advanced by hand: between two outputs of the engine its generators, vLLM's and ours around
+them, run as pieces of work, each where the size of the output belongs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Final
+
+from flexgate.server.http.offload import Offload
+
+END: Final = object()
+
+
+class Outputs:
+    """The engine's outputs for a handler's generator: waiting for one suspends it, for `in_pieces` to bring it."""
+
+    def __init__(self, source: AsyncGenerator[Any, None]) -> None:
+        self.source = source
+        self._brought: Any = None
+
+    def __aiter__(self) -> Outputs:
+        return self
+
+    async def __anext__(self) -> Any:
+        await self
+        if self._brought is END:
+            raise StopAsyncIteration
+        if isinstance(self._brought, Exception):
+            raise self._brought
+        return self._brought
+
+    def __await__(self) -> Generator[Outputs, None, None]:
+        yield self
+
+    async def bring(self) -> Any:
+        """Wait for the next output, `END`, or an exception, which the generator then gets."""
+        try:
+            self._brought = await anext(self.source, END)
+        except Exception as error:
+            self._brought = error
+        return self._brought
+
+
+class Sizes:
+    """For how many tokens a handler makes something: of each output, and at the end once more for all."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._echoed: set[tuple[Any, int]] = set()
+
+    def tokens(self, brought: Any) -> int:
+        """New tokens, and those of the prompt with the first output of each choice that has their log-probabilities."""
+        if brought is END:
+            return self._total
+        prompt, output = brought if isinstance(brought, tuple) else (0, getattr(brought, "last_output", brought))
+        scores = getattr(output, "prompt_logprobs", None) or ()
+        count = 0
+        for part in getattr(output, "outputs", ()):
+            count += len(part.token_ids)
+            if scores and (prompt, part.index) not in self._echoed:
+                self._echoed.add((prompt, part.index))
+                count += len(scores)
+        self._total += count
+        return count
+
+
+async def in_pieces(
+    events: AsyncGenerator[str, None], offload: Offload, owner: str, bytes_of: Callable[[int], int]
+) -> AsyncGenerator[str, None]:
+    """`events`, each made where its size belongs; the first ones and the last may repeat the request's body.
+
+    Args:
+        events: a generator around a handler's, which reads `Outputs`.
+        owner: whose long events wait for one another.
+        bytes_of: about how much is made of so many tokens.
+    """
+    repeated = about = offload.arrived_bytes()
+    sizes = Sizes()
+    async with aclosing(events):
+        while True:
+            step = events.__anext__()
+            try:
+                while isinstance(made := await _advanced(step, offload, about, owner), Outputs):
+                    brought = await _brought(made, step)
+                    about = bytes_of(sizes.tokens(brought)) + repeated * (brought is END)
+            except StopAsyncIteration:
+                return
+            yield made
+
+
+async def _brought(outputs: Outputs, step: Any) -> Any:
+    """What the generator gets next; a cancelled wait is one for the generator as well."""
+    try:
+        return await outputs.bring()
+    except BaseException as error:
+        await _OnLoop(step, partial(step.throw, error))
+        raise
+
+
+async def _advanced(step: Any, offload: Offload, about: int, owner: str) -> Any:
+    """What a generator gives next, or the `Outputs` that it waits for."""
+    if not offload.holds_up(about):
+        return await _OnLoop(step, partial(step.send, None))
+    advancing = asyncio.ensure_future(offload.run_for(owner, partial(_advance, step)))
+    try:
+        return await asyncio.shield(advancing)
+    except asyncio.CancelledError as error:
+        await asyncio.wait({advancing})  # a generator that is at work cannot be closed
+        if advancing.exception() is None and isinstance(advancing.result(), Outputs):
+            await _OnLoop(step, partial(step.throw, error))
+        raise
+
+
+def _advance(step: Any) -> Any:
+    try:
+        waits = step.send(None)
+        if not isinstance(waits, Outputs):
+            waits = step.throw(TypeError(f"a stream that is made off the event loop waits for {waits!r}"))
+    except StopIteration as made:
+        return made.value
+    return waits
+
+
+class _OnLoop:
+    """The same on the event loop, where a generator may wait for anything."""
+
+    def __init__(self, step: Any, resume: Callable[[], Any]) -> None:
+        self._step = step
+        self._resume = resume
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        resume = self._resume
+        while True:
+            try:
+                waits = resume()
+            except StopIteration as made:
+                return made.value
+            if isinstance(waits, Outputs):
+                return waits
+            try:
+                yield waits
+                resume = partial(self._step.send, None)
+            except BaseException as error:  # such as the task's cancellation
+                resume = partial(self._step.throw, error)
