@@ -18,9 +18,11 @@ from flexgate.experts.cli.support import (
     reported,
 )
 
+PackageArgument = Annotated[Path, typer.Argument(help="Folder of a package.")]
+
 
 def keygen(
-    owner: str,
+    owner: Annotated[str, typer.Argument(help="Id of the owner; names the files.")],
     into: Annotated[Path, typer.Option(help="Folder to write the two files into.")] = Path(),
     as_json: Json = False,
 ) -> None:
@@ -32,7 +34,7 @@ def keygen(
         show({"private key": str(private), "public key": str(public), "key id": key_id(read_public_keys(public)[0])})
 
 
-def inspect(path: Path, as_json: Json = False) -> None:
+def inspect(path: Annotated[Path, typer.Argument(help="Package or merged checkpoint.")], as_json: Json = False) -> None:
     """Show the manifest of a package or a merged checkpoint. Nothing is verified."""
     with reported(as_json) as show:
         from flexgate.experts.checkpoint.layout import CONFIG_NAME
@@ -42,7 +44,7 @@ def inspect(path: Path, as_json: Json = False) -> None:
 
 
 def verify(
-    package: Path,
+    package: PackageArgument,
     base: Annotated[Path | None, typer.Option(help="Anchor or merged checkpoint that the package must fit.")] = None,
     trusted_keys: TrustedKeysOption = None,
     unsigned: UnsignedOption = False,
@@ -70,9 +72,9 @@ def verify(
 
 
 def extract(
-    model: Path,
+    model: Annotated[Path, typer.Argument(help="Merged checkpoint.")],
     expert: Annotated[str, typer.Argument(help="Id or index; 'public' gives the anchor as a checkpoint.")],
-    target: Path,
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
     statement: Annotated[Path | None, typer.Option(help="JSON file: id, owner, domain, training, licence.")] = None,
     key: KeyOption = None,
     as_json: Json = False,
@@ -91,8 +93,8 @@ def extract(
 
 
 def merge(
-    anchor: Path,
-    packages: list[Path],
+    anchor: Annotated[Path, typer.Argument(help="Checkpoint of the public model.")],
+    packages: Annotated[list[Path], typer.Argument(help="Folders of packages.")],
     into: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     top_k: Annotated[int, typer.Option(help="Number of experts per token in the merged model.")] = 2,
     trusted_keys: TrustedKeysOption = None,
@@ -113,7 +115,7 @@ def merge(
 
 
 def sign(
-    package: Path, key: Annotated[Path, typer.Option(help="The owner's private key.")], as_json: Json = False
+    package: PackageArgument, key: Annotated[Path, typer.Option(help="The owner's private key.")], as_json: Json = False
 ) -> None:
     """Sign an unsigned package."""
     with reported(as_json) as show:

@@ -42,7 +42,7 @@ def add(
 
 
 def revoke(
-    expert: str,
+    expert: Annotated[str, typer.Argument(help="Id of the expert.")],
     key: Key,
     url: Url = LOCAL,
     drain_seconds: Annotated[float, typer.Option(help="Time that running requests get to finish.")] = 0.0,
@@ -56,7 +56,11 @@ def revoke(
             show(server.revoke(expert, drain_seconds))
 
 
-def list_experts(key: Key, url: Url = LOCAL, as_json: Json = False) -> None:
+def list_experts(
+    key: Annotated[str, typer.Option(envvar="FLEXGATE_KEY", help="API key of any role.")],
+    url: Url = LOCAL,
+    as_json: Json = False,
+) -> None:
     """List the experts of a running server that this key may see."""
     with reported(as_json) as show:
         from flexgate.experts.cli.server import Server

@@ -49,10 +49,10 @@ def train_anchor(
     vocab_size: Annotated[
         int, typer.Option(help="Vocabulary size of the tokenizer, which is learnt from the texts.")
     ] = 1024,
-    hidden_size: int = 128,
-    intermediate_size: int = 256,
-    layers: int = 4,
-    heads: int = 4,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    intermediate_size: Annotated[int, typer.Option(help="Width of the feed-forward layers.")] = 256,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Number of attention heads.")] = 4,
     length: Length = 512,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the checkpoint.")] = "bfloat16",
     steps: Steps = 1200,

@@ -12,7 +12,7 @@ import typer
 from flexgate.experts.cli.support import print_table
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.server.cli.store import AsJson, print_json
-from flexgate.server.cli.target import READER, Json, Target, administers
+from flexgate.server.cli.target import Json, Target, administers
 
 _HELP: Final = (
     "Create, show, revise and terminate agreements.\n\n"
@@ -25,7 +25,7 @@ Agreement = Annotated[str, typer.Argument(help="The agreement's id, as 'list' sh
 AgreementFile = Annotated[Path, typer.Argument(help="JSON file with the agreement; '-' reads standard input.")]
 
 
-@administers(app, "list", roles=f"{READER}, or owner")
+@administers(app, "list", roles="admin, auditor or owner")
 def list_(target: Target, as_json: AsJson = False) -> None:
     """List agreements in force, oldest first."""
     found = target.agreements()
@@ -36,7 +36,7 @@ def list_(target: Target, as_json: AsJson = False) -> None:
         print_table(header, [_row(agreement) for agreement in found], empty="no agreements")
 
 
-@administers(app, roles=f"{READER}, or owner")
+@administers(app, roles="admin, auditor or owner")
 def show(target: Target, agreement: Agreement) -> None:
     """Print an agreement as JSON."""
     for found in target.agreements():

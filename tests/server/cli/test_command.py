@@ -59,6 +59,17 @@ def test_no_command_offers_a_completion_that_does_not_work() -> None:
             assert "completion" not in help_of(*words), words
 
 
+def test_every_argument_and_option_has_help() -> None:
+    for name, (module, _) in SUBCOMMANDS.items():
+        app = typer.main.get_command(importlib.import_module(module).app)
+        for words in commands(app, (name,)):
+            command = app
+            for word in words[1:]:
+                command = command.commands[word]  # type: ignore[attr-defined]
+            assert command.help, words
+            assert [p.name for p in command.params if not getattr(p, "help", None)] == [], words
+
+
 def test_help_of_serve_names_default_choices_and_variable_of_every_setting() -> None:
     shown = " ".join(help_of("serve").split())
     for name, field in Settings.model_fields.items():
