@@ -108,7 +108,7 @@ def _faster(cell: Cell, ours: float, names: Sequence[str], goal: float) -> list[
 def _slope(cells: Sequence[Cell]) -> list[str]:
     by_allowed = sorted(cells, key=lambda cell: cell.allowed)
     steps = [(more.times_us[OURS] or 0.0) - (fewer.times_us[OURS] or 0.0) for fewer, more in pairwise(by_allowed)]
-    return [_goal("T=32: least saving of one expert that nobody may use, µs", min(steps), 60.0)] if steps else []
+    return [_goal("T=32: least saving of one expert that no gate allows, µs", min(steps), 60.0)] if steps else []
 
 
 def _goal(what: str, reached: float, goal: float, *, most: bool = False) -> str:

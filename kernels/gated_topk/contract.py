@@ -1,6 +1,6 @@
 """What `gated_topk` takes, on every device: limits, units, the meaning of `fill`, checks that do not synchronise.
 
-A gate is one int64 per token that names at most 64 *units*: bit `u` admits unit `u`. Each layer maps its experts to
+A gate is one int64 per token that names at most 64 *units*: bit `u` allows unit `u`. Each layer maps its experts to
 units with `unit_E`; an expert takes part where the bit of its unit is set. Unit 0 is common: owned by nobody, in every
 gate. A layer need not have an expert of it.
 

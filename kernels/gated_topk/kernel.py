@@ -85,7 +85,7 @@ def gated_topk_kernel(
 
     gate_B = tl.load(gate_ptr + token_B, mask=live_B, other=0)
     unit_S = tl.load(unit_ptr + expert_S, mask=expert_S < EXPERTS, other=0).to(tl.int32)
-    # A shift by 64 or more is undefined: such a unit is shifted by less and not admitted.
+    # A shift by 64 or more is undefined: such a unit is shifted by less and not allowed.
     shift_S = (unit_S & _LAST_BIT).to(tl.int64)
     allowed_BS = inside_BS & (unit_S < UNITS)[None, :] & (((gate_B[:, None] >> shift_S[None, :]) & 1) != 0)
     logits_BS = tl.load(logits_ptr + token_B[:, None] * EXPERTS + expert_S[None, :], mask=inside_BS, other=0.0)

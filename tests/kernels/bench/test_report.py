@@ -37,7 +37,7 @@ def test_goals_are_judged_from_the_cells() -> None:
         "met  T=32: share of the memory floor: 0.92 (at least 0.9)",
         "met  T=32: times as fast as vLLM Triton, tuned: 2.00 (at least 1.3)",
         "met  T=32: routing + plan, µs: 12.00 (at most 15)",
-        "OPEN T=32: least saving of one expert that nobody may use, µs: 55.00 (at least 60)",
+        "OPEN T=32: least saving of one expert that no gate allows, µs: 55.00 (at least 60)",
     ]
 
 

@@ -45,7 +45,7 @@ def _rollback_guard(model: Path, tmp_path: Path) -> RollbackGuard:
     return RollbackGuard(Settings(model=model, state_dir=tmp_path / "state").directory() / "policy.json")
 
 
-def test_a_start_refuses_yesterdays_file_until_somebody_accepts_it(
+def test_a_start_refuses_yesterdays_file_until_it_is_accepted(
     serve: Callable[[], Result], database: Path, yesterday: Callable[[], None], tmp_path: Path
 ) -> None:
     assert refusal(serve()).endswith("the engine would be started now")
