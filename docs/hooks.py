@@ -99,8 +99,9 @@ def _parameter(parameter: Any) -> tuple[str, str] | None:
 
 
 def api() -> str:
-    """Every route: its roles, parameters, body and statuses."""
-    from flexgate.server.lifecycle.openapi import document
+    """Every route: its roles, parameters, body and responses; then the types that they are made of."""
+
+    from flexgate.server.lifecycle.app import document
 
     described = document()
     schemas = described["components"]["schemas"]
@@ -115,6 +116,9 @@ def api() -> str:
     for path, methods in sorted(described["paths"].items()):
         for method in (name for name in _METHODS if name in methods):
             lines += _route(f"{method.upper()} {path}", methods[method], schemas)
+    lines += ["# Types", ""]
+    for name, schema in sorted(schemas.items()):
+        lines += _type(name, schema)
     return "\n".join(lines)
 
 
@@ -130,9 +134,27 @@ def _route(title: str, route: Mapping[str, Any], schemas: Mapping[str, Any]) -> 
     for name, of in body.get("properties", {}).items():
         fields.append((f"`{name}`", "body, required" if name in required else "body", _kind(of)))
     yield from _table(("Field", "In", "Type"), fields)
-    statuses = ", ".join(f"`{status}`" for status in route["responses"])
-    yield f"Statuses: {statuses}."
+    answers = [
+        (f"`{status}`", media, _kind(content.get("schema", {}), link=True))
+        for status, response in route["responses"].items()
+        for media, content in response.get("content", {}).items()
+    ]
+    yield from _table(("Status", "Media type", "Response"), answers)
+
+
+def _type(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+    """A type's own section, which responses link to."""
+    yield f"## {name}"
     yield ""
+    if "description" in schema:
+        yield " ".join(schema["description"].split())
+        yield ""
+    required = set(schema.get("required", ()))
+    fields = schema.get("properties", {}).items()
+    yield from _table(
+        ("Field", "Type", "Always there"),
+        [(f"`{field}`", _kind(of, link=True), "yes" if field in required else "no") for field, of in fields],
+    )
 
 
 def _resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,16 +162,21 @@ def _resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[
     return schema if reference is None else schemas[reference.rpartition("/")[2]]
 
 
-def _kind(schema: Mapping[str, Any]) -> str:
+def _kind(schema: Mapping[str, Any], *, link: bool = False) -> str:
+    """A type in words; with `link`, names lead to their sections."""
     if "$ref" in schema:
-        return str(schema["$ref"].rpartition("/")[2])
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_kind(option) for option in schema["anyOf"]))
-    if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
+        name = str(schema["$ref"].rpartition("/")[2])
+        return f"[{name}](#{name.lower()})" if link else name
+    options = schema.get("anyOf") or schema.get("oneOf")
+    if options:
+        return " or ".join(dict.fromkeys(_kind(option, link=link) for option in options))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum") or [schema["const"]])
     kind = schema.get("type", "any")
     if kind == "array" and "items" in schema:
-        return f"list of {_kind(schema['items'])}"
+        return f"list of {_kind(schema['items'], link=link)}"
+    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"map of {_kind(schema['additionalProperties'], link=link)}"
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 

@@ -1,26 +1,19 @@
-"""Every operation of the administration."""
+"""Every operation of the administration, with its route."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from flexgate.server.admin.agreements.endpoints import OPERATIONS as AGREEMENTS
-from flexgate.server.admin.audit.endpoints import OPERATIONS as AUDIT
-from flexgate.server.admin.keys.endpoints import OPERATIONS as KEYS
+from flexgate.server.admin.agreements.endpoints import router as agreements
+from flexgate.server.admin.audit.endpoints import router as audit
+from flexgate.server.admin.keys.endpoints import router as keys
 from flexgate.server.admin.operation import Operation
-from flexgate.server.admin.policy.endpoints import OPERATIONS as POLICY
-from flexgate.server.admin.projects.endpoints import OPERATIONS as PROJECTS
-from flexgate.server.admin.quotas.endpoints import OPERATIONS as QUOTAS
-from flexgate.server.experts.changes import OPERATIONS as EXPERT_CHANGES
-from flexgate.server.experts.endpoints import OPERATIONS as EXPERTS
+from flexgate.server.admin.policy.endpoints import router as policy
+from flexgate.server.admin.projects.endpoints import router as projects
+from flexgate.server.admin.quotas.endpoints import router as quotas
+from flexgate.server.experts.changes import router as expert_changes
+from flexgate.server.experts.endpoints import router as experts
 
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    *PROJECTS,
-    *KEYS,
-    *QUOTAS,
-    *AGREEMENTS,
-    *POLICY,
-    *AUDIT,
-    *EXPERTS,
-    *EXPERT_CHANGES,
-)
+_ROUTERS: Final = (projects, keys, quotas, agreements, policy, audit, experts, expert_changes)
+ROUTES: Final = tuple(route for router in _ROUTERS for route in router.declared())
+OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = tuple(route.operation for route in ROUTES)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Generic, Literal, Self, TypeVar
 
-from flexgate.server.admin.operation import Json, Page
+from flexgate.server.admin.operation import Page
 from flexgate.server.http.errors import Invalid
+from flexgate.server.http.schemas import Shown
 
 T = TypeVar("T")
 
@@ -23,15 +24,35 @@ def page_of(items: Sequence[T], query: Page, id_of: Callable[[T], str]) -> tuple
     return chosen, first + len(chosen) < len(items)
 
 
-def list_object(data: Sequence[dict[str, Any]], has_more: bool) -> Json:
-    """The list as it is answered."""
-    return {
-        "object": "list",
-        "data": list(data),
-        "first_id": data[0]["id"] if data else None,
-        "last_id": data[-1]["id"] if data else None,
-        "has_more": has_more,
-    }
+class Identified(Shown):
+    """An object that a list can go on after."""
+
+    id: str
+
+
+class Deleted(Identified):
+    """An object that is no more."""
+
+    deleted: Literal[True] = True
+
+
+Listed = TypeVar("Listed", bound=Identified)
+
+
+class PageOf(Shown, Generic[Listed]):
+    """A part of a list; `last_id` is what the next part comes after."""
+
+    object: Literal["list"] = "list"
+    data: list[Listed]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, data: list[Listed], *, more: bool) -> Self:
+        """These objects, and whether more follow."""
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=data, first_id=first, last_id=last, has_more=more)
 
 
 def unknown_cursor(param: str) -> Invalid:

@@ -51,11 +51,11 @@ class DatabasePolicy:
         return gitops.export(self._store, version)
 
     def plan_policy(self, file: PolicyFile, *, prune: bool) -> list[Json]:
-        return [change_object(change) for change in gitops.plan(self._store, file, prune=prune).changes]
+        return [change_object(change).model_dump() for change in gitops.plan(self._store, file, prune=prune).changes]
 
     def apply_policy(self, file: PolicyFile, *, prune: bool) -> list[Json]:
         changes = gitops.apply(self._store, file, actor=actor(), at=time.time(), prune=prune)
-        return [change_object(change) for change in changes]
+        return [change_object(change).model_dump() for change in changes]
 
     def roll_back(self, version: int, confirm: int | None) -> int:
         return history.roll_back(self._store, version, confirm=confirm, actor=actor(), at=time.time())
@@ -63,12 +63,12 @@ class DatabasePolicy:
     def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
         request = DecisionRequest(decision_id="explain", purpose=purpose, region=region)
         found = explain(self._store.snapshot(), project_id, request, time.time())
-        return [explanation_object(explanation) for explanation in found]
+        return [explanation_object(explanation).model_dump() for explanation in found]
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:
         plan, now = gitops.plan(self._store, file, prune=prune), time.time()
         replays = with_standard(decision_samples.replays(self._store, now), plan.current, plan.proposed, now)
-        return simulation_object(plan, replays, simulate(plan.current, plan.proposed, replays))
+        return simulation_object(plan, replays, simulate(plan.current, plan.proposed, replays)).model_dump()
 
 
 class ServerPolicy:

@@ -193,7 +193,7 @@ class DatabaseTarget(DatabasePolicy):
         accounts.revoke_project_key(self._store, project_id, key_id, **_attributed())
 
     def admin_keys(self) -> list[Json]:
-        return [admin_key_object(key) for key in accounts.list_admin_keys(self._store)]
+        return [admin_key_object(key).model_dump() for key in accounts.list_admin_keys(self._store)]
 
     def create_admin_key(self, name: str, role: str, owner_id: str | None, seconds: int | None) -> str:
         attributed = _attributed()

@@ -10,28 +10,43 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
-from starlette.responses import Response
-
 from flexgate.policies.documents import Role
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation
+from flexgate.server.admin.operation import Call, Nothing
+from flexgate.server.admin.router import OperationRouter
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored
-from flexgate.server.experts.schemas import AddBody, JobQuery, RevokeQuery, UploadBody, WriteQuery
+from flexgate.server.experts.schemas import (
+    AddBody,
+    ExpertJob,
+    ExpertRevocation,
+    ExpertUpload,
+    JobQuery,
+    RevokeQuery,
+    UploadBody,
+    UploadDeleted,
+    WriteQuery,
+)
 from flexgate.server.experts.uploads import Upload
 from flexgate.server.http.auth import Principal
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.context import while_identified
 from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import UNKNOWN_EXPERT
-from flexgate.server.http.responses import ACCEPTED, CREATED, accepted
+from flexgate.server.http.responses import ACCEPTED, CREATED
 from flexgate.server.inference.openai.sse import DONE
 
 MOST_JOBS = 4
 _READ_ALL: Final = (Role.ADMIN, Role.AUDITOR)
 
 
-async def add(call: Call[AddBody, Nothing]) -> Response:
+_CHANGES: Final = (Role.ADMIN, Role.OWNER)
+_UPLOADS: Final = "/v1/expert_uploads"
+router: Final = OperationRouter()
+
+
+@router.operation("POST", "/v1/experts", roles=_CHANGES, status=ACCEPTED)
+async def add(call: Call[AddBody, Nothing]) -> ExpertJob:
     """Add an expert to the running engine, as a job."""
     services, principal, body = call.services, call.principal, call.body
     service, uploads = services.experts, services.uploads
@@ -49,10 +64,12 @@ async def add(call: Call[AddBody, Nothing]) -> Response:
             raise Invalid("An owner's key adds packages by upload.", param="package", code="upload_required")
         source = _under(services.experts_dir, body.package or "")
         job = service.start_add(source, name=source.name, actor=actor, owner=owner)
-    return accepted(job.to_json(), f"/v1/expert_jobs/{job.id}")
+    call.headers["location"] = f"/v1/expert_jobs/{job.id}"
+    return job.shown()
 
 
-async def job(call: Call[Nothing, JobQuery]) -> Json | Response:
+@router.operation("GET", "/v1/expert_jobs/{job}", roles=(*_CHANGES, Role.AUDITOR))
+async def job(call: Call[Nothing, JobQuery]) -> ExpertJob | EventStream:
     """How far a job is; with ?stream=true all its states as they come."""
     principal, found = call.principal, call.services.experts.jobs.get(call.path["job"])
     if found is None or (principal.role not in _READ_ALL and found.actor != principal.key_id):
@@ -60,45 +77,51 @@ async def job(call: Call[Nothing, JobQuery]) -> Json | Response:
     if call.query.stream:
         states = while_identified(call.request, call.services, found.watch())
         return EventStream(_events(states))
-    return found.to_json()
+    return found.shown()
 
 
-async def revoke(call: Call[Nothing, RevokeQuery]) -> Json:
+@router.operation("DELETE", "/v1/experts/{expert}", roles=_CHANGES, patient=True)
+async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
     """Revoke an expert from the running engine; answered once nothing can come of it any more."""
     principal, expert = call.principal, call.path["expert"]
     if not _may_revoke(principal, call.snapshot, expert):
         raise _unknown()
     try:
-        return await call.services.experts.revoke(
+        done = await call.services.experts.revoke(
             expert, actor=principal.key_id, drain_seconds=call.query.drain_seconds
         )
     except ExpertError as error:
         raise _answer(error) from error
+    return ExpertRevocation(**done)
 
 
-async def open_upload(call: Call[UploadBody, Nothing]) -> Json:
+@router.operation("POST", _UPLOADS, roles=_CHANGES, status=CREATED)
+async def open_upload(call: Call[UploadBody, Nothing]) -> ExpertUpload:
     """Begin to upload a package."""
-    return call.services.uploads.open(call.principal.key_id, call.body.files).to_json()
+    return call.services.uploads.open(call.principal.key_id, call.body.files).shown()
 
 
-async def retrieve_upload(call: Call[Nothing, Nothing]) -> Json:
+@router.operation("GET", f"{_UPLOADS}/{{upload}}", roles=_CHANGES)
+async def retrieve_upload(call: Call[Nothing, Nothing]) -> ExpertUpload:
     """How much of an upload has arrived."""
-    return _upload(call).to_json()
+    return _upload(call).shown()
 
 
-async def write_upload(call: Call[Nothing, WriteQuery]) -> Json:
+@router.operation("PATCH", f"{_UPLOADS}/{{upload}}/{{file}}", roles=_CHANGES)
+async def write_upload(call: Call[Nothing, WriteQuery]) -> ExpertUpload:
     """Send a part of a file: the body is appended, from ?offset= on."""
     upload = _upload(call)
     arriving = while_identified(call.request, call.services, call.request.stream())
     await call.services.uploads.write(upload, call.path["file"], call.query.offset, arriving)
-    return upload.to_json()
+    return upload.shown()
 
 
-async def drop_upload(call: Call[Nothing, Nothing]) -> Json:
+@router.operation("DELETE", f"{_UPLOADS}/{{upload}}", roles=_CHANGES)
+async def drop_upload(call: Call[Nothing, Nothing]) -> UploadDeleted:
     """Give an upload up."""
     upload = _upload(call)
     call.services.uploads.remove(upload)
-    return {"id": upload.id, "object": "expert.upload", "deleted": True}
+    return UploadDeleted(id=upload.id)
 
 
 def _upload(call: Call[Any, Any]) -> Upload:
@@ -139,27 +162,10 @@ def _answer(error: ExpertError) -> ApiError:
     return kind(str(error), code=error.code)
 
 
-async def _events(states: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _events(states: AsyncIterator[ExpertJob]) -> AsyncIterator[str]:
     try:
         async for state in states:
-            yield f"data: {json.dumps(state)}\n\n"
+            yield f"data: {state.model_dump_json()}\n\n"
     except ApiError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
     yield DONE
-
-
-_CHANGES: Final = (Role.ADMIN, Role.OWNER)
-_UPLOADS: Final = "/v1/expert_uploads"
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="POST", path="/v1/experts", roles=_CHANGES, work=add, body=AddBody, status=ACCEPTED),
-    Operation(
-        method="DELETE", path="/v1/experts/{expert}", roles=_CHANGES, work=revoke, query=RevokeQuery, patient=True
-    ),
-    Operation(method="GET", path="/v1/expert_jobs/{job}", roles=(*_CHANGES, Role.AUDITOR), work=job, query=JobQuery),
-    Operation(method="POST", path=_UPLOADS, roles=_CHANGES, work=open_upload, body=UploadBody, status=CREATED),
-    Operation(method="GET", path=f"{_UPLOADS}/{{upload}}", roles=_CHANGES, work=retrieve_upload),
-    Operation(method="DELETE", path=f"{_UPLOADS}/{{upload}}", roles=_CHANGES, work=drop_upload),
-    Operation(
-        method="PATCH", path=f"{_UPLOADS}/{{upload}}/{{file}}", roles=_CHANGES, work=write_upload, query=WriteQuery
-    ),
-)

@@ -6,28 +6,37 @@ A tenant sees what is listed for it, an owner its own, an administrator or audit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.documents import Role
 from flexgate.policies.entitlements import entitlements
 from flexgate.policies.ids import TenantId
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation
+from flexgate.server.admin.operation import Call, Nothing
+from flexgate.server.admin.router import OperationRouter
+from flexgate.server.experts.schemas import ExpertForOperator, ExpertForTenant, ExpertList
 from flexgate.server.http.errors import NotFound
 from flexgate.server.http.refusals import UNKNOWN_EXPERT, reason_json
+from flexgate.server.http.schemas import Reason
 
 _Read = Call[Nothing, Nothing]
 
 
-async def list_(call: _Read) -> Json:
+_EVERY_ROLE: Final = (Role.ADMIN, Role.AUDITOR, Role.OWNER, Role.TENANT)
+router: Final = OperationRouter()
+
+
+@router.operation("GET", "/v1/experts", roles=_EVERY_ROLE)
+async def list_(call: _Read) -> ExpertList:
     """The experts that are listed for the key, and which of them it may use."""
-    return {"object": "list", "data": list(_cards(call))}
+    return ExpertList(data=list(_cards(call)))
 
 
-async def retrieve(call: _Read) -> Json:
+@router.operation("GET", "/v1/experts/{expert}", roles=_EVERY_ROLE)
+async def retrieve(call: _Read) -> ExpertForTenant | ExpertForOperator:
     """One expert; a hidden one is answered like a name that does not exist."""
     for card in _cards(call):
-        if card["id"] == call.path["expert"]:
+        if card.id == call.path["expert"]:
             return card
     raise NotFound(
         "No expert of that name is visible to this key. GET /v1/experts lists the visible ones.",
@@ -35,13 +44,13 @@ async def retrieve(call: _Read) -> Json:
     )
 
 
-def _cards(call: _Read) -> Iterator[Json]:
+def _cards(call: _Read) -> Iterator[ExpertForTenant] | Iterator[ExpertForOperator]:
     """In catalogue order."""
     tenant = call.principal.tenant_id
     return _for_operator(call) if tenant is None else _for_tenant(call, tenant)
 
 
-def _for_tenant(call: _Read, tenant_id: TenantId) -> Iterator[Json]:
+def _for_tenant(call: _Read, tenant_id: TenantId) -> Iterator[ExpertForTenant]:
     snapshot = call.snapshot
     tenant = find_tenant(snapshot, tenant_id)
     entitled = entitlements(snapshot, tenant, declared_context(tenant, None, None), call.now)
@@ -50,37 +59,28 @@ def _for_tenant(call: _Read, tenant_id: TenantId) -> Iterator[Json]:
         if id_ in hidden:
             continue
         reason = entitled.refused.get(id_)
-        yield {
-            "id": id_,
-            "object": "expert",
-            "owner": expert.owner,
-            "domain": expert.domain,
-            "live": expert.live,
-            "allowed": reason is None,
-            "reason": None if reason is None else reason_json(reason),
-        }
+        yield ExpertForTenant(
+            id=id_,
+            owner=expert.owner,
+            domain=expert.domain,
+            live=expert.live,
+            allowed=reason is None,
+            reason=None if reason is None else Reason(**reason_json(reason)),
+        )
 
 
-def _for_operator(call: _Read) -> Iterator[Json]:
+def _for_operator(call: _Read) -> Iterator[ExpertForOperator]:
     loaded = {info.id: info for info in call.services.client.experts()}
     for id_, expert in call.snapshot.experts.items():
         if call.principal.owner_id not in (None, expert.owner):
             continue
         info = loaded.get(id_)
-        yield {
-            "id": id_,
-            "object": "expert",
-            "owner": expert.owner,
-            "domain": expert.domain,
-            "live": expert.live,
-            "visibility": expert.visibility,
-            "slot": None if info is None else info.slot,
-            "slot_epoch": None if info is None else info.slot_epoch,
-        }
-
-
-_EVERY_ROLE: Final = (Role.ADMIN, Role.AUDITOR, Role.OWNER, Role.TENANT)
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="GET", path="/v1/experts", roles=_EVERY_ROLE, work=list_),
-    Operation(method="GET", path="/v1/experts/{expert}", roles=_EVERY_ROLE, work=retrieve),
-)
+        yield ExpertForOperator(
+            id=id_,
+            owner=expert.owner,
+            domain=expert.domain,
+            live=expert.live,
+            visibility=expert.visibility,
+            slot=None if info is None else info.slot,
+            slot_epoch=None if info is None else info.slot_epoch,
+        )

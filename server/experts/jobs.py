@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from flexgate.server.experts.schemas import ExpertJob, JobError, JobProgress, JobResult
+
 STAGES: Final = ("received", "copied", "verified", "loaded", "agreed", "canary", "dark", "live")
 """In this order. The copy comes before the check, so that what is checked is what is used; `dark` is
 committed and nobody's yet, `live` may be named by gates that an agreement allows."""
@@ -42,23 +44,22 @@ class Job:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _revision: int = 0
 
-    def to_json(self) -> dict[str, Any]:
+    def shown(self) -> ExpertJob:
         """As the API shows it."""
-        return {
-            "id": self.id,
-            "object": "expert.job",
-            "package": self.package,
-            "expert": self.expert,
-            "version": self.version,
-            "status": self.state,
-            "stage": self.stage,
-            "stages": list(STAGES),
-            "progress": {"done": self.done, "total": self.total, "unit": self.unit},
-            "created_at": int(self.created),
-            "finished_at": None if self.finished is None else int(self.finished),
-            "error": self.error,
-            "result": self.result,
-        }
+        return ExpertJob(
+            id=self.id,
+            package=self.package,
+            expert=self.expert,
+            version=self.version,
+            status=self.state,
+            stage=self.stage,
+            stages=list(STAGES),
+            progress=JobProgress(done=self.done, total=self.total, unit=self.unit),
+            created_at=int(self.created),
+            finished_at=None if self.finished is None else int(self.finished),
+            error=None if self.error is None else JobError(**self.error),
+            result=None if self.result is None else JobResult(**self.result),
+        )
 
     async def at(self, stage: str, done: int = 0, total: int = 0, unit: str = "") -> None:
         """Move on, and tell who watches."""
@@ -75,11 +76,11 @@ class Job:
         self.state, self.error, self.finished = "failed", {"code": code, "message": message}, now
         await self._tell()
 
-    async def watch(self) -> AsyncIterator[dict[str, Any]]:
+    async def watch(self) -> AsyncIterator[ExpertJob]:
         """Every state from now to the last; states that follow each other fast may be left out."""
         while True:
             seen = self._revision
-            yield self.to_json()
+            yield self.shown()
             if self.state != "running":
                 return
             async with self._changed:

@@ -1,11 +1,12 @@
-"""What the routes that change experts take."""
+"""What the routes of experts take and answer."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from flexgate.server.http.schemas import Reason, Shown
 from flexgate.server.http.validation import Closed
 
 PackageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -47,3 +48,116 @@ class WriteQuery(Closed):
     """Where in the file the body belongs."""
 
     offset: Annotated[int, Field(ge=0)]
+
+
+class ExpertForTenant(Shown):
+    """An expert that is listed for the project, and whether it may use it."""
+
+    id: str
+    object: Literal["expert"] = "expert"
+    owner: str
+    domain: str
+    live: bool
+    allowed: bool
+    reason: Reason | None
+
+
+class ExpertForOperator(Shown):
+    """An expert of the catalogue, and the slot that it is loaded in."""
+
+    id: str
+    object: Literal["expert"] = "expert"
+    owner: str
+    domain: str
+    live: bool
+    visibility: Literal["listed", "hidden"]
+    slot: int | None
+    slot_epoch: int | None
+
+
+class ExpertList(Shown):
+    """All experts that are listed for the key."""
+
+    object: Literal["list"] = "list"
+    data: list[ExpertForTenant | ExpertForOperator]
+
+
+class JobProgress(Shown):
+    """How far a stage is: `done` of `total`, in `unit`."""
+
+    done: int
+    total: int
+    unit: str
+
+
+class JobError(Shown):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class JobResult(Shown):
+    """Where an added expert is loaded; `digests` are its slot's, one of each rank."""
+
+    slot: int
+    slot_epoch: int
+    weights_epoch: int
+    digests: list[str]
+
+
+class ExpertJob(Shown):
+    """One expert on its way in."""
+
+    id: str
+    object: Literal["expert.job"] = "expert.job"
+    package: str
+    expert: str | None
+    version: int | None
+    status: Literal["running", "succeeded", "failed"]
+    stage: str
+    stages: list[str]
+    progress: JobProgress
+    created_at: int
+    finished_at: int | None
+    error: JobError | None
+    result: JobResult | None
+
+
+class ExpertRevocation(Shown):
+    """What was ended and cleared when an expert was revoked. Times are Unix seconds; `digests` the cleared slot's."""
+
+    object: Literal["expert.revocation"] = "expert.revocation"
+    expert: str
+    slot: int
+    slot_epoch: int
+    weights_epoch: int
+    requested_at: float
+    effective_at: float
+    aborted_requests: int
+    evicted_blocks: int
+    undelivered_responses: int
+    digests: list[str]
+
+
+class UploadedFile(Shown):
+    """A file's announced size, and how much of it has arrived, in bytes."""
+
+    bytes: int
+    received: int
+
+
+class ExpertUpload(Shown):
+    """A package on its way in."""
+
+    id: str
+    object: Literal["expert.upload"] = "expert.upload"
+    files: dict[str, UploadedFile]
+
+
+class UploadDeleted(Shown):
+    """An upload that was given up."""
+
+    id: str
+    object: Literal["expert.upload"] = "expert.upload"
+    deleted: Literal[True] = True

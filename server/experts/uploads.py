@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from flexgate.experts.package.files import MANIFEST_NAME, NAMES, WEIGHTS_NAME
+from flexgate.server.experts.schemas import ExpertUpload, UploadedFile
 from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, OutOfSpace, TimedOut, TooLarge
 
 META: Final = "upload.json"
@@ -49,10 +50,10 @@ class Upload:
         """Bytes of a file that have arrived."""
         return _size(self.directory / name)
 
-    def to_json(self) -> dict[str, Any]:
+    def shown(self) -> ExpertUpload:
         """As the API shows it."""
-        files = {name: {"bytes": size, "received": self.received(name)} for name, size in self.sizes.items()}
-        return {"id": self.id, "object": "expert.upload", "files": files}
+        files = {name: UploadedFile(bytes=size, received=self.received(name)) for name, size in self.sizes.items()}
+        return ExpertUpload(id=self.id, files=files)
 
 
 class Uploads:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -20,11 +19,6 @@ OK: Final = int(HTTPStatus.OK)
 CREATED: Final = int(HTTPStatus.CREATED)
 ACCEPTED: Final = int(HTTPStatus.ACCEPTED)
 _CLIENT_GONE: Final = 499
-
-
-def accepted(body: Mapping[str, Any], location: str) -> JSONResponse:
-    """202: the work is under way; `location` tells how far it is."""
-    return JSONResponse(body, status_code=ACCEPTED, headers={"location": location})
 
 
 def client_gone() -> Response:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from typing import Final
+from collections.abc import Collection, Iterator
+from functools import partial
+from typing import Any, Final, cast
 
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flexgate.policies.documents import Role
-from flexgate.server.admin.operation import Administration
-from flexgate.server.admin.operations import OPERATIONS
+from flexgate.server.admin.operations import ROUTES
 from flexgate.server.http.auth import EVERY_ROLE
-from flexgate.server.http.context import context_of
 from flexgate.server.http.cors import TenantCors
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.health import Operations
 from flexgate.server.http.middleware import Gateway
 from flexgate.server.http.responses import of_error, of_http_error
-from flexgate.server.inference.openai import chat, completions, responses
+from flexgate.server.http.routes import ANYONE, PlainRoute, Route, require_declared
+from flexgate.server.http.schemas import Status
+from flexgate.server.inference.openai import chat, completions, responses, schemas
 from flexgate.server.inference.openai.models import Models
 from flexgate.server.inference.openai.tokenization import Tokenization
 from flexgate.server.inference.pipeline import Generation
-from flexgate.server.lifecycle.openapi import OpenApi
+from flexgate.server.lifecycle.openapi import OpenApi, described
 from flexgate.server.lifecycle.services import Services
 
-Answer = Callable[[Request], Awaitable[Response]]
-_OPERATORS: Final = EVERY_ROLE - {Role.TENANT}
+_TENANTS: Final = frozenset({Role.TENANT})
+_OPERATORS: Final = EVERY_ROLE - _TENANTS
 
 
 def build_app(
@@ -41,18 +41,26 @@ def build_app(
 ) -> FastAPI:
     """The server's application. `hosts` restricts the Host header; web pages of `origins` may call the tenants' routes.
 
-    Keys of other `roles` are not known, and routes that only they may use do not exist.
+    Keys of other `roles` are not known, and routes that only they may use do not exist. Raises `UndeclaredRoute` for a
+    route that does not say who may use it.
     """
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for method, path, endpoint in _endpoints(services, roles):
-        app.add_route(path, _named(path, endpoint), [method])
+    app = FastAPI(
+        routes=list(routes(services, roles)), openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.state.services = services
+    require_declared(app.routes)
     if origins:
-        routes = [(method, path) for method, path, _ in _endpoints(services, {Role.TENANT})]
-        app.add_middleware(TenantCors, origins=origins, routes=routes)
+        shared = [(route.method, route.path) for route in routes(services, _TENANTS)]
+        app.add_middleware(TenantCors, origins=origins, routes=shared)
     app.add_middleware(Gateway, hosts=hosts, roles=roles, services=services)
     app.add_exception_handler(ApiError, of_error)
     app.add_exception_handler(HTTPException, of_http_error)
     return app
+
+
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1, of every route; no route is called for it."""
+    return described(list(routes(cast(Services, None), EVERY_ROLE)))
 
 
 class Listeners:
@@ -81,37 +89,89 @@ def build_listeners(
     return Listeners(public, build_app(services, hosts=hosts, roles=_OPERATORS), admin_address)
 
 
-def _endpoints(services: Services, roles: Collection[Role]) -> Iterator[tuple[str, str, Answer]]:
+def routes(services: Services, roles: Collection[Role]) -> Iterator[Route]:
+    """Every route of an address where keys of some roles are known."""
     if Role.TENANT in roles:
         yield from _inference(services)
-    operations = Operations(services)
     if not _OPERATORS.isdisjoint(roles):
-        yield "GET", "/metrics", operations.metrics
-    for operation in OPERATIONS:
-        if not set(operation.roles).isdisjoint(roles):
-            yield operation.method, operation.path, Administration(services, operation).answer
-    yield "GET", "/v1/openapi.json", OpenApi(services).document
-    yield "GET", "/health", operations.health
-    yield "GET", "/ready", operations.ready
+        yield from _metrics(services)
+    yield from (route for route in ROUTES if not route.roles.isdisjoint(roles))
+    yield from _probes(services)
 
 
-def _inference(services: Services) -> Iterator[tuple[str, str, Answer]]:
-    yield "POST", "/v1/chat/completions", Generation(services, chat.ENDPOINT).answer
-    yield "POST", "/v1/completions", Generation(services, completions.ENDPOINT).answer
-    yield "POST", "/v1/responses", Generation(services, responses.ENDPOINT).answer
-    tokenization = Tokenization(services)
-    yield "POST", "/tokenize", tokenization.tokenize
-    yield "POST", "/detokenize", tokenization.detokenize
-    models = Models(services)
-    yield "GET", "/v1/models", models.list
-    yield "GET", "/v1/models/{model:path}", models.retrieve
+def _inference(services: Services) -> Iterator[Route]:
+    tokenization, models = Tokenization(services), Models(services)
+    post = partial(PlainRoute, method="POST", roles=_TENANTS)
+    get = partial(PlainRoute, method="GET", roles=EVERY_ROLE)
+    yield post(
+        "/v1/chat/completions",
+        Generation(services, chat.ENDPOINT).answer,
+        body=schemas.ChatBody,
+        response_model=schemas.ChatCompletion,
+        events=schemas.ChatCompletionChunk,
+        summary="Answer a conversation.",
+    )
+    yield post(
+        "/v1/completions",
+        Generation(services, completions.ENDPOINT).answer,
+        body=schemas.CompletionBody,
+        response_model=schemas.Completion,
+        events=schemas.CompletionChunk,
+        summary="Continue a text.",
+    )
+    yield post(
+        "/v1/responses",
+        Generation(services, responses.ENDPOINT).answer,
+        body=schemas.ResponsesBody,
+        response_model=schemas.ModelResponse,
+        events=schemas.ResponseEvent,
+        summary="Answer an input. Nothing is stored.",
+    )
+    yield post(
+        "/tokenize",
+        tokenization.tokenize,
+        body=schemas.TokenizeBody,
+        response_model=schemas.Tokens,
+        summary="Text or messages as token ids.",
+    )
+    yield post(
+        "/detokenize",
+        tokenization.detokenize,
+        body=schemas.DetokenizeBody,
+        response_model=schemas.DetokenizedText,
+        summary="Token ids as text.",
+    )
+    yield get("/v1/models", models.list, response_model=schemas.ModelList, summary="The names of the served model.")
+    yield get("/v1/models/{model:path}", models.retrieve, response_model=schemas.Model, summary="One of its names.")
 
 
-def _named(path: str, endpoint: Answer) -> Answer:
-    """The endpoint, which tells the log and the metrics its route's template."""
+def _metrics(services: Services) -> Iterator[Route]:
+    yield PlainRoute(
+        "/metrics",
+        Operations(services).metrics,
+        method="GET",
+        roles=(Role.ADMIN, Role.AUDITOR),
+        response_class=PlainTextResponse,
+        summary="Prometheus metrics, for administrators and auditors.",
+    )
 
-    async def answer(request: Request) -> Response:
-        context_of(request).route = path
-        return await endpoint(request)
 
-    return answer
+def _probes(services: Services) -> Iterator[Route]:
+    operations = Operations(services)
+    get = partial(PlainRoute, method="GET")
+    yield get(
+        "/v1/openapi.json",
+        OpenApi(services).document,
+        roles=EVERY_ROLE,
+        response_model=dict[str, Any],
+        summary="This document.",
+    )
+    yield get("/health", operations.health, roles=ANYONE, response_model=Status, summary="Whether the process lives.")
+    yield get(
+        "/ready",
+        operations.ready,
+        roles=ANYONE,
+        response_model=Status,
+        responses={"5XX": {"model": Status, "description": "Not ready."}},
+        summary="Whether a request would be served.",
+    )

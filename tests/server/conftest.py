@@ -8,6 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -231,9 +232,12 @@ def make_client(services: Any) -> Callable[..., httpx.AsyncClient]:
     """An HTTP client of the application; `hosts` and the key can be chosen."""
     from flexgate.server.lifecycle.app import build_app
 
+    app = cache(lambda hosts: build_app(services, hosts=hosts))
+
     def make(key: str | None = "sk-t", hosts: Any = None) -> httpx.AsyncClient:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        transport = httpx.ASGITransport(build_app(services, hosts=hosts), raise_app_exceptions=False)
+        application = app(None if hosts is None else tuple(hosts))
+        transport = httpx.ASGITransport(application, raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers)
 
     return make

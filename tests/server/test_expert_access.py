@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from starlette.requests import Request
 
 from flexgate.server.admin.operation import Call
-from flexgate.server.experts.changes import OPERATIONS, open_upload
+from flexgate.server.experts.changes import open_upload, router
+from flexgate.server.experts.revoke import Revocation
 from flexgate.server.experts.schemas import AddBody, WriteQuery
 from flexgate.server.http.auth import authenticate
 from flexgate.server.http.errors import ApiError
@@ -45,7 +47,7 @@ def revoked(services: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, s
 
     async def revoke(expert: str, *, actor: str, drain_seconds: float = 0.0) -> dict[str, Any]:
         told.append((expert, actor))
-        return {"object": "expert.revocation", "expert": expert}
+        return {"object": "expert.revocation", **asdict(Revocation(expert, 1, 1, 4, 1.0)), "effective_at": 2.0}
 
     monkeypatch.setattr(services.experts, "revoke", revoke)
     return told
@@ -100,7 +102,7 @@ async def test_the_operations_themselves_refuse_a_key_that_passed_the_check_of_r
     path = {"expert": "news", "job": theirs.id, "upload": upload.id, "file": "manifest.json"}
     given: dict[Any, Any] = {AddBody: AddBody(package="news"), WriteQuery: WriteQuery(offset=0)}
     refused = {}
-    for operation in OPERATIONS:
+    for operation in (route.operation for route in router.declared()):
         if operation.work is open_upload:
             continue  # makes something of the caller's own, and reads nothing
         body, query = (given.get(kind) or kind() for kind in (operation.body, operation.query))

@@ -9,38 +9,58 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Final
 
-from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Role
 from flexgate.policies.store import agreements
 from flexgate.policies.store.pseudonyms import Pseudonyms, read_pseudonyms
 from flexgate.policies.withhold import Withholding, without_agreement
-from flexgate.server.admin.agreements.schemas import AgreementBody, agreement_fields, agreement_object
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
-from flexgate.server.admin.pages import list_object, page_of
+from flexgate.server.admin.agreements.schemas import (
+    AgreementBody,
+    AgreementDeleted,
+    AgreementObject,
+    agreement_fields,
+    agreement_object,
+)
+from flexgate.server.admin.operation import Call, Nothing, Page, Written
+from flexgate.server.admin.pages import PageOf, page_of
+from flexgate.server.admin.router import OperationRouter
+
+_ALL: Final = "/v1/agreements"
+_ONE: Final = f"{_ALL}/{{agreement_id}}"
+_READ: Final = (Role.ADMIN, Role.AUDITOR, Role.OWNER)
+_WRITE: Final = (Role.ADMIN, Role.OWNER)
+router: Final = OperationRouter()
 
 
-def list_(call: Call[Nothing, Page]) -> Json:
+def _withheld(call: Call[Any, Any]) -> Withholding:
+    return partial(without_agreement, agreement_id=call.path["agreement_id"], owner_id=call.principal.owner_id)
+
+
+@router.operation("GET", _ALL, roles=_READ)
+def list_(call: Call[Nothing, Page]) -> PageOf[AgreementObject]:
     """List agreements, oldest first."""
     found = agreements.list_agreements(call.store, owner_id=call.principal.owner_id)
     chosen, more = page_of(found, call.query, lambda agreement: agreement.id)
     names = _names(call)
-    return list_object([agreement_object(agreement, names) for agreement in chosen], more)
+    return PageOf[AgreementObject].of([agreement_object(agreement, names) for agreement in chosen], more=more)
 
 
-def create(call: Call[Agreement, Written]) -> Json:
+@router.operation("POST", _ALL, roles=_WRITE)
+def create(call: Call[AgreementBody, Written]) -> AgreementObject:
     """Make an agreement. Unknown fields and duties are refused, because they would not be enforced."""
     names = _names(call)
     fields = agreement_fields(call.body, names, call.snapshot.tenants)
     return agreement_object(agreements.create_agreement(call.store, fields, **_attributed(call)), names)
 
 
-def retrieve(call: Call[Nothing, Nothing]) -> Json:
+@router.operation("GET", _ONE, roles=_READ)
+def retrieve(call: Call[Nothing, Nothing]) -> AgreementObject:
     """Show an agreement as it is in force."""
     agreement_id, owner_id = call.path["agreement_id"], call.principal.owner_id
     return agreement_object(agreements.get_agreement(call.store, agreement_id, owner_id=owner_id), _names(call))
 
 
-def revise(call: Call[Agreement, Written]) -> Json:
+@router.operation("POST", _ONE, roles=_WRITE)
+def revise(call: Call[AgreementBody, Written]) -> AgreementObject:
     """Replace an agreement as a whole with its next version."""
     names = _names(call)
     fields = agreement_fields(call.body, names, call.snapshot.tenants)
@@ -48,15 +68,12 @@ def revise(call: Call[Agreement, Written]) -> Json:
     return agreement_object(agreements.revise_agreement(call.store, agreement_id, fields, **_attributed(call)), names)
 
 
-def terminate(call: Call[Nothing, Written]) -> Json:
+@router.operation("DELETE", _ONE, roles=_WRITE, withholds=_withheld)
+def terminate(call: Call[Nothing, Written]) -> AgreementDeleted:
     """Terminate an agreement now. It stays in the history of the policy."""
     agreement_id = call.path["agreement_id"]
     agreements.terminate_agreement(call.store, agreement_id, **_attributed(call))
-    return {"id": agreement_id, "object": "agreement.deleted", "deleted": True}
-
-
-def _withheld(call: Call[Any, Any]) -> Withholding:
-    return partial(without_agreement, agreement_id=call.path["agreement_id"], owner_id=call.principal.owner_id)
+    return AgreementDeleted(id=agreement_id)
 
 
 def _attributed(call: Call[Any, Any]) -> dict[str, Any]:
@@ -66,17 +83,3 @@ def _attributed(call: Call[Any, Any]) -> dict[str, Any]:
 def _names(call: Call[Any, Any]) -> Pseudonyms | None:
     owner_id = call.principal.owner_id
     return None if owner_id is None else read_pseudonyms(call.store.engine, owner_id)
-
-
-_ALL: Final = "/v1/agreements"
-_ONE: Final = f"{_ALL}/{{agreement_id}}"
-_READ: Final = (Role.ADMIN, Role.AUDITOR, Role.OWNER)
-_WRITE: Final = (Role.ADMIN, Role.OWNER)
-
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="GET", path=_ALL, roles=_READ, work=list_, query=Page),
-    Operation(method="POST", path=_ALL, roles=_WRITE, work=create, body=AgreementBody, query=Written),
-    Operation(method="GET", path=_ONE, roles=_READ, work=retrieve),
-    Operation(method="POST", path=_ONE, roles=_WRITE, work=revise, body=AgreementBody, query=Written),
-    Operation(method="DELETE", path=_ONE, roles=_WRITE, work=terminate, query=Written, withholds=_withheld),
-)

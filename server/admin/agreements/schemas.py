@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from pydantic import create_model
-
-from flexgate.policies.agreements import Agreement
+from flexgate.policies.agreements import Agreement, Duty
 from flexgate.policies.ids import AgreementIdField, OwnerIdField
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.pseudonyms import Pseudonyms
-from flexgate.server.admin.operation import Json
+from flexgate.server.admin.pages import Deleted, Identified
 
 _TENANT: Final = "tenant:"
 
-AgreementBody: Final = create_model(
-    "AgreementBody",
-    __base__=Agreement,
-    id=(AgreementIdField | None, None),
-    version=(int | None, None),
-    owner=(OwnerIdField | None, None),
-)
-AgreementBody.__doc__ = (
+
+class AgreementBody(Agreement):
     """An agreement as it is written. The server gives id and version; an owner's key gives the owner."""
-)
+
+    id: AgreementIdField | None = None  # type: ignore[assignment]
+    version: int | None = None  # type: ignore[assignment]
+    owner: OwnerIdField | None = None  # type: ignore[assignment]
 
 
-def agreement_object(agreement: Agreement, names: Pseudonyms | None) -> Json:
+class AgreementObject(Identified):
+    """An agreement as it is in force. An owner reads pseudonyms of tenants."""
+
+    object: Literal["agreement"] = "agreement"
+    version: int
+    owner: str
+    experts: list[str]
+    assignee: str
+    effect: Literal["permit", "prohibit"]
+    purposes: list[str] | None
+    regions: list[str] | None
+    not_before: str | None
+    not_after: str | None
+    duties: list[Duty]
+    license_expression: str | None
+    terms_uri: str | None
+    terms_sha256: str | None
+
+
+class AgreementDeleted(Deleted):
+    """An agreement that was terminated."""
+
+    object: Literal["agreement.deleted"] = "agreement.deleted"
+
+
+def agreement_object(agreement: Agreement, names: Pseudonyms | None) -> AgreementObject:
     """An agreement; `names` are an owner's names for tenants."""
     values = to_json(agreement)
     if names is not None and agreement.assignee.startswith(_TENANT):
         values["assignee"] = _TENANT + names.of(agreement.assignee.removeprefix(_TENANT))
-    return {"object": "agreement", **values}
+    return AgreementObject(**values)
 
 
 def agreement_fields(written: Agreement, names: Pseudonyms | None, tenant_ids: Any) -> dict[str, Any]:

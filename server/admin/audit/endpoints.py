@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from flexgate.policies.audit import Entry
 from flexgate.policies.documents import Role
 from flexgate.policies.store.audit import Sought, newest
-from flexgate.server.admin.audit.schemas import PREFIX, ListAuditLogs, TrimAuditLogs, audit_object, project_of, type_of
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation
-from flexgate.server.admin.pages import list_object, unknown_cursor
+from flexgate.server.admin.audit.schemas import (
+    PREFIX,
+    AuditLogObject,
+    AuditTrimming,
+    ListAuditLogs,
+    TrimAuditLogs,
+    audit_object,
+    project_of,
+    type_of,
+)
+from flexgate.server.admin.operation import Call, Nothing
+from flexgate.server.admin.pages import PageOf, unknown_cursor
+from flexgate.server.admin.router import OperationRouter
 from flexgate.server.policy.retention import trim_denials
 
+router: Final = OperationRouter()
 
-def list_(call: Call[Nothing, ListAuditLogs]) -> Json:
+
+@router.operation("GET", "/v1/organization/audit_logs", roles=(Role.ADMIN, Role.AUDITOR))
+def list_(call: Call[Nothing, ListAuditLogs]) -> PageOf[AuditLogObject]:
     """List entries, newest first."""
     query = call.query
     found = newest(call.store.engine, _sought(query), limit=query.limit + 1)
     chosen = [audit_object(entry) for entry in found[: query.limit]]
-    return list_object(chosen, len(found) > len(chosen))
+    return PageOf[AuditLogObject].of(chosen, more=len(found) > len(chosen))
 
 
-def trim(call: Call[TrimAuditLogs, Nothing]) -> Json:
+@router.operation("POST", "/v1/organization/audit_logs/trim", roles=(Role.ADMIN,))
+def trim(call: Call[TrimAuditLogs, Nothing]) -> AuditTrimming:
     """Remove denied requests that are old enough; an entry says so. Changes are never removed."""
     trimmed = trim_denials(call.store, days=call.body.older_than_days, now=call.now, actor=call.principal.key_id)
-    return {"object": "organization.audit_log.trimming", "trimmed": trimmed}
+    return AuditTrimming(trimmed=trimmed)
 
 
 def _sought(query: ListAuditLogs) -> Sought:
@@ -57,21 +71,3 @@ def _sequence(cursor: str | None, param: str) -> int | None:
     if number == cursor or not number.isascii() or not number.isdigit() or len(number) > 15:
         raise unknown_cursor(param)
     return int(number)
-
-
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(
-        method="GET",
-        path="/v1/organization/audit_logs",
-        roles=(Role.ADMIN, Role.AUDITOR),
-        work=list_,
-        query=ListAuditLogs,
-    ),
-    Operation(
-        method="POST",
-        path="/v1/organization/audit_logs/trim",
-        roles=(Role.ADMIN,),
-        work=trim,
-        body=TrimAuditLogs,
-    ),
-)

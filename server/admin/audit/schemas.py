@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from flexgate.policies.audit import Entry
-from flexgate.server.admin.operation import Json
+from flexgate.server.admin.pages import Identified
+from flexgate.server.http.schemas import Shown, is_none
 from flexgate.server.http.validation import Closed
 
 PREFIX: Final = "audit_log-"
@@ -48,6 +49,63 @@ class TrimAuditLogs(Closed):
     older_than_days: int = Field(ge=1, le=36_500)
 
 
+class AuditKey(Identified):
+    """The key that did it."""
+
+    type: Literal["service_account"] = "service_account"
+
+
+class AuditActor(Shown):
+    """Who did it."""
+
+    type: Literal["api_key"] = "api_key"
+    api_key: AuditKey
+
+
+class AuditEvent(Shown):
+    """What it was done to, and how that is since."""
+
+    id: str | None
+    data: dict[str, Any] | None
+
+
+class AuditProject(Identified):
+    """The project that an entry is about."""
+
+
+class AuditChain(Shown):
+    """An entry as it is in the log: its place in the chain of hashes, and all that it says."""
+
+    sequence: int
+    at: float
+    action: str
+    detail: dict[str, Any]
+    previous: str
+    hash: str
+    log: Literal["changes", "requests"]
+
+
+class AuditLogObject(Identified):
+    """One entry. The event's own field has its type for a name, as in OpenAI's API."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, AuditEvent] = Field(init=False)
+
+    object: Literal["organization.audit_log"] = "organization.audit_log"
+    type: str
+    effective_at: int
+    actor: AuditActor
+    project: Annotated[AuditProject | None, Field(exclude_if=is_none)] = None
+    flexgate: AuditChain
+
+
+class AuditTrimming(Shown):
+    """How many entries were removed."""
+
+    object: Literal["organization.audit_log.trimming"] = "organization.audit_log.trimming"
+    trimmed: int
+
+
 def type_of(entry: Entry) -> str:
     """OpenAI's word for what happened, where it has one."""
     kind, _, verb = entry.action.partition(".")
@@ -69,24 +127,18 @@ def project_of(entry: Entry) -> str | None:
     return None if found is None else str(found)
 
 
-def audit_object(entry: Entry) -> Json:
-    """One entry. The event's own field has its type for a name, as in OpenAI's API."""
+def audit_object(entry: Entry) -> AuditLogObject:
+    """One entry."""
     type_, project = type_of(entry), project_of(entry)
-    answer: dict[str, Any] = {
-        "id": f"{PREFIX}{entry.sequence}",
-        "object": "organization.audit_log",
-        "type": type_,
-        "effective_at": int(entry.at),
-        "actor": {"type": "api_key", "api_key": {"id": entry.actor, "type": "service_account"}},
-        type_: {"id": entry.detail.get("id"), "data": entry.detail.get("after")},
-        "flexgate": {
-            "sequence": entry.sequence,
-            "at": entry.at,
-            "action": entry.action,
-            "detail": entry.detail,
-            "previous": entry.previous,
-            "hash": entry.hash,
-            "log": entry.log,
-        },
-    }
-    return answer if project is None else {**answer, "project": {"id": project}}
+    event = AuditEvent(id=entry.detail.get("id"), data=entry.detail.get("after"))
+    return AuditLogObject.model_validate(
+        {
+            "id": f"{PREFIX}{entry.sequence}",
+            "type": type_,
+            "effective_at": int(entry.at),
+            "actor": AuditActor(api_key=AuditKey(id=entry.actor)),
+            "project": None if project is None else AuditProject(id=project),
+            type_: event,
+            "flexgate": AuditChain.model_validate({name: getattr(entry, name) for name in AuditChain.model_fields}),
+        }
+    )

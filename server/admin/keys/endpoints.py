@@ -10,22 +10,52 @@ from flexgate.policies.store import accounts
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.withhold import Withholding, without_key
 from flexgate.server.admin.keys.schemas import (
+    AdminKeyDeleted,
+    AdminKeyObject,
+    ApiKeyDeleted,
+    ApiKeyObject,
     CreateAdminKey,
     CreateServiceAccount,
     ListAdminKeys,
     ListApiKeys,
+    NewAdminKey,
+    NewServiceAccount,
+    ServiceAccountDeleted,
+    ServiceAccountObject,
     account_object,
     admin_key_object,
     api_key_object,
     expiry,
     new_account_object,
+    new_admin_key_object,
 )
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
-from flexgate.server.admin.pages import list_object, page_of
+from flexgate.server.admin.operation import Call, Nothing, Page, Written
+from flexgate.server.admin.pages import PageOf, page_of
+from flexgate.server.admin.router import OperationRouter
 from flexgate.server.http.refusals import not_found
 
+_PROJECT: Final = "/v1/organization/projects/{project_id}"
+_ACCOUNTS: Final = f"{_PROJECT}/service_accounts"
+_ACCOUNT: Final = f"{_ACCOUNTS}/{{service_account_id}}"
+_KEYS: Final = f"{_PROJECT}/api_keys"
+_KEY: Final = f"{_KEYS}/{{key_id}}"
+_ADMIN_KEYS: Final = "/v1/organization/admin_api_keys"
+_ADMIN_KEY: Final = f"{_ADMIN_KEYS}/{{key_id}}"
+_READ: Final = (Role.ADMIN, Role.AUDITOR)
+_WRITE: Final = (Role.ADMIN,)
+router: Final = OperationRouter()
 
-def create_account(call: Call[CreateServiceAccount, Written]) -> Json:
+
+def _revoked(call: Call[Any, Any]) -> Withholding:
+    return _without(call, call.path["key_id"])
+
+
+def _revoked_account(call: Call[Any, Any]) -> Withholding:
+    return _without(call, call.path["service_account_id"].replace("svc_acct_", "key_", 1))
+
+
+@router.operation("POST", _ACCOUNTS, roles=_WRITE)
+def create_account(call: Call[CreateServiceAccount, Written]) -> NewServiceAccount:
     """Create a service account with its key; the answer alone shows the key's value."""
     account, minted = accounts.create_service_account(
         call.store,
@@ -37,46 +67,53 @@ def create_account(call: Call[CreateServiceAccount, Written]) -> Json:
     return new_account_object(account, minted)
 
 
-def list_accounts(call: Call[Nothing, Page]) -> Json:
+@router.operation("GET", _ACCOUNTS, roles=_READ)
+def list_accounts(call: Call[Nothing, Page]) -> PageOf[ServiceAccountObject]:
     """List a project's service accounts, oldest first."""
     found = accounts.list_service_accounts(call.store, call.path["project_id"])
     chosen, more = page_of(found, call.query, lambda account: account.id)
-    return list_object([account_object(account) for account in chosen], more)
+    return PageOf[ServiceAccountObject].of([account_object(account) for account in chosen], more=more)
 
 
-def retrieve_account(call: Call[Nothing, Nothing]) -> Json:
+@router.operation("GET", _ACCOUNT, roles=_READ)
+def retrieve_account(call: Call[Nothing, Nothing]) -> ServiceAccountObject:
     """Show one service account."""
     return account_object(_account(call))
 
 
-def delete_account(call: Call[Nothing, Written]) -> Json:
+@router.operation("DELETE", _ACCOUNT, roles=_WRITE, withholds=_revoked_account)
+def delete_account(call: Call[Nothing, Written]) -> ServiceAccountDeleted:
     """Delete a service account: its key is revoked."""
     project_id, account_id = call.path["project_id"], call.path["service_account_id"]
     accounts.delete_service_account(call.store, project_id, account_id, **call.attributed)
-    return {"id": account_id, "object": "organization.project.service_account.deleted", "deleted": True}
+    return ServiceAccountDeleted(id=account_id)
 
 
-def list_keys(call: Call[Nothing, ListApiKeys]) -> Json:
+@router.operation("GET", _KEYS, roles=_READ)
+def list_keys(call: Call[Nothing, ListApiKeys]) -> PageOf[ApiKeyObject]:
     """List a project's keys that are not revoked, oldest first."""
     found = accounts.list_project_keys(call.store, call.path["project_id"])
     chosen, more = page_of(found, call.query, lambda key: key.key_id)
-    return list_object([api_key_object(key) for key in chosen], more)
+    return PageOf[ApiKeyObject].of([api_key_object(key) for key in chosen], more=more)
 
 
-def retrieve_key(call: Call[Nothing, Nothing]) -> Json:
+@router.operation("GET", _KEY, roles=_READ)
+def retrieve_key(call: Call[Nothing, Nothing]) -> ApiKeyObject:
     """Show one key, without its value."""
     return api_key_object(_one(accounts.list_project_keys(call.store, call.path["project_id"]), call))
 
 
-def delete_key(call: Call[Nothing, Written]) -> Json:
+@router.operation("DELETE", _KEY, roles=_WRITE, withholds=_revoked)
+def delete_key(call: Call[Nothing, Written]) -> ApiKeyDeleted:
     """Revoke a key for good."""
     project_id = call.path["project_id"]
     key = _one(accounts.list_project_keys(call.store, project_id), call)
     accounts.revoke_project_key(call.store, project_id, key.key_id, **call.attributed)
-    return {"id": key.key_id, "object": "organization.project.api_key.deleted", "deleted": True}
+    return ApiKeyDeleted(id=key.key_id)
 
 
-def create_admin_key(call: Call[CreateAdminKey, Written]) -> Json:
+@router.operation("POST", _ADMIN_KEYS, roles=_WRITE)
+def create_admin_key(call: Call[CreateAdminKey, Written]) -> NewAdminKey:
     """Create a key that administers, audits or speaks for an owner; its value is shown here only."""
     minted = accounts.create_admin_key(
         call.store,
@@ -86,36 +123,31 @@ def create_admin_key(call: Call[CreateAdminKey, Written]) -> Json:
         expires=expiry(call.body.expires_in_seconds, call.now),
         **call.attributed,
     )
-    return {**admin_key_object(minted.record), "value": minted.secret}
+    return new_admin_key_object(minted)
 
 
-def list_admin_keys(call: Call[Nothing, ListAdminKeys]) -> Json:
+@router.operation("GET", _ADMIN_KEYS, roles=_READ)
+def list_admin_keys(call: Call[Nothing, ListAdminKeys]) -> PageOf[AdminKeyObject]:
     """List these keys."""
     found = accounts.list_admin_keys(call.store)
     if call.query.order == "desc":
         found.reverse()
     chosen, more = page_of(found, call.query, lambda key: key.key_id)
-    return list_object([admin_key_object(key) for key in chosen], more)
+    return PageOf[AdminKeyObject].of([admin_key_object(key) for key in chosen], more=more)
 
 
-def retrieve_admin_key(call: Call[Nothing, Nothing]) -> Json:
+@router.operation("GET", _ADMIN_KEY, roles=_READ)
+def retrieve_admin_key(call: Call[Nothing, Nothing]) -> AdminKeyObject:
     """Show one of them, without its value."""
     return admin_key_object(_one(accounts.list_admin_keys(call.store), call))
 
 
-def delete_admin_key(call: Call[Nothing, Written]) -> Json:
+@router.operation("DELETE", _ADMIN_KEY, roles=_WRITE, withholds=_revoked)
+def delete_admin_key(call: Call[Nothing, Written]) -> AdminKeyDeleted:
     """Revoke one of them. The last admin key that does not expire is kept."""
     key = _one(accounts.list_admin_keys(call.store), call)
     accounts.revoke_admin_key(call.store, key.key_id, **call.attributed)
-    return {"id": key.key_id, "object": "organization.admin_api_key.deleted", "deleted": True}
-
-
-def _revoked(call: Call[Any, Any]) -> Withholding:
-    return _without(call, call.path["key_id"])
-
-
-def _revoked_account(call: Call[Any, Any]) -> Withholding:
-    return _without(call, call.path["service_account_id"].replace("svc_acct_", "key_", 1))
+    return AdminKeyDeleted(id=key.key_id)
 
 
 def _without(call: Call[Any, Any], key_id: str) -> Withholding:
@@ -134,32 +166,3 @@ def _one(keys: list[KeyRecord], call: Call[Any, Any]) -> KeyRecord:
         if key.key_id == call.path["key_id"]:
             return key
     raise not_found()
-
-
-_PROJECT: Final = "/v1/organization/projects/{project_id}"
-_ACCOUNTS: Final = f"{_PROJECT}/service_accounts"
-_ACCOUNT: Final = f"{_ACCOUNTS}/{{service_account_id}}"
-_KEYS: Final = f"{_PROJECT}/api_keys"
-_KEY: Final = f"{_KEYS}/{{key_id}}"
-_ADMIN_KEYS: Final = "/v1/organization/admin_api_keys"
-_ADMIN_KEY: Final = f"{_ADMIN_KEYS}/{{key_id}}"
-_READ: Final = (Role.ADMIN, Role.AUDITOR)
-_WRITE: Final = (Role.ADMIN,)
-
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="GET", path=_ACCOUNTS, roles=_READ, work=list_accounts, query=Page),
-    Operation(
-        method="POST", path=_ACCOUNTS, roles=_WRITE, work=create_account, body=CreateServiceAccount, query=Written
-    ),
-    Operation(method="GET", path=_ACCOUNT, roles=_READ, work=retrieve_account),
-    Operation(
-        method="DELETE", path=_ACCOUNT, roles=_WRITE, work=delete_account, query=Written, withholds=_revoked_account
-    ),
-    Operation(method="GET", path=_KEYS, roles=_READ, work=list_keys, query=ListApiKeys),
-    Operation(method="GET", path=_KEY, roles=_READ, work=retrieve_key),
-    Operation(method="DELETE", path=_KEY, roles=_WRITE, work=delete_key, query=Written, withholds=_revoked),
-    Operation(method="GET", path=_ADMIN_KEYS, roles=_READ, work=list_admin_keys, query=ListAdminKeys),
-    Operation(method="POST", path=_ADMIN_KEYS, roles=_WRITE, work=create_admin_key, body=CreateAdminKey, query=Written),
-    Operation(method="GET", path=_ADMIN_KEY, roles=_READ, work=retrieve_admin_key),
-    Operation(method="DELETE", path=_ADMIN_KEY, roles=_WRITE, work=delete_admin_key, query=Written, withholds=_revoked),
-)

@@ -10,7 +10,9 @@ from flexgate.policies.documents import KeyRecord, Title
 from flexgate.policies.ids import OwnerIdField
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
-from flexgate.server.admin.operation import Json, Page
+from flexgate.server.admin.operation import Page
+from flexgate.server.admin.pages import Deleted, Identified
+from flexgate.server.http.schemas import Shown
 from flexgate.server.http.validation import Closed
 
 Seconds = Annotated[int, Field(ge=1, le=10 * 365 * 86_400)]
@@ -56,66 +58,160 @@ def expiry(seconds: int | None, now: float) -> float | None:
     return None if seconds is None else now + seconds
 
 
-def account_object(account: ServiceAccount) -> Json:
+class AccountFields(Identified):
+    """A project's robot user, and that it is one of the project's members."""
+
+    name: str
+    role: Literal["member"] = "member"
+    created_at: int
+
+
+class ServiceAccountObject(AccountFields):
     """A service account."""
-    return {
-        "id": account.id,
-        "object": "organization.project.service_account",
-        "name": account.name,
-        "role": "member",
-        "created_at": int(account.key.created),
-    }
+
+    object: Literal["organization.project.service_account"] = "organization.project.service_account"
 
 
-def new_account_object(account: ServiceAccount, minted: MintedKey) -> Json:
-    """A service account with its key's value, which is shown here only."""
-    key = {
-        "id": minted.record.key_id,
-        "object": "organization.project.service_account.api_key",
-        "name": minted.record.name,
-        "value": minted.secret,
-        "created_at": int(minted.record.created),
-        "expires_at": _whole(minted.record.expires),
-    }
-    return {**account_object(account), "api_key": key}
+class NewKey(Identified):
+    """A key with its value, which is shown here only."""
+
+    object: Literal["organization.project.service_account.api_key"] = "organization.project.service_account.api_key"
+    name: str
+    value: str
+    created_at: int
+    expires_at: int | None
 
 
-def api_key_object(key: KeyRecord) -> Json:
+class NewServiceAccount(ServiceAccountObject):
+    """A service account with its one key."""
+
+    api_key: NewKey
+
+
+class KeyOwner(Shown):
+    """Whose a project's key is."""
+
+    type: Literal["service_account"] = "service_account"
+    service_account: AccountFields
+
+
+class KeyObject(Identified):
+    """A key, without its value."""
+
+    name: str
+    redacted_value: str
+    created_at: int
+    expires_at: int | None
+    last_used_at: None = None
+
+
+class ApiKeyObject(KeyObject):
     """A project's key."""
-    account = account_object(ServiceAccount(key))
-    del account["object"]
+
+    object: Literal["organization.project.api_key"] = "organization.project.api_key"
+    owner: KeyOwner
+    owner_project_access: Literal["active"] = "active"
+
+
+class AdminKeyOwner(Identified):
+    """Whom a key speaks for: the owner that it is for, or itself."""
+
+    object: Literal["organization.service_account"] = "organization.service_account"
+    type: Literal["service_account"] = "service_account"
+    name: str
+    created_at: int
+    role: Literal["admin", "auditor", "owner"]
+
+
+class AdminKeyObject(KeyObject):
+    """A key of an administrator, an auditor or an owner."""
+
+    object: Literal["organization.admin_api_key"] = "organization.admin_api_key"
+    owner: AdminKeyOwner
+
+
+class NewAdminKey(AdminKeyObject):
+    """Such a key with its value, which is shown here only."""
+
+    value: str
+
+
+class ServiceAccountDeleted(Deleted):
+    """A service account whose key was revoked."""
+
+    object: Literal["organization.project.service_account.deleted"] = "organization.project.service_account.deleted"
+
+
+class ApiKeyDeleted(Deleted):
+    """A project's key that was revoked."""
+
+    object: Literal["organization.project.api_key.deleted"] = "organization.project.api_key.deleted"
+
+
+class AdminKeyDeleted(Deleted):
+    """A key of an administrator, an auditor or an owner that was revoked."""
+
+    object: Literal["organization.admin_api_key.deleted"] = "organization.admin_api_key.deleted"
+
+
+def account_object(account: ServiceAccount) -> ServiceAccountObject:
+    """A service account."""
+    return ServiceAccountObject(**_account_fields(account))
+
+
+def new_account_object(account: ServiceAccount, minted: MintedKey) -> NewServiceAccount:
+    """A service account with its key's value."""
+    record = minted.record
+    key = NewKey(
+        id=record.key_id,
+        name=record.name,
+        value=minted.secret,
+        created_at=int(record.created),
+        expires_at=_whole(record.expires),
+    )
+    return NewServiceAccount(**_account_fields(account), api_key=key)
+
+
+def api_key_object(key: KeyRecord) -> ApiKeyObject:
+    """A project's key."""
+    account = AccountFields(**_account_fields(ServiceAccount(key)))
+    return ApiKeyObject(**_key_fields(key), owner=KeyOwner(service_account=account))
+
+
+def admin_key_object(key: KeyRecord) -> AdminKeyObject:
+    """A key of an administrator, an auditor or an owner."""
+    return AdminKeyObject(**_key_fields(key), owner=_admin_key_owner(key))
+
+
+def new_admin_key_object(minted: MintedKey) -> NewAdminKey:
+    """Such a key with its value."""
+    key = minted.record
+    return NewAdminKey(**_key_fields(key), owner=_admin_key_owner(key), value=minted.secret)
+
+
+def _account_fields(account: ServiceAccount) -> dict[str, Any]:
+    return {"id": account.id, "name": account.name, "created_at": int(account.key.created)}
+
+
+def _key_fields(key: KeyRecord) -> dict[str, Any]:
     return {
         "id": key.key_id,
-        "object": "organization.project.api_key",
         "name": key.name,
         "redacted_value": redacted(key),
         "created_at": int(key.created),
         "expires_at": _whole(key.expires),
-        "last_used_at": None,
-        "owner": {"type": "service_account", "service_account": account},
-        "owner_project_access": "active",
     }
 
 
-def admin_key_object(key: KeyRecord) -> Json:
-    """A key of an administrator, an auditor or an owner."""
-    return {
-        "id": key.key_id,
-        "object": "organization.admin_api_key",
-        "name": key.name,
-        "redacted_value": redacted(key),
-        "created_at": int(key.created),
-        "expires_at": _whole(key.expires),
-        "last_used_at": None,
-        "owner": {
+def _admin_key_owner(key: KeyRecord) -> AdminKeyOwner:
+    return AdminKeyOwner.model_validate(
+        {
             "id": key.owner_id or key.key_id,
-            "object": "organization.service_account",
-            "type": "service_account",
             "name": key.name,
             "created_at": int(key.created),
             "role": str(key.role),
-        },
-    }
+        }
+    )
 
 
 def redacted(key: KeyRecord) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from flexgate.policies import explain as explaining
 from flexgate.policies import simulate as simulating
@@ -11,13 +11,19 @@ from flexgate.policies.documents import Role
 from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import with_standard
 from flexgate.policies.store import gitops, history
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Page, Written
-from flexgate.server.admin.pages import list_object, unknown_cursor
+from flexgate.server.admin.operation import Call, Json, Nothing, Page, Written
+from flexgate.server.admin.pages import PageOf, unknown_cursor
 from flexgate.server.admin.policy.schemas import (
     Apply,
     Compare,
     Explain,
     Export,
+    PolicyApplication,
+    PolicyDiff,
+    PolicyExplanation,
+    PolicyRollback,
+    PolicySimulation,
+    RevisionObject,
     RollBack,
     Simulate,
     change_object,
@@ -25,29 +31,37 @@ from flexgate.server.admin.policy.schemas import (
     revision_object,
     simulation_object,
 )
+from flexgate.server.admin.router import OperationRouter
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.refusals import not_found
 from flexgate.server.policy import decision_samples
 
+_READ: Final = (Role.ADMIN, Role.AUDITOR)
+_EXPLAIN: Final = (Role.ADMIN, Role.AUDITOR, Role.TENANT)
+_ADMIN: Final = (Role.ADMIN,)
+router: Final = OperationRouter()
 
-def explain(call: Call[Nothing, Explain]) -> Json:
+
+@router.operation("GET", "/v1/policy/explain", roles=_EXPLAIN)
+def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
     """Say for every listed expert why a project may use it, or why not and what would change it."""
     project_id = _project(call)
     request = DecisionRequest(decision_id="explain", purpose=call.query.purpose, region=call.query.region)
     found = explaining.explain(call.snapshot, project_id, request, call.now)
-    answer = {
-        "object": "policy.explanation",
-        "project_id": project_id,
-        "policy_version": call.snapshot.policy_version,
-        "experts": [explanation_object(explanation) for explanation in found],
-    }
+    hidden = None
     if call.principal.tenant_id is None:
-        hidden = call.snapshot.hidden_from(call.snapshot.tenants[TenantId(project_id)])
-        answer["hidden"] = [expert for expert in call.snapshot.experts if expert in hidden]
-    return answer
+        concealed = call.snapshot.hidden_from(call.snapshot.tenants[TenantId(project_id)])
+        hidden = [str(expert) for expert in call.snapshot.experts if expert in concealed]
+    return PolicyExplanation(
+        project_id=project_id,
+        policy_version=call.snapshot.policy_version,
+        experts=[explanation_object(explanation) for explanation in found],
+        hidden=hidden,
+    )
 
 
-def simulate(call: Call[Simulate, Nothing]) -> Json:
+@router.operation("POST", "/v1/policy/simulate", roles=_ADMIN)
+def simulate(call: Call[Simulate, Nothing]) -> PolicySimulation:
     """Show which projects would gain or lose which experts if a policy file were applied. Changes nothing.
 
     Replays the decision samples of recent requests, and a request without filter for every active project.
@@ -59,43 +73,48 @@ def simulate(call: Call[Simulate, Nothing]) -> Json:
     return simulation_object(plan, replays, differences)
 
 
+@router.operation("GET", "/v1/policy/file", roles=_READ, response=gitops.PolicyFile)
 def export(call: Call[Nothing, Export]) -> Json:
     """Give the policy as a file's content. Applied again, it changes nothing."""
     return gitops.export(call.store, call.query.version)
 
 
-def apply(call: Call[Apply, Written]) -> Json:
+@router.operation("POST", "/v1/policy/apply", roles=_ADMIN)
+def apply(call: Call[Apply, Written]) -> PolicyApplication:
     """Make the policy say what a file says, in one revision, or not at all; say what changed."""
     body = call.body
     if body.dry_run:
         changes = gitops.plan(call.store, body.policy, prune=body.prune).changes
     else:
         changes = gitops.apply(call.store, body.policy, prune=body.prune, **call.attributed)
-    return {"object": "policy.application", "changes": [change_object(change) for change in changes]}
+    return PolicyApplication(changes=[change_object(change) for change in changes])
 
 
-def revisions(call: Call[Nothing, Page]) -> Json:
+@router.operation("GET", "/v1/policy/revisions", roles=_READ)
+def revisions(call: Call[Nothing, Page]) -> PageOf[RevisionObject]:
     """List the revisions of the policy, newest first."""
     before = _cursor(call.query.after)
     found = history.newest_revisions(call.store, before=before, limit=call.query.limit + 1)
     chosen = [revision_object(revision) for revision in found[: call.query.limit]]
-    return list_object(chosen, len(found) > len(chosen))
+    return PageOf[RevisionObject].of(chosen, more=len(found) > len(chosen))
 
 
-def diff(call: Call[Nothing, Compare]) -> Json:
+@router.operation("GET", "/v1/policy/diff", roles=_READ)
+def diff(call: Call[Nothing, Compare]) -> PolicyDiff:
     """Say what differs between two versions of the policy, object by object."""
     old, new = call.query.old, call.query.new
     changes = history.diff(call.store, old, new)
-    return {"object": "policy.diff", "old": old, "new": new, "changes": [change_object(c) for c in changes]}
+    return PolicyDiff(old=old, new=new, changes=[change_object(change) for change in changes])
 
 
-def roll_back(call: Call[RollBack, Written]) -> Json:
+@router.operation("POST", "/v1/policy/rollback", roles=_ADMIN)
+def roll_back(call: Call[RollBack, Written]) -> PolicyRollback:
     """Make the policy say what it said at a version, as a new revision.
 
     Revoked keys stay revoked, archived projects archived. The present version in `confirm` says that it is meant.
     """
     version = history.roll_back(call.store, call.body.version, confirm=call.body.confirm, **call.attributed)
-    return {"object": "policy.rollback", "version": call.body.version, "policy_version": version}
+    return PolicyRollback(version=call.body.version, policy_version=version)
 
 
 def _project(call: Call[Nothing, Explain]) -> str:
@@ -114,18 +133,3 @@ def _cursor(after: str | None) -> int | None:
     if not after.isascii() or not after.isdigit() or len(after) > 15:
         raise unknown_cursor("after")
     return int(after)
-
-
-_READ: Final = (Role.ADMIN, Role.AUDITOR)
-_EXPLAIN: Final = (Role.ADMIN, Role.AUDITOR, Role.TENANT)
-_ADMIN: Final = (Role.ADMIN,)
-
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="GET", path="/v1/policy/explain", roles=_EXPLAIN, work=explain, query=Explain),
-    Operation(method="POST", path="/v1/policy/simulate", roles=_ADMIN, work=simulate, body=Simulate),
-    Operation(method="GET", path="/v1/policy/file", roles=_READ, work=export, query=Export),
-    Operation(method="POST", path="/v1/policy/apply", roles=_ADMIN, work=apply, body=Apply, query=Written),
-    Operation(method="GET", path="/v1/policy/revisions", roles=_READ, work=revisions, query=Page),
-    Operation(method="GET", path="/v1/policy/diff", roles=_READ, work=diff, query=Compare),
-    Operation(method="POST", path="/v1/policy/rollback", roles=_ADMIN, work=roll_back, body=RollBack, query=Written),
-)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,8 +12,9 @@ from flexgate.policies.explain import Explanation
 from flexgate.policies.simulate import Difference, Replay
 from flexgate.policies.store.gitops import Plan, PolicyFile
 from flexgate.policies.store.revisions import ObjectChange, Revision
-from flexgate.server.admin.operation import Json
+from flexgate.server.admin.pages import Identified
 from flexgate.server.http.refusals import reason_json
+from flexgate.server.http.schemas import Reason, Shown, is_none
 from flexgate.server.http.validation import Closed
 
 Version = Annotated[int, Field(ge=0, le=10**15)]
@@ -63,59 +64,146 @@ class RollBack(Closed):
     confirm: Version | None = None
 
 
-def explanation_object(explanation: Explanation) -> Json:
-    """One expert. `until` is null where nothing ends it."""
-    until = explanation.until
-    return {
-        "expert": explanation.expert,
-        "allowed": explanation.refused is None,
-        "permitted_by": list(explanation.permitted_by),
-        "until": None if until is None or until == math.inf else int(until),
-        "reason": None if explanation.refused is None else reason_json(explanation.refused),
-    }
+class ExplanationObject(Shown):
+    """One expert. `until` is in Unix seconds, and null where nothing ends it."""
+
+    expert: str
+    allowed: bool
+    permitted_by: list[str]
+    until: int | None
+    reason: Reason | None
 
 
-def difference_object(difference: Difference) -> Json:
+class PolicyExplanation(Shown):
+    """Why a project may use what it may. Its own key is not shown what is hidden from it."""
+
+    object: Literal["policy.explanation"] = "policy.explanation"
+    project_id: str
+    policy_version: int
+    experts: list[ExplanationObject]
+    hidden: Annotated[list[str] | None, Field(exclude_if=is_none)] = None
+
+
+class DifferenceObject(Shown):
     """What would change for one decision sample, and how many requests it stands for."""
-    request = difference.replay.request
-    return {
-        "project_id": difference.replay.tenant_id,
-        "purpose": request.purpose,
-        "region": request.region,
-        "only": None if request.only is None else list(request.only),
-        "ignore": list(request.ignore),
-        "requests": difference.replay.times,
-        "gained": list(difference.gained),
-        "lost": list(difference.lost),
-        "refused_before": difference.refused_before,
-        "refused_after": difference.refused_after,
-    }
+
+    project_id: str
+    purpose: str | None
+    region: str | None
+    only: list[str] | None
+    ignore: list[str]
+    requests: int
+    gained: list[str]
+    lost: list[str]
+    refused_before: str | None
+    refused_after: str | None
 
 
-def simulation_object(plan: Plan, replays: list[Replay], differences: list[Difference]) -> Json:
+class ChangeObject(Shown):
+    """One object before and after; null where there is none."""
+
+    kind: str
+    id: str
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class PolicySimulation(Shown):
     """What a plan would change. `unfiltered_samples` counts, by project, the replayed samples without a filter."""
-    return {
-        "object": "policy.simulation",
-        "policy_version": plan.current.policy_version,
-        "changes": [change_object(change) for change in plan.changes],
-        "replayed": len(replays),
-        "unfiltered_samples": Counter(replay.tenant_id for replay in replays if not replay.request.filters),
-        "differences": [difference_object(difference) for difference in differences],
-    }
+
+    object: Literal["policy.simulation"] = "policy.simulation"
+    policy_version: int
+    changes: list[ChangeObject]
+    replayed: int
+    unfiltered_samples: dict[str, int]
+    differences: list[DifferenceObject]
 
 
-def change_object(change: ObjectChange) -> Json:
-    """One object before and after."""
-    return {"kind": change.kind, "id": change.object_id, "before": change.before, "after": change.after}
+class PolicyApplication(Shown):
+    """What applying a file changed, or would change."""
+
+    object: Literal["policy.application"] = "policy.application"
+    changes: list[ChangeObject]
 
 
-def revision_object(revision: Revision) -> dict[str, Any]:
+class PolicyDiff(Shown):
+    """What differs between two versions."""
+
+    object: Literal["policy.diff"] = "policy.diff"
+    old: int
+    new: int
+    changes: list[ChangeObject]
+
+
+class PolicyRollback(Shown):
+    """The version that is back, and the one that says so now."""
+
+    object: Literal["policy.rollback"] = "policy.rollback"
+    version: int
+    policy_version: int
+
+
+class RevisionObject(Identified):
     """Who changed the policy, when and why."""
-    return {
-        "id": str(revision.version),
-        "object": "policy.revision",
-        "version": revision.version,
-        "created_at": int(revision.at),
-        "actor": revision.actor,
-        "note": revision.note,
-    }
+
+    object: Literal["policy.revision"] = "policy.revision"
+    version: int
+    created_at: int
+    actor: str
+    note: str
+
+
+def explanation_object(explanation: Explanation) -> ExplanationObject:
+    """One expert."""
+    until = explanation.until
+    return ExplanationObject(
+        expert=explanation.expert,
+        allowed=explanation.refused is None,
+        permitted_by=list(explanation.permitted_by),
+        until=None if until is None or until == math.inf else int(until),
+        reason=None if explanation.refused is None else Reason(**reason_json(explanation.refused)),
+    )
+
+
+def difference_object(difference: Difference) -> DifferenceObject:
+    """What would change for one decision sample."""
+    request = difference.replay.request
+    return DifferenceObject(
+        project_id=difference.replay.tenant_id,
+        purpose=request.purpose,
+        region=request.region,
+        only=None if request.only is None else list(request.only),
+        ignore=list(request.ignore),
+        requests=difference.replay.times,
+        gained=list(difference.gained),
+        lost=list(difference.lost),
+        refused_before=difference.refused_before,
+        refused_after=difference.refused_after,
+    )
+
+
+def simulation_object(plan: Plan, replays: list[Replay], differences: list[Difference]) -> PolicySimulation:
+    """What a plan would change."""
+    return PolicySimulation(
+        policy_version=plan.current.policy_version,
+        changes=[change_object(change) for change in plan.changes],
+        replayed=len(replays),
+        unfiltered_samples=dict(Counter(replay.tenant_id for replay in replays if not replay.request.filters)),
+        differences=[difference_object(difference) for difference in differences],
+    )
+
+
+def change_object(change: ObjectChange) -> ChangeObject:
+    """One object before and after."""
+    return ChangeObject(kind=change.kind, id=change.object_id, before=change.before, after=change.after)
+
+
+def revision_object(revision: Revision) -> RevisionObject:
+    """One revision."""
+    return RevisionObject(
+        id=str(revision.version),
+        version=revision.version,
+        created_at=int(revision.at),
+        actor=revision.actor,
+        note=revision.note,
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from flexgate.policies.agreements import PurposeField, RegionField, SetOf
 from flexgate.policies.compiled.compiler import TenantRules
@@ -11,11 +13,12 @@ from flexgate.policies.documents import References, Tenant, Title
 from flexgate.policies.ids import ExpertReference, GroupIdField, SetId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
-from flexgate.server.admin.operation import Json, Page
+from flexgate.server.admin.operation import Page
+from flexgate.server.admin.pages import Identified
+from flexgate.server.http.schemas import Shown, is_none
 from flexgate.server.http.validation import Closed
 
-_OWN_FIELDS: Final = ("groups", "purposes", "regions", "default_experts", "anchor_optional")
-_OPERATOR_FIELDS: Final = ("hidden", "listed")
+Mode = Literal["allow_list", "deny_list"]
 
 
 class OwnFields(Closed):
@@ -58,29 +61,72 @@ class ListProjects(Page):
 class ExpertPermissions(Closed):
     """`allow_list`: only these, where agreements permit them. `deny_list`: all but these."""
 
-    mode: Literal["allow_list", "deny_list"]
+    mode: Mode
     expert_ids: References
 
 
-def project_object(tenant: Tenant, times: Times, *, operator: bool) -> Json:
-    """A project; `operator` sees which experts are hidden from it."""
-    values = tenant.model_dump(mode="json")
-    fields = _OWN_FIELDS + (_OPERATOR_FIELDS if operator else ())
-    own = {name: _sorted(values[name]) for name in fields}
-    return {
-        "id": tenant.id,
-        "object": "organization.project",
-        "name": tenant.name,
-        "created_at": int(times.created),
-        "archived_at": None if times.archived is None else int(times.archived),
-        "status": "archived" if tenant.archived else "active",
-        "flexgate": own,
-    }
+class ProjectFields(Shown):
+    """What OpenAI's projects do not have. Administrators and auditors see which experts are hidden from a project."""
+
+    groups: list[str]
+    purposes: list[str]
+    regions: list[str]
+    default_experts: list[str] | None
+    anchor_optional: bool
+    hidden: Annotated[list[str] | None, Field(exclude_if=is_none)] = None
+    listed: Annotated[list[str] | None, Field(exclude_if=is_none)] = None
 
 
-def permissions_object(mode: str, expert_ids: Iterable[str]) -> Json:
+class ProjectObject(Identified):
+    """A project."""
+
+    object: Literal["organization.project"] = "organization.project"
+    name: str
+    created_at: int
+    archived_at: int | None
+    status: Literal["active", "archived"]
+    flexgate: ProjectFields
+
+
+class PermissionsObject(Shown):
     """The expert permissions of a project."""
-    return {"object": "project.expert_permissions", "mode": mode, "expert_ids": sorted(expert_ids)}
+
+    object: Literal["project.expert_permissions"] = "project.expert_permissions"
+    mode: Mode
+    expert_ids: list[str]
+
+
+class PermissionsDeleted(Shown):
+    """The expert permissions of a project went back to an empty allow list."""
+
+    object: Literal["project.expert_permissions.deleted"] = "project.expert_permissions.deleted"
+    deleted: Literal[True] = True
+
+
+def project_object(tenant: Tenant, times: Times, *, operator: bool) -> ProjectObject:
+    """A project; `operator` sees which experts are hidden from it."""
+    own = ProjectFields(
+        groups=sorted(tenant.groups),
+        purposes=sorted(tenant.purposes),
+        regions=sorted(tenant.regions),
+        default_experts=None if tenant.default_experts is None else sorted(tenant.default_experts),
+        anchor_optional=tenant.anchor_optional,
+        hidden=sorted(tenant.hidden) if operator else None,
+        listed=sorted(tenant.listed) if operator else None,
+    )
+    return ProjectObject(
+        id=tenant.id,
+        name=tenant.name,
+        created_at=int(times.created),
+        archived_at=None if times.archived is None else int(times.archived),
+        status="archived" if tenant.archived else "active",
+        flexgate=own,
+    )
+
+
+def permissions_object(mode: Mode, expert_ids: Iterable[str]) -> PermissionsObject:
+    """The expert permissions of a project."""
+    return PermissionsObject(mode=mode, expert_ids=sorted(expert_ids))
 
 
 def listed(references: Iterable[str], snapshot: Snapshot, rules: TenantRules) -> list[str]:
@@ -92,7 +138,3 @@ def listed(references: Iterable[str], snapshot: Snapshot, rules: TenantRules) ->
         if members - hidden:
             shown.append(reference)
     return shown
-
-
-def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value

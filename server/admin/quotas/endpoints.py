@@ -7,27 +7,34 @@ from typing import Any, Final
 from flexgate.policies.documents import Quota, Role, Tenant
 from flexgate.policies.store import projects
 from flexgate.policies.store.accounts import list_project_keys
-from flexgate.server.admin.operation import Call, Json, Nothing, Operation, Written
-from flexgate.server.admin.pages import list_object, page_of
+from flexgate.server.admin.operation import Call, Nothing, Written
+from flexgate.server.admin.pages import PageOf, page_of
 from flexgate.server.admin.projects.endpoints import READERS, visible_project
 from flexgate.server.admin.quotas.schemas import (
     PREFIX,
     PROJECT,
     ListRateLimits,
+    RateLimitObject,
     UpdateRateLimit,
     rate_limit_object,
 )
+from flexgate.server.admin.router import OperationRouter
 from flexgate.server.http.refusals import not_found
 
+_ALL: Final = "/v1/organization/projects/{project_id}/rate_limits"
+router: Final = OperationRouter()
 
-def list_(call: Call[Nothing, ListRateLimits]) -> Json:
+
+@router.operation("GET", _ALL, roles=READERS)
+def list_(call: Call[Nothing, ListRateLimits]) -> PageOf[RateLimitObject]:
     """List the project's limits, then those of its keys. A project's own key sees its own."""
     quotas = _quotas(call, visible_project(call))
     chosen, more = page_of(list(quotas), call.query, str)
-    return list_object([_shown(call, id_, quotas[id_]) for id_ in chosen], more)
+    return PageOf[RateLimitObject].of([_shown(call, id_, quotas[id_]) for id_ in chosen], more=more)
 
 
-def update(call: Call[UpdateRateLimit, Written]) -> Json:
+@router.operation("POST", f"{_ALL}/{{rate_limit_id}}", roles=(Role.ADMIN,))
+def update(call: Call[UpdateRateLimit, Written]) -> RateLimitObject:
     """Set some limits of a project or of one of its keys."""
     id_ = call.path["rate_limit_id"]
     if not id_.startswith(PREFIX):
@@ -47,19 +54,5 @@ def _quotas(call: Call[Any, Any], tenant: Tenant) -> dict[str, Quota]:
     return {PROJECT: tenant.quota, **{f"{PREFIX}{key}": tenant.key_quotas.get(key, Quota()) for key in keys}}
 
 
-def _shown(call: Call[Any, Any], id_: str, quota: Quota) -> Json:
+def _shown(call: Call[Any, Any], id_: str, quota: Quota) -> RateLimitObject:
     return rate_limit_object(id_, quota, call.services.model_names[0])
-
-
-_ALL: Final = "/v1/organization/projects/{project_id}/rate_limits"
-OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = (
-    Operation(method="GET", path=_ALL, roles=READERS, work=list_, query=ListRateLimits),
-    Operation(
-        method="POST",
-        path=f"{_ALL}/{{rate_limit_id}}",
-        roles=(Role.ADMIN,),
-        work=update,
-        body=UpdateRateLimit,
-        query=Written,
-    ),
-)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from flexgate.policies.documents import Quota
-from flexgate.server.admin.operation import Json, Page
+from flexgate.server.admin.operation import Page
+from flexgate.server.admin.pages import Identified
 from flexgate.server.http.validation import Closed
 
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
@@ -42,9 +43,28 @@ class ListRateLimits(Page):
     limit: int = Field(100, ge=1, le=100)
 
 
-def rate_limit_object(id_: str, quota: Quota, model: str) -> Json:
-    """OpenAI's clients want numbers where there is no limit: they get a very large one."""
-    rates = {name: getattr(quota, ours) for name, ours in _FIELDS.items()}
-    for name in ("max_requests_per_1_minute", "max_tokens_per_1_minute"):
-        rates[name] = UNLIMITED if rates[name] is None else rates[name]
-    return {"id": id_, "object": "project.rate_limit", "model": model, **rates}
+class RateLimitObject(Identified):
+    """The limits of a project or of one of its keys. OpenAI's two are very large numbers where there is no limit."""
+
+    object: Literal["project.rate_limit"] = "project.rate_limit"
+    model: str
+    max_requests_per_1_minute: int
+    max_tokens_per_1_minute: int
+    max_concurrent_requests: int | None
+    max_total_tokens: int | None
+
+
+def rate_limit_object(id_: str, quota: Quota, model: str) -> RateLimitObject:
+    """A quota as its rate limit."""
+    return RateLimitObject(
+        id=id_,
+        model=model,
+        max_requests_per_1_minute=_or_unlimited(quota.requests_per_minute),
+        max_tokens_per_1_minute=_or_unlimited(quota.tokens_per_minute),
+        max_concurrent_requests=quota.concurrent_requests,
+        max_total_tokens=quota.total_tokens,
+    )
+
+
+def _or_unlimited(limit: int | None) -> int:
+    return UNLIMITED if limit is None else limit

@@ -19,7 +19,13 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest, Compl
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
-from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeResponse,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.structured_output.utils import grammar_is_likely_lark
@@ -32,6 +38,7 @@ __all__ = [
     "CompletionResponse",
     "CompletionStreamResponse",
     "DetokenizeRequest",
+    "DetokenizeResponse",
     "ErrorInfo",
     "ErrorResponse",
     "ResponsesRequest",
@@ -40,6 +47,7 @@ __all__ = [
     "StructuredOutputsParams",
     "TokenizeChatRequest",
     "TokenizeCompletionRequest",
+    "TokenizeResponse",
     "VLLMValidationError",
     "create_error_response",
     "grammar_is_likely_lark",

@@ -12,19 +12,31 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from described import conform, place_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonschema.validators import Draft202012Validator
 from policy_file import LIVE
 from schemathesis import GenerationMode
 from starlette.testclient import TestClient
-from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+    ChatMessage,
+)
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionRequest,
+    CompletionResponse,
+    CompletionResponseChoice,
+)
+from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, DetokenizeResponse, TokenizeResponse
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL
 from flexgate.server.lifecycle import openapi
-from flexgate.server.lifecycle.app import build_app
-from flexgate.server.lifecycle.openapi import document
+from flexgate.server.lifecycle.app import build_app, document
 from flexgate.server.policy.live import PolicySource
 
 MANIFEST = Path(__file__).parents[1] / "golden" / "routes.txt"
@@ -74,11 +86,11 @@ async def test_it_is_made_once_and_off_the_event_loop(
 ) -> None:
     threads: list[int] = []
 
-    def seen() -> Any:
+    def seen(routes: Any) -> Any:
         threads.append(threading.get_ident())
         return document()
 
-    monkeypatch.setattr(openapi, "document", seen)
+    monkeypatch.setattr(openapi, "described", seen)
     first, second = [(await client.get("/v1/openapi.json")).content for _ in range(2)]
     assert first == second
     assert len(threads) == 1
@@ -92,7 +104,16 @@ async def _answer(request: Any, raw_request: Any = None) -> Any:
         assert {ref.expert for ref in call.allowed.experts} <= {"public", "news"}
     if getattr(request, "stream", False):
         return _events()
-    return CompletionResponse(model="tiny", choices=[CompletionResponseChoice(index=0, text="x")], usage=UsageInfo())
+    if isinstance(request, ChatCompletionRequest):
+        message = ChatMessage(role="assistant", content="x")
+        choice = ChatCompletionResponseChoice(index=0, message=message)
+        return ChatCompletionResponse(model="tiny", choices=[choice], usage=UsageInfo())
+    if isinstance(request, DetokenizeRequest):
+        return DetokenizeResponse(prompt="x")
+    if isinstance(request, CompletionRequest):
+        choices = [CompletionResponseChoice(index=0, text="x")]
+        return CompletionResponse(model="tiny", choices=choices, usage=UsageInfo())
+    return TokenizeResponse(count=1, max_model_len=64, tokens=[7])
 
 
 async def _events() -> AsyncIterator[str]:
@@ -115,8 +136,9 @@ def http(services: Any, real_store: Any) -> Iterator[TestClient]:
 
 
 async def _responses(request: Any) -> Any:
-    answer = await _answer(None)
-    return _no_events() if request.stream else answer
+    if request.stream:
+        return _no_events()
+    return ResponsesResponse.from_request(request, request.to_sampling_params(8), "tiny", 0, [], "completed", None)
 
 
 async def _no_events() -> AsyncIterator[Any]:
@@ -174,3 +196,5 @@ def _check(answer: httpx.Response, may: bool) -> None:
     assert may or answer.status_code >= 400, answer.text
     if answer.status_code >= 400:
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    if place_of(answer.request) is not None:
+        conform(answer)

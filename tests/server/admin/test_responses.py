@@ -1,0 +1,214 @@
+"""Every response of the administration is what the OpenAPI document says it is, errors included."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pydantic_core
+import pytest
+from described import conform, described, place_of
+from pydantic import ValidationError
+
+from flexgate.policies.documents import Role
+from flexgate.policies.store import Store, accounts
+from flexgate.server.admin import router
+from flexgate.server.admin.agreements.schemas import AgreementDeleted
+from flexgate.server.admin.operation import Nothing
+from flexgate.server.admin.operations import OPERATIONS
+from flexgate.server.experts.revoke import Revocation
+
+AGREEMENT = {"experts": ["math"], "assignee": "tenant:t", "effect": "permit", "owner": "academy"}
+FILE = {"format": "flexgate-policy/v1", "tenants": [{"id": "t", "name": "t", "expert_ids": ["math"]}]}
+Case = tuple[str, str, str, Any]
+
+
+@pytest.fixture
+def services(services: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """With packages to add, and experts that an engine would revoke."""
+    (tmp_path / "packages" / "news").mkdir(parents=True)
+    services.experts_dir = tmp_path / "packages"
+
+    async def revoke(expert: str, **_: Any) -> dict[str, Any]:
+        done = Revocation(expert, 1, 1, 4, 1.0)
+        return {"object": "expert.revocation", **asdict(done), "effective_at": 2.0}
+
+    monkeypatch.setattr(services.experts, "revoke", revoke)
+    monkeypatch.setattr(
+        services.experts, "start_add", lambda source, **more: services.experts.jobs.open(source.name, more["actor"])
+    )
+    return services
+
+
+@pytest.fixture
+def ids(services: Any, real_store: Store) -> dict[str, str]:
+    """Of objects that there are."""
+    account, spare = (
+        accounts.create_service_account(real_store, "t", name, actor="test", at=2.0) for name in ("robot", "spare")
+    )
+    by_role = {key.role: key.key_id for key in accounts.list_admin_keys(real_store)}
+    files = {"manifest.json": 1, "expert.safetensors": 1}
+    return {
+        "account": account[0].id,
+        "key": spare[1].record.key_id,
+        "admin_key": by_role[Role.AUDITOR],
+        "version": str(real_store.version()),
+        "job": services.experts.jobs.open("news", "key_admin").id,
+        "upload": services.uploads.open(by_role[Role.ADMIN], files).id,
+    }
+
+
+def cases(ids: dict[str, str]) -> list[Case]:
+    """What succeeds, once of each operation and role that sees something else: key, method, path, body."""
+    projects, admin = "/v1/organization/projects", "sk-admin"
+    one, account = f"{projects}/t", f"/service_accounts/{ids['account']}"
+    keys, uploads = "/v1/organization/admin_api_keys", f"/v1/expert_uploads/{ids['upload']}"
+    return [
+        (admin, "POST", projects, {"name": "new"}),
+        (admin, "GET", projects, None),
+        (admin, "GET", one, None),
+        ("sk-t", "GET", one, None),
+        (admin, "POST", one, {"flexgate": {"default_experts": ["news"]}}),
+        (admin, "POST", f"{projects}/u/archive", None),
+        (admin, "GET", f"{projects}?include_archived=true", None),
+        (admin, "GET", f"{one}/expert_permissions", None),
+        (admin, "POST", f"{one}/expert_permissions", {"mode": "allow_list", "expert_ids": ["news"]}),
+        (admin, "DELETE", f"{one}/expert_permissions", None),
+        (admin, "POST", f"{one}/service_accounts", {"name": "robot", "expires_in_seconds": 60}),
+        (admin, "GET", f"{one}/service_accounts", None),
+        (admin, "GET", f"{one}{account}", None),
+        (admin, "DELETE", f"{one}{account}", None),
+        (admin, "GET", f"{one}/api_keys", None),
+        (admin, "GET", f"{one}/api_keys/{ids['key']}", None),
+        (admin, "DELETE", f"{one}/api_keys/{ids['key']}", None),
+        (admin, "POST", keys, {"name": "owner", "role": "owner", "owner_id": "gazette"}),
+        (admin, "GET", keys, None),
+        (admin, "GET", f"{keys}/{ids['admin_key']}", None),
+        (admin, "DELETE", f"{keys}/{ids['admin_key']}", None),
+        (admin, "GET", f"{one}/rate_limits", None),
+        ("sk-t", "GET", f"{one}/rate_limits", None),
+        (admin, "POST", f"{one}/rate_limits/rl-project", {"max_total_tokens": 7}),
+        (admin, "GET", "/v1/agreements", None),
+        ("sk-owner", "GET", "/v1/agreements", None),
+        (admin, "POST", "/v1/agreements", AGREEMENT),
+        (admin, "GET", "/v1/agreements/a-math", None),
+        (admin, "POST", "/v1/agreements/a-math", {**AGREEMENT, "not_after": "2099-01-01T00:00:00Z"}),
+        (admin, "DELETE", "/v1/agreements/a-math", None),
+        (admin, "GET", "/v1/policy/explain?project_id=t", None),
+        ("sk-t", "GET", "/v1/policy/explain", None),
+        (admin, "POST", "/v1/policy/simulate", {"policy": FILE}),
+        (admin, "GET", "/v1/policy/file", None),
+        (admin, "POST", "/v1/policy/apply", {"policy": FILE, "dry_run": True}),
+        (admin, "POST", "/v1/policy/apply", {"policy": FILE}),
+        (admin, "GET", "/v1/policy/revisions", None),
+        (admin, "GET", f"/v1/policy/diff?old=1&new={ids['version']}", None),
+        (admin, "GET", "/v1/organization/audit_logs?limit=100", None),
+        (admin, "POST", "/v1/organization/audit_logs/trim", {"older_than_days": 1}),
+        (admin, "GET", "/v1/experts", None),
+        ("sk-t", "GET", "/v1/experts", None),
+        ("sk-t", "GET", "/v1/experts/math", None),
+        (admin, "GET", "/v1/experts/news", None),
+        (admin, "POST", "/v1/experts", {"package": "news"}),
+        (admin, "GET", f"/v1/expert_jobs/{ids['job']}", None),
+        (admin, "DELETE", "/v1/experts/news", None),
+        (admin, "POST", "/v1/expert_uploads", {"files": {"manifest.json": 1, "expert.safetensors": 1}}),
+        (admin, "GET", uploads, None),
+        (admin, "PATCH", f"{uploads}/manifest.json?offset=0", b"{"),
+        (admin, "DELETE", uploads, None),
+    ]
+
+
+@pytest.mark.asyncio
+async def test_whatever_succeeds_is_answered_as_it_is_described(call: Any, ids: dict[str, str]) -> None:
+    """In the order of the cases: what some make is read by others."""
+    answered = set()
+    for key, method, path, body in cases(ids):
+        sent = {"content": body} if isinstance(body, bytes) else {"json": body}
+        response = await call(key, method, path, **sent)
+        assert response.status_code < 300, (method, path, response.text)
+        conform(response)
+        answered.add((method, path))
+    version = int((await call("sk-admin", "GET", "/v1/policy/revisions?limit=1")).json()["data"][0]["version"])
+    back = await call("sk-admin", "POST", "/v1/policy/rollback", json={"version": 1, "confirm": version})
+    assert conform(back) == "200"
+    exercised = {*map(_template, answered), ("POST", "/v1/policy/rollback")}
+    assert exercised == {(operation.method, operation.path) for operation in OPERATIONS}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: f"{o.method} {o.path}")
+async def test_a_refusal_is_answered_as_it_is_described(call: Any, operation: Any) -> None:
+    path = operation.path.replace("{", "").replace("}", "")
+    statuses = {}
+    for key, query in ((None, ""), ("sk-admin", ""), ("sk-admin", "?unknown=1")):
+        response = await call(key, operation.method, f"{path}{query}", json={"unknown": 1})
+        if response.status_code >= 400:
+            statuses[response.status_code] = conform(response)
+    assert {401, 400} <= statuses.keys()
+    assert set(statuses.values()) == {"4XX"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("key", "status"), [(None, 401), ("sk-t", 403)])
+async def test_no_body_is_read_of_a_caller_who_is_refused(call: Any, key: str | None, status: int) -> None:
+    read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        read.append(1)
+        yield b"{}"
+
+    for operation in OPERATIONS:
+        if operation.body is not Nothing and Role.TENANT not in operation.roles:
+            json = {"content-type": "application/json"}
+            response = await call(key, operation.method, operation.path, content=body(), headers=json)
+            assert response.status_code == status
+    assert not read
+
+
+@pytest.mark.asyncio
+async def test_what_is_answered_is_written_in_a_thread(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+
+    def to_json(value: Any) -> bytes:
+        threads.add(threading.current_thread())
+        return pydantic_core.to_json(value)
+
+    monkeypatch.setattr(router, "to_json", to_json)
+    for path in ("/v1/organization/projects", "/v1/organization/audit_logs", "/v1/policy/file", "/v1/agreements"):
+        assert (await call("sk-admin", "GET", path)).status_code == 200
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+def test_a_response_has_no_field_that_is_not_described() -> None:
+    with pytest.raises(ValidationError, match="more"):
+        AgreementDeleted.model_validate({"id": "a", "more": 1})
+
+
+def test_a_field_that_is_not_described_is_found() -> None:
+    request = httpx.Request("DELETE", "http://test/v1/agreements/a")
+    body = {"id": "a", "object": "agreement.deleted", "deleted": True}
+    conform(httpx.Response(200, json=body, request=request))
+    for wrong in ({**body, "more": 1}, {**body, "deleted": False}, {"id": "a", "deleted": True}):
+        with pytest.raises(AssertionError, match="/v1/agreements"):
+            conform(httpx.Response(200, json=wrong, request=request))
+    with pytest.raises(AssertionError, match="does not describe 302"):
+        conform(httpx.Response(302, json=body, request=request))
+
+
+def test_every_operation_says_what_it_answers() -> None:
+    for operation in OPERATIONS:
+        responses = described()["paths"][operation.path][operation.method.lower()]["responses"]
+        schema = responses[str(operation.status)]["content"]["application/json"]["schema"]
+        assert "$ref" in schema or all("$ref" in option for option in schema["anyOf"]), operation.path
+        assert responses["4XX"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+
+
+def _template(place: tuple[str, str]) -> tuple[str, str]:
+    found = place_of(httpx.Request(place[0], f"http://test{place[1]}"))
+    assert found is not None
+    return found
