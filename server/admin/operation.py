@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request
@@ -128,7 +128,7 @@ class Operation(Generic[B, Q]):
     @classmethod
     def of(cls, work: Callable[[Call[B, Q]], Any], **declared: Any) -> Self:
         """Of a function whose annotations name its body, query and response."""
-        types = get_type_hints(work)
+        types = inspect.get_annotations(work, eval_str=True)
         body, query = get_args(types["call"])
         return cls(**{"work": work, "body": body, "query": query, "returns": types["return"]} | declared)
 
