@@ -134,7 +134,7 @@ class Agreement(Document):
     """What an owner permits or prohibits to tenants.
 
     `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
-    could be read either way. No duty is executed yet: a new agreement has none, and a stored permission with
+    could be read either way. Duties are not supported: a new agreement has none, and a stored permission with
     duties permits nothing.
     """
 

@@ -49,9 +49,9 @@ def require_title(text: str) -> None:
 
 
 class Quota(Document):
-    """How much a project, or one of its keys, may use; None is without limit.
+    """Limits of a project or of one of its keys; None is no limit.
 
-    `total_tokens` is a budget for good: raise it to give more.
+    `total_tokens` is a lifetime budget: raise it to allow more.
     """
 
     requests_per_minute: Amount = None
@@ -61,12 +61,12 @@ class Quota(Document):
 
 
 class Tenant(Document):
-    """Who calls the API. A new one is `allow_list` with nothing on it, and gets `public`.
+    """A project that calls the API. A new one has an empty allow list, and gets `public`.
 
     `purposes` and `regions` are what its requests may declare; a request that declares none stands
-    for all of them, which limited permissions do not reach. `default_experts` is used as `only` by
-    requests without one. `hidden` and `listed` override the catalogue's visibility. `key_quotas`
-    go by key id and hold beside the project's own `quota`.
+    for all of them, which limited permissions do not reach. `default_experts` is the
+    `only` of requests without one. `hidden` and `listed` override the catalogue's visibility. `key_quotas`
+    are by key id and apply in addition to `quota`.
     """
 
     id: TenantIdField

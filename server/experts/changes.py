@@ -70,7 +70,7 @@ async def add(call: Call[AddBody, Nothing]) -> ExpertJob:
 
 @router.operation("GET", "/v1/expert_jobs/{job}", roles=(*_CHANGES, Role.AUDITOR))
 async def job(call: Call[Nothing, JobQuery]) -> ExpertJob | EventStream:
-    """How far a job is; with ?stream=true all its states as they come."""
+    """Show a job's progress; with ?stream=true, stream its states as events."""
     principal, found = call.principal, call.services.experts.jobs.get(call.path["job"])
     if found is None or (principal.role not in _READ_ALL and found.actor != principal.key_id):
         raise NotFound("There is no such job. The newest hundred are kept until a restart.", code="job_not_found")
@@ -82,7 +82,7 @@ async def job(call: Call[Nothing, JobQuery]) -> ExpertJob | EventStream:
 
 @router.operation("DELETE", "/v1/experts/{expert}", roles=_CHANGES, patient=True)
 async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
-    """Revoke an expert from the running engine; answered once nothing can come of it any more."""
+    """Revoke an expert. The response comes once no request can use it any more."""
     principal, expert = call.principal, call.path["expert"]
     if not _may_revoke(principal, call.snapshot, expert):
         raise _unknown()
@@ -97,19 +97,19 @@ async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
 
 @router.operation("POST", _UPLOADS, roles=_CHANGES, status=CREATED)
 async def open_upload(call: Call[UploadBody, Nothing]) -> ExpertUpload:
-    """Begin to upload a package."""
+    """Begin the upload of a package."""
     return call.services.uploads.open(call.principal.key_id, call.body.files).shown()
 
 
 @router.operation("GET", f"{_UPLOADS}/{{upload}}", roles=_CHANGES)
 async def retrieve_upload(call: Call[Nothing, Nothing]) -> ExpertUpload:
-    """How much of an upload has arrived."""
+    """Show how much of an upload has arrived."""
     return _upload(call).shown()
 
 
 @router.operation("PATCH", f"{_UPLOADS}/{{upload}}/{{file}}", roles=_CHANGES)
 async def write_upload(call: Call[Nothing, WriteQuery]) -> ExpertUpload:
-    """Send a part of a file: the body is appended, from ?offset= on."""
+    """Append the body to a file of the upload, at ?offset=."""
     upload = _upload(call)
     arriving = while_identified(call.request, call.services, call.request.stream())
     await call.services.uploads.write(upload, call.path["file"], call.query.offset, arriving)
@@ -118,7 +118,7 @@ async def write_upload(call: Call[Nothing, WriteQuery]) -> ExpertUpload:
 
 @router.operation("DELETE", f"{_UPLOADS}/{{upload}}", roles=_CHANGES)
 async def drop_upload(call: Call[Nothing, Nothing]) -> UploadDeleted:
-    """Give an upload up."""
+    """Delete an upload."""
     upload = _upload(call)
     call.services.uploads.remove(upload)
     return UploadDeleted(id=upload.id)

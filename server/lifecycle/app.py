@@ -132,17 +132,22 @@ def _inference(services: Services) -> Iterator[Route]:
         tokenization.tokenize,
         body=schemas.TokenizeBody,
         response_model=schemas.Tokens,
-        summary="Text or messages as token ids.",
+        summary="Convert text or messages to token ids.",
     )
     yield post(
         "/detokenize",
         tokenization.detokenize,
         body=schemas.DetokenizeBody,
         response_model=schemas.DetokenizedText,
-        summary="Token ids as text.",
+        summary="Convert token ids to text.",
     )
-    yield get("/v1/models", models.list, response_model=schemas.ModelList, summary="The names of the served model.")
-    yield get("/v1/models/{model:path}", models.retrieve, response_model=schemas.Model, summary="One of its names.")
+    yield get("/v1/models", models.list, response_model=schemas.ModelList, summary="List the model's names.")
+    yield get(
+        "/v1/models/{model:path}",
+        models.retrieve,
+        response_model=schemas.Model,
+        summary="Show one of the model's names.",
+    )
 
 
 def _metrics(services: Services) -> Iterator[Route]:
@@ -152,7 +157,7 @@ def _metrics(services: Services) -> Iterator[Route]:
         method="GET",
         roles=(Role.ADMIN, Role.AUDITOR),
         response_class=PlainTextResponse,
-        summary="Prometheus metrics, for administrators and auditors.",
+        summary="Export Prometheus metrics.",
     )
 
 
@@ -164,14 +169,16 @@ def _probes(services: Services) -> Iterator[Route]:
         OpenApi(services).document,
         roles=EVERY_ROLE,
         response_model=dict[str, Any],
-        summary="This document.",
+        summary="Give this document.",
     )
-    yield get("/health", operations.health, roles=ANYONE, response_model=Status, summary="Whether the process lives.")
+    yield get(
+        "/health", operations.health, roles=ANYONE, response_model=Status, summary="Report whether the process lives."
+    )
     yield get(
         "/ready",
         operations.ready,
         roles=ANYONE,
         response_model=Status,
         responses={"5XX": {"model": Status, "description": "Not ready."}},
-        summary="Whether a request would be served.",
+        summary="Report whether requests are served.",
     )

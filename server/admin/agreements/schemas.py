@@ -14,7 +14,7 @@ _TENANT: Final = "tenant:"
 
 
 class AgreementBody(Agreement):
-    """An agreement as it is written. The server gives id and version; an owner's key gives the owner."""
+    """An agreement as sent by a client. The server sets id and version, and for an owner's key the owner."""
 
     id: AgreementIdField | None = None  # type: ignore[assignment]
     version: int | None = None  # type: ignore[assignment]

@@ -27,7 +27,7 @@ router: Final = OperationRouter()
 
 @router.operation("GET", "/v1/organization/audit_logs", roles=(Role.ADMIN, Role.AUDITOR))
 def list_(call: Call[Nothing, ListAuditLogs]) -> PageOf[AuditLogObject]:
-    """List entries, newest first."""
+    """List entries of the audit log, newest first."""
     query = call.query
     found = newest(call.store.engine, _sought(query), limit=query.limit + 1)
     chosen = [audit_object(entry) for entry in found[: query.limit]]
@@ -36,7 +36,7 @@ def list_(call: Call[Nothing, ListAuditLogs]) -> PageOf[AuditLogObject]:
 
 @router.operation("POST", "/v1/organization/audit_logs/trim", roles=(Role.ADMIN,))
 def trim(call: Call[TrimAuditLogs, Nothing]) -> AuditTrimming:
-    """Remove denied requests that are old enough; an entry says so. Changes are never removed."""
+    """Delete old entries of denied requests. Changes are never deleted; the trim is recorded."""
     trimmed = trim_denials(call.store, days=call.body.older_than_days, now=call.now, actor=call.principal.key_id)
     return AuditTrimming(trimmed=trimmed)
 

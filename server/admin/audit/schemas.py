@@ -44,7 +44,7 @@ class ListAuditLogs(Closed):
 
 
 class TrimAuditLogs(Closed):
-    """How old denied requests must be to go."""
+    """The age from which denied requests are deleted."""
 
     older_than_days: int = Field(ge=1, le=36_500)
 

@@ -56,7 +56,7 @@ def _revoked_account(call: Call[Any, Any]) -> Withholding:
 
 @router.operation("POST", _ACCOUNTS, roles=_WRITE)
 def create_account(call: Call[CreateServiceAccount, Written]) -> NewServiceAccount:
-    """Create a service account with its key; the answer alone shows the key's value."""
+    """Create a service account with its key. Only this response has the key's value."""
     account, minted = accounts.create_service_account(
         call.store,
         call.path["project_id"],
@@ -83,7 +83,7 @@ def retrieve_account(call: Call[Nothing, Nothing]) -> ServiceAccountObject:
 
 @router.operation("DELETE", _ACCOUNT, roles=_WRITE, withholds=_revoked_account)
 def delete_account(call: Call[Nothing, Written]) -> ServiceAccountDeleted:
-    """Delete a service account: its key is revoked."""
+    """Delete a service account and revoke its key."""
     project_id, account_id = call.path["project_id"], call.path["service_account_id"]
     accounts.delete_service_account(call.store, project_id, account_id, **call.attributed)
     return ServiceAccountDeleted(id=account_id)
@@ -114,7 +114,7 @@ def delete_key(call: Call[Nothing, Written]) -> ApiKeyDeleted:
 
 @router.operation("POST", _ADMIN_KEYS, roles=_WRITE)
 def create_admin_key(call: Call[CreateAdminKey, Written]) -> NewAdminKey:
-    """Create a key that administers, audits or speaks for an owner; its value is shown here only."""
+    """Create a key of an administrator, auditor or owner. Only this response has its value."""
     minted = accounts.create_admin_key(
         call.store,
         call.body.name,
@@ -128,7 +128,7 @@ def create_admin_key(call: Call[CreateAdminKey, Written]) -> NewAdminKey:
 
 @router.operation("GET", _ADMIN_KEYS, roles=_READ)
 def list_admin_keys(call: Call[Nothing, ListAdminKeys]) -> PageOf[AdminKeyObject]:
-    """List these keys."""
+    """List the keys of administrators, auditors and owners."""
     found = accounts.list_admin_keys(call.store)
     if call.query.order == "desc":
         found.reverse()
@@ -138,13 +138,13 @@ def list_admin_keys(call: Call[Nothing, ListAdminKeys]) -> PageOf[AdminKeyObject
 
 @router.operation("GET", _ADMIN_KEY, roles=_READ)
 def retrieve_admin_key(call: Call[Nothing, Nothing]) -> AdminKeyObject:
-    """Show one of them, without its value."""
+    """Show one of these keys, without its value."""
     return admin_key_object(_one(accounts.list_admin_keys(call.store), call))
 
 
 @router.operation("DELETE", _ADMIN_KEY, roles=_WRITE, withholds=_revoked)
 def delete_admin_key(call: Call[Nothing, Written]) -> AdminKeyDeleted:
-    """Revoke one of them. The last admin key that does not expire is kept."""
+    """Revoke one of these keys. The only admin key without an expiry date cannot be revoked."""
     key = _one(accounts.list_admin_keys(call.store), call)
     accounts.revoke_admin_key(call.store, key.key_id, **call.attributed)
     return AdminKeyDeleted(id=key.key_id)

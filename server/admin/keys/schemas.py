@@ -33,7 +33,7 @@ class CreateServiceAccount(Closed):
 
 
 class CreateAdminKey(Closed):
-    """OpenAI's fields, and ours: whose key it is. An owner's key names the owner."""
+    """A name, and the key's role; the role `owner` needs `owner_id`."""
 
     name: Title
     expires_in_seconds: Seconds | None = None

@@ -44,7 +44,7 @@ router: Final = OperationRouter()
 
 @router.operation("GET", "/v1/policy/explain", roles=_EXPLAIN)
 def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
-    """Say for every listed expert why a project may use it, or why not and what would change it."""
+    """Explain for every listed expert why a project may use it, or why not and what to do."""
     project_id = _project(call)
     request = DecisionRequest(decision_id="explain", purpose=call.query.purpose, region=call.query.region)
     found = explaining.explain(call.snapshot, project_id, request, call.now)
@@ -75,13 +75,13 @@ def simulate(call: Call[Simulate, Nothing]) -> PolicySimulation:
 
 @router.operation("GET", "/v1/policy/file", roles=_READ, response=gitops.PolicyFile)
 def export(call: Call[Nothing, Export]) -> Json:
-    """Give the policy as a file's content. Applied again, it changes nothing."""
+    """Export the policy as the content of a file. Applying it again changes nothing."""
     return gitops.export(call.store, call.query.version)
 
 
 @router.operation("POST", "/v1/policy/apply", roles=_ADMIN)
 def apply(call: Call[Apply, Written]) -> PolicyApplication:
-    """Make the policy say what a file says, in one revision, or not at all; say what changed."""
+    """Apply a policy file as one revision, and return what changed. On any error nothing is changed."""
     body = call.body
     if body.dry_run:
         changes = gitops.plan(call.store, body.policy, prune=body.prune).changes
@@ -101,7 +101,7 @@ def revisions(call: Call[Nothing, Page]) -> PageOf[RevisionObject]:
 
 @router.operation("GET", "/v1/policy/diff", roles=_READ)
 def diff(call: Call[Nothing, Compare]) -> PolicyDiff:
-    """Say what differs between two versions of the policy, object by object."""
+    """Compare two versions of the policy, object by object."""
     old, new = call.query.old, call.query.new
     changes = history.diff(call.store, old, new)
     return PolicyDiff(old=old, new=new, changes=[change_object(change) for change in changes])
@@ -109,7 +109,7 @@ def diff(call: Call[Nothing, Compare]) -> PolicyDiff:
 
 @router.operation("POST", "/v1/policy/rollback", roles=_ADMIN)
 def roll_back(call: Call[RollBack, Written]) -> PolicyRollback:
-    """Make the policy say what it said at a version, as a new revision.
+    """Roll the policy back to a version, as a new revision.
 
     Revoked keys stay revoked, archived projects archived. The present version in `confirm` says that it is meant.
     """

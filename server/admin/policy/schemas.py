@@ -29,14 +29,14 @@ class Explain(Closed):
 
 
 class Simulate(Closed):
-    """A policy file's content. With `prune`, what it does not name would go."""
+    """The content of a policy file. `prune` also removes what it does not name."""
 
     policy: PolicyFile
     prune: bool = False
 
 
 class Apply(Simulate):
-    """With `dry_run` everything is checked and nothing changed."""
+    """The content of a policy file. `dry_run` checks everything and changes nothing."""
 
     dry_run: bool = False
 
@@ -55,9 +55,9 @@ class Compare(Closed):
 
 
 class RollBack(Closed):
-    """The version whose policy comes back; `confirm` is the present one.
+    """The version to roll back to; `confirm` is the present version.
 
-    Without it nothing is changed, and the refusal says what would be.
+    Without `confirm` nothing is changed, and the refusal lists what would be.
     """
 
     version: Version

@@ -67,7 +67,7 @@ def visible_project(call: Call[Any, Any]) -> Tenant:
 
 @router.operation("POST", _ALL, roles=_ADMIN)
 def create(call: Call[CreateProject, Written]) -> ProjectObject:
-    """Create a project. It may use `public` alone until permissions and agreements say more."""
+    """Create a project. At first it may use `public` alone."""
     fields = call.body.flexgate.model_dump(exclude_unset=True)
     tenant = projects.create_project(call.store, call.body.name, fields=fields, **call.attributed)
     return project_object(tenant, Times(call.now, None), operator=True)
@@ -90,7 +90,7 @@ def retrieve(call: Call[Nothing, Nothing]) -> ProjectObject:
 
 @router.operation("POST", _ONE, roles=_ADMIN)
 def update(call: Call[UpdateProject, Written]) -> ProjectObject:
-    """Change a project's name or what only flexgate has."""
+    """Change a project's name, or fields that only flexgate has."""
     project_id = call.path["project_id"]
     return _shown(call, projects.update_project(call.store, project_id, call.body.fields(), **call.attributed))
 
@@ -119,7 +119,7 @@ def set_permissions(call: Call[ExpertPermissions, Written]) -> PermissionsObject
 
 @router.operation("DELETE", _PERMISSIONS, roles=_ADMIN, withholds=_unpermitted_all)
 def reset_permissions(call: Call[Nothing, Written]) -> PermissionsDeleted:
-    """Go back to an empty allow list."""
+    """Reset a project to an empty allow list."""
     _permit(call, "allow_list", frozenset())
     return PermissionsDeleted()
 

@@ -22,7 +22,7 @@ Mode = Literal["allow_list", "deny_list"]
 
 
 class OwnFields(Closed):
-    """What OpenAI's projects do not have. A field that is left out stays as it is."""
+    """Fields that only flexgate has. Omitted fields stay as they are."""
 
     groups: SetOf[GroupIdField] = frozenset()
     purposes: SetOf[PurposeField] = frozenset()
@@ -41,7 +41,7 @@ class CreateProject(Closed):
 
 
 class UpdateProject(Closed):
-    """Fields that are left out stay as they are."""
+    """Omitted fields stay as they are."""
 
     name: Title | None = None
     flexgate: OwnFields = OwnFields()
@@ -59,7 +59,7 @@ class ListProjects(Page):
 
 
 class ExpertPermissions(Closed):
-    """`allow_list`: only these, where agreements permit them. `deny_list`: all but these."""
+    """`allow_list`: these experts, where agreements permit them. `deny_list`: all permitted experts but these."""
 
     mode: Mode
     expert_ids: References

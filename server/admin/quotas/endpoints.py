@@ -27,7 +27,7 @@ router: Final = OperationRouter()
 
 @router.operation("GET", _ALL, roles=READERS)
 def list_(call: Call[Nothing, ListRateLimits]) -> PageOf[RateLimitObject]:
-    """List the project's limits, then those of its keys. A project's own key sees its own."""
+    """List a project's limits, then those of its keys. A tenant's key sees its project's."""
     quotas = _quotas(call, visible_project(call))
     chosen, more = page_of(list(quotas), call.query, str)
     return PageOf[RateLimitObject].of([_shown(call, id_, quotas[id_]) for id_ in chosen], more=more)
@@ -35,7 +35,7 @@ def list_(call: Call[Nothing, ListRateLimits]) -> PageOf[RateLimitObject]:
 
 @router.operation("POST", f"{_ALL}/{{rate_limit_id}}", roles=(Role.ADMIN,))
 def update(call: Call[UpdateRateLimit, Written]) -> RateLimitObject:
-    """Set some limits of a project or of one of its keys."""
+    """Set limits of a project or of one of its keys."""
     id_ = call.path["rate_limit_id"]
     if not id_.startswith(PREFIX):
         raise not_found()

@@ -25,7 +25,7 @@ _FIELDS: Final = {
 
 
 class UpdateRateLimit(Closed):
-    """OpenAI's two, and two of ours. Null takes a limit away; what is left out stays."""
+    """Null removes a limit; omitted limits stay as they are."""
 
     max_requests_per_1_minute: Amount = None
     max_tokens_per_1_minute: Amount = None
