@@ -181,26 +181,32 @@ def _kind(schema: Mapping[str, Any], *, link: bool = False) -> str:
 
 
 def error_codes() -> str:
-    """Every `code` that an error can have, with the modules that make it."""
+    """Every `code` that an error can have, with its messages and the modules that make it."""
     made: dict[str, set[str]] = defaultdict(set)
+    messages: dict[str, set[str]] = defaultdict(set)
     for path in (path for folder in _SHIPPED for path in (ROOT / folder).rglob("*.py")):
-        for code in _codes(ast.parse(path.read_text())):
+        for code, message in _codes(ast.parse(path.read_text())):
             made[code].add(path.relative_to(ROOT).as_posix())
-    rows = [(f"`{code}`", ", ".join(f"`{place}`" for place in sorted(made[code]))) for code in sorted(made)]
+            messages[code] |= {message} - {""}
+    rows = [
+        (f"`{code}`", "<br>".join(sorted(messages[code])), ", ".join(f"`{place}`" for place in sorted(made[code])))
+        for code in sorted(made)
+    ]
     return "\n".join(
         [
             "# Error codes",
             "",
             'An error is `{"error": {"message", "type", "param", "code"}}`. The message says what is wrong, where, and',
-            "what would be right; `code` is what programs should read. Generated from the source:",
+            "what to do; `code` is for programs. Generated from the source: … stands for a value; messages that are",
+            "composed in another place are missing.",
             "",
-            *_table(("Code", "Made in"), rows),
+            *_table(("Code", "Messages", "Made in"), rows),
         ]
     )
 
 
-def _codes(tree: ast.Module) -> Iterator[str]:
-    """The strings that calls pass as `code`, also by a name that the module assigns; metrics' labels are none."""
+def _codes(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """The strings that calls pass as `code`, also by a name that the module assigns, each with the call's message."""
     nodes = list(ast.walk(tree))
     assigned = {
         target.id: node.value
@@ -213,7 +219,22 @@ def _codes(tree: ast.Module) -> Iterator[str]:
         for value in (keyword.value for keyword in call.keywords if keyword.arg == "code"):
             names = [node.id for node in ast.walk(value) if isinstance(node, ast.Name)]
             for source in [value, *(assigned[name] for name in names if name in assigned)]:
-                yield from (n.value for n in ast.walk(source) if isinstance(n, ast.Constant) and _is_code(n.value))
+                for node in ast.walk(source):
+                    if isinstance(node, ast.Constant) and _is_code(node.value):
+                        yield node.value, _message(call)
+
+
+def _message(call: ast.Call) -> str:
+    """The call's first argument where it is a sentence, with … for the values in it; empty otherwise."""
+    match call.args:
+        case [ast.Constant(value=str(text)), *_]:
+            parts = [text]
+        case [ast.JoinedStr(values=values), *_]:
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in values]
+        case _:
+            return ""
+    text = "".join(parts)
+    return text if " " in text else ""
 
 
 def _is_label(call: ast.Call) -> bool:
