@@ -41,7 +41,7 @@ class Clock:
         noted, self._noted = self._noted, back > NOTED_FROM_S
         if self._noted and not noted:
             logger.error(
-                "the machine's clock went back by %.0f seconds; what has expired stays expired: set it right, or "
+                "the machine's clock went back by %.0f seconds: what has expired stays expired; set it right, or "
                 "restart the server to use the new time",
                 back,
             )

@@ -82,7 +82,7 @@ async def test_admin_keys(admin: Any) -> None:
     assert newest[0] == made.id
     assert made.value not in (await admin.admin_api_keys.retrieve(made.id)).to_json()
     assert (await admin.admin_api_keys.delete(made.id)).deleted
-    with pytest.raises(openai.BadRequestError, match="last admin key"):
+    with pytest.raises(openai.BadRequestError, match="only admin key"):
         await admin.admin_api_keys.delete(first.id)
 
 

@@ -135,7 +135,7 @@ async def test_a_package_needs_room_for_its_private_copy_too(
     with pytest.raises(ApiError) as refused:
         uploads.open("key_a", SIZES)
     assert (refused.value.status, refused.value.code) == (507, "disk_full")
-    assert f"take {2 * SIZE} bytes" in str(refused.value)
+    assert f"need {2 * SIZE} bytes" in str(refused.value)
     leave(monkeypatch, tmp_path, 4 * SIZE - 1)
     first = uploads.open("key_a", SIZES)
     for name, size in SIZES.items():

@@ -52,7 +52,7 @@ def _written(pattern: str, *, in_json: bool) -> Iterator[str]:
         char, begin = pattern[position], position
         if char in _COUNTS:
             if not counted:
-                raise Unenforceable("a count in a pattern must stand behind what it counts, and behind no other count")
+                raise Unenforceable("a quantifier in a pattern must follow one element, and no other quantifier")
             position = _after_count(pattern, position)
             text = pattern[begin:position]
             yield _count_of_group(text) if counted == ")" else text
@@ -83,7 +83,9 @@ def _in_ascii(char: str) -> str:
 def _after_count(pattern: str, position: int) -> int:
     count = _COUNT.match(pattern, position)
     if count is None:
-        raise Unenforceable("'{' in a pattern must open a count: '{2}', '{2,}' or '{2,4}'; a brace itself is '\\{'")
+        raise Unenforceable(
+            "'{' in a pattern must open a quantifier: '{2}', '{2,}' or '{2,4}'; a brace itself is '\\{'"
+        )
     return count.end()
 
 
@@ -91,7 +93,7 @@ def _count_of_group(count: str) -> str:
     written = _COUNTS_OF_GROUPS.get(count.removesuffix("?") or count, count)
     if written.endswith(",}"):
         raise Unenforceable(
-            f"'{count}' behind a group in a pattern is not enforced: use '{{2}}', '{{2,4}}', '*' or '+'"
+            f"'{count}' after a group in a pattern is not supported: use '{{2}}', '{{2,4}}', '*' or '+'"
         )
     return written
 
@@ -101,10 +103,10 @@ def _group(pattern: str, position: int) -> int:
     if not pattern.startswith("(?", position):
         return 1
     if _LOOK.match(pattern, position):
-        raise Unenforceable("look-ahead and look-behind in a pattern are not enforced")
+        raise Unenforceable("look-ahead and look-behind in a pattern are not supported")
     opened = _GROUP.match(pattern, position)
     if opened is None:
-        raise Unenforceable("flags and conditions in a pattern are not enforced")
+        raise Unenforceable("flags and conditions in a pattern are not supported")
     return opened.end() - position
 
 
@@ -122,12 +124,12 @@ def _escaped(pattern: str, position: int) -> tuple[str, int]:
     if code := _CODE.match(pattern, position + 1):
         number = int(next(filter(None, code.groups())), 16)
         if number in _SURROGATES or number > _LAST:
-            raise Unenforceable(f"'{code[0]}' in a pattern is no character")
+            raise Unenforceable(f"'{code[0]}' in a pattern is no character of Unicode")
         return chr(number), code.end()
     if name in _CONTROLS:
         return _CONTROLS[name], position + 2
     if not name or name.isalnum():
-        raise Unenforceable(f"'\\{name}' in a pattern is not enforced")
+        raise Unenforceable(f"'\\{name}' in a pattern is not supported")
     return name, position + 2
 
 
@@ -139,7 +141,7 @@ def _after_class(pattern: str, position: int, *, in_json: bool) -> int:
         ranges, position = _members(pattern, position)
         found += ranges
     if not found:
-        raise Unenforceable("an empty class in a pattern is not enforced: a bracket in it is '\\]'")
+        raise Unenforceable("an empty class in a pattern is not supported: a bracket in it is '\\]'")
     if in_json and not _meet(_others(found) if negated else found, _WRITTEN_AS_THEY_ARE):
         _refuse_escaped()
     return position + 1
@@ -193,9 +195,9 @@ def _check_anchor(pattern: str, position: int, depth: int) -> None:
     char = pattern[position]
     outer = depth == 0
     if char == "^" and not (position == 0 or (outer and pattern[position - 1] == "|")):
-        raise Unenforceable("'^' in a pattern is enforced at its start only")
+        raise Unenforceable("'^' in a pattern is supported at its start only")
     if char == "$" and not (position == len(pattern) - 1 or (outer and pattern[position + 1] == "|")):
-        raise Unenforceable("'$' in a pattern is enforced at its end only")
+        raise Unenforceable("'$' in a pattern is supported at its end only")
 
 
 def _check_literal(char: str, *, in_json: bool) -> None:
@@ -204,4 +206,4 @@ def _check_literal(char: str, *, in_json: bool) -> None:
 
 
 def _refuse_escaped() -> NoReturn:
-    raise Unenforceable("a pattern may not ask for quotes, backslashes or control characters, which JSON escapes")
+    raise Unenforceable("a pattern cannot match quotes, backslashes or control characters, which JSON escapes")

@@ -100,11 +100,11 @@ class _Rewrite:
     def whole(self, schema: Any) -> Any:
         written = self._schema(schema, "#")
         for target in set(self._references.values()) - self._places.keys():
-            raise Unenforceable(f"'$ref' to '{_shown(target)}' leads to no schema in it that is enforced")
+            raise Unenforceable(f"'$ref' to '{_shown(target)}' leads to no supported schema of this document")
         if not all(exclusive([self._claim(branch) for branch in branches]) for branches in self._alternatives):
             raise Unenforceable(
-                "'oneOf' is enforced where its schemas differ in 'type', in 'const' or in the 'const' of a property "
-                "that all require"
+                "'oneOf' is supported only where its schemas differ in 'type', in 'const' or in the 'const' of a "
+                "property that all require"
             )
         return written
 
@@ -134,7 +134,7 @@ class _Rewrite:
     def _refuse_unenforced(self, schema: Schema) -> None:
         for name in sorted(schema.keys() & UNENFORCED):
             if not (name == "uniqueItems" and schema[name] is False):
-                raise Unenforceable(f"'{name}' is not enforced")
+                raise Unenforceable(f"the keyword '{name}' is not supported")
 
     def _definitions(self, schema: Schema, place: str) -> Schema:
         names = [name for name in ("$defs", "definitions") if name in schema]
@@ -155,7 +155,7 @@ class _Rewrite:
         beside = (schema.keys() & _ASSERTIONS) - {head} - UNENFORCED
         may_have_type = head not in ("$ref", "allOf")
         for name in sorted(beside - ({"type"} if may_have_type else set())):
-            raise Unenforceable(f"'{name}' beside '{head}' is not enforced")
+            raise Unenforceable(f"'{name}' beside '{head}' is not supported")
         types = _types(schema) if beside else TYPES
         if head == "$ref":
             return {"$ref": self._reference(schema["$ref"], place)}
@@ -163,18 +163,18 @@ class _Rewrite:
             return {"enum": _values(schema, head, types)}
         branches = self._listed(schema[head], place, head)
         if head == "allOf" and len(branches) != 1:
-            raise Unenforceable("'allOf' of several schemas is not enforced")
+            raise Unenforceable("'allOf' of several schemas is not supported")
         if beside and not all(_types_within(branch, types) for branch in branches):
-            raise Unenforceable(f"'type' beside '{head}' is enforced where each of its schemas has that type")
+            raise Unenforceable(f"'type' beside '{head}' is supported only where each of its schemas has that type")
         if head == "oneOf":
             self._alternatives.append([f"{place}/{head}/{position}" for position in range(len(branches))])
         return {"anyOf": branches} if head == "oneOf" else {head: branches}
 
     def _reference(self, target: Any, place: str) -> str:
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
-            raise Unenforceable("'$ref' is enforced within the schema only: '#/$defs/…'")
+            raise Unenforceable("'$ref' is supported within the schema only: '#/$defs/…'")
         if "~" in target or "%" in target:
-            raise Unenforceable("'$ref' with '~' or '%' is not enforced")
+            raise Unenforceable("'$ref' with '~' or '%' is not supported")
         self._references[place] = target
         return self._root + target[1:]
 
@@ -219,7 +219,7 @@ class _Rewrite:
             raise Unenforceable("'required' must be a list of names")
         for name in required:
             if name not in named:
-                raise Unenforceable(f"'required' is enforced for 'properties' only: '{_shown(name)}' is none")
+                raise Unenforceable(f"'required' names '{_shown(name)}', which is not in 'properties'")
         required = list(dict.fromkeys(required))
         closed = listed or (schema.get("additionalProperties") is False and "patternProperties" not in schema)
         most = min(len(named) if closed else inf, written.get("maxProperties", inf))
@@ -227,13 +227,13 @@ class _Rewrite:
         _require_room("minProperties", written.get("minProperties", 0), most)
         if listed:
             for name in schema.keys() & {"patternProperties", "propertyNames"}:
-                raise Unenforceable(f"'{name}' beside 'properties' is not enforced")
+                raise Unenforceable(f"'{name}' beside 'properties' is not supported")
             if not named:
                 return written | {"additionalProperties": False}
             properties = self._named(named, f"{place}/properties", "properties")
             return written | {"properties": properties, "required": required, "additionalProperties": False}
         if written.get("minProperties", 0) > 1:
-            raise Unenforceable("'minProperties' of more than 1 is enforced for 'properties' only")
+            raise Unenforceable("'minProperties' of more than 1 is supported for 'properties' only")
         return written | self._open_object(schema, place)
 
     def _open_object(self, schema: Schema, place: str) -> Schema:
@@ -242,7 +242,7 @@ class _Rewrite:
         others = schema.get("additionalProperties", True)
         if patterns is not None:
             if not isinstance(patterns, dict) or len(patterns) != 1 or "propertyNames" in schema:
-                raise Unenforceable("'patternProperties' is enforced with one pattern, and without 'propertyNames'")
+                raise Unenforceable("'patternProperties' is supported with one pattern, and without 'propertyNames'")
             values = self._named(patterns, f"{place}/patternProperties", "patternProperties")
             return {"patternProperties": {written_in_json(name): value for name, value in values.items()}}
         written: Schema = {}
@@ -276,7 +276,7 @@ def _inferred(present: frozenset[str] | set[str]) -> frozenset[str]:
     """The one type that keywords without a type are for; xgrammar ignores most of them otherwise."""
     kinds = [kind for kind, names in _OF_TYPE.items() if present & names]
     if len(kinds) > 1:
-        raise Unenforceable(f"'{min(present)}' needs a 'type' beside it to be enforced")
+        raise Unenforceable(f"'{min(present)}' needs a 'type' beside it")
     return frozenset(kinds) if kinds else TYPES
 
 
@@ -303,7 +303,7 @@ def _string(schema: Schema, _place: str) -> Schema:
     if not schema:
         return {}
     if len(shapes) > 1 or (shapes and lengths):
-        raise Unenforceable(f"'{min({*shapes, *lengths} - {shapes[0]})}' beside '{shapes[0]}' is not enforced")
+        raise Unenforceable(f"'{min({*shapes, *lengths} - {shapes[0]})}' beside '{shapes[0]}' is not supported")
     if lengths:
         low = _count(schema, "minLength") if "minLength" in schema else 0
         high = _count(schema, "maxLength") if "maxLength" in schema else None
@@ -316,7 +316,7 @@ def _string(schema: Schema, _place: str) -> Schema:
     if shapes == ["pattern"]:
         return {"pattern": written_in_json(value)}
     if value not in FORMATS:
-        raise Unenforceable(f"the format '{_shown(value)}' is not enforced")
+        raise Unenforceable(f"the format '{_shown(value)}' is not supported")
     return {"pattern": _WRITTEN_FORMATS[value]} if value in _WRITTEN_FORMATS else {"format": value}
 
 
@@ -325,7 +325,7 @@ def _number(schema: Schema, _place: str) -> Schema:
         if type(value) not in (int, float):
             raise Unenforceable(f"'{name}' must be a number")
         if "e" in repr(value) or not abs(value) < 1 << 53:
-            raise Unenforceable(f"'{name}' is enforced up to 2^53, and not below 0.0001")
+            raise Unenforceable(f"'{name}' is supported up to 2^53, and not below 0.0001")
     low = max(schema.get("minimum", -inf), schema.get("exclusiveMinimum", -inf))
     high = min(schema.get("maximum", inf), schema.get("exclusiveMaximum", inf))
     if low == high and low in (schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")):
@@ -350,7 +350,7 @@ def _integer(schema: Schema, place: str) -> Schema:
 
 def _require_room(name: str, low: float, high: float) -> None:
     if low > high:
-        raise Unenforceable(f"'{name}' asks for more than the keywords beside it allow")
+        raise Unenforceable(f"'{name}' asks for more than the other keywords allow")
 
 
 def _count(schema: Schema, name: str) -> int:

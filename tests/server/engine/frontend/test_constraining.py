@@ -62,7 +62,7 @@ async def test_no_answer_goes_on_behind_the_end_of_its_constraint(endless: dict[
 @pytest.mark.asyncio
 async def test_what_cannot_be_constrained_is_refused_with_its_reason() -> None:
     compiler = Compiler()
-    with pytest.raises(VLLMValidationError, match="'not' is not enforced"):
+    with pytest.raises(VLLMValidationError, match="the keyword 'not' is not supported"):
         await constrainer(compiler).constrain(
             "t", SamplingParams(structured_outputs=StructuredOutputsParams(json={"not": {}}))
         )

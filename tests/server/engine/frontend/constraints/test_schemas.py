@@ -160,11 +160,11 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "string", "pattern": "^(a"}, "group"),
     ({"type": "string", "pattern": "a)(b"}, "group"),
     *(
-        ({"type": "string", "pattern": f"^a{counts}$"}, "count")
+        ({"type": "string", "pattern": f"^a{counts}$"}, "quantifier")
         for counts in ("**", "++", "?+", "{1}{2}", "{2}+", "{,2}")
     ),
-    ({"type": "string", "pattern": "*a"}, "count"),
-    ({"type": "string", "pattern": "^(ab+|c){2,}$"}, "behind a group"),
+    ({"type": "string", "pattern": "*a"}, "quantifier"),
+    ({"type": "string", "pattern": "^(ab+|c){2,}$"}, "after a group"),
     ({"type": "string", "pattern": "^a+$", "minLength": 2}, "minLength"),
     ({"type": "string", "format": "uuid", "maxLength": 2}, "maxLength"),
     ({"type": "string", "format": "json-pointer"}, "json-pointer"),
