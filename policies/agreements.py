@@ -1,6 +1,6 @@
 """Agreements: what an owner lets tenants use. Closed and typed.
 
-An unknown field or word is refused, not ignored: a term that nobody enforces is worse than none.
+An unknown field or word is refused, not ignored: a term that is not enforced is worse than none.
 Times are half-open, `not_before <= now < not_after`, in whole seconds with a time zone.
 """
 
@@ -56,7 +56,7 @@ def _without_public(references: frozenset[str]) -> frozenset[str]:
 
 
 def _written_time(value: Any) -> Any:
-    """A string as the time that it says. A number says none: 20271231 would be a day of 1970."""
+    """Parse a time written as a string. A number is refused: 20271231 would be a day of 1970."""
     if isinstance(value, datetime):
         return value
     if isinstance(value, str) and _RFC_3339.fullmatch(value):
@@ -125,7 +125,7 @@ Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
 
 
 def require_executed(duties: tuple[Duty, ...]) -> None:
-    """Raise `InvalidName` for duties: an agreement that is written now cannot have any."""
+    """Raise `InvalidName` for duties: a new agreement cannot have any."""
     if duties:
         raise InvalidName("'duties' are not supported yet: leave them out")
 

@@ -30,7 +30,7 @@ TRIMMED: Final = "audit.trimmed"
 
 
 class Head(NamedTuple):
-    """The newest entry of a log: keep it somewhere else. `sequence` 0 is the empty log."""
+    """The newest entry of a log, to be kept in another place. `sequence` 0 is the empty log."""
 
     sequence: int
     hash: str
@@ -70,9 +70,9 @@ class Entry(Event):
 
 
 class Verified(NamedTuple):
-    """What a log was found to be: its heads, how many entries it has, and how many were trimmed.
+    """The result of a verification: heads, number of entries, and how many were trimmed.
 
-    `trimmed_heads` counts heads from outside that nothing is left of to compare with.
+    `trimmed_heads` counts outside heads of trimmed entries, which cannot be compared.
     """
 
     changes: Head
@@ -136,7 +136,7 @@ class _Trim(NamedTuple):
 
 @dataclass(slots=True)
 class _Walk:
-    """Where a verification is."""
+    """State of a verification."""
 
     missing: set[Head]
     heads: dict[str, Head] = field(default_factory=lambda: dict(STARTS))

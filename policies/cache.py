@@ -1,4 +1,4 @@
-"""Spare repeated requests the work: finished decisions, kept for as long as they hold.
+"""Cache of decisions, each kept for as long as it holds.
 
 The pure function stays the authority: what is kept was computed by it, from the same snapshot
 object and inside the same time slot, so a kept answer cannot differ from a computed one. In which order,
@@ -39,7 +39,7 @@ class _Kept:
 
 @dataclass(slots=True)
 class _Memory:
-    """What is kept of one snapshot, by tenant; `size` counts it all."""
+    """Cached decisions of one snapshot, by tenant; `size` is their number."""
 
     snapshot: Snapshot | None
     tenants: OrderedDict[str, dict[_Question, _Kept]] = field(default_factory=OrderedDict)

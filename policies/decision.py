@@ -1,4 +1,4 @@
-"""What a decision is: the allowed experts, one reason per excluded one, and until when it holds."""
+"""Decisions: the allowed experts, one reason per excluded one, and until when it holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgate.policies.vocabulary import Purpose, Region
 
 
 class AllowedExperts(tuple[ExpertId, ...]):
-    """Experts that passed the policy, in catalogue order. Only the decision code makes one.
+    """Experts that passed the policy, in catalogue order. Only the decision code creates one.
 
     Slicing or adding gives a plain tuple, which does not fit where this type is asked for.
     """
@@ -23,12 +23,12 @@ class AllowedExperts(tuple[ExpertId, ...]):
 
 
 def allow(experts: Iterable[ExpertId]) -> AllowedExperts:
-    """For `flexgate.policies.decide`: turn experts that passed every rule into the sealed type."""
+    """Create an `AllowedExperts`; for `flexgate.policies.decide` only."""
     return tuple.__new__(AllowedExperts, experts)
 
 
 class Reason(NamedTuple):
-    """Why one expert takes no part. `message` names the rule and what would change it."""
+    """Why one expert is excluded. `message` names the rule and what to do."""
 
     expert: ExpertId
     code: str
@@ -38,7 +38,7 @@ class Reason(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionRequest:
-    """What one request asks of the policy. Its filter, `only` and `ignore`, names experts or sets, unchecked.
+    """What one request declares and filters. Its filter, `only` and `ignore`, names experts or sets, unchecked.
 
     `decision_id` is made by the caller (it must be unique; the decision does not use it).
     `only` of None means no filter (the tenant's default expert set applies), `()` means just `public`.

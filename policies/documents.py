@@ -1,4 +1,4 @@
-"""Tenants (OpenAI's projects), experts, sets of experts and keys, as they are written down."""
+"""Tenants (OpenAI's projects), experts, sets of experts and keys, as stored documents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Amount = Annotated[int, Field(ge=0, le=10**15)] | None
 
 
 def require_title(text: str) -> None:
-    """Raise `InvalidName` unless `text` can be a name today."""
+    """Raise `InvalidName` unless `text` is a valid new name."""
     try:
         _TITLE.validate_python(text)
     except ValidationError as error:
@@ -104,7 +104,7 @@ class ExpertSet(Document):
 
 
 class Role(enum.StrEnum):
-    """What a key is for. Only `TENANT` keys infer, and they do nothing else."""
+    """Role of a key. Only `TENANT` keys infer, and they do nothing else."""
 
     TENANT = "tenant"
     ADMIN = "admin"

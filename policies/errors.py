@@ -63,11 +63,11 @@ class VersionNotReached(PolicyError):
 
 
 class ClockInvalid(PolicyError):
-    """Nothing is in force at a time that is not a number."""
+    """The time given is not a number."""
 
 
 class AuditBroken(PolicyError):
-    """The audit log is not what was written."""
+    """The audit log was changed after it was written."""
 
 
 class DecisionRefused(PolicyError):
@@ -119,7 +119,7 @@ class EmptyGate(DecisionRefused):
 
 
 class StoreError(PolicyError):
-    """The store could not do what was asked; nothing was changed."""
+    """The store failed or refused; nothing was changed."""
 
 
 class StoreUnavailable(StoreError):
@@ -127,11 +127,11 @@ class StoreUnavailable(StoreError):
 
 
 class StoreReplaced(StoreUnavailable):
-    """Something that this process holds open is not what its path names any more."""
+    """A file that this process has open was replaced or deleted."""
 
 
 class StoreFull(StoreUnavailable):
-    """The disk has no room for ordinary changes; those that take rights away are still made."""
+    """The disk has no room for ordinary changes; revocations still succeed."""
 
 
 class StoreFromNewerVersion(StoreError):
@@ -139,7 +139,7 @@ class StoreFromNewerVersion(StoreError):
 
 
 class StoreRolledBack(StoreError):
-    """The store's version went back: somebody put an old copy in its place."""
+    """The store went back to an older version, for example from a backup."""
 
 
 class StoreDamaged(StoreError):
@@ -147,7 +147,7 @@ class StoreDamaged(StoreError):
 
 
 class ObjectUnknown(StoreError):
-    """There is no such object, or it is not the caller's to see."""
+    """The object does not exist, or the caller may not see it."""
 
 
 class ChangeRefused(StoreError):
@@ -155,4 +155,4 @@ class ChangeRefused(StoreError):
 
 
 class ConfirmationRequired(ChangeRefused):
-    """The rollback would change something, and the caller did not name the version that it starts from."""
+    """The rollback would change something and was not confirmed with the present version."""

@@ -1,4 +1,4 @@
-"""Why a tenant gets what it gets: every listed expert, with the rules for or against it."""
+"""Explain what a tenant may use: every listed expert, with the rules for or against it."""
 
 from __future__ import annotations
 

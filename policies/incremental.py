@@ -1,4 +1,4 @@
-"""A snapshot after a change, made from the one before it: only what the change touches is compiled.
+"""Incremental snapshots: only what a change touches is compiled again.
 
 The result equals `Snapshot.build` of all documents. It costs what the change costs, and a plain copy
 of each mapping.

@@ -1,4 +1,4 @@
-"""One immutable picture of the whole policy, indexed for decisions and for key lookup.
+"""The whole policy at one version, immutable, indexed for decisions and key lookup.
 
 A process holds one `Snapshot` and swaps it as a whole; nothing is cached per object. The
 documents (`Tenant`, `Agreement`, …) are compiled when the snapshot is built: sets are expanded,
@@ -32,7 +32,7 @@ class Snapshot:
 
     `made` is when its version was made, in Unix seconds: two histories that have a version in
     common differ in it. `agreements` are by assignee. `catalogue` is made of `experts`:
-    what a decision asks of each; `hidden` are those that nobody sees who is not told, `required`
+    what a decision asks of each; `hidden` are those that only some tenants see, `required`
     those that no request leaves out, `public` among them. `revocation_epochs` is the weights epoch of each
     expert's last revocation: what was loaded before it must not be served.
     """

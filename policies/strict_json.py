@@ -1,4 +1,4 @@
-"""JSON of which every reader reads the same: no key is there twice in one object."""
+"""Strict JSON: no object has a key twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def repeated_key(pairs: Iterable[tuple[str, Any]]) -> str | None:
-    """The first key that is there for a second time, if one is; one pass."""
+    """The first repeated key, or None."""
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:

@@ -12,8 +12,8 @@ Licenses are SPDX expressions (`CC-BY-4.0`); they are labels and decide nothing.
 A request that declares nothing stands for the top of the tree: a limited permission does not
 reach it, and every prohibition does.
 
-The lists of regions and licenses come with libraries and change. They are asked of what is written; what is
-stored is read as it is.
+The lists of regions and licenses come with libraries and change. New documents are checked against them; stored
+ones are read as they are.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def parse_stored_region(text: str) -> Region:
 
 
 def prohibited_regions(regions: frozenset[Region]) -> frozenset[Region] | None:
-    """What a prohibition reaches at least; None is everywhere.
+    """The regions that a prohibition covers; None is everywhere.
 
     A region that the lists do not have stands for its country, and without a known country for everywhere.
     """

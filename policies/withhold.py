@@ -1,4 +1,4 @@
-"""Rights taken out of a snapshot whose store could not be told: what is left permits no more than before. Pure."""
+"""Snapshots without a right whose revocation could not be stored. Pure; the result never permits more."""
 
 from __future__ import annotations
 

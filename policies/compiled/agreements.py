@@ -1,4 +1,4 @@
-"""Compiled agreements: made when an agreement changes, read by every decision."""
+"""Compiled agreements: built when an agreement changes, read by every decision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents compiled against a catalogue: sets expanded, what names nothing refused."""
+"""Compile documents against a catalogue: expand sets, refuse unknown names."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Compiler:
         return {assignee: AssigneeAgreements.of(found) for assignee, found in compiled.items() if found}
 
     def compile(self, agreement: Agreement) -> Iterable[tuple[ExpertId, CompiledAgreement]]:
-        """One agreement, for each expert that it is about; none where duties that nothing executes go with it."""
+        """Compile one agreement for each of its experts; none if it permits with duties, which are not supported."""
         if agreement.duties and agreement.effect == "permit":
             return
         compiled = compile_agreement(agreement)

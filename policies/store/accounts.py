@@ -1,4 +1,4 @@
-"""Keys as an administrator handles them: through service accounts, or as admin keys.
+"""Keys: through service accounts, or as admin keys.
 
 A service account stands for exactly one key of a project; to rotate, create a second account, move
 over, and delete the first. A deleted account's key is revoked and stays on record.
@@ -62,7 +62,7 @@ def list_project_keys(store: Store, project_id: str) -> list[KeyRecord]:
 
 
 def delete_service_account(store: Store, project_id: str, account_id: str, *, actor: str, at: float) -> ServiceAccount:
-    """Revoke the account's key; another project's account is as unknown as none at all."""
+    """Revoke the account's key; another project's account counts as unknown."""
     for account in list_service_accounts(store, project_id):
         if account.id == account_id:
             return ServiceAccount(revoke_project_key(store, project_id, account.key.key_id, actor=actor, at=at))
@@ -70,7 +70,7 @@ def delete_service_account(store: Store, project_id: str, account_id: str, *, ac
 
 
 def revoke_project_key(store: Store, project_id: str, key_id: str, *, actor: str, at: float) -> KeyRecord:
-    """Revoke a key of a project; another project's key is as unknown as none at all."""
+    """Revoke a key of a project; another project's key counts as unknown."""
     with store.change(actor=actor, note="revoke key", at=at, urgent=True) as change:
         key = _find(change, key_id)
         if key is None or key.tenant_id != project_id:
@@ -102,7 +102,7 @@ def list_admin_keys(store: Store) -> list[KeyRecord]:
 
 
 def revoke_admin_key(store: Store, key_id: str, *, actor: str, at: float) -> KeyRecord:
-    """Revoke such a key. The last live administrator's key is kept, or nobody could make one."""
+    """Revoke a key. The only admin key without an expiry date is refused: without it none could be created."""
     with store.change(actor=actor, note="revoke admin key", at=at, urgent=True) as change:
         key = _find(change, key_id)
         if key is None or key.role is Role.TENANT:

@@ -1,4 +1,4 @@
-"""Make the catalogue say what a checkpoint holds."""
+"""Bring the catalogue up to date with a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ManifestExpert(NamedTuple):
 
 
 def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: int) -> list[Expert]:
-    """Add unknown experts (nobody gets them by that) and set which ones are live.
+    """Add unknown experts, which no tenant may use yet, and set which ones are live.
 
     Every start does it, before its first snapshot. Experts that are not served stay in the catalogue, not live.
 
     Args:
         experts: what will be served, in slot order, `public` among them.
-        epoch: the weights epoch at which it was found out what will be served.
+        epoch: the weights epoch at which `experts` was read.
 
     Returns:
         The live experts.

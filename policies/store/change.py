@@ -29,7 +29,7 @@ from flexgate.policies.store.weights_log import Action, append_weights, newest_e
 
 
 class Change:
-    """Made by `Store.change`; every method raises `ChangeRefused` rather than store nonsense."""
+    """A change of the policy, from `Store.change`. Every method raises `ChangeRefused` for invalid input."""
 
     def __init__(self, connection: Connection, *, actor: str, note: str, at: float) -> None:
         self._connection = connection
@@ -176,11 +176,11 @@ class Change:
         return newest_epoch(self._connection)
 
     def add_weights(self, expert: str, *, slot: int, package: str, detail: dict[str, Any]) -> int:
-        """Say that the engine holds an expert from now on; returns the weights epoch."""
+        """Note that an expert is loaded; returns the weights epoch."""
         return self._append_weights("added", expert, slot, package, detail)
 
     def revoke_weights(self, expert: str, *, slot: int, detail: dict[str, Any]) -> int:
-        """Say that an expert must not be resident any more; returns the weights epoch."""
+        """Note that an expert must not be loaded any more; returns the weights epoch."""
         return self._append_weights("revoked", expert, slot, None, detail)
 
     def finish(self) -> bool:

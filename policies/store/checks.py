@@ -1,4 +1,4 @@
-"""What a change must respect, so that the stored policy always fits together."""
+"""Checks of a change, which keep the stored policy consistent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_NAMED: Final = 20
 
 
 def check_put(connection: Connection, document: PolicyDocument, before: PolicyDocument | None) -> None:
-    """Raise `ChangeRefused` unless everything the document names exists and fits."""
+    """Raise `ChangeRefused` unless everything that the document names exists and fits."""
     if isinstance(document, Agreement):
         _check_agreement(connection, document)
     elif isinstance(document, Expert):

@@ -43,13 +43,13 @@ def from_json(kind: type[D], values: Any) -> D:
 
 
 def damaged(what: str, values: Any, error: ValidationError) -> StoreDamaged:
-    """Something stored does not parse."""
+    """The error for a stored document that does not parse."""
     which = f" {values['id']!r}" if isinstance(values, Mapping) and "id" in values else ""
     return StoreDamaged(f"the stored {what}{which} does not parse ({first_mistake(error, what)}): {PUT_BACK}")
 
 
 def checked(kind: type[D], values: dict[str, Any]) -> D:
-    """What somebody wrote as a document; raises `ChangeRefused` naming the first mistake."""
+    """Parse a new document; raises `ChangeRefused` naming the first mistake."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def checked(kind: type[D], values: dict[str, Any]) -> D:
 
 
 def changed(before: D, fields: dict[str, Any]) -> D:
-    """A stored document with other `fields`, whose own words are not asked for; raises `ChangeRefused`."""
+    """A stored document with other `fields`; its own vocabulary is not checked again. Raises `ChangeRefused`."""
     try:
         return type(before).model_validate({**before.model_dump(), **fields}, context=STORED)
     except ValidationError as error:
@@ -65,7 +65,7 @@ def changed(before: D, fields: dict[str, Any]) -> D:
 
 
 def first_mistake(error: ValidationError, whole: str) -> str:
-    """Where it is, and what is wrong; `whole` is the place of what no field alone has wrong."""
+    """The first error and its place; `whole` is the place of errors of no single field."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or whole
     return f"{where}: {first['msg'].removeprefix('Value error, ')}"

@@ -91,7 +91,7 @@ def export(store: Store, version: int | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What applying a file would do: the changes, and the policy now and as it would be."""
+    """The changes of applying a file, and the policy before and after."""
 
     changes: list[ObjectChange]
     current: Snapshot
@@ -99,7 +99,7 @@ class Plan:
 
 
 def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> Plan:
-    """What `apply` would do: everything is checked, and nothing kept."""
+    """Check everything that `apply` would do, and keep nothing."""
     try:
         with store.change(actor="plan", at=0.0) as change:
             current = change.snapshot()
@@ -110,7 +110,7 @@ def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> Plan:
 
 
 def apply(store: Store, file: PolicyFile, *, actor: str, at: float, prune: bool = False) -> list[ObjectChange]:
-    """Make the store say what the file says, in one revision; returns what changed."""
+    """Apply a file as one revision; returns what changed."""
     with store.change(actor=actor, note="apply file", at=at, urgent=True) as change:
         _put_all(change, file, prune=prune)
     return change.changes

@@ -1,7 +1,7 @@
 """Whether a path still names the file that this process opened, compared by device and inode.
 
-An open file lives on when its name is given to another one or deleted: reads are answered from what no one else
-sees, and writes go where no one will look.
+An open file survives when its name is deleted or given to another file: reads and writes then use a file that
+no other process sees.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class FileIdentity:
         self._taken: tuple[int, int] | None = None
 
     def take(self) -> None:
-        """Take the file that is there now for the right one; of later calls the first one counts.
+        """Remember the file that is there now; later calls change nothing.
 
         Raises:
             StoreReplaced: there is none, so that nothing could be compared with it later.

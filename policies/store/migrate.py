@@ -30,7 +30,7 @@ def migrate(engine: Engine) -> None:
 def refuse_newer(connection: Connection) -> None:
     """Raise `StoreFromNewerVersion` if a newer version has migrated the store, also while this one runs.
 
-    It may keep there what this version would not obey.
+    Its data may have a meaning that this version does not know.
     """
     _refuse_unknown(connection.scalars(_AT))
 

@@ -1,4 +1,4 @@
-"""Tenants as owners see them: under names that say nothing and differ from owner to owner."""
+"""Pseudonyms of tenants for owners: opaque, and different for each owner."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Room on the disk for taking rights away: SQLite's write-ahead log owns it before it is needed.
+"""Disk space reserved for revocations, allocated to SQLite's write-ahead log.
 
-On a full disk no commit succeeds, and what could not be revoked would go on being served. So blocks are allocated
+On a full disk no commit succeeds, and a right that cannot be revoked would stay in use. So blocks are allocated
 behind the end of the log, where no other file can take them, and ordinary changes stop while there is still room; those
 that take rights away go on. A file system that cannot allocate leaves only the room at which ordinary changes stop.
 """

@@ -41,7 +41,7 @@ class Store:
             return current_version(connection)
 
     def snapshot(self) -> Snapshot:
-        """Everything, read in one transaction; raises `StoreDamaged` when it does not fit."""
+        """Read the whole policy in one transaction; raises `StoreDamaged` if it is inconsistent."""
         with reading(self.engine) as connection:
             return read_snapshot(connection)
 
@@ -50,7 +50,7 @@ class Store:
 
         Raises `StoreRolledBack` when the store went back behind `known`, also if it was changed
         again since: what was revoked may be permitted in it, so nothing may be decided from it until
-        somebody has looked.
+        an operator has looked at it.
         """
         with reading(self.engine) as connection:
             refuse_newer(connection)

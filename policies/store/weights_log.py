@@ -1,4 +1,4 @@
-"""Which experts the engine was told to hold: one row per change, only appended to.
+"""Log of the experts to be loaded: one row per change, append-only.
 
 The rows are committed in the transaction that changes the catalogue, so that a server which comes
 back after a crash finds the last acknowledged state and nothing else. An expert without a row is
@@ -25,7 +25,7 @@ Action = Literal["added", "revoked"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsChange:
-    """One expert put into a slot, or taken out of it.
+    """One expert added to a slot, or revoked from it.
 
     `package` names the private copy that it was loaded from, None for an expert of the checkpoint;
     `detail` is JSON for people: version, digests. `at` is Unix seconds.
@@ -53,7 +53,7 @@ class WeightsState:
 
     @property
     def revoked(self) -> frozenset[str]:
-        """Experts that must not be resident, wherever they come from."""
+        """Experts that must not be loaded, wherever they come from."""
         return frozenset(name for name, change in self.last.items() if change.action == "revoked")
 
     @property
@@ -64,7 +64,7 @@ class WeightsState:
 
 
 def weights_state(connection: Connection) -> WeightsState:
-    """What the engine should hold, as a transaction sees it."""
+    """The experts to be loaded, as a transaction sees them."""
     epoch = weights_epochs.c.epoch
     last = select(func.max(epoch)).group_by(weights_epochs.c.expert)
     rows = connection.execute(select(weights_epochs).where(epoch.in_(last)).order_by(epoch))
