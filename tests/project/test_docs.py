@@ -57,3 +57,13 @@ def test_a_command_that_is_shown_can_be_typed(page: str, words: str, monkeypatch
         if not hasattr(group, "get_command"):
             return
         name, *arguments = arguments
+
+
+def test_the_operations_guide_explains_codes_and_log_lines_that_exist() -> None:
+    section = (ROOT / "docs" / "operations.md").read_text().split("\n## When something fails\n")[1].split("\n## ")[0]
+    first = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")][1:]
+    codes = {code for cell in first for code in re.findall(r"`([a-z]+(?:_[a-z]+)+)`", cell)}
+    sources = "".join(path.read_text() for path in (ROOT / "server").rglob("*.py"))
+    assert len(codes) >= 10
+    assert sorted(code for code in codes if f'"{code}"' not in sources) == []
+    assert [line for line in re.findall(r'log line "([^"]+)"', section) if line not in sources] == []
