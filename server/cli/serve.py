@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import typer
 from rich.console import Console
 
+from flexgate.server.cli.options import given, parameters
 from flexgate.server.http import logs
 from flexgate.server.lifecycle.console import Progress
 from flexgate.server.lifecycle.settings import Settings, SettingsError, load_settings
@@ -24,42 +25,19 @@ BAD_USAGE: Final = 2
 INTERRUPTED: Final = 130
 
 
-def _parameters() -> list[inspect.Parameter]:
-    """A parameter for every setting, as its field describes it; None stands for not given."""
-    found = []
-    for name, field in Settings.model_fields.items():
-        kind = list[str] if field.annotation == tuple[str, ...] else field.annotation
-        described = typer.Argument(help=_help(name)) if name == "model" else typer.Option(help=_help(name))
-        described.show_default = False
-        annotation = Annotated[kind | None, described]  # type: ignore[valid-type]
-        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    return found
-
-
-def _help(name: str) -> str:
-    field = Settings.model_fields[name]
-    default = field.default
-    if isinstance(default, bool):
-        default = "yes" if default else "no"
-    shown = "" if default in (None, ()) else f", default {default}"
-    return f"{field.description} (FLEXGATE_{name.upper()}{shown})"
-
-
-def serve(**given: Any) -> None:
+def serve(**values: Any) -> None:
     """Serve a FlexOlmo checkpoint directory, or the demo with --demo.
 
     Every option can also be set by the variable that is named with it; the option wins.
     """
-    for name in ("served_model_name", "cors_origin"):
-        given[name] = tuple(given[name] or ()) or None
     try:
-        settings = load_settings(**given)
+        settings = load_settings(**given(values))
     except SettingsError as error:
         raise _failed(error, BAD_USAGE) from None
     run(settings)
 
 
-serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+serve.__signature__ = inspect.Signature(parameters(Settings, argument="model"))  # type: ignore[attr-defined]
 app.command()(serve)
 
 

@@ -38,9 +38,13 @@ class StoreSettings(BaseSettings):
         False
     )
     state_dir: Annotated[
-        Path | None, Field(description="Directory for the SQLite policy database and added experts.")
+        Path | None,
+        Field(description="Directory of the policy database and added experts; by default ~/.local/state/flexgate."),
     ] = None
-    database_url: Annotated[str | None, Field(description="Policy database, as an SQLAlchemy URL.")] = None
+    database_url: Annotated[
+        str | None,
+        Field(description="Policy database, as an SQLAlchemy URL; by default SQLite in the state directory."),
+    ] = None
 
     @field_validator("database_url")
     @classmethod
@@ -96,7 +100,7 @@ class Settings(StoreSettings):
     ] = False
     served_model_name: Annotated[
         tuple[str, ...],
-        Field(description="Model name accepted in requests; may be repeated. Default: the directory's name."),
+        Field(description="Model name accepted in requests; by default the directory's name."),
     ] = ()
     chat_template: Annotated[
         Path | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
@@ -180,7 +184,7 @@ class Settings(StoreSettings):
     ] = 75
     cors_origin: Annotated[
         tuple[str, ...],
-        Field(description="Web origin whose pages may call the tenants' routes; '*' allows all. May be repeated."),
+        Field(description="Web origin whose pages may call the tenants' routes; '*' allows all."),
     ] = ()
     drain_seconds: Annotated[int, Field(ge=0, description="Time that running requests get to finish at shutdown.")] = 30
     policy_poll_seconds: Annotated[

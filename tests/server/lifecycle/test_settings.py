@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+import typer
+from pydantic import Field
+from typer.testing import CliRunner
 
-from flexgate.server.lifecycle.settings import Settings, SettingsError, is_loopback, load_settings
+from flexgate.server.lifecycle.settings import Settings, SettingsError, StoreSettings, is_loopback, load_settings
 
 MODEL = Path("/models/m")
 
@@ -117,16 +121,75 @@ def test_a_database_keeps_its_directory_whatever_its_password_and_parameters(url
     assert (_directory(url) == _directory(POSTGRES)) is same
 
 
-def test_every_setting_is_an_option_of_serve() -> None:
-    import inspect
+@pytest.fixture(scope="module")
+def served_options() -> dict[str, Any]:
+    """The parameters of `flexgate serve` by their settings' names, as the command has them."""
+    from flexgate.server.cli.serve import app
 
-    from flexgate.server.cli.serve import serve
-
-    assert set(inspect.signature(serve).parameters) == set(Settings.model_fields)
+    return {str(parameter.name): parameter for parameter in typer.main.get_command(app).params}
 
 
-def test_every_setting_has_a_description() -> None:
-    assert all(field.description for field in Settings.model_fields.values())
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_serve_shows_the_variable_and_the_default_of_every_setting(served_options: dict[str, Any], name: str) -> None:
+    field, option = Settings.model_fields[name], served_options[name]
+    assert field.description
+    assert option.help.startswith(field.description)
+    assert f"FLEXGATE_{name.upper()}" in option.help
+    if name == "model":
+        return
+    assert f"--{name.replace('_', '-')}" in option.opts
+    if field.default not in (None, ()):
+        default = ("no", "yes")[field.default] if isinstance(field.default, bool) else field.default
+        assert f", default {default})" in option.help
+
+
+def test_serve_shows_the_choices_of_every_setting_that_has_some() -> None:
+    from flexgate.server.cli.serve import app
+
+    shown = " ".join(CliRunner(env={"COLUMNS": "100"}).invoke(app, ["--help"]).output.split())
+    choices = {
+        n: get_args(f.annotation) for n, f in Settings.model_fields.items() if get_origin(f.annotation) is Literal
+    }
+    assert "log_level" in choices
+    for name, values in choices.items():
+        assert f"--{name.replace('_', '-')} <{'|'.join(values)}>" in shown
+
+
+def test_serve_has_no_option_that_is_no_setting(served_options: dict[str, Any]) -> None:
+    assert served_options.keys() - {"help"} == Settings.model_fields.keys()
+
+
+def test_a_setting_that_is_added_is_an_option_without_another_edit() -> None:
+    from flexgate.server.cli.options import given, parameters
+
+    class More(Settings):
+        speed: Annotated[Literal["slow", "fast"], Field(description="How fast.")] = "slow"
+        colour: Annotated[tuple[str, ...], Field(description="Colours; by default none.")] = ()
+
+    def command(**values: Any) -> None:
+        settings = More(model=MODEL, **given(values))
+        typer.echo(f"{settings.speed} {settings.colour} {settings.port}")
+
+    command.__signature__ = inspect.Signature(parameters(More, argument="model"))  # type: ignore[attr-defined]
+    app = typer.Typer(rich_markup_mode=None)
+    app.command()(command)
+    run = CliRunner(env={"FLEXGATE_COLOUR": '["red"]', "FLEXGATE_PORT": "9", "COLUMNS": "200"}).invoke
+    assert run(app, ["--speed", "fast"]).output == "fast ('red',) 9\n"
+    assert run(app, ["--colour", "a", "--colour", "b", "--port", "8"]).output == "slow ('a', 'b') 8\n"
+    assert "'slow', 'fast'" in run(app, ["--speed", "other"]).output
+    shown = " ".join(run(app, ["--help"]).output.split())
+    assert "--speed <slow|fast> How fast. (FLEXGATE_SPEED, default slow)" in shown
+    assert "--colour <str> Colours; by default none. (may be repeated, FLEXGATE_COLOUR as a JSON" in shown
+
+
+def test_commands_on_the_database_read_the_settings_variables() -> None:
+    from flexgate.server.cli.tenants import app
+
+    (listed,) = [command for name, command in typer.main.get_command(app).commands.items() if name == "list"]  # type: ignore[attr-defined]
+    variables = {parameter.name: parameter.envvar for parameter in listed.params}
+    assert {name: variables[name] for name in StoreSettings.model_fields} == {
+        name: f"FLEXGATE_{name.upper()}" for name in StoreSettings.model_fields
+    }
 
 
 def test_help_comes_without_importing_vllm_or_torch() -> None:
