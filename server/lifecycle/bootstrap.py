@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flexgate.experts.package.signature import TrustedKeys
+from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.demo import DEMO_KEYS
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
@@ -56,7 +57,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _alone(settings.directory()) as directory,
         _store(settings) as store,
     ):
-        store.migrate()
+        _migrate(store, settings.database())
         rollback_guard = _rollback_guard(settings)
         rollback_guard.require(store)
         require_clock(store, clock())
@@ -143,6 +144,16 @@ def _store(settings: Settings) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+def _migrate(store: Store, url: str) -> None:
+    """Bring the policy database up to date; what stands against it names the database, without a password."""
+    from sqlalchemy import make_url
+
+    try:
+        store.migrate()
+    except StoreUnavailable as error:
+        raise type(error)(f"{error} ({make_url(url)})") from error
 
 
 @contextmanager

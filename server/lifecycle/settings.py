@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import json
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_origin
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from flexgate.server.inference.request.limits import Limits
@@ -32,7 +33,7 @@ class SettingsError(ValueError):
 class StoreSettings(BaseSettings):
     """Which policy database is used."""
 
-    model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="FLEXGATE_", frozen=True, extra="ignore", enable_decoding=False)
 
     demo: Annotated[bool, Field(description="Serve the shipped demo model with well-known keys, on loopback only.")] = (
         False
@@ -45,6 +46,17 @@ class StoreSettings(BaseSettings):
         str | None,
         Field(description="Policy database, as an SQLAlchemy URL; by default SQLite in the state directory."),
     ] = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read a list as a variable has it: options give it as one."""
+        if not isinstance(value, str) or get_origin(cls.model_fields[str(info.field_name)].annotation) is not tuple:
+            return value
+        with suppress(ValueError):
+            if isinstance(items := json.loads(value), list):
+                return items
+        raise ValueError(f'{value[:80]!r} is no JSON list, such as ["a", "b"]')
 
     @field_validator("database_url")
     @classmethod
@@ -70,14 +82,10 @@ class StoreSettings(BaseSettings):
 
     def directory(self) -> Path:
         """Where private copies of packages are kept, for every database apart from others. Makes the directory."""
-        directory = self._state() / ("demo" if self.demo else _named(_place(self.database())))
-        directory.mkdir(exist_ok=True, mode=0o700)
-        return directory
+        return _made(self._state() / ("demo" if self.demo else _named(_place(self.database()))))
 
     def _state(self) -> Path:
-        directory = (self.state_dir or _default_state_dir()).absolute()
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return directory
+        return _made((self.state_dir or _default_state_dir()).absolute())
 
 
 class Settings(StoreSettings):
@@ -210,6 +218,13 @@ class Settings(StoreSettings):
                 return path
         raise ValueError(f"{str(path)[:80]} is not a file")
 
+    @field_validator("experts_dir")
+    @classmethod
+    def _a_folder(cls, path: Path | None) -> Path | None:
+        if path is None or path.is_dir():
+            return path
+        raise ValueError(f"'{path}' is no folder")
+
     @field_validator("cors_origin")
     @classmethod
     def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -274,8 +289,11 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    option = "".join(f"--{str(step).replace('_', '-')}: " for step in first["loc"][:1])
-    raise SettingsError(f"{option}{message}")
+    if not first["loc"]:
+        raise SettingsError(message)
+    name = str(first["loc"][0])
+    written = f"--{name.replace('_', '-')}" if given.get(name) is not None else f"FLEXGATE_{name.upper()}"
+    raise SettingsError(f"{written}: {message}")
 
 
 def _require_database(url: str) -> None:
@@ -329,6 +347,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _made(directory: Path) -> Path:
+    """The directory, which is made if it is missing."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot make the state directory '{directory}' ({error.strerror}); "
+            "give --state-dir a folder that can be written"
+        ) from error
+    return directory
 
 
 def _default_state_dir() -> Path:

@@ -137,8 +137,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_start_refuses_a_database_that_cannot_be_used(serve: Callable[[], Result], database: Path, name: str) -> None:
     breaking, said = (BROKEN | DAMAGED)[name]
     before = content_of(database)
+    place = f" (sqlite:///{database})" if said.startswith("the store cannot be used") else ""
     with breaking(database):
-        assert refusal(serve()).endswith(said)
+        assert refusal(serve()).endswith(said + place)
     assert content_of(database) == before
     assert refusal(serve()).endswith("the engine would be started now")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from policy_file import refusal
 from typer.testing import Result
 
@@ -24,3 +26,52 @@ def test_a_bad_trusted_key_is_refused_before_the_engine_starts(serve: Callable[.
     folder.mkdir()
     (folder / "acme.pem").write_text("no key")
     assert str(folder / "acme.pem") in refusal(serve(f"--trusted-keys={folder}"))
+
+
+WRONG = {
+    "port": (["--port={port}"], "cannot listen on 127.0.0.1:{port}: Address already in use"),
+    "address": (["--host=300.1.1.1", "--allow-remote"], "cannot listen on 300.1.1.1:0: Name or service not known"),
+    "database URL": (
+        ["--database-url=nonsense"],
+        "--database-url: not a database's URL; give sqlite:////FOLDER/flexgate.db or "
+        "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE",
+    ),
+    "database file": (
+        ["--database-url=sqlite:///{tmp}/none/x.db"],
+        "the store cannot be used: unable to open database file (sqlite:///{tmp}/none/x.db)",
+    ),
+    "database server": (
+        ["--database-url=postgresql+psycopg://u:secret@127.0.0.1:{closed}/x"],
+        "Is the server running on that host and accepting TCP/IP connections? "
+        "(postgresql+psycopg://u:***@127.0.0.1:{closed}/x)",
+    ),
+    "state directory": (
+        ["--state-dir={tmp}/file/x"],
+        "cannot make the state directory '{tmp}/file/x' (Not a directory); "
+        "give --state-dir a folder that can be written",
+    ),
+    "packages": (["--experts-dir={tmp}/none"], "--experts-dir: '{tmp}/none' is no folder"),
+    "keys": (["--trusted-keys={tmp}/none"], "{tmp}/none is no folder of trusted keys (one OWNER.pem per owner)"),
+    "length": (
+        ["--max-model-len=99999"],
+        "cannot be served: --max-model-len 99999 is more than the model's 1024 positions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_at_a_start_is_one_sentence_that_names_it(
+    serve: Callable[..., Result], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    with socket.socket() as taken, socket.socket() as closed:
+        for sock in (taken, closed):
+            sock.bind(("127.0.0.1", 0))
+        taken.listen()
+        facts = {"tmp": tmp_path, "port": taken.getsockname()[1], "closed": closed.getsockname()[1]}
+        options, sentence = WRONG[name]
+        found = serve(*(option.format(**facts) for option in options))
+    assert found.exit_code in (1, 2)
+    (said,) = found.stderr.splitlines()
+    assert said.startswith("flexgate: ")
+    assert said.endswith(sentence.format(**facts))

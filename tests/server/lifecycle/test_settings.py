@@ -68,6 +68,33 @@ def test_what_does_not_fit_together_is_one_sentence(given: dict[str, Any], messa
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("PORT", "abc", "FLEXGATE_PORT: Input should be a valid integer"),
+        ("SERVED_MODEL_NAME", "a", 'FLEXGATE_SERVED_MODEL_NAME: \'a\' is no JSON list, such as ["a", "b"]'),
+        ("SERVED_MODEL_NAME", "[1]", "FLEXGATE_SERVED_MODEL_NAME: Input should be a valid string"),
+        ("CORS_ORIGIN", '"https://a"', "FLEXGATE_CORS_ORIGIN: '\"https://a\"' is no JSON list"),
+        ("CORS_ORIGIN", "5", "FLEXGATE_CORS_ORIGIN: '5' is no JSON list"),
+        ("EXPERTS_DIR", "/no/such", "FLEXGATE_EXPERTS_DIR: '/no/such' is no folder"),
+    ],
+)
+def test_what_is_wrong_with_a_variable_is_one_sentence_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(f"FLEXGATE_{variable}", value)
+    with pytest.raises(SettingsError) as refused:
+        load_settings(model=MODEL)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_state_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"cannot make the state directory '.*/file/x' \(Not a directory\); give"):
+        load_settings(model=MODEL, state_dir=tmp_path / "file/x").database()
+
+
 def test_an_explicit_flag_allows_another_address() -> None:
     assert load_settings(model=MODEL, host="0.0.0.0", allow_remote=True).host == "0.0.0.0"
 
