@@ -57,4 +57,8 @@ class PageOf(Shown, Generic[Listed]):
 
 def unknown_cursor(param: str) -> Invalid:
     """A cursor that is not in the list."""
-    return Invalid(f"'{param}' names no object of this list.", param=param, code="invalid_value")
+    return Invalid(
+        f"'{param}' is not the id of an object of this list. Use the 'last_id' of a page.",
+        param=param,
+        code="invalid_value",
+    )

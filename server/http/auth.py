@@ -100,7 +100,7 @@ def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[R
 def require_tenant(principal: Principal) -> TenantId:
     """The tenant that may infer with this key; raises `WrongRole`."""
     if principal.tenant_id is None:
-        raise WrongRole(f"A key with the role '{principal.role}' cannot be used for inference. Use a key of a project.")
+        raise WrongRole(f"A key with the role '{principal.role}' cannot be used for inference. Use a tenant's key.")
     return principal.tenant_id
 
 
@@ -108,7 +108,9 @@ def require_role(principal: Principal, *roles: Role) -> None:
     """Refuse a key whose role is not among `roles`; raises `WrongRole`."""
     if principal.role not in roles:
         wanted = " or ".join(f"'{role}'" for role in roles)
-        raise WrongRole(f"A key with the role '{principal.role}' cannot be used here. Use one with {wanted}.")
+        raise WrongRole(
+            f"A key with the role '{principal.role}' cannot use this route. Use a key with the role {wanted}."
+        )
 
 
 def _bearer(header: str | None) -> str:
@@ -116,7 +118,7 @@ def _bearer(header: str | None) -> str:
         raise KeyMissing("No API key was given. Send 'Authorization: Bearer sk-…'.")
     scheme, _, key = header.partition(" ")
     if scheme.lower() != "bearer" or not key.strip() or len(header) > MAX_HEADER_CHARACTERS:
-        raise KeyMissing("No API key was understood. Send 'Authorization: Bearer sk-…'.")
+        raise KeyMissing("The Authorization header is not valid. Send 'Authorization: Bearer sk-…'.")
     return key.strip()
 
 

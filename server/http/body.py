@@ -98,7 +98,7 @@ def read_json_text(text: str) -> Any:
     except NotJson:
         raise
     except UnicodeEncodeError:
-        raise NotJson("has half of a surrogate pair in a string") from None
+        raise NotJson("has an unpaired surrogate (\\ud800 to \\udfff) in a string") from None
     except RecursionError:
         raise NotJson("is nested too deeply") from None
     except ValueError:

@@ -116,7 +116,11 @@ class Gateway:
             return
         host = Headers(scope=scope).get("host", "")
         if _without_port(host) not in self._hosts:
-            raise Invalid("The Host header names another server.", param=None, code="wrong_host")
+            raise Invalid(
+                "The Host header names another server. Use the address that the server listens on.",
+                param=None,
+                code="wrong_host",
+            )
 
 
 class _Exchange:
@@ -161,7 +165,11 @@ def _check_headers(scope: Scope) -> None:
     seen = set()
     for name, _ in scope["headers"]:
         if name in seen and (name in _ONCE or name.startswith(b"x-flexgate-")):
-            raise Invalid(f"The header '{name.decode('latin-1')}' is there twice.", param=None, code="duplicate_header")
+            raise Invalid(
+                f"The header '{name.decode('latin-1')}' is sent twice. Send it once.",
+                param=None,
+                code="duplicate_header",
+            )
         seen.add(name)
 
 

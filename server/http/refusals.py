@@ -54,7 +54,7 @@ def from_policy(error: PolicyError) -> ApiError:
     """What a client is told when it gets no gate."""
     if isinstance(error, DecisionRefused):
         return _from_decision(error)
-    return Unavailable("The policy cannot be confirmed right now. Try again.", code="policy_unavailable")
+    return Unavailable("The server cannot reach its policy database. Try again.", code="policy_unavailable")
 
 
 def from_change(error: PolicyError) -> ApiError:
@@ -72,7 +72,7 @@ def from_change(error: PolicyError) -> ApiError:
 
 def not_found() -> NotFound:
     """The one answer for what does not exist and for what is not the caller's."""
-    return NotFound("There is no such object for this key.", code="not_found")
+    return NotFound("No object of this id is visible to this key. Check the id and the key.", code="not_found")
 
 
 def _sentence(error: PolicyError) -> str:

@@ -13,7 +13,7 @@ from flexgate.server.http.errors import ApiError
 
 _NO_ROUTE: Final = {
     HTTPStatus.NOT_FOUND: ("There is nothing at this path.", "unknown_path"),
-    HTTPStatus.METHOD_NOT_ALLOWED: ("This path has no such method.", "method_not_allowed"),
+    HTTPStatus.METHOD_NOT_ALLOWED: ("This path does not support this method.", "method_not_allowed"),
 }
 OK: Final = int(HTTPStatus.OK)
 CREATED: Final = int(HTTPStatus.CREATED)

@@ -93,7 +93,7 @@ def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
 def _put(values: dict[str, Any], key: str, value: str) -> None:
     parts = _KEY.fullmatch(key)
     if parts is None:
-        raise Invalid("A query parameter has no name that is known here.", param=None, code="unknown_parameter")
+        raise Invalid("A query parameter is unknown.", param=None, code="unknown_parameter")
     name, inner = parts.groups()
     if not value.isprintable():
         raise Invalid(f"'{name}' has characters that do not print.", param=name, code="invalid_value")
@@ -109,4 +109,4 @@ def _put(values: dict[str, Any], key: str, value: str) -> None:
         if fits:
             values[name][inner] = value
     if not fits:
-        raise Invalid(f"'{name}' is there twice.", param=name, code="invalid_value")
+        raise Invalid(f"'{name}' is given twice. Give it once.", param=name, code="invalid_value")

@@ -108,7 +108,11 @@ class RunningRequests:
         decisions: _Decisions = {}
         ended = [right.call for right in rights if self._ends(right, snapshot, decisions)]
         if ended:
-            logger.info("policy %d ends %d running requests", snapshot.policy_version, len(ended))
+            logger.info(
+                "policy version %d: %d running requests lost their right and are ended",
+                snapshot.policy_version,
+                len(ended),
+            )
             _wait_for(ended)
 
     def expire(self) -> None:
@@ -117,7 +121,7 @@ class RunningRequests:
             calls = tuple(self._rights)
         running = [call for call in calls if call.failed is None]
         if running:
-            logger.error("the policy cannot be confirmed: %d running requests are ended", len(running))
+            logger.error("the policy database does not answer: %d running requests are ended", len(running))
         for call in running:
             self._client.stop(call, POLICY_UNAVAILABLE)
 

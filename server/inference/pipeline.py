@@ -292,7 +292,7 @@ def allowed_slots(decision: Decision, services: InferenceServices) -> AllowedSlo
     refs = [services.client.ref(expert) for expert in decision.allowed]
     held = tuple(ref for ref in refs if ref is not None)
     if len(held) != len(refs):
-        raise Unavailable("An expert of this request is being changed. Try again.", code="experts_changing")
+        raise Unavailable("An expert of this request is being replaced or revoked. Try again.", code="experts_changing")
     return AllowedSlots(decision.tenant_id, held, decision.valid_until)
 
 

@@ -50,5 +50,5 @@ def _refuse_no_end(params: SamplingParams) -> None:
     """Refuse what goes on behind the end of a constraint, where nothing is allowed: vLLM allows everything there."""
     for name in ("ignore_eos", "min_tokens"):
         if getattr(params, name):
-            message = f"'{name}' cannot be used beside a constraint, which says where the answer ends."
+            message = f"'{name}' cannot be combined with a constraint, which determines where the answer ends."
             raise VLLMValidationError(message, parameter=name)

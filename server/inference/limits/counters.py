@@ -155,7 +155,9 @@ class Budget:
         """What is used or reserved; raises `Unavailable` before the store was read."""
         committed = self._usage.committed(self._scope)
         if committed is None:
-            raise Unavailable("The used tokens are not known yet. Try again.", code="budget_unknown")
+            raise Unavailable(
+                "The used tokens have not been read from the database yet. Try again.", code="budget_unknown"
+            )
         return committed + self._reserved
 
     def wait(self, limit: int, amount: int, now: float) -> float:

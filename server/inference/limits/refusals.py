@@ -50,46 +50,47 @@ def duration(seconds: float) -> str:
 
 
 def too_many_requests(refused: Refused) -> ApiError:
-    message = f"{refused.kind} may make {refused.limit} requests per minute. {_advice(refused.wait_s)}"
+    message = f"{refused.kind} has reached its limit of {refused.limit} requests per minute. {_advice(refused.wait_s)}"
     return _limited(message, "requests", refused.wait_s)
 
 
 def too_many_tokens(refused: Refused) -> ApiError:
     message = (
-        f"{refused.kind} may use {refused.limit} tokens per minute, and this request asks for {refused.amount}. "
+        f"{refused.kind} would exceed its limit of {refused.limit} tokens per minute: this request needs "
+        f"{refused.amount}. "
         f"{_advice(refused.wait_s)}"
     )
     return _limited(message, "tokens", refused.wait_s)
 
 
 def too_many_at_once(refused: Refused) -> ApiError:
-    message = f"{refused.kind} may have {refused.limit} requests running at once. {_advice(1.0)}"
+    message = f"{refused.kind} has reached its limit of {refused.limit} requests running at once. {_advice(1.0)}"
     return _limited(message, "requests", 1.0)
 
 
 def too_many_queued(limit: int, wait_s: float) -> ApiError:
     again = _again(wait_s)
-    message = f"This project may have {limit} prompts waiting for the engine. Trying again in {again}s may change this."
+    message = f"This project has reached its limit of {limit} prompts waiting for the engine. Try again in {again}s."
     return _limited(message, "requests", again)
 
 
 def queue_full(wait_s: float) -> ApiError:
     return Unavailable(
-        "As many prompts wait for the engine as this server lets wait. Try again later.",
+        "The server's queue is full. Try again later.",
         code="queue_full",
         retry_after=_again(wait_s),
     )
 
 
 def too_many_tokenizing(limit: int) -> ApiError:
-    message = f"This project may have {limit} requests for the tokenizer at once. Try again in 1s."
+    message = f"This project has reached its limit of {limit} tokenizer requests at once. Try again in 1s."
     return _limited(message, "requests", 1.0)
 
 
 def over_budget(refused: Refused) -> ApiError:
     message = (
-        f"{refused.kind} has a budget of {refused.limit} tokens, of which {refused.used} are used or reserved, and "
-        f"this request asks for {refused.amount}. An administrator can raise the budget."
+        f"{refused.kind} would exceed its budget of {refused.limit} tokens: {refused.used} are used or reserved, and "
+        f"this request needs {refused.amount}. Lower 'max_tokens', or ask an administrator to raise the budget."
     )
     return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
 

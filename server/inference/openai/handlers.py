@@ -123,7 +123,7 @@ def _parser(name: str | None) -> str:
     known = [known for known in ToolParserManager.list_registered() if known != CONSTRAINED_PARSER]
     ToolParserManager.register_module(CONSTRAINED_PARSER, module=ConstrainedToolParser)
     if name is not None and name not in known:
-        raise HandlersRefused(f"--tool-call-parser {name}: vLLM has {', '.join(known)}")
+        raise HandlersRefused(f"--tool-call-parser {name} is unknown: use one of {', '.join(known)}")
     return name or CONSTRAINED_PARSER
 
 

@@ -42,47 +42,48 @@ _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
 _PERMISSION_ENDED: Final[_End] = (
     Forbidden,
     "expert_permission_ended",
-    "The permission to use an expert of this request ended while it ran. "
-    "Sending the request again uses what is permitted now.",
+    "The request was ended because its permission to use an expert has ended. "
+    "Send it again to use the experts that are permitted now.",
 )
 _ENDED: Final[dict[str, _End]] = {
     EXPERT_REVOKED: (
         Forbidden,
         "expert_revoked",
-        "An expert of this request was revoked while it ran. Sending the request again uses what is live now.",
+        "The request was ended because an expert that it could use was revoked. "
+        "Send it again to use the experts that are loaded now.",
     ),
     GATE_EXPIRED: _PERMISSION_ENDED,
     PERMISSION_ENDED: _PERMISSION_ENDED,
     NUMBERS_OVERFLOWED: (
         ApiError,
         "numbers_overflowed",
-        "The model's numbers overflowed for this request: no answer is given, and the same request would overflow "
-        "again. 'flexgate.experts.ignore' leaves out an expert that causes it.",
+        "The model computed NaN or infinity for this request, and would again. Exclude the expert that causes it with "
+        "'flexgate.experts.ignore', or tell the operator.",
     ),
     KEY_REVOKED: (
         Unauthorized,
         INVALID_API_KEY,
-        "The API key was revoked while the request ran. Use another key of the project.",
+        "The request was ended because its API key was revoked. Use another key of the project.",
     ),
     KEY_EXPIRED: (
         Unauthorized,
         INVALID_API_KEY,
-        "The API key expired while the request ran. Use another key of the project.",
+        "The request was ended because its API key has expired. Use another key of the project.",
     ),
     PROJECT_ARCHIVED: (
         Unauthorized,
         INVALID_API_KEY,
-        "The project was archived while the request ran. Ask an administrator.",
+        "The request was ended because its project was archived. Use a key of another project.",
     ),
     QUEUED_TOO_LONG: (
         Unavailable,
         "queued_too_long",
-        "The request waited for the engine as long as this server lets one wait. Try again later.",
+        "The request has waited for the engine for the longest time allowed (--queue-seconds). Try again later.",
     ),
     POLICY_UNAVAILABLE: (
         Unavailable,
         "policy_unavailable",
-        "The policy could not be confirmed any more while the request ran, so it was ended. Try again.",
+        "The request was ended because this server lost its policy database. Try again.",
     ),
 }
 """By the reason that ended a call: kind, code, message. A key that is good no more has one code, before and after."""
@@ -138,7 +139,7 @@ def not_generated(body: Mapping[str, Any]) -> ApiError | None:
     if param is None:
         return None
     return Invalid(
-        f"No answer could be generated under the constraint in '{param}'.",
+        f"The model could not generate an answer that satisfies '{param}'. Simplify the constraint.",
         param=param,
         code="constraint_failed",
     )
@@ -147,7 +148,9 @@ def not_generated(body: Mapping[str, Any]) -> ApiError | None:
 def ended_early(call: GatedCall) -> ApiError | None:
     """Why a call's request was ended, if its gate or its right to run was the cause."""
     if call.failed == CONSTRAINT_SLOW:
-        message = "What this constraint allows next took too long to find out, so that the answer was ended."
+        message = (
+            "The answer was ended: evaluating its constraint took too long. Simplify the schema, pattern or grammar."
+        )
         return Invalid(message, param=None, code="constraint_too_slow")
     ended = _ENDED.get(call.failed or "")
     if ended is None:

@@ -64,10 +64,10 @@ def _refuse(names: str, why: str, *neutral: Any) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), Rule(Fate.REFUSED, neutral, why))
 
 
-_ENGINE: Final = "it would reach into the engine past the gate"
+_ENGINE: Final = "it could bypass the control of experts"
 _TEXT_ONLY: Final = "only text is served"
-_OTHER_SERVER: Final = "this server does not have what it asks for"
-_RESOURCES: Final = "it changes how much a request may take from others"
+_OTHER_SERVER: Final = "this server does not have that feature"
+_RESOURCES: Final = "clients cannot change the scheduling"
 
 _COMMON: Final[Table] = {
     **_honour("model cache_salt flexgate"),
@@ -78,7 +78,7 @@ _COMMON: Final[Table] = {
     **_refuse("session_id request_id", "the server makes its own ids"),
     **_refuse("priority", _RESOURCES, 0),
     **_refuse("media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs", _TEXT_ONLY),
-    **_refuse("watermarking", "the model was not tried with it", False),
+    **_refuse("watermarking", "it is not tested with this model", False),
     **_refuse("moderation", _OTHER_SERVER),
 }
 
@@ -97,11 +97,11 @@ _GENERATION: Final[Table] = {
     **_honour("prompt_logprobs logprob_token_ids logprobs allowed_token_ids bad_words"),
     **_honour("add_special_tokens response_format"),
     **_honour("return_tokens_as_token_ids return_token_ids"),
-    **_refuse("use_beam_search", "beam search would drop the gate", False),
+    **_refuse("use_beam_search", "beam search is not served; use 'n'", False),
     **_refuse("length_penalty", "it is for beam search, which is not served", 1.0, 1),
     **_refuse("early_stopping", "it is for beam search, which is not served", False),
     **_refuse("thinking_token_budget", "the model does not reason before it answers"),
-    **_refuse("repetition_detection", "the model was not tried with it"),
+    **_refuse("repetition_detection", "it is not tested with this model"),
     **_refuse("routed_experts_prompt_start", "routing is not returned per token", 0),
     **_refuse("return_token_offsets", "it is for rendering, which is not served", False),
     **_refuse("logits_processors", _ENGINE),

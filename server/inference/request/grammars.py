@@ -84,7 +84,7 @@ def _too_large(param: str, longest: int) -> str:
 
 def _check_repeats(repeats: float, param: str) -> None:
     if repeats > MAX_REPEATS:
-        too_much(f"'{param}' may repeat at most {MAX_REPEATS} times, over all its counts.", param)
+        too_much(f"'{param}' has too many repetitions: all its counts together may be at most {MAX_REPEATS}.", param)
 
 
 def _repeats_of_text(text: str) -> float:

@@ -145,7 +145,7 @@ def _check_length(name: str, limits: Limits, *texts: Any) -> None:
     if count > limits.prompt_chars:
         raise Invalid(
             f"'{name}' may have at most {limits.prompt_chars} characters, not {count}: "
-            f"the {limits.prompt_tokens} tokens of this model hold no more.",
+            f"the {limits.prompt_tokens} tokens of this model cannot hold more.",
             param=name,
             code=CONTEXT_LENGTH_EXCEEDED,
         )
@@ -235,7 +235,7 @@ def _check_notation(grammar: str, param: str) -> None:
     from flexgate.server.engine.seam.openai import grammar_is_likely_lark
 
     if grammar_is_likely_lark(grammar):
-        invalid(f"'{param}' must be in EBNF: its rules are written 'name ::= ...', the first one is 'root'.", param)
+        invalid(f"'{param}' must be EBNF: write rules as 'name ::= ...' and start with 'root'.", param)
 
 
 def _check_choices(choices: Any, param: str, longest: int) -> None:

@@ -63,7 +63,7 @@ def read_prompts(prompt: Any) -> list[str | list[int]]:
         invalid(f"'prompt' must be {_PROMPT}.", "prompt")
     for position, one in enumerate(prompt):
         if not (isinstance(one, str) or _are_ids(one)):
-            _bad(f"must be a text or a list of token ids: 'prompt' is {_PROMPT}", ("prompt", position))
+            _bad("must be a text or a list of token ids", ("prompt", position))
     return prompt
 
 
@@ -93,7 +93,7 @@ def check_tools(tools: Any, *, flat: bool) -> None:
 def _require_few(items: list[Any], param: str) -> None:
     pieces = len(items) if len(items) > MAX_PIECES else sum(map(_pieces, items))
     if pieces > MAX_PIECES:
-        too_much(f"'{param}' may have at most {MAX_PIECES} entries, with their parts and calls, not {pieces}.", param)
+        too_much(f"'{param}' may have at most {MAX_PIECES} entries, parts and calls together, not {pieces}.", param)
 
 
 def _pieces(item: Any) -> int:

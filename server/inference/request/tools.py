@@ -24,7 +24,7 @@ def check_tool_choice(body: dict[str, Any], *, has_parser: bool) -> None:
         invalid("'tool_choice' must be 'auto', 'none', 'required' or name a function.", "tool_choice")
     elif not has_parser:
         raise Invalid(
-            "'tool_choice' of 'auto' needs a server started with --tool-call-parser. "
+            "'tool_choice' of 'auto', the default with tools, needs a server started with --tool-call-parser. "
             "Use 'required', 'none' or name a function.",
             param="tool_choice",
             code="unsupported_value",
@@ -36,7 +36,7 @@ def _check_forced(body: Mapping[str, Any], choice: Any) -> None:
         invalid("'tool_choice.type' must be 'function'.", "tool_choice.type")
     for name in ("stop", "stop_token_ids"):
         if body.get(name):
-            invalid(f"'{name}' could cut off the call that 'tool_choice' asks for.", name)
+            invalid(f"'{name}' cannot be combined with a forced 'tool_choice': leave it out.", name)
 
 
 def forces_a_call(body: Mapping[str, Any]) -> bool:

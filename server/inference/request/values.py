@@ -28,7 +28,7 @@ def integer(body: Mapping[str, Any], name: str, low: int, high: int | None = Non
     if value < low:
         invalid(f"'{name}' must be at least {low}, not {_number(value)}.", name)
     if high is not None and value > high:
-        too_much(f"'{name}' may be at most {high} here, not {_number(value)}.", name)
+        too_much(f"'{name}' must be at most {high}, not {_number(value)}.", name)
     return value
 
 
@@ -74,4 +74,4 @@ def characters(value: Any) -> int:
 
 
 def _number(value: int) -> str:
-    return str(value) if abs(value) < 10**12 else "that"
+    return str(value) if abs(value) < 10**12 else "a number of more than 12 digits"

@@ -34,7 +34,7 @@ async def test_lists_come_in_pages(admin: Any) -> None:
     first = await admin.projects.list(limit=3)
     assert (len(first.data), first.has_more) == (3, True)
     assert [p.id async for p in admin.projects.list(limit=3)] == ["t", "u", *made]
-    with pytest.raises(openai.BadRequestError, match="'after' names no object"):
+    with pytest.raises(openai.BadRequestError, match="'after' is not the id of an object"):
         await admin.projects.list(after="proj_nonsense")
     with pytest.raises(openai.BadRequestError, match="limit"):
         await admin.projects.list(limit=0)

@@ -255,7 +255,7 @@ def test_only_so_many_prompts_of_a_project_wait_and_the_refusal_says_when_to_com
     first.close()
     assert not second.waiting
     enter(queue, "a")
-    with pytest.raises(ApiError, match=r"may have 3 prompts waiting for the engine. Trying again in 7s") as refused:
+    with pytest.raises(ApiError, match=r"limit of 3 prompts waiting for the engine. Try again in 7s") as refused:
         enter(queue, "a")
     assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
     assert refused.value.headers == {"retry-after": "7"}

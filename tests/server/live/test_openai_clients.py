@@ -236,7 +236,7 @@ def test_errors_are_the_openai_packages_own(ai: openai.OpenAI, server: Any) -> N
     with pytest.raises(openai.BadRequestError, match="none is left for an answer") as full:
         press.completions.create(model="tiny", prompt=[5] * 1024)
     assert (full.value.code, full.value.param) == ("context_length_exceeded", "prompt")
-    with pytest.raises(openai.BadRequestError, match="the 1024 tokens of this model hold no more"):
+    with pytest.raises(openai.BadRequestError, match="the 1024 tokens of this model cannot hold more"):
         press.completions.create(model="tiny", prompt="the " * 9000, extra_body={"truncate_prompt_tokens": 4})
     with pytest.raises(openai.BadRequestError) as hopeless:
         press.completions.create(**ask, extra_body={"structured_outputs": {"grammar": "root ::= "}})

@@ -63,7 +63,8 @@ def test_requests_per_minute(limiter: Limiter, clock: Clock) -> None:
     error = refused(limiter, t)
     assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "requests")
     assert str(error) == (
-        "This project may make 2 requests per minute. Try again in 50s, or ask an administrator to raise the limit."
+        "This project has reached its limit of 2 requests per minute. "
+        "Try again in 50s, or ask an administrator to raise the limit."
     )
     assert error.headers["retry-after"] == "50"
     assert error.headers["x-ratelimit-remaining-requests"] == "0"
@@ -141,7 +142,7 @@ def test_a_budget_is_for_good(limiter: Limiter, usage: BudgetUsage, clock: Clock
     running = reserve(limiter, t, tokens=60)
     error = refused(limiter, t, tokens=50)
     assert (error.status, error.code, error.type) == (429, "insufficient_quota", "insufficient_quota")
-    assert "can raise the budget" in str(error)
+    assert "to raise the budget" in str(error)
     running.commit({TOKENS: 70})
     clock.now += 3600
     usage.refresh()

@@ -108,7 +108,7 @@ async def test_a_project_has_few_places_at_the_tokenizer_and_takes_nobody_elses(
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["message"] == (
-            "This project may have 4 requests for the tokenizer at once. Try again in 1s."
+            "This project has reached its limit of 4 tokenizer requests at once. Try again in 1s."
         )
         theirs = asyncio.ensure_future(other.post("/tokenize", json={"prompt": "x"}))
         while busy.begun < AT_ONCE + 1:
