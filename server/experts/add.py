@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 
 class Loader:
-    """The steps of one job. Only the last of them, which change what is served, hold the pool's lock: a revocation
-    waits neither for a package to be loaded nor for a place to try it in.
+    """The steps of one job. Only the last ones, which change what is served, hold the pool's lock, so that a revocation
+    never waits for a package to be loaded or tested.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Loader:
         self._clock = clock
 
     async def add(self, job: Job, source: Path, owner: str | None) -> ExpertInfo | None:
-        """Take in the package at `source` and make it live.
+        """Add the package at `source` and make it live.
 
         Args:
             owner: the only owner whose package may come this way; None for any.
@@ -186,7 +186,7 @@ class Loader:
         return digests
 
     async def _try(self, job: Job, expert: str, slot: int) -> int:
-        """Open the slot, which nobody else can name, and try its expert; returns the slot epoch it was tried under."""
+        """Open the slot for the canary alone and test its expert; returns the slot epoch of the test."""
         pool = self._pool
         public = pool.client.experts()[0].ref
         slot_epoch = await asyncio.to_thread(pool.repository.epoch) + 1
@@ -234,14 +234,14 @@ class Loader:
         job.committed = True
 
     def _was_committed(self, added: Added) -> bool | None:
-        """Whether only the answer was lost; None where the store does not say."""
+        """Whether the commit succeeded and only its answer was lost; None if unknown."""
         try:
             return added in self._pool.repository.added()
         except PolicyError:
             return None
 
     def _check_version(self, manifest: Manifest, since: int) -> None:
-        """Refuse a package that is none of the expert's next version, or that was sent before the expert was revoked.
+        """Refuse a package whose version is not newer, or that was sent before the expert was revoked.
 
         Args:
             since: the weights epoch at which its job began.

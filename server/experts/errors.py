@@ -20,7 +20,7 @@ class ExpertError(Exception):
 
 
 class NotLoaded(ExpertError):
-    """There is nothing to revoke."""
+    """The expert to revoke is not loaded."""
 
     code = "expert_not_found"
 
@@ -32,7 +32,7 @@ class PackageRefused(ExpertError):
 
 
 class ChangeConflict(ExpertError):
-    """The state of the server does not allow it."""
+    """The state of the server does not allow the change."""
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
@@ -62,12 +62,12 @@ class NotStored(ExpertError):
 
 
 class EngineBusy(ExpertError):
-    """The engine had no place to try an expert in."""
+    """The engine had no free place for the canary of an expert."""
 
     code = "canary_not_scheduled"
 
 
 class EngineFailed(ExpertError):
-    """The engine did not do it."""
+    """A rank failed to load, clear or test an expert."""
 
     code = "engine_failed"

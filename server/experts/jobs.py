@@ -1,4 +1,4 @@
-"""Adding an expert as a job: what stage it is at, how far, and how it ended."""
+"""Jobs that add experts: their stage, progress and outcome."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = Literal["running", "succeeded", "failed"]
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """One expert on its way in. Times are Unix seconds; `done` of `total` is in `unit`.
+    """A job that adds one expert. Times are Unix seconds; `done` of `total` is in `unit`.
 
     `committed` says that a restart will load it, whatever happens now; None where the store did not say.
     """
@@ -62,17 +62,17 @@ class Job:
         )
 
     async def at(self, stage: str, done: int = 0, total: int = 0, unit: str = "") -> None:
-        """Move on, and tell who watches."""
+        """Enter a stage and notify watchers."""
         self.stage, self.done, self.total, self.unit = stage, done, total, unit
         await self._tell()
 
     async def succeed(self, result: dict[str, Any], now: float) -> None:
-        """End well."""
+        """Mark as succeeded."""
         self.state, self.result, self.finished = "succeeded", result, now
         await self._tell()
 
     async def fail(self, code: str, message: str, now: float) -> None:
-        """End; the stage says how far it came."""
+        """Mark as failed at the current stage."""
         self.state, self.error, self.finished = "failed", {"code": code, "message": message}, now
         await self._tell()
 

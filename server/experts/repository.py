@@ -1,4 +1,4 @@
-"""What the policy store knows of loaded experts, and the two transactions that change it."""
+"""Loaded experts in the policy store, and the two transactions that change them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Added:
     """A package that is loaded: in which slot, and where its private copy is.
 
     `merged` is the version of the same expert that the checkpoint held then: 0 where it did not say, None where it
-    held none, `UNRECORDED` where nobody knows.
+    held none, `UNRECORDED` where that is unknown.
     """
 
     expert: str
@@ -59,7 +59,7 @@ class WeightsRepository:
         return self._store.weights().epoch
 
     def revoked(self) -> frozenset[str]:
-        """Experts that must not be resident."""
+        """Experts that must not be loaded."""
         return self._store.weights().revoked
 
     def revocation_epochs(self) -> dict[str, int]:
@@ -81,7 +81,7 @@ class WeightsRepository:
             _require_owner(known, manifest)
 
     def add(self, manifest: Manifest, added: Added, *, actor: str, at: float) -> None:
-        """Commit that an expert is resident: dark, until some agreement permits it.
+        """Commit that an expert is loaded. No tenant may use it until an agreement permits it.
 
         Raises:
             ChangeConflict: its owner is not the catalogue's, or another process was faster.
@@ -103,7 +103,7 @@ class WeightsRepository:
                 )
 
     def revoke(self, expert: str, slot: int, *, actor: str, at: float) -> int:
-        """Commit that an expert must not be resident; returns the weights epoch."""
+        """Commit that an expert must not be loaded; returns the weights epoch."""
         with self._store.change(actor=actor, note=f"revoke expert {expert}", at=at, urgent=True) as change:
             known = change.get(Expert, expert)
             if known is not None:

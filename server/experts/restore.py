@@ -1,4 +1,4 @@
-"""What a start has to know of experts that were added or revoked."""
+"""Added and revoked experts, as a start finds them in the store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AtStart:
 
 
 def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtStart:
-    """Read it; the store is migrated.
+    """Read the state from a migrated store.
 
     Raises:
         PackageRefused: versions cannot be compared, or the slot of an expert that was added is also another's.

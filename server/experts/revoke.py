@@ -1,4 +1,4 @@
-"""Revoking an expert: no more gates, commit, the engine ends who may use it, zeros read back.
+"""Revoke an expert: no more gates, commit, end its requests, clear its slot and read the zeros back.
 
 When the record is there, no token can come of the expert any more: what was being sent is sent, its
 KV cache is unreachable and evicted, its weights are zero on every rank, and no restart loads it.
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Revocation:
-    """What an owner is told of a revocation. `digests` are the cleared slot's on every rank, none if it was not loaded.
+    """The record of a revocation, for its owner. Times are Unix seconds.
 
-    Times are Unix seconds.
+    `digests` are the cleared slot's, one of each rank; none if the expert was not loaded.
     """
 
     expert: str
@@ -48,7 +48,7 @@ class Revocation:
 
 
 class Revoker:
-    """The steps of one revocation. The pool's lock is the caller's to hold."""
+    """The steps of one revocation. The caller holds the pool's lock."""
 
     def __init__(
         self,
@@ -99,13 +99,13 @@ class Revoker:
             await self._unload(info, self._stop(info), epoch, actor="another process", began=began)
 
     async def drained(self, info: ExpertInfo, seconds: float) -> None:
-        """Wait until nobody uses an expert, no longer than `seconds`."""
+        """Wait until no request uses an expert, at most `seconds`."""
         pool, deadline = self._pool, time.monotonic() + seconds
         while time.monotonic() < deadline and (pool.client.in_use(info.ref) or await pool.slots.users(info.slot)):
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _stop(self, info: ExpertInfo) -> tuple[GatedCall, ...]:
-        """Give no more tokens to whoever may use the expert, in this version or a former one."""
+        """End the requests that may use the expert, in this version or a former one."""
         assignments = (info, *self._pool.retiring.get(info.id, ()))
         return tuple(call for each in assignments for call in self._pool.client.revoke(each.ref))
 
@@ -120,7 +120,7 @@ class Revoker:
         client.publish((*self._pool.others(info.id), info), client.weights_epoch)
 
     async def _forget(self, expert: str, *, actor: str, began: float) -> dict[str, Any]:
-        """Revoke what is not loaded here, and what a start would load."""
+        """Revoke an expert that is not loaded here, but that a restart would load."""
         pool = self._pool
         try:
             entry = next((e for e in await run_in(CHANGES, pool.repository.added) if e.expert == expert), None)
@@ -179,7 +179,7 @@ class Revoker:
         return record
 
     async def _tidy(self, *steps: Awaitable[object]) -> None:
-        """What follows once the expert is gone; a store or a disk that fails now does not bring it back."""
+        """Run the steps after a completed revocation; their failures are only logged."""
         for error in await asyncio.gather(*steps, return_exceptions=True):
             if isinstance(error, (PolicyError, OSError)):
                 logger.error("after a revocation: %s", error)
@@ -188,7 +188,7 @@ class Revoker:
 
 
 async def _undelivered(users: Sequence[GatedCall]) -> int:
-    """Wait until nothing of these calls' answers is left to send; how many were not done at the end."""
+    """Wait until these calls' responses are sent; returns how many were not at the deadline."""
     waiting = [asyncio.ensure_future(call.ended.wait()) for call in users if not call.ended.is_set()]
     if not waiting:
         return 0

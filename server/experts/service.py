@@ -1,4 +1,4 @@
-"""Experts that come and go while the server runs: one change at a time, always the old or the new state."""
+"""Add and revoke experts of a running server: one change at a time, each whole or not at all."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ExpertService:
         return job
 
     async def revoke(self, expert: str, *, actor: str, drain_seconds: float = 0.0) -> dict[str, Any]:
-        """Revoke an expert; see `Revoker.revoke`. Goes on to its end whoever stops waiting for it.
+        """Revoke an expert; see `Revoker.revoke`. Completes also if the caller stops waiting.
 
         Args:
             drain_seconds: how long running requests may go on before they are ended; no new one begins.
@@ -79,7 +79,7 @@ class ExpertService:
         return await asyncio.shield(self._begin(self._revoke(expert, actor, drain_seconds)))
 
     async def restore(self, stage: Callable[[str, int, int], None]) -> None:
-        """Load what was added before the last stop, before anything is served.
+        """Load the experts that were added before the restart, before anything is served.
 
         What the checkpoint holds in a newer version is not loaded; nor is, and the log says so, what is not signed by
         a key that is trusted now.
@@ -127,7 +127,7 @@ class ExpertService:
                     logger.error("expert %s was revoked elsewhere and is not unloaded yet: %s", info.id, error)
 
     async def _store_again(self) -> None:
-        """Revoke again what the store could not be told."""
+        """Retry the revocations that could not be stored."""
         if not self._unstored or time.monotonic() < self._store_again_at:
             return
         for expert, actor in tuple(self._unstored.items()):
@@ -197,7 +197,7 @@ class ExpertService:
                 raise
 
     async def _drain(self, info: ExpertInfo, seconds: float) -> None:
-        """Seal no more gates for an expert, and wait for those that are out; holds up nobody else's change."""
+        """Seal no more gates for an expert and wait for its requests, without the lock."""
         client = self._pool.client
         asleep = replace(info, live=False)
         client.publish((*self._pool.others(info.id), asleep), client.weights_epoch)

@@ -1,4 +1,4 @@
-"""The engine's slots as this process knows them: who is in which, which are free, which are not clean."""
+"""Slots of the engine in this process: which expert each holds, which are free, which are dirty."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineClient(Protocol):
-    """What gates are sealed from."""
+    """The part of the engine client that gates are sealed from."""
 
     weights_epoch: int
 
@@ -51,7 +51,7 @@ class Slots(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where private copies are kept, what they must fit, and whose signatures count (None: anybody's)."""
+    """Where private copies are kept, what they must fit, and whose signatures count (None: all)."""
 
     private: Path
     base: Callable[[], BaseIdentity]
@@ -64,10 +64,10 @@ class Places:
 
 
 class SlotPool:
-    """Shared by everything that changes slots.
+    """The slots, shared by all jobs that change them.
 
     `changing` is held while what is served changes, never while files are copied or slots are filled: a
-    revocation does not wait until somebody's expert has been loaded.
+    revocation does not wait until another expert has been loaded.
 
     Attributes:
         arriving: names of private copies that are being made and loaded.
@@ -144,21 +144,21 @@ class SlotPool:
             )
 
     def mark_dirty(self, slot: int) -> None:
-        """The slot holds something that nobody may reach: not free until it was cleared."""
+        """Mark a slot that no gate may name: not free until it was cleared."""
         self._dirty.add(slot)
 
     def hold(self, slot: int, package: str) -> None:
-        """The slot is clear, but a stored package may come back to it: not free until `release_package`."""
+        """Hold a clear slot for a stored package that may come back: not free until `release_package`."""
         self._dirty.add(slot)
         self._held[package] = slot
 
     def release_package(self, package: str) -> None:
-        """The store does not name the package any more."""
+        """Free the slot of a package that the store does not name any more."""
         if package in self._held:
             self._dirty.discard(self._held.pop(package))
 
     def claim(self, slot: int) -> None:
-        """A reserved slot has become a loaded expert's."""
+        """Assign a reserved slot to its loaded expert."""
         self._dirty.discard(slot)
         self._reserved.pop(slot, None)
 
@@ -183,7 +183,7 @@ class SlotPool:
         return digests
 
     async def release(self, slot: int) -> bool:
-        """Leave a slot as it was found: closed, zeroed, free; whether it is. If that fails it is not used again."""
+        """Close, zero and free a slot; returns whether that succeeded. Otherwise the slot is not used again."""
         with suppress(Exception):  # it may never have been opened
             await self.slots.close(slot)
         try:

@@ -1,4 +1,4 @@
-"""Packages on their way in, in a private folder: written at the offset that is asked for, and no other.
+"""Uploads of packages, in a private folder; every write must begin where the file ends.
 
 An upload is a folder of its own with the package's files and `upload.json`, so that it can be gone on
 with after a broken connection or a restart. Names and sizes are announced first; nothing a client
@@ -57,7 +57,7 @@ class Upload:
 
 
 class Uploads:
-    """All uploads of one server. An upload exists for the key that opened it, and for nobody else."""
+    """All uploads of one server. Only the key that opened an upload sees it."""
 
     def __init__(self, root: Path, *, most_bytes: int, clock: Callable[[], float]) -> None:
         self._root = root

@@ -1,6 +1,6 @@
-"""What a start must not forget: the newest policy that this server has decided from.
+"""Guard against starting from a rolled-back database: remembers the newest policy that was served.
 
-The database alone cannot tell that somebody put yesterday's copy of it in place. So the version that
+The database alone cannot show that it was replaced by an older copy. So the version that
 was confirmed last is also kept in the server's own directory, and compared at the next start.
 """
 
@@ -31,7 +31,7 @@ class ClockBehind(Exception):
 
 
 class RollbackGuard:
-    """The file that keeps it. One server writes it."""
+    """The file with the newest served policy version. One server writes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,7 +1,7 @@
-"""An engine must not outlive its server: nobody could end its requests or revoke its experts any more. Nor may it end
-before it.
+"""Parent watchdog: end the engine core when its server has ended, and never before.
 
-vLLM's own worker processes follow the engine core; the engine core follows nobody.
+Without its server no request could be ended and no expert revoked. vLLM's own worker processes follow the engine
+core; the engine core itself follows no process.
 """
 
 import multiprocessing

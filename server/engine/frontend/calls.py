@@ -1,4 +1,4 @@
-"""One API call as the engine sees it: what a decision allows it, what its requests share, and what they used."""
+"""One API call in the engine: what a decision allows, what its requests share, and what they used."""
 
 from __future__ import annotations
 
@@ -83,19 +83,19 @@ class Ticket(AbstractContextManager[Any], Protocol):
 
     @property
     def waiting(self) -> bool:
-        """Whether its turn has yet to come."""
+        """Whether the prompt still waits."""
 
     async def seated(self, seconds: float) -> bool:
-        """Whether its turn came within `seconds`, and before it was closed."""
+        """Whether the prompt got a seat within `seconds`, and before it was closed."""
 
     def use(self, tokens: int) -> None:
         """Count tokens that were generated."""
 
     def release(self) -> None:
-        """One of its choices is generated."""
+        """Release the seat of a generated choice."""
 
     def close(self) -> None:
-        """Nothing is generated from it any more, or will be."""
+        """Release all seats; nothing more is generated."""
 
 
 @dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Requests that must fail, and one that must not, before the server says it is ready or an expert is live."""
+"""Test requests, some of which must fail, before the server is ready or an expert is live."""
 
 import asyncio
 import math
@@ -26,7 +26,7 @@ class CanaryNotScheduled(RuntimeError):
 
 
 async def self_test(engine: Any, client: GatedEngineClient) -> None:
-    """Try the engine from inside: no gate, a forged gate, then a gate on each expert alone.
+    """Test the engine: no gate, a forged gate, then a gate on each expert alone.
 
     Raises:
         CanaryError: the engine answered what it must refuse, refused what it must answer, or
@@ -63,7 +63,7 @@ async def try_experts(client: GatedEngineClient, *refs: ExpertSlotRef) -> None:
 async def try_added(
     client: GatedEngineClient, slots: SlotOperator, public: ExpertSlotRef, added: ExpertSlotRef, *, seconds: float
 ) -> None:
-    """Try an expert that nobody else may use yet, in an engine that is serving.
+    """Test an expert in a serving engine, before any tenant may use it.
 
     Args:
         seconds: how long it may wait for a place in the batch, and then for its answer.

@@ -36,11 +36,11 @@ READ_WHEN_USED: Final = frozenset(
 
 
 class CannotBeTold(Exception):
-    """A process that was begun early cannot be what is asked for; the message says why."""
+    """An early process cannot be used; the message says why."""
 
 
 class EarlyProcess:
-    """A process that loads modules and waits to be told what to run; untold, it ends with its ``with`` block.
+    """A process that loads modules and waits for its program; without one it ends with its ``with`` block.
 
     Attributes:
         waiting: whether it can still be told.
@@ -73,7 +73,7 @@ class EarlyProcess:
         self.discard()
 
     def tell(self, what: bytes) -> None:
-        """Tell it what to run; it is then whoever's that told it.
+        """Start the program; the caller then owns the process.
 
         Raises:
             CannotBeTold: it has ended.
@@ -86,7 +86,7 @@ class EarlyProcess:
         self.waiting = False
 
     def discard(self) -> None:
-        """End it, unless it was told."""
+        """End the process, unless its program was started."""
         if self.waiting:
             self.waiting = False
             with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored

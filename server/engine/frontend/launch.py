@@ -1,4 +1,4 @@
-"""Starting vLLM so that nothing is served before every rank has proved that it gates."""
+"""Start vLLM, and serve nothing before every rank has proved that it gates."""
 
 import asyncio
 import os
@@ -38,7 +38,7 @@ Stage = Callable[[str, int, int], None]  # (what is happening, done, total); tot
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunningEngine:
-    """An engine that has proved its gate: what handlers get of it, and what changes its slots."""
+    """A running engine that has proved its gate: the handlers' client, and the control of its slots."""
 
     client: "GatedEngineClient"
     slots: "SlotOperator"

@@ -1,4 +1,4 @@
-"""What vLLM would die of after minutes of loading, said in one sentence before it is loaded.
+"""Requirements checked before vLLM is loaded, which would otherwise fail after minutes of loading.
 
 Each requirement answers one question about a checkpoint and the settings it is started with, as None or as
 the end of a sentence that begins with what is wrong. Written for vLLM 0.32.0; tests compare with it.

@@ -1,4 +1,4 @@
-"""An engine that hangs must end: its requests would wait for ever, and nothing could be revoked from it."""
+"""Engine watchdog: end an engine that hangs, because its experts could not be revoked."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What every rank must prove before the server may say that it is ready."""
+"""The handshake: what every rank must prove before the server is ready."""
 
 import hashlib
 import math
@@ -36,7 +36,7 @@ class RankReport(TypedDict):
 
 
 def report_rank(worker: Any) -> RankReport:
-    """Look at what ``worker`` really holds, not at what it was asked to hold."""
+    """Report what ``worker`` really holds, not what it was asked to hold."""
     model = worker.model_runner.get_model()
     layers = model.moe_layers()
     choices, programs = zip(*(layer.kernels for layer in layers), strict=True)
