@@ -81,7 +81,7 @@ async def test_a_key_has_limits_of_its_own(client: httpx.AsyncClient, handler: A
     handler.result = answer
     await post(client)
     refused = await post(client)
-    assert refused.json()["error"]["message"].startswith("This key may make 1 requests per minute.")
+    assert refused.json()["error"]["message"].startswith("This key has reached its limit of 1 requests per minute.")
 
 
 async def test_a_stream_runs_until_it_is_closed(client: httpx.AsyncClient, handler: Any, limit: Any) -> None:
