@@ -21,5 +21,5 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`, as `object_pairs_hook`; raises `JSONDecodeError`."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise json.JSONDecodeError(f"the key {str(repeated_key(pairs))[:80]!r} is there twice", "", 0)
+        raise json.JSONDecodeError(f"the key {str(repeated_key(pairs))[:80]!r} is given twice", "", 0)
     return found

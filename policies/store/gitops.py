@@ -30,7 +30,7 @@ def _once_each(documents: tuple[Any, ...]) -> tuple[Any, ...]:
     seen: set[str] = set()
     for document in documents:
         if document.id in seen:
-            raise InvalidName(f"{document.id!r} is there twice")
+            raise InvalidName(f"{document.id!r} is given twice")
         seen.add(document.id)
     return documents
 

@@ -88,7 +88,7 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
         if change.changes and confirm != present:
             raise ConfirmationRequired(
                 f"rolling back from policy version {present} to {to} would {_in_words(change.changes)}: nothing was "
-                f"changed; to do it, confirm with {present}, the present version"
+                f"changed; to do it, set 'confirm' to {present}, the current version"
             )
     return change.policy_version
 

@@ -28,7 +28,7 @@ INTERRUPTED: Final = 130
 def serve(**values: Any) -> None:
     """Serve a FlexOlmo checkpoint directory, or the demo with --demo.
 
-    Every option can also be set by the variable that is named with it; the option wins.
+    Every option can also be set by the variable that is named with it. The option has precedence.
     """
     try:
         settings = load_settings(**given(values))
@@ -42,7 +42,7 @@ app.command()(serve)
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal comes; a start that fails exits with one sentence."""
+    """Serve until a signal arrives; a failing start exits with one sentence."""
     from flexgate.server.lifecycle.console import expected_failures
 
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -75,18 +75,20 @@ def demo_model() -> Path:
 
     path = Path(flexgate.experts.demo.__file__).with_name("checkpoint")
     if not path.is_dir():
-        raise SettingsError("this installation has no demo model")
+        raise SettingsError(
+            f"the demo model is not installed: {path} is missing. Name a model directory instead of --demo"
+        )
     return path
 
 
 def refuse_shadowed_kernels() -> None:
-    """Refuse to start where our folder `kernels` hides the library of that name."""
+    """Refuse to start if flexgate's folder `kernels` shadows the Python package of that name."""
     ours = Path(__file__).resolve().parents[2]
     for entry in sys.path:
         if Path(entry or ".").resolve() == ours:
             raise SettingsError(
-                f"{ours} is on Python's path, where its folder 'kernels' hides a library of "
-                "that name; start from another directory or set PYTHONSAFEPATH=1"
+                f"the folder {ours / 'kernels'} shadows the Python package 'kernels': start from another directory, "
+                "or set PYTHONSAFEPATH=1"
             )
 
 

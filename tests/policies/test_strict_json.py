@@ -1,4 +1,4 @@
-"""A key that is there twice is refused, in one pass over the object."""
+"""A key that is given twice is refused, in one pass over the object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Counted(str):
 def test_the_first_key_that_comes_again_is_named() -> None:
     assert json.loads('{"a": {"b": 1}, "b": 2}', object_pairs_hook=no_key_twice) == {"a": {"b": 1}, "b": 2}
     for text, key in (('{"a": 1, "b": 2, "b": 3, "a": 4}', "b"), ('[{"x": {"": 1, "": 1}}]', "")):
-        with pytest.raises(json.JSONDecodeError, match=f"the key '{key}' is there twice"):
+        with pytest.raises(json.JSONDecodeError, match=f"the key '{key}' is given twice"):
             json.loads(text, object_pairs_hook=no_key_twice)
 
 

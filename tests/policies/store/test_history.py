@@ -121,7 +121,7 @@ def test_a_rollback_that_is_not_confirmed_changes_nothing_and_says_what_it_would
             roll_back(history, 0, confirm=confirm, actor="admin", at=9.0)
         assert str(refused.value) == (
             "rolling back from policy version 7 to 0 would archive 2 tenants ('acme', 'new'), remove 1 expert set "
-            "('set:two'): nothing was changed; to do it, confirm with 7, the present version"
+            "('set:two'): nothing was changed; to do it, set 'confirm' to 7, the current version"
         )
     assert history.snapshot() == before
 

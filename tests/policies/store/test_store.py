@@ -246,7 +246,7 @@ def test_a_stored_document_with_a_key_twice_is_refused(store, table):
         connection.execute(
             sa.text(f"UPDATE {table.name} SET document = :d"), {"d": text.replace("{", '{"id": "x", ', 1)}
         )
-    with pytest.raises(StoreDamaged, match="the key 'id' is there twice"):
+    with pytest.raises(StoreDamaged, match="the key 'id' is given twice"):
         store.snapshot()
 
 

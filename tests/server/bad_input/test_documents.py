@@ -43,7 +43,7 @@ def _agreement(said: str, answered: str | None = None, **terms: Any) -> Bad:
 DOCUMENTS = {
     "agreement twice": Bad(
         {"agreements": [MATH, {**MATH, "effect": "prohibit"}]},
-        "agreements: 'n' is there twice",
+        "agreements: 'n' is given twice",
         (AGREEMENTS, {**MATH, "id": "a-math", "effect": "prohibit"}),
         "The id 'a-math' is taken: choose another one.",
     ),

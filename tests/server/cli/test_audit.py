@@ -58,7 +58,7 @@ def test_an_export_is_the_log_and_is_verified_without_a_database(
         ("DELETE FROM audit_log WHERE sequence > 3", "was truncated or rewritten"),
         (
             """UPDATE audit_log SET detail = replace(detail, '{"policy_version"', '{"note": "x", "policy_version"')""",
-            "the key 'note' is there twice",
+            "the key 'note' is given twice",
         ),
     ],
 )

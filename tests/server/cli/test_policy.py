@@ -78,9 +78,9 @@ def test_a_rollback_says_what_it_would_change_and_is_done_once_confirmed(flexgat
     version = real_store.version()
     refused = flexgate("policy", "rollback", "0")
     assert (refused.exit_code, real_store.version()) == (1, version)
-    assert f"from policy version {version} back to 0 would remove 3 agreements" in refused.stderr
+    assert f"rolling back from policy version {version} to 0 would remove 3 agreements" in refused.stderr
     assert "archive 2 tenants ('t', 'u'): nothing was changed" in refused.stderr
-    assert f"to do it, confirm with {version}, the present version" in refused.stderr
+    assert f"to do it, set 'confirm' to {version}, the current version" in refused.stderr
     assert flexgate("policy", "rollback", "0", "--confirm", str(version)).exit_code == 0
     assert all(tenant.archived for tenant in real_store.snapshot().tenants.values())
 
@@ -126,9 +126,9 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         ("format: [", "while parsing"),
         ("format: flexgate-policy/v2", "format: Input should be 'flexgate-policy/v1'"),
         (FORMAT + "tenant: []", "tenant: Extra inputs are not permitted"),
-        (FORMAT + "tenants: []\ntenants: []", "'tenants' is there twice"),
-        (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not used in policy files"),
-        (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "tenants: 'x' is there twice"),
+        (FORMAT + "tenants: []\ntenants: []", "'tenants' is given twice"),
+        (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not supported in policy files"),
+        (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "tenants: 'x' is given twice"),
         (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "tenant 'x' names the unknown expert 'zzz'"),
         (FORMAT + "tenants: !!python/object:os.system {}", "could not determine a constructor"),
         (FORMAT + "tenants: [{id: x, name: x, regions: [XX]}]", "tenant 'x': 'XX' is not a region"),
@@ -138,7 +138,7 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         (FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1_000}}]", "Input should be a valid integer"),
         (FORMAT + "tenants: [{id: x, name: 2026-01-01, <<: {archived: true}}]", "tenants.0.<<: Extra inputs"),
         (FORMAT + "tenants: [{id: x, name: !!timestamp 2026-01-01}]", "could not determine a constructor"),
-        (FORMAT + "? [a]\n: b", "a key is one word"),
+        (FORMAT + "? [a]\n: b", "a key must be a string"),
         (FORMAT + "required_experts: [zzz]", "required_experts names the unknown expert 'zzz'"),
         (FORMAT + "required_experts: [secret]", "'secret' is required in every answer"),
         ("\x00", "unacceptable character"),

@@ -109,7 +109,7 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     assert store.version() == version
     assert ok(run("policy", "apply", str(folder / "policy.yaml"))) == changed.output
     assert ok(run("policy", "export", "--version", str(version))) == exported
-    assert "back to" in run("policy", "rollback", str(version)).stderr
+    assert "olling back from policy version" in run("policy", "rollback", str(version)).stderr
     assert ok(run("policy", "rollback", str(version), "--confirm", str(version + 1))) == f"{version + 2}\n"
     assert ok(run("policy", "export")) == exported
     said = [line.split()[:2] for line in ok(run("policy", "explain", "u")).splitlines()[1:]]

@@ -237,7 +237,7 @@ def test_our_kernels_folder_on_the_path_is_refused(monkeypatch: pytest.MonkeyPat
     root = Path(cli_serve.__file__).resolve().parents[2]
     cli_serve.refuse_shadowed_kernels()
     monkeypatch.setattr(sys, "path", [*sys.path, str(root)])
-    with pytest.raises(SettingsError, match="'kernels' hides"):
+    with pytest.raises(SettingsError, match="kernels shadows the Python package 'kernels'"):
         cli_serve.refuse_shadowed_kernels()
 
 
