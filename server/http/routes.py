@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute
 from flexgate.policies.documents import Role
 from flexgate.server.http.context import context_of
 from flexgate.server.http.responses import OK
-from flexgate.server.http.schemas import Error
+from flexgate.server.http.schemas import ErrorBody
 
 Json = dict[str, Any]
 ANYONE: Final[frozenset[Role]] = frozenset()
@@ -107,7 +107,7 @@ def require_declared(routes: Iterable[BaseRoute], kind: type[Route] = Route) -> 
             raise UndeclaredRoute(f"route '{getattr(route, 'path', route)}': declare the roles that may use it")
 
 
-_REFUSED: Final[Json] = {"model": Error, "description": "Refused."}
+_REFUSED: Final[Json] = {"model": ErrorBody, "description": "Refused."}
 
 
 def _streamed(status: int, events: type[BaseModel] | None) -> dict[int | str, Json]:

@@ -44,7 +44,7 @@ class ErrorDetail(Shown):
     code: str | None
 
 
-class Error(Shown):
+class ErrorBody(Shown):
     """The one body of an error."""
 
     error: ErrorDetail
@@ -53,7 +53,7 @@ class Error(Shown):
     """Bytes of an upload's file that have arrived, where a part of it does not fit there."""
 
 
-class Status(Shown):
+class ProbeStatus(Shown):
     """What a probe learns."""
 
     status: Literal["ok", "ready", "not_ready"]

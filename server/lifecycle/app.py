@@ -20,7 +20,7 @@ from flexgate.server.http.health import Operations
 from flexgate.server.http.middleware import Gateway
 from flexgate.server.http.responses import of_error, of_http_error
 from flexgate.server.http.routes import ANYONE, PlainRoute, Route, require_declared
-from flexgate.server.http.schemas import Status
+from flexgate.server.http.schemas import ProbeStatus
 from flexgate.server.inference.openai import chat, completions, responses, schemas
 from flexgate.server.inference.openai.models import Models
 from flexgate.server.inference.openai.tokenization import Tokenization
@@ -109,6 +109,7 @@ def _inference(services: Services) -> Iterator[Route]:
         body=schemas.ChatBody,
         response_model=schemas.ChatCompletion,
         events=schemas.ChatCompletionChunk,
+        operation_id="chat_completions_create",
         summary="Answer a conversation.",
     )
     yield post(
@@ -117,6 +118,7 @@ def _inference(services: Services) -> Iterator[Route]:
         body=schemas.CompletionBody,
         response_model=schemas.Completion,
         events=schemas.CompletionChunk,
+        operation_id="completions_create",
         summary="Continue a text.",
     )
     yield post(
@@ -125,13 +127,15 @@ def _inference(services: Services) -> Iterator[Route]:
         body=schemas.ResponsesBody,
         response_model=schemas.ModelResponse,
         events=schemas.ResponseEvent,
+        operation_id="responses_create",
         summary="Answer an input. Nothing is stored.",
     )
     yield post(
         "/tokenize",
         tokenization.tokenize,
         body=schemas.TokenizeBody,
-        response_model=schemas.Tokens,
+        response_model=schemas.TokenIds,
+        operation_id="tokenize",
         summary="Convert text or messages to token ids.",
     )
     yield post(
@@ -139,13 +143,21 @@ def _inference(services: Services) -> Iterator[Route]:
         tokenization.detokenize,
         body=schemas.DetokenizeBody,
         response_model=schemas.DetokenizedText,
+        operation_id="detokenize",
         summary="Convert token ids to text.",
     )
-    yield get("/v1/models", models.list, response_model=schemas.ModelList, summary="List the model's names.")
+    yield get(
+        "/v1/models",
+        models.list,
+        response_model=schemas.ModelList,
+        operation_id="models_list",
+        summary="List the model's names.",
+    )
     yield get(
         "/v1/models/{model:path}",
         models.retrieve,
         response_model=schemas.Model,
+        operation_id="models_retrieve",
         summary="Show one of the model's names.",
     )
 
@@ -157,6 +169,7 @@ def _metrics(services: Services) -> Iterator[Route]:
         method="GET",
         roles=(Role.ADMIN, Role.AUDITOR),
         response_class=PlainTextResponse,
+        operation_id="metrics",
         summary="Export Prometheus metrics.",
     )
 
@@ -169,16 +182,23 @@ def _probes(services: Services) -> Iterator[Route]:
         OpenApi(services).document,
         roles=EVERY_ROLE,
         response_model=dict[str, Any],
+        operation_id="openapi",
         summary="Give this document.",
     )
     yield get(
-        "/health", operations.health, roles=ANYONE, response_model=Status, summary="Report whether the process lives."
+        "/health",
+        operations.health,
+        roles=ANYONE,
+        response_model=ProbeStatus,
+        operation_id="health",
+        summary="Report whether the process lives.",
     )
     yield get(
         "/ready",
         operations.ready,
         roles=ANYONE,
-        response_model=Status,
-        responses={"5XX": {"model": Status, "description": "Not ready."}},
+        response_model=ProbeStatus,
+        responses={"5XX": {"model": ProbeStatus, "description": "Not ready."}},
+        operation_id="ready",
         summary="Report whether requests are served.",
     )

@@ -17,11 +17,12 @@ from flexgate.server.admin.agreements.schemas import (
     AgreementBody,
     AgreementDeleted,
     AgreementObject,
+    AgreementPage,
     agreement_fields,
     agreement_object,
 )
 from flexgate.server.admin.operation import Call, Nothing, Page, Written
-from flexgate.server.admin.pages import PageOf, page_of
+from flexgate.server.admin.pages import page_of
 from flexgate.server.admin.router import OperationRouter
 
 _ALL: Final = "/v1/agreements"
@@ -36,12 +37,12 @@ def _withheld(call: Call[Any, Any]) -> Withholding:
 
 
 @router.operation("GET", _ALL, roles=_READ)
-def list_(call: Call[Nothing, Page]) -> PageOf[AgreementObject]:
+def list_(call: Call[Nothing, Page]) -> AgreementPage:
     """List agreements, oldest first."""
     found = agreements.list_agreements(call.store, owner_id=call.principal.owner_id)
     chosen, more = page_of(found, call.query, lambda agreement: agreement.id)
     names = _names(call)
-    return PageOf[AgreementObject].of([agreement_object(agreement, names) for agreement in chosen], more=more)
+    return AgreementPage.of([agreement_object(agreement, names) for agreement in chosen], more=more)
 
 
 @router.operation("POST", _ALL, roles=_WRITE)

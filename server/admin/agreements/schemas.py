@@ -8,7 +8,7 @@ from flexgate.policies.agreements import Agreement, Duty
 from flexgate.policies.ids import AgreementIdField, OwnerIdField
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.pseudonyms import Pseudonyms
-from flexgate.server.admin.pages import Deleted, Identified
+from flexgate.server.admin.pages import Deleted, Identified, PageOf
 
 _TENANT: Final = "tenant:"
 
@@ -38,6 +38,10 @@ class AgreementObject(Identified):
     license_expression: str | None
     terms_uri: str | None
     terms_sha256: str | None
+
+
+class AgreementPage(PageOf[AgreementObject]):
+    """A part of the list of agreements."""
 
 
 class AgreementDeleted(Deleted):

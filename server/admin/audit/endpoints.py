@@ -9,7 +9,7 @@ from flexgate.policies.documents import Role
 from flexgate.policies.store.audit import Sought, newest
 from flexgate.server.admin.audit.schemas import (
     PREFIX,
-    AuditLogObject,
+    AuditLogPage,
     AuditTrimming,
     ListAuditLogs,
     TrimAuditLogs,
@@ -18,7 +18,7 @@ from flexgate.server.admin.audit.schemas import (
     type_of,
 )
 from flexgate.server.admin.operation import Call, Nothing
-from flexgate.server.admin.pages import PageOf, unknown_cursor
+from flexgate.server.admin.pages import unknown_cursor
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.policy.retention import trim_denials
 
@@ -26,12 +26,12 @@ router: Final = OperationRouter()
 
 
 @router.operation("GET", "/v1/organization/audit_logs", roles=(Role.ADMIN, Role.AUDITOR))
-def list_(call: Call[Nothing, ListAuditLogs]) -> PageOf[AuditLogObject]:
+def list_(call: Call[Nothing, ListAuditLogs]) -> AuditLogPage:
     """List entries of the audit log, newest first."""
     query = call.query
     found = newest(call.store.engine, _sought(query), limit=query.limit + 1)
     chosen = [audit_object(entry) for entry in found[: query.limit]]
-    return PageOf[AuditLogObject].of(chosen, more=len(found) > len(chosen))
+    return AuditLogPage.of(chosen, more=len(found) > len(chosen))
 
 
 @router.operation("POST", "/v1/organization/audit_logs/trim", roles=(Role.ADMIN,))

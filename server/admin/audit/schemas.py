@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ConfigDict, Field
 
 from flexgate.policies.audit import Entry
-from flexgate.server.admin.pages import Identified
+from flexgate.server.admin.pages import Identified, PageOf
 from flexgate.server.http.schemas import Shown, is_none
 from flexgate.server.http.validation import Closed
 
@@ -97,6 +97,10 @@ class AuditLogObject(Identified):
     actor: AuditActor
     project: Annotated[AuditProject | None, Field(exclude_if=is_none)] = None
     flexgate: AuditChain
+
+
+class AuditLogPage(PageOf[AuditLogObject]):
+    """A part of the audit log, newest first."""
 
 
 class AuditTrimming(Shown):

@@ -12,8 +12,10 @@ from flexgate.policies.withhold import Withholding, without_key
 from flexgate.server.admin.keys.schemas import (
     AdminKeyDeleted,
     AdminKeyObject,
+    AdminKeyPage,
     ApiKeyDeleted,
     ApiKeyObject,
+    ApiKeyPage,
     CreateAdminKey,
     CreateServiceAccount,
     ListAdminKeys,
@@ -22,6 +24,7 @@ from flexgate.server.admin.keys.schemas import (
     NewServiceAccount,
     ServiceAccountDeleted,
     ServiceAccountObject,
+    ServiceAccountPage,
     account_object,
     admin_key_object,
     api_key_object,
@@ -30,7 +33,7 @@ from flexgate.server.admin.keys.schemas import (
     new_admin_key_object,
 )
 from flexgate.server.admin.operation import Call, Nothing, Page, Written
-from flexgate.server.admin.pages import PageOf, page_of
+from flexgate.server.admin.pages import page_of
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.http.refusals import not_found
 
@@ -68,11 +71,11 @@ def create_account(call: Call[CreateServiceAccount, Written]) -> NewServiceAccou
 
 
 @router.operation("GET", _ACCOUNTS, roles=_READ)
-def list_accounts(call: Call[Nothing, Page]) -> PageOf[ServiceAccountObject]:
+def list_accounts(call: Call[Nothing, Page]) -> ServiceAccountPage:
     """List a project's service accounts, oldest first."""
     found = accounts.list_service_accounts(call.store, call.path["project_id"])
     chosen, more = page_of(found, call.query, lambda account: account.id)
-    return PageOf[ServiceAccountObject].of([account_object(account) for account in chosen], more=more)
+    return ServiceAccountPage.of([account_object(account) for account in chosen], more=more)
 
 
 @router.operation("GET", _ACCOUNT, roles=_READ)
@@ -90,11 +93,11 @@ def delete_account(call: Call[Nothing, Written]) -> ServiceAccountDeleted:
 
 
 @router.operation("GET", _KEYS, roles=_READ)
-def list_keys(call: Call[Nothing, ListApiKeys]) -> PageOf[ApiKeyObject]:
+def list_keys(call: Call[Nothing, ListApiKeys]) -> ApiKeyPage:
     """List a project's keys that are not revoked, oldest first."""
     found = accounts.list_project_keys(call.store, call.path["project_id"])
     chosen, more = page_of(found, call.query, lambda key: key.key_id)
-    return PageOf[ApiKeyObject].of([api_key_object(key) for key in chosen], more=more)
+    return ApiKeyPage.of([api_key_object(key) for key in chosen], more=more)
 
 
 @router.operation("GET", _KEY, roles=_READ)
@@ -127,13 +130,13 @@ def create_admin_key(call: Call[CreateAdminKey, Written]) -> NewAdminKey:
 
 
 @router.operation("GET", _ADMIN_KEYS, roles=_READ)
-def list_admin_keys(call: Call[Nothing, ListAdminKeys]) -> PageOf[AdminKeyObject]:
+def list_admin_keys(call: Call[Nothing, ListAdminKeys]) -> AdminKeyPage:
     """List the keys of administrators, auditors and owners."""
     found = accounts.list_admin_keys(call.store)
     if call.query.order == "desc":
         found.reverse()
     chosen, more = page_of(found, call.query, lambda key: key.key_id)
-    return PageOf[AdminKeyObject].of([admin_key_object(key) for key in chosen], more=more)
+    return AdminKeyPage.of([admin_key_object(key) for key in chosen], more=more)
 
 
 @router.operation("GET", _ADMIN_KEY, roles=_READ)

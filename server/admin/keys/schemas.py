@@ -11,7 +11,7 @@ from flexgate.policies.ids import OwnerIdField
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
 from flexgate.server.admin.operation import Page
-from flexgate.server.admin.pages import Deleted, Identified
+from flexgate.server.admin.pages import Deleted, Identified, PageOf
 from flexgate.server.http.schemas import Shown
 from flexgate.server.http.validation import Closed
 
@@ -72,6 +72,10 @@ class ServiceAccountObject(AccountFields):
     object: Literal["organization.project.service_account"] = "organization.project.service_account"
 
 
+class ServiceAccountPage(PageOf[ServiceAccountObject]):
+    """A part of the list of a project's service accounts."""
+
+
 class NewKey(Identified):
     """A key with its value, which is shown here only."""
 
@@ -113,6 +117,10 @@ class ApiKeyObject(KeyObject):
     owner_project_access: Literal["active"] = "active"
 
 
+class ApiKeyPage(PageOf[ApiKeyObject]):
+    """A part of the list of a project's keys."""
+
+
 class AdminKeyOwner(Identified):
     """Whom a key speaks for: the owner that it is for, or itself."""
 
@@ -128,6 +136,10 @@ class AdminKeyObject(KeyObject):
 
     object: Literal["organization.admin_api_key"] = "organization.admin_api_key"
     owner: AdminKeyOwner
+
+
+class AdminKeyPage(PageOf[AdminKeyObject]):
+    """A part of the list of keys of administrators, auditors and owners."""
 
 
 class NewAdminKey(AdminKeyObject):

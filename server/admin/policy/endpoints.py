@@ -12,7 +12,7 @@ from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import with_standard
 from flexgate.policies.store import gitops, history
 from flexgate.server.admin.operation import Call, Json, Nothing, Page, Written
-from flexgate.server.admin.pages import PageOf, unknown_cursor
+from flexgate.server.admin.pages import unknown_cursor
 from flexgate.server.admin.policy.schemas import (
     Apply,
     Compare,
@@ -23,7 +23,7 @@ from flexgate.server.admin.policy.schemas import (
     PolicyExplanation,
     PolicyRollback,
     PolicySimulation,
-    RevisionObject,
+    RevisionPage,
     RollBack,
     Simulate,
     change_object,
@@ -91,12 +91,12 @@ def apply(call: Call[Apply, Written]) -> PolicyApplication:
 
 
 @router.operation("GET", "/v1/policy/revisions", roles=_READ)
-def revisions(call: Call[Nothing, Page]) -> PageOf[RevisionObject]:
+def revisions(call: Call[Nothing, Page]) -> RevisionPage:
     """List the revisions of the policy, newest first."""
     before = _cursor(call.query.after)
     found = history.newest_revisions(call.store, before=before, limit=call.query.limit + 1)
     chosen = [revision_object(revision) for revision in found[: call.query.limit]]
-    return PageOf[RevisionObject].of(chosen, more=len(found) > len(chosen))
+    return RevisionPage.of(chosen, more=len(found) > len(chosen))
 
 
 @router.operation("GET", "/v1/policy/diff", roles=_READ)

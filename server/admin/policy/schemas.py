@@ -12,7 +12,7 @@ from flexgate.policies.explain import Explanation
 from flexgate.policies.simulate import Difference, Replay
 from flexgate.policies.store.gitops import Plan, PolicyFile
 from flexgate.policies.store.revisions import ObjectChange, Revision
-from flexgate.server.admin.pages import Identified
+from flexgate.server.admin.pages import Identified, PageOf
 from flexgate.server.http.refusals import reason_json
 from flexgate.server.http.schemas import Reason, Shown, is_none
 from flexgate.server.http.validation import Closed
@@ -151,6 +151,10 @@ class RevisionObject(Identified):
     created_at: int
     actor: str
     note: str
+
+
+class RevisionPage(PageOf[RevisionObject]):
+    """A part of the list of the policy's revisions."""
 
 
 def explanation_object(explanation: Explanation) -> ExplanationObject:

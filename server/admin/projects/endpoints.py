@@ -14,7 +14,7 @@ from flexgate.policies.store import projects
 from flexgate.policies.store.projects import Times
 from flexgate.policies.withhold import Withholding, listing_only, without_tenant
 from flexgate.server.admin.operation import Call, Nothing, Written
-from flexgate.server.admin.pages import PageOf, page_of
+from flexgate.server.admin.pages import page_of
 from flexgate.server.admin.projects.schemas import (
     CreateProject,
     ExpertPermissions,
@@ -23,6 +23,7 @@ from flexgate.server.admin.projects.schemas import (
     PermissionsDeleted,
     PermissionsObject,
     ProjectObject,
+    ProjectPage,
     UpdateProject,
     listed,
     permissions_object,
@@ -74,12 +75,12 @@ def create(call: Call[CreateProject, Written]) -> ProjectObject:
 
 
 @router.operation("GET", _ALL, roles=OPERATORS)
-def list_(call: Call[Nothing, ListProjects]) -> PageOf[ProjectObject]:
+def list_(call: Call[Nothing, ListProjects]) -> ProjectPage:
     """List projects, oldest first."""
     tenants = projects.list_projects(call.store, archived=call.query.include_archived)
     chosen, more = page_of(tenants, call.query, lambda tenant: tenant.id)
     times = projects.project_times(call.store, [tenant.id for tenant in chosen])
-    return PageOf[ProjectObject].of([project_object(t, times[t.id], operator=True) for t in chosen], more=more)
+    return ProjectPage.of([project_object(t, times[t.id], operator=True) for t in chosen], more=more)
 
 
 @router.operation("GET", _ONE, roles=READERS)

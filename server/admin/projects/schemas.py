@@ -14,7 +14,7 @@ from flexgate.policies.ids import ExpertReference, GroupIdField, SetId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
 from flexgate.server.admin.operation import Page
-from flexgate.server.admin.pages import Identified
+from flexgate.server.admin.pages import Identified, PageOf
 from flexgate.server.http.schemas import Shown, is_none
 from flexgate.server.http.validation import Closed
 
@@ -86,6 +86,10 @@ class ProjectObject(Identified):
     archived_at: int | None
     status: Literal["active", "archived"]
     flexgate: ProjectFields
+
+
+class ProjectPage(PageOf[ProjectObject]):
+    """A part of the list of projects."""
 
 
 class PermissionsObject(Shown):

@@ -8,13 +8,14 @@ from flexgate.policies.documents import Quota, Role, Tenant
 from flexgate.policies.store import projects
 from flexgate.policies.store.accounts import list_project_keys
 from flexgate.server.admin.operation import Call, Nothing, Written
-from flexgate.server.admin.pages import PageOf, page_of
+from flexgate.server.admin.pages import page_of
 from flexgate.server.admin.projects.endpoints import READERS, visible_project
 from flexgate.server.admin.quotas.schemas import (
     PREFIX,
     PROJECT,
     ListRateLimits,
     RateLimitObject,
+    RateLimitPage,
     UpdateRateLimit,
     rate_limit_object,
 )
@@ -26,11 +27,11 @@ router: Final = OperationRouter()
 
 
 @router.operation("GET", _ALL, roles=READERS)
-def list_(call: Call[Nothing, ListRateLimits]) -> PageOf[RateLimitObject]:
+def list_(call: Call[Nothing, ListRateLimits]) -> RateLimitPage:
     """List a project's limits, then those of its keys. A tenant's key sees its project's."""
     quotas = _quotas(call, visible_project(call))
     chosen, more = page_of(list(quotas), call.query, str)
-    return PageOf[RateLimitObject].of([_shown(call, id_, quotas[id_]) for id_ in chosen], more=more)
+    return RateLimitPage.of([_shown(call, id_, quotas[id_]) for id_ in chosen], more=more)
 
 
 @router.operation("POST", f"{_ALL}/{{rate_limit_id}}", roles=(Role.ADMIN,))

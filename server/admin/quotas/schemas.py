@@ -8,7 +8,7 @@ from pydantic import Field
 
 from flexgate.policies.documents import Quota
 from flexgate.server.admin.operation import Page
-from flexgate.server.admin.pages import Identified
+from flexgate.server.admin.pages import Identified, PageOf
 from flexgate.server.http.validation import Closed
 
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
@@ -52,6 +52,10 @@ class RateLimitObject(Identified):
     max_tokens_per_1_minute: int
     max_concurrent_requests: int | None
     max_total_tokens: int | None
+
+
+class RateLimitPage(PageOf[RateLimitObject]):
+    """A part of the list of a project's limits, and those of its keys."""
 
 
 def rate_limit_object(id_: str, quota: Quota, model: str) -> RateLimitObject:

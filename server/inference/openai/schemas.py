@@ -97,7 +97,7 @@ class ModelResponse(_Served, ResponsesResponse):
     output_messages: SkipJsonSchema[None] = None
 
 
-class Tokens(TokenizeResponse):
+class TokenIds(TokenizeResponse):
     """A text or conversation as token ids."""
 
 

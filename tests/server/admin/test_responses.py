@@ -205,7 +205,7 @@ def test_every_operation_says_what_it_answers() -> None:
         responses = described()["paths"][operation.path][operation.method.lower()]["responses"]
         schema = responses[str(operation.status)]["content"]["application/json"]["schema"]
         assert "$ref" in schema or all("$ref" in option for option in schema["anyOf"]), operation.path
-        assert responses["4XX"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+        assert responses["4XX"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
 
 
 def _template(place: tuple[str, str]) -> tuple[str, str]:
