@@ -92,8 +92,6 @@ def test_a_gate_of_the_matrix_is_the_model_without_those_experts(folder: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("MODEL",), "give either MODEL and --texts FOLDER, or --protocol NAME and --work FOLDER"),
-        (("MODEL", "--texts", "TEXTS", "--work", "W"), "give either MODEL and --texts"),
         (("MODEL", "--texts", "NONE"), "must hold one folder of texts per expert, named public, news, math"),
         (("MODEL", "--texts", "ODD"), "odd/poems belongs to no expert; there are public, news, math"),
         (("MODEL", "--texts", "TEXTS", "--report", "no/such/folder.json"), "no/such/folder.json cannot be written"),

@@ -262,4 +262,4 @@ def test_commands_for_one_process_are_refused_under_torchrun(command: str, tmp_p
     words = [command, *(str(tmp_path / name) for name in names)]
     result = CliRunner().invoke(app, words, env={"TORCHELASTIC_RUN_ID": "1"})
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: this command trains in one process, only 'train' in several")
+    assert result.stderr.startswith("error: this command trains in one process: start it without torchrun")
