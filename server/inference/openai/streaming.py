@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -60,14 +60,17 @@ class Sizes:
         """New tokens, and those of the prompt with the first output of each choice that has their log-probabilities."""
         if brought is END:
             return self._total
-        prompt, output = brought if isinstance(brought, tuple) else (0, getattr(brought, "last_output", brought))
-        scores = getattr(output, "prompt_logprobs", None) or ()
+        if isinstance(brought, Exception):
+            return 0
+        prompt, context = brought if isinstance(brought, tuple) else (0, brought)
+        output: Any = getattr(context, "last_output", context)  # a Responses context has it
         count = 0
-        for part in getattr(output, "outputs", ()):
+        for part in output.outputs:
             count += len(part.token_ids)
-            if scores and (prompt, part.index) not in self._echoed:
-                self._echoed.add((prompt, part.index))
-                count += len(scores)
+        if output.prompt_logprobs:
+            echoing = {(prompt, part.index) for part in output.outputs} - self._echoed
+            self._echoed |= echoing
+            count += len(echoing) * len(output.prompt_logprobs)
         self._total += count
         return count
 
@@ -88,12 +91,25 @@ async def in_pieces(
         while True:
             step = events.__anext__()
             try:
-                while isinstance(made := await _advanced(step, offload, about, owner), Outputs):
-                    brought = await _brought(made, step)
-                    about = bytes_of(sizes.tokens(brought)) + repeated * (brought is END)
+                made = await _made(step, offload, owner) if offload.holds_up(about) else _advance(step)
+                while not isinstance(made, str):
+                    if isinstance(made, Outputs):
+                        brought = await _brought(made, step)
+                        about = bytes_of(sizes.tokens(brought)) + repeated * (brought is END)
+                        made = await _made(step, offload, owner) if offload.holds_up(about) else _advance(step)
+                    else:
+                        made = await _Waiting(step, made)
             except StopAsyncIteration:
                 return
             yield made
+
+
+def _advance(step: Any) -> Any:
+    """The next event, or what the generator waits for before that."""
+    try:
+        return step.send(None)
+    except StopIteration as made:
+        return made.value
 
 
 async def _brought(outputs: Outputs, step: Any) -> Any:
@@ -101,52 +117,54 @@ async def _brought(outputs: Outputs, step: Any) -> Any:
     try:
         return await outputs.bring()
     except BaseException as error:
-        await _OnLoop(step, partial(step.throw, error))
+        await _throw(step, error)
         raise
 
 
-async def _advanced(step: Any, offload: Offload, about: int, owner: str) -> Any:
-    """What a generator gives next, or the `Outputs` that it waits for."""
-    if not offload.holds_up(about):
-        return await _OnLoop(step, partial(step.send, None))
-    advancing = asyncio.ensure_future(offload.run_for(owner, partial(_advance, step)))
+async def _throw(step: Any, error: BaseException) -> None:
+    with suppress(StopIteration):
+        await _Waiting(step, step.throw(error))
+
+
+async def _made(step: Any, offload: Offload, owner: str) -> Any:
+    """The same in a thread, where a generator may wait for nothing but the engine."""
+    advancing = asyncio.ensure_future(offload.run_for(owner, partial(_advance_alone, step)))
     try:
         return await asyncio.shield(advancing)
     except asyncio.CancelledError as error:
         await asyncio.wait({advancing})  # a generator that is at work cannot be closed
         if advancing.exception() is None and isinstance(advancing.result(), Outputs):
-            await _OnLoop(step, partial(step.throw, error))
+            await _throw(step, error)
         raise
 
 
-def _advance(step: Any) -> Any:
+def _advance_alone(step: Any) -> Any:
+    made = _advance(step)
+    if isinstance(made, str | Outputs):
+        return made
     try:
-        waits = step.send(None)
-        if not isinstance(waits, Outputs):
-            waits = step.throw(TypeError(f"a stream that is made off the event loop waits for {waits!r}"))
-    except StopIteration as made:
-        return made.value
-    return waits
+        return step.throw(TypeError(f"a stream that is made off the event loop waits for {made!r}"))
+    except StopIteration as event:
+        return event.value
 
 
-class _OnLoop:
-    """The same on the event loop, where a generator may wait for anything."""
+class _Waiting:
+    """A generator's wait for something else than the engine, on the event loop, until it gives or wants something."""
 
-    def __init__(self, step: Any, resume: Callable[[], Any]) -> None:
+    def __init__(self, step: Any, waits: Any) -> None:
         self._step = step
-        self._resume = resume
+        self._waits = waits
 
     def __await__(self) -> Generator[Any, None, Any]:
-        resume = self._resume
-        while True:
-            try:
-                waits = resume()
-            except StopIteration as made:
-                return made.value
-            if isinstance(waits, Outputs):
-                return waits
+        waits = self._waits
+        while not isinstance(waits, Outputs):
             try:
                 yield waits
                 resume = partial(self._step.send, None)
             except BaseException as error:  # such as the task's cancellation
                 resume = partial(self._step.throw, error)
+            try:
+                waits = resume()
+            except StopIteration as made:
+                return made.value
+        return waits
