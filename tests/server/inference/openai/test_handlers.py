@@ -21,7 +21,7 @@ def build(checkpoint: Path, **options: Any) -> None:
 
 
 def test_an_unknown_tool_parser_is_refused_with_those_there_are(text_checkpoint: Path) -> None:
-    with pytest.raises(HandlersRefused, match=r"^--tool-call-parser nope: vLLM has .*hermes.*") as refused:
+    with pytest.raises(HandlersRefused, match=r"^--tool-call-parser nope is unknown: use one of .*hermes.*") as refused:
         build(text_checkpoint, tool_call_parser="nope")
     assert "flexgate" not in str(refused.value), "what is not for users"
 
