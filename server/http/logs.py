@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -61,9 +62,19 @@ def configure(level: str, style: str = "json") -> None:
     os.environ[FORMAT] = style
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(CONFIG_PATH)
     os.environ["VLLM_LOGGING_LEVEL"] = level.upper()
+    if level != "debug":
+        _silence_libraries()
     config = json.loads(CONFIG_PATH.read_text())
     logging.config.dictConfig(config)
     logging.getLogger("flexgate").setLevel(level.upper())
+
+
+def _silence_libraries() -> None:
+    """Keep warnings of Python and torch, which are for developers, off standard error, here and in later processes."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _line(record: logging.LogRecord) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
     from flexgate.server.engine.frontend.launch import LaunchPlan
+
+MOST_OF_A_PATH: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,24 @@ class Progress:
         self._last = what
 
     def ready(self, started: Started) -> None:
-        """Show the summary instead."""
+        """Show the summary instead, in lines that wrap on a terminal and are whole elsewhere."""
         self.stop()
-        self._console.print(summary(started))
+        rows = summary(started)
+        if self._console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            for name, value in rows:
+                table.add_row(Text(name, style="bold"), Text(value))
+            self._console.print(table)
+        else:
+            width = max(len(name) for name, _ in rows)
+            self._print("".join(f"{name:{width}}  {value}\n" for name, value in rows), end="")
+        if started.admin_key is not None:
+            self._print(f"first admin key, shown only now: {started.admin_key}", style="bold yellow")
+        if started.hint is not None:
+            self._print(started.hint)
+
+    def _print(self, text: str, *, style: str = "", end: str = "\n") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True, end=end)
 
     def stop(self) -> None:
         """Take the line away."""
@@ -79,34 +97,32 @@ class Progress:
             self._status.stop()
 
 
-def summary(started: Started) -> Group:
-    """Model, experts, packages set aside, slots and their memory, kernels, addresses; a first admin key, once."""
+def summary(started: Started) -> list[tuple[str, str]]:
+    """Model, experts, packages set aside, slots and their memory, kernels, addresses."""
     from flexgate.server.engine.frontend.memory import human
 
     planned, client = started.plan, started.client
     slots, a = planned.slots, planned.checkpoint.architecture
-    rows = Table.grid(padding=(0, 2))
-    for name, value in (
-        ("model", f"{planned.checkpoint.path} ({a.num_hidden_layers} layers, {planned.dtype})"),
+    held = f"{slots.held} of {human(slots.slot_bytes)} = {human(slots.held * slots.slot_bytes)}"
+    memory = f"on each rank {held}, KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}"
+    return [
+        ("model", f"{shortened(planned.checkpoint.path)} ({a.num_hidden_layers} layers, {planned.dtype})"),
         ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
         *(("set aside", sentence) for sentence in started.set_aside),
-        (
-            "slots",
-            f"{slots.slots}, on each rank {slots.held} of {human(slots.slot_bytes)} "
-            f"= {human(slots.held * slots.slot_bytes)}, "
-            f"KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}",
-        ),
+        ("slots", f"{slots.slots}, {memory}"),
         ("kernels", client.kernels),
         ("address", started.address),
         *([] if started.admin_address is None else [("administration", started.admin_address)]),
-    ):
-        rows.add_row(Text(name, style="bold"), Text(value))
-    lines = []
-    if started.admin_key is not None:
-        lines.append(Text(f"first admin key, shown only now: {started.admin_key}", style="bold yellow"))
-    if started.hint is not None:
-        lines.append(Text(started.hint))
-    return Group(rows, *lines)
+    ]
+
+
+def shortened(path: Path) -> str:
+    """A path from the current folder or the home folder on; of others that are long, the last three parts."""
+    whole = shown = path.absolute()
+    for base, name in ((Path.home(), "~"), (Path.cwd(), ".")):
+        if whole.is_relative_to(base) and len(base.parts) > 1:
+            shown = Path(name, whole.relative_to(base))
+    return str(shown) if len(str(shown)) <= MOST_OF_A_PATH else str(Path("…", *whole.parts[-3:]))
 
 
 def expected_failures() -> tuple[type[Exception], ...]:

@@ -1,18 +1,19 @@
 """One real server for the whole test session: `flexgate serve` as a process of its own."""
 
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
+from demo_server import free_port as free_port
+from transcripts import Terminal
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Expert, Role, Tenant
@@ -92,9 +93,14 @@ def seed_store(database_url: str, experts: dict[str, tuple[str, str]]) -> None:
 
 
 def start(
-    model: Path, directory: Path, *options: str, database_url: str | None = None, log: Path | None = None
+    model: Path,
+    directory: Path,
+    *options: str,
+    database_url: str | None = None,
+    log: Path | None = None,
+    terminal: bool = False,
 ) -> LiveServer:
-    """Start a server and wait until it is ready; a database that is given has been seeded."""
+    """Start a server, on a terminal if asked, and wait until it is ready; a database that is given has been seeded."""
     database = directory / "flexgate.db"
     if database_url is None:
         database_url = f"sqlite:///{database}"
@@ -104,7 +110,7 @@ def start(
     log = log or directory / "server.log"
     command = [_script(), "serve", str(model), f"--port={port}", *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    with log.open("wb") as output:
+    with _output(log, terminal=terminal) as output:
         process = subprocess.Popen(
             [*command, f"--database-url={database_url}", f"--state-dir={directory}"],
             stdout=output,
@@ -115,6 +121,19 @@ def start(
     server = LiveServer(f"http://127.0.0.1:{port}", process, log, database)
     _await_ready(server)
     return server
+
+
+@contextmanager
+def _output(log: Path, *, terminal: bool) -> Iterator[int]:
+    if not terminal:
+        with log.open("wb") as file:
+            yield file.fileno()
+        return
+    shown = Terminal(log)
+    try:
+        yield shown.slave
+    finally:
+        shown.close()
 
 
 def stop(server: LiveServer, *, seconds: float = 60) -> int:
@@ -130,15 +149,6 @@ def stop(server: LiveServer, *, seconds: float = 60) -> int:
 def family(server: LiveServer) -> list[psutil.Process]:
     """The server's processes below it."""
     return psutil.Process(server.process.pid).children(recursive=True)
-
-
-def free_port() -> int:
-    """A port that nothing listens on, below those that the system gives to whoever connects meanwhile."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with suppress(OSError), socket.socket() as sock:
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 def _await_ready(server: LiveServer) -> None:

@@ -62,7 +62,7 @@ class EngineGuard:
             self.table.validate(gate)
         except GateError as error:
             expected = request.request_id.startswith(SELF_TEST)
-            level = logging.INFO if expected else logging.WARNING
+            level = logging.DEBUG if expected else logging.WARNING
             logger.log(level, "refused request %s: %s", request.request_id, error)
             raise
         request.cache_salt = gate.cache_salt

@@ -6,7 +6,9 @@ and is told what to run later, through the pipe that a spawned process is always
 """
 
 import io
+import json
 import logging
+import logging.config
 import os
 import select
 import signal
@@ -135,6 +137,7 @@ def wait(modules: Sequence[str], tracker: int, start_fd: int) -> None:
     """What an early process runs: load, then do what a spawned process does; end quietly if it is never told."""
     with leaving():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's until the engine core takes it
+        _configure_logging()
         with suppress(ImportError):  # what it is told to run finds out, and says so
             for module in modules:
                 import_module(module)
@@ -142,6 +145,12 @@ def wait(modules: Sequence[str], tracker: int, start_fd: int) -> None:
         poll.register(start_fd, select.POLLIN)
         if any(event & select.POLLIN for _, event in poll.poll()):
             spawn.spawn_main(pipe_handle=start_fd, tracker_fd=tracker)
+
+
+def _configure_logging() -> None:
+    """Log as vLLM will, already while it loads: vLLM configures logging only once it has its whole configuration."""
+    if path := os.environ.get("VLLM_LOGGING_CONFIG_PATH"):
+        logging.config.dictConfig(json.loads(Path(path).read_text()))
 
 
 class EarlyContext(SpawnContext):

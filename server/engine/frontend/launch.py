@@ -262,6 +262,7 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
         "structured_outputs_config": StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         "trust_remote_code": False,
         "enable_log_requests": False,
+        "use_tqdm_on_load": False,
         "worker_cls": "flexgate.server.engine.worker.worker.GatedWorker",
         "scheduler_cls": f"flexgate.server.engine.core.scheduler.{scheduler}",
         # The one of vLLM's CUDA backends that leaves weights as hot-add writes them.

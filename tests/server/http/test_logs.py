@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -97,8 +99,23 @@ def test_text_is_for_terminals_unless_an_option_says_otherwise(
     configured: list[Any] = []
     monkeypatch.setattr(logs.logging.config, "dictConfig", configured.append)
     monkeypatch.setattr(logs.sys.stderr, "isatty", lambda: terminal, raising=False)
-    for name in (logs.FORMAT, "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_LEVEL"):
+    levels = ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL", "PYTHONWARNINGS")
+    for name in (logs.FORMAT, "VLLM_LOGGING_CONFIG_PATH", *levels):
         monkeypatch.setenv(name, "")
     logs.configure("info", style)
     assert type(logs.chosen_formatter()) is kind
     assert configured[0]["formatters"]["json"] == {"()": "flexgate.server.http.logs.chosen_formatter"}
+
+
+@pytest.mark.parametrize(("level", "silent"), [("info", True), ("debug", False)])
+def test_warnings_of_libraries_are_for_debugging(level: str, silent: bool) -> None:
+    """Here and in processes that are started later, which read variables."""
+    program = (
+        "import subprocess, sys, warnings; from flexgate.server.http import logs; logs.configure(sys.argv[1]);"
+        "warnings.warn('ours');"
+        "subprocess.run([sys.executable, '-c', 'import warnings; warnings.warn(\"a child\")'])"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, "-c", program, level], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert [said in done.stderr for said in ("ours", "a child")] == [not silent, not silent]

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 from demo_aim import assert_answered_by_licence, shares
-from live_server import free_port
+from demo_server import serve_demo
+from transcripts import transcript
 
 from flexgate.experts.demo.probes import Probe, read_probes
 from flexgate.experts.demo.ship import CHECKPOINT, PROBES_NAME
@@ -43,24 +43,9 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(state_dir: Path) -> Iterator[str]:
-    port = free_port()
-    directory = state_dir
-    command = [str(Path(sys.executable).with_name("flexgate")), "serve", "--demo"]
-    command += [f"--port={port}", "--enforce-eager", f"--state-dir={directory}"]
-    command += ["--kv-cache-memory-bytes=134217728"]
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/ready").status_code == 200:
-                break
-        except httpx.TransportError:
-            time.sleep(0.2)
-    yield url
-    process.terminate()
-    assert process.wait(60) == 0, (directory / "log").read_text()[-2000:]
+    flexgate = Path(sys.executable).with_name("flexgate")
+    with serve_demo(state_dir, "--enforce-eager", "--kv-cache-memory-bytes=134217728", flexgate=flexgate) as url:
+        yield url
 
 
 def ask(url: str, key: str, question: str, **headers: str) -> httpx.Response:
@@ -101,6 +86,22 @@ def said(answer: dict[str, Any]) -> str:
 def experts_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = answer["flexgate"]["attribution"]["experts"]
     return parts
+
+
+def test_a_start_prints_what_is_served_and_what_to_try(demo: str, state_dir: Path) -> None:
+    shown = transcript(state_dir / "log")
+    start = shown[: 1 + next(place for place, line in enumerate(shown) if line.startswith("try:  curl"))]
+    assert start[5:10] == [
+        "model    … (4 layers, bfloat16)",
+        "experts  public (public), news (tarnholm-gazette), math (orrin-institute), code (quillkit-maintainers), "
+        "legal (veldmark-chancery)",
+        "slots    7, on each rank 7 of 787.5 kB = 5.5 MB, KV cache 134.2 MB, in all 142.0 MB",
+        "kernels  …",
+        "address  http://127.0.0.1:PORT",
+    ]
+    assert [line for line in start[:5] if not line.endswith(" ...")] == []
+    assert start[10] == "keys: sk-demo-all, sk-demo-press, sk-demo-public; sk-demo-admin administers"
+    assert start[11:] == shown[11:12]
 
 
 @pytest.mark.parametrize("key", ALLOWED)
@@ -237,7 +238,7 @@ def run(demo: str, state_dir: Path, tmp_path: Path) -> Run:
     for name in ("docs", "experts"):
         (tmp_path / name).symlink_to(QUICKSTART.parents[1] / name)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEXGATE_")}
-    environment |= {"FLEXGATE_STATE_DIR": str(state_dir), "FLEXGATE_URL": demo, "PYTHONSAFEPATH": "1"}
+    environment |= {"FLEXGATE_STATE_DIR": str(state_dir / "state"), "FLEXGATE_URL": demo, "PYTHONSAFEPATH": "1"}
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         command = tuple(part.replace("http://127.0.0.1:8000", demo) for part in command)

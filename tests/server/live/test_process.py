@@ -20,6 +20,7 @@ import httpx
 import live_server
 import psutil
 import pytest
+from transcripts import transcript
 
 pytestmark = pytest.mark.engine
 
@@ -34,16 +35,32 @@ def interrupt(running: live_server.LiveServer, family: list[psutil.Process]) -> 
         process.send_signal(signal.SIGINT)
 
 
+STAGES = ["reading the checkpoint", "checking weights", "loading vLLM", "starting the engine", "proving the gate"]
+SUMMARY = [
+    "model    … (2 layers, float32)",
+    "experts  public (commons), news (gazette), math (academy), code (forge), secret (vault)",
+    "slots    7",
+    "kernels  …",
+    "address  http://127.0.0.1:PORT",
+]
+
+
 @pytest.mark.parametrize(
-    ("stop", "ranks"), [(end, 1), (interrupt, 1), pytest.param(interrupt, 2, marks=pytest.mark.slow)]
+    ("stop", "ranks", "terminal"),
+    [
+        pytest.param(end, 1, False, id="end-1"),
+        pytest.param(interrupt, 1, True, id="interrupt-1"),
+        pytest.param(interrupt, 2, False, id="interrupt-2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_drains_and_leaves_no_process(
     stop: Callable[[live_server.LiveServer, list[psutil.Process]], None],
     ranks: int,
+    terminal: bool,
     text_checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    running = live_server.start(text_checkpoint, tmp_path, f"--tensor-parallel-size={ranks}")
+    running = live_server.start(text_checkpoint, tmp_path, f"--tensor-parallel-size={ranks}", terminal=terminal)
     family = live_server.family(running)
     assert family, "the engine has a process of its own"
     answers: list[Any] = []
@@ -69,8 +86,12 @@ def test_a_signal_drains_and_leaves_no_process(
     assert running.process.wait(60) == 0
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[1].json()["usage"]["completion_tokens"] == 600
-    said = running.log.read_text().partition('"stopping"')[2].splitlines()[1:]
-    assert [line for line in said if not line.startswith("{")] == []
+    shown = [re.sub(r"^(slots +\d+), on each rank .*", r"\1", line) for line in transcript(running.log)]
+    stages = [] if terminal else [f"{stage} ..." for stage in STAGES]
+    stopping = "TIME info    stopping (flexgate.server.lifecycle.serve)" if terminal else "info: stopping"
+    # A rank with a process of its own loads vLLM before anything can configure its logging.
+    ranks_own = ["Triton is installed, but doesn't include CPU backend. Disabling Triton."] * ranks if ranks > 1 else []
+    assert shown == [*stages[:-1], *ranks_own, *stages[-1:], *SUMMARY, stopping]
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
 
