@@ -3,6 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := build/clients
 BIN := $(VENV)/bin
 PORT ?= 8000
 TIMES ?= 20
@@ -17,7 +18,7 @@ SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills demo-model defects mutants repeat-engine-tests test-clients docs verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills demo-model defects mutants repeat-engine-tests test-clients test-client docs verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -65,15 +66,50 @@ mutants: $(VENV)/.dev ## Mutate the decision code, one place at a time; fail if 
 repeat-engine-tests: $(VENV)/.dev ## Run every engine test TIMES times (20), to find flaky ones.
 	PYTHONPATH=tests/support $(PYTEST) -p enginekit.repeat --repeat $(TIMES) -m engine tests/server/engine
 
-test-clients: $(VENV)/.runtime build/clients/.installed ## Run real clients against the demo, in an environment of their own (needs Node 20 and npm).
-	cd tests/clients && "$(CURDIR)/build/clients/bin/python" -m pytest -p no:cacheprovider $(ARGS)
+test-clients: $(VENV)/.runtime $(CLIENTS)/.installed $(CLIENTS)/inspect/.installed $(CLIENTS)/.node ## Run real clients against the demo, in environments of their own (needs Node 20 and npm).
+	cd tests/clients && "$(abspath $(CLIENTS))/bin/python" -m pytest -p no:cacheprovider $(ARGS)
 
-# guidellm needs torch (with networkx and sympy): the one that is pinned for CPUs, not 3 GB of CUDA.
-build/clients/.installed: locks/clients.txt locks/torch-cpu.txt tests/clients/package-lock.json
-	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
-	build/clients/bin/python -m pip install -q --no-deps --require-hashes -r locks/clients.txt -r locks/torch-cpu.txt
-	cd tests/clients && npm ci --ignore-scripts --no-audit --no-fund
-	touch $@
+test-client: $(VENV)/.dev ## Run one client (CLIENT=agents, as in tests/clients/test_agents.py) in an environment with nothing else.
+	$(MAKE) --no-print-directory $(CLIENT_NEEDS)
+	cd tests/clients && "$(abspath $(CLIENT_PYTHON))" -m pytest -p no:cacheprovider test_$(CLIENT).py $(ARGS)
+
+# What a client needs: its part of the lock and pytest; or something beside the development environment, which has pytest.
+CLIENT ?= openai
+ONE = $(CLIENTS)/one/$(CLIENT)
+CLIENT_NEEDS = $(or $(NEEDS_$(CLIENT)),$(ONE)/.installed)
+CLIENT_PYTHON = $(if $(NEEDS_$(CLIENT)),$(BIN),$(ONE)/bin)/python
+NEEDS_node := $(CLIENTS)/.node
+NEEDS_inspect := $(CLIENTS)/inspect/.installed
+NEEDS_vllm_bench := $(VENV)/.dev
+# guidellm and lm-eval need transformers, and torch with networkx and sympy: the one that is pinned for CPUs, not 3 GB of CUDA.
+TORCH := -r locks/torch-cpu.txt
+with_torch = $(if $(filter guidellm lm_eval,$*),$(1))
+
+$(CLIENTS)/.installed: locks/clients.txt locks/torch-cpu.txt
+	$(call install,$(CLIENTS),-r locks/clients.txt $(TORCH))
+
+$(CLIENTS)/inspect/.installed: locks/inspect.txt
+	$(call install,$(CLIENTS)/inspect,-r locks/inspect.txt)
+
+$(CLIENTS)/one/%/.installed: locks/clients.txt locks/torch-cpu.txt tests/clients/test_%.py
+	mkdir -p $(@D)
+	$(PYTHON) tests/clients/closure.py locks/clients.txt pytest pytest-asyncio $(call with_torch,networkx sympy transformers) \
+	  "$$(sed -n 's/^CLIENT, PACKAGE = .*, "\(.*\)"$$/\1/p' tests/clients/test_$*.py)" > $(@D)/lock.txt
+	$(call install,$(@D),-r $(@D)/lock.txt $(call with_torch,$(TORCH)))
+
+$(CLIENTS)/.node: tests/clients/package-lock.json
+	cd tests/clients && $(WITHIN) npm ci --ignore-scripts --no-audit --no-fund --loglevel=error || $(TOO_SLOW)
+	mkdir -p $(@D) && touch $@
+
+# Install into an environment from locks; give up clearly where a registry does not answer.
+INSTALL_SECONDS ?= 1200
+WITHIN := timeout -k 10 $(INSTALL_SECONDS)
+TOO_SLOW = { echo "cannot install $(@D): the registry refused, or did not answer within $(INSTALL_SECONDS) s" >&2; exit 1; }
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(WITHIN) $(1)/bin/python -m pip install -q --no-deps --require-hashes $(2) || $(TOO_SLOW)
+	touch $(1)/.installed
+endef
 
 docs: $(VENV)/.dev ## Build the documentation into build/site; fail on a broken link.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -84,7 +120,8 @@ verify: $(VENV)/.dev ## Run everything: tests, defects, mutants, kills (STEPS="â
 lock: ## Pin and hash what locks/*.in name (needs uv).
 	for part in cpu dev; do uv pip compile --no-deps --generate-hashes --universal \
 	  --python-version 3.11 --no-header --no-annotate -q locks/$$part.in -o locks/$$part.txt; done
-	uv pip compile --excludes <(echo torch) --generate-hashes --python-version 3.11 --no-header --no-annotate -q locks/clients.in -o locks/clients.txt
+	uv pip compile --generate-hashes --python-version 3.11 --no-header --no-annotate -q locks/inspect.in -o locks/inspect.txt
+	uv pip compile --excludes <(echo torch) --generate-hashes --python-version 3.11 --no-header --annotation-style line -q locks/clients.in -o locks/clients.txt
 
 clean: ## Remove the environment and caches.
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

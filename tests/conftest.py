@@ -13,6 +13,8 @@ import slices
 import workers
 from workers import pytest_configure_node, pytest_xdist_make_scheduler  # noqa: F401
 
+collect_ignore = ["clients"]  # they have environments of their own: `make test-clients`
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--slice`."""

@@ -1,30 +1,26 @@
 """Real clients against the running demo, in an environment of their own: `make test-clients`.
 
 Each module is one client, and each of its tests one path: `test_conversation`, `test_tools`, `test_stream`,
-`test_structured`, `test_refusal`. `FLEXGATE_CLIENTS_URL` names a demo that is running already; `--record FILE` writes
-what came of it, from which `table.py` makes `docs/clients.md`.
+`test_structured`, `test_refusal`. `FLEXGATE_CLIENTS_URL` names a demo that is running already; `--record=FILE` writes
+how each path ended, from which `tests/support/works_with.py` makes the table in `docs/support.md`.
 """
 
-import importlib.util
 import json
 import os
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+from demo_server import serve_demo
 
 ROOT = Path(__file__).parents[2]
 MODEL = "flexgate-demo"
-START_SECONDS = 300
-# The project's own environment has none of these clients.
-collect_ignore_glob = [] if importlib.util.find_spec("agents") else ["test_*.py"]
+TOKENIZER = ROOT / "experts/demo/checkpoint"
 
 
 @dataclass(frozen=True)
@@ -41,22 +37,29 @@ class Demo:
         return f"{self.url}/v1"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+@dataclass(frozen=True)
+class Client:
+    """One path of a client, for modules that run several clients or one of another environment."""
+
+    name: str
+    path: str
+    version: Callable[[], str]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.path}"
 
 
-def await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                if response.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.3)
-    raise RuntimeError(f"{url} did not answer:\n{log.read_text()[-3000:]}")
+def installed(package: str, python: Path) -> str:
+    """The version of a package in the environment of an interpreter."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def finished(command: list[str | Path], place: Path) -> None:
+    """Run a command to its end in a folder, with nothing fetched from elsewhere."""
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")
@@ -65,19 +68,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     if url := os.environ.get("FLEXGATE_CLIENTS_URL"):
         yield Demo(url)
         return
-    place, port = tmp_path_factory.mktemp("demo"), free_port()
-    log = place / "log"
-    ours = {"FLEXGATE_STATE_DIR": str(place / "state"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | ours
-    with log.open("wb") as output:
-        command = [ROOT / ".venv/bin/flexgate", "serve", "--demo", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=place, env=environment)
-    try:
-        await_answer(f"http://127.0.0.1:{port}/ready", process, log)
-        yield Demo(f"http://127.0.0.1:{port}")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    with serve_demo(tmp_path_factory.mktemp("demo")) as url:
+        yield Demo(url)
 
 
 @pytest.fixture(autouse=True)
@@ -89,37 +81,36 @@ def _no_other_server(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", type=Path, help="write what came of each client's paths to this file")
+    parser.addoption("--record", type=Path, help="write how each path of each client ended to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
+    config.stash[CLIENTS], config.stash[OUTCOMES] = {}, Counter()
 
 
-RESULTS = pytest.StashKey[dict[str, dict[str, object]]]()
+CLIENTS = pytest.StashKey[dict[str, dict[str, Any]]]()
+OUTCOMES = pytest.StashKey[Counter[str]]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
     report = yield
-    name = getattr(item.module, "CLIENT", None)
-    if name is None or (report.when != "call" and report.passed):
+    if report.when != "call" and report.passed:
         return report
-    path = item.originalname.removeprefix("test_")
-    if hasattr(item, "callspec") and "client" in item.callspec.params:
-        client = item.callspec.params["client"]
-        name, path, released = client.name, client.path, client.version
-    else:
-        released = version(item.module.PACKAGE)
-    row = item.config.stash[RESULTS].setdefault(name, {"version": released, "paths": {}})
-    paths = row["paths"]
-    assert isinstance(paths, dict)
-    paths[path] = "passed" if report.passed and paths.get(path) != "failed" else "failed"
+    client = item.callspec.params.get("client") if hasattr(item, "callspec") else None
+    if client is None:
+        released, path = version(item.module.PACKAGE), item.originalname.removeprefix("test_")
+        client = Client(item.module.CLIENT, path, lambda: released)
+    row = item.config.stash[CLIENTS].setdefault(client.name, {"version": client.version(), "paths": {}})
+    before = row["paths"].get(client.path, report.outcome)
+    row["paths"][client.path] = report.outcome if before == "passed" else before
+    item.config.stash[OUTCOMES][report.outcome] += 1
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--record", None)
     if file is not None:
-        results = dict(sorted(session.config.stash[RESULTS].items()))
+        outcomes, clients = session.config.stash[OUTCOMES], session.config.stash[CLIENTS]
+        results = {"tests": dict(sorted(outcomes.items())), "clients": dict(sorted(clients.items()))}
         file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -5,7 +5,7 @@ from typing import Literal
 import instructor
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 CLIENT, PACKAGE = "Instructor", "instructor"
 HELLO = {"role": "user", "content": "Hello"}
@@ -27,6 +27,25 @@ def ask(client, demo, mode, messages, **more):
     made = instructor.from_openai(client, mode=mode)
     options = {"max_tokens": 200, "temperature": 0, "max_retries": 0, **more}
     return made.chat.completions.create(model=demo.model, messages=messages, response_model=Choice, **options)
+
+
+def test_conversation(client, demo) -> None:
+    """An answer that its model refuses goes back with the reason, as a tool's result, and is asked again."""
+    judged: list[str] = []
+
+    class Judged(Choice):
+        @field_validator("city")
+        @classmethod
+        def not_at_first(cls, city: str) -> str:
+            judged.append(city)
+            if len(judged) == 1:
+                raise ValueError("say it again")
+            return city
+
+    made = instructor.from_openai(client, mode=instructor.Mode.TOOLS)
+    options = {"max_tokens": 200, "temperature": 0, "max_retries": 2}
+    made.chat.completions.create(model=demo.model, messages=[HELLO], response_model=Judged, **options)
+    assert len(judged) == 2
 
 
 def test_tools(client, demo) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from conftest import await_answer, free_port
+from demo_server import await_ok, free_port
 from pydantic import BaseModel
 
 CLIENT, PACKAGE = "LiteLLM proxy", "litellm"
@@ -41,7 +41,7 @@ def proxy(demo, tmp_path_factory):
     with (place / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=place, env=environment)
     try:
-        await_answer(f"http://127.0.0.1:{port}/health/liveliness", process, place / "log")
+        await_ok(f"http://127.0.0.1:{port}/health/liveliness", process, place / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()

@@ -1,14 +1,13 @@
 """lm-eval: scores by log-probabilities of a prompt, answers over completions and chat."""
 
 import json
-from pathlib import Path
 
 import lm_eval
 import pytest
+from conftest import TOKENIZER
 from lm_eval.tasks import TaskManager
 
 CLIENT, PACKAGE = "lm-eval", "lm-eval"
-TOKENIZER = Path(__file__).parents[2] / "experts/demo/checkpoint"
 QUESTIONS = [{"question": f"{word} is a", "choices": ["city.", "number."], "answer": 0} for word in ("Paris", "Oslo")]
 COMMON = {
     "dataset_path": "json",

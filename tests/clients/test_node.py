@@ -5,32 +5,30 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import Client
 
 HERE = Path(__file__).parent
-CLIENT = "Node"  # each of CLIENTS is recorded by its own name
 
 
 @dataclass(frozen=True)
-class Client:
-    """A module of `node/`, and the package that it drives."""
+class InNode(Client):
+    """A client that a module of `node/` drives."""
 
-    name: str
     file: str
-    package: str
-    path: str
 
-    @property
-    def version(self) -> str:
-        """As the lock says."""
-        lock = json.loads((HERE / "package-lock.json").read_text())
-        return lock["packages"][f"node_modules/{self.package}"]["version"]
+
+def locked(package: str) -> str:
+    """The version of a package that the lock names."""
+    lock = json.loads((HERE / "package-lock.json").read_text())
+    return lock["packages"][f"node_modules/{package}"]["version"]
 
 
 CLIENTS = [
-    Client(name, file, package, path)
+    InNode(name, path, partial(locked, package), file)
     for name, file, package in (
         ("openai (Node)", "openai.mjs", "openai"),
         ("Vercel AI SDK, default provider", "ai-openai.mjs", "@ai-sdk/openai"),
@@ -40,8 +38,8 @@ CLIENTS = [
 ]
 
 
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: f"{client.file}-{client.path}")
-def test_in_node(demo, client: Client) -> None:
+@pytest.mark.parametrize("client", CLIENTS, ids=str)
+def test_in_node(demo, client: InNode) -> None:
     assert (HERE / "node_modules").is_dir(), "run `make test-clients`, which installs them"
     node = shutil.which("node")
     assert node is not None

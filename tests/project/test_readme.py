@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from speed.tables import speed
+from works_with import recorded, table
 
 from flexgate.server.engine.frontend.capabilities import CAPABILITIES
 
@@ -26,6 +27,7 @@ def capabilities() -> str:
 DOCS = README.parent / "docs"
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "capabilities": (DOCS / "support.md", capabilities),
+    "clients": (DOCS / "support.md", lambda: table(recorded()["clients"])),
     "speed": (DOCS / "performance.md", speed),
 }
 
