@@ -71,4 +71,4 @@ class Unstored:
                 try:
                     await run_in(CHANGES, self.try_again)
                 except PolicyError as error:
-                    logger.error("the policy cannot be confirmed: %s", error)
+                    logger.error("the policy database does not answer: %s", error)

@@ -197,7 +197,7 @@ async def test_a_running_server_refuses_until_the_database_is_back(
 
 async def _poll_once(policy: PolicySource, caplog: pytest.LogCaptureFixture) -> None:
     polling = asyncio.create_task(policy.run())
-    while "cannot be confirmed" not in caplog.text:
+    while "does not answer" not in caplog.text:
         assert not polling.done()
         await asyncio.sleep(0.01)
     polling.cancel()

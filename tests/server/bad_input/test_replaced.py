@@ -77,7 +77,7 @@ async def test_a_running_server_decides_nothing_once_its_database_was_replaced(
                 await source.current()
         polling.cancel()
     assert not source.fresh()
-    (said,) = [record.getMessage() for record in caplog.records if "cannot be confirmed" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
     assert f"the database {path} was replaced or deleted while it was in use: restart the server" in said
 
 

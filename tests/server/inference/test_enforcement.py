@@ -243,4 +243,4 @@ async def test_a_request_that_was_ended_and_is_not_read_holds_up_no_later_policy
     for version in (2, 3, 4):
         await asyncio.to_thread(running.enforce, policy(version, permitted=False))
     assert waited == [[unread.call]]
-    assert len([record for record in caplog.records if "ends 1 running" in record.message]) == 1
+    assert len([record for record in caplog.records if ": 1 running requests lost" in record.message]) == 1
