@@ -4,6 +4,7 @@ The vocabulary is made up: every byte, then words, numbers, punctuation and othe
 Times are of the processor.
 """
 
+import asyncio
 import json
 import random
 import resource
@@ -15,8 +16,11 @@ import numpy as np
 import xgrammar
 from xgrammar.tvm_ffi_binding import _ffi_api as bindings
 
-from flexgate.server.engine.frontend.constraints import worker
+from flexgate.server.engine.frontend.constraints.compiler import Compiler
+from flexgate.server.engine.frontend.constraints.errors import ConstraintError
+from flexgate.server.engine.frontend.constraints.made import Constraint
 from flexgate.server.engine.frontend.constraints.schemas import enforceable
+from flexgate.server.engine.grammars.native import compile_constraint
 from flexgate.server.inference.openai.forced import calls
 from speed.record import Run
 
@@ -32,7 +36,7 @@ SEARCH = {
 }
 WHAT = (
     "processor seconds to compile a constraint, the bytes of what was made, the bytes of the same serialised, and "
-    "milliseconds of the slowest and the median mask of two walks over it"
+    "milliseconds of the slowest and the median mask of two walks over it; why it is refused when it is tried, if it is"
 )
 
 
@@ -41,7 +45,10 @@ def run(asked: Run) -> None:
     tokens = vocabulary(4_000 if asked.quick else TOKENS)
     info = xgrammar.TokenizerInfo(tokens, stop_token_ids=[len(tokens) - 1])
     tokenizer = bindings.TokenizerInfo.deserialize_json(info.serialize_json())
-    measured = {name: measure(tokenizer, kind, text) for name, kind, text in cases(asked.quick)}
+    asked_for = list(cases(asked.quick))
+    measured = {name: measure(tokenizer, kind, text) for name, kind, text in asked_for}
+    for name, refused in asyncio.run(tried(info.serialize_json(), asked_for)).items():
+        measured[name] |= {"refused": refused}
     asked.write("constraints", {"what": WHAT, **measured}, shape={"tokens": len(tokens)})
 
 
@@ -67,10 +74,24 @@ def cases(quick: bool) -> Iterator[tuple[str, str, str]]:
     yield "slow masks", "regex", "(" + "|".join(["a?", *["a?b"] * 400]) + "){256}"
 
 
-def measure(tokenizer: Any, kind: str, text: str) -> dict[str, float]:
+async def tried(tokenizer: str, constraints: list[tuple[str, str, str]]) -> dict[str, str | None]:
+    """Why the process that tries constraints refuses each, by name; None for what it lets through."""
+    compiler, refused = Compiler(), dict[str, str | None]()
+    await compiler.start(tokenizer)
+    for name, kind, text in constraints:
+        try:
+            await compiler.check("tenant", Constraint(kind, text))
+            refused[name] = None
+        except ConstraintError as error:
+            refused[name] = str(error)
+    await compiler.stop()
+    return refused
+
+
+def measure(tokenizer: Any, kind: str, text: str) -> dict[str, Any]:
     """One constraint."""
     began = time.process_time()
-    compiled = worker.compile_constraint(bindings, tokenizer, kind, text)
+    compiled = compile_constraint(bindings, tokenizer, kind, text)
     compiling = time.process_time() - began
     masks = sorted(mask for walk in range(2) for mask in walked(compiled, tokenizer.vocab_size(), walk))
     held = {"bytes": len(text), "compiled_bytes": compiled.memory_size_bytes()}

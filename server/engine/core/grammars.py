@@ -1,127 +1,134 @@
-"""Grammars in the engine core: made of nothing but what the API process had compiled elsewhere first, and sealed.
+"""Grammars in the engine core: followed by processes of their own, and nothing but what this server tried and sealed.
 
-Masks are made beside the step, which goes on without one that is late; the scheduler ends that request.
+No step waits for a mask that is late: the request is left out of it, until the mask is there or its process has ended.
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
-from flexgate.server.engine.core.step_thread import StepThread, TooLate
+import torch
+
+from flexgate.server.engine.core.followers import Followers
 from flexgate.server.engine.protocol.constraints import open_constraint
+from flexgate.server.engine.protocol.endings import CONSTRAINT_SLOW
 from flexgate.server.engine.protocol.gates import SealKey
 from flexgate.server.engine.seam.engine import (
-    StructuredOutputOptions,
-    XgrammarBackend,
-    XgrammarGrammar,
+    StructuredOutputBackend,
+    StructuredOutputGrammar,
     use_grammar_backend,
     xgrammar,
 )
 
-MAX_KEPT_BYTES: Final = 256 << 20
-"""Of compiled grammars that no request may need any more."""
-_KINDS: Final = {
-    "json": StructuredOutputOptions.JSON,
-    "regex": StructuredOutputOptions.REGEX,
-    "grammar": StructuredOutputOptions.GRAMMAR,
-    "structural_tag": StructuredOutputOptions.STRUCTURAL_TAG,
-}
+MAX_PATIENCE: Final = 0.005
+"""Seconds that a step waits for masks of one request; once used up, they come back slowly."""
+PATIENCE_PER_TOKEN: Final = 0.0005
+SHORTEST_WAIT: Final = 0.001
 
 
-def take_sealed_constraints(key: SealKey) -> None:
-    """Make this engine core compile constraints that were sealed with ``key``, and no others."""
+def take_sealed_constraints(key: SealKey) -> Followers:
+    """Make this engine core follow constraints that were sealed with ``key``, and no others.
+
+    Returns:
+        The processes that follow them, which begin with the first constrained request.
+    """
+    followers = Followers()
 
     @dataclass
-    class SealedConstraints(XgrammarBackend):
-        """vLLM's compiler for sealed constraints alone, which works beside the steps."""
+    class SealedConstraints(StructuredOutputBackend):
+        """vLLM's compiler, which compiles nothing here."""
 
         def __post_init__(self) -> None:
-            super().__post_init__()
-            # As it was tried. xgrammar's own cache fails on repeats within a schema that compile without it.
             tokenizer = xgrammar.TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self.vocab_size)
-            self.compiler = xgrammar.GrammarCompiler(tokenizer, max_threads=1, cache_enabled=False)
-            self._made = MadeGrammars(MAX_KEPT_BYTES)
+            followers.start(tokenizer.serialize_json())
 
         def compile_grammar(
             self, _request_type: Any, grammar_spec: str, stop_token_ids: set[int] | None = None
-        ) -> "WatchedGrammar":
-            """Compile a sealed constraint, unless it is kept; raises `GrammarError`."""
-            kind, text = open_constraint(grammar_spec, key)
-            compiled = self._made.get(grammar_spec, lambda: self._compiled(kind, text))
-            matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=sorted(stop_token_ids or ()) or None)
-            return WatchedGrammar(vocab_size=self.vocab_size, matcher=matcher, ctx=compiled)
+        ) -> "FollowedGrammar":
+            """Have a sealed constraint followed; raises `GrammarError`."""
+            tenant, kind, text = open_constraint(grammar_spec, key)
+            job = {"tenant": tenant, "kind": kind, "text": text}
+            return FollowedGrammar(followers, grammar_spec, job, sorted(stop_token_ids or ()))
 
-        def _compiled(self, kind: str, text: str) -> Any:
-            return super().compile_grammar(_KINDS[kind], text).ctx
+        def allocate_token_bitmask(self, max_num_seqs: int) -> Any:
+            """Masks for so many requests."""
+            return xgrammar.allocate_token_bitmask(max_num_seqs, self.vocab_size)
+
+        def destroy(self) -> None:
+            """End the processes."""
+            followers.stop()
 
     use_grammar_backend(SealedConstraints)
+    return followers
 
 
-class MadeGrammars:
-    """Compiled grammars by their sealed constraints, the least used of which go first; safe from any thread."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most, self._bytes = most_bytes, 0
-        self._made: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, name: str, compile_it: Callable[[], Any]) -> Any:
-        """The grammar of that name; two threads may compile it at once."""
-        with self._lock:
-            if name in self._made:
-                self._made.move_to_end(name)
-                return self._made[name]
-        made = compile_it()
-        with self._lock:
-            if name not in self._made:
-                self._made[name] = made
-                self._bytes += made.memory_size_bytes
-            while self._bytes > self._most:
-                _, gone = self._made.popitem(last=False)
-                self._bytes -= gone.memory_size_bytes
-        return made
-
-
-class WatchedGrammar(XgrammarGrammar):
-    """A grammar whose native work is done beside the step, and which gives up once that is late.
+class FollowedGrammar(StructuredOutputGrammar):
+    """A request's grammar: the mask for its next token, once its process has made it.
 
     Attributes:
-        slow: it has given up: it follows nothing any more, and the scheduler ends its request.
+        ready: the mask is there, or there will be none any more.
+        failure: why there will be none, if so: the scheduler ends the request.
+        patience: seconds that steps may still wait for it.
     """
 
-    slow = False
+    def __init__(self, followers: Followers, name: str, job: dict[str, str], stops: list[int]) -> None:
+        self.ready = self._ended = False
+        self.failure: str | None = None
+        self.patience = MAX_PATIENCE
+        self._mask: Any = None
+        self._follower, self._number = followers.follow(self, name, job, stops)
 
-    def fill_bitmask(self, bitmask: Any, idx: int) -> None:
-        """Fill one row; with everything, if that is late: what is sampled under it reaches no client."""
-        row = xgrammar.allocate_token_bitmask(1, self.vocab_size)
-        if self._in_time(lambda: self.matcher.fill_next_token_bitmask(row, 0)) is _LATE:
-            row.fill_(-1)
-        bitmask[idx].copy_(row[0])
+    def accept_tokens(self, _request_id: str, tokens: list[int]) -> bool:
+        """Have the next mask made, behind what was sampled under the one before."""
+        if self.failure is None and not self._ended:
+            self.ready = False
+            self.patience = min(MAX_PATIENCE, self.patience + PATIENCE_PER_TOKEN)
+            self._follower.advance(self._number, tokens)
+        return True
 
-    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """Go on by what was sampled."""
-        accepted = self._in_time(lambda: super(WatchedGrammar, self).accept_tokens(request_id, tokens))
-        return accepted is _LATE or bool(accepted)
+    def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
+        """Fill one row; where there is no mask, with everything: what is sampled under it reaches no client."""
+        if self._mask is None or not self.ready:
+            self.failed(CONSTRAINT_SLOW)
+        if self.failure is None:
+            bitmask[batch_index].copy_(self._mask)
+        else:
+            bitmask[batch_index].fill_(-1)
 
-    def _in_time(self, work: Callable[[], Any]) -> Any:
-        if self.slow:
-            return _LATE
-        try:
-            return _thread().run(work)
-        except TooLate:
-            self.slow = True
-            return _LATE
+    def is_terminated(self) -> bool:
+        """Whether the answer is complete."""
+        return self._ended
+
+    def masked(self, words: "array[int]") -> None:
+        """Take what may come next."""
+        self._mask, self.ready = torch.frombuffer(words, dtype=torch.int32), True
+
+    def ended(self) -> None:
+        """The answer is complete."""
+        self._ended = self.ready = True
+
+    def failed(self, reason: str) -> None:
+        """No mask will come."""
+        self.failure, self.ready = reason, True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """For speculative decoding, which constraints are not followed under."""
+        raise NotImplementedError
+
+    def rollback(self, num_tokens: int) -> None:
+        """For speculative decoding."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """For speculative decoding."""
+        raise NotImplementedError
 
 
-_LATE: Final = object()
-_threads = threading.local()
-
-
-def _thread() -> StepThread:
-    """The thread that works for this one."""
-    if not hasattr(_threads, "own"):
-        _threads.own = StepThread()
-    own: StepThread = _threads.own
-    return own
+def wait_in_patience(followers: Followers, grammars: Collection[FollowedGrammar]) -> None:
+    """Take the masks that were made, and wait for those of ``grammars`` that are late as long as each has patience."""
+    followers.collect((), 0.0)
+    while late := [grammar for grammar in grammars if not grammar.ready and grammar.patience >= SHORTEST_WAIT]:
+        waited = followers.collect(late, min(grammar.patience for grammar in late))
+        for grammar in late:
+            grammar.patience -= max(waited, SHORTEST_WAIT)

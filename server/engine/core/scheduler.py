@@ -6,11 +6,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flexgate.server.engine.core.grammars import take_sealed_constraints
+from flexgate.server.engine.core.grammars import FollowedGrammar, take_sealed_constraints, wait_in_patience
 from flexgate.server.engine.core.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.core.parent_watchdog import end_with_parent, leave_interrupts_to_the_server
 from flexgate.server.engine.protocol.clock import Clock
-from flexgate.server.engine.protocol.endings import CONSTRAINT_SLOW, EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
+from flexgate.server.engine.protocol.endings import EXPERT_REVOKED, GATE_EXPIRED, NUMBERS_OVERFLOWED
 from flexgate.server.engine.protocol.gates import Gate
 from flexgate.server.engine.protocol.names import SLOTS_UTILITY, USAGE_ATTRIBUTE, USAGE_KEY
 from flexgate.server.engine.protocol.slots import ANCHOR_SLOT, SlotTable
@@ -65,12 +65,12 @@ class _Gated(_Base):
         self._clock = Clock()
         key = seal_key_from_environment()
         guard_requests(EngineGuard(key, self._table, self._clock))
-        take_sealed_constraints(key)
+        self._followers = take_sealed_constraints(key)
         clear_reused_blocks()
-        self._slow: list[str] = []
         offer_to_engine_core(SLOTS_UTILITY, _change_slots)
         self._ledger = UsageLedger(self._table.total)
         self._held: dict[str, _Held] = {}
+        self._constrained: dict[str, Request] = {}
         self._next_deadline = math.inf
         self._ended: list[tuple[Request, str]] = []
         self._hashes: dict[int, set[BlockHash]] = defaultdict(set)
@@ -82,26 +82,21 @@ class _Gated(_Base):
         self._ledger.open(request.request_id, request.num_prompt_tokens)
         self._held[request.request_id] = _Held(request, gate)
         self._next_deadline = min(self._next_deadline, gate.valid_until)
+        if request.use_structured_output:
+            self._constrained[request.request_id] = request
         super().add_request(request)
         if request.priority < 0:  # a canary's: the next free place is its own, and all others keep their order
             self.waiting.remove_request(request)
             self.waiting.prepend_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """End requests whose gate has expired or whose constraint is slow, then schedule the rest."""
-        self._end_slow()
+        """End requests whose gate has expired or whose mask will not come, then schedule the rest."""
+        if self._constrained:
+            self._leave_out_unmasked()
         now = self._clock()
         if now >= self._next_deadline:
             self._expire(now)
         return super().schedule(*args, **kwargs)
-
-    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> Any:
-        """Make the masks of this step, and note whose took too long."""
-        masks = super().get_grammar_bitmask(scheduler_output)
-        for name in () if masks is None else masks.structured_output_request_ids:
-            if self.requests[name].structured_output_request.grammar.slow:
-                self._slow.append(name)
-        return masks
 
     def open_slot(self, slot: int, slot_epoch: int) -> None:
         """Let gates name a slot that every rank has opened; raises `SlotError`."""
@@ -135,7 +130,7 @@ class _Gated(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Add the step's attribution, attach each request's total to its output, end requests that overflowed."""
-        self._end_slow()  # before what was sampled without a mask is taken for an answer
+        self._end_unmasked()  # before what was sampled without a mask is taken for an answer
         usage = getattr(model_runner_output, USAGE_ATTRIBUTE, None)
         if usage is not None:
             self._ledger.add(usage)
@@ -155,10 +150,32 @@ class _Gated(_Base):
             self._forget(request.request_id)
         return finished
 
-    def _end_slow(self) -> None:
-        if self._slow:
-            self._end([name for name in self._slow if name in self._held], CONSTRAINT_SLOW)
-            self._slow = []
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a waiting request may be scheduled: not before its mask is there."""
+        ready = super()._handle_blocked_waiting_request(request)
+        grammar = _grammar_of(request)
+        return ready and (grammar is None or grammar.ready)
+
+    def _leave_out_unmasked(self) -> None:
+        """Take the masks that were made, and keep running requests that have none yet out of the next step."""
+        running = [request for request in self._constrained.values() if request.status == RequestStatus.RUNNING]
+        grammars = [grammar for request in running if (grammar := _grammar_of(request)) is not None]
+        wait_in_patience(self._followers, grammars)
+        self._end_unmasked()
+        for request in running:
+            grammar = _grammar_of(request)
+            # With asynchronous scheduling, what the mask depends on may still be in the making.
+            if request.num_output_placeholders or (grammar is not None and not grammar.ready):
+                request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+
+    def _end_unmasked(self) -> None:
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for name, request in self._constrained.items():
+            grammar = _grammar_of(request)
+            if grammar is not None and grammar.failure is not None:
+                reasons[grammar.failure].append(name)
+        for reason, names in reasons.items():
+            self._end(names, reason)
 
     def _expire(self, now: float) -> None:
         self._end([name for name, held in self._held.items() if held.gate.valid_until <= now], GATE_EXPIRED)
@@ -180,6 +197,7 @@ class _Gated(_Base):
 
     def _forget(self, request_id: str) -> None:
         self._ledger.close(request_id)
+        self._constrained.pop(request_id, None)
         held = self._held.pop(request_id, None)
         if held is not None:
             self._remember_hashes(held)
@@ -218,6 +236,13 @@ class _Gated(_Base):
         self._ended = []
         for client_index, ended in by_client.items():
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.extend(ended)
+
+
+def _grammar_of(request: Request) -> FollowedGrammar | None:
+    """What constrains a request, once that is known."""
+    constrained = request.structured_output_request
+    grammar = None if constrained is None else constrained.grammar
+    return grammar if isinstance(grammar, FollowedGrammar) else None
 
 
 def _change_slots(scheduler: _Gated, command: dict[str, Any]) -> Any:

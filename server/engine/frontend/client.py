@@ -19,10 +19,9 @@ from flexgate.server.engine.frontend.constraining import Constrainer
 from flexgate.server.engine.frontend.params import most_tokens, refuse_many_bad_words
 from flexgate.server.engine.frontend.view import EngineView
 from flexgate.server.engine.protocol.endings import (
-    CONSTRAINT_SLOW,
     EXPERT_REVOKED,
     GATE_EXPIRED,
-    NUMBERS_OVERFLOWED,
+    OF_THE_ENGINE,
     POLICY_UNAVAILABLE,
     QUEUED_TOO_LONG,
 )
@@ -282,6 +281,6 @@ class GatedEngineClient(EngineView):
             call.count_new(len(output.new_token_ids))
         if extras is not None:
             call._usage[output.request_id] = extras[USAGE_KEY]
-        if output.stop_reason in (GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED, CONSTRAINT_SLOW):
+        if output.stop_reason in OF_THE_ENGINE:
             expired = call.expired if output.stop_reason == GATE_EXPIRED else None
             call.failed = call.failed or expired or output.stop_reason

@@ -43,7 +43,8 @@ class Constrainer:
             raise VLLMValidationError(f"The answer cannot be constrained as asked: {error}.") from error
         except CompilerBusy as error:
             raise QueueOverflowError from error
-        params.structured_outputs = type(made)(grammar=seal_constraint(constraint.kind, constraint.text, self._key))
+        sealed = seal_constraint(tenant, constraint.kind, constraint.text, self._key)
+        params.structured_outputs = type(made)(grammar=sealed)
 
 
 def _refuse_no_end(params: SamplingParams) -> None:

@@ -10,20 +10,24 @@ class GrammarError(ValueError):
     """What arrived as a constraint is none that this server tried."""
 
 
-def seal_constraint(kind: str, text: str, key: SealKey) -> str:
-    """A constraint that was tried, as the engine core takes it."""
-    tried = f"{kind}.{text}"
-    return f"{_mac(tried, key)}.{tried}"
+def seal_constraint(tenant: str, kind: str, text: str, key: SealKey) -> str:
+    """A constraint that was tried, as the engine core takes it, which learns no tenant's name."""
+    tried = f"{_mac('tenant', tenant, key)[:16]}.{kind}.{text}"
+    return f"{_mac('constraint', tried, key)}.{tried}"
 
 
-def open_constraint(sealed: object, key: SealKey) -> tuple[str, str]:
-    """Kind and text of a sealed constraint; raises `GrammarError` unless it was sealed with this key."""
+def open_constraint(sealed: object, key: SealKey) -> tuple[str, str, str]:
+    """What tells tenants apart, kind and text of a constraint that was sealed with this key.
+
+    Raises:
+        GrammarError: it was not.
+    """
     mac, _, tried = sealed.partition(".") if isinstance(sealed, str) else ("", "", "")
-    if not hmac.compare_digest(mac.encode(), _mac(tried, key).encode()):
+    if not hmac.compare_digest(mac.encode(), _mac("constraint", tried, key).encode()):
         raise GrammarError("the request's constraint has no seal of this server")
-    kind, _, text = tried.partition(".")
-    return kind, text
+    tenant, kind, text = tried.split(".", 2)
+    return tenant, kind, text
 
 
-def _mac(tried: str, key: SealKey) -> str:
-    return hmac.new(key, b"constraint\0" + tried.encode(), sha256).hexdigest()
+def _mac(what: str, text: str, key: SealKey) -> str:
+    return hmac.new(key, f"{what}\0{text}".encode(), sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""Why a request was ended before its answer was complete; the first four are also stop reasons of the engine core."""
+"""Why a request was ended before its answer was complete."""
 
 from typing import Final
 
@@ -6,9 +6,12 @@ GATE_EXPIRED: Final = "gate_expired"
 EXPERT_REVOKED: Final = "expert_revoked"
 NUMBERS_OVERFLOWED: Final = "numbers_overflowed"  # the request computed NaN or infinity
 CONSTRAINT_SLOW: Final = "constraint_slow"  # what may come next took too long to find out
+CONSTRAINT_FAILED: Final = "constraint_failed"  # what was sampled was none that might come next
 PERMISSION_ENDED: Final = "permission_ended"
 KEY_REVOKED: Final = "key_revoked"
 KEY_EXPIRED: Final = "key_expired"
 PROJECT_ARCHIVED: Final = "project_archived"
 POLICY_UNAVAILABLE: Final = "policy_unavailable"  # nothing confirms that the request still has its right
 QUEUED_TOO_LONG: Final = "queued_too_long"  # its turn did not come in time
+OF_THE_ENGINE: Final = frozenset([GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED, CONSTRAINT_SLOW, CONSTRAINT_FAILED])
+"""Stop reasons of the engine core."""

@@ -52,8 +52,11 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     before the forward pass. vLLM asks for it only where it has met stale NaN itself.
 ``GPUModelRunner._zero_block_ids`` (V1), ``kv_block_zeroer`` (V2; vllm/v1/worker/utils.py)
     What zeroes them; the handshake calls it.
-``XgrammarBackend`` in vllm/v1/structured_output/__init__.py, ``XgrammarGrammar`` (…/backend_xgrammar.py)
-    What an engine core compiles with, made at its first constrained request. Ours compiles what was tried elsewhere.
+``XgrammarBackend`` in vllm/v1/structured_output/__init__.py
+    What an engine core compiles with, made at its first constrained request. Ours has other processes do it.
+``Scheduler._handle_blocked_waiting_request``, ``Request.next_decode_eligible_step`` (…/sched/scheduler.py)
+    Whether a waiting request may be scheduled; the first step that a running one may be in. One is left out of steps
+    until its mask is there.
 ``validate_xgrammar_grammar`` (vllm/v1/structured_output/backend_xgrammar.py)
     Compiles a request's constraint on the event loop, to see whether it can be. Another process has seen that before.
 ``Scheduler.kv_cache_manager.block_pool`` (vllm/v1/core/block_pool.py)
@@ -100,8 +103,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import backend_xgrammar
-from vllm.v1.structured_output.backend_types import StructuredOutputOptions
-from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend, XgrammarGrammar
+from vllm.v1.structured_output.backend_types import StructuredOutputBackend, StructuredOutputGrammar
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 VLLM_VERSION: Final[str] = vllm.__version__
@@ -138,7 +140,8 @@ __all__ = [
     "SamplingParams",
     "Scheduler",
     "SchedulerOutput",
-    "StructuredOutputOptions",
+    "StructuredOutputBackend",
+    "StructuredOutputGrammar",
     "StructuredOutputsParams",
     "TopKWeightAndReduceNoOP",
     "TritonExperts",
@@ -146,8 +149,6 @@ __all__ = [
     "UnquantizedMoeBackend",
     "UntestedVersionError",
     "VLLMValidationError",
-    "XgrammarBackend",
-    "XgrammarGrammar",
     "allow_amx_tiles",
     "answered",
     "answers",
@@ -245,7 +246,7 @@ def zero_blocks(runner: Any, block_ids: list[int]) -> None:
         runner.kv_block_zeroer.zero_block_ids(block_ids)
 
 
-def use_grammar_backend(backend: type[XgrammarBackend]) -> None:
+def use_grammar_backend(backend: type[StructuredOutputBackend]) -> None:
     """Let the engine core of this process make its grammars with ``backend``."""
     structured_output.XgrammarBackend = backend
 

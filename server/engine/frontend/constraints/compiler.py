@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections import OrderedDict, defaultdict
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any, Final
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import Constraint
 from flexgate.server.engine.frontend.constraints.worker import LENGTH
+from flexgate.server.engine.grammars.native import environment
 
 MAX_AT_ONCE: Final = 2
 MAX_WAITING: Final = 16
@@ -102,13 +102,11 @@ class Compiler:
         return await answer
 
     async def _begin(self) -> None:
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1"}
-        environment.pop("LD_PRELOAD", None)
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "flexgate.server.engine.frontend.constraints.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=environment,
+            env=environment(),
         )
         self._send({"tokenizer": self._tokenizer})
         self._listening = asyncio.create_task(self._listen(self._process))

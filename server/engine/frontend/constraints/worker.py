@@ -7,34 +7,35 @@ It reads jobs on its input until the server closes that, which is how it ends wi
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
-import resource
 import select
 import signal
 import struct
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from flexgate.server.engine.frontend.constraints.errors import compiler_message
+from flexgate.server.engine.grammars.native import (
+    MAX_MASK_SECONDS,
+    MAX_MEMORY,
+    compile_constraint,
+    limit_process,
+    limit_time,
+    load_bindings,
+)
 
-MAX_SECONDS: Final = 5
-"""Of processor time for one constraint."""
 HUNG_SECONDS: Final = 120
 """On the clock, for a child that uses no processor time: a busy machine ends none before."""
-MAX_MEMORY: Final = 1 << 30
 MAX_COMPILED: Final = 64 << 20
 """Bytes of a compiled grammar, which the engine core holds while the request runs."""
-MAX_MASK_SECONDS: Final = 0.02
 PROBES: Final = 3
 PROBE_TOKENS: Final = 48
-PR_SET_PDEATHSIG: Final = 1
+PROBE_SECONDS: Final = 1
+"""Of processor time for all of them: what is slow later is ended where it is followed."""
 LENGTH: Final = struct.Struct(">I")
 
 _CHUNK: Final = 1 << 20
@@ -51,36 +52,11 @@ class _Child:
     output: bytearray = field(default_factory=bytearray)
 
 
-def load_bindings() -> Any:
-    """xgrammar's native functions without its package, which loads torch and transformers for seconds."""
-    import importlib.util
-
-    sys.modules["torch"] = None  # type: ignore[assignment] # an ImportError where it is optional
-    spec = importlib.util.find_spec("xgrammar")
-    if spec is None:
-        raise ImportError("xgrammar is not installed")
-    sys.modules["xgrammar"] = importlib.util.module_from_spec(spec)
-    importlib.import_module("xgrammar.load_binding")
-    return importlib.import_module("xgrammar.tvm_ffi_binding._ffi_api")
-
-
-def compile_constraint(bindings: Any, tokenizer: Any, kind: str, text: str) -> Any:
-    """A compiled grammar; raises what the compiler raises."""
-    compiler = bindings.GrammarCompiler(tokenizer, 1, False, -1)
-    if kind == "json":
-        return compiler.compile_json_schema(text, False, None, (",", ":"), True, None, False)
-    if kind == "regex":
-        return compiler.compile_regex(text)
-    if kind == "structural_tag":
-        return compiler.compile_structural_tag(text)
-    return compiler.compile_grammar_from_strings(text, "root")
-
-
 def probe(bindings: Any, compiled: Any, vocabulary: int, seed: int) -> str | None:
     """Why masks of this grammar are not to be made in the engine, if so: walks it, and looks at the clock."""
     import numpy as np
 
-    chance = random.Random(seed)
+    chance, probed = random.Random(seed), time.thread_time()
     mask = np.zeros((1, (vocabulary + 31) // 32), dtype=np.int32)
     for walk in range(PROBES):
         matcher = bindings.GrammarMatcher(compiled, None, False, -1, None)
@@ -93,8 +69,11 @@ def probe(bindings: Any, compiled: Any, vocabulary: int, seed: int) -> str | Non
                 return "no answer satisfies it" if step == 0 else None
             token = allowed[0] if walk == 0 else allowed[-1] if walk == 1 else chance.choice(allowed)
             matcher.accept_token(int(token), False)
-            if time.thread_time() - began > MAX_MASK_SECONDS:
+            ended = time.thread_time()
+            if ended - began > MAX_MASK_SECONDS:
                 return "what may come next takes too long to find out"
+            if ended - probed > PROBE_SECONDS:
+                return None
             if matcher.is_terminated():
                 break
     return None
@@ -106,6 +85,7 @@ def answer_job(bindings: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, 
         compiled = compile_constraint(bindings, tokenizer, job["kind"], job["text"])
         if compiled.memory_size_bytes() > MAX_COMPILED:
             return {"refused": f"compiled, it takes more than {MAX_COMPILED >> 20} MiB"}
+        limit_time(PROBE_SECONDS + 2 * MAX_MASK_SECONDS)
         why = probe(bindings, compiled, tokenizer.vocab_size(), seed=job["id"])
     except MemoryError:
         return {"refused": _too_much_memory()}
@@ -173,7 +153,7 @@ class Worker:
     def _compile(self, job: dict[str, Any], tells: int) -> NoReturn:
         """What a child does."""
         try:
-            _limit()
+            limit_process()
             answer = json.dumps(answer_job(self._bindings, self._tokenizer, job)).encode()
             with open(tells, "wb") as pipe:
                 pipe.write(answer)
@@ -192,8 +172,8 @@ class Worker:
         del self._children[source]
         os.close(source)
         _, status = os.waitpid(child.pid, 0)
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-        answer = {"refused": f"it takes more than {MAX_SECONDS} s to compile" if late else _too_much_memory()}
+        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGKILL)
+        answer = {"refused": "it takes too long to compile or to follow" if late else _too_much_memory()}
         if child.hung:
             answer = {"busy": f"a constraint was not compiled within {HUNG_SECONDS} s"}
         with suppress(ValueError):
@@ -209,16 +189,6 @@ class Worker:
                 child.hung = True
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGKILL)
-
-
-def _limit() -> None:
-    """Give a child its limits, and the end that its parent has."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MAX_MEMORY,) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(5)
 
 
 def main() -> None:

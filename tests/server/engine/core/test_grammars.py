@@ -1,143 +1,226 @@
-"""The engine core compiles what this server tried and sealed, and no step waits for a slow mask."""
+"""The engine core has what this server tried and sealed followed elsewhere, and no step waits for a slow mask."""
 
 from __future__ import annotations
 
-import json
-import threading
+import gc
+import os
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import xgrammar
 from transformers import AutoTokenizer
 from vllm.v1 import structured_output
 
+from flexgate.server.engine.core import followers as core_followers
 from flexgate.server.engine.core import grammars
-from flexgate.server.engine.core.grammars import WatchedGrammar
-from flexgate.server.engine.core.step_thread import MAX_LEFT, MAX_SECONDS, StepThread, TooLate
+from flexgate.server.engine.core.followers import Follower, Followers
+from flexgate.server.engine.core.grammars import MAX_PATIENCE, FollowedGrammar, wait_in_patience
 from flexgate.server.engine.protocol.constraints import GrammarError, open_constraint, seal_constraint
+from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW
 from flexgate.server.engine.protocol.gates import new_seal_key
 
 KEY = new_seal_key()
 LONGER = [b'":', b"abc", b"aab", b"true"]
 VOCABULARY = 257 + len(LONGER)
+END = VOCABULARY - 1
 TOKENIZER = xgrammar.TokenizerInfo(
     [*(bytes([byte]) for byte in range(256)), *LONGER, b"<end>"], stop_token_ids=[VOCABULARY - 1]
 )
+SLOW = "(" + "|".join(["a?", *["a?b"] * 2500]) + "){1024}"
+SECONDS = 60
+"""A busy machine may take so long for what takes no time on another."""
 
 
-def grammar(regex: str) -> WatchedGrammar:
-    compiled = xgrammar.GrammarCompiler(TOKENIZER, max_threads=1).compile_regex(regex)
-    return WatchedGrammar(vocab_size=VOCABULARY, matcher=xgrammar.GrammarMatcher(compiled), ctx=compiled)
+@pytest.fixture(scope="module")
+def followers() -> Iterator[Followers]:
+    begun = Followers()
+    begun.start(TOKENIZER.serialize_json())
+    yield begun
+    begun.stop()
 
 
-def mask_of(grammar: WatchedGrammar) -> torch.Tensor:
+def follow(followers: Followers, regex: str, tenant: str = "t") -> FollowedGrammar:
+    return FollowedGrammar(followers, f"{tenant}.{regex}", {"tenant": tenant, "kind": "regex", "text": regex}, [])
+
+
+def until(followers: Followers, come: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not come():
+        followers.collect((), 0.0)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def allowed(followers: Followers, grammar: FollowedGrammar) -> set[str]:
+    """The tokens that may come next."""
+    until(followers, lambda: grammar.ready)
     mask = xgrammar.allocate_token_bitmask(2, VOCABULARY)
     grammar.fill_bitmask(mask, 1)
-    return mask[1]
+    bits = torch.tensor([[mask[1][token // 32] >> (token % 32) & 1 for token in range(VOCABULARY)]])
+    return {TOKENIZER.decoded_vocab[token].decode("latin-1") for token in bits[0].nonzero().flatten().tolist()}
 
 
-def test_only_what_this_server_sealed_is_compiled() -> None:
-    sealed = seal_constraint("regex", "a.b", KEY)
-    assert open_constraint(sealed, KEY) == ("regex", "a.b")
-    for other in ("root ::= [a]", None, sealed + "A", seal_constraint("regex", "a.b", new_seal_key())):
+def process_of(grammar: FollowedGrammar, followers: Followers) -> psutil.Process:
+    """The youngest process, which a new grammar is followed in."""
+    assert followers._forker is not None
+    until(followers, lambda: grammar._follower.compiled)
+    return max(psutil.Process(followers._forker.pid).children(), key=lambda child: (child.create_time(), child.pid))
+
+
+def followed_and_gone(followers: Followers, regex: str) -> Follower:
+    """The process of a request that is over."""
+
+    def over() -> Follower:
+        grammar = follow(followers, regex)
+        until(followers, lambda: grammar.ready)
+        return grammar._follower
+
+    follower = over()
+    gc.collect()
+    assert not follower.followed
+    return follower
+
+
+def test_only_what_this_server_sealed_is_followed() -> None:
+    sealed = seal_constraint("proj_1", "regex", "a.b", KEY)
+    tenant, kind, text = open_constraint(sealed, KEY)
+    assert (kind, text) == ("regex", "a.b")
+    assert "proj_1" not in sealed
+    assert tenant != open_constraint(seal_constraint("proj_2", "regex", "a.b", KEY), KEY)[0]
+    for other in ("root ::= [a]", None, sealed + "A", seal_constraint("proj_1", "regex", "a.b", new_seal_key())):
         with pytest.raises(GrammarError):
             open_constraint(other, KEY)
 
 
-def test_a_sealed_constraint_is_compiled_as_it_was_tried_and_kept(
+def test_vllm_has_a_sealed_constraint_followed_and_no_other(
     text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's own compiler shares work between rules, and fails at a count within an object."""
     monkeypatch.setattr(structured_output, "XgrammarBackend", structured_output.XgrammarBackend)  # put back after
-    grammars.take_sealed_constraints(KEY)
+    begun = grammars.take_sealed_constraints(KEY)
     tokenizer = AutoTokenizer.from_pretrained(text_checkpoint)
-    model = SimpleNamespace(hf_config=SimpleNamespace(model_type="flex_olmo"))
-    options = SimpleNamespace(disable_any_whitespace=True)
-    config: Any = SimpleNamespace(structured_outputs_config=options, model_config=model, speculative_config=None)
-    core: Any = structured_output.XgrammarBackend(config, tokenizer=tokenizer, vocab_size=len(tokenizer))
-    text = {"type": "string", "pattern": "^[a-z]{0,1000}$"}
-    schema = {"type": "object", "properties": {"a": text}, "required": ["a"], "additionalProperties": False}
-    sealed = seal_constraint("json", json.dumps(schema), KEY)
-    made = core.compile_grammar(None, sealed, {0})
-    assert isinstance(made, WatchedGrammar)
-    assert made.matcher.accept_string('{"a":"xyz"}')
-    assert core.compile_grammar(None, sealed, {0}).ctx is made.ctx
-    with pytest.raises(GrammarError):
-        core.compile_grammar(None, json.dumps(schema), {0})
+    backend: Any = structured_output.XgrammarBackend
+    core = backend(SimpleNamespace(), tokenizer=tokenizer, vocab_size=len(tokenizer))
+    try:
+        made = core.compile_grammar(None, seal_constraint("t", "regex", "[a-z]{0,1000}", KEY), {0})
+        until(begun, lambda: made.ready)
+        assert made.failure is None
+        with pytest.raises(GrammarError):
+            core.compile_grammar(None, "root ::= [a-z]", {0})
+    finally:
+        core.destroy()
 
 
-def test_kept_grammars_are_bounded_and_the_least_used_goes_first() -> None:
-    made = grammars.MadeGrammars(20)
-    for name in "aba":
-        made.get(name, lambda: SimpleNamespace(memory_size_bytes=10))
-    made.get("c", lambda: SimpleNamespace(memory_size_bytes=10))
-    assert list(made._made) == ["a", "c"]
+def test_a_grammar_is_followed_to_its_end(followers: Followers) -> None:
+    followed = follow(followers, "a(b|true)")
+    assert allowed(followers, followed) == {"a"}
+    followed.accept_tokens("r", [ord("a")])
+    assert not followed.ready
+    assert allowed(followers, followed) == {"b", "t", "true"}
+    followed.accept_tokens("r", [256 + LONGER.index(b"true")])
+    assert allowed(followers, followed) == {"<end>"}
+    assert not followed.is_terminated()
+    followed.accept_tokens("r", [END])
+    until(followers, lambda: followed.ready)
+    assert followed.is_terminated()
 
 
-def test_a_grammar_is_followed() -> None:
-    followed = grammar("ab")
-    assert mask_of(followed)[3].item() == 1 << (ord("a") - 96)
-    assert followed.accept_tokens("r", [ord("a")])
-    assert mask_of(followed)[3].item() == 1 << (ord("b") - 96)
-    assert not followed.accept_tokens("r", [ord("x")])
-    assert not followed.slow
+def test_what_may_not_come_next_ends_its_request_alone(followers: Followers) -> None:
+    broken, beside = follow(followers, "ab"), follow(followers, "ab")
+    until(followers, lambda: broken.ready)
+    broken.accept_tokens("r", [ord("x")])
+    until(followers, lambda: broken.ready)
+    assert broken.failure == CONSTRAINT_FAILED
+    assert allowed(followers, beside) == {"a"}
+    assert beside.failure is None
 
 
-def test_no_step_waits_for_a_slow_mask() -> None:
-    slow = grammar("(" + "|".join(["a?", *["a?b"] * 400]) + "){256}")
-    grammars._thread().run(int)
-    (beside,) = [thread for thread in threading.enumerate() if thread.name == "flexgate-masks"][-1:]
-    began = time.thread_time()
-    mask = mask_of(slow)
-    assert slow.slow
+def test_a_slow_mask_ends_with_its_process_and_no_other_is_touched(followers: Followers) -> None:
+    slow, beside = follow(followers, "x?" + SLOW), follow(followers, "ab", "other")
+    until(followers, lambda: slow.ready)
+    assert slow.failure == CONSTRAINT_SLOW
+    mask = xgrammar.allocate_token_bitmask(1, VOCABULARY)
+    slow.fill_bitmask(mask, 0)
     assert (mask == -1).all()
-    assert slow.accept_tokens("r", [1])  # the matcher is in use: it is not asked
-    assert time.thread_time() - began < 0.1
-    beside.join(timeout=60)  # a process that ends while a thread is in native code aborts
-    assert not beside.is_alive()
+    assert allowed(followers, beside) == {"a"}
 
 
-def test_what_is_late_is_left_behind_and_the_next_is_in_time() -> None:
-    thread, free = StepThread(), threading.Event()
-
-    def busy() -> None:
-        while not free.is_set():
-            pass
-
-    with pytest.raises(TooLate):
-        thread.run(busy)
-    assert thread.run(lambda: 3) == 3
-    free.set()
+def test_a_killed_process_ends_its_requests_alone_and_the_next_request_begins_another(followers: Followers) -> None:
+    first = follow(followers, "cd")
+    killed, beside = process_of(first, followers), follow(followers, "ab")
+    killed.kill()
+    first.accept_tokens("r", [ord("c")])
+    until(followers, lambda: first.failure is not None)
+    assert allowed(followers, beside) == {"a"}
+    assert allowed(followers, follow(followers, "cd")) == {"c"}
 
 
-def test_while_threads_that_were_left_behind_are_busy_no_more_is_begun() -> None:
-    thread, free = StepThread(), threading.Event()
-
-    def busy() -> None:
-        while not free.is_set():
-            pass
-
-    for _ in range(MAX_LEFT):
-        with pytest.raises(TooLate):
-            thread.run(busy)
-    begun: list[int] = []
-    with pytest.raises(TooLate):
-        thread.run(lambda: begun.append(1))
-    assert not begun
-    free.set()
-    for left in thread._left:
-        left.join()
-    assert thread.run(lambda: 3) == 3
+def test_the_same_constraint_of_a_tenant_has_one_process_and_of_two_tenants_two(followers: Followers) -> None:
+    one, again, other = (follow(followers, "ef", tenant) for tenant in ("a", "a", "b"))
+    for grammar in (one, again, other):
+        assert allowed(followers, grammar) == {"e"}
+    assert one._follower is again._follower is not other._follower
 
 
-def test_waiting_for_a_processor_makes_nothing_late() -> None:
-    assert StepThread().run(lambda: time.sleep(3 * MAX_SECONDS) or 4) == 4
+def test_a_step_is_patient_for_milliseconds_and_with_what_is_always_late_for_none(followers: Followers) -> None:
+    late = follow(followers, "gh")
+    process = process_of(late, followers)
+    until(followers, lambda: late.ready)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        late.accept_tokens("r", [ord("g")])
+        began = time.thread_time()
+        for _ in range(50):
+            wait_in_patience(followers, [late])
+        assert late.patience < 0.001
+        assert not late.ready
+        assert time.thread_time() - began < SECONDS * MAX_PATIENCE
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert allowed(followers, late) == {"h"}
 
 
-def test_what_the_work_raises_is_raised() -> None:
-    with pytest.raises(ZeroDivisionError):
-        StepThread().run(lambda: 1 // 0)
+def test_a_process_without_processor_time_is_given_up(followers: Followers, monkeypatch: pytest.MonkeyPatch) -> None:
+    hung = follow(followers, "ij")
+    process = process_of(hung, followers)
+    until(followers, lambda: hung.ready)
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(core_followers, "HUNG_SECONDS", 0.0)
+    hung.accept_tokens("r", [ord("i")])
+    until(followers, lambda: hung.failure is not None)
+    os.kill(process.pid, signal.SIGCONT)
+    process.wait(SECONDS)
+
+
+def test_a_request_that_is_gone_is_forgotten_and_unneeded_processes_are_few(
+    followers: Followers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_followers, "MAX_KEPT", 2)
+    first, *_ = [followed_and_gone(followers, f"k{number}") for number in range(6)]
+    assert not first.alive
+    assert sum(one.alive and not one.followed for one in followers._all.values()) <= 2
+
+
+def test_one_tenant_waits_for_itself_to_compile_and_no_other_for_it(followers: Followers) -> None:
+    flood = [follow(followers, f".{{1,{900 + number}}}x.{{1,900}}", "flooder") for number in range(8)]
+    other = follow(followers, "lm", "other")
+    until(followers, lambda: other.ready)
+    assert allowed(followers, other) == {"l"}
+    assert not all(grammar.ready for grammar in flood)
+
+
+def test_the_forking_process_is_begun_again_when_it_was_killed(followers: Followers) -> None:
+    before = follow(followers, "no")
+    until(followers, lambda: before.ready)
+    assert followers._forker is not None
+    followers._forker.kill()
+    followers._forker.wait()
+    before.accept_tokens("r", [ord("n")])
+    until(followers, lambda: before.failure is not None)
+    assert allowed(followers, follow(followers, "no")) == {"n"}

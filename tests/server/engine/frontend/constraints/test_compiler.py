@@ -20,7 +20,7 @@ from flexgate.server.engine.frontend.constraints.made import Constraint
 from flexgate.server.engine.frontend.constraints.schemas import enforceable
 from flexgate.server.inference.openai.forced import calls
 
-LONG = [b"ab" * 5, b"ba" * 5]  # what takes SLOW's masks longer than the limit, on any machine
+LONG = [b"ab" * 40, b"ba" * 40]  # what takes SLOW's masks longer than the limit, on any machine
 TOKENIZER = xgrammar.TokenizerInfo([*(bytes([byte]) for byte in range(256)), *LONG, b"<end>"], stop_token_ids=[258])
 EMAIL = Constraint("json", json.dumps({"type": "string", "pattern": "^[a-z]{1,64}@[a-z]{1,255}$"}))
 SLOW = Constraint("regex", "(" + "|".join(["a?", *["a?b"] * 2500]) + "){1024}")

@@ -1,0 +1,252 @@
+"""The processes that follow grammars, as their engine core has them: it asks, goes on, and looks whether they answered.
+
+A process that is late ends; its requests are ended with it, and nobody else's.
+"""
+
+import json
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from itertools import count
+from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary, finalize
+
+from flexgate.server.engine.grammars.follow import LENGTH
+from flexgate.server.engine.grammars.native import environment
+from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.masks import (
+    ADVANCE,
+    CLOSE,
+    COMPILED,
+    ENDED,
+    MASK,
+    MAX_PACKET,
+    OPEN,
+    REFUSED,
+    pack,
+    unpack,
+)
+
+MAX_KEPT: Final = 32
+MAX_KEPT_KIB: Final = 256 << 10
+"""Of processes that no request needs any more, and of the grammars in them."""
+HUNG_SECONDS: Final = 30
+"""On the clock, for a process that the machine gives no processor time."""
+
+
+class Followed(Protocol):
+    """A request's grammar, as its process tells of it."""
+
+    ready: bool
+
+    def masked(self, words: "array[int]") -> None:
+        """Take what may come next."""
+
+    def ended(self) -> None:
+        """The answer is complete."""
+
+    def failed(self, reason: str) -> None:
+        """No mask will come."""
+
+
+class Follower:
+    """One constraint's process."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self.link = link
+        self.kib = 0
+        self.alive = True
+        self.compiled = False
+        self.followed: WeakValueDictionary[int, Followed] = WeakValueDictionary()
+        self._asked: dict[int, float] = {}
+        self._numbers = count(1)
+
+    @property
+    def owes(self) -> bool:
+        """Whether an answer is outstanding."""
+        return self.alive and bool(self._asked)
+
+    def open(self, grammar: Followed, stops: Iterable[int]) -> int:
+        """Have it follow for one more request, until ``grammar`` is dropped; returns the request's number."""
+        number = next(self._numbers)
+        self.followed[number] = grammar
+        finalize(grammar, self._close, number).atexit = False
+        self._ask(OPEN, number, stops)
+        return number
+
+    def advance(self, number: int, tokens: Iterable[int]) -> None:
+        """Tell it what was sampled."""
+        self._ask(ADVANCE, number, tokens)
+
+    def receive(self) -> None:
+        """Take all that it has sent."""
+        while self.alive:
+            try:
+                packet = self.link.recv(MAX_PACKET)
+            except BlockingIOError:
+                break
+            except OSError:
+                packet = b""
+            if not packet:
+                self.end()
+                return
+            self._take(*unpack(packet))
+
+    def end_if_hung(self) -> None:
+        """End it if it has owed an answer for too long."""
+        asked = list(self._asked.values())
+        if self.compiled and asked and time.monotonic() - min(asked) > HUNG_SECONDS:
+            self.end()
+
+    def end(self) -> None:
+        """Do without it: the kernel ends it at its limit, or it ends when it finds the socket closed."""
+        self.alive, self.kib = False, 0
+        self.link.close()
+        for grammar in list(self.followed.values()):
+            grammar.failed(CONSTRAINT_SLOW)
+
+    def _close(self, number: int) -> None:
+        self._asked.pop(number, None)
+        if self.alive:
+            self._send(pack(CLOSE, number))
+
+    def _ask(self, what: int, number: int, values: Iterable[int]) -> None:
+        self._asked[number] = time.monotonic()
+        if self.alive:
+            self._send(pack(what, number, values))
+        else:
+            self.end()
+
+    def _send(self, packet: bytes) -> None:
+        try:
+            self.link.send(packet)
+        except OSError:  # it ended, or it reads nothing for so long that what it was sent fills the socket
+            self.end()
+
+    def _take(self, what: int, number: int, values: Any) -> None:
+        if what == COMPILED:
+            self.compiled, self.kib = True, values[0]
+            for asked in list(self._asked):  # for the masks: how long compiling took does not count
+                self._asked[asked] = time.monotonic()
+            return
+        self._asked.pop(number, None)
+        grammar = self.followed.get(number)
+        if grammar is None:
+            return
+        if what == MASK:
+            grammar.masked(values)
+        elif what == ENDED:
+            grammar.ended()
+        elif what == REFUSED:
+            grammar.failed(CONSTRAINT_FAILED)
+
+
+class Followers:
+    """All processes of an engine core, by constraint; begin them with :meth:`start`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokenizer = ""
+        self._forker: subprocess.Popen[str] | None = None
+        self._control: socket.socket | None = None
+        self._all: OrderedDict[str, Follower] = OrderedDict()
+        self._listed: tuple[Follower, ...] = ()  # for the steps, which wait for no lock
+
+    def start(self, tokenizer: str) -> None:
+        """Begin the process that forks the others; ``tokenizer`` is xgrammar's serialised `TokenizerInfo`."""
+        self._tokenizer = tokenizer
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._forker = subprocess.Popen(
+                [sys.executable, "-m", "flexgate.server.engine.grammars.follow", str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                text=True,
+                env=environment(),
+                pass_fds=[theirs.fileno()],
+            )
+        if self._forker.stdin is not None:
+            threading.Thread(target=_write, args=(self._forker.stdin, tokenizer), daemon=True).start()
+
+    def stop(self) -> None:
+        """End them."""
+        if self._forker is not None:
+            self._forker.kill()
+            self._forker.wait()
+        if self._control is not None:
+            self._control.close()
+        for follower in self._listed:
+            follower.end()
+
+    def follow(self, grammar: Followed, name: str, job: dict[str, str], stops: Iterable[int]) -> tuple[Follower, int]:
+        """Have the constraint of that name followed for one more request; safe from any thread.
+
+        Returns:
+            Its process, a new one where none is alive, and the request's number there.
+        """
+        with self._lock:
+            follower = self._all.get(name)
+            if follower is not None and not follower.followed:
+                follower.receive()  # it may have ended, unneeded
+            if follower is None or not follower.alive:
+                follower = self._all[name] = self._begin(job)
+            self._all.move_to_end(name)
+            number = follower.open(grammar, stops)
+            self._end_unneeded()
+            self._listed = tuple(self._all.values())
+            return follower, number
+
+    def collect(self, wanted: Collection[Followed], seconds: float) -> float:
+        """Take what was sent, and wait so long until every grammar of ``wanted`` is ready; returns the wait."""
+        began, waited = time.monotonic(), 0.0
+        while True:
+            owing = [follower for follower in self._listed if follower.owes]
+            left = 0.0 if all(grammar.ready for grammar in wanted) else max(0.0, seconds - waited)
+            for follower in _readable(owing, left):
+                follower.receive()
+            waited = time.monotonic() - began
+            if left == 0.0:
+                break
+        for follower in owing:
+            follower.end_if_hung()
+        return waited
+
+    def _begin(self, job: dict[str, str]) -> Follower:
+        if self._forker is None or self._forker.poll() is not None:
+            self.start(self._tokenizer)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        message = json.dumps(job).encode()
+        with theirs, suppress(OSError):  # where it has just ended, so has what it was given
+            socket.send_fds(self._control, [LENGTH.pack(len(message))], [theirs.fileno()])  # type: ignore[arg-type]
+            self._control.sendall(message)  # type: ignore[union-attr]
+        return Follower(ours)
+
+    def _end_unneeded(self) -> None:
+        idle = [name for name, follower in self._all.items() if not follower.followed]
+        kib = sum(self._all[name].kib for name in idle)
+        while idle and (len(idle) >= MAX_KEPT or kib > MAX_KEPT_KIB):
+            ended = self._all.pop(idle.pop(0))
+            kib -= ended.kib
+            ended.end()
+
+
+def _readable(owing: list[Follower], seconds: float) -> list[Follower]:
+    """Those that have sent something, or have ended; waits so long for the first."""
+    links = {follower.link.fileno(): follower for follower in owing}
+    links.pop(-1, None)  # ended meanwhile
+    poll = select.poll()
+    for descriptor in links:
+        poll.register(descriptor, select.POLLIN)
+    return [links[descriptor] for descriptor, _ in poll.poll(seconds * 1000)] if links else []
+
+
+def _write(stream: Any, text: str) -> None:
+    with suppress(BrokenPipeError), stream:
+        stream.write(text)

@@ -1,0 +1,174 @@
+"""The process that follows grammars for an engine core: ``python -m flexgate.server.engine.grammars.follow FD``.
+
+It loads xgrammar once and forks a child for each constraint of running requests. The child compiles it, as it was tried
+before, and makes the masks of its requests. The kernel ends a child that is late, which nothing within it could: native
+code cannot be interrupted. It reads jobs from the socket FD until the engine core closes that.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from typing import Any, Final, NoReturn
+
+from flexgate.server.engine.grammars.native import (
+    MAX_FOLLOWING,
+    MAX_MASK_SECONDS,
+    compile_constraint,
+    limit_memory,
+    limit_process,
+    limit_time,
+    load_bindings,
+)
+from flexgate.server.engine.protocol.masks import (
+    ADVANCE,
+    CLOSE,
+    COMPILED,
+    ENDED,
+    MAX_PACKET,
+    REFUSED,
+    pack,
+    pack_mask,
+    unpack,
+)
+
+MAX_AT_ONCE: Final = 2
+"""Constraints that are compiled at once, one of each tenant."""
+QUICK_SECONDS: Final = 0.01
+MAX_NICE: Final = 19
+"""For a process that has been slower than that once: it has what processor time the steps leave."""
+LENGTH: Final = struct.Struct(">I")
+
+
+class Forker:
+    """Jobs from ``control``, each with the socket by which the engine core reaches the child that it is for."""
+
+    def __init__(self, control: socket.socket, bindings: Any, tokenizer: Any) -> None:
+        self._control = control
+        self._bindings, self._tokenizer = bindings, tokenizer
+        self._waiting: dict[str, deque[tuple[dict[str, str], socket.socket]]] = {}
+        self._compiling: dict[int, str] = {}
+
+    def run(self) -> None:
+        """Work until the engine core is gone."""
+        while True:
+            sources: list[Any] = [self._control, *self._compiling]
+            for source in select.select(sources, [], [])[0]:
+                if source is not self._control:
+                    os.close(source)
+                    del self._compiling[source]
+                elif not self._take_job():
+                    return
+            self._begin_next()
+
+    def _take_job(self) -> bool:
+        head, descriptors, _, _ = socket.recv_fds(self._control, LENGTH.size, 1, socket.MSG_WAITALL)
+        if len(head) < LENGTH.size:
+            return False
+        (length,) = LENGTH.unpack(head)
+        job = json.loads(self._control.recv(length, socket.MSG_WAITALL))
+        self._waiting.setdefault(job["tenant"], deque()).append((job, socket.socket(fileno=descriptors[0])))
+        return True
+
+    def _begin_next(self) -> None:
+        """Fork for as many jobs as may be compiled now, of the tenants in turn."""
+        for tenant in [tenant for tenant in self._waiting if tenant not in self._compiling.values()]:
+            if len(self._compiling) >= MAX_AT_ONCE:
+                return
+            jobs = self._waiting.pop(tenant)
+            self._fork(*jobs.popleft())
+            if jobs:
+                self._waiting[tenant] = jobs
+
+    def _fork(self, job: dict[str, str], link: socket.socket) -> None:
+        hears, tells = os.pipe()
+        if os.fork() == 0:
+            self._follow(job, link, tells)
+        os.close(tells)
+        link.close()
+        self._compiling[hears] = job["tenant"]
+
+    def _follow(self, job: dict[str, str], link: socket.socket, tells: int) -> NoReturn:
+        """What a child does."""
+        try:
+            limit_process()
+            for _, other in (waiting for jobs in self._waiting.values() for waiting in jobs):
+                other.close()  # whose end the engine core would not see while it is open here
+            self._control.close()
+            compiled = compile_constraint(self._bindings, self._tokenizer, job["kind"], job["text"])
+            limit_time(0)
+            limit_memory(MAX_FOLLOWING)
+            os.close(tells)
+            Follower(self._bindings, compiled, self._tokenizer.vocab_size(), link).run()
+        finally:
+            os._exit(0)
+
+
+class Follower:
+    """Requests that have the same constraint, by number."""
+
+    def __init__(self, bindings: Any, compiled: Any, vocabulary: int, link: socket.socket) -> None:
+        import numpy as np
+
+        self._bindings, self._compiled, self._link = bindings, compiled, link
+        self._matchers: dict[int, Any] = {}
+        self._quick = True
+        self._mask = np.zeros((1, (vocabulary + 31) // 32), dtype=np.int32)
+
+    def run(self) -> None:
+        """Work until the engine core closes the socket."""
+        self._link.send(pack(COMPILED, 0, [self._compiled.memory_size_bytes() >> 10]))
+        while packet := self._link.recv(MAX_PACKET):
+            what, request, values = unpack(packet)
+            if what == CLOSE:
+                self._matchers.pop(request, None)
+                continue
+            limit_time(MAX_MASK_SECONDS)
+            began = time.process_time()
+            answer = self._answer(what, request, list(values))
+            limit_time(0)
+            self._link.send(answer)
+            if self._quick and time.process_time() - began > QUICK_SECONDS:
+                self._quick = False
+                os.nice(MAX_NICE)
+
+    def _answer(self, what: int, request: int, tokens: list[int]) -> bytes:
+        if what == ADVANCE:
+            matcher = self._matchers[request]
+            if not all(matcher.is_terminated() or matcher.accept_token(token, False) for token in tokens):
+                return pack(REFUSED, request)
+        else:
+            matcher = self._bindings.GrammarMatcher(self._compiled, tokens or None, False, -1, None)
+            self._matchers[request] = matcher
+        if matcher.is_terminated():
+            return pack(ENDED, request)
+        self._mask[:] = -1
+        matcher.fill_next_token_bitmask(self._mask, 0, False)
+        return pack_mask(request, self._mask.tobytes())
+
+
+def main() -> None:
+    """Work for the engine core at the other end of the socket, whose tokenizer is this process's input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
+    control = socket.socket(fileno=int(sys.argv[1]))
+    bindings = load_bindings()
+    import numpy as _before_the_forks  # noqa: F401
+
+    tokenizer = bindings.TokenizerInfo.deserialize_json(sys.stdin.read())
+    os.dup2(2, 1)  # what the compiler prints
+    gc.freeze()  # what is never freed need not be copied for each child
+    Forker(control, bindings, tokenizer).run()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
