@@ -98,17 +98,19 @@ def read_log(engine: Engine, *, after: int = 0, limit: int = 100) -> list[Entry]
         return [Entry(**row._mapping) for row in rows]
 
 
-def newest(engine: Engine, sought: Sought, *, limit: int) -> list[Entry]:
-    """Entries that match, newest first, at most `limit`."""
+def search(engine: Engine, sought: Sought, *, limit: int, oldest: bool = False) -> list[Entry]:
+    """The newest entries that match, or the oldest; the first of them first, at most `limit`."""
+    sequence = audit_log.c.sequence
+    query = _query(sought).order_by(sequence if oldest else sequence.desc())
     with reading(engine) as connection:
-        rows = connection.execute(_query(sought).execution_options(yield_per=200))
+        rows = connection.execute(query.execution_options(yield_per=200))
         found = (Entry(**row._mapping) for row in rows)
         return list(islice((entry for entry in found if sought.matches(entry)), limit))
 
 
 def _query(sought: Sought) -> Select[Any]:
     table = audit_log
-    query = select(table).order_by(table.c.sequence.desc())
+    query = select(table)
     if sought.before is not None:
         query = query.where(table.c.sequence < sought.before)
     if sought.after is not None:

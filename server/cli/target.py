@@ -304,7 +304,10 @@ class ServerTarget(ServerPolicy):
         self._api.ask("DELETE", f"/v1/agreements/{_quoted(agreement_id)}")
 
     def audit_log(self, after: int) -> Iterator[Entry]:
-        return reversed([*map(_entry, self._api.pages("/v1/organization/audit_logs", before=f"audit_log-{after}"))])
+        path, query = "/v1/organization/audit_logs", {"limit": 100, "before": f"audit_log-{after}"}
+        while page := self._api.ask("GET", path, params=query)["data"]:
+            yield from map(_entry, reversed(page))
+            query["before"] = page[0]["id"]
 
     def audit_heads(self) -> list[Head]:
         return [self._audit_head(log) for log in LOGS]

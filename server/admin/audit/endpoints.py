@@ -6,7 +6,7 @@ from typing import Final
 
 from flexgate.policies.audit import Entry
 from flexgate.policies.documents import Role
-from flexgate.policies.store.audit import Sought, newest
+from flexgate.policies.store.audit import Sought, search
 from flexgate.server.admin.audit.schemas import (
     PREFIX,
     AuditLogPage,
@@ -27,11 +27,12 @@ router: Final = OperationRouter()
 
 @router.operation("GET", "/v1/organization/audit_logs", roles=(Role.ADMIN, Role.AUDITOR))
 def list_(call: Call[Nothing, ListAuditLogs]) -> AuditLogPage:
-    """List entries of the audit log, newest first."""
+    """List entries of the audit log, newest first; with `before` alone the entries next to that one."""
     query = call.query
-    found = newest(call.store.engine, _sought(query), limit=query.limit + 1)
+    back = query.before is not None and query.after is None
+    found = search(call.store.engine, _sought(query), limit=query.limit + 1, oldest=back)
     chosen = [audit_object(entry) for entry in found[: query.limit]]
-    return AuditLogPage.of(chosen, more=len(found) > len(chosen))
+    return AuditLogPage.of(chosen[::-1] if back else chosen, more=len(found) > len(chosen))
 
 
 @router.operation("POST", "/v1/organization/audit_logs/trim", roles=(Role.ADMIN,))

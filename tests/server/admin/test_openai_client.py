@@ -120,6 +120,9 @@ async def test_audit_logs_name_who_did_what(admin: Any) -> None:
     assert [log async for log in admin.audit_logs.list(effective_at={"gt": logs[0].effective_at})] == []
     assert [log async for log in admin.audit_logs.list(actor_ids=["nobody"])] == []
     assert account.api_key.value not in "".join([log.to_json() async for log in admin.audit_logs.list()])
+    former = await admin.audit_logs.list(before=logs[3].id, limit=2)
+    assert [log.id for log in former.data] == [logs[1].id, logs[2].id]
+    assert former.has_more
 
 
 async def test_a_request_that_is_denied_is_in_the_audit_log(admin: Any, call: Any, services: Any) -> None:

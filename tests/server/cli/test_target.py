@@ -16,8 +16,10 @@ from typer.testing import CliRunner, Result
 
 from flexgate.experts.cli.api import Api
 from flexgate.experts.errors import ServerRefused
+from flexgate.policies.audit import DENIED, Event
 from flexgate.policies.store import Store
 from flexgate.server.cli.main import SUBCOMMANDS, app
+from flexgate.server.cli.target import ServerTarget
 from flexgate.server.http.auth import KeyRevoked, authenticate
 from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
@@ -283,3 +285,26 @@ async def test_help_names_every_role_whose_key_a_command_takes(urls: tuple[str, 
 
     for command, arguments in COMMANDS.items():
         assert await asyncio.to_thread(refused, f"{command} {arguments}") == (role not in named[command]), command
+
+
+@pytest.mark.asyncio
+async def test_a_long_log_is_read_page_by_page(urls: tuple[str, str], real_store: Store) -> None:
+    real_store.record([Event(at=1.0, actor="anonymous", action=DENIED, detail={"requests": n}) for n in range(250)])
+    stored = [entry.sequence for entry in real_store.audit_log(limit=1000)]
+
+    def read() -> tuple[list[int], list[int]]:
+        """Sequence numbers, and how many requests had been sent when each was given."""
+        with Api(urls[1], "sk-admin") as api:
+            sent, ask = [0], api.ask
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                sent[0] += 1
+                return ask(*args, **kwargs)
+
+            api.ask = counted  # type: ignore[method-assign]
+            read = [(entry.sequence, sent[0]) for entry in ServerTarget(api).audit_log(stored[4])]
+        return [sequence for sequence, _ in read], [count for _, count in read]
+
+    sequences, sent = await asyncio.to_thread(read)
+    assert sequences == stored[5:]
+    assert sent == [1 + number // 100 for number in range(len(sequences))]
