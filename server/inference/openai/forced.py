@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
@@ -12,6 +13,7 @@ from flexgate.server.engine.seam.openai import StructuredOutputsParams, VLLMVali
 
 MAX_CALLS: Final = 8
 """Of one answer: a model that does not end the list by itself would call until its length ends."""
+_NEXT_CALL: Final = re.compile(r"\s*[\[,]\s*\{")
 
 
 class ConstrainedToolParser(ToolParser):
@@ -42,6 +44,29 @@ class ConstrainedToolParser(ToolParser):
             if hasattr(request, name):
                 setattr(request, name, None)
         return request
+
+
+def read_cut_lists(parser: Any) -> Any:
+    """vLLM's class of parser, which also reads the complete calls of a list that was cut off at its length."""
+
+    class CutListParser(parser):
+        def _extract_tool_calls(self, content: str | None, request: Any, *args: Any, **options: Any) -> Any:
+            if request.tool_choice == "required":
+                content = complete_calls(content or "")
+            return super()._extract_tool_calls(content, request, *args, **options)
+
+    return CutListParser
+
+
+def complete_calls(text: str) -> str:
+    """A list of calls without what stands behind the last complete one."""
+    decoder, end = json.JSONDecoder(), 0
+    while opened := _NEXT_CALL.match(text, end):
+        try:
+            _, end = decoder.raw_decode(text, opened.end() - 1)
+        except ValueError:
+            break
+    return (text[:end] or "[") + "]"
 
 
 def calls(parameters: dict[str, Schema | None], *, parallel: bool) -> Schema:

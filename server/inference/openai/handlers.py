@@ -24,7 +24,7 @@ from flexgate.server.engine.seam.handlers import (
 )
 from flexgate.server.http.offload import Offload
 from flexgate.server.inference.errors import HandlersRefused
-from flexgate.server.inference.openai.forced import ConstrainedToolParser
+from flexgate.server.inference.openai.forced import ConstrainedToolParser, read_cut_lists
 from flexgate.server.inference.openai.making import LaterChat, LaterCompletion, LaterResponses
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def build_handlers(
 
     chat, responses, renderer = conversing(parser)
     forced_chat, forced_responses, _ = conversing(CONSTRAINED_PARSER)
+    forced_chat.parser_cls = read_cut_lists(forced_chat.parser_cls)
+    forced_responses.parser = read_cut_lists(forced_responses.parser)
     plain = OnlineRenderer(engine.model_config, engine.renderer, request_logger=None, **shown)
     return Handlers(
         chat=chat,

@@ -10,9 +10,10 @@ import xgrammar
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.parser.abstract_parser import DelegatingParser
 
 from flexgate.server.engine.frontend.constraints.made import Constraint
-from flexgate.server.inference.openai.forced import MAX_CALLS, ConstrainedToolParser
+from flexgate.server.inference.openai.forced import MAX_CALLS, ConstrainedToolParser, complete_calls, read_cut_lists
 
 TOKENIZER = xgrammar.TokenizerInfo([*(bytes([byte]) for byte in range(256)), b"<end>"], stop_token_ids=[256])
 COMPILER = xgrammar.GrammarCompiler(TOKENIZER, max_threads=1, cache_enabled=False)
@@ -115,3 +116,26 @@ def test_a_tool_that_is_not_there_is_refused() -> None:
 def test_what_is_not_forced_is_not_constrained(choice: str) -> None:
     for request in (adjusted(chat(choice)), adjusted(responses(choice))):
         assert request.to_sampling_params(100, {}).structured_outputs is None
+
+
+def test_of_a_list_that_was_cut_off_the_complete_calls_are_read() -> None:
+    made = [call("look", {"text": 'a "b", [c'}), call("count", {"n": 2})]
+    text = json.dumps(made, separators=(",", ":"))
+    first = len(json.dumps(made[:1], separators=(",", ":"))) - 1  # without its end
+    for length in range(len(text) + 1):
+        read = json.loads(complete_calls(text[:length]))
+        assert read == made[: 2 if length >= len(text) - 1 else 1 if length >= first else 0], text[:length]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_an_answer_that_was_cut_off_at_its_length_keeps_its_complete_calls(cut: int) -> None:
+    class Usual(DelegatingParser):
+        tool_parser_cls = ConstrainedToolParser
+
+    request = chat("required")
+    text = json.dumps([PARIS, call("numbered", {"n": 3})])
+    parser = read_cut_lists(Usual)(None, request.tools)
+    made, rest = parser._extract_tool_calls(text[: len(text) - cut], request, True)
+    assert [one.name for one in made] == ["weather", "numbered"][: 2 if cut < 2 else 1]
+    assert json.loads(made[0].arguments) == {"city": "Paris"}
+    assert rest is None
