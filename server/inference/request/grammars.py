@@ -61,7 +61,7 @@ def check_regex(pattern: str, param: str, *, longest: int) -> None:
     """Refuse a regular expression that is too long, repeats too much or is not enforced."""
     check_grammar(pattern, param, longest=longest)
     try:
-        patterns.check_pattern(pattern)
+        patterns.written_whole(pattern)
     except Unenforceable as error:
         invalid(f"'{param}': {error}.", param)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
+from flexgate.server.engine.frontend.constraints.patterns import written_whole
 from flexgate.server.engine.frontend.constraints.schemas import enforceable
 
 if TYPE_CHECKING:
@@ -47,16 +48,19 @@ class Constraint:
             return cls("grammar", _any_of(params.choice))
         if params.structural_tag is not None:
             return cls("structural_tag", _dumped(_with_enforced(_loaded(params.structural_tag))))
-        kind = "regex" if params.regex is not None else "grammar"
-        return cls(kind, getattr(params, kind) or "")
+        if params.regex is not None:
+            return cls("regex", written_whole(params.regex))
+        return cls("grammar", params.grammar or "")
 
 
 def _with_enforced(tag: Any) -> Any:
-    """A structural tag with the schemas in it as `enforceable` writes them."""
+    """A structural tag with the schemas and patterns in it as the compiler follows them."""
     if isinstance(tag, list):
         return [_with_enforced(item) for item in tag]
     if not isinstance(tag, dict):
         return tag
+    if tag.get("type") == "regex" and isinstance(tag.get("pattern"), str):
+        return {**tag, "pattern": written_whole(tag["pattern"])}
     return {name: enforceable(item) if name == "json_schema" else _with_enforced(item) for name, item in tag.items()}
 
 

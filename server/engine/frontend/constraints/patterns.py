@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from string import hexdigits
 from typing import Final, NoReturn
 
 from flexgate.server.engine.frontend.constraints.errors import Unenforceable
@@ -24,6 +25,7 @@ _COUNTS: Final = frozenset("*+?{")
 _COUNTS_OF_GROUPS: Final = {"?": "{0,1}", "{0,}": "*", "{1,}": "+"}
 _LAST: Final = 0x10FFFF
 _SURROGATES: Final = range(0xD800, 0xE000)
+_NO_LINE_END: Final = "[^\\u{a}\\u{d}\\u{2028}\\u{2029}]"
 _WRITTEN_AS_THEY_ARE: Final[Ranges] = [(0x20, 0x21), (0x23, 0x5B), (0x5D, _LAST)]
 """Characters of a JSON string that need no escape: neither quotes nor backslashes nor control characters."""
 
@@ -40,10 +42,15 @@ def written_in_json(pattern: str) -> str:
     return "".join(_written(pattern, in_json=True))
 
 
-def check_pattern(pattern: str) -> None:
-    """Refuse what xgrammar ignores or reads in another way in a pattern for a whole text; raises `Unenforceable`."""
-    for _ in _written(pattern, in_json=False):
-        pass
+def written_whole(pattern: str) -> str:
+    """A pattern for a whole text as xgrammar follows it, whose every text `pattern` matches from end to end.
+
+    Written in another way is also what it reads wrongly only here: `.`, which it takes for line ends, too.
+
+    Raises:
+        Unenforceable: it is not followed in any form.
+    """
+    return "".join(_written(pattern, in_json=False))
 
 
 def _written(pattern: str, *, in_json: bool) -> Iterator[str]:
@@ -60,24 +67,33 @@ def _written(pattern: str, *, in_json: bool) -> Iterator[str]:
             continue
         counted = "" if char in "(|^$" else char
         if char == "\\":
-            position = _after_escape(pattern, position, in_json=in_json)
+            written, position = _escape(pattern, position, in_json=in_json)
         elif char == "[":
-            position = _after_class(pattern, position, in_json=in_json)
+            written, position = _class(pattern, position, in_json=in_json)
         elif char == "(":
             position += _group(pattern, position)
             depth += 1
+            written = "("
         else:
             depth -= char == ")"
             _check_anchor(pattern, position, depth)
             _check_literal(char, in_json=in_json)
             position += 1
+            written = char if char.isascii() and char not in "]}" else _literal(char)
         if depth < 0 or (depth > 0 and position == len(pattern)):
             raise Unenforceable("a pattern must close every group that it opens, and no other")
-        yield from ("\\" + char) if char in "]}" else map(_in_ascii, pattern[begin:position])
+        yield _NO_LINE_END if written == "." and not in_json else written
 
 
-def _in_ascii(char: str) -> str:
-    return char if char.isascii() else f"\\u{{{ord(char):x}}}"
+def _literal(char: str) -> str:
+    """One character: of its code, xgrammar would take digits that follow a short one for its own."""
+    if char.isascii() and char.isalnum():
+        return char
+    return f"\\{char}" if "!" <= char <= "~" else _coded(ord(char))
+
+
+def _coded(code: int) -> str:
+    return f"\\u{{{code:x}}}"
 
 
 def _after_count(pattern: str, position: int) -> int:
@@ -110,12 +126,12 @@ def _group(pattern: str, position: int) -> int:
     return opened.end() - position
 
 
-def _after_escape(pattern: str, position: int, *, in_json: bool) -> int:
+def _escape(pattern: str, position: int, *, in_json: bool) -> tuple[str, int]:
     if pattern[position + 1 : position + 2] in _SETS:
-        return position + 2
+        return pattern[position : position + 2], position + 2
     char, after = _escaped(pattern, position)
     _check_literal(char, in_json=in_json)
-    return after
+    return _literal(char), after
 
 
 def _escaped(pattern: str, position: int) -> tuple[str, int]:
@@ -133,8 +149,8 @@ def _escaped(pattern: str, position: int) -> tuple[str, int]:
     return name, position + 2
 
 
-def _after_class(pattern: str, position: int, *, in_json: bool) -> int:
-    negated = pattern.startswith("^", position + 1)
+def _class(pattern: str, position: int, *, in_json: bool) -> tuple[str, int]:
+    begin, negated = position, pattern.startswith("^", position + 1)
     position += 2 if negated else 1
     found: Ranges = []
     while not pattern.startswith("]", position):
@@ -144,7 +160,26 @@ def _after_class(pattern: str, position: int, *, in_json: bool) -> int:
         raise Unenforceable("an empty class in a pattern is not supported: a bracket in it is '\\]'")
     if in_json and not _meet(_others(found) if negated else found, _WRITTEN_AS_THEY_ARE):
         _refuse_escaped()
-    return position + 1
+    if in_json:
+        return "".join(
+            char if char.isascii() else _coded(ord(char)) for char in pattern[begin : position + 1]
+        ), position + 1
+    return f"[{'^' * negated}{''.join(map(_range, _in_order(found)))}]", position + 1
+
+
+def _in_order(ranges: Ranges) -> Ranges:
+    """The same members of a class, without a digit behind one that xgrammar writes as a code: it would read on."""
+    return sorted(
+        _others(_others(ranges)), key=lambda ends: (ends[1] > ord("~") or ends[1] < ord(" "), not _digit(ends[0]))
+    )
+
+
+def _digit(code: int) -> bool:
+    return chr(code) in hexdigits
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return "-".join(_coded(end) for end in sorted(set(ends)))
 
 
 def _members(pattern: str, position: int) -> tuple[Ranges, int]:

@@ -11,6 +11,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import MAX_MADE_BYTES, Constraint
+from flexgate.server.engine.frontend.constraints.patterns import written_whole
 
 
 def made(**params: Any) -> Constraint:
@@ -44,6 +45,14 @@ def test_schemas_inside_a_structural_tag_are_written_as_enforced() -> None:
     part["json_schema"] = {"not": {}}
     with pytest.raises(ConstraintError, match="'not'"):
         made(structural_tag=json.dumps(tag))
+
+
+def test_a_pattern_is_made_as_the_compiler_follows_it() -> None:
+    assert made(regex="a.b").text == written_whole("a.b") != "a.b"
+    tag = {"type": "structural_tag", "format": {"type": "regex", "pattern": "a.b"}}
+    assert json.loads(made(structural_tag=json.dumps(tag)).text)["format"]["pattern"] == written_whole("a.b")
+    with pytest.raises(ConstraintError, match="look-ahead"):
+        made(regex="(?=a)a")
 
 
 def test_what_the_parts_make_is_bounded() -> None:

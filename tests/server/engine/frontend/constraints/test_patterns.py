@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
 import xgrammar
 
 from flexgate.server.engine.frontend.constraints.errors import Unenforceable
-from flexgate.server.engine.frontend.constraints.patterns import written_in_json
+from flexgate.server.engine.frontend.constraints.patterns import written_in_json, written_whole
 
 SEEDS = 48
 PATTERNS = 40
@@ -22,7 +23,23 @@ COMPILER = xgrammar.GrammarCompiler(TOKENIZER, max_threads=1, cache_enabled=Fals
 LETTERS = 'ab"\\\n\x0b -]^é'
 TEXTS = ["".join(letters) for length in range(4) for letters in product(LETTERS, repeat=length)]
 MEMBERS = ["a", "b", '"', "\\\\", "\\n", "\\v", "\\x0b", " ", "-", "\\]", "^", "é", "\\d", "\\s", "\\S", "\\w", "a-b"]
-MEMBERS += ['!-"', "\\x00-\\x1f", "\\u0020-\\uffff", "\\-", "Z-a", '"-"', " -~", "\\D", "[", ".", "$", "|", "(", "*"]
+MEMBERS += [
+    "\\x61",
+    '!-"',
+    "\\x00-\\x1f",
+    "\\u0020-\\uffff",
+    "\\-",
+    "Z-a",
+    '"-"',
+    " -~",
+    "\\D",
+    "[",
+    ".",
+    "$",
+    "|",
+    "(",
+    "*",
+]
 ATOMS = [
     "a",
     "b",
@@ -32,6 +49,7 @@ ATOMS = [
     "-",
     "\\-",
     "\\n",
+    "\\x61",
     '"',
     "\\\\",
     "\\d",
@@ -83,19 +101,51 @@ def _takes(grammar: xgrammar.CompiledGrammar, text: str) -> bool:
     return bool(matcher.accept_string(text)) and matcher.accept_token(END)
 
 
+def generated(seed: int) -> Iterator[str]:
+    chance = random.Random(f"patterns {seed}")
+    while True:
+        yield anchored(chance)
+
+
 @pytest.mark.filterwarnings("ignore:Possible nested set")
 @pytest.mark.sliced(6)
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_what_a_pattern_lets_through_is_json_and_matches_it(seed: int) -> None:
-    chance, tried = random.Random(f"patterns {seed}"), 0
-    while tried < PATTERNS:
-        pattern = anchored(chance)
+    tried = 0
+    for pattern in generated(seed):
         try:
             written = written_in_json(pattern)
             reads = re.compile(pattern, re.ASCII)
         except (Unenforceable, re.error):
             continue
-        tried += 1
         for text in allowed(written):
             assert json.loads(f'"{text}"') == text, pattern
             assert reads.search(text), (pattern, text)
+        tried += 1
+        if tried == PATTERNS:
+            break
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+@pytest.mark.sliced(6)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_pattern_for_a_whole_answer_lets_through_what_matches_it_from_end_to_end(seed: int) -> None:
+    tried = 0
+    for pattern in generated(seed):
+        try:
+            written = written_whole(pattern)
+            reads = re.compile(pattern, re.ASCII)
+        except (Unenforceable, re.error):
+            continue
+        grammar = COMPILER.compile_regex(written)
+        for text in TEXTS:
+            assert _takes(grammar, text) == bool(reads.fullmatch(text)), (pattern, text)
+        tried += 1
+        if tried == PATTERNS:
+            break
+
+
+@pytest.mark.parametrize("pattern", [r"\x61b", r"[\x61b]b", r"\u0061b", r"[^\x00-\x1fc]b", r"\u{61}b"])
+def test_a_code_ends_where_its_digits_do(pattern: str) -> None:
+    assert "ab" in allowed(written_in_json(pattern))
+    assert _takes(COMPILER.compile_regex(written_whole(pattern)), "ab")
