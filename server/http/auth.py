@@ -25,6 +25,7 @@ from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
 MAX_HEADER_CHARACTERS: Final = 512
+WRONG_KEY: Final = "The API key is not valid. Check the key, or ask an administrator for one."
 EVERY_ROLE: Final = frozenset(Role)
 _NO_KEY: Final = bytes(32)
 
@@ -89,7 +90,7 @@ def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[R
     found = snapshot.keys.get(digest)
     equal = hmac.compare_digest(digest, _NO_KEY if found is None else found.sha256)
     if found is None or not equal or found.role not in roles or _archived(snapshot, found):
-        raise KeyWrong("The API key is not valid. Check the key, or ask an administrator for one.")
+        raise KeyWrong(WRONG_KEY)
     if found.revoked is not None:  # whatever the time: whoever revoked it may have another clock
         raise KeyRevoked("The API key was revoked. Use another key of the project.")
     if found.expires is not None and found.expires <= now:

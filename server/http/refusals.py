@@ -23,7 +23,7 @@ from flexgate.policies.errors import (
     UnknownExpert,
     UnknownTenant,
 )
-from flexgate.server.http.auth import AuthError, Unauthenticated
+from flexgate.server.http.auth import WRONG_KEY, AuthError, KeyWrong, Unauthenticated
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
 
 UNKNOWN_EXPERT = "expert_not_found"
@@ -55,6 +55,13 @@ def from_policy(error: PolicyError) -> ApiError:
     if isinstance(error, DecisionRefused):
         return _from_decision(error)
     return Unavailable("The server cannot reach its policy database. Try again.", code="policy_unavailable")
+
+
+def from_decision(error: PolicyError) -> ApiError:
+    """What a caller is told whose request gets no gate: without its project, a key is none."""
+    if isinstance(error, UnknownTenant | TenantArchived):
+        return from_auth(KeyWrong(WRONG_KEY))
+    return from_policy(error)
 
 
 def from_change(error: PolicyError) -> ApiError:

@@ -16,7 +16,7 @@ from flexgate.policies.errors import PolicyError, VersionNotReached
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.http.errors import Unavailable
-from flexgate.server.http.refusals import from_policy
+from flexgate.server.http.refusals import from_decision
 from flexgate.server.inference.request import extension, fields
 from flexgate.server.inference.request.extension import Extension, parse_extension
 from flexgate.server.inference.request.limits import Limits
@@ -88,7 +88,7 @@ async def admit(
         decision = cache.decide(snapshot, tenant, wanted, now)
     except PolicyError as error:
         samples.add_refused(tenant, wanted, error, now)
-        raise from_policy(error) from error
+        raise from_decision(error) from error
     samples.add(tenant, wanted, now)
     return Admitted(left, snapshot, decision, client_salt, asked.explain, wanted)
 

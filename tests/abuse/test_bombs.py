@@ -71,6 +71,17 @@ def test_a_bomb_is_answered_soon_and_the_next_request_too(server: Any, name: str
     assert time.monotonic() - began < SECONDS
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_constraint_that_other_parameters_leave_nothing_ends_its_request_alone(server: Any, temperature: int) -> None:
+    body = {"prompt": "a", "max_tokens": 3, "temperature": temperature, "structured_outputs": {"regex": "a{5}"}}
+    with server.client() as http:
+        refused = http.post("/v1/completions", json={**body, "bad_words": ["a", "aa", "aaa", "aaaa", "aaaaa"]})
+        answered = http.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "constraint_failed")
+    assert answered.status_code == 200
+    assert set(answered.json()["choices"][0]["text"]) == {"a"}
+
+
 def test_thousands_of_tools_are_refused_and_many_answered_soon(server: Any) -> None:
     def tools(count: int) -> list[dict[str, Any]]:
         return [{"type": "function", "function": {"name": f"{'n' * 59}{number:05}"}} for number in range(count)]

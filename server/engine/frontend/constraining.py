@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from flexgate.server.engine.frontend.constraints.compiler import Compiler, CompilerBusy
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
@@ -33,7 +33,7 @@ class Constrainer:
         made = params.structured_outputs
         if made is None or made.all_constraints_none():
             return
-        _refuse_no_end(params)
+        _refuse_beside(params)
         if self._compiler is None:
             raise VLLMValidationError("This server has no tokenizer to constrain answers with.")
         try:
@@ -47,9 +47,15 @@ class Constrainer:
         params.structured_outputs = type(made)(grammar=sealed)
 
 
-def _refuse_no_end(params: SamplingParams) -> None:
-    """Refuse what goes on behind the end of a constraint, where nothing is allowed: vLLM allows everything there."""
-    for name in ("ignore_eos", "min_tokens"):
+_BESIDE: Final = {
+    "ignore_eos": "which determines where the answer ends",
+    "min_tokens": "which determines where the answer ends",
+    "allowed_token_ids": "which determines what the answer is made of",
+}
+"""Parameters that go on behind a constraint's end, where vLLM allows everything, or leave nothing that it allows."""
+
+
+def _refuse_beside(params: SamplingParams) -> None:
+    for name, why in _BESIDE.items():
         if getattr(params, name):
-            message = f"'{name}' cannot be combined with a constraint, which determines where the answer ends."
-            raise VLLMValidationError(message, parameter=name)
+            raise VLLMValidationError(f"'{name}' cannot be combined with a constraint, {why}.", parameter=name)

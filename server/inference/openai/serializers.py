@@ -27,7 +27,7 @@ def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> Asyn
     options = run.admitted.body.get("stream_options") or {}
 
     def reshape(payload: dict[str, Any]) -> dict[str, Any]:
-        error = vllm_errors.from_response(ErrorResponse.model_validate(payload))
+        error = vllm_errors.from_response(ErrorResponse.model_validate(payload), run.admitted.body)
         return run.error(error).body()
 
     return sse.with_report(

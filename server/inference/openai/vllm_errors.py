@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -113,19 +114,22 @@ def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
     return from_info(create_error_response(error).error)
 
 
-def from_response(response: ErrorResponse) -> ApiError:
-    """What a handler returned instead of an answer."""
-    return from_info(response.error)
+def from_response(response: ErrorResponse, body: Mapping[str, Any] = MappingProxyType({})) -> ApiError:
+    """What a handler returned, or wrote into a stream, instead of an answer to `body`."""
+    return from_info(response.error, body)
 
 
-def from_info(info: ErrorInfo) -> ApiError:
+def from_info(info: ErrorInfo, body: Mapping[str, Any] = MappingProxyType({})) -> ApiError:
     """vLLM's error object. What went wrong inside the server is not told."""
     if is_server_fault(info.code):
         if is_unavailable(info.code):
             return Unavailable(info.message, code="engine_overloaded")
         return ApiError(INTERNAL_MESSAGE, code="internal_error")
-    code = "model_not_found" if info.param == "model" and is_absent(info.code) else None
-    return ApiError(info.message, status=info.code, code=code, param=info.param)
+    if is_absent(info.code):
+        code = "model_not_found" if info.param == "model" else None
+        return ApiError(info.message, status=info.code, code=code, param=info.param)
+    param = info.param or constraint_of(body)
+    return ApiError(info.message, status=info.code, code="invalid_value", param=param)
 
 
 def constraint_of(body: Mapping[str, Any]) -> str | None:

@@ -36,7 +36,7 @@ from flexgate.server.engine.protocol.endings import (
     PROJECT_ARCHIVED,
     QUEUED_TOO_LONG,
 )
-from flexgate.server.http.auth import KeyExpired, KeyRevoked, KeyWrong, Unauthenticated
+from flexgate.server.http.auth import WRONG_KEY, KeyExpired, KeyRevoked, KeyWrong, Unauthenticated
 from flexgate.server.http.refusals import from_auth
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.vllm_errors import ended_early
@@ -556,3 +556,39 @@ def test_a_key_that_is_good_no_more_has_one_code_before_and_while_a_request_runs
     before, ended = from_auth(refusal("no")), ended_early(GatedCall(AllowedSlots("t", (), 0.0), failed=ending))
     assert ended is not None
     assert (ended.status, ended.code, ended.headers) == (before.status, before.code, before.headers)
+
+
+@pytest.mark.asyncio
+async def test_a_project_that_is_archived_between_key_and_decision_is_no_other_than_one_that_was(
+    client: httpx.AsyncClient, services: Any, snapshot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archived = {name: replace(tenant, archived=True) for name, tenant in snapshot.tenants.items()}
+
+    async def newer(_version: int) -> Any:
+        return replace(snapshot, policy_version=8, tenants=MappingProxyType(archived))
+
+    monkeypatch.setattr(services.policy, "at_least", newer)
+    response = await client.post(PATH, json={"prompt": "x", "flexgate": {"min_policy_version": 8}})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["message"]) == (401, "invalid_api_key", WRONG_KEY)
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.asyncio
+async def test_a_constraint_refused_in_a_stream_is_refused_as_before_one(
+    client: httpx.AsyncClient, handler: Any
+) -> None:
+    refused = VLLMValidationError("The answer cannot be constrained as asked: it is too large.")
+    body = {"prompt": "x", "structured_outputs": {"regex": "a"}}
+    handler.result = refused
+    before = (await client.post(PATH, json=body)).json()
+
+    async def events() -> AsyncIterator[str]:
+        yield f"data: {json.dumps(create_error_response(refused).model_dump())}\n\n"
+        yield "data: [DONE]\n\n"
+
+    handler.result = events
+    response = await client.post(PATH, json={**body, "stream": True})
+    assert json.loads(response.text.split("\n\n")[0].removeprefix("data: ")) == before
+    assert before["error"]["code"] == "invalid_value"
+    assert before["error"]["param"] == "structured_outputs"

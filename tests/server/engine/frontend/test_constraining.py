@@ -51,8 +51,8 @@ async def test_a_constraint_reaches_the_engine_core_as_it_was_tried() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("endless", [{"ignore_eos": True}, {"min_tokens": 3}])
-async def test_no_answer_goes_on_behind_the_end_of_its_constraint(endless: dict[str, Any]) -> None:
+@pytest.mark.parametrize("endless", [{"ignore_eos": True}, {"min_tokens": 3}, {"allowed_token_ids": [7]}])
+async def test_what_a_constraint_says_no_other_parameter_says(endless: dict[str, Any]) -> None:
     with pytest.raises(VLLMValidationError) as refused:
         await constrainer(Compiler()).constrain("t", params(**endless))
     assert refused.value.parameter in endless
