@@ -1,4 +1,4 @@
-"""No promise loses its test: README's table, `promises.toml`, the planted defects and what pytest collects agree."""
+"""No promise loses its test: the pages' tables, `promises.toml`, the planted defects and what pytest collects agree."""
 
 import os
 import re
@@ -14,9 +14,12 @@ PROMISES = tomllib.loads(Path(__file__).with_name("promises.toml").read_text())[
 DEFECTS = {path.stem: tomllib.loads(path.read_text()) for path in (ROOT / "tests/defects").glob("*.toml")}
 
 
-def rows_of_readme() -> dict[str, str]:
+PAGES = ["README.md", "docs/threat-model.md"]
+
+
+def rows_of(page: str) -> dict[str, str]:
     """Each promise and the file or folder that holds it; "the same" is that of the row before."""
-    table = (ROOT / "README.md").read_text().split("| Promise | Held by |\n|---|---|\n")[1].split("\n\n")[0]
+    table = (ROOT / page).read_text().split("| Promise | Held by |\n|---|---|\n")[1].split("\n\n")[0]
     rows, place = {}, ""
     for promise, held_by in re.findall(r"^\| (.+) \| (.+) \|$", table, re.MULTILINE):
         place = place if held_by == "the same" else held_by.strip("`")
@@ -24,10 +27,12 @@ def rows_of_readme() -> dict[str, str]:
     return rows
 
 
-def test_every_promise_of_the_readme_is_held_by_tests_of_the_place_that_it_names() -> None:
-    rows = rows_of_readme()
-    assert list(rows) == [promise["sentence"] for promise in PROMISES]
-    for promise in PROMISES:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_promise_of_a_page_is_held_by_tests_of_the_place_that_it_names(page: str) -> None:
+    rows = rows_of(page)
+    promises = [promise for promise in PROMISES if promise.get("page", "README.md") == page]
+    assert list(rows) == [promise["sentence"] for promise in promises]
+    for promise in promises:
         place = rows[promise["sentence"]]
         assert any(test.startswith(place) for test in promise["tests"]), promise["sentence"]
 
