@@ -7,7 +7,7 @@ from flexgate.kernels.gated_topk.contract import (
     Fill,
     unit_map,
 )
-from flexgate.kernels.gated_topk.op import gated_topk
+from flexgate.kernels.gated_topk.op import gated_topk, gated_topk_implementation
 from flexgate.kernels.gated_topk.reference import gated_topk_reference
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MAX_UNITS",
     "Fill",
     "gated_topk",
+    "gated_topk_implementation",
     "gated_topk_reference",
     "unit_map",
 ]

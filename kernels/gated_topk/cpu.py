@@ -1,99 +1,91 @@
-"""`gated_topk` for CPU tensors: compiled C, or NumPy where nothing can be compiled.
+"""`gated_topk` for CPU tensors: a kernel in C that torch's dispatcher calls, or NumPy where nothing can be compiled.
 
 Both equal the reference bit for bit, so which one runs is a matter of speed alone. The library is built once, by the
-machinery that Triton uses for its own launchers: its choice of compiler, its cache directory, its trust in that.
+machinery that Triton uses for its own launchers: its choice of compiler, its cache directory, its trust in that. It is
+taken into use only once its results on a trial have been those of NumPy.
 
 Shape suffixes: T tokens, E experts of the layer, U units, K chosen experts.
 """
 
 import ctypes
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_topk.contract import empty_results
+from flexgate.kernels.errors import KernelUnavailableError
+from flexgate.kernels.gated_topk.contract import FILL_FIRST, MAX_UNITS, check_arguments
 from flexgate.kernels.gated_topk.vectorised import gated_topk_vectorised
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.c")
 # Contraction would fuse a product and a sum into one rounding, and the bits would depend on the processor.
-_FLAGS = ["-ffp-contract=off"]
-_POINTERS = frozenset({"logits", "gate", "unit", "bias", "mass", "chosen", "weights", "ids"})
-_FIELDS = [
-    "logits",
-    "logits_row",
-    "logits_column",
-    "gate",
-    "gate_step",
-    "unit",
-    "unit_step",
-    "bias",
-    "bias_step",
-    "mass",
-    "chosen",
-    "weights",
-    "ids",
-    "tokens",
-    "experts",
-    "units",
-    "top_k",
-    "renormalize",
-    "fill",
+# What torch throws passes through the kernel's frame.
+_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-fexceptions"]
+# Of libtorch's stable C interface, in the order in which native.c takes them; the last is C++'s operator delete.
+_FUNCTIONS = [
+    *("aoti_torch_library_init_impl", "aoti_torch_library_impl"),
+    *("aoti_torch_get_data_ptr", "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides"),
+    *("aoti_torch_get_dtype", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object"),
+    *("torch_parallel_for", "aoti_torch_check", "_ZdlPv"),
 ]
 
 
-class _Routing(ctypes.Structure):
-    """The argument of the C function, field by field."""
+def implement_on_cpu(library: torch.library.Library, name: str, trial: str) -> str:
+    """Register the CPU kernel of the operator `name`, and say what it is.
 
-    _fields_ = [(name, ctypes.c_void_p if name in _POINTERS else ctypes.c_int64) for name in _FIELDS]
-
-
-@functools.cache
-def native_library() -> Callable[..., None] | None:
-    """The compiled function, or None where it cannot be had (logged once)."""
+    Args:
+        library: of the namespace `flexgate`; both operators are defined.
+        trial: an operator of the same schema, under which the compiled kernel is tried before.
+    """
     try:
-        from triton.runtime.build import compile_so_from_file
-
-        library = ctypes.CDLL(compile_so_from_file(str(_SOURCE), "flexgate_gated_topk", ccflags=_FLAGS))
+        register = _compiled()
+        register(trial)
+        if not _agrees(getattr(torch.ops.flexgate, trial).default):
+            raise KernelUnavailableError("the compiled kernel's results differ from NumPy's")
+        register(name)
     # No compiler, an unwritable cache, a Triton without this entry: whatever it is, NumPy gives the same bits.
     except Exception as error:
         _log.warning("gated_topk runs on NumPy, several times slower per call: %s", error)
-        return None
-    function: Callable[..., None] = library.flexgate_gated_topk
-    return function
+        library.impl(name, _checked_vectorised, "CPU")
+        return "NumPy"
+    return "C"
 
 
-def gated_topk_cpu(
-    router_logits_TE: Tensor,
-    gate_T: Tensor,
-    unit_E: Tensor,
-    bias_E: Tensor | None,
-    mass_TU: Tensor,
-    chosen_T: Tensor,
-    top_k: int,
-    renormalize: bool,
-    fill: int,
-) -> tuple[Tensor, Tensor]:
-    """See `gated_topk_reference`; equal to it bit for bit, attribution included."""
-    function = native_library()
-    if function is None:
-        return gated_topk_vectorised(
-            router_logits_TE, gate_T, unit_E, bias_E, mass_TU, chosen_T, top_k, renormalize, fill
-        )
-    tokens, experts = router_logits_TE.shape
-    weights_TK, ids_TK = empty_results(router_logits_TE, top_k)
-    bias = (None, 0) if bias_E is None else (bias_E.data_ptr(), bias_E.stride(0))
-    function(
-        ctypes.byref(
-            _Routing(
-                router_logits_TE.data_ptr(), *router_logits_TE.stride(), gate_T.data_ptr(), gate_T.stride(0),
-                unit_E.data_ptr(), unit_E.stride(0), *bias, mass_TU.data_ptr(), chosen_T.data_ptr(),
-                weights_TK.data_ptr(), ids_TK.data_ptr(),
-                tokens, experts, mass_TU.shape[1], top_k, renormalize, fill,
-            )
-        )
-    )  # fmt: skip
-    return weights_TK, ids_TK
+def _checked_vectorised(*arguments: Any) -> tuple[Tensor, Tensor]:
+    check_arguments(*arguments[:7])
+    return gated_topk_vectorised(*arguments)
+
+
+def _compiled() -> Callable[[str], None]:
+    """Compile native.c, load it, and hand over libtorch's functions; returns what registers its kernel."""
+    from triton.runtime.build import compile_so_from_file
+
+    library = ctypes.CDLL(compile_so_from_file(str(_SOURCE), "flexgate_gated_topk", ccflags=_FLAGS))
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    addresses = [ctypes.cast(getattr(libtorch, name), ctypes.c_void_p) for name in _FUNCTIONS]
+    table = (ctypes.c_void_p * len(addresses))(*addresses)
+
+    def register(name: str) -> None:
+        if library.flexgate_register(table, name.encode()):
+            raise KernelUnavailableError(f"torch {torch.__version__} did not take the compiled kernel")
+
+    return register
+
+
+def _agrees(compiled: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    """Whether all bits are NumPy's on random tokens with gates of every size, ties and an expert that is in no gate."""
+    random, tokens, experts = torch.Generator().manual_seed(0), 64, 24
+    logits_TE = (torch.randn(tokens, experts, generator=random) * 4).round(decimals=1)
+    gate_T = torch.randint(-(2**62), 2**62, (tokens,), generator=random)
+    unit_E = torch.randint(MAX_UNITS + 1, (experts,), generator=random).to(torch.uint8)
+    bias_E = torch.randn(experts, generator=random)
+    results = []
+    for function in (compiled, gated_topk_vectorised):
+        mass_TU, chosen_T = torch.zeros(tokens, MAX_UNITS, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)
+        outputs = function(logits_TE, gate_T, unit_E, bias_E, mass_TU, chosen_T, 5, True, FILL_FIRST)
+        results.append((*outputs, mass_TU, chosen_T))
+    return all(torch.equal(one, other) for one, other in zip(*results, strict=True))

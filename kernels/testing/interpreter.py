@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from flexgate.kernels.gated_experts import kernel
 from flexgate.kernels.gated_experts.launch import Kernels, launch_gated_experts
 from flexgate.kernels.gated_experts.tiles import tile_table
-from flexgate.kernels.gated_topk import op as routing_operator
+from flexgate.kernels.gated_topk import gated_topk_implementation
 from flexgate.kernels.gated_topk.kernel import gated_topk_kernel, launch_gated_topk
 
 _OVERRIDES = torch.library.Library("flexgate", "IMPL")
@@ -71,6 +71,8 @@ def interpret_operators() -> Counter[str]:
 
     Returns how often each operator has been called since; it grows with every call.
     """
+    # Registered now, and not over what is registered here.
+    gated_topk_implementation(torch.device("cpu"))
     calls: Counter[str] = Counter()
     routing, kernels = Interpreted(gated_topk_kernel), interpreted_experts()
 
@@ -85,8 +87,6 @@ def interpret_operators() -> Counter[str]:
         launch_gated_experts(kernels, table.choose(len(x_TH)), x_TH, w13_EGH, w2_EHF, *routed)
 
     _OVERRIDES.impl("gated_topk", topk, "CPU", allow_override=True)
-    # Called past the dispatcher where that would only find it.
-    vars(routing_operator)["gated_topk_cpu"] = topk
     _OVERRIDES.impl("gated_experts", experts, "CPU", allow_override=True)
     return calls
 

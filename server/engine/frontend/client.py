@@ -73,7 +73,7 @@ class GatedEngineClient(EngineView):
         self._layers = int(engine.model_config.hf_config.num_hidden_layers)
         self._ready = False
         self.publish(experts, weights_epoch)
-        self.kernels = ""  # what computes the experts, as every rank reported it
+        self.kernels = ""  # what computes the experts and routes to them, as every rank reported it
         see_requests(engine, self._see)
         take_output_extras(engine, self._take)
         make_prompt_logprobs_later()

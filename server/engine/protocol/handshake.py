@@ -28,6 +28,7 @@ class RankReport(TypedDict):
     monolithic: bool
     moe_kernels: str
     computed_by: str
+    routed_by: str
     slots: dict[str, Any]
     slots_here: list[int]
     zero_slot: bool
@@ -53,6 +54,7 @@ def report_rank(worker: Any) -> RankReport:
         monolithic=any(layer.is_monolithic for layer in layers),
         moe_kernels=_one(choices),
         computed_by=_one(programs),
+        routed_by=_one([layer.routed_by for layer in layers]),
         slots=model.gates.table.to_config(),
         slots_here=layers[0].slots_here(),
         zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
@@ -85,8 +87,10 @@ def key_digest(key: bytes) -> str:
 
 
 def describe_kernels(reports: Sequence[RankReport]) -> str:
-    """What computes the experts on all ranks, for the start-up summary."""
-    return _one([f"{report['moe_kernels']} ({report['computed_by']})" for report in reports])
+    """What computes the experts and routes to them on all ranks, for the start-up summary."""
+    return _one(
+        [f"{report['moe_kernels']} ({report['computed_by']}), routing in {report['routed_by']}" for report in reports]
+    )
 
 
 def _one(values: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flexgate.kernels.gated_topk import Fill, gated_topk, unit_map
+from flexgate.kernels.gated_topk import Fill, gated_topk, gated_topk_implementation, unit_map
 from flexgate.server.engine.seam.engine import BaseRouter, FusedMoEFactory, RoutingMethodType, get_current_vllm_config
 from flexgate.server.engine.worker.gate_buffers import GateState
 from flexgate.server.engine.worker.kernels import chosen_routed_experts, held_kernels, pack_of
@@ -111,6 +111,7 @@ class GatedMoE(nn.Module):
         self.gate = RouterRows(self.num_slots, config.hidden_size)
         self.unit_E: torch.Tensor  # one expert per owner, in the same slot of every layer: slot i is unit i
         self.register_buffer("unit_E", unit_map(range(self.num_slots)), persistent=False)
+        self.routed_by = gated_topk_implementation(self.unit_E.device)
         # vLLM's CPU kernel knows no expert map: slots dealt out to ranks in turn, and after
         # them as many reserved ones, give every rank exactly one that stays all zero.
         ranks = expert_parallel_ranks()

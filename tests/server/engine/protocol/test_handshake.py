@@ -26,6 +26,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "monolithic": False,
         "moe_kernels": "vllm",
         "computed_by": "CPUUnquantizedExperts",
+        "routed_by": "C",
         "slots": TABLE.to_config(),
         "slots_here": list(range(6)),
         "zero_slot": True,

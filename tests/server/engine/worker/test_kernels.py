@@ -24,6 +24,7 @@ def test_every_rank_reports_the_kernels_it_holds(engine: ScriptedEngine, moe_ker
     program = {"vllm": "UnquantizedExperts", "flexgate": "torch reference"}[moe_kernels]
     assert report["moe_kernels"] == moe_kernels
     assert report["computed_by"].endswith(program)
+    assert report["routed_by"] == "C"
 
 
 @pytest.mark.engine
