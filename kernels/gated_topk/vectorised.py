@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_topk.contract import FILL_FIRST, MASS_SCALE
+from flexgate.kernels.gated_topk.contract import FILL_FIRST, MASS_SCALE, MAX_UNITS
 from flexgate.kernels.gated_topk.exponential import (
     COEFFICIENTS,
     EXPONENT_BIAS,
@@ -24,6 +24,7 @@ Float32Array = npt.NDArray[np.float32]
 _MINUS_INF = np.float32(-np.inf)
 _ZERO = np.float32(0)
 _SCALE = np.float32(MASS_SCALE)
+_BIT_OF_UNIT = np.where(np.arange(256) < MAX_UNITS, np.left_shift(1, np.arange(256) % MAX_UNITS), 0)
 
 
 def gated_topk_vectorised(
@@ -40,8 +41,12 @@ def gated_topk_vectorised(
     """See `gated_topk_reference`; equal to it bit for bit, attribution included."""
     logits_TE = (router_logits_TE.clone() if bias_E is None else router_logits_TE + bias_E).numpy()
     tokens, experts = logits_TE.shape
-    unit = unit_E.numpy().astype(np.int64)
-    bit_E = np.where(unit < mass_TU.shape[1], np.left_shift(1, np.minimum(unit, 63)), 0)
+    units = mass_TU.shape[1]
+    # No column and no bit for a unit that no gate can name.
+    cell_E = unit_E.numpy().astype(np.int64)
+    bit_E = _BIT_OF_UNIT.take(cell_E)
+    np.putmask(bit_E, cell_E >= units, 0)
+    np.putmask(cell_E, cell_E >= units, 0)
     excluded_TE = np.equal(gate_T.numpy()[:, None] & bit_E, 0)
 
     # NaN arises from a corrupt allowed expert or a token with nothing allowed; both are defined, neither is news.
@@ -61,12 +66,13 @@ def gated_topk_vectorised(
         ids_TK = order_TK.astype(np.int32)
         np.putmask(ids_TK, unused_TK, np.int32(-1))
 
-        token_P, rank_P = np.nonzero(~unused_TK)
-        unit_P = unit[ids_TK[token_P, rank_P]]
-        mass_P = np.rint(np.fmax(weights_TK[token_P, rank_P], _ZERO) * _SCALE).astype(np.int64)
-        # Unbuffered: several picks of a token may belong to one unit.
-        np.add.at(mass_TU.numpy(), (token_P, unit_P), mass_P)
-        np.bitwise_or.at(chosen_T.numpy(), token_P, np.left_shift(1, unit_P))
+        # Unbuffered, since several picks of a token may belong to one unit; an unused one adds 0.
+        cell_TK = cell_E.take(order_TK) + np.arange(0, tokens * units, units)[:, None]
+        mass_TK = np.rint(np.fmax(weights_TK, _ZERO) * _SCALE).astype(np.int64)
+        np.add.at(mass_TU.numpy().reshape(-1), cell_TK.reshape(-1), mass_TK.reshape(-1))
+        chosen_TK = bit_E.take(order_TK)
+        np.putmask(chosen_TK, unused_TK, 0)
+        chosen_T.numpy()[:tokens] |= np.bitwise_or.reduce(chosen_TK, axis=1)
 
     if top_k > experts:
         beyond = ((0, 0), (0, top_k - experts))

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 
 from flexgate.kernels.gated_experts.tiles import TUNING, Tiles, read_tile_table
+from flexgate.kernels.gated_topk.exponential import COEFFICIENTS
 from flexgate.kernels.testing.compiled import SHARED_LIMIT_SM_90, Binary
 from flexgate.kernels.testing.configurations import (
     Shape,
@@ -82,8 +83,11 @@ def test_combine_multiplies_and_adds_with_two_roundings() -> None:
     assert_no_spills(binary)
 
 
-@pytest.mark.parametrize("slots", [7, pytest.param(64, marks=pytest.mark.slow)])
-def test_routing_fits_registers_and_uses_no_atomics(slots: int) -> None:
-    binary = compile_routing(Shape(4096, 11008, slots, 5), renormalize=True)
+@pytest.mark.parametrize("experts", [7, *(pytest.param(many, marks=pytest.mark.slow) for many in (64, 512))])
+def test_routing_fits_registers_uses_no_atomics_and_contracts_nothing(experts: int) -> None:
+    binary = compile_routing(Shape(4096, 11008, experts, 5), renormalize=True)
     assert_no_spills(binary)
     assert binary.count("RED") == binary.count("ATOM") == binary.count("ATOMG") == 0
+    # The exponential is float64 in the order of its definition; FFMA belongs to the correctly rounded division.
+    assert binary.count("DFMA") == 0
+    assert binary.count("DMUL") >= len(COEFFICIENTS)
