@@ -56,13 +56,14 @@ class Route(APIRoute):
 
         `events` are what it answers as a stream; `described` is what `fastapi.routing.APIRoute` takes.
         """
+        refused = _REFUSED_BESIDE_TEXT if "response_class" in described else _REFUSED
         super().__init__(
             path,
             endpoint,
             methods=[method],
             status_code=status,
             dependencies=[] if roles is ANYONE else [BEARER],
-            responses={"4XX": _REFUSED, "5XX": _REFUSED, **_streamed(status, events), **(responses or {})},
+            responses={"4XX": refused, "5XX": refused, **_streamed(status, events), **(responses or {})},
             response_description="Done.",
             openapi_extra={"parameters": [*_path_parameters(path), *_query_parameters(query)]},
             **described,
@@ -108,6 +109,11 @@ def require_declared(routes: Iterable[BaseRoute], kind: type[Route] = Route) -> 
 
 
 _REFUSED: Final[Json] = {"model": ErrorBody, "description": "Refused."}
+_REFUSED_BESIDE_TEXT: Final[Json] = {
+    "description": "Refused.",
+    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}},
+}
+"""For a route that answers no JSON: FastAPI would describe its errors as of the same kind."""
 
 
 def _streamed(status: int, events: type[BaseModel] | None) -> dict[int | str, Json]:

@@ -200,6 +200,12 @@ def test_a_field_that_is_not_described_is_found() -> None:
         conform(httpx.Response(302, json=body, request=request))
 
 
+@pytest.mark.asyncio
+async def test_errors_are_json_where_answers_are_not(call: Any) -> None:
+    for key, status in (("sk-auditor", "200"), ("sk-t", "4XX"), (None, "4XX")):
+        assert conform(await call(key, "GET", "/metrics")) == status
+
+
 def test_every_operation_says_what_it_answers() -> None:
     for operation in OPERATIONS:
         responses = described()["paths"][operation.path][operation.method.lower()]["responses"]
