@@ -31,7 +31,7 @@ from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
 from flexgate.server.http.responses import OK
 from flexgate.server.http.routes import Route, require_declared
-from flexgate.server.http.validation import read_body, read_query
+from flexgate.server.http.validation import parse_query, read_body
 from flexgate.server.policy.executors import CHANGES, run_in
 
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,80}")
@@ -135,7 +135,7 @@ async def called(request: Request, caller: Annotated[Caller, Depends(authorised)
     operation, services = _operation_of(request), _services_of(request)
     if not all(_ID.fullmatch(value) for value in request.path_params.values()):
         raise not_found()
-    query = read_query(request, operation.query)
+    query = parse_query(request.query_params.multi_items(), operation.query)
     body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
     path, now = dict(request.path_params), services.clock()
     return Call(services, caller.principal, caller.snapshot, path, query, body, now, request)

@@ -19,7 +19,6 @@ from flexgate.server.http.errors import Invalid, from_validation
 from flexgate.server.http.offload import OPERATORS, Offload
 
 M = TypeVar("M", bound=BaseModel)
-MAX_QUERY_BYTES: Final = 8192
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
 
 
@@ -71,15 +70,6 @@ def validated(model: type[M], values: Any, *, strict: bool | None = None) -> M:
         return model.model_validate(values, strict=strict)
     except ValidationError as error:
         raise from_validation(error) from None
-
-
-def read_query(request: Request, model: type[M]) -> M:
-    """The request's parameters as `model`; raises `Invalid` naming the one at fault."""
-    size = len(request.scope["query_string"])
-    if size > MAX_QUERY_BYTES:
-        message = f"The query string has {size} bytes: at most {MAX_QUERY_BYTES} are read."
-        raise Invalid(message, param=None, code="invalid_value")
-    return parse_query(request.query_params.multi_items(), model)
 
 
 def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:

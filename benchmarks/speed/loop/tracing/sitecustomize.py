@@ -86,7 +86,7 @@ def watch_callbacks() -> None:
 def watch_changes(module: Any) -> None:
     """Count the passes of the main thread's event loop, and note what each call of the administration saw of them."""
     base = asyncio.base_events.BaseEventLoop
-    once, answer = base._run_once, module.Administration.answer  # type: ignore[attr-defined]
+    once, handler_of = base._run_once, module.Route.get_route_handler  # type: ignore[attr-defined]
     passes: list[float] = []  # thread time of each
 
     def run_once(loop: Any) -> None:
@@ -97,23 +97,30 @@ def watch_changes(module: Any) -> None:
         passes.append(time.thread_time() - began)
         return None
 
-    async def answered(self: Any, request: Any) -> Any:
-        began, first = time.monotonic(), len(passes)
-        try:
-            return await answer(self, request)
-        finally:
-            seen = passes[first:]
-            line = {
-                "what": f"{request.method} {self._operation.path}",
-                "wall": time.monotonic() - began,
-                "passes": len(seen) + 1,
-                "busy": sum(seen),
-                "longest": max(seen, default=0.0),
-            }
-            with Path(FOLDER or "", f"{os.getpid()}.changes.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+    def get_route_handler(self: Any) -> Callable[[Any], Any]:
+        answer = handler_of(self)
 
-    base._run_once, module.Administration.answer = run_once, answered  # type: ignore[attr-defined]
+        async def answered(request: Any) -> Any:
+            if not hasattr(self, "operation"):
+                return await answer(request)
+            began, first = time.monotonic(), len(passes)
+            try:
+                return await answer(request)
+            finally:
+                seen = passes[first:]
+                line = {
+                    "what": f"{request.method} {self.path}",
+                    "wall": time.monotonic() - began,
+                    "passes": len(seen) + 1,
+                    "busy": sum(seen),
+                    "longest": max(seen, default=0.0),
+                }
+                with Path(FOLDER or "", f"{os.getpid()}.changes.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+        return answered
+
+    base._run_once, module.Route.get_route_handler = run_once, get_route_handler  # type: ignore[attr-defined]
 
 
 def watch_steps(module: Any) -> None:
@@ -161,7 +168,7 @@ if FOLDER:
             import uvloop
 
             uvloop.run = asyncio.run
-            sys.meta_path.insert(0, AfterImport("flexgate.server.admin.operation", watch_changes))  # type: ignore[arg-type]
+            sys.meta_path.insert(0, AfterImport("flexgate.server.http.routes", watch_changes))  # type: ignore[arg-type]
         else:
             watch_callbacks()
     else:
