@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Final
 from pydantic import ValidationError
 
 CONTEXT_LENGTH_EXCEEDED: Final = "context_length_exceeded"
+PROMPT_TOO_LONG: Final = "The prompt is too long"
+"""How its messages begin: openai 3 shows no code in an error's text, and LangChain looks for these words in it."""
 INVALID_REQUEST: Final = "invalid_request_error"
 FORBIDDEN: Final = "request_forbidden"
 SERVER_ERROR: Final = "server_error"

@@ -1,4 +1,4 @@
-"""Slices of the client suite, which `make verify` runs whole: openai always, one more that the commit chooses."""
+"""Slices of the client suite, which `make verify` runs whole: two clients always, one that the commit chooses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_passes(command: list[str], demo: str, place: Path = ROOT) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
 
-@pytest.mark.parametrize("client", ["openai"])
+@pytest.mark.parametrize("client", ["openai", "langchain"])
 def test_a_client_of_the_development_environment_passes(demo: str, client: str) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"test_{client}.py"]
     assert_passes(command, demo, ROOT / "tests/clients")

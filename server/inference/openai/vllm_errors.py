@@ -25,6 +25,7 @@ from flexgate.server.engine.seam.openai import ErrorInfo, ErrorResponse, VLLMVal
 from flexgate.server.http.errors import (
     CONTEXT_LENGTH_EXCEEDED,
     INTERNAL_MESSAGE,
+    PROMPT_TOO_LONG,
     ApiError,
     Forbidden,
     Invalid,
@@ -169,10 +170,10 @@ def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -
     message, named = str(error.args[0]), error.parameter
     prompt = next((name for name in _PROMPTS if name in body), None)
     if named in _TOO_LONG:
-        return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
+        return Invalid(f"{PROMPT_TOO_LONG}: {message}", param=prompt, code=CONTEXT_LENGTH_EXCEEDED)
     if named == "max_tokens" and error.value == 0:  # what vLLM has left for the answer: no request may ask for none
         message = (
-            f"'{prompt}' takes all tokens of this model's context: none is left for an answer. "
+            f"{PROMPT_TOO_LONG}: '{prompt}' takes all tokens of this model's context: none is left for an answer. "
             "Shorten it by at least one token."
         )
         return Invalid(message, param=prompt, code=CONTEXT_LENGTH_EXCEEDED)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from flexgate.server.http.errors import CONTEXT_LENGTH_EXCEEDED, Invalid
+from flexgate.server.http.errors import CONTEXT_LENGTH_EXCEEDED, PROMPT_TOO_LONG, Invalid
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.grammars import (
     as_text,
@@ -144,7 +144,7 @@ def _check_length(name: str, limits: Limits, *texts: Any) -> None:
     count = characters(texts)
     if count > limits.prompt_chars:
         raise Invalid(
-            f"'{name}' may have at most {limits.prompt_chars} characters, not {count}: "
+            f"{PROMPT_TOO_LONG}: '{name}' may have at most {limits.prompt_chars} characters, not {count}: "
             f"the {limits.prompt_tokens} tokens of this model cannot hold more.",
             param=name,
             code=CONTEXT_LENGTH_EXCEEDED,
@@ -155,7 +155,7 @@ def _check_ids(ids: list[int], limits: Limits) -> None:
     """Refuse more token ids than a text that could fit has characters."""
     if len(ids) > limits.prompt_chars:
         raise Invalid(
-            f"'prompt' may have at most {limits.prompt_chars} token ids, not {len(ids)}: "
+            f"{PROMPT_TOO_LONG}: 'prompt' may have at most {limits.prompt_chars} token ids, not {len(ids)}: "
             f"this model's context has {limits.prompt_tokens}.",
             param="prompt",
             code=CONTEXT_LENGTH_EXCEEDED,

@@ -416,9 +416,10 @@ async def test_a_prompt_too_long_is_told_by_openais_code_and_the_requests_own_fi
     said = response.json()["error"]
     (field,) = BODIES[path]
     assert (response.status_code, said["code"], said["param"]) == (400, "context_length_exceeded", field)
+    assert said["message"].startswith("The prompt is too long: ")  # LangChain looks for these words
     if error is FILLED:
         assert said["message"] == (
-            f"'{field}' takes all tokens of this model's context: none is left for an answer. "
+            f"The prompt is too long: '{field}' takes all tokens of this model's context: none is left for an answer. "
             "Shorten it by at least one token."
         )
 

@@ -166,7 +166,8 @@ async def test_what_cannot_fit_the_model_does_not_reach_the_tokenizer(
     error = refused.json()["error"]
     assert error["code"] == ("limit_exceeded" if path == "/detokenize" else "context_length_exceeded")
     assert error["param"] == param
-    assert error["message"].startswith(f"'{error['param']}' may have at most ")
+    begin = "" if path == "/detokenize" else "The prompt is too long: "
+    assert error["message"].startswith(f"{begin}'{error['param']}' may have at most ")
     assert not handler.seen
 
 
