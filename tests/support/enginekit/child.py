@@ -38,6 +38,9 @@ class Engine:
             self.kernel_calls = interpret_operators()
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from flexgate.server.engine.seam.engine import validate_no_grammar_here
+
+        validate_no_grammar_here()
         config = launch.engine_config(planned, **script.tuning)
         self.engine = LLMEngine.from_vllm_config(config)
         self.table = planned.table
@@ -67,6 +70,50 @@ class Engine:
                     finished[output.request_id] = output, step
             step += 1
         return [self._answer(*finished[ids[index]]) for index in range(len(script))]
+
+    def run_beside_a_late_mask(self, late: Ask, beside: Ask, sent: int) -> tuple[Answer, Answer, list[tuple[int, int]]]:
+        """Send a signal to what follows ``late`` once that has begun, and run ``beside`` meanwhile.
+
+        Returns:
+            The answer of ``beside``; that of ``late``, whose process went on afterwards if it lives; and how many
+            tokens each of the two had at each step of ``beside``.
+        """
+        import signal
+
+        first, tokens, finished = self._submit(late), dict[str, int](), dict[str, Any]()
+
+        def step() -> None:
+            for output in self.engine.step():
+                tokens[output.request_id] = len(output.outputs[0].token_ids)
+                if output.finished:
+                    finished[output.request_id] = output
+
+        while tokens.get(first, 0) < 3:
+            step()
+        self._signal_followers(sent)
+        second, counts = self._submit(beside), list[tuple[int, int]]()
+        while second not in finished:
+            step()
+            counts.append((tokens.get(second, 0), tokens[first]))
+        self._signal_followers(signal.SIGCONT)
+        while first not in finished:
+            step()
+        return self._answer(finished[second], 0), self._answer(finished[first], 0), counts
+
+    def followed(self) -> int:
+        """Requests that processes follow a constraint for."""
+        import gc
+
+        gc.collect()
+        followers = self.engine.engine_core.engine_core.scheduler._followers
+        return sum(len(follower.followed) for follower in followers._listed)
+
+    def _signal_followers(self, sent: int) -> None:
+        import psutil
+
+        forker = self.engine.engine_core.engine_core.scheduler._followers._forker
+        for child in psutil.Process(forker.pid).children():
+            child.send_signal(sent)
 
     def on_every_rank(self, what: Any, *args: Any) -> Any:
         return self.engine.collective_rpc(what, args=args)
@@ -159,7 +206,7 @@ class Engine:
     def leftovers(self) -> tuple[int, int]:
         """Requests that gates and ledger still hold when nothing runs."""
         scheduler = self.engine.engine_core.engine_core.scheduler
-        return len(scheduler._ledger.totals), len(scheduler._held)
+        return len(scheduler._ledger.totals), len(scheduler._held) + len(scheduler._constrained)
 
     def refusal(self, ask: Ask, how: str) -> str:
         import time
@@ -210,17 +257,22 @@ class Engine:
         return request_id
 
     def _add(self, request_id: str, ask: Ask, sealed: Any) -> None:
-        from vllm.sampling_params import SamplingParams
+        from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
         params = SamplingParams(
             temperature=0.0,
             max_tokens=ask.max_tokens,
             logprobs=ANY_BITS,
             prompt_logprobs=ANY_BITS if ask.prompt_logprobs else None,
-            ignore_eos=True,
+            ignore_eos=ask.regex is None,
             detokenize=False,
             extra_args={"flexgate": sealed} if sealed is not None else None,
         )
+        if ask.regex is not None:
+            from flexgate.server.engine.protocol.constraints import seal_constraint
+
+            constraint = seal_constraint(ask.tenant, "regex", ask.regex, self.key)
+            params.structured_outputs = StructuredOutputsParams(grammar=constraint)
         self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, params, priority=ask.priority)
 
     def _gate(self, ask: Ask, request_id: str) -> Any:

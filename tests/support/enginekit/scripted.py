@@ -34,6 +34,7 @@ class Ask:
     valid_for: float = math.inf
     epochs: dict[int, int] | None = None  # other than the live ones
     priority: int = 0
+    regex: str | None = None  # which the answer has to match
 
 
 @dataclass(frozen=True)
