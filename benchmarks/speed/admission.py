@@ -13,17 +13,18 @@ from tqdm import tqdm
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.cache import DecisionCache
+from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, Quota, Role, Tenant
 from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.protocol.gates import Gate, SlotRef, cache_salt, new_seal_key, seal
-from flexgate.server.http.auth import authenticate, require_tenant
+from flexgate.server.http.auth import authenticate, recognise, require_tenant
 from flexgate.server.http.body import parse_object
-from flexgate.server.inference.decide import admit, honoured_body
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
-from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope
-from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
-from flexgate.server.inference.openai.chat import KIND
+from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope, scopes_of, stated_tokens
+from flexgate.server.inference.openai.chat import ENDPOINT
+from flexgate.server.inference.pipeline import honoured_body
+from flexgate.server.inference.request.extension import FIELD
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.live import PolicySource
@@ -74,16 +75,18 @@ async def _measure(store: Store, calls: int) -> dict[str, Any]:
         principal = authenticate(snapshot, f"Bearer sk-{number % TENANTS}", now)
         tenant = require_tenant(principal)
         clock.lap("key")
-        body = honoured_body(KIND, parse_object(BODY), Limits())
+        body = honoured_body(parse_object(BODY), ENDPOINT.table, ENDPOINT.check, Limits())
         clock.lap("body")
-        admitted = await admit(
-            body, tenant=tenant, decision_id="dec", policy=source, cache=cache, samples=samples, now=now
-        )
+        snapshot = await source.current()
+        recognise(snapshot, principal.digest, now)
+        query = DecisionRequest(decision_id="dec", only=body.pop(FIELD).experts.only)
+        decision = cache.decide(snapshot, tenant, query, now)
+        samples.add(tenant, query, now)
         clock.lap("decision")
-        scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)
+        scopes = scopes_of(snapshot.tenants[tenant], principal.key_id)
         reservation = limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
         clock.lap("limits")
-        _seal(admitted.decision.allowed, tenant, key)
+        _seal(decision.allowed, tenant, key)
         clock.lap("seal")
         clock.stop("all")
         for name, other in busy.items():

@@ -24,9 +24,10 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.store import Store
 from flexgate.policies.withhold import Withholding
 from flexgate.server.http.auth import Principal
+from flexgate.server.http.body import Bodies
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.responses import OK
-from flexgate.server.http.validation import Bodies, Closed
+from flexgate.server.http.validation import Closed
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.unstored import Unstored
 

@@ -25,8 +25,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
 from flexgate.server.admin.concurrency_limit import in_turn
 from flexgate.server.admin.operation import AdminServices, Call, Method, Nothing, Operation, Written
-from flexgate.server.http.auth import Principal
-from flexgate.server.http.context import CHANGE_PATIENCE_S, identify
+from flexgate.server.http.auth import CHANGE_PATIENCE_S, Principal, identify
 from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
 from flexgate.server.http.responses import OK

@@ -1,12 +1,11 @@
-"""Who calls: an `Authorization` header against the keys of the in-memory snapshot.
+"""Who calls: an `Authorization` header against the keys of the in-memory snapshot, and what is known of the request.
 
-    AuthError
-    ├── Unauthenticated      (401)
-    │   ├── KeyMissing       no header, or no bearer key in it
-    │   ├── KeyWrong         no such key, or its project is archived
-    │   ├── KeyRevoked
-    │   └── KeyExpired
-    └── WrongRole            (403) a good key used for what it is not for
+    Unauthenticated          401, one code
+    ├── KeyMissing           no header, or no bearer key in it
+    ├── KeyWrong             no such key, or its project is archived
+    ├── KeyRevoked
+    └── KeyExpired
+    WrongRole                403, a good key used for what it is not for
 
 Keys are found by their SHA-256. Every call makes exactly one constant-time comparison, on a miss
 against a digest that no key has, so that a hit and a miss do the same work.
@@ -14,28 +13,46 @@ against a digest that no key has, so that a hit and a miss do the same work.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from starlette.requests import Request
 
 from flexgate.policies.documents import KeyRecord, Role
+from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
+from flexgate.server.http.errors import ApiError, Forbidden, Unauthorized
+from flexgate.server.http.refusals import from_policy
+
+if TYPE_CHECKING:
+    from flexgate.server.policy.live import PolicySource
 
 MAX_HEADER_CHARACTERS: Final = 512
 WRONG_KEY: Final = "The API key is not valid. Check the key, or ask an administrator for one."
 EVERY_ROLE: Final = frozenset(Role)
+INVALID_API_KEY: Final = "invalid_api_key"
+BEARER: Final = {"www-authenticate": "Bearer"}
+STATE: Final = "flexgate"
+"""The scope's key of a request's `Context`."""
+CHECK_SECONDS: Final = 0.5
+"""How long a request may go on whose key was revoked."""
+CHANGE_PATIENCE_S: Final = 10.0
+"""How long who changes the policy or revokes an expert may have to wait for a confirmed policy, on a busy machine."""
 _NO_KEY: Final = bytes(32)
+T = TypeVar("T")
 
 
-class AuthError(Exception):
-    """Root of authentication and authorisation errors. `str(error)` is for the caller."""
+class Unauthenticated(Unauthorized):
+    """401: it is not known who calls."""
 
-
-class Unauthenticated(AuthError):
-    """It is not known who calls."""
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=INVALID_API_KEY, headers=BEARER)
 
 
 class KeyMissing(Unauthenticated):
@@ -54,8 +71,11 @@ class KeyExpired(Unauthenticated):
     """The key is past its expiry."""
 
 
-class WrongRole(AuthError):
-    """The key is good, but not for this."""
+class WrongRole(Forbidden):
+    """403: the key is good, but not for this."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="wrong_key_role")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +91,97 @@ class Principal:
     owner_id: OwnerId | None
     digest: bytes = field(default=b"", repr=False, compare=False)
     expires: float | None = field(default=None, compare=False)
+
+
+@dataclass(slots=True)
+class Context:
+    """What is known of a request so far. The outermost layer keeps it in the request's scope, and logs it at the end.
+
+    Attributes:
+        roles: whose keys are known where the request came in.
+        elsewhere: set for a good key that is not known where the request came in, once it was refused.
+        error: what the request is answered with, if it is answered with an error.
+        disconnected: whether the client left before the response began.
+    """
+
+    request_id: str
+    roles: Collection[Role] = EVERY_ROLE
+    route: str = "unmatched"
+    principal: Principal | None = None
+    decision_id: str | None = None
+    policy_version: int | None = None
+    elsewhere: str | None = None
+    error: ApiError | None = None
+    disconnected: bool = False
+
+    @property
+    def code(self) -> str | None:
+        """Why there is no answer."""
+        return "client_disconnected" if self.disconnected else None if self.error is None else self.error.code
+
+    def log_fields(self) -> dict[str, Any]:
+        """What the request's log line says, apart from its response."""
+        fields: dict[str, Any] = {}
+        if self.principal is not None:
+            fields |= {"key": self.principal.key_id, "tenant": self.principal.tenant_id}
+        if self.decision_id is not None:
+            fields |= {"decision": self.decision_id, "policy_version": self.policy_version}
+        if self.elsewhere is not None:
+            fields["elsewhere"] = self.elsewhere
+        if self.disconnected or self.error is not None:
+            fields["code"] = self.code
+        return fields
+
+
+def context_of(request: Request) -> Context:
+    """The context of a request."""
+    context: Context = request.scope[STATE]
+    return context
+
+
+class Callers(Protocol):
+    """What tells who calls: the live policy, and the time by which keys expire."""
+
+    @property
+    def policy(self) -> PolicySource: ...
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+
+async def identify(
+    request: Request, services: Callers, roles: Collection[Role] = EVERY_ROLE, *, patience: float | None = None
+) -> tuple[Principal, Snapshot]:
+    """The caller by its key, which must have one of `roles`, and the snapshot that knows it; raises `ApiError`.
+
+    `patience` is in seconds; see `PolicySource.current`.
+    """
+    context = context_of(request)
+    snapshot = await _current(services, patience)
+    header = request.headers.get("authorization")
+    context.principal = authenticate(snapshot, header, services.clock(), context.roles)
+    require_role(context.principal, *roles)
+    return context.principal, snapshot
+
+
+def identify_by(request: Request, snapshot: Snapshot, now: float) -> Principal:
+    """The caller that `identify` found, judged by `snapshot` at `now` (Unix seconds); raises `ApiError`."""
+    context = context_of(request)
+    digest = _NO_KEY if context.principal is None else context.principal.digest
+    context.principal = recognise(snapshot, digest, now, context.roles)
+    return context.principal
+
+
+async def identify_again(request: Request, services: Callers) -> None:
+    """Raise `ApiError` when the key that `identify` found is good no more; what takes long must not outlive it."""
+    if context_of(request).principal is not None:
+        identify_by(request, await _current(services), services.clock())
+
+
+async def _current(services: Callers, patience: float | None = None) -> Snapshot:
+    try:
+        return await services.policy.current(patience)
+    except PolicyError as error:
+        raise from_policy(error) from error
 
 
 def authenticate(
@@ -91,7 +202,7 @@ def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[R
     equal = hmac.compare_digest(digest, _NO_KEY if found is None else found.sha256)
     if found is None or not equal or found.role not in roles or _archived(snapshot, found):
         raise KeyWrong(WRONG_KEY)
-    if found.revoked is not None:  # whatever the time: whoever revoked it may have another clock
+    if found.revoked is not None:  # whatever the time: the process that revoked it may have another clock
         raise KeyRevoked("The API key was revoked. Use another key of the project.")
     if found.expires is not None and found.expires <= now:
         raise KeyExpired("The API key has expired. Use another key of the project.")
@@ -125,3 +236,27 @@ def _bearer(header: str | None) -> str:
 
 def _archived(snapshot: Snapshot, key: KeyRecord) -> bool:
     return key.tenant_id is not None and snapshot.tenants[key.tenant_id].archived
+
+
+async def while_identified(request: Request, services: Callers, items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """`items` as they come, for as long as the caller's key is good; raises `ApiError` `CHECK_SECONDS` later."""
+    end = object()
+    async with aclosing(items):  # type: ignore[type-var]
+        while True:
+            upcoming = asyncio.ensure_future(_next(items, end))
+            try:
+                while not upcoming.done():
+                    await asyncio.wait({upcoming}, timeout=CHECK_SECONDS)
+                    await identify_again(request, services)
+            finally:
+                if not upcoming.done():
+                    upcoming.cancel()
+                    await asyncio.wait({upcoming})
+            item = upcoming.result()
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
+
+async def _next(items: AsyncIterator[T], end: object) -> T | object:
+    return await anext(items, end)

@@ -7,12 +7,16 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from http import HTTPStatus
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 from weakref import WeakValueDictionary
 
+from starlette.requests import Request
+
+from flexgate.policies.documents import Role
 from flexgate.policies.strict_json import repeated_key
+from flexgate.server.http.auth import Callers, context_of
 from flexgate.server.http.errors import ApiError, Invalid, TooLarge
-from flexgate.server.http.offload import Offload
+from flexgate.server.http.offload import OPERATORS, Offload
 
 AT_ONCE: Final = 64
 MAX_KEYS: Final = 4096
@@ -28,6 +32,38 @@ class Arriving:
     def place(self, key_id: str) -> asyncio.Semaphore:
         """What to hold while a body is read that came with a key."""
         return self._places.setdefault(key_id, asyncio.Semaphore(AT_ONCE))
+
+
+class Bodies(Callers, Protocol):
+    """How bodies are read: beside others of the same key, within bytes and seconds."""
+
+    @property
+    def arriving(self) -> Arriving: ...
+    @property
+    def body_bytes(self) -> int: ...
+    @property
+    def body_seconds(self) -> float: ...
+    @property
+    def offload(self) -> Offload: ...
+
+
+async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
+    """The JSON body of a request whose sender is known; see `read_json`.
+
+    It may take long: judge the key once more before anything is done with it.
+    """
+    principal = context_of(request).principal
+    if principal is None:
+        raise RuntimeError("a body is read of a request whose key was not looked at")
+    return await read_json(
+        request.stream(),
+        request.headers,
+        services.arriving.place(principal.key_id),
+        limit=services.body_bytes,
+        seconds=services.body_seconds,
+        offload=services.offload,
+        owner=OPERATORS if principal.role is Role.ADMIN else principal.tenant_id or principal.key_id,
+    )
 
 
 async def read_json(

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from flexgate.policies.documents import Role
 from flexgate.server.http import metrics
-from flexgate.server.http.context import Callers, identify
+from flexgate.server.http.auth import Callers, identify
 
 
 class Engine(Protocol):

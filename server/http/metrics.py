@@ -16,7 +16,7 @@ _WEIGHTS_EPOCH: Final = Gauge("flexgate_weights_epoch", "Epoch of the experts be
 _WAITING: Final = Gauge("flexgate_waiting_prompts", "Prompts waiting for the engine.", registry=REGISTRY)
 _PROJECTS: Final = Gauge("flexgate_waiting_projects", "Projects whose prompts wait for the engine.", registry=REGISTRY)
 _FREE: Final = Gauge("flexgate_free_seats", "Free places in the engine's batch.", registry=REGISTRY)
-_WAITED: Final = Histogram(
+QUEUE_SECONDS: Final = Histogram(
     "flexgate_queue_seconds",
     "How long a prompt waited for the engine.",
     buckets=(0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300),
@@ -24,13 +24,13 @@ _WAITED: Final = Histogram(
 )
 
 
-def answered(route: str, status: int) -> None:
-    """Count one answer; `route` is a route's template, never a client's path."""
+def count_response(route: str, status: int) -> None:
+    """Count one response; `route` is a route's template, never a client's path."""
     _REQUESTS.labels(route=route, status=str(status)).inc()
 
 
-def refused(code: str | None) -> None:
-    """Count one error answer."""
+def count_refusal(code: str | None) -> None:
+    """Count one error response."""
     _REFUSALS.labels(code=code or "none").inc()
 
 
@@ -50,11 +50,6 @@ def queue(waiting: int, projects: int, free: int) -> None:
     _WAITING.set(waiting)
     _PROJECTS.set(projects)
     _FREE.set(free)
-
-
-def waited(seconds: float) -> None:
-    """Note how long a prompt waited for its turn."""
-    _WAITED.observe(seconds)
 
 
 def render() -> bytes:

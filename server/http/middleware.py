@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, Final, Protocol
@@ -16,8 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flexgate.policies.documents import Role
 from flexgate.policies.errors import PolicyError
 from flexgate.server.http import metrics
-from flexgate.server.http.auth import EVERY_ROLE, AuthError, authenticate
-from flexgate.server.http.context import STATE, Callers, Context
+from flexgate.server.http.auth import EVERY_ROLE, STATE, Callers, Context, authenticate
 from flexgate.server.http.errors import INTERNAL_MESSAGE, ApiError, Invalid
 from flexgate.server.http.logs import FIELDS
 from flexgate.server.http.refusals import is_denial
@@ -38,7 +38,7 @@ class Watched(Callers, Protocol):
     def denials(self) -> Denials: ...
 
 
-class Gateway:
+class Middleware:
     """Wraps the routes. Nothing that a route raises leaves it."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1000})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = scope[STATE] = Context(self._roles)
+        context = scope[STATE] = Context(f"req_{uuid.uuid4().hex}", self._roles)
         exchange = _Exchange(scope, context, send)
         try:
             _check_headers(scope)
@@ -76,7 +76,7 @@ class Gateway:
         except ApiError as error:
             await exchange.fail(error, receive)
         except ClientDisconnect:
-            context.noted["code"] = "client_gone"
+            context.disconnected = True
         except Exception as error:
             logger.error("a request failed", exc_info=error, extra=_fields(context))
             failure = ApiError(INTERNAL_MESSAGE, code="internal_error")
@@ -91,25 +91,21 @@ class Gateway:
     async def _note_stranger(self, scope: Scope, context: Context) -> None:
         """Whose good key it was that is not known at this address. The answer, which does not say so, has gone out."""
         header, policy = Headers(scope=scope).get("authorization"), self._services.policy
-        if context.error is None or "key" in context.noted or header is None or self._roles == EVERY_ROLE:
+        if context.error is None or context.principal is not None or header is None or self._roles == EVERY_ROLE:
             return
         if not policy.fresh():  # this must not wait: it may be all that is left of a request
             return
-        with suppress(AuthError, PolicyError):  # the lease may have run out since
+        with suppress(ApiError, PolicyError):  # the lease may have run out since
             snapshot = await policy.current()
             key = authenticate(snapshot, header, self._services.clock(), EVERY_ROLE - set(self._roles))
-            context.noted |= {
-                "key": key.key_id,
-                "tenant": key.tenant_id,
-                "elsewhere": _ELSEWHERE[key.role is Role.TENANT],
-            }
+            context.principal, context.elsewhere = key, _ELSEWHERE[key.role is Role.TENANT]
 
     def _note_denial(self, context: Context) -> None:
-        error, noted = context.error, context.noted
-        if error is not None and ("elsewhere" in noted or is_denial(error)):
-            actor, code = noted.get("key", ANONYMOUS), noted.get("elsewhere", error.code)
-            said = (context.route, error.status, code, error.param, error.rules)
-            self._services.denials.add(Denial(actor, noted.get("tenant"), *said), context.request_id)
+        error, caller = context.error, context.principal
+        if error is not None and (context.elsewhere is not None or is_denial(error)):
+            actor, tenant = (ANONYMOUS, None) if caller is None else (caller.key_id, caller.tenant_id)
+            refused = (context.route, error.status, context.elsewhere or error.code, error.param, error.rules)
+            self._services.denials.add(Denial(actor, tenant, *refused), context.request_id)
 
     def _check_host(self, scope: Scope) -> None:
         if self._hosts is None:
@@ -144,7 +140,7 @@ class _Exchange:
 
     async def fail(self, error: ApiError, receive: Receive) -> None:
         """Answer with an error, unless an answer has begun: then the connection breaks off."""
-        self._context.fail(error)
+        self._context.error = error
         if self._status:
             raise ConnectionAbortedError("an answer broke off")
         response = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
@@ -153,12 +149,11 @@ class _Exchange:
     def log(self) -> None:
         """One line and one count per request."""
         route = self._context.route
-        metrics.answered(route, self._status)
+        metrics.count_response(route, self._status)
         if self._status >= 400:
-            metrics.refused(self._context.noted.get("code"))
+            metrics.count_refusal(self._context.code)
         elapsed = round((time.perf_counter() - self._began) * 1000, 1)
-        said = {"route": route, "status": self._status, "ms": elapsed}
-        logger.info("request", extra=_fields(self._context, **said))
+        logger.info("request", extra=_fields(self._context, route=route, status=self._status, ms=elapsed))
 
 
 def _check_headers(scope: Scope) -> None:
@@ -174,7 +169,7 @@ def _check_headers(scope: Scope) -> None:
 
 
 def _fields(context: Context, **more: Any) -> dict[str, Any]:
-    return {FIELDS: {"request": context.request_id, **more, **context.noted}}
+    return {FIELDS: {"request": context.request_id, **more, **context.log_fields()}}
 
 
 def _without_port(host: str) -> str:

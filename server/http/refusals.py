@@ -23,12 +23,9 @@ from flexgate.policies.errors import (
     UnknownExpert,
     UnknownTenant,
 )
-from flexgate.server.http.auth import WRONG_KEY, AuthError, KeyWrong, Unauthenticated
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
 
 UNKNOWN_EXPERT = "expert_not_found"
-INVALID_API_KEY: Final = "invalid_api_key"
-BEARER: Final = {"www-authenticate": "Bearer"}
 _DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
 _DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required", "expert_required"})
 
@@ -38,30 +35,11 @@ def is_denial(error: ApiError) -> bool:
     return error.status in _DENIED or error.code in _DENIALS
 
 
-def from_auth(error: AuthError) -> ApiError:
-    """401 when it is not known who calls, 403 for a good key of another role."""
-    if isinstance(error, Unauthenticated):
-        return ApiError(
-            str(error),
-            status=HTTPStatus.UNAUTHORIZED,
-            code=INVALID_API_KEY,
-            headers=dict(BEARER),
-        )
-    return ApiError(str(error), status=HTTPStatus.FORBIDDEN, code="wrong_key_role")
-
-
 def from_policy(error: PolicyError) -> ApiError:
-    """What a client is told when it gets no gate."""
+    """The refusal of a request that gets no gate."""
     if isinstance(error, DecisionRefused):
         return _from_decision(error)
     return Unavailable("The server cannot reach its policy database. Try again.", code="policy_unavailable")
-
-
-def from_decision(error: PolicyError) -> ApiError:
-    """What a caller is told whose request gets no gate: without its project, a key is none."""
-    if isinstance(error, UnknownTenant | TenantArchived):
-        return from_auth(KeyWrong(WRONG_KEY))
-    return from_policy(error)
 
 
 def from_change(error: PolicyError) -> ApiError:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flexgate.server.http.context import context_of
+from flexgate.server.http.auth import context_of
 from flexgate.server.http.errors import ApiError
 
 _NO_ROUTE: Final = {
@@ -18,17 +18,17 @@ _NO_ROUTE: Final = {
 OK: Final = int(HTTPStatus.OK)
 CREATED: Final = int(HTTPStatus.CREATED)
 ACCEPTED: Final = int(HTTPStatus.ACCEPTED)
-_CLIENT_GONE: Final = 499
+_CLIENT_CLOSED_REQUEST: Final = 499
 
 
-def client_gone() -> Response:
+def disconnected() -> Response:
     """499: the client left before there was an answer. The log shows it."""
-    return Response(status_code=_CLIENT_GONE)
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def of_error(request: Request, error: Any) -> Response:
     """The one body of an `ApiError`."""
-    context_of(request).fail(error)
+    context_of(request).error = error
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from flexgate.policies.documents import Role
-from flexgate.server.http.context import context_of
+from flexgate.server.http.auth import context_of
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.responses import OK
 from flexgate.server.http.schemas import ErrorBody
@@ -30,7 +30,7 @@ ANYONE: Final[frozenset[Role]] = frozenset()
 """For routes that need no key."""
 MAX_QUERY_BYTES: Final = 8192
 BEARER: Final = Depends(HTTPBearer(scheme_name="key", auto_error=False))
-"""Describes how a key is sent; `flexgate.server.http.context.identify` reads it."""
+"""Describes how a key is sent; `flexgate.server.http.auth.identify` reads it."""
 
 
 class UndeclaredRoute(Exception):

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
-from flexgate.policies.documents import Role
-from flexgate.server.http.body import Arriving, read_json
-from flexgate.server.http.context import Callers, context_of, identify_again
+from flexgate.server.http.auth import identify_again
+from flexgate.server.http.body import Bodies, read_request
 from flexgate.server.http.errors import Invalid, from_validation
-from flexgate.server.http.offload import OPERATORS, Offload
 
 M = TypeVar("M", bound=BaseModel)
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
@@ -28,39 +26,10 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Bodies(Callers, Protocol):
-    """How bodies are read: beside others of the same key, within bytes and seconds."""
-
-    @property
-    def arriving(self) -> Arriving: ...
-    @property
-    def body_bytes(self) -> int: ...
-    @property
-    def body_seconds(self) -> float: ...
-    @property
-    def offload(self) -> Offload: ...
-
-
-async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
-    """The JSON body of a request whose sender is known, and whose key is still good when all of it has come."""
-    context = context_of(request)
-    operator = context.principal is not None and context.principal.role is Role.ADMIN
-    body = await read_json(
-        request.stream(),
-        request.headers,
-        services.arriving.place(context.noted["key"]),
-        limit=services.body_bytes,
-        seconds=services.body_seconds,
-        offload=services.offload,
-        owner=OPERATORS if operator else context.noted["tenant"] or context.noted["key"],
-    )
-    await identify_again(request, services)
-    return body
-
-
 async def read_body(request: Request, services: Bodies, model: type[M]) -> M:
     """The request's body as `model`; raises `ApiError` naming the field at fault."""
     raw = await read_request(request, services)
+    await identify_again(request, services)
     return await services.offload.run(validated, model, raw)
 
 

@@ -1,7 +1,7 @@
 """End running requests whose right to run has gone: their key, their project, or the permission of an expert.
 
 A newer policy is compared with every running request before this process says that it enforces it, so that `wait=all`
-covers the requests that were admitted under an older one.
+covers the requests that began under an older one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
 
 END_SECONDS: Final = 0.5
-"""How long the enforcement of a policy waits for ended requests to be told; none of them gets a token meanwhile."""
+"""How long the enforcement of a policy waits for ended requests to notice; none of them gets a token meanwhile."""
 
 _Decisions = dict[tuple[object, ...], Decision | None]
 """By project and what a request asks for; None is a refusal."""
@@ -140,8 +140,8 @@ class RunningRequests:
         """Stop a request that has lost its right, or bring its end forward."""
         reason = self._lost_identity(right, snapshot)
         if reason is None:
-            asked = right.request
-            question = (right.tenant, asked.purpose, asked.region, asked.only, asked.ignore)
+            query = right.request
+            question = (right.tenant, query.purpose, query.region, query.only, query.ignore)
             if question not in decisions:
                 decisions[question] = _decide(snapshot, right, self._clock())
             decision = decisions[question]
@@ -171,7 +171,7 @@ def _decide(snapshot: Snapshot, right: Right, now: float) -> Decision | None:
 
 def _lost_permission(call: GatedCall, snapshot: Snapshot, decision: Decision | None) -> str | None:
     allowed = frozenset[ExpertId]() if decision is None else decision.allowed
-    lost = [ref.expert for ref in call.allowed.experts if ref.expert not in allowed]
+    lost = [ref.expert for ref in call.experts if ref.expert not in allowed]
     if not lost:
         return None
     known = (snapshot.experts.get(ExpertId(expert)) for expert in lost)

@@ -101,16 +101,16 @@ class Ticket:
             queue.release_seats(self.project, seats)
         else:
             queue.forget(self)
-        self._told()
+        self._notify()
 
     def take(self, now: float) -> None:
         """Take the seats: the turn has come."""
         self._seats = self.seats
         self.project.turn += max(1, self._prompt) / self._weight
         self.project.waited = now - self._began
-        self._told()
+        self._notify()
 
-    def _told(self) -> None:
+    def _notify(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
@@ -218,7 +218,7 @@ class FairQueue:
             project.taken += ticket.seats
             self.free -= ticket.seats
             ticket.take(now)
-            metrics.waited(project.waited)
+            metrics.QUEUE_SECONDS.observe(project.waited)
             self._list(project)
 
     def _next(self) -> _Project | None:

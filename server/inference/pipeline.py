@@ -1,55 +1,63 @@
-"""The path of a generating request, the same for chat, completions and responses."""
+"""A request for inference, from its key to what it may use of the engine, in five steps.
+
+    authenticate   whose key it is; of a request without one nothing is read
+    read           the body, within bytes and seconds
+    validate       its honoured fields, within limits
+    decide         by one snapshot of the policy: its key again, its experts, and until when
+    reserve        requests, tokens, concurrency and budget of its project and its key
+
+A step refuses by raising `ApiError`. What it finds out becomes a field of the request, and a field does not exist
+before its step, so that none can be left out. What follows is in `flexgate.server.inference.generation`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse
 
 from flexgate.policies.cache import DecisionCache
-from flexgate.policies.decision import Decision
+from flexgate.policies.decision import Decision, DecisionRequest
+from flexgate.policies.errors import PolicyError, VersionNotReached
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, GatedCall
-from flexgate.server.engine.seam.openai import ErrorResponse
-from flexgate.server.http.auth import AuthError, Principal, require_tenant
-from flexgate.server.http.connections import EventStream
-from flexgate.server.http.context import context_of, identify
-from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
-from flexgate.server.http.offload import on_loop
-from flexgate.server.http.refusals import from_auth
-from flexgate.server.http.responses import client_gone
-from flexgate.server.http.validation import Bodies, read_request
-from flexgate.server.inference import response_metadata
-from flexgate.server.inference.attribution import attribution_object
-from flexgate.server.inference.decide import Admitted, Kind, admit, honoured_body
+from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
+from flexgate.server.http.auth import Principal, context_of, identify, identify_by, require_tenant
+from flexgate.server.http.body import Bodies, read_request
+from flexgate.server.http.errors import Invalid, NotFound, Unavailable
+from flexgate.server.http.refusals import from_policy
 from flexgate.server.inference.enforcement import Right, RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
-from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, Reservation
-from flexgate.server.inference.limits.scopes import scopes_of, stated_tokens
-from flexgate.server.inference.openai import sse, vllm_errors
-from flexgate.server.inference.openai.foreign import Answer
-from flexgate.server.inference.openai.making import Later
-from flexgate.server.inference.openai.streaming import in_pieces
+from flexgate.server.inference.limits.limiter import (
+    REQUESTS,
+    TOKENS,
+    Limiter,
+    LimitScope,
+    Reservation,
+    scopes_of,
+    stated_tokens,
+)
+from flexgate.server.inference.openai.foreign import LeanResponse
+from flexgate.server.inference.request.extension import FIELD, Extension, parse_extension
 from flexgate.server.inference.request.limits import Limits
+from flexgate.server.inference.request.messages import check_tool_choice
+from flexgate.server.inference.request.values import Table, keep_honoured
 from flexgate.server.policy.decision_samples import DecisionSamples
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
     from flexgate.server.inference.openai.handlers import Handlers
 
-
-BYTES_OF_A_TOKEN: Final = 8
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+CACHE_SALT: Final = "cache_salt"
+Body = dict[str, Any]
+Handler = Callable[[Any], Awaitable[Any]]
+"""Gives vLLM's response to a request of its type, or its stream."""
 
 
 class InferenceServices(Bodies, Protocol):
@@ -76,227 +84,186 @@ class InferenceServices(Bodies, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One admitted request on its way through a handler."""
-
-    services: InferenceServices
-    admitted: Admitted
-    right: Right
-    weights_epoch: int
-    request_id: str
-    reservation: Reservation
-
-    @property
-    def call(self) -> GatedCall:
-        """What the engine is asked for."""
-        return self.right.call
-
-    def begin(self) -> None:
-        """Let the call be seen by whatever may end it; raises `ApiError` where its right has gone meanwhile."""
-        self.services.client.begin(self.call)
-        self.services.running.begin(self.right)
-        ended = vllm_errors.ended_early(self.call)
-        if ended is not None:
-            raise ended
-
-    def finish(self) -> None:
-        """End the call, once nothing of its answer is left to send."""
-        self._commit()
-        self.services.running.end(self.call)
-        self.services.client.end(self.call)
-
-    def _commit(self) -> None:
-        """Commit what the call used, before the client reads the end: its next request follows at once."""
-        on_loop(lambda: self.reservation.commit({TOKENS: self.call.tokens()}))
-
-    def answer_object(self) -> dict[str, Any]:
-        """The `flexgate` object, once the engine is done with the call, whose usage is committed."""
-        self._commit()
-        used = self.call.attribution()
-        attribution = attribution_object(
-            self.admitted.snapshot, self.admitted.decision, used.experts, used.cached_prompt_tokens
-        )
-        return response_metadata.answer_object(
-            self.admitted.decision,
-            weights_epoch=self.weights_epoch,
-            explain=self.admitted.explain,
-            attribution=attribution,
-        )
-
-    def answer_bytes(self, tokens: int) -> int:
-        """About how large the answer is for so many tokens, with the log-probabilities that were asked for."""
-        body = self.admitted.body
-        asked = (body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
-        each = 1 + sum(int(one or 0) for one in asked) + len(body.get("logprob_token_ids") or ())
-        return tokens * BYTES_OF_A_TOKEN * each
-
-    def headers(self) -> dict[str, str]:
-        """The `x-flexgate-*` and `x-ratelimit-*` headers."""
-        return response_metadata.headers(self.admitted.decision, self.weights_epoch) | self.reservation.headers
-
-    def error(self, error: ApiError) -> ApiError:
-        """The error that ends the call: `error`, unless its gate or its constraint is the real cause."""
-        self._commit()
-        if not error.server_fault or self.services.client.errored:
-            return error
-        refused = vllm_errors.ended_early(self.call)
-        return refused or vllm_errors.not_generated(self.admitted.body) or error
-
-
-@dataclass(frozen=True, slots=True)
 class Endpoint:
     """What differs between the generating endpoints.
 
-    `start` gives vLLM's answer, or its stream; `plain` and `stream` turn those into ours, `response` writes the first.
+    Attributes:
+        table: what becomes of each field of a body.
+        check: refuses honoured fields over a limit, and brings them into one form.
+        model: vLLM's type of a request; it gets the body, what is `fixed`, and our id behind `id_prefix`.
+        handler: what answers it, and what does where the response must call a tool.
+        content: vLLM's response as the body of ours.
+        stream: vLLM's stream as the events of ours.
+        response: writes `content`.
     """
 
-    kind: Kind
+    table: Table
+    check: Callable[[Body, Limits], None]
     needs_chat_template: bool
-    start: Callable[[Run], Awaitable[Any]]
-    plain: Callable[[Run, Any], dict[str, Any]]
-    stream: Callable[[Run, Any], AsyncGenerator[str, None]]
-    response: type[JSONResponse] = Answer
+    model: type[BaseModel]
+    handler: Callable[[Handlers], Handler]
+    forced: Callable[[Handlers], Handler]
+    content: Callable[[InferenceRequest, Any], Body]
+    stream: Callable[[InferenceRequest, Any], AsyncGenerator[str, None]]
+    id_prefix: str = ""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    response: type[JSONResponse] = LeanResponse
 
 
-class Generation:
-    """A generating route."""
+class TenantRequest:
+    """A request with a tenant's key.
 
-    def __init__(self, services: InferenceServices, endpoint: Endpoint) -> None:
-        self._services = services
-        self._endpoint = endpoint
+    Attributes:
+        principal: the caller, as the newest snapshot knows it that the request was judged by.
+        raw: the body as it was sent.
+        snapshot: the policy that the request lives on.
+    """
 
-    async def answer(self, request: Request) -> Response:
-        """Authenticate, admit, generate, report."""
-        run = await self._admit(request)
+    principal: Principal
+    tenant: TenantId
+    raw: Body
+    snapshot: Snapshot
+
+    def __init__(self, http: Request, services: InferenceServices) -> None:
+        self.http = http
+        self.services = services
+        self.context = context_of(http)
+
+    async def authenticate(self) -> None:
+        """Find the tenant by its key."""
+        self.principal, _ = await identify(self.http, self.services)
+        self.tenant = require_tenant(self.principal)
+
+    async def read(self) -> None:
+        """Read the body, a JSON object."""
+        self.raw = await read_request(self.http, self.services)
+
+    async def judge(self, least_version: int | None = None) -> float:
+        """Take the snapshot that the request lives on, of at least a version, and judge its key by it.
+
+        The body came since `authenticate`, which may have taken long. Returns the time in Unix seconds.
+        """
+        policy = self.services.policy
         try:
-            run.begin()
-            return Delivery(await self._generate(request, run), run.finish)
-        except BaseException:
-            run.finish()
-            raise
+            self.snapshot = await (policy.current() if least_version is None else policy.at_least(least_version))
+        except VersionNotReached as error:
+            raise Unavailable(
+                f"'flexgate.min_policy_version' asks for policy version {least_version}, and this server has "
+                f"version {error.current}. Try again, or ask for a lower version.",
+                code="policy_version_not_reached",
+            ) from error
+        except PolicyError as error:
+            raise from_policy(error) from error
+        now = self.services.clock()
+        self.principal = identify_by(self.http, self.snapshot, now)
+        self.tenant = require_tenant(self.principal)
+        return now
 
-    async def _generate(self, request: Request, run: Run) -> Response:
-        token = CURRENT_CALL.set(run.call)
-        try:
-            result = await until_gone(request, self._endpoint.start(run))
-        except ApiError:
-            raise
-        except Exception as error:
-            raise run.error(_translate(error, run.admitted.body)) from error
-        finally:
-            CURRENT_CALL.reset(token)
-        if result is None:
-            return client_gone()
-        if isinstance(result, ErrorResponse):
-            raise run.error(vllm_errors.from_response(result))
-        if hasattr(result, "__aiter__"):
-            return EventStream(self._events(run, result), headers=run.headers())
-        return await self._plain(run, result)
+    @property
+    def scopes(self) -> tuple[LimitScope, LimitScope]:
+        """Whose limits hold for it: its project's and its key's."""
+        return scopes_of(self.snapshot.tenants[self.tenant], self.principal.key_id)
 
-    async def _plain(self, run: Run, result: Any) -> Response:
-        """An answer that is not streamed, made where its size belongs."""
-        offload, about = self._services.offload, run.answer_object()
-        offload.arrived(offload.arrived_bytes() + run.answer_bytes(run.call.tokens()), run.right.tenant)
-        try:
-            made = await offload.run_async(result.make) if isinstance(result, Later) else result
-        except Exception as error:
-            raise run.error(_translate(error, run.admitted.body)) from error
-        if isinstance(made, ErrorResponse):
-            raise run.error(vllm_errors.from_response(made))
-        response = await offload.run(self._write, run, made, about)
-        ended = vllm_errors.ended_early(run.call)
-        if ended is not None:  # while it was made
-            raise ended
-        return response
 
-    def _write(self, run: Run, made: Any, about: dict[str, Any]) -> Response:
-        return self._endpoint.response({**self._endpoint.plain(run, made), "flexgate": about}, headers=run.headers())
+class InferenceRequest(TenantRequest):
+    """A request to generate.
 
-    async def _admit(self, request: Request) -> Run:
-        services = self._services
-        context = context_of(request)
-        tenant, principal, known_by = await identify_tenant(request, services)
-        raw = await read_request(request, services)
-        body = await services.offload.run(honoured_body, self._endpoint.kind, raw, services.limits)
+    Attributes:
+        body: honoured fields alone, without ours and the salt, so that no handler sees what was refused or ignored.
+        extension: the `flexgate` field: request filter, purpose, region.
+        forced: whether the response must call a tool.
+        query: what the policy decides on.
+        experts: those that it may use, with their slots.
+        weights_epoch: of the experts that the gate names.
+        call: the request as the engine sees it.
+        right: what it lives on while it runs.
+    """
+
+    body: Body
+    extension: Extension
+    client_salt: str | None
+    forced: bool
+    query: DecisionRequest
+    decision: Decision
+    experts: tuple[ExpertSlotRef, ...]
+    weights_epoch: int
+    reservation: Reservation
+    call: GatedCall
+    right: Right
+
+    def __init__(self, http: Request, services: InferenceServices, endpoint: Endpoint) -> None:
+        super().__init__(http, services)
+        self.endpoint = endpoint
+        self.id = self.context.request_id.removeprefix("req_")
+
+    async def prepare(self) -> None:
+        """Take the five steps."""
+        await self.authenticate()
+        await self.read()
+        await self.validate()
+        await self.decide()
+        self.reserve()
+
+    async def validate(self) -> None:
+        """Keep honoured fields within limits; refuse unknown ones by name."""
+        endpoint, services = self.endpoint, self.services
+        body = await services.offload.run(honoured_body, self.raw, endpoint.table, endpoint.check, services.limits)
         check_model(body, services)
-        if self._endpoint.needs_chat_template:
+        if endpoint.needs_chat_template:
             check_chat_template(services)
-        admitted = await admit(
-            body,
-            tenant=tenant,
+        self.forced = check_tool_choice(body, has_parser=services.handlers.has_tool_parser)
+        self.extension = body.pop(FIELD, None) or Extension()
+        self.client_salt = body.pop(CACHE_SALT, None)
+        self.body = body
+
+    async def decide(self) -> None:
+        """Decide which experts it may use, and find their slots."""
+        services, extension = self.services, self.extension
+        now = await self.judge(extension.min_policy_version)
+        self.query = DecisionRequest(
             decision_id=f"dec_{uuid.uuid4().hex}",
-            policy=services.policy,
-            cache=services.decisions,
-            samples=services.samples,
-            now=services.clock(),
+            purpose=extension.purpose,
+            region=extension.region,
+            only=extension.experts.only,
+            ignore=extension.experts.ignore,
         )
-        decision = admitted.decision
-        context.noted |= {
-            "decision": decision.decision_id,
-            "policy_version": decision.policy_version,
-        }
-        allowed, epoch = allowed_slots(decision, services), services.client.weights_epoch
-        scopes = scopes_of(admitted.snapshot.tenants[tenant], principal.key_id)
-        reservation = services.limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
-        call = GatedCall(
-            allowed,
-            admitted.client_salt,
-            reserve=lambda tokens: reservation.raise_to({TOKENS: tokens}),
-            queue=lambda choices, tokens: services.queue.enter(tenant, choices, tokens),
+        try:
+            self.decision = services.decisions.decide(self.snapshot, self.tenant, self.query, now)
+        except PolicyError as error:
+            services.samples.add_refused(self.tenant, self.query, error, now)
+            raise from_policy(error) from error
+        services.samples.add(self.tenant, self.query, now)
+        self.context.decision_id = self.decision.decision_id
+        self.context.policy_version = self.decision.policy_version
+        self.experts, self.weights_epoch = experts_of(self.decision, services.client), services.client.weights_epoch
+
+    def reserve(self) -> None:
+        """Reserve what it says it uses; the rest is reserved once its prompts are tokens."""
+        services = self.services
+        self.reservation = services.limiter.reserve(self.scopes, {REQUESTS: 1, TOKENS: stated_tokens(self.body)})
+        self.call = GatedCall(
+            self.tenant,
+            self.experts,
+            self.decision.valid_until,
+            self.client_salt,
+            reserve=self.reservation.raise_tokens,
+            queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
+            prompt_only=self.body.get("max_tokens") == 0,
         )
-        version = min(known_by.policy_version, admitted.snapshot.policy_version)
-        right = Right(call, principal, tenant, admitted.request, version)
-        return Run(services, admitted, right, epoch, context.request_id.removeprefix("req_"), reservation)
-
-    async def _events(self, run: Run, result: Any) -> AsyncIterator[str]:
-        CURRENT_CALL.set(run.call)
-        events = self._endpoint.stream(run, result)
-        made = in_pieces(events, self._services.offload, run.right.tenant, run.answer_bytes)
-        try:
-            async for event in sse.with_comments(made):
-                yield event
-        finally:
-            CURRENT_CALL.set(None)
-            await made.aclose()
-            await result.aclose()
+        self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
 
 
-class Delivery(Response):
-    """A response that tells when the last of it was sent, or nobody is left to send it to."""
-
-    def __init__(self, response: Response, done: Callable[[], None]) -> None:
-        super().__init__()
-        self._response = response
-        self._done = done
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        try:
-            await self._response(scope, receive, send)
-        finally:
-            self._done()
+def honoured_body(raw: Body, table: Table, check: Callable[[Body, Limits], None], limits: Limits) -> Body:
+    """The honoured fields of a body, within limits, and the extension as an `Extension`; raises `Invalid`."""
+    body = keep_honoured(raw, table)
+    check(body, limits)
+    if FIELD in body:
+        body[FIELD] = parse_extension(body[FIELD])
+    return body
 
 
-async def identify_tenant(request: Request, services: InferenceServices) -> tuple[TenantId, Principal, Snapshot]:
-    """Who asks, by which key, and the snapshot that knows both; raises `ApiError`."""
-    principal, snapshot = await identify(request, services)
-    try:
-        return require_tenant(principal), principal, snapshot
-    except AuthError as error:
-        raise from_auth(error) from error
-
-
-def allowed_slots(decision: Decision, services: InferenceServices) -> AllowedSlots:
-    """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
-    refs = [services.client.ref(expert) for expert in decision.allowed]
-    held = tuple(ref for ref in refs if ref is not None)
-    if len(held) != len(refs):
-        raise Unavailable("An expert of this request is being replaced or revoked. Try again.", code="experts_changing")
-    return AllowedSlots(decision.tenant_id, held, decision.valid_until)
-
-
-def check_model(body: Mapping[str, Any], services: InferenceServices) -> None:
+def check_model(body: Body, services: InferenceServices) -> None:
     """Refuse a model that is none of this server's names."""
     model = body.get("model")
     if model is not None and model not in services.model_names:
@@ -318,27 +285,11 @@ def check_chat_template(services: InferenceServices) -> None:
         )
 
 
-async def until_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of `work`, or None when the client leaves first; `work` is cancelled then."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+def experts_of(decision: Decision, client: GatedEngineClient) -> tuple[ExpertSlotRef, ...]:
+    """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _translate(error: Exception, body: dict[str, Any]) -> ApiError:
-    translated = vllm_errors.from_exception(error, body)
-    if translated.server_fault:
-        logger.error("a handler failed", exc_info=error)
-    return translated
+        return tuple(map(client.refs.__getitem__, decision.allowed))
+    except KeyError:
+        raise Unavailable(
+            "An expert of this request is being replaced or revoked. Try again.", code="experts_changing"
+        ) from None

@@ -17,7 +17,7 @@ def headers(decision: Decision, weights_epoch: int) -> dict[str, str]:
     }
 
 
-def answer_object(
+def metadata(
     decision: Decision,
     *,
     weights_epoch: int,

@@ -17,14 +17,14 @@ from flexgate.server.http.auth import EVERY_ROLE
 from flexgate.server.http.cors import TenantCors
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.health import Operations
-from flexgate.server.http.middleware import Gateway
+from flexgate.server.http.middleware import Middleware
 from flexgate.server.http.responses import of_error, of_http_error
 from flexgate.server.http.routes import ANYONE, PlainRoute, Route, require_declared
 from flexgate.server.http.schemas import ProbeStatus
+from flexgate.server.inference.generation import Generation
 from flexgate.server.inference.openai import chat, completions, responses, schemas
 from flexgate.server.inference.openai.models import Models
 from flexgate.server.inference.openai.tokenization import Tokenization
-from flexgate.server.inference.pipeline import Generation
 from flexgate.server.lifecycle.openapi import OpenApi, described
 from flexgate.server.lifecycle.services import Services
 
@@ -52,7 +52,7 @@ def build_app(
     if origins:
         shared = [(route.method, route.path) for route in routes(services, _TENANTS)]
         app.add_middleware(TenantCors, origins=origins, routes=shared)
-    app.add_middleware(Gateway, hosts=hosts, roles=roles, services=services)
+    app.add_middleware(Middleware, hosts=hosts, roles=roles, services=services)
     app.add_exception_handler(ApiError, of_error)
     app.add_exception_handler(HTTPException, of_http_error)
     return app
@@ -105,7 +105,7 @@ def _inference(services: Services) -> Iterator[Route]:
     get = partial(PlainRoute, method="GET", roles=EVERY_ROLE)
     yield post(
         "/v1/chat/completions",
-        Generation(services, chat.ENDPOINT).answer,
+        Generation(services, chat.ENDPOINT).respond,
         body=schemas.ChatBody,
         response_model=schemas.ChatCompletion,
         events=schemas.ChatCompletionChunk,
@@ -114,7 +114,7 @@ def _inference(services: Services) -> Iterator[Route]:
     )
     yield post(
         "/v1/completions",
-        Generation(services, completions.ENDPOINT).answer,
+        Generation(services, completions.ENDPOINT).respond,
         body=schemas.CompletionBody,
         response_model=schemas.Completion,
         events=schemas.CompletionChunk,
@@ -123,7 +123,7 @@ def _inference(services: Services) -> Iterator[Route]:
     )
     yield post(
         "/v1/responses",
-        Generation(services, responses.ENDPOINT).answer,
+        Generation(services, responses.ENDPOINT).respond,
         body=schemas.ResponsesBody,
         response_model=schemas.ModelResponse,
         events=schemas.ResponseEvent,

@@ -56,7 +56,7 @@ def build_services(
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
         store,
-        lambda: {info.id: info.slot_epoch for info in client.experts() if info.live},
+        client.live_slot_epochs,
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         replicas=Replicas(

@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from flexgate.server.http.context import identify
+from flexgate.server.http.auth import identify
+from flexgate.server.http.body import Bodies
 from flexgate.server.http.routes import Route
-from flexgate.server.http.validation import Bodies
 
 
 class OpenApi:

@@ -18,7 +18,7 @@ from speed.loop.trace import Long, Sent
 from speed.record import Journal, Run
 
 from flexgate.server.admin.operations import OPERATIONS
-from flexgate.server.inference.request.fields import Fate
+from flexgate.server.inference.request.values import Fate
 
 TRACING = Path(loop.__file__).with_name("tracing")
 SLOW = """

@@ -169,7 +169,7 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Path) -> Any:
     """The application's parts around a client without an engine."""
-    from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef
+    from flexgate.server.engine.frontend.calls import ExpertInfo
     from flexgate.server.experts.uploads import Uploads
     from flexgate.server.inference.fair_queue import FairQueue
     from flexgate.server.lifecycle.services import Services
@@ -185,7 +185,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
         end_at=lambda call, valid_until, reason: call.end_at(valid_until, reason),
         end=lambda call: None,
         experts=lambda: infos,
-        ref=lambda id_: next((ExpertSlotRef(i.id, i.slot, 1) for i in infos if i.id == id_), None),
+        refs={info.id: info.ref for info in infos},
     )
     one = SimpleNamespace
     handlers = SimpleNamespace(

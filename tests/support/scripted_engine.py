@@ -25,6 +25,7 @@ class Engine:
     """vLLM's own output processor without an engine core: a test says what is generated."""
 
     def __init__(self) -> None:
+        self.vllm_config = self.input_processor = None
         self.model_config = SimpleNamespace(hf_config=SimpleNamespace(num_hidden_layers=2))
         self.output_processor = OutputProcessor(None, log_stats=False)
         self.renderer = SimpleNamespace(tokenizer=Characters())

@@ -25,7 +25,7 @@ PACKAGE = f"{os.sep}flexgate{os.sep}"
 CONNECTION = "server/http/connections.py"
 MIDDLEWARE = ("server/http/middleware.py", "__call__")
 GUARD = ("server/engine/core/guard.py", "__call__")
-HANDOVER = ("server/engine/seam/engine.py", "add_request")
+HANDOVER = ("server/engine/seam/requests.py", "add_request")
 ROUTER = "kernels/gated_topk/"
 
 _mine: contextvars.ContextVar[bool] = contextvars.ContextVar("flexgate_path", default=False)

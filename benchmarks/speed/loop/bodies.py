@@ -9,7 +9,7 @@ from typing import Any, Literal
 from flexgate.server.admin.operation import Operation
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.inference.request import fields
-from flexgate.server.inference.request.fields import Fate, Table
+from flexgate.server.inference.request.values import Fate, Table
 from speed.loop.values import FEW, FLAT_TOOLS, GENERIC, TEXTS, TYPED, Value, Values, fixed, inside, repeated
 
 LARGEST = 1_000_000

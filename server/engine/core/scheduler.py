@@ -29,9 +29,9 @@ from flexgate.server.engine.seam.engine import (
     cached_among,
     clear_reused_blocks,
     evict_cached,
-    guard_requests,
     offer_to_engine_core,
 )
+from flexgate.server.engine.seam.requests import guard_requests
 
 logger = logging.getLogger(__name__)
 

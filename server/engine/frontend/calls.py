@@ -41,23 +41,6 @@ class ExpertInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class AllowedSlots:
-    """What a decision allows, in the engine's terms. ``valid_until`` is Unix seconds or inf."""
-
-    tenant: str
-    experts: tuple[ExpertSlotRef, ...]
-    valid_until: float
-
-    def name_slots(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
-        """Who is in each slot, by this gate; since then experts and slots may have changed hands."""
-        here = {ref.expert for ref in self.experts}
-        named = [None if name in here else name for name in names]
-        for ref in self.experts:
-            named[ref.slot] = ref.expert
-        return tuple(named)
-
-
-@dataclass(frozen=True, slots=True)
 class ExpertUse:
     """One expert's part in a call.
 
@@ -103,6 +86,8 @@ class GatedCall:
     """One API call: the gate all its engine requests share, and what they used.
 
     Attributes:
+        experts: what its decision allows, in the engine's terms.
+        gate_until: Unix seconds until when the decision holds, or inf.
         failed: why a request of this call was ended early, if it was.
         valid_until: Unix seconds from which no more tokens are given, for the reason `expired`.
         ended: set once nothing of this call's answer is left to send.
@@ -113,7 +98,9 @@ class GatedCall:
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
 
-    allowed: AllowedSlots
+    tenant: str
+    experts: tuple[ExpertSlotRef, ...]
+    gate_until: float
     client_salt: str | None = None
     failed: str | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,15 +122,22 @@ class GatedCall:
 
     def gate(self, request_id: str, key: SealKey) -> Gate:
         """The gate of one engine request of this call."""
-        allowed = self.allowed
-        refs = tuple(sorted(SlotRef(e.slot, e.slot_epoch) for e in allowed.experts))
+        refs = tuple(sorted(SlotRef(e.slot, e.slot_epoch) for e in self.experts))
         salt = cache_salt(
             key,
-            tenant=allowed.tenant,
-            experts=[(e.expert, e.slot_epoch) for e in allowed.experts],
+            tenant=self.tenant,
+            experts=[(e.expert, e.slot_epoch) for e in self.experts],
             client_salt=self.client_salt,
         )
-        return Gate(request_id, allowed.tenant, refs, min(allowed.valid_until, self.valid_until), salt)
+        return Gate(request_id, self.tenant, refs, min(self.gate_until, self.valid_until), salt)
+
+    def name_slots(self, names: Sequence[str | None]) -> tuple[str | None, ...]:
+        """The expert in each slot, by this gate; since it was decided, experts and slots may have changed hands."""
+        allowed = {ref.expert for ref in self.experts}
+        named = [None if name in allowed else name for name in names]
+        for ref in self.experts:
+            named[ref.slot] = ref.expert
+        return tuple(named)
 
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
@@ -151,7 +145,7 @@ class GatedCall:
 
     def end_at(self, valid_until: float, reason: str) -> None:
         """Give no more tokens from a time on, unless that is said of an earlier one already."""
-        if valid_until < min(self.valid_until, self.allowed.valid_until):
+        if valid_until < min(self.valid_until, self.gate_until):
             self.valid_until, self.expired = valid_until, reason
 
     def claim(self, tokens: int) -> None:

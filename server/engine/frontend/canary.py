@@ -5,7 +5,7 @@ import math
 import uuid
 from typing import Any
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.frontend.slot_control import SlotOperator
 from flexgate.server.engine.protocol.endings import NUMBERS_OVERFLOWED
@@ -44,7 +44,7 @@ async def try_experts(client: GatedEngineClient, *refs: ExpertSlotRef) -> None:
     Raises:
         CanaryError: the engine refused, the numbers overflowed, or attributed anything outside of the gate.
     """
-    call = GatedCall(AllowedSlots(TENANT, refs, math.inf), client_salt=str(uuid.uuid4()), priority=-1)
+    call = GatedCall(TENANT, refs, math.inf, client_salt=str(uuid.uuid4()), priority=-1)
     token = CURRENT_CALL.set(call)
     try:
         worst = await _answer(client.generate(PROMPT, _params(), "canary"))

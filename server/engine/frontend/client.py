@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall, Ticket
 from flexgate.server.engine.frontend.constraining import Constrainer
-from flexgate.server.engine.frontend.params import most_tokens, refuse_many_bad_words
-from flexgate.server.engine.frontend.view import EngineView
+from flexgate.server.engine.frontend.params import refuse_many_bad_words
 from flexgate.server.engine.protocol.endings import (
     EXPERT_REVOKED,
     GATE_EXPIRED,
@@ -27,8 +26,9 @@ from flexgate.server.engine.protocol.endings import (
 )
 from flexgate.server.engine.protocol.gates import GateError, SealKey, seal
 from flexgate.server.engine.protocol.names import GATE_ARG, USAGE_KEY
-from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError, see_requests, take_output_extras
+from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError
 from flexgate.server.engine.seam.frontend import make_prompt_logprobs_later
+from flexgate.server.engine.seam.requests import see_requests, take_output_extras
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.constraints.compiler import Compiler
@@ -39,7 +39,7 @@ LOOK_AGAIN_SECONDS: Final = 1.0
 """How often the clock is read until a call's end: it may be set forward meanwhile."""
 
 
-class GatedEngineClient(EngineView):
+class GatedEngineClient:
     """Generation under a sealed gate, and the read-only facts that handlers need."""
 
     def __init__(
@@ -59,7 +59,12 @@ class GatedEngineClient(EngineView):
         ``answers`` tells whether its engine core has answered of late; ``clock`` gives Unix seconds; without
         ``compiler``, no answer is constrained.
         """
-        super().__init__(engine)
+        self._engine = engine
+        # What vLLM's handlers read of an engine, apart from generation.
+        self.vllm_config = engine.vllm_config
+        self.model_config = engine.model_config
+        self.renderer = engine.renderer
+        self.input_processor = engine.input_processor
         self._answers = answers
         self._key = key
         self._constrainer = Constrainer(compiler, key)
@@ -90,12 +95,24 @@ class GatedEngineClient(EngineView):
         """Called by the launcher once every rank has proved itself."""
         self._ready = True
 
-    def ref(self, expert: str) -> ExpertSlotRef | None:
-        """The present assignment of a live expert, or None."""
-        for info in self._experts:
-            if info.id == expert and info.live:
-                return info.ref
-        return None
+    def live_slot_epochs(self) -> Mapping[str, int]:
+        """The slot epoch of each live expert."""
+        return self._slot_epochs
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine core died."""
+        return bool(self._engine.errored)
+
+    @property
+    def dead_error(self) -> BaseException:
+        """Why the engine core died."""
+        error: BaseException = self._engine.dead_error
+        return error
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """vLLM's queue limits."""
+        self._engine.check_admission(n, request_id)
 
     @property
     def slots(self) -> int:
@@ -105,6 +122,8 @@ class GatedEngineClient(EngineView):
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
         """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add."""
         self._experts = tuple(sorted(experts, key=lambda info: info.slot))
+        self.refs: Mapping[str, ExpertSlotRef] = {info.id: info.ref for info in experts if info.live}
+        self._slot_epochs = {info.id: info.slot_epoch for info in experts if info.live}
         by_slot = {info.slot: info.id for info in experts}
         self._names = tuple(by_slot.get(slot) for slot in range(self._slots))
         self.weights_epoch = weights_epoch
@@ -160,11 +179,11 @@ class GatedEngineClient(EngineView):
 
     def in_use(self, ref: ExpertSlotRef) -> bool:
         """Whether an open call may use ``ref``, on its way into the engine, in it, or out of it."""
-        return any(ref in call.allowed.experts for call in self._open)
+        return any(ref in call.experts for call in self._open)
 
     def revoke(self, ref: ExpertSlotRef) -> tuple[GatedCall, ...]:
         """Give no more tokens to calls that may use ``ref``; returns those that are still open."""
-        users = tuple(call for call in self._open if ref in call.allowed.experts)
+        users = tuple(call for call in self._open if ref in call.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
             call.leave()
@@ -194,10 +213,11 @@ class GatedEngineClient(EngineView):
         call = CURRENT_CALL.get()
         if call is None:
             raise GateError("a handler asked for tokens outside of a gated call")
-        call.claim(most_tokens(prompt, sampling_params))
+        prompt_tokens = len(prompt["prompt_token_ids"])
+        call.claim(prompt_tokens + sampling_params.n * (sampling_params.max_tokens or 0))
         return self._generate(
             call,
-            call.enter(sampling_params.n, len(prompt["prompt_token_ids"])),
+            call.enter(sampling_params.n, prompt_tokens),
             prompt,
             sampling_params,
             prompt_text=prompt_text,
@@ -212,14 +232,16 @@ class GatedEngineClient(EngineView):
         self._refuse_ended(call)
         with ticket or nullcontext():
             params = sampling_params.clone()
-            refuse_many_bad_words(params, self._engine.renderer.tokenizer)
-            await self._constrainer.constrain(call.allowed.tenant, params)
-            self._refuse_ended(call)
+            if params.bad_words:
+                refuse_many_bad_words(params, self._engine.renderer.tokenizer)
+            if params.structured_outputs is not None:
+                await self._constrainer.constrain(call.tenant, params)
+                self._refuse_ended(call)
             if ticket is not None:
                 await self._await_turn(call, ticket)
             request_id = f"flexgate-{uuid.uuid4().hex}"
+            call._names, call._layers = call.name_slots(self._names), self._layers
             params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
-            call._names, call._layers = call.allowed.name_slots(self._names), self._layers
             self._running[request_id] = call, ticket
             outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
             prompt_logprobs = None
@@ -243,10 +265,10 @@ class GatedEngineClient(EngineView):
 
     async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
         """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
-        right_ends = min(call.valid_until, call.allowed.valid_until)
+        right_ends = min(call.valid_until, call.gate_until)
         seated = await ticket.seated(right_ends - self._clock())
         self._refuse_ended(call)
-        if call.allowed.valid_until <= self._clock():
+        if call.gate_until <= self._clock():
             call.failed = GATE_EXPIRED
         elif not seated:
             call.failed = QUEUED_TOO_LONG
@@ -258,7 +280,7 @@ class GatedEngineClient(EngineView):
 
     def _refuse_ended(self, call: GatedCall) -> None:
         """Raise where a call may get no more tokens; vLLM itself answers for a request that the engine core ended."""
-        if call.failed is None and call.valid_until <= self._clock():
+        if call.failed is None and call.expired is not None and call.valid_until <= self._clock():
             call.failed = call.expired
         if call.failed is not None and call.failed != GATE_EXPIRED:
             raise EngineGenerateError(f"the request was ended: {call.failed}")

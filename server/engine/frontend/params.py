@@ -10,15 +10,8 @@ if TYPE_CHECKING:
     from flexgate.server.engine.seam.engine import SamplingParams
 
 
-def most_tokens(prompt: Any, params: SamplingParams) -> int:
-    """What a prompt and all its choices use at most: vLLM's handlers cut `max_tokens` to the room that is left."""
-    return len(prompt["prompt_token_ids"]) + params.n * (params.max_tokens or 0)
-
-
 def refuse_many_bad_words(params: SamplingParams, tokenizer: Any) -> None:
     """Model Runner V2 ends the engine over more (vllm/v1/worker/gpu/sample/bad_words.py); nobody else counts."""
-    if not params.bad_words:
-        return
     params.update_from_tokenizer(tokenizer)
     tokens = sum(map(len, params.bad_words_token_ids or ()))
     most = envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS

@@ -1,16 +1,11 @@
-"""Every private name of vLLM's engine that flexgate relies on, and why. Written for vLLM 0.32.0.
+"""Every private name of vLLM's engine that flexgate relies on, and why; those that requests pass by are in `requests`.
+
+Written for vLLM 0.32.0.
 
 vLLM documents plugins, ``--worker-cls``, ``--scheduler-cls``, ``additional_config`` and a
 model's ``get_model_state_cls()``. What follows is not documented and may change with any
 release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 
-``Request.from_engine_core_request`` (vllm/v1/request.py)
-    The one place where every request, whichever client it came from, becomes the
-    engine core's own object: before its blocks are hashed for the prefix cache and
-    before it is queued. An exception there ends this request alone.
-``NewRequestData.req_id`` (vllm/v1/engine/input_processor.py, parallel_sampling.py)
-    What workers know a request by: the id it was submitted under and a random suffix, and for one
-    of several choices its index before them.
 ``GPUModelRunner._preprocess / _dummy_run`` (vllm/v1/worker/gpu_model_runner.py)
     Model Runner V1: the order of requests in the batch is final; dummy batches.
 ``Scheduler.schedule / update_from_output / add_request`` (vllm/v1/core/sched/scheduler.py)
@@ -20,11 +15,6 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
 ``FusedMoEFactory(num_expert_group=...)``, ``RoutedExperts.expert_map_manager``
     Deals experts out to ranks in turn only for a model with expert groups; where each went. The
     handshake compares the outcome.
-``AsyncLLM.output_processor.add_request / process_outputs`` (vllm/v1/engine/output_processor.py)
-    Where a request that passed all checks goes to the engine core; where outputs of the engine core
-    reach the API process, one per request and step.
-``EngineCoreOutput.kv_transfer_params`` (vllm/v1/engine/__init__.py)
-    A free-form dictionary that rides on each output; flexgate refuses KV connectors, whose it is.
 ``CpuPlatform.check_and_update_config`` (vllm/platforms/cpu.py), ``ParallelConfig.distributed_executor_backend``
     Puts a worker process under the engine core also for one rank, for its OpenMP threads, which flexgate sets itself.
 ``get_mp_context`` (vllm/v1/engine/utils.py)
@@ -161,14 +151,10 @@ __all__ = [
     "engine_core_of",
     "envs",
     "evict_cached",
-    "external_id",
     "get_current_vllm_config",
-    "guard_requests",
     "keep_one_rank_in_the_engine_core",
     "offer_to_engine_core",
     "require_tested_version",
-    "see_requests",
-    "take_output_extras",
     "use_grammar_backend",
     "validate_no_grammar_here",
     "xgrammar",
@@ -176,7 +162,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-RequestGuard = Callable[[EngineCoreRequest], Any]
 
 
 class RankFailed(RuntimeError):
@@ -262,71 +247,6 @@ def serialized_tokenizer(engine: Any) -> str:
 def validate_no_grammar_here() -> None:
     """Let vLLM take every constraint of this process for a good one: they were compiled before."""
     backend_xgrammar.validate_xgrammar_grammar = lambda _params: None
-
-
-def external_id(request_id: str) -> str:
-    """The id that a request was submitted under, from the one that workers know it by."""
-    given, _, _random = request_id.rpartition("-")
-    index, _, rest = given.partition("_")
-    return rest if rest and index.isdecimal() else given
-
-
-def guard_requests(guard: RequestGuard) -> None:
-    """Run ``guard`` on every request before the engine core makes it its own.
-
-    ``guard`` may change the request and raises to refuse it; its return value is kept
-    as ``flexgate_gate`` on the resulting :class:`Request`. A second call replaces the
-    first guard.
-    """
-    create = Request.__dict__["from_engine_core_request"].__func__
-    create = getattr(create, "flexgate_unguarded", create)
-
-    def from_engine_core_request(cls: type[Request], request: EngineCoreRequest, block_hasher: Any) -> Request:
-        gate = guard(request)
-        created = create(cls, request, block_hasher)
-        created.flexgate_gate = gate
-        return created
-
-    from_engine_core_request.flexgate_unguarded = create  # type: ignore[attr-defined]
-    Request.from_engine_core_request = classmethod(from_engine_core_request)
-
-
-def see_requests(engine: Any, see: Callable[[str, int], None]) -> None:
-    """Tell ``see`` of every request that goes to the engine core.
-
-    Args:
-        engine: an ``AsyncLLM`` or ``LLMEngine``.
-        see: gets the id that the request was submitted under, and how many tokens its prompt has; each
-            of several choices is a request of its own with the same id.
-    """
-    processor = engine.output_processor
-    add = processor.add_request
-
-    def add_request(request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        add(request, *args, **kwargs)
-        see(request.external_req_id, len(request.prompt_token_ids or ()))
-
-    processor.add_request = add_request
-
-
-def take_output_extras(engine: Any, take: Callable[[EngineCoreOutput, str | None], None]) -> None:
-    """Show ``take`` every engine-core output, with its external request id, before vLLM sees it.
-
-    Args:
-        engine: an ``AsyncLLM`` or ``LLMEngine``.
-        take: gets the output and the id that the request was submitted under, or None
-            for a request that has ended.
-    """
-    processor = engine.output_processor
-    process = processor.process_outputs
-
-    def process_outputs(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
-        for output in outputs:
-            state = processor.request_states.get(output.request_id)
-            take(output, state.external_req_id if state is not None else None)
-        return process(outputs, *args, **kwargs)
-
-    processor.process_outputs = process_outputs
 
 
 def offer_to_engine_core(name: str, handle: Callable[[Any, dict[str, Any]], Any]) -> None:

@@ -19,7 +19,8 @@ from flexgate.server.engine.protocol.gates import GateError, SealKey, check_owne
 from flexgate.server.engine.protocol.names import GATE_ARG
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.protocol.usage import Float32Array, Int64Array, StepUsage
-from flexgate.server.engine.seam.engine import SchedulerOutput, external_id
+from flexgate.server.engine.seam.engine import SchedulerOutput
+from flexgate.server.engine.seam.requests import external_id
 
 _BITS = np.arange(MAX_UNITS)
 

@@ -37,12 +37,12 @@ class BudgetUsage:
         self._stored: dict[str, int] | None = None
         self._writing: dict[str, int] = {}
         self._unwritten: dict[str, int] = {}
-        self._asked = False
+        self._requested = False
 
     def committed(self, scope: str) -> int | None:
         """Tokens used so far; None before the store was read for the first time."""
         with self._lock:
-            self._asked = True
+            self._requested = True
             if self._stored is None:
                 return None
             return sum(part.get(scope, 0) for part in (self._stored, self._writing, self._unwritten))
@@ -63,13 +63,13 @@ class BudgetUsage:
             self._write()
             stored = budgets.read_use(self._store.engine)
             with self._lock:
-                self._stored, self._asked = stored, False
+                self._stored, self._requested = stored, False
 
     async def run(self) -> None:
-        """Refresh for ever, whenever there is something to write or somebody asked."""
+        """Refresh for ever, whenever there is something to write or usage was requested."""
         while True:
             await asyncio.sleep(EVERY_S)
-            if not (self._asked or self._unwritten or self._writing):
+            if not (self._requested or self._unwritten or self._writing):
                 continue
             try:
                 await asyncio.to_thread(self.refresh)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.documents import Quota
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits import refusals
@@ -26,6 +27,7 @@ from flexgate.server.inference.limits.refusals import Refused, Standing
 UNLIMITED: Final = Quota()
 REQUESTS: Final = "requests"
 TOKENS: Final = "tokens"
+_STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 Amounts = Mapping[str, int]
 """How much of each unit. A limit does not concern a request that has nothing of its unit."""
@@ -90,28 +92,32 @@ class _Line:
 class Reservation:
     """What one request has reserved. Commit it once, however the request ends."""
 
-    __slots__ = ("_clock", "_lines", "_told")
+    __slots__ = ("_clock", "_lines", "_shown")
 
-    def __init__(self, lines: list[_Line], told: Sequence[_Line], clock: Callable[[], float]) -> None:
-        """`told` are all limits that hold for the request, also those that do not count it."""
+    def __init__(self, lines: list[_Line], shown: Sequence[_Line], clock: Callable[[], float]) -> None:
+        """`shown` are all limits that hold for the request, also those that do not count it."""
         self._lines = lines
-        self._told = told
+        self._shown = shown
         self._clock = clock
 
     @property
     def headers(self) -> dict[str, str]:
         """The `x-ratelimit-*` headers: how the limits stand now, with what this request has reserved or used."""
-        return refusals.headers(_standings(self._told, self._clock()))
+        return refusals.headers(_standings(self._shown, self._clock()))
 
     def raise_to(self, amounts: Amounts) -> None:
         """Reserve `amounts` in all, once it is known what a request can use; raises `ApiError` (429)."""
         now = self._clock()
         lines = [line for line in self._lines if amounts.get(line.rule.unit, 0) > line.amount]
-        with _telling(self._lines, now):
+        with _with_headers(self._lines, now):
             for line in lines:
                 line.check(amounts[line.rule.unit] - line.amount, now)
         for line in lines:
             line.reserve(amounts[line.rule.unit], now)
+
+    def raise_tokens(self, tokens: int) -> None:
+        """The same for tokens alone."""
+        self.raise_to({TOKENS: tokens})
 
     def commit(self, amounts: Amounts) -> None:
         """Count what was used, and give back the rest; a unit that is not named was used as reserved. Done once."""
@@ -140,7 +146,7 @@ class Limiter:
         now = self._clock()
         lines = list(self._lines(scopes))
         concerned = [line for line in lines if line.rule.unit in amounts]
-        with _telling(lines, now):
+        with _with_headers(lines, now):
             for line in concerned:
                 line.check(amounts[line.rule.unit], now)
         for line in concerned:
@@ -164,8 +170,23 @@ class Limiter:
         return counter
 
 
+def scopes_of(tenant: TenantRules, key_id: str) -> tuple[LimitScope, LimitScope]:
+    """The project and the key."""
+    key_quota = tenant.key_quotas.get(key_id, UNLIMITED)
+    return LimitScope(tenant.id, "This project", tenant.quota), LimitScope(key_id, "This key", key_quota)
+
+
+def stated_tokens(body: Mapping[str, Any]) -> int:
+    """New tokens that a request says it asks for at most; 0 where it says nothing.
+
+    What it can use is known once its prompts are tokens: `Reservation.raise_to` reserves that.
+    """
+    stated = next((body[name] for name in _STATED if body.get(name) is not None), 0)
+    return int(stated * body.get("n", 1) * len(body.get("prompt", (None,))))
+
+
 @contextmanager
-def _telling(lines: Sequence[_Line], now: float) -> Iterator[None]:
+def _with_headers(lines: Sequence[_Line], now: float) -> Iterator[None]:
     """Give a refusal the headers that say how the limits stand."""
     try:
         yield

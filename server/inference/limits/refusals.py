@@ -1,4 +1,4 @@
-"""How limits are told: OpenAI's `x-ratelimit-*` headers, and 429 with what would change it."""
+"""How limits are shown: OpenAI's `x-ratelimit-*` headers, and 429 with what would change it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Refused(NamedTuple):
 
 def headers(standings: Iterable[Standing]) -> dict[str, str]:
     """The limit of each kind of which least is left."""
-    told: dict[str, str] = {}
+    found: dict[str, str] = {}
     for standing in sorted(standings, key=lambda s: -s.remaining):
-        told |= {
+        found |= {
             f"x-ratelimit-limit-{standing.what}": str(standing.limit),
             f"x-ratelimit-remaining-{standing.what}": str(standing.remaining),
             f"x-ratelimit-reset-{standing.what}": duration(standing.reset_s),
         }
-    return told
+    return found
 
 
 def duration(seconds: float) -> str:

@@ -60,7 +60,7 @@ def _kept(found: re.Match[str]) -> str:
     return found[0] if found[1] and found[1] not in FOREIGN else ""
 
 
-class Answer(JSONResponse):
+class LeanResponse(JSONResponse):
     """An answer as JSON, without null foreign fields."""
 
     def render(self, content: Any) -> bytes:

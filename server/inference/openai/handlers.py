@@ -24,8 +24,8 @@ from flexgate.server.engine.seam.handlers import (
 )
 from flexgate.server.http.offload import Offload
 from flexgate.server.inference.errors import HandlersRefused
+from flexgate.server.inference.openai.adapted import LaterChat, LaterCompletion, LaterResponses, OffloadedRenderer
 from flexgate.server.inference.openai.forced import ConstrainedToolParser, read_cut_lists
-from flexgate.server.inference.openai.making import LaterChat, LaterCompletion, LaterResponses
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
@@ -33,29 +33,9 @@ if TYPE_CHECKING:
 CONSTRAINED_PARSER: Final = "flexgate_constrained"
 
 
-class OffloadedRenderer(OnlineRenderer):
-    """vLLM's renderer, which makes prompts of large bodies away from the event loop."""
-
-    def __init__(self, offload: Offload, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._offload = offload
-
-    async def render_chat(self, *args: Any, **options: Any) -> Any:
-        """The prompt of a chat request."""
-        return await self._offload.run_async(super().render_chat, *args, **options)
-
-    async def render_responses(self, *args: Any, **options: Any) -> Any:
-        """The prompt of a Responses request."""
-        return await self._offload.run_async(super().render_responses, *args, **options)
-
-    async def render_completion(self, *args: Any, **options: Any) -> Any:
-        """The prompts of a completion request."""
-        return await self._offload.run_async(super().render_completion, *args, **options)
-
-
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """vLLM's handlers, and what admission must know about them.
+    """vLLM's handlers, and what validation must know about them.
 
     Attributes:
         forced_chat, forced_responses: for choices that force a call, whose JSON constrained decoding ensures. A

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flexgate.server.http.context import Callers, identify
+from flexgate.server.http.auth import Callers, identify
 from flexgate.server.http.errors import NotFound
 from flexgate.server.inference.request.limits import Limits
 

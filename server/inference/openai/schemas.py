@@ -24,7 +24,7 @@ from flexgate.server.engine.seam.openai import (
 from flexgate.server.http.schemas import Reason, Shown, is_none
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.extension import Extension
-from flexgate.server.inference.request.fields import Fate, Table
+from flexgate.server.inference.request.values import Fate, Table
 
 _Positive = Annotated[int, Field(ge=1)]
 

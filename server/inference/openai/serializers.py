@@ -8,41 +8,42 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from flexgate.server.engine.seam.openai import ErrorResponse
+from flexgate.server.inference.generation import cause, metadata
 from flexgate.server.inference.openai import sse, vllm_errors
-from flexgate.server.inference.pipeline import Run
+from flexgate.server.inference.pipeline import InferenceRequest
 
 PEER_FIELDS: Final = ("kv_transfer_params", "ec_transfer_params")
 
 
-def plain_answer(run: Run, result: BaseModel) -> dict[str, Any]:
+def content(request: InferenceRequest, result: BaseModel) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
     answer = result.model_dump()
     for name in PEER_FIELDS:
         answer.pop(name, None)
-    return _with_cached(run, answer)
+    return _with_cached(request, answer)
 
 
-def stream_answer(run: Run, result: AsyncIterator[str], *, choices: int) -> AsyncGenerator[str, None]:
+def events(request: InferenceRequest, result: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     """The events of a streamed answer."""
-    options = run.admitted.body.get("stream_options") or {}
+    options = request.body.get("stream_options") or {}
 
     def reshape(payload: dict[str, Any]) -> dict[str, Any]:
-        error = vllm_errors.from_response(ErrorResponse.model_validate(payload), run.admitted.body)
-        return run.error(error).body()
+        error = vllm_errors.from_response(ErrorResponse.model_validate(payload), request.body)
+        return cause(request, error).body()
 
     return sse.with_report(
         result,
-        choices=choices,
+        choices=request.body.get("n", 1) * len(request.body.get("prompt", (None,))),
         include_usage=bool(options.get("include_usage")),
-        report=lambda chunk: _with_cached(run, {**chunk, "flexgate": run.answer_object()}),
+        report=lambda chunk: _with_cached(request, {**chunk, "flexgate": metadata(request)}),
         reshape_error=reshape,
     )
 
 
-def _with_cached(run: Run, answer: dict[str, Any]) -> dict[str, Any]:
+def _with_cached(request: InferenceRequest, answer: dict[str, Any]) -> dict[str, Any]:
     """With the prompt tokens of all prompts that were read from the cache: vLLM tells those of one."""
     usage = answer.get("usage")
     if not usage:
         return answer
-    details = {**(usage.get("prompt_tokens_details") or {}), "cached_tokens": run.call.cached_tokens()}
+    details = {**(usage.get("prompt_tokens_details") or {}), "cached_tokens": request.call.cached_tokens()}
     return {**answer, "usage": {**usage, "prompt_tokens_details": details}}

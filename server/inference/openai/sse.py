@@ -1,6 +1,6 @@
 """Add to a stream that vLLM wrote, without adding an event: clients parse each one as a chunk.
 
-The object goes onto the usage chunk when the request asked for one, else onto the last chunk with
+The object goes onto the usage chunk when the request has one, else onto the last chunk with
 a `finish_reason` (with several choices the last choice's). Chunks that vLLM writes for an error
 are given this server's error shape, and fields that only vLLM has are left out where they are null.
 """

@@ -20,27 +20,23 @@ from flexgate.server.engine.seam.openai import (
     TokenizeCompletionRequest,
 )
 from flexgate.server.http.errors import ApiError
-from flexgate.server.http.responses import client_gone
-from flexgate.server.http.validation import read_request
-from flexgate.server.inference.decide import Kind, honoured_body
+from flexgate.server.http.responses import disconnected
+from flexgate.server.inference.generation import until_disconnect
 from flexgate.server.inference.limits import refusals
 from flexgate.server.inference.limits.limiter import REQUESTS
-from flexgate.server.inference.limits.scopes import scopes_of
 from flexgate.server.inference.openai import vllm_errors
 from flexgate.server.inference.pipeline import (
+    Body,
     InferenceServices,
+    TenantRequest,
     check_chat_template,
     check_model,
-    identify_tenant,
-    until_gone,
+    honoured_body,
 )
 from flexgate.server.inference.request import fields, limits
+from flexgate.server.inference.request.values import Table
 
 AT_ONCE: Final = 4  # per project and process
-
-PROMPT = Kind("tokenize", fields.TOKENIZE_PROMPT, limits.check_tokenize)
-CHAT = Kind("tokenize", fields.TOKENIZE_CHAT, limits.check_tokenize)
-DETOKENIZE = Kind("detokenize", fields.DETOKENIZE, limits.check_detokenize)
 
 
 class Tokenization:
@@ -52,42 +48,44 @@ class Tokenization:
 
     async def tokenize(self, request: Request) -> Response:
         """Text or messages as token ids."""
-        return await self._answer(request, self._tokenize)
+        return await self._respond(request, self._tokenize)
 
     async def detokenize(self, request: Request) -> Response:
         """Token ids as text."""
-        return await self._answer(request, self._detokenize)
+        return await self._respond(request, self._detokenize)
 
-    def _tokenize(self, raw: dict[str, Any]) -> Work:
+    def _tokenize(self, raw: Body) -> Work:
         chat = raw.get("messages") is not None
-        body = self._body(CHAT if chat else PROMPT, raw)
+        table = fields.TOKENIZE_CHAT if chat else fields.TOKENIZE_PROMPT
+        body = self._body(raw, table, limits.check_tokenize)
         if chat:
             check_chat_template(self._services)
         model = TokenizeChatRequest if chat else TokenizeCompletionRequest
         return Work(body, model, self._services.handlers.tokenization.create_tokenize)
 
-    def _detokenize(self, raw: dict[str, Any]) -> Work:
-        body = self._body(DETOKENIZE, raw)
+    def _detokenize(self, raw: Body) -> Work:
+        body = self._body(raw, fields.DETOKENIZE, limits.check_detokenize)
         return Work(body, DetokenizeRequest, self._services.handlers.tokenization.create_detokenize)
 
-    def _body(self, kind: Kind, raw: dict[str, Any]) -> dict[str, Any]:
-        body = honoured_body(kind, raw, self._services.limits)
+    def _body(self, raw: Body, table: Table, check: Callable[[Body, limits.Limits], None]) -> Body:
+        body = honoured_body(raw, table, check, self._services.limits)
         check_model(body, self._services)
         return body
 
-    async def _answer(self, request: Request, prepare: Callable[[dict[str, Any]], Work]) -> Response:
-        services = self._services
-        tenant, principal, snapshot = await identify_tenant(request, services)
-        raw = await read_request(request, services)
-        work = await services.offload.run(prepare, raw)
-        with self._place(tenant):
-            reservation = services.limiter.reserve(scopes_of(snapshot.tenants[tenant], principal.key_id), {REQUESTS: 1})
+    async def _respond(self, http: Request, validate: Callable[[Body], Work]) -> Response:
+        services, request = self._services, TenantRequest(http, self._services)
+        await request.authenticate()
+        await request.read()
+        work = await services.offload.run(validate, request.raw)
+        await request.judge()
+        with self._place(request.tenant):
+            reservation = services.limiter.reserve(request.scopes, {REQUESTS: 1})
             try:
-                result = await until_gone(request, services.offload.run_async(work.run))
+                result = await until_disconnect(http, services.offload.run_async(work.run))
             finally:
                 reservation.commit({})
         if result is None:
-            return client_gone()
+            return disconnected()
         return await services.offload.run(JSONResponse, result, headers=reservation.headers)
 
     @contextmanager
@@ -103,9 +101,9 @@ class Tokenization:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a handler of vLLM's is asked."""
+    """One call of a handler of vLLM's."""
 
-    body: dict[str, Any]
+    body: Body
     model: type[BaseModel]
     handler: Callable[[Any, Any], Awaitable[Any]]
 

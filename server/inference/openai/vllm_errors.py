@@ -22,6 +22,7 @@ from flexgate.server.engine.protocol.endings import (
     QUEUED_TOO_LONG,
 )
 from flexgate.server.engine.seam.openai import ErrorInfo, ErrorResponse, VLLMValidationError, create_error_response
+from flexgate.server.http.auth import BEARER, INVALID_API_KEY
 from flexgate.server.http.errors import (
     CONTEXT_LENGTH_EXCEEDED,
     INTERNAL_MESSAGE,
@@ -36,7 +37,6 @@ from flexgate.server.http.errors import (
     is_unavailable,
     path_of,
 )
-from flexgate.server.http.refusals import BEARER, INVALID_API_KEY
 
 M = TypeVar("M", bound=BaseModel)
 _End = tuple[type[ApiError], str, str]
@@ -121,7 +121,7 @@ def from_response(response: ErrorResponse, body: Mapping[str, Any] = MappingProx
 
 
 def from_info(info: ErrorInfo, body: Mapping[str, Any] = MappingProxyType({})) -> ApiError:
-    """vLLM's error object. What went wrong inside the server is not told."""
+    """vLLM's error object. What went wrong inside the server is not disclosed."""
     if is_server_fault(info.code):
         if is_unavailable(info.code):
             return Unavailable(info.message, code="engine_overloaded")
@@ -185,8 +185,8 @@ def _from_validation(error: ValidationError, body: dict[str, Any]) -> ApiError:
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     param = path_of(_known_place(first["loc"], body))
     message = first["msg"].removeprefix("Value error, ")
-    told = f"'{param}': {message}." if param else message
-    return Invalid(told, param=param, code="invalid_value")
+    text = f"'{param}': {message}." if param else message
+    return Invalid(text, param=param, code="invalid_value")
 
 
 def _known_place(place: Sequence[str | int], body: Any) -> list[str | int]:

@@ -1,4 +1,4 @@
-"""The request extension `{"flexgate": {…}}`: closed, so that a misspelt filter is refused."""
+"""The request extension `{"flexgate": {…}}`: closed, so that a misspelt request filter is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexgate.policies.decision import DecisionRequest
 from flexgate.server.http.errors import Invalid, from_validation
 
 FIELD: Final = "flexgate"
@@ -29,7 +28,7 @@ class RequestFilter(_Closed):
 
 
 class Extension(_Closed):
-    """What a request may ask of the gate. It can only take away."""
+    """What a request may ask of the gate. It can only take experts away."""
 
     experts: RequestFilter = RequestFilter()
     purpose: Annotated[str, Field(max_length=80)] | None = None
@@ -37,30 +36,20 @@ class Extension(_Closed):
     min_policy_version: Annotated[int, Field(ge=0)] | None = None
     explain: Literal["none", "reasons"] = "reasons"
 
-    def decision_request(self, decision_id: str) -> DecisionRequest:
-        """The question that this request asks of the policy."""
-        return DecisionRequest(
-            decision_id=decision_id,
-            purpose=self.purpose,
-            region=self.region,
-            only=self.experts.only,
-            ignore=self.experts.ignore,
-        )
-
 
 def parse_extension(value: Any) -> Extension:
-    """`value` as an extension; null stands for nothing asked, at every depth. Raises `Invalid` naming the key."""
+    """`value` as an extension; null is like a field left out, at every depth. Raises `Invalid` naming the key."""
     if value is None:
         return Extension()
     try:
-        return Extension.model_validate_json(json.dumps(_asked(value, depth=2)))
+        return Extension.model_validate_json(json.dumps(_without_nulls(value, depth=2)))
     except ValidationError as error:
         raise from_validation(error, FIELD) from None
     except RecursionError:
         raise Invalid(f"'{FIELD}' is nested too deeply.", param=FIELD, code="invalid_value") from None
 
 
-def _asked(value: Any, *, depth: int) -> Any:
+def _without_nulls(value: Any, *, depth: int) -> Any:
     if not depth or not isinstance(value, dict):
         return value
-    return {name: _asked(item, depth=depth - 1) for name, item in value.items() if item is not None}
+    return {name: _without_nulls(item, depth=depth - 1) for name, item in value.items() if item is not None}

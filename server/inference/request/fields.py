@@ -1,52 +1,15 @@
 """What becomes of every field of a request: one table per endpoint, and nothing outside of it.
 
-A field is honoured (checked here and handed on), ignored (accepted and dropped, because dropping
-it changes no answer) or refused. A refused field is accepted when it is null or has a value that
-asks for nothing, and is dropped then. Fields that no table knows are refused by name. A test
+`keep_honoured` goes by them. Fields that no table knows are refused by name. A test
 compares the tables with the request types of vLLM and of the `openai` package.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from flexgate.server.http.errors import Invalid
-
-
-class Fate(enum.StrEnum):
-    """What becomes of a field."""
-
-    HONOURED = "honoured"
-    IGNORED = "ignored"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A field's fate. `neutral` are values of a refused or ignored field that ask for nothing.
-
-    An ignored field without `neutral` is dropped whatever its value. `why` ends the sentence
-    that refuses it.
-    """
-
-    fate: Fate
-    neutral: tuple[Any, ...] = ()
-    why: str = ""
-
-    def accepts(self, value: Any) -> bool:
-        """Whether a request with this value may go on."""
-        if self.fate is Fate.HONOURED or value is None:
-            return True
-        if self.fate is Fate.IGNORED and not self.neutral:
-            return True
-        return any(type(value) is type(item) and value == item for item in self.neutral)
-
-
-Table = Mapping[str, Rule]
+from flexgate.server.inference.request.values import Fate, Rule, Table
 
 _HONOURED: Final = Rule(Fate.HONOURED)
 _IGNORED: Final = Rule(Fate.IGNORED)
@@ -221,38 +184,3 @@ ITEM_CALL: Final[Table] = MappingProxyType(
     {**_CALL, **_honour("name arguments"), **_refuse("async", "calls are not asynchronous", False)}
 )
 ITEM_OUTPUT: Final[Table] = MappingProxyType({**_CALL, **_honour("output"), **_ignore("name")})
-
-
-def keep_honoured(body: Mapping[str, Any], table: Table, *, under: str = "") -> dict[str, Any]:
-    """The honoured fields of `body`; `under` names the object that `body` is, if not the request.
-
-    A field that is null asks for nothing, whatever its name.
-
-    Raises:
-        Invalid: a field is unknown, or refused and asks for something.
-    """
-    kept: dict[str, Any] = {}
-    for name, value in body.items():
-        if value is None:
-            continue
-        rule = table.get(name)
-        param = f"{under}.{name}" if under else name
-        if rule is None:
-            raise Invalid(
-                f"'{_shown(param)}' is not a field of this endpoint.",
-                param=_shown(param),
-                code="unknown_parameter",
-            )
-        if not rule.accepts(value):
-            raise Invalid(
-                f"'{param}' is not supported: {rule.why}.",
-                param=param,
-                code="unsupported_parameter",
-            )
-        if rule.fate is Fate.HONOURED:
-            kept[name] = value
-    return kept
-
-
-def _shown(name: str) -> str:
-    return name if len(name) <= 80 else name[:77] + "..."

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 from flexgate.server.engine.frontend.constraints import patterns
 from flexgate.server.engine.frontend.constraints.errors import Unenforceable
 from flexgate.server.engine.frontend.constraints.schemas import enforceable
 from flexgate.server.http.body import NotJson, read_json_text
-from flexgate.server.inference.request.values import invalid, too_much
+from flexgate.server.inference.request import fields
+from flexgate.server.inference.request.values import boolean, invalid, keep_honoured, too_much
 
 MAX_DEPTH: Final = 32
 MAX_REPEATS: Final = 4096
@@ -23,6 +25,54 @@ _COUNTS: Final = (("minItems", "maxItems"), ("minLength", "maxLength"), ("minPro
 # Possessive, so that it never goes back over what it has read: the pattern is the tenant's.
 _QUANTIFIER: Final = re.compile(r"\{\s*+(\d*+)\s*+(?:,\s*+(\d*+)\s*+)?+\}")
 _UNLIKELY_DIGITS: Final = 9
+
+
+def check_constraint(value: Any, *, longest: int) -> dict[str, Any]:
+    """The honoured fields of `structured_outputs`, within limits; raises `Invalid`."""
+    name = "structured_outputs"
+    if not isinstance(value, dict):
+        invalid(f"'{name}' must be an object.", name)
+    kept = keep_honoured(value, fields.STRUCTURED_OUTPUTS, under=(name,))
+    for key, item in kept.items():
+        param = f"{name}.{key}"
+        if key == "json":
+            kept[key] = check_enforced(item, param, longest=longest)
+        elif key == "json_object":
+            boolean(kept, key)
+        elif key == "choice":
+            _check_choices(item, param, longest)
+        elif not isinstance(item, str):
+            invalid(f"'{param}' must be a string.", param)
+        elif key == "regex":
+            check_regex(item, param, longest=longest)
+        else:
+            check_grammar(item, param, longest=longest)
+            _check_notation(item, param)
+    return kept
+
+
+def _check_notation(grammar: str, param: str) -> None:
+    """Refuse Lark's, which has other ways to repeat than those that are bounded."""
+    from flexgate.server.engine.seam.openai import grammar_is_likely_lark
+
+    if grammar_is_likely_lark(grammar):
+        invalid(f"'{param}' must be EBNF: write rules as 'name ::= ...' and start with 'root'.", param)
+
+
+def _check_choices(choices: Any, param: str, longest: int) -> None:
+    if not isinstance(choices, list) or not all(isinstance(item, str) for item in choices):
+        invalid(f"'{param}' must be a list of strings.", param)
+    check_size("".join(choices), param, longest=longest)
+
+
+def check_format(form: Mapping[str, Any], holder: Any, param: str, *, longest: int) -> None:
+    """Refuse a response format that is unknown or not enforced; `holder` has its schema."""
+    kind = form.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        invalid(f"'{param}.type' must be 'text', 'json_object' or 'json_schema'.", f"{param}.type")
+    if kind == "json_schema":
+        schema = holder.get("schema") if isinstance(holder, Mapping) else None
+        check_enforced(schema, param, longest=longest)
 
 
 def check_schema(schema: Any, param: str, *, longest: int) -> Any:

@@ -10,15 +10,28 @@ from flexgate.server.http.errors import CONTEXT_LENGTH_EXCEEDED, PROMPT_TOO_LONG
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.grammars import (
     as_text,
+    check_constraint,
     check_enforced,
-    check_grammar,
-    check_regex,
+    check_format,
     check_schema,
-    check_size,
 )
-from flexgate.server.inference.request.messages import check_tools, read_input, read_messages, read_prompts
-from flexgate.server.inference.request.tools import forces_a_call
-from flexgate.server.inference.request.values import boolean, characters, integer, invalid, sized, text, too_much
+from flexgate.server.inference.request.messages import (
+    check_tools,
+    forces_a_call,
+    read_input,
+    read_messages,
+    read_prompts,
+)
+from flexgate.server.inference.request.values import (
+    boolean,
+    characters,
+    integer,
+    invalid,
+    keep_honoured,
+    sized,
+    text,
+    too_much,
+)
 
 MAX_CACHE_SALT: Final = 128
 # No more than vLLM's Model Runner V2 has room for, which ends the engine over one more: nothing of vLLM's counts before
@@ -106,7 +119,7 @@ def check_responses(body: Body, limits: Limits) -> None:
         _check_length("input", limits, body["input"], body.get("instructions"), body.get("tools"))
     form = body.get("text")
     if isinstance(form, Mapping) and isinstance(form.get("format"), Mapping):
-        _check_format(form["format"], form["format"], "text.format", limits)
+        check_format(form["format"], form["format"], "text.format", longest=limits.grammar_bytes)
 
 
 def check_tokenize(body: Body, limits: Limits) -> None:
@@ -171,7 +184,7 @@ def _check_generation(body: Body, limits: Limits) -> None:
     sized(body, "logprob_token_ids", most=limits.logprobs)
     form = body.get("response_format")
     if isinstance(form, Mapping):
-        _check_format(form, form.get("json_schema"), "response_format", limits)
+        check_format(form, form.get("json_schema"), "response_format", longest=limits.grammar_bytes)
     options = body.get("stream_options")
     if isinstance(options, Mapping):
         body["stream_options"] = _stream_options(options)
@@ -179,7 +192,7 @@ def _check_generation(body: Body, limits: Limits) -> None:
 
 def _stream_options(options: Mapping[str, Any]) -> Body:
     under = "stream_options"
-    kept = fields.keep_honoured(options, fields.STREAM_OPTIONS, under=under)
+    kept = keep_honoured(options, fields.STREAM_OPTIONS, under=(under,))
     for name, value in kept.items():
         if type(value) is not bool:
             invalid(f"'{under}.{name}' must be true or false.", f"{under}.{name}")
@@ -198,59 +211,12 @@ def _check_sampling(body: Body, limits: Limits) -> None:
         too_much(f"'bad_words' may have at most {MAX_BAD_WORDS_CHARACTERS} characters, not {count}.", "bad_words")
     constraint = body.get("structured_outputs")
     if constraint is not None:
-        body["structured_outputs"] = _constraint(constraint, limits)
+        body["structured_outputs"] = check_constraint(constraint, longest=limits.grammar_bytes)
 
 
 def _check_flags(body: Body) -> None:
     for name in _FLAGS:
         boolean(body, name)
-
-
-def _constraint(value: Any, limits: Limits) -> Body:
-    name = "structured_outputs"
-    if not isinstance(value, dict):
-        invalid(f"'{name}' must be an object.", name)
-    kept = fields.keep_honoured(value, fields.STRUCTURED_OUTPUTS, under=name)
-    longest = limits.grammar_bytes
-    for key, item in kept.items():
-        param = f"{name}.{key}"
-        if key == "json":
-            kept[key] = check_enforced(item, param, longest=longest)
-        elif key == "json_object":
-            boolean(kept, key)
-        elif key == "choice":
-            _check_choices(item, param, longest)
-        elif not isinstance(item, str):
-            invalid(f"'{param}' must be a string.", param)
-        elif key == "regex":
-            check_regex(item, param, longest=longest)
-        else:
-            check_grammar(item, param, longest=longest)
-            _check_notation(item, param)
-    return kept
-
-
-def _check_notation(grammar: str, param: str) -> None:
-    """Refuse Lark's, which has other ways to repeat than those that are bounded."""
-    from flexgate.server.engine.seam.openai import grammar_is_likely_lark
-
-    if grammar_is_likely_lark(grammar):
-        invalid(f"'{param}' must be EBNF: write rules as 'name ::= ...' and start with 'root'.", param)
-
-
-def _check_choices(choices: Any, param: str, longest: int) -> None:
-    if not isinstance(choices, list) or not all(isinstance(item, str) for item in choices):
-        invalid(f"'{param}' must be a list of strings.", param)
-    check_size("".join(choices), param, longest=longest)
-
-
-def _check_format(form: Mapping[str, Any], holder: Any, param: str, limits: Limits) -> None:
-    kind = form.get("type")
-    if kind not in ("text", "json_object", "json_schema"):
-        invalid(f"'{param}.type' must be 'text', 'json_object' or 'json_schema'.", f"{param}.type")
-    if kind == "json_schema":
-        schema = holder.get("schema") if isinstance(holder, Mapping) else None
-        check_enforced(schema, param, longest=limits.grammar_bytes)
 
 
 def _check_tools(body: Body, limits: Limits, *, flat: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 
 from flexgate.server.http.errors import Invalid, path_of
 from flexgate.server.inference.request import fields
-from flexgate.server.inference.request.values import invalid, too_much
+from flexgate.server.inference.request.values import Table, invalid, keep_honoured, too_much
 
 Place = tuple[str | int, ...]
 Object = dict[str, Any]
@@ -29,7 +29,7 @@ _CHAT_ROLES: Final = frozenset(["system", "developer", "user", "assistant", "too
 _ITEM_ROLES: Final = frozenset(["system", "developer", "user", "assistant"])
 _PROMPT: Final = "a text, a list of texts, a list of token ids (whole numbers), or a list of such lists"
 _STATUSES: Final = frozenset(["in_progress", "completed", "incomplete"])
-_PARTS: Final[Mapping[str, tuple[fields.Table, str]]] = {
+_PARTS: Final[Mapping[str, tuple[Table, str]]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), (fields.TEXT_PART, "text")),
     "refusal": (fields.REFUSAL_PART, "refusal"),
 }
@@ -88,6 +88,44 @@ def check_tools(tools: Any, *, flat: bool) -> None:
             _bad("must be 1 to 64 of the characters a-z, A-Z, 0-9, '_' and '-'", (*at, "name"))
         if not isinstance(function.get("parameters", {}), dict | None):
             _bad("must be a JSON schema object", (*at, "parameters"))
+
+
+def check_tool_choice(body: Mapping[str, Any], *, has_parser: bool) -> bool:
+    """Whether the response must call a tool; refuses `auto`, which is also the default, without a tool parser.
+
+    A named tool and `required` are kept by constrained decoding, whatever the model. `auto` leaves the choice to the
+    model, so that its answer must be read by a parser made for it.
+    """
+    choice = body.get("tool_choice")
+    if not body.get("tools") or choice == "none":
+        return False
+    if forces_a_call(body):
+        _check_forced(body, choice)
+        return True
+    if choice not in (None, "auto"):
+        invalid("'tool_choice' must be 'auto', 'none', 'required' or name a function.", "tool_choice")
+    if not has_parser:
+        raise Invalid(
+            "'tool_choice' of 'auto', the default with tools, needs a server started with --tool-call-parser. "
+            "Use 'required', 'none' or name a function.",
+            param="tool_choice",
+            code="unsupported_value",
+        )
+    return False
+
+
+def _check_forced(body: Mapping[str, Any], choice: Any) -> None:
+    if isinstance(choice, dict) and choice.get("type") != "function":
+        invalid("'tool_choice.type' must be 'function'.", "tool_choice.type")
+    for name in ("stop", "stop_token_ids"):
+        if body.get(name):
+            invalid(f"'{name}' cannot be combined with a forced 'tool_choice': leave it out.", name)
+
+
+def forces_a_call(body: Mapping[str, Any]) -> bool:
+    """Whether the answer must call a tool, which constrained decoding ensures."""
+    choice = body.get("tool_choice")
+    return bool(body.get("tools")) and (choice == "required" or isinstance(choice, dict))
 
 
 def _require_few(items: list[Any], param: str) -> None:
@@ -179,10 +217,10 @@ def _part(part: Any, place: Place, text_type: str) -> Object:
     return {"type": text_type, "text": kept[name]}
 
 
-def _object(value: Any, table: fields.Table, place: Place) -> Object:
+def _object(value: Any, table: Table, place: Place) -> Object:
     if not isinstance(value, dict):
         _bad("must be an object", place)
-    return fields.keep_honoured(value, table, under=path_of(place) or "")
+    return keep_honoured(value, table, under=place)
 
 
 def _one_of(value: Mapping[str, Any], name: str, known: frozenset[str], place: Place) -> str:

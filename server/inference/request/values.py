@@ -1,11 +1,13 @@
-"""Typed reads of a JSON object, strict as JSON is: no number is a string, no true is a one."""
+"""Reads of a JSON object, strict as JSON is: no number is a string, no true is a one, no field is unknown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flexgate.server.http.errors import Invalid
+from flexgate.server.http.errors import Invalid, path_of
 
 
 def invalid(message: str, param: str) -> NoReturn:
@@ -75,3 +77,70 @@ def characters(value: Any) -> int:
 
 def _number(value: int) -> str:
     return str(value) if abs(value) < 10**12 else "a number of more than 12 digits"
+
+
+class Fate(enum.StrEnum):
+    """What becomes of a field.
+
+    It is honoured (checked and handed on), ignored (accepted and dropped, because dropping it changes no answer) or
+    refused. A refused field is accepted when it is null or has a value that asks for nothing, and is dropped then.
+    """
+
+    HONOURED = "honoured"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A field's fate. `neutral` are values of a refused or ignored field that ask for nothing.
+
+    An ignored field without `neutral` is dropped whatever its value. `why` ends the sentence
+    that refuses it.
+    """
+
+    fate: Fate
+    neutral: tuple[Any, ...] = ()
+    why: str = ""
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a request with this value may go on."""
+        if self.fate is Fate.HONOURED or value is None:
+            return True
+        if self.fate is Fate.IGNORED and not self.neutral:
+            return True
+        return any(type(value) is type(item) and value == item for item in self.neutral)
+
+
+Table = Mapping[str, Rule]
+
+
+def keep_honoured(body: Mapping[str, Any], table: Table, *, under: Sequence[str | int] = ()) -> dict[str, Any]:
+    """The honoured fields of `body`; `under` is the place of the object that `body` is, if not the request.
+
+    A field that is null asks for nothing, whatever its name.
+
+    Raises:
+        Invalid: a field is unknown, or refused and asks for something.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in body.items():
+        if value is None:
+            continue
+        rule = table.get(name)
+        if rule is None or not rule.accepts(value):
+            _refuse_field(rule, path_of((*under, name)) or "")
+        if rule.fate is Fate.HONOURED:
+            kept[name] = value
+    return kept
+
+
+def _refuse_field(rule: Rule | None, param: str) -> NoReturn:
+    if rule is None:
+        param = _shown(param)
+        raise Invalid(f"'{param}' is not a field of this endpoint.", param=param, code="unknown_parameter")
+    raise Invalid(f"'{param}' is not supported: {rule.why}.", param=param, code="unsupported_parameter")
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "..."

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertInfo, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import new_seal_key
 from flexgate.server.inference.fair_queue import FairQueue
@@ -40,7 +40,9 @@ class World:
     def call(self, project: str = "t", *, valid_until: float = math.inf, confirmed: bool = True) -> GatedCall:
         """A call that has begun."""
         made = GatedCall(
-            AllowedSlots(project, (PUBLIC,), valid_until),
+            project,
+            (PUBLIC,),
+            valid_until,
             queue=lambda choices, tokens: self.queue.enter(project, choices, tokens),
             confirmed=lambda: confirmed,
         )
@@ -226,7 +228,7 @@ async def test_who_waits_too_long_is_told_so(world: World) -> None:
 async def test_a_call_without_a_queue_waits_for_nobody(world: World) -> None:
     """As the canary of an expert that is being added."""
     await full(world)
-    canary = GatedCall(AllowedSlots("canary", (PUBLIC,), math.inf), priority=-1)
+    canary = GatedCall("canary", (PUBLIC,), math.inf, priority=-1)
     reading = await world.read(canary)
     assert len(world.engine.children) == SEATS + 1
     world.finish(2)

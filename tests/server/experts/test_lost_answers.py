@@ -13,7 +13,7 @@ from slotkit.local import Local, package, revoked_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
-from flexgate.server.engine.frontend.calls import AllowedSlots, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
 from flexgate.server.experts.errors import NotStored
 
 pytestmark = pytest.mark.asyncio
@@ -152,7 +152,7 @@ async def test_a_revocation_that_nobody_knows_to_be_committed_gives_the_expert_t
         raise StoreUnavailable("the answer was lost")
 
     await here.add(package(tmp_path, anchor))
-    call = GatedCall(AllowedSlots("t", (ExpertSlotRef("math", 2, 2),), float("inf")))
+    call = GatedCall("t", (ExpertSlotRef("math", 2, 2),), float("inf"))
     call.ended.set()
     here.client.open.append(call)
     repository.revoke = lost  # type: ignore[method-assign]

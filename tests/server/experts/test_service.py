@@ -16,7 +16,7 @@ from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.verify import open_package
 from flexgate.policies.errors import ChangeRefused, StoreUnavailable
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.frontend.calls import AllowedSlots, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
 from flexgate.server.experts import add as adding
@@ -168,7 +168,7 @@ async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_sto
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     await here.add(package(tmp_path, anchor))
-    call = GatedCall(AllowedSlots("t", (ExpertSlotRef("math", 2, 2),), float("inf")))
+    call = GatedCall("t", (ExpertSlotRef("math", 2, 2),), float("inf"))
     call.ended.set()
     here.client.open.append(call)
     here.store.engine.dispose()
@@ -192,8 +192,8 @@ async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_sto
 
 async def test_a_revoke_waits_until_its_users_have_ended(here: Local, tmp_path: Path, anchor: Path) -> None:
     await here.add(package(tmp_path, anchor))
-    user = GatedCall(AllowedSlots("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 2, 2)), float("inf")))
-    other = GatedCall(AllowedSlots("t", (ExpertSlotRef("public", 0, 1),), float("inf")))
+    user = GatedCall("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 2, 2)), float("inf"))
+    other = GatedCall("t", (ExpertSlotRef("public", 0, 1),), float("inf"))
     here.client.open += [user, other]
     revoking = asyncio.ensure_future(here.service.revoke("math", actor="key_admin"))
     await asyncio.sleep(0.1)
@@ -477,7 +477,7 @@ async def test_a_drain_waits_also_for_calls_that_have_not_reached_the_engine(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     await here.add(package(tmp_path, anchor))
-    call = GatedCall(AllowedSlots("t", (ExpertSlotRef("math", 2, 2),), float("inf")))
+    call = GatedCall("t", (ExpertSlotRef("math", 2, 2),), float("inf"))
     here.client.open.append(call)
     draining = asyncio.ensure_future(here.service.revoke("math", actor="key_owner", drain_seconds=60.0))
     await asyncio.sleep(0.2)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from flexgate.server.http import body
 from flexgate.server.http.offload import ON_LOOP_BYTES, OPERATORS, PIECES_AT_ONCE, THREADS, Offload
-from flexgate.server.inference import decide
+from flexgate.server.inference import pipeline
 
 TEXT = {"role": "user", "content": "hi"}
 PART = {"type": "text", "text": "hi"}
@@ -104,7 +104,7 @@ async def test_small_and_large_bodies_take_one_way_on_two_threads(ask: Any, monk
 
         monkeypatch.setattr(owner, name, seen)
 
-    for owner, name in ((body, "parse_object"), (decide, "parse_extension"), (BaseModel, "model_validate")):
+    for owner, name in ((body, "parse_object"), (pipeline, "parse_extension"), (BaseModel, "model_validate")):
         spy(owner, name)
     here = threading.get_ident()
     for text, on_loop in (("a", True), ("a" * ON_LOOP_BYTES, False)):
@@ -201,7 +201,7 @@ async def test_a_long_answer_is_made_and_written_off_the_loop(
     client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, on_loop: bool
 ) -> None:
     from flexgate.server.engine.frontend.calls import GatedCall
-    from flexgate.server.inference.openai.making import Later
+    from flexgate.server.inference.openai.adapted import Later
 
     threads: list[int] = []
 
@@ -225,7 +225,7 @@ async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
 ) -> None:
     from flexgate.server.engine.frontend.calls import CURRENT_CALL
     from flexgate.server.engine.protocol.endings import KEY_REVOKED
-    from flexgate.server.inference.openai.making import Later
+    from flexgate.server.inference.openai.adapted import Later
 
     async def make() -> Any:
         handler.calls[-1].failed = KEY_REVOKED
@@ -242,7 +242,7 @@ async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
 async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
     monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    from flexgate.server.inference.openai import making
+    from flexgate.server.inference.openai import adapted
 
     async def full(*_: Any) -> str:
         return "made"
@@ -251,8 +251,8 @@ async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
         for event in ():
             yield event
 
-    monkeypatch.setattr(making.OpenAIServingResponses, "responses_full_generator", full)
-    responses = making.LaterResponses.__new__(making.LaterResponses)
+    monkeypatch.setattr(adapted.OpenAIServingResponses, "responses_full_generator", full)
+    responses = adapted.LaterResponses.__new__(adapted.LaterResponses)
     answer: Any = await responses.responses_full_generator(SimpleNamespace(stream=stream), None, nothing())
     assert (answer if stream else await answer.make()) == "made"
 

@@ -16,7 +16,7 @@ from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.engine.frontend.calls import AllowedSlots, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
 from flexgate.server.http.auth import authenticate
 from flexgate.server.inference import enforcement
 from flexgate.server.inference.enforcement import Right, RunningRequests
@@ -65,7 +65,7 @@ def right(*experts: str, only: tuple[str, ...] | None = None, **options: Any) ->
     snapshot = policy(1, **options)
     refs = tuple(ExpertSlotRef(expert, slot, 1) for slot, expert in enumerate(("public", *experts)))
     principal = authenticate(snapshot, "Bearer sk-t", 0.5)
-    call, asked = GatedCall(AllowedSlots("t", refs, math.inf)), DecisionRequest(decision_id="d", only=only)
+    call, asked = GatedCall("t", refs, math.inf), DecisionRequest(decision_id="d", only=only)
     return Right(call, principal, TenantId("t"), asked, 1)
 
 

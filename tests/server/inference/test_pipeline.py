@@ -26,7 +26,10 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationError
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertUse, GatedCall
+from flexgate.policies.cache import DecisionCache
+from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.snapshot import Snapshot
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertUse, GatedCall
 from flexgate.server.engine.protocol.endings import (
     GATE_EXPIRED,
     KEY_EXPIRED,
@@ -36,12 +39,14 @@ from flexgate.server.engine.protocol.endings import (
     PROJECT_ARCHIVED,
     QUEUED_TOO_LONG,
 )
+from flexgate.server.http import auth
 from flexgate.server.http.auth import WRONG_KEY, KeyExpired, KeyRevoked, KeyWrong, Unauthenticated
-from flexgate.server.http.refusals import from_auth
+from flexgate.server.inference.enforcement import RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.vllm_errors import ended_early
 
 PATH = "/v1/completions"
+Body = dict[str, Any]
 
 
 def answer() -> CompletionResponse:
@@ -75,9 +80,9 @@ async def test_a_handler_gets_honoured_fields_and_the_gate(client: httpx.AsyncCl
     assert not request.model_extra
     assert request.request_id == response.headers["x-request-id"].removeprefix("req_")
     assert call.client_salt == "pepper"
-    assert isinstance(call.allowed, AllowedSlots)
-    assert [ref.expert for ref in call.allowed.experts] == ["public"]
-    assert call.allowed.tenant == "t"
+    assert isinstance(call, GatedCall)
+    assert [ref.expert for ref in call.experts] == ["public"]
+    assert call.tenant == "t"
     assert CURRENT_CALL.get() is None
 
 
@@ -312,8 +317,7 @@ async def test_a_client_that_leaves_ends_generation(services: Any, handler: Any)
 async def test_an_expert_that_has_just_gone_is_no_reason_to_serve_without_it(
     client: httpx.AsyncClient, services: Any, handler: Any
 ) -> None:
-    before = services.client.ref
-    services.client.ref = lambda id_: None if id_ == "news" else before(id_)
+    del services.client.refs["news"]
     response = await client.post(PATH, json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "experts_changing")
     assert not handler.seen
@@ -548,13 +552,84 @@ async def test_a_policy_that_comes_between_its_admission_and_its_start_ends_a_re
     assert handler.seen == []
 
 
+def between_authentication_and_decision(services: Any, monkeypatch: pytest.MonkeyPatch, newer: Snapshot) -> Body:
+    """A body that waits for `newer`, which comes then."""
+    at_least = services.policy.at_least
+
+    async def after_it_came(version: int) -> Snapshot:
+        services.policy._store.answer = newer
+        services.policy.confirm()
+        return await at_least(version)
+
+    monkeypatch.setattr(services.policy, "at_least", after_it_came)
+    return {"prompt": "x", "flexgate": {"min_policy_version": newer.policy_version}}
+
+
+@pytest.mark.asyncio
+async def test_a_key_that_is_revoked_before_the_decision_gets_no_gate_of_the_policy_that_revokes_it(
+    client: httpx.AsyncClient, handler: Any, services: Any, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where requests that run may finish when their key goes."""
+    handler.result = answer
+    services.running = RunningRequests(
+        services.client, clock=services.clock, policy=services.policy, revoked_keys="finish"
+    )
+    keys = {digest: replace(key, revoked=1.0) for digest, key in snapshot.keys.items()}
+    newer = replace(snapshot, policy_version=8, keys=MappingProxyType(keys))
+    response = await client.post(PATH, json=between_authentication_and_decision(services, monkeypatch, newer))
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert handler.seen == []
+
+
+@pytest.mark.asyncio
+async def test_key_and_gate_are_judged_by_one_version_of_the_policy_at_one_time(
+    client: httpx.AsyncClient, handler: Any, services: Any, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[tuple[str, int, float]] = []
+    really_recognise = auth.recognise
+
+    def recognise(known: Snapshot, digest: bytes, now: float, roles: Any) -> Any:
+        judged.append(("key", known.policy_version, now))
+        return really_recognise(known, digest, now, roles)
+
+    def decide(known: Snapshot, tenant: str, request: Any, now: float) -> Any:
+        judged.append(("gate", known.policy_version, now))
+        return DecisionCache().decide(known, tenant, request, now)
+
+    monkeypatch.setattr("flexgate.server.http.auth.recognise", recognise)
+    monkeypatch.setattr(services.decisions, "decide", decide)
+    handler.result = answer
+    newer = replace(snapshot, policy_version=8)
+    response = await client.post(PATH, json=between_authentication_and_decision(services, monkeypatch, newer))
+    (_, key_version, key_time), (_, gate_version, gate_time) = judged[-2:]
+    assert [what for what, _, _ in judged[-2:]] == ["key", "gate"]
+    assert (key_version, key_time) == (gate_version, gate_time)
+    assert response.json()["flexgate"]["policy_version"] == gate_version == 8
+
+
+@pytest.mark.asyncio
+async def test_a_policy_that_cannot_be_confirmed_once_the_body_is_there_decides_nothing(
+    client: httpx.AsyncClient, handler: Any, services: Any, store: Any
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        store.answer = StoreUnavailable("away")
+        services.policy._confirmed = -float("inf")
+        services.policy._lease_s = 0.05
+        yield b'"x"}'
+
+    response = await client.post(PATH, content=content(), headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "policy_unavailable")
+    assert handler.seen == []
+
+
 @pytest.mark.parametrize(
     ("ending", "refusal"), [(KEY_REVOKED, KeyRevoked), (KEY_EXPIRED, KeyExpired), (PROJECT_ARCHIVED, KeyWrong)]
 )
 def test_a_key_that_is_good_no_more_has_one_code_before_and_while_a_request_runs(
     ending: str, refusal: type[Unauthenticated]
 ) -> None:
-    before, ended = from_auth(refusal("no")), ended_early(GatedCall(AllowedSlots("t", (), 0.0), failed=ending))
+    before, ended = refusal("no"), ended_early(GatedCall("t", (), 0.0, failed=ending))
     assert ended is not None
     assert (ended.status, ended.code, ended.headers) == (before.status, before.code, before.headers)
 

@@ -81,4 +81,4 @@ async def test_it_takes_part_in_what_names_others_alone(client: httpx.AsyncClien
     handler.result = ValueError("no engine")
     await client.post("/v1/completions", json={"prompt": "x", "flexgate": {"experts": {"only": ["news"]}}})
     (call,) = handler.calls
-    assert [slot.expert for slot in call.allowed.experts] == ["public", "news", "math"]
+    assert [slot.expert for slot in call.experts] == ["public", "news", "math"]

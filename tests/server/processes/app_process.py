@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.store import Store
 from flexgate.policies.store.change_notifications import ChangeNotifications
-from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef
+from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.lifecycle.serve import run
 from flexgate.server.lifecycle.services import Services
@@ -47,9 +47,9 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         end_at=lambda call, valid_until, reason: call.end_at(valid_until, reason),
         end=lambda call: None,
         experts=lambda: infos,
-        ref=lambda id_: ExpertSlotRef(id_, experts.index(id_), 1),
+        refs={info.id: info.ref for info in infos},
     )
-    handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete))
+    handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete), has_tool_parser=False)
     policy = PolicySource(
         store,
         lambda: dict.fromkeys(experts, 1),

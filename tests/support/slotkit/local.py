@@ -128,11 +128,14 @@ class LocalClient:
         self.weights_epoch = weights_epoch
         self.published.append(tuple(info.id for info in self._experts))
 
+    def live_slot_epochs(self) -> dict[str, int]:
+        return {info.id: info.slot_epoch for info in self._experts if info.live}
+
     def in_use(self, ref: ExpertSlotRef) -> bool:
-        return any(ref in call.allowed.experts and not call.ended.is_set() for call in self.open)
+        return any(ref in call.experts and not call.ended.is_set() for call in self.open)
 
     def revoke(self, ref: ExpertSlotRef) -> tuple[GatedCall, ...]:
-        users = tuple(call for call in self.open if ref in call.allowed.experts)
+        users = tuple(call for call in self.open if ref in call.experts)
         for call in users:
             call.failed = EXPERT_REVOKED
         return users

@@ -30,7 +30,7 @@ from pathlib import Path
 from vllm.sampling_params import SamplingParams
 from flexgate.server.engine.frontend import launch
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled, try_added
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall, AllowedSlots
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall
 
 ADDED = ExpertSlotRef("added", 4, 7)
 
@@ -44,7 +44,7 @@ async def main():
         begun = []
 
         async def ask(number, tokens):
-            CURRENT_CALL.set(GatedCall(AllowedSlots("tenant", (public,), math.inf)))
+            CURRENT_CALL.set(GatedCall("tenant", (public,), math.inf))
             params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             async for _ in engine.client.generate({"prompt_token_ids": [2, 3]}, params, "request"):
                 if number not in begun:

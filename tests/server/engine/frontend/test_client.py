@@ -1,7 +1,6 @@
 import asyncio
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import LogprobsTensors
 
 from flexgate.server.engine.frontend import client as client_module
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, AllowedSlots, ExpertInfo, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
 from flexgate.server.engine.seam.frontend import PromptLogprobs
@@ -22,7 +21,7 @@ from flexgate.server.engine.seam.frontend import PromptLogprobs
 
 def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None) -> str:
     """The salt under which a call goes out."""
-    return GatedCall(AllowedSlots(tenant, refs, math.inf), client_salt).gate("request", KEY).cache_salt
+    return GatedCall(tenant, refs, math.inf, client_salt).gate("request", KEY).cache_salt
 
 
 KEY = new_seal_key()
@@ -58,7 +57,7 @@ def engine(clock: Clock) -> Engine:
 @pytest.fixture
 def call(engine: Engine) -> Iterator[GatedCall]:
     """A call that is current."""
-    made = GatedCall(AllowedSlots("t", (ExpertSlotRef("public", 0, 1),), math.inf))
+    made = GatedCall("t", (ExpertSlotRef("public", 0, 1),), math.inf)
     token = CURRENT_CALL.set(made)
     yield made
     CURRENT_CALL.reset(token)
@@ -181,7 +180,7 @@ async def test_no_timer_outlives_its_call(engine: Engine, call: GatedCall) -> No
 async def test_the_engine_core_is_given_the_earlier_end_and_the_client_its_reason(
     engine: Engine, call: GatedCall, kind: RequestOutputKind, end: float, sealed: float, reason: str
 ) -> None:
-    call.allowed = replace(call.allowed, valid_until=2000.0)
+    call.gate_until = 2000.0
     call.end_at(end, "key_expired")
     reading = await begin(engine, call, kind, 1)
     assert open_seal(engine.sealed[0], KEY).valid_until == sealed
@@ -252,11 +251,11 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
         assert len(engine.children) == 1
 
 
-def test_an_expert_that_changed_slots_is_attributed_from_the_slot_of_its_gate() -> None:
+def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_it_was_allowed_in() -> None:
     now = ("public", None, "math", None)
-    former = AllowedSlots("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
+    former = GatedCall("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
     assert former.name_slots(now) == ("public", "math", None, None)
-    assert AllowedSlots("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
+    assert GatedCall("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
 
 
 def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
@@ -273,7 +272,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
     """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
     params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
-    token = CURRENT_CALL.set(GatedCall(AllowedSlots("t", (INFO.ref,), math.inf)))
+    token = CURRENT_CALL.set(GatedCall("t", (INFO.ref,), math.inf))
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
     CURRENT_CALL.reset(token)
     first = asyncio.ensure_future(anext(outputs))
@@ -294,7 +293,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
 @pytest.mark.asyncio
 async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
-    call = GatedCall(AllowedSlots("t", (INFO.ref,), math.inf), prompt_only=True)
+    call = GatedCall("t", (INFO.ref,), math.inf, prompt_only=True)
     token = CURRENT_CALL.set(call)
     params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")

@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.policies.documents import Quota
 from flexgate.server.engine.frontend.calls import CURRENT_CALL
-from flexgate.server.inference.limits.scopes import stated_tokens
+from flexgate.server.inference.limits.limiter import stated_tokens
 from flexgate.server.lifecycle.app import build_app
 
 pytestmark = pytest.mark.asyncio

@@ -17,7 +17,7 @@ from vllm.v1.outputs import LogprobsTensors
 from flexgate.server.engine.seam import frontend
 from flexgate.server.engine.seam.frontend import PromptLogprobs
 from flexgate.server.http.offload import ON_LOOP_BYTES, Offload, on_loop
-from flexgate.server.inference.openai import making
+from flexgate.server.inference.openai import adapted
 from flexgate.server.inference.openai.streaming import END, Outputs, Sizes, in_pieces
 
 
@@ -210,9 +210,9 @@ async def test_a_long_last_event_of_a_stream_is_written_off_the_loop_and_its_usa
 @pytest.mark.parametrize(
     ("served", "name", "before"),
     [
-        (making.LaterChat, "chat_completion_stream_generator", ("request",)),
-        (making.LaterCompletion, "completion_stream_generator", ("request", "prompts")),
-        (making.LaterResponses, "responses_stream_generator", ("request", "params")),
+        (adapted.LaterChat, "chat_completion_stream_generator", ("request",)),
+        (adapted.LaterCompletion, "completion_stream_generator", ("request", "prompts")),
+        (adapted.LaterResponses, "responses_stream_generator", ("request", "params")),
     ],
 )
 def test_every_streaming_handler_reads_outputs_that_can_be_brought(
@@ -259,4 +259,4 @@ async def test_a_plain_answer_has_vllms_own_list_of_them() -> None:
     scores = PromptLogprobs(_processor())
     scores.add(_scores(2))
     given = SimpleNamespace(prompt_logprobs=scores)
-    assert [type(one.prompt_logprobs) async for one in making._again([given])] == [list]
+    assert [type(one.prompt_logprobs) async for one in adapted._again([given])] == [list]

@@ -31,7 +31,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from flexgate.server.http.errors import Invalid
 from flexgate.server.inference.request import fields
-from flexgate.server.inference.request.fields import Fate, Rule, keep_honoured
+from flexgate.server.inference.request.values import Fate, Rule, keep_honoured
 
 VLLM: dict[str, tuple[fields.Table, type[BaseModel]]] = {
     "chat": (fields.CHAT, ChatCompletionRequest),

@@ -1,8 +1,10 @@
-"""vLLM's handlers, whose answers are made later: making one takes as long as the engine's outputs are many.
+"""vLLM's request types, renderer and handlers, where they do otherwise than this server has to.
 
-A short request can ask for an answer of hundreds of thousands of log-probabilities. vLLM makes objects of all of them
-in one piece; here that piece is given back, to be made where it holds nobody up. Streams read the engine's outputs as
-`Outputs`, so that their pieces can be.
+Several choices of a greedy request: OpenAI answers them, vLLM's parameters refuse them when they are made.
+
+A short request can ask for an answer of hundreds of thousands of log-probabilities, and a large one be rendered to a
+prompt for long. vLLM does both in one piece; here a prompt is made, and the response given back to be made, where it
+holds up no other request. Streams read the engine's outputs as `Outputs`, so that their pieces can be.
 """
 
 from __future__ import annotations
@@ -12,8 +14,59 @@ from functools import partial
 from typing import Any
 
 from flexgate.server.engine.seam.frontend import PromptLogprobs
-from flexgate.server.engine.seam.handlers import OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses
+from flexgate.server.engine.seam.handlers import (
+    OnlineRenderer,
+    OpenAIServingChat,
+    OpenAIServingCompletion,
+    OpenAIServingResponses,
+)
+from flexgate.server.engine.seam.openai import ChatCompletionRequest, CompletionRequest, SamplingParams
+from flexgate.server.http.offload import Offload
 from flexgate.server.inference.openai.streaming import Outputs
+
+
+def _with_choices(params: SamplingParams, n: int) -> SamplingParams:
+    params.n = n
+    params.skip_clone = n > 1  # a deep copy is made, and refused, anew
+    return params
+
+
+class ChatRequest(ChatCompletionRequest):
+    """vLLM's chat request, whose `n` holds at every temperature."""
+
+    def to_sampling_params(self, *args: Any, **options: Any) -> SamplingParams:
+        """vLLM's parameters for one choice, then for all."""
+        one = self.model_copy(update={"n": 1})
+        return _with_choices(ChatCompletionRequest.to_sampling_params(one, *args, **options), self.n or 1)
+
+
+class TextRequest(CompletionRequest):
+    """vLLM's completion request, whose `n` holds at every temperature."""
+
+    def to_sampling_params(self, *args: Any, **options: Any) -> SamplingParams:
+        """vLLM's parameters for one choice, then for all."""
+        one = self.model_copy(update={"n": 1})
+        return _with_choices(CompletionRequest.to_sampling_params(one, *args, **options), self.n or 1)
+
+
+class OffloadedRenderer(OnlineRenderer):
+    """vLLM's renderer, which makes prompts of large bodies away from the event loop."""
+
+    def __init__(self, offload: Offload, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._offload = offload
+
+    async def render_chat(self, *args: Any, **options: Any) -> Any:
+        """The prompt of a chat request."""
+        return await self._offload.run_async(super().render_chat, *args, **options)
+
+    async def render_responses(self, *args: Any, **options: Any) -> Any:
+        """The prompt of a Responses request."""
+        return await self._offload.run_async(super().render_responses, *args, **options)
+
+    async def render_completion(self, *args: Any, **options: Any) -> Any:
+        """The prompts of a completion request."""
+        return await self._offload.run_async(super().render_completion, *args, **options)
 
 
 class Later:

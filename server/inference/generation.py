@@ -1,0 +1,208 @@
+"""The routes that generate: what happens between a request's preparation and the end of its response."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from flexgate.server.engine.frontend.calls import CURRENT_CALL
+from flexgate.server.engine.seam.openai import ErrorResponse
+from flexgate.server.http.connections import EventStream
+from flexgate.server.http.errors import ApiError
+from flexgate.server.http.offload import on_loop
+from flexgate.server.http.responses import disconnected
+from flexgate.server.inference import response_metadata
+from flexgate.server.inference.attribution import attribution_object
+from flexgate.server.inference.limits.limiter import TOKENS
+from flexgate.server.inference.openai import sse, vllm_errors
+from flexgate.server.inference.openai.adapted import Later
+from flexgate.server.inference.openai.streaming import in_pieces
+from flexgate.server.inference.pipeline import Endpoint, InferenceRequest, InferenceServices
+
+BYTES_OF_A_TOKEN: Final = 8
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Generation:
+    """A generating route."""
+
+    def __init__(self, services: InferenceServices, endpoint: Endpoint) -> None:
+        self._services = services
+        self._endpoint = endpoint
+
+    async def respond(self, http: Request) -> Response:
+        """Prepare a request, generate, and add what took part."""
+        request = InferenceRequest(http, self._services, self._endpoint)
+        await request.prepare()
+        try:
+            begin(request)
+            return Delivery(await self._generate(request), lambda: finish(request))
+        except BaseException:
+            finish(request)
+            raise
+
+    async def _generate(self, request: InferenceRequest) -> Response:
+        token = CURRENT_CALL.set(request.call)
+        try:
+            result = await until_disconnect(request.http, self._start(request))
+        except ApiError:
+            raise
+        except Exception as error:
+            raise cause(request, _translate(error, request)) from error
+        finally:
+            CURRENT_CALL.reset(token)
+        if result is None:
+            return disconnected()
+        if isinstance(result, ErrorResponse):
+            raise cause(request, vllm_errors.from_response(result))
+        if hasattr(result, "__aiter__"):
+            return EventStream(self._events(request, result), headers=headers(request))
+        return await self._whole(request, result)
+
+    async def _start(self, request: InferenceRequest) -> Any:
+        """vLLM's response, or its stream."""
+        endpoint, handlers = self._endpoint, self._services.handlers
+        fields = {**request.body, **endpoint.fixed, "request_id": f"{endpoint.id_prefix}{request.id}"}
+        model = await self._services.offload.run(vllm_errors.validated, endpoint.model, fields)
+        return await (endpoint.forced if request.forced else endpoint.handler)(handlers)(model)
+
+    async def _whole(self, request: InferenceRequest, result: Any) -> Response:
+        """A response that is not streamed, made where its size belongs."""
+        offload, about = self._services.offload, metadata(request)
+        offload.arrived(offload.arrived_bytes() + response_bytes(request, request.call.tokens()), request.tenant)
+        try:
+            made = await offload.run_async(result.make) if isinstance(result, Later) else result
+        except Exception as error:
+            raise cause(request, _translate(error, request)) from error
+        if isinstance(made, ErrorResponse):
+            raise cause(request, vllm_errors.from_response(made))
+        response = await offload.run(self._write, request, made, about)
+        raise_if_ended(request)  # while it was made
+        return response
+
+    def _write(self, request: InferenceRequest, made: Any, about: dict[str, Any]) -> Response:
+        content = {**self._endpoint.content(request, made), "flexgate": about}
+        return self._endpoint.response(content, headers=headers(request))
+
+    async def _events(self, request: InferenceRequest, result: Any) -> AsyncIterator[str]:
+        CURRENT_CALL.set(request.call)
+        events = self._endpoint.stream(request, result)
+        made = in_pieces(events, self._services.offload, request.tenant, partial(response_bytes, request))
+        try:
+            async for event in sse.with_comments(made):
+                yield event
+        finally:
+            CURRENT_CALL.set(None)
+            await made.aclose()
+            await result.aclose()
+
+
+class Delivery(Response):
+    """A response that tells when the last of it was sent, or its client has disconnected."""
+
+    def __init__(self, response: Response, done: Callable[[], None]) -> None:
+        super().__init__()
+        self._response = response
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._done()
+
+
+def begin(request: InferenceRequest) -> None:
+    """Let the call be seen by whatever may end it; raises `ApiError` where its right has gone meanwhile."""
+    request.services.client.begin(request.call)
+    request.services.running.begin(request.right)
+    raise_if_ended(request)
+
+
+def raise_if_ended(request: InferenceRequest) -> None:
+    """Raise the error of a call that was ended early."""
+    ended = None if request.call.failed is None else vllm_errors.ended_early(request.call)
+    if ended is not None:
+        raise ended
+
+
+def finish(request: InferenceRequest) -> None:
+    """End the call, once nothing of its response is left to send."""
+    commit_usage(request)
+    request.services.running.end(request.call)
+    request.services.client.end(request.call)
+
+
+def commit_usage(request: InferenceRequest) -> None:
+    """Commit what the call used, before the client reads the end: its next request follows at once."""
+    on_loop(lambda: request.reservation.commit({TOKENS: request.call.tokens()}))
+
+
+def metadata(request: InferenceRequest) -> dict[str, Any]:
+    """The `flexgate` object, once the engine is done with the call, whose usage is committed."""
+    commit_usage(request)
+    used = request.call.attribution()
+    attribution = attribution_object(request.snapshot, request.decision, used.experts, used.cached_prompt_tokens)
+    return response_metadata.metadata(
+        request.decision,
+        weights_epoch=request.weights_epoch,
+        explain=request.extension.explain,
+        attribution=attribution,
+    )
+
+
+def headers(request: InferenceRequest) -> dict[str, str]:
+    """The `x-flexgate-*` and `x-ratelimit-*` headers."""
+    return response_metadata.headers(request.decision, request.weights_epoch) | request.reservation.headers
+
+
+def response_bytes(request: InferenceRequest, tokens: int) -> int:
+    """About how large the response is for so many tokens, with the log-probabilities that were requested."""
+    body = request.body
+    requested = (body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+    each = 1 + sum(int(one or 0) for one in requested) + len(body.get("logprob_token_ids") or ())
+    return tokens * BYTES_OF_A_TOKEN * each
+
+
+def cause(request: InferenceRequest, error: ApiError) -> ApiError:
+    """The error that ends the call: `error`, unless its gate or its constraint is the real cause."""
+    commit_usage(request)
+    if not error.server_fault or request.services.client.errored:
+        return error
+    return vllm_errors.ended_early(request.call) or vllm_errors.not_generated(request.body) or error
+
+
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T | None:
+    """The result of `work`, or None when the client disconnects first; `work` is cancelled then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _translate(error: Exception, request: InferenceRequest) -> ApiError:
+    translated = vllm_errors.from_exception(error, request.body)
+    if translated.server_fault:
+        logger.error("a handler failed", exc_info=error)
+    return translated
