@@ -7,8 +7,10 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
+from described import conform
 
 pytestmark = pytest.mark.engine
 
@@ -26,8 +28,16 @@ TO_THE_LIMIT = {"ignore_eos": True}  # the random model draws the end one time i
 
 @pytest.fixture(scope="module")
 def ai(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key("all")) as client:
+    """Each of its answers is compared with the OpenAPI document, but for streams."""
+    http = httpx.Client(event_hooks={"response": [_conforms]}, timeout=60)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key("all"), http_client=http) as client:
         yield client
+
+
+def _conforms(response: httpx.Response) -> None:
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        response.read()
+        conform(response)
 
 
 def gate_of(answer: Any) -> dict[str, Any]:
