@@ -184,8 +184,10 @@ def error_codes() -> str:
     """Every `code` that an error can have, with its messages and the modules that make it."""
     made: dict[str, set[str]] = defaultdict(set)
     messages: dict[str, set[str]] = defaultdict(set)
-    for path in (path for folder in _SHIPPED for path in (ROOT / folder).rglob("*.py")):
-        for code, message in _codes(ast.parse(path.read_text())):
+    trees = {path: ast.parse(path.read_text()) for folder in _SHIPPED for path in (ROOT / folder).rglob("*.py")}
+    shared = {name: value for tree in trees.values() for name, value in _assigned(tree).items() if name.isupper()}
+    for path, tree in trees.items():
+        for code, message in _codes(tree, shared):
             made[code].add(path.relative_to(ROOT).as_posix())
             messages[code] |= {message} - {""}
     rows = [
@@ -205,16 +207,24 @@ def error_codes() -> str:
     )
 
 
-def _codes(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """The strings that calls pass as `code`, also by a name that the module assigns, each with the call's message."""
-    nodes = list(ast.walk(tree))
-    assigned = {
+def _assigned(tree: ast.Module) -> dict[str, ast.expr]:
+    """What a module assigns to names, at any depth."""
+    return {
         target.id: node.value
-        for node in nodes
+        for node in ast.walk(tree)
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name)
     }
+
+
+def _codes(tree: ast.Module, shared: Mapping[str, ast.expr]) -> Iterator[tuple[str, str]]:
+    """The strings that calls pass as `code`, each with the call's message.
+
+    A name stands for what its module assigns to it, or for the constant of another module.
+    """
+    assigned = {**shared, **_assigned(tree)}
+    nodes = list(ast.walk(tree))
     for call in (node for node in nodes if isinstance(node, ast.Call) and not _is_label(node)):
         for value in (keyword.value for keyword in call.keywords if keyword.arg == "code"):
             names = [node.id for node in ast.walk(value) if isinstance(node, ast.Name)]
