@@ -173,8 +173,7 @@ def identify_by(request: Request, snapshot: Snapshot, now: float) -> Principal:
 
 async def identify_again(request: Request, services: Callers) -> None:
     """Raise `ApiError` when the key that `identify` found is good no more; what takes long must not outlive it."""
-    if context_of(request).principal is not None:
-        identify_by(request, await _current(services), services.clock())
+    identify_by(request, await _current(services), services.clock())
 
 
 async def _current(services: Callers, patience: float | None = None) -> Snapshot:

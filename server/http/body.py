@@ -50,7 +50,7 @@ class Bodies(Callers, Protocol):
 async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
     """The JSON body of a request whose sender is known; see `read_json`.
 
-    It may take long: judge the key once more before anything is done with it.
+    It may take long: judge the key once more before anything but validation is done with it.
     """
     principal = context_of(request).principal
     if principal is None:

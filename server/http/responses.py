@@ -21,8 +21,9 @@ ACCEPTED: Final = int(HTTPStatus.ACCEPTED)
 _CLIENT_CLOSED_REQUEST: Final = 499
 
 
-def disconnected() -> Response:
-    """499: the client left before there was an answer. The log shows it."""
+def disconnected(request: Request) -> Response:
+    """499: the client left before there was a response. The log shows it."""
+    context_of(request).disconnected = True
     return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 

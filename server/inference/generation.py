@@ -61,7 +61,7 @@ class Generation:
         finally:
             CURRENT_CALL.reset(token)
         if result is None:
-            return disconnected()
+            return disconnected(request.http)
         if isinstance(result, ErrorResponse):
             raise cause(request, vllm_errors.from_response(result))
         if hasattr(result, "__aiter__"):

@@ -114,8 +114,8 @@ class TenantRequest:
     """A request with a tenant's key.
 
     Attributes:
-        principal: the caller, as the newest snapshot knows it that the request was judged by.
-        raw: the body as it was sent.
+        principal: the caller, as the snapshot knows it.
+        raw: the body as it was sent, until it is validated: what is ignored may be large.
         snapshot: the policy that the request lives on.
     """
 
@@ -130,9 +130,9 @@ class TenantRequest:
         self.context = context_of(http)
 
     async def authenticate(self) -> None:
-        """Find the tenant by its key."""
-        self.principal, _ = await identify(self.http, self.services)
-        self.tenant = require_tenant(self.principal)
+        """Refuse a request without a tenant's key; whose it is, `judge` finds out by the snapshot it takes."""
+        principal, _ = await identify(self.http, self.services)
+        require_tenant(principal)
 
     async def read(self) -> None:
         """Read the body, a JSON object."""
@@ -208,6 +208,7 @@ class InferenceRequest(TenantRequest):
         """Keep honoured fields within limits; refuse unknown ones by name."""
         endpoint, services = self.endpoint, self.services
         body = await services.offload.run(honoured_body, self.raw, endpoint.table, endpoint.check, services.limits)
+        del self.raw
         check_model(body, services)
         if endpoint.needs_chat_template:
             check_chat_template(services)
@@ -242,7 +243,7 @@ class InferenceRequest(TenantRequest):
         services = self.services
         self.reservation = services.limiter.reserve(self.scopes, {REQUESTS: 1, TOKENS: stated_tokens(self.body)})
         self.call = GatedCall(
-            self.tenant,
+            self.decision.tenant_id,
             self.experts,
             self.decision.valid_until,
             self.client_salt,

@@ -77,6 +77,7 @@ class Tokenization:
         await request.authenticate()
         await request.read()
         work = await services.offload.run(validate, request.raw)
+        del request.raw
         await request.judge()
         with self._place(request.tenant):
             reservation = services.limiter.reserve(request.scopes, {REQUESTS: 1})
@@ -85,7 +86,7 @@ class Tokenization:
             finally:
                 reservation.commit({})
         if result is None:
-            return disconnected()
+            return disconnected(http)
         return await services.offload.run(JSONResponse, result, headers=reservation.headers)
 
     @contextmanager

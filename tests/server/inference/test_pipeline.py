@@ -41,9 +41,11 @@ from flexgate.server.engine.protocol.endings import (
 )
 from flexgate.server.http import auth
 from flexgate.server.http.auth import WRONG_KEY, KeyExpired, KeyRevoked, KeyWrong, Unauthenticated
+from flexgate.server.inference import generation
 from flexgate.server.inference.enforcement import RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.vllm_errors import ended_early
+from flexgate.server.inference.pipeline import InferenceRequest
 
 PATH = "/v1/completions"
 Body = dict[str, Any]
@@ -605,6 +607,18 @@ async def test_key_and_gate_are_judged_by_one_version_of_the_policy_at_one_time(
     assert [what for what, _, _ in judged[-2:]] == ["key", "gate"]
     assert (key_version, key_time) == (gate_version, gate_time)
     assert response.json()["flexgate"]["policy_version"] == gate_version == 8
+
+
+@pytest.mark.asyncio
+async def test_a_body_is_kept_no_longer_than_it_takes_to_validate_it(
+    client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[InferenceRequest] = []
+    monkeypatch.setattr(generation, "begin", begun.append)
+    handler.result = answer
+    await client.post(PATH, json={"prompt": "x", "metadata": [[]] * 10_000})
+    assert [hasattr(request, "raw") for request in begun] == [False]
+    assert "metadata" not in begun[0].body
 
 
 @pytest.mark.asyncio
