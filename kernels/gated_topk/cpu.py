@@ -79,10 +79,10 @@ def _compiled() -> Callable[[str], None]:
 def _agrees(compiled: Callable[..., tuple[Tensor, Tensor]]) -> bool:
     """Whether all bits are NumPy's on random tokens with gates of every size, ties and an expert that is in no gate."""
     random, tokens, experts = torch.Generator().manual_seed(0), 64, 24
-    logits_TE = (torch.randn(tokens, experts, generator=random) * 4).round(decimals=1)
+    logits_TE = (torch.randn(tokens, experts, generator=random, dtype=torch.float32) * 4).round(decimals=1)
     gate_T = torch.randint(-(2**62), 2**62, (tokens,), generator=random)
     unit_E = torch.randint(MAX_UNITS + 1, (experts,), generator=random).to(torch.uint8)
-    bias_E = torch.randn(experts, generator=random)
+    bias_E = torch.randn(experts, generator=random, dtype=torch.float32)
     results = []
     for function in (compiled, gated_topk_vectorised):
         mass_TU, chosen_T = torch.zeros(tokens, MAX_UNITS, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int64)

@@ -79,7 +79,7 @@ def gated_topk_reference(
         raise KernelArgumentError('fill="first" needs at least one allowed expert for every token')
 
     prob_TE = _probabilities(router_logits_TE if bias_E is None else router_logits_TE + bias_E, allowed_TE)
-    weights_TK = torch.zeros(tokens, top_k)
+    weights_TK = torch.zeros(tokens, top_k, dtype=torch.float32)
     ids_TK = torch.full((tokens, top_k), max(filler, -1), dtype=torch.int32)
     for token in range(tokens):
         prob_E = prob_TE[token].nan_to_num(nan=0.0).tolist()
@@ -87,7 +87,7 @@ def gated_topk_reference(
         picks = sorted(allowed, key=lambda expert: (-prob_E[expert], expert))[:top_k]
         weights_K = [prob_TE[token, expert] for expert in picks]
         if renormalize:
-            total = torch.tensor(0.0)
+            total = torch.tensor(0.0, dtype=torch.float32)
             for weight in weights_K:
                 total = total + weight
             weights_K = [weight / total for weight in weights_K]

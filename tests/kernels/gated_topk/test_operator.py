@@ -152,6 +152,15 @@ def test_the_trial_notices_a_difference_in_any_result(part: int) -> None:
     assert not cpu._agrees(wrong)
 
 
+def test_the_trial_is_in_fp32_where_a_model_is_built_in_another_dtype() -> None:
+    assert gated_topk_implementation(torch.device("cpu")) == "C"
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds one
+    try:
+        assert cpu._agrees(torch.ops.flexgate.gated_topk.default)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_cpu_kernel_is_named_and_built_once() -> None:
     assert gated_topk_implementation(torch.device("cpu")) == gated_topk_implementation(torch.device("cpu")) == "C"
     assert gated_topk_implementation(torch.device("cuda")) == "Triton"

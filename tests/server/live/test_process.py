@@ -109,7 +109,7 @@ def test_the_summary_says_what_computes_and_where_it_listens(text_checkpoint: Pa
     )
     try:
         said = running.log.read_text()
-        assert re.search(r"^kernels +flexgate \(torch reference\)\s*$", said, re.MULTILINE)
+        assert re.search(r"^kernels +flexgate \(torch reference\), routing in C\s*$", said, re.MULTILINE)
         administration = re.search(r"^administration +(http://\S+)\s*$", said, re.MULTILINE)
         assert administration is not None
         with running.client() as http:

@@ -169,7 +169,7 @@ def test_a_file_that_changes_while_the_server_starts_is_noticed(
     checkpoint = read_checkpoint(model)
     require_unchanged(checkpoint)
     change(model, name)
-    with pytest.raises(CheckpointError, match=f"{name} changed while the server started"):
+    with pytest.raises(CheckpointError, match=f"{name} was changed while the server started"):
         require_unchanged(checkpoint)
 
 
@@ -180,7 +180,7 @@ def test_a_link_that_leads_elsewhere_is_another_file(model: Path) -> None:
     checkpoint = read_checkpoint(model)
     (model / "config.json").unlink()
     (model / "config.json").symlink_to(model.parent / "config-2")
-    with pytest.raises(CheckpointError, match=r"config\.json changed"):
+    with pytest.raises(CheckpointError, match=r"config\.json was changed"):
         require_unchanged(checkpoint)
 
 
