@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from itertools import count
 from typing import Any, Final, Protocol
-from weakref import WeakValueDictionary, finalize
+from weakref import finalize, ref
 
 from flexgate.server.engine.grammars.follow import LENGTH
 from flexgate.server.engine.grammars.native import environment
@@ -34,11 +34,17 @@ from flexgate.server.engine.protocol.masks import (
     unpack,
 )
 
+MAX_WAITING: Final = 64
+"""Of one tenant's constraints that are not compiled yet."""
 MAX_KEPT: Final = 32
 MAX_KEPT_KIB: Final = 256 << 10
 """Of processes that no request needs any more, and of the grammars in them."""
 HUNG_SECONDS: Final = 30
 """On the clock, for a process that the machine gives no processor time."""
+
+
+class TenantBusy(Exception):
+    """Too many constraints of the tenant wait to be compiled."""
 
 
 class Followed(Protocol):
@@ -59,12 +65,12 @@ class Followed(Protocol):
 class Follower:
     """One constraint's process."""
 
-    def __init__(self, link: socket.socket) -> None:
-        self.link = link
+    def __init__(self, tenant: str, link: socket.socket) -> None:
+        self.tenant, self.link = tenant, link
         self.kib = 0
         self.alive = True
         self.compiled = False
-        self.followed: WeakValueDictionary[int, Followed] = WeakValueDictionary()
+        self.followed: dict[int, ref[Followed]] = {}
         self._asked: dict[int, float] = {}
         self._numbers = count(1)
 
@@ -74,16 +80,22 @@ class Follower:
         return self.alive and bool(self._asked)
 
     def open(self, grammar: Followed, stops: Iterable[int]) -> int:
-        """Have it follow for one more request, until ``grammar`` is dropped; returns the request's number."""
+        """Have it follow for one more request; returns the request's number."""
         number = next(self._numbers)
-        self.followed[number] = grammar
-        finalize(grammar, self._close, number).atexit = False
+        self.followed[number] = ref(grammar)
         self._ask(OPEN, number, stops)
         return number
 
     def advance(self, number: int, tokens: Iterable[int]) -> None:
         """Tell it what was sampled."""
         self._ask(ADVANCE, number, tokens)
+
+    def close(self, number: int) -> None:
+        """Have it forget a request."""
+        self.followed.pop(number, None)
+        self._asked.pop(number, None)
+        if self.alive:
+            self._send(pack(CLOSE, number))
 
     def receive(self) -> None:
         """Take all that it has sent."""
@@ -109,13 +121,9 @@ class Follower:
         """Do without it: the kernel ends it at its limit, or it ends when it finds the socket closed."""
         self.alive, self.kib = False, 0
         self.link.close()
-        for grammar in list(self.followed.values()):
-            grammar.failed(CONSTRAINT_SLOW)
-
-    def _close(self, number: int) -> None:
-        self._asked.pop(number, None)
-        if self.alive:
-            self._send(pack(CLOSE, number))
+        for followed in list(self.followed.values()):  # at once: other threads add to it
+            if (grammar := followed()) is not None:
+                grammar.failed(CONSTRAINT_SLOW)
 
     def _ask(self, what: int, number: int, values: Iterable[int]) -> None:
         self._asked[number] = time.monotonic()
@@ -137,7 +145,8 @@ class Follower:
                 self._asked[asked] = time.monotonic()
             return
         self._asked.pop(number, None)
-        grammar = self.followed.get(number)
+        followed = self.followed.get(number)
+        grammar = None if followed is None else followed()
         if grammar is None:
             return
         if what == MASK:
@@ -185,10 +194,13 @@ class Followers:
             follower.end()
 
     def follow(self, grammar: Followed, name: str, job: dict[str, str], stops: Iterable[int]) -> tuple[Follower, int]:
-        """Have the constraint of that name followed for one more request; safe from any thread.
+        """Have the constraint of that name followed until ``grammar`` is dropped; safe from any thread.
 
         Returns:
             Its process, a new one where none is alive, and the request's number there.
+
+        Raises:
+            TenantBusy: it needs a new one, and too many of its tenant's wait to be compiled.
         """
         with self._lock:
             follower = self._all.get(name)
@@ -198,8 +210,8 @@ class Followers:
                 follower = self._all[name] = self._begin(job)
             self._all.move_to_end(name)
             number = follower.open(grammar, stops)
+            finalize(grammar, self._leave, follower, number).atexit = False
             self._end_unneeded()
-            self._listed = tuple(self._all.values())
             return follower, number
 
     def collect(self, wanted: Collection[Followed], seconds: float) -> float:
@@ -217,7 +229,19 @@ class Followers:
             follower.end_if_hung()
         return waited
 
+    def _leave(self, follower: Follower, number: int) -> None:
+        """Forget a request that is gone; runs wherever its grammar is dropped, even within `follow`."""
+        follower.close(number)
+        if not follower.followed and not follower.compiled and self._lock.acquire(blocking=False):
+            try:
+                self._end_unneeded()
+            finally:
+                self._lock.release()
+
     def _begin(self, job: dict[str, str]) -> Follower:
+        tenant = job["tenant"]
+        if sum(one.tenant == tenant and one.alive and not one.compiled for one in self._all.values()) >= MAX_WAITING:
+            raise TenantBusy
         if self._forker is None or self._forker.poll() is not None:
             self.start(self._tokenizer)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -226,15 +250,22 @@ class Followers:
         with theirs, suppress(OSError):  # where it has just ended, so has what it was given
             socket.send_fds(self._control, [LENGTH.pack(len(message))], [theirs.fileno()])  # type: ignore[arg-type]
             self._control.sendall(message)  # type: ignore[union-attr]
-        return Follower(ours)
+        return Follower(tenant, ours)
 
     def _end_unneeded(self) -> None:
+        """End what no request needs and is not compiled, or is more than is kept."""
+        for name, follower in list(self._all.items()):
+            if not follower.followed and not follower.compiled:
+                follower.receive()  # it may have been compiled meanwhile
+                if not follower.compiled:
+                    self._all.pop(name).end()
         idle = [name for name, follower in self._all.items() if not follower.followed]
         kib = sum(self._all[name].kib for name in idle)
         while idle and (len(idle) >= MAX_KEPT or kib > MAX_KEPT_KIB):
             ended = self._all.pop(idle.pop(0))
             kib -= ended.kib
             ended.end()
+        self._listed = tuple(self._all.values())
 
 
 def _readable(owing: list[Follower], seconds: float) -> list[Follower]:

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 
-from flexgate.server.engine.core.followers import Followers
+from flexgate.server.engine.core.followers import Followers, TenantBusy
 from flexgate.server.engine.protocol.constraints import open_constraint
-from flexgate.server.engine.protocol.endings import CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_SLOW
 from flexgate.server.engine.protocol.gates import SealKey
 from flexgate.server.engine.seam.engine import (
     StructuredOutputBackend,
@@ -77,7 +77,10 @@ class FollowedGrammar(StructuredOutputGrammar):
         self.failure: str | None = None
         self.patience = MAX_PATIENCE
         self._mask: Any = None
-        self._follower, self._number = followers.follow(self, name, job, stops)
+        try:
+            self._follower, self._number = followers.follow(self, name, job, stops)
+        except TenantBusy:
+            self.failed(CONSTRAINT_BUSY)
 
     def accept_tokens(self, _request_id: str, tokens: list[int]) -> bool:
         """Have the next mask made, behind what was sampled under the one before."""

@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import time
-from collections import deque
+from contextlib import suppress
 from typing import Any, Final, NoReturn
 
 from flexgate.server.engine.grammars.native import (
@@ -49,22 +49,29 @@ LENGTH: Final = struct.Struct(">I")
 
 
 class Forker:
-    """Jobs from ``control``, each with the socket by which the engine core reaches the child that it is for."""
+    """Jobs from ``control``, each with the socket by which the engine core reaches the child that it is for.
+
+    What can be had for no job, a descriptor or a process, ends that job alone: its socket is closed.
+    """
 
     def __init__(self, control: socket.socket, bindings: Any, tokenizer: Any) -> None:
         self._control = control
         self._bindings, self._tokenizer = bindings, tokenizer
-        self._waiting: dict[str, deque[tuple[dict[str, str], socket.socket]]] = {}
+        self._waiting: dict[str, dict[int, tuple[dict[str, str], socket.socket]]] = {}
         self._compiling: dict[int, str] = {}
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
 
     def run(self) -> None:
         """Work until the engine core is gone."""
         while True:
-            sources: list[Any] = [self._control, *self._compiling]
-            for source in select.select(sources, [], [])[0]:
-                if source is not self._control:
+            for source, _ in self._poll.poll():
+                if source in self._compiling:
+                    self._poll.unregister(source)
                     os.close(source)
                     del self._compiling[source]
+                elif source != self._control.fileno():
+                    self._drop(source)
                 elif not self._take_job():
                     return
             self._begin_next()
@@ -75,32 +82,53 @@ class Forker:
             return False
         (length,) = LENGTH.unpack(head)
         job = json.loads(self._control.recv(length, socket.MSG_WAITALL))
-        self._waiting.setdefault(job["tenant"], deque()).append((job, socket.socket(fileno=descriptors[0])))
+        for descriptor in descriptors:  # none, where this process may have no more
+            self._poll.register(descriptor, 0)  # which tells when the engine core closes its end
+            self._waiting.setdefault(job["tenant"], {})[descriptor] = job, socket.socket(fileno=descriptor)
         return True
+
+    def _drop(self, descriptor: int) -> None:
+        """Forget a job whose requests are all gone."""
+        tenant = next(tenant for tenant, jobs in self._waiting.items() if descriptor in jobs)
+        self._take(tenant, descriptor)[1].close()
+
+    def _take(self, tenant: str, descriptor: int) -> tuple[dict[str, str], socket.socket]:
+        """Take a job from those that wait, and put its tenant behind all others."""
+        self._poll.unregister(descriptor)
+        jobs = self._waiting.pop(tenant)
+        taken = jobs.pop(descriptor)
+        if jobs:
+            self._waiting[tenant] = jobs
+        return taken
 
     def _begin_next(self) -> None:
         """Fork for as many jobs as may be compiled now, of the tenants in turn."""
-        for tenant in [tenant for tenant in self._waiting if tenant not in self._compiling.values()]:
-            if len(self._compiling) >= MAX_AT_ONCE:
+        while len(self._compiling) < MAX_AT_ONCE:
+            tenant = next((tenant for tenant in self._waiting if tenant not in self._compiling.values()), None)
+            if tenant is None:
                 return
-            jobs = self._waiting.pop(tenant)
-            self._fork(*jobs.popleft())
-            if jobs:
-                self._waiting[tenant] = jobs
+            job, link = self._take(tenant, next(iter(self._waiting[tenant])))
+            with link, suppress(OSError):
+                self._fork(job, link)
 
     def _fork(self, job: dict[str, str], link: socket.socket) -> None:
         hears, tells = os.pipe()
-        if os.fork() == 0:
-            self._follow(job, link, tells)
-        os.close(tells)
-        link.close()
+        try:
+            if os.fork() == 0:
+                self._follow(job, link, tells)
+        except OSError:
+            os.close(hears)
+            raise
+        finally:
+            os.close(tells)
+        self._poll.register(hears, select.POLLIN)
         self._compiling[hears] = job["tenant"]
 
     def _follow(self, job: dict[str, str], link: socket.socket, tells: int) -> NoReturn:
         """What a child does."""
         try:
             limit_process()
-            for _, other in (waiting for jobs in self._waiting.values() for waiting in jobs):
+            for _, other in (waiting for jobs in self._waiting.values() for waiting in jobs.values()):
                 other.close()  # whose end the engine core would not see while it is open here
             self._control.close()
             compiled = compile_constraint(self._bindings, self._tokenizer, job["kind"], job["text"])

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import (
+    CONSTRAINT_BUSY,
     CONSTRAINT_SLOW,
     EXPERT_REVOKED,
     GATE_EXPIRED,
@@ -81,6 +82,11 @@ _ENDED: Final[dict[str, _End]] = {
         Unavailable,
         "queued_too_long",
         "The request has waited for the engine for the longest time allowed (--queue-seconds). Try again later.",
+    ),
+    CONSTRAINT_BUSY: (
+        Unavailable,
+        "constraint_busy",
+        "The request was ended because too many constraints of its project wait to be compiled. Try again.",
     ),
     POLICY_UNAVAILABLE: (
         Unavailable,

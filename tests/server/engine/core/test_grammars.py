@@ -23,7 +23,7 @@ from flexgate.server.engine.core import grammars
 from flexgate.server.engine.core.followers import Follower, Followers
 from flexgate.server.engine.core.grammars import MAX_PATIENCE, FollowedGrammar, wait_in_patience
 from flexgate.server.engine.protocol.constraints import GrammarError, open_constraint, seal_constraint
-from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_FAILED, CONSTRAINT_SLOW
 from flexgate.server.engine.protocol.gates import new_seal_key
 
 KEY = new_seal_key()
@@ -86,6 +86,25 @@ def followed_and_gone(followers: Followers, regex: str) -> Follower:
     gc.collect()
     assert not follower.followed
     return follower
+
+
+def begun_process(followers: Followers, regex: str, tenant: str) -> tuple[FollowedGrammar, psutil.Process]:
+    """A request whose constraint is still compiled, in a process that does not go on."""
+    assert followers._forker is not None
+    forker = psutil.Process(followers._forker.pid)
+    before = set(forker.children())
+    grammar = follow(followers, regex, tenant)
+    until(followers, lambda: set(forker.children()) - before)
+    (process,) = set(forker.children()) - before
+    process.suspend()
+    followers.collect((), 0.0)
+    assert not grammar._follower.compiled
+    return grammar, process
+
+
+def free_descriptors(process: psutil.Process) -> list[int]:
+    """Descriptors that it may open, the next one first."""
+    return sorted(set(range(1000)) - {int(name) for name in os.listdir(f"/proc/{process.pid}/fd")})
 
 
 def test_only_what_this_server_sealed_is_followed() -> None:
@@ -224,3 +243,57 @@ def test_the_forking_process_is_begun_again_when_it_was_killed(followers: Follow
     before.accept_tokens("r", [ord("n")])
     until(followers, lambda: before.failure is not None)
     assert allowed(followers, follow(followers, "no")) == {"n"}
+
+
+def test_a_request_that_is_gone_before_its_turn_to_be_compiled_is_dropped_everywhere(followers: Followers) -> None:
+    assert followers._forker is not None
+    forker = psutil.Process(followers._forker.pid)
+    first, compiling = begun_process(followers, ".{1,890}y.{1,900}", "leaver")
+    try:
+        before = forker.num_fds()
+        leaving = [follow(followers, f"g{number}", "leaver") for number in range(20)]
+        links = [grammar._follower for grammar in leaving]
+        until(followers, lambda: forker.num_fds() == before + 20)
+        del leaving
+        gc.collect()
+        assert not any(link.alive for link in links)
+        until(followers, lambda: forker.num_fds() == before)
+    finally:
+        compiling.resume()
+    until(followers, lambda: first.ready)
+
+
+def test_a_job_that_no_process_or_descriptor_is_left_for_ends_alone(followers: Followers) -> None:
+    assert followers._forker is not None
+    forker = psutil.Process(followers._forker.pid)
+    beside = follow(followers, "pq", "beside")
+    assert allowed(followers, beside) == {"p"}
+    first, compiling = begun_process(followers, ".{1,891}y.{1,900}", "flooder")
+    limits = forker.rlimit(psutil.RLIMIT_NOFILE)
+    try:
+        forker.rlimit(psutil.RLIMIT_NOFILE, (free_descriptors(forker)[2], limits[1]))
+        no_process = follow(followers, "rs", "other")  # it has a descriptor, and none for the pipe
+        until(followers, lambda: no_process.failure is not None)
+        flood = [follow(followers, f"h{number}", "flooder") for number in range(8)]
+        until(followers, lambda: sum(grammar.failure is not None for grammar in flood) >= 6)
+    finally:
+        forker.rlimit(psutil.RLIMIT_NOFILE, limits)
+        compiling.resume()
+    assert allowed(followers, follow(followers, "rs", "other")) == {"r"}
+    beside.accept_tokens("r", [ord("p")])
+    assert allowed(followers, beside) == {"q"}
+    until(followers, lambda: first.ready)
+
+
+def test_a_tenant_has_so_many_constraints_waiting_and_no_more(
+    followers: Followers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_followers, "MAX_WAITING", 3)
+    first, compiling = begun_process(followers, ".{1,892}y.{1,900}", "hoarder")
+    try:
+        waiting = [follow(followers, f"i{number}", "hoarder") for number in range(3)]
+        assert [grammar.failure for grammar in waiting] == [None, None, CONSTRAINT_BUSY]
+        assert allowed(followers, follow(followers, "tu", "other")) == {"t"}
+    finally:
+        compiling.resume()
+    until(followers, lambda: first.ready and all(grammar.ready for grammar in waiting))
