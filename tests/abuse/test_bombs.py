@@ -71,9 +71,12 @@ def test_a_bomb_is_answered_soon_and_the_next_request_too(server: Any, name: str
     assert time.monotonic() - began < SECONDS
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_a_constraint_that_other_parameters_leave_nothing_ends_its_request_alone(server: Any, temperature: int) -> None:
-    body = {"prompt": "a", "max_tokens": 3, "temperature": temperature, "structured_outputs": {"regex": "a{5}"}}
+@pytest.mark.parametrize(("max_tokens", "temperature"), [(3, 0), (3, 1), (1, 0), (1, 1)])
+def test_a_constraint_that_other_parameters_leave_nothing_ends_its_request_alone(
+    server: Any, max_tokens: int, temperature: int
+) -> None:
+    only = {"regex": "a{5}"}
+    body = {"prompt": "a", "max_tokens": max_tokens, "temperature": temperature, "structured_outputs": only}
     with server.client() as http:
         refused = http.post("/v1/completions", json={**body, "bad_words": ["a", "aa", "aaa", "aaaa", "aaaaa"]})
         answered = http.post("/v1/completions", json=body)

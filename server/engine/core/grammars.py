@@ -12,7 +12,7 @@ import torch
 
 from flexgate.server.engine.core.followers import Followers, TenantBusy
 from flexgate.server.engine.protocol.constraints import open_constraint
-from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_FAILED, CONSTRAINT_SLOW
 from flexgate.server.engine.protocol.gates import SealKey
 from flexgate.server.engine.seam.engine import (
     StructuredOutputBackend,
@@ -81,6 +81,11 @@ class FollowedGrammar(StructuredOutputGrammar):
             self._follower, self._number = followers.follow(self, name, job, stops)
         except TenantBusy:
             self.failed(CONSTRAINT_BUSY)
+
+    def check(self, token: int) -> None:
+        """Fail if the mask that ``token`` was sampled under does not allow it: where none is left, any is sampled."""
+        if self._mask is not None and not self._ended and not int(self._mask[token >> 5]) >> (token & 31) & 1:
+            self.failed(CONSTRAINT_FAILED)
 
     def accept_tokens(self, _request_id: str, tokens: list[int]) -> bool:
         """Have the next mask made, behind what was sampled under the one before."""

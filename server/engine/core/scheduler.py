@@ -130,7 +130,8 @@ class _Gated(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Add the step's attribution, attach each request's total to its output, end requests that overflowed."""
-        self._end_unmasked()  # before what was sampled without a mask is taken for an answer
+        self._check_sampled(model_runner_output)
+        self._end_unmasked()  # before what was sampled without a mask, or against it, is taken for an answer
         usage = getattr(model_runner_output, USAGE_ATTRIBUTE, None)
         if usage is not None:
             self._ledger.add(usage)
@@ -167,6 +168,13 @@ class _Gated(_Base):
             # With asynchronous scheduling, what the mask depends on may still be in the making.
             if request.num_output_placeholders or (grammar is not None and not grammar.ready):
                 request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
+
+    def _check_sampled(self, output: ModelRunnerOutput) -> None:
+        for name, request in self._constrained.items():
+            grammar, index = _grammar_of(request), output.req_id_to_index.get(name)
+            sampled = [] if index is None or not output.sampled_token_ids else output.sampled_token_ids[index]
+            if grammar is not None and sampled:
+                grammar.check(sampled[0])
 
     def _end_unmasked(self) -> None:
         reasons: dict[str, list[str]] = defaultdict(list)

@@ -160,6 +160,17 @@ def test_what_may_not_come_next_ends_its_request_alone(followers: Followers) -> 
     assert beside.failure is None
 
 
+def test_what_its_mask_does_not_allow_fails_before_it_is_accepted(followers: Followers) -> None:
+    high = 256 + LONGER.index(b"true")
+    for regex, token, failure in (("true", high, None), ("a", high, CONSTRAINT_FAILED), ("a", 0, CONSTRAINT_FAILED)):
+        followed = follow(followers, regex)
+        followed.check(0)  # without a mask there is nothing to look it up in
+        assert followed.failure is None
+        allowed(followers, followed)
+        followed.check(token)
+        assert followed.failure == failure
+
+
 def test_a_slow_mask_ends_with_its_process_and_no_other_is_touched(followers: Followers) -> None:
     slow, beside = follow(followers, "x?" + SLOW), follow(followers, "ab", "other")
     until(followers, lambda: slow.ready)
