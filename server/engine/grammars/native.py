@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,6 +19,7 @@ MAX_FOLLOWING: Final = 128 << 20
 MAX_MASK_SECONDS: Final = 0.5
 """Of processor time to follow one token and find out what may come next. No step waits for it."""
 PR_SET_PDEATHSIG: Final = 1
+_INHERITED: Final = re.compile("PATH|HOME|LANG|LC_.*|PYTHON.*|LD_LIBRARY_PATH|TMPDIR")
 
 
 def load_bindings() -> Any:
@@ -34,11 +36,9 @@ def load_bindings() -> Any:
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process that loads the bindings: it stays at one thread, so that it may fork."""
+    """Variables for a process that loads the bindings: no secrets, and one thread, so that it may fork."""
     own = {"OPENBLAS_NUM_THREADS": "1", "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1", "PYTHONSAFEPATH": "1"}
-    variables = os.environ | own
-    variables.pop("LD_PRELOAD", None)
-    return variables
+    return {name: value for name, value in os.environ.items() if _INHERITED.fullmatch(name)} | own
 
 
 def compile_constraint(bindings: Any, tokenizer: Any, kind: str, text: str) -> Any:

@@ -308,3 +308,18 @@ def test_a_tenant_has_so_many_constraints_waiting_and_no_more(
     finally:
         compiling.resume()
     until(followers, lambda: first.ready and all(grammar.ready for grammar in waiting))
+
+
+def test_a_process_that_reads_constraints_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FLEXGATE_SEAL_KEY", "FLEXGATE_DATABASE_URL", "ANY_SECRET"):
+        monkeypatch.setenv(name, "secret")
+    begun = Followers()
+    begun.start(TOKENIZER.serialize_json())
+    try:
+        followed = follow(begun, "vw")
+        assert allowed(begun, followed) == {"v"}
+        for process in (process_of(followed, begun), psutil.Process(begun._forker.pid)):  # type: ignore[union-attr]
+            assert "secret" not in process.environ().values()
+            assert process.environ()["PATH"] == os.environ["PATH"]
+    finally:
+        begun.stop()

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 import xgrammar
@@ -104,3 +105,17 @@ async def test_the_process_is_begun_again_when_it_was_killed(compiler: Compiler)
     os.kill(compiler._process.pid, signal.SIGKILL)
     await compiler._process.wait()
     await compiler.check("t", EMAIL)
+
+
+@pytest.mark.asyncio
+async def test_the_process_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FLEXGATE_SEAL_KEY", "FLEXGATE_DATABASE_URL", "ANY_SECRET"):
+        monkeypatch.setenv(name, "secret")
+    begun = Compiler()
+    await begun.start(TOKENIZER.serialize_json())
+    try:
+        await begun.check("t", EMAIL)
+        assert begun._process is not None
+        assert "secret" not in psutil.Process(begun._process.pid).environ().values()
+    finally:
+        await begun.stop()
