@@ -64,7 +64,7 @@ def complete_calls(text: str) -> str:
     while opened := _NEXT_CALL.match(text, end):
         try:
             _, end = decoder.raw_decode(text, opened.end() - 1)
-        except ValueError:
+        except (ValueError, RecursionError):  # not JSON, or nested deeper than Python reads
             break
     return (text[:end] or "[") + "]"
 

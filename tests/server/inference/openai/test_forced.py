@@ -118,6 +118,12 @@ def test_what_is_not_forced_is_not_constrained(choice: str) -> None:
         assert request.to_sampling_params(100, {}).structured_outputs is None
 
 
+def test_a_call_that_is_nested_deeper_than_can_be_read_counts_as_cut_off() -> None:
+    call = '{"name": "a", "parameters": {}}'
+    deep = '{"name": "a", "parameters": ' + '{"a": ' * 100_000
+    assert json.loads(complete_calls(f"[{call}, {deep}")) == [json.loads(call)]
+
+
 def test_of_a_list_that_was_cut_off_the_complete_calls_are_read() -> None:
     made = [call("look", {"text": 'a "b", [c'}), call("count", {"n": 2})]
     text = json.dumps(made, separators=(",", ":"))
