@@ -39,6 +39,8 @@ MAX_WAITING: Final = 64
 MAX_KEPT: Final = 32
 MAX_KEPT_KIB: Final = 256 << 10
 """Of processes that no request needs any more, and of the grammars in them."""
+MAX_PACKETS: Final = 256
+"""Taken at once from one process: about as many as its socket holds, however fast it sends more."""
 HUNG_SECONDS: Final = 30
 """On the clock, for a process that the machine gives no processor time."""
 
@@ -65,13 +67,15 @@ class Followed(Protocol):
 class Follower:
     """One constraint's process."""
 
-    def __init__(self, tenant: str, link: socket.socket) -> None:
+    def __init__(self, tenant: str, link: socket.socket, mask_words: int) -> None:
         self.tenant, self.link = tenant, link
+        self._mask_words = mask_words
         self.kib = 0
         self.alive = True
         self.compiled = False
         self.followed: dict[int, ref[Followed]] = {}
         self._asked: dict[int, float] = {}
+        self._compiled_at = 0.0
         self._numbers = count(1)
 
     @property
@@ -98,23 +102,26 @@ class Follower:
             self._send(pack(CLOSE, number))
 
     def receive(self) -> None:
-        """Take all that it has sent."""
-        while self.alive:
+        """Take what it has sent; end it if that is nothing that such a process sends."""
+        for _ in range(MAX_PACKETS):
+            if not self.alive:
+                return
             try:
                 packet = self.link.recv(MAX_PACKET)
             except BlockingIOError:
                 break
             except OSError:
                 packet = b""
-            if not packet:
+            try:
+                self._take(*unpack(packet))
+            except (ValueError, IndexError):  # of no whole number of integers, or too few: nothing, where it has ended
                 self.end()
-                return
-            self._take(*unpack(packet))
 
     def end_if_hung(self) -> None:
         """End it if it has owed an answer for too long."""
         asked = list(self._asked.values())
-        if self.compiled and asked and time.monotonic() - min(asked) > HUNG_SECONDS:
+        # For the masks alone: how long compiling took does not count.
+        if self.compiled and asked and time.monotonic() - max(min(asked), self._compiled_at) > HUNG_SECONDS:
             self.end()
 
     def end(self) -> None:
@@ -140,10 +147,11 @@ class Follower:
 
     def _take(self, what: int, number: int, values: Any) -> None:
         if what == COMPILED:
-            self.compiled, self.kib = True, values[0]
-            for asked in list(self._asked):  # for the masks: how long compiling took does not count
-                self._asked[asked] = time.monotonic()
+            self.kib, self._compiled_at = values[0], time.monotonic()
+            self.compiled = True
             return
+        if what == MASK and len(values) != self._mask_words:
+            raise ValueError("a mask of another vocabulary")
         self._asked.pop(number, None)
         followed = self.followed.get(number)
         grammar = None if followed is None else followed()
@@ -163,14 +171,23 @@ class Followers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokenizer = ""
+        self._mask_words = 0
         self._forker: subprocess.Popen[str] | None = None
         self._control: socket.socket | None = None
         self._all: OrderedDict[str, Follower] = OrderedDict()
         self._listed: tuple[Follower, ...] = ()  # for the steps, which wait for no lock
 
-    def start(self, tokenizer: str) -> None:
-        """Begin the process that forks the others; ``tokenizer`` is xgrammar's serialised `TokenizerInfo`."""
-        self._tokenizer = tokenizer
+    def start(self, tokenizer: str, vocabulary: int) -> None:
+        """Begin the process that forks the others.
+
+        Args:
+            tokenizer: xgrammar's serialised `TokenizerInfo`.
+            vocabulary: tokens that it has, and a mask has bits for.
+        """
+        self._tokenizer, self._mask_words = tokenizer, (vocabulary + 31) // 32
+        self._begin_forker()
+
+    def _begin_forker(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._forker = subprocess.Popen(
@@ -181,7 +198,7 @@ class Followers:
                 pass_fds=[theirs.fileno()],
             )
         if self._forker.stdin is not None:
-            threading.Thread(target=_write, args=(self._forker.stdin, tokenizer), daemon=True).start()
+            threading.Thread(target=_write, args=(self._forker.stdin, self._tokenizer), daemon=True).start()
 
     def stop(self) -> None:
         """End them."""
@@ -243,14 +260,14 @@ class Followers:
         if sum(one.tenant == tenant and one.alive and not one.compiled for one in self._all.values()) >= MAX_WAITING:
             raise TenantBusy
         if self._forker is None or self._forker.poll() is not None:
-            self.start(self._tokenizer)
+            self._begin_forker()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         message = json.dumps(job).encode()
         with theirs, suppress(OSError):  # where it has just ended, so has what it was given
             socket.send_fds(self._control, [LENGTH.pack(len(message))], [theirs.fileno()])  # type: ignore[arg-type]
             self._control.sendall(message)  # type: ignore[union-attr]
-        return Follower(tenant, ours)
+        return Follower(tenant, ours, self._mask_words)
 
     def _end_unneeded(self) -> None:
         """End what no request needs and is not compiled, or is more than is kept."""

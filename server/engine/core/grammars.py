@@ -41,7 +41,7 @@ def take_sealed_constraints(key: SealKey) -> Followers:
 
         def __post_init__(self) -> None:
             tokenizer = xgrammar.TokenizerInfo.from_huggingface(self.tokenizer, vocab_size=self.vocab_size)
-            followers.start(tokenizer.serialize_json())
+            followers.start(tokenizer.serialize_json(), self.vocab_size)
 
         def compile_grammar(
             self, _request_type: Any, grammar_spec: str, stop_token_ids: set[int] | None = None

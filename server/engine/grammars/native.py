@@ -17,7 +17,7 @@ MAX_MEMORY: Final = 1 << 30
 MAX_FOLLOWING: Final = 128 << 20
 """Bytes for what is kept of all requests that a compiled constraint is followed for."""
 MAX_MASK_SECONDS: Final = 0.5
-"""Of processor time to follow one token and find out what may come next. No step waits for it."""
+"""Of processor time to follow one token and find out what may come next. A step waits for a few milliseconds of it."""
 PR_SET_PDEATHSIG: Final = 1
 _INHERITED: Final = re.compile("PATH|HOME|LANG|LC_.*|PYTHON.*|LD_LIBRARY_PATH|TMPDIR")
 
@@ -54,10 +54,11 @@ def compile_constraint(bindings: Any, tokenizer: Any, kind: str, text: str) -> A
 
 
 def limit_process() -> None:
-    """Give this process, a fork, the limits of compiling: its memory, its time, and its parent's end."""
+    """Give this process, a fork, the limits of compiling: its memory, its time, its rank, and its parent's end."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(5)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, it ends before all others
     limit_memory(MAX_MEMORY)
     limit_time(MAX_SECONDS)
 

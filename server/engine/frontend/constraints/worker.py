@@ -31,7 +31,7 @@ from flexgate.server.engine.grammars.native import (
 HUNG_SECONDS: Final = 120
 """On the clock, for a child that uses no processor time: a busy machine ends none before."""
 MAX_COMPILED: Final = 64 << 20
-"""Bytes of a compiled grammar, which the engine core holds while the request runs."""
+"""Bytes of a compiled grammar, which a process of the engine core's keeps while requests have it."""
 PROBES: Final = 3
 PROBE_TOKENS: Final = 48
 PROBE_SECONDS: Final = 1
@@ -53,7 +53,7 @@ class _Child:
 
 
 def probe(bindings: Any, compiled: Any, vocabulary: int, seed: int) -> str | None:
-    """Why masks of this grammar are not to be made in the engine, if so: walks it, and looks at the clock."""
+    """Why this grammar is not to be followed for requests, if so: walks it, and looks at the clock."""
     import numpy as np
 
     chance, probed = random.Random(seed), time.thread_time()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from flexgate.server.engine.core.grammars import MAX_PATIENCE, FollowedGrammar, 
 from flexgate.server.engine.protocol.constraints import GrammarError, open_constraint, seal_constraint
 from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_FAILED, CONSTRAINT_SLOW
 from flexgate.server.engine.protocol.gates import new_seal_key
+from flexgate.server.engine.protocol.masks import COMPILED, MASK, pack
 
 KEY = new_seal_key()
 LONGER = [b'":', b"abc", b"aab", b"true"]
@@ -41,7 +44,7 @@ SECONDS = 60
 @pytest.fixture(scope="module")
 def followers() -> Iterator[Followers]:
     begun = Followers()
-    begun.start(TOKENIZER.serialize_json())
+    begun.start(TOKENIZER.serialize_json(), VOCABULARY)
     yield begun
     begun.stop()
 
@@ -314,7 +317,7 @@ def test_a_process_that_reads_constraints_has_no_secrets(monkeypatch: pytest.Mon
     for name in ("FLEXGATE_SEAL_KEY", "FLEXGATE_DATABASE_URL", "ANY_SECRET"):
         monkeypatch.setenv(name, "secret")
     begun = Followers()
-    begun.start(TOKENIZER.serialize_json())
+    begun.start(TOKENIZER.serialize_json(), VOCABULARY)
     try:
         followed = follow(begun, "vw")
         assert allowed(begun, followed) == {"v"}
@@ -323,3 +326,69 @@ def test_a_process_that_reads_constraints_has_no_secrets(monkeypatch: pytest.Mon
             assert process.environ()["PATH"] == os.environ["PATH"]
     finally:
         begun.stop()
+
+
+def test_a_process_that_reads_constraints_ends_first_where_memory_is_short(followers: Followers) -> None:
+    followed = follow(followers, "xy")
+    process = process_of(followed, followers)
+    assert followers._forker is not None
+    assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
+    assert Path(f"/proc/{followers._forker.pid}/oom_score_adj").read_text() != "1000\n"
+
+
+def test_what_was_compiled_for_a_request_that_is_gone_is_kept_and_counted(followers: Followers) -> None:
+    followed = follow(followers, "yz")
+    process = followed._follower
+    assert select.select([process.link], [], [], SECONDS)[0]
+    assert not process.compiled
+    del followed
+    gc.collect()
+    assert process.alive
+    assert process.compiled
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b"abc", b"", b"abcd", pack(COMPILED, 0), pack(MASK, 1, [-1] * 3), pack(MASK, 1, [-1] * 4096)],
+    ids=["no integers", "nothing", "too short", "without a size", "short mask", "long mask"],
+)
+def test_a_process_that_sends_what_none_sends_ends_alone(packet: bytes) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    follower, grammar = Follower("t", ours, (VOCABULARY + 31) // 32), Told()
+    with theirs:
+        follower.open(grammar, [])
+        theirs.send(packet)
+        follower.receive()
+    assert not follower.alive
+    assert grammar.failures == [CONSTRAINT_SLOW]
+
+
+def test_a_process_that_sends_without_end_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_followers, "MAX_PACKETS", 4)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    follower = Follower("t", ours, 1)
+    with ours, theirs:
+        for number in range(6):
+            theirs.send(pack(COMPILED, 0, [number]))
+        follower.receive()
+        assert follower.kib == 3
+        follower.receive()
+        assert follower.kib == 5
+
+
+class Told:
+    """A grammar that notes why it failed."""
+
+    ready = False
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+
+    def masked(self, words: object) -> None: ...
+
+    def ended(self) -> None: ...
+
+    def failed(self, reason: str) -> None:
+        self.failures.append(reason)
