@@ -110,9 +110,13 @@ def start(
     log = log or directory / "server.log"
     command = [_script(), "serve", str(model), f"--port={port}", *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    if terminal:  # its width is the terminal's, whatever runs the tests
+        environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
+        environment["TERM"] = "xterm"
     with _output(log, terminal=terminal) as output:
         process = subprocess.Popen(
             [*command, f"--database-url={database_url}", f"--state-dir={directory}"],
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=environment,
