@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from anyio import CancelScope
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -85,13 +87,16 @@ class Generation:
             raise cause(request, _translate(error, request)) from error
         if isinstance(made, ErrorResponse):
             raise cause(request, vllm_errors.from_response(made))
-        response = await offload.run(self._write, request, made, about)
+        counted = headers(request)  # by the limiter, which is the loop's alone
+        response = await offload.run(self._write, request, made, about, counted)
         raise_if_ended(request)  # while it was made
         return response
 
-    def _write(self, request: InferenceRequest, made: Any, about: dict[str, Any]) -> Response:
+    def _write(
+        self, request: InferenceRequest, made: Any, about: dict[str, Any], counted: Mapping[str, str]
+    ) -> Response:
         content = {**self._endpoint.content(request, made), "flexgate": about}
-        return self._endpoint.response(content, headers=headers(request))
+        return self._endpoint.response(content, headers=counted)
 
     async def _events(self, request: InferenceRequest, result: Any) -> AsyncIterator[str]:
         CURRENT_CALL.set(request.call)
@@ -102,8 +107,9 @@ class Generation:
                 yield event
         finally:
             CURRENT_CALL.set(None)
-            await made.aclose()
-            await result.aclose()
+            with CancelScope(shield=True):  # where a client left, whatever waits is cancelled again and again
+                async with aclosing(result):
+                    await made.aclose()
 
 
 class Delivery(Response):

@@ -134,10 +134,10 @@ class GatedEngineClient:
         self._open.add(call)
 
     def end(self, call: GatedCall) -> None:
-        """Nothing of the call's answer is left to send."""
+        """Nothing of the call's response is left to send; what the engine still has of it ends, too."""
         self._open.discard(call)
         self._cancel_timer(call)
-        call.leave()
+        self._abort(call)
         call.ended.set()
 
     def stop(self, call: GatedCall, reason: str) -> None:

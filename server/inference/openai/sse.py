@@ -12,6 +12,8 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final
 
+from anyio import CancelScope
+
 from flexgate.server.inference.openai.foreign import without_nulls
 
 DATA: Final = "data: "
@@ -62,7 +64,8 @@ async def with_comments(events: AsyncIterator[str]) -> AsyncIterator[str]:
     finally:
         if not first.done():
             first.cancel()
-            await asyncio.wait({first})
+            with CancelScope(shield=True):
+                await asyncio.wait({first})
     event = first.result()
     if event is None:
         return

@@ -14,6 +14,8 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Final
 
+from anyio import CancelScope
+
 from flexgate.server.http.offload import Offload
 
 END: Final = object()
@@ -122,7 +124,7 @@ async def _brought(outputs: Outputs, step: Any) -> Any:
 
 
 async def _throw(step: Any, error: BaseException) -> None:
-    with suppress(StopIteration):
+    with suppress(StopIteration), CancelScope(shield=True):
         await _Waiting(step, step.throw(error))
 
 
@@ -132,7 +134,8 @@ async def _made(step: Any, offload: Offload, owner: str) -> Any:
     try:
         return await asyncio.shield(advancing)
     except asyncio.CancelledError as error:
-        await asyncio.wait({advancing})  # a generator that is at work cannot be closed
+        with CancelScope(shield=True):  # Starlette cancels again and again where a client left
+            await asyncio.wait({advancing})  # a generator that is at work cannot be closed
         if advancing.exception() is None and isinstance(advancing.result(), Outputs):
             await _throw(step, error)
         raise

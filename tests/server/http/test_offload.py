@@ -201,9 +201,14 @@ async def test_a_long_answer_is_made_and_written_off_the_loop(
     client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, on_loop: bool
 ) -> None:
     from flexgate.server.engine.frontend.calls import GatedCall
+    from flexgate.server.inference.limits.limiter import Reservation
     from flexgate.server.inference.openai.adapted import Later
 
-    threads: list[int] = []
+    threads, counting = list[int](), set[int]()
+
+    def headers(_: Reservation) -> dict[str, str]:
+        counting.add(threading.get_ident())
+        return {}
 
     def dump() -> dict[str, Any]:
         threads.append(threading.get_ident())
@@ -214,8 +219,10 @@ async def test_a_long_answer_is_made_and_written_off_the_loop(
         return SimpleNamespace(model_dump=dump)
 
     monkeypatch.setattr(GatedCall, "tokens", lambda _: tokens)
+    monkeypatch.setattr(Reservation, "headers", property(headers))
     handler.result = Later(make)
     assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert counting == {threading.get_ident()}, "the limiter's counters are the loop's alone"
     assert [thread == threading.get_ident() for thread in threads] == [on_loop] * 2
 
 

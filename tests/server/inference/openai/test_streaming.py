@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 import torch
@@ -108,9 +110,33 @@ async def test_on_the_loop_a_handler_may_wait_for_anything_and_off_it_that_is_an
         await anext(events)
 
 
+async def cancelled_once(reading: Awaitable[None]) -> AsyncGenerator[Callable[[], None], None]:
+    task = asyncio.ensure_future(reading)
+    yield task.cancel
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def cancelled_as_starlette_does(reading: Awaitable[None]) -> AsyncGenerator[Callable[[], None], None]:
+    """A scope cancels what waits in it anew in every turn of the loop."""
+    scope = anyio.CancelScope()
+
+    async def read() -> None:
+        with scope:
+            await reading
+
+    task = asyncio.ensure_future(read())
+    yield scope.cancel
+    await task
+    assert scope.cancelled_caught
+
+
 @pytest.mark.asyncio
+@pytest.mark.parametrize("cancelling", [cancelled_once, cancelled_as_starlette_does])
 @pytest.mark.parametrize("then", ["gives an event", "reads on"])
-async def test_a_client_that_leaves_waits_for_what_is_being_made_and_ends_the_handler(then: str) -> None:
+async def test_a_client_that_leaves_waits_for_what_is_being_made_and_ends_the_handler(
+    then: str, cancelling: Any
+) -> None:
     going, go, ended = threading.Event(), threading.Event(), list[str]()
     outputs = Outputs(engine(output(ON_LOOP_BYTES + 1)))
 
@@ -129,14 +155,13 @@ async def test_a_client_that_leaves_waits_for_what_is_being_made_and_ends_the_ha
         async for _ in stream(outputs, slow()):
             raise AssertionError
 
-    reading = asyncio.create_task(read())
-    assert await asyncio.to_thread(going.wait, 20)
-    reading.cancel()
-    await asyncio.sleep(0)
-    assert not reading.done()
-    go.set()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
+    async with asynccontextmanager(cancelling)(read()) as cancel:
+        assert await asyncio.to_thread(going.wait, 20)
+        cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert ended == []
+        go.set()
     assert ended == ["made", "closed"]
 
 
