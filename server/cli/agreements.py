@@ -11,6 +11,7 @@ import typer
 
 from flexgate.experts.cli.support import print_table
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
+from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli.store import AsJson, print_json
 from flexgate.server.cli.target import Json, Target, administers
 
@@ -67,7 +68,7 @@ def terminate(target: Target, agreement: Agreement) -> None:
 def _read(path: Path) -> Json:
     text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_pairs_hook=no_key_twice)
     except (ValueError, RecursionError) as error:
         raise ChangeRefused(f"{path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
