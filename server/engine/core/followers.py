@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from itertools import count
@@ -279,10 +279,20 @@ class Followers:
         idle = [name for name, follower in self._all.items() if not follower.followed]
         kib = sum(self._all[name].kib for name in idle)
         while idle and (len(idle) >= MAX_KEPT or kib > MAX_KEPT_KIB):
-            ended = self._all.pop(idle.pop(0))
+            name = self._least_needed(idle, of_size=len(idle) < MAX_KEPT)
+            idle.remove(name)
+            ended = self._all.pop(name)
             kib -= ended.kib
             ended.end()
         self._listed = tuple(self._all.values())
+
+    def _least_needed(self, idle: list[str], *, of_size: bool) -> str:
+        """The oldest of the tenant that has most of them, in number or in size."""
+        held: Counter[str] = Counter()
+        for name in idle:
+            held[self._all[name].tenant] += self._all[name].kib if of_size else 1
+        [(most, _)] = held.most_common(1)
+        return next(name for name in idle if self._all[name].tenant == most)
 
 
 def _readable(owing: list[Follower], seconds: float) -> list[Follower]:

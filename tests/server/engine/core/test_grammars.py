@@ -77,11 +77,11 @@ def process_of(grammar: FollowedGrammar, followers: Followers) -> psutil.Process
     return max(psutil.Process(followers._forker.pid).children(), key=lambda child: (child.create_time(), child.pid))
 
 
-def followed_and_gone(followers: Followers, regex: str) -> Follower:
+def followed_and_gone(followers: Followers, regex: str, tenant: str = "t") -> Follower:
     """The process of a request that is over."""
 
     def over() -> Follower:
-        grammar = follow(followers, regex)
+        grammar = follow(followers, regex, tenant)
         until(followers, lambda: grammar.ready)
         return grammar._follower
 
@@ -238,6 +238,17 @@ def test_a_request_that_is_gone_is_forgotten_and_unneeded_processes_are_few(
     first, *_ = [followed_and_gone(followers, f"k{number}") for number in range(6)]
     assert not first.alive
     assert sum(one.alive and not one.followed for one in followers._all.values()) <= 2
+
+
+def test_processes_of_the_tenant_that_keeps_most_are_ended_first(
+    followers: Followers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_followers, "MAX_KEPT", 3)
+    small = followed_and_gone(followers, "ab", "small")
+    large = [followed_and_gone(followers, f"j{number}", "large") for number in range(4)]
+    assert small.alive
+    assert not large[0].alive
+    assert large[-1].alive
 
 
 def test_one_tenant_waits_for_itself_to_compile_and_no_other_for_it(followers: Followers) -> None:
