@@ -44,7 +44,7 @@ _RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-
 
 T = TypeVar("T")
 ListOf = Annotated[tuple[T, ...], Field(strict=False, fail_fast=True)]
-"""Written as an array. Its members are as strict as everything else, and the first wrong one is told of."""
+"""Written as an array. Its members are validated strictly, and the refusal names the first wrong one."""
 SetOf = Annotated[frozenset[T], Field(strict=False, fail_fast=True)]
 """Written as an array whose order says nothing."""
 

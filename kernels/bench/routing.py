@@ -79,7 +79,7 @@ def _measure(tokens: int, experts: int, rounds: int) -> dict[str, Any]:
     times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in calls} for kind in ("warm", "cold")}
     elsewhere = np.ones(COLD_BYTES // 8)
     for turn in range(rounds):
-        # Whoever comes first in every turn would pay for what came before it.
+        # The first contender of every turn would pay for what ran before it.
         for name in np.roll(list(calls), turn).tolist():
             calls[name]()
             times["warm"][name].append(_microseconds(calls[name], WARM_CALLS))

@@ -1,7 +1,7 @@
 """What `gated_topk` takes, on every device: limits, units, the meaning of `fill`, checks that do not synchronise.
 
 A gate is one int64 per token that names at most 64 *units*: bit `u` allows unit `u`. Each layer maps its experts to
-units with `unit_E`; an expert takes part where the bit of its unit is set. Unit 0 is common: owned by nobody, in every
+units with `unit_E`; an expert takes part where the bit of its unit is set. Unit 0 is common: without an owner, in every
 gate. A layer need not have an expert of it.
 
 Shape suffixes: T tokens, E experts of the layer, U units, K chosen experts.
@@ -24,10 +24,10 @@ MAX_EXPERTS = 512
 """Experts of one layer."""
 
 COMMON_UNIT = 0
-"""Owned by nobody, in every gate; 63 others can be owned."""
+"""The unit without an owner, in every gate; 63 others can be owned."""
 
 CLOSED_GATE = 1 << COMMON_UNIT
-"""The row of padding and of tokens that are nobody's: the common unit alone."""
+"""The row of padding and of tokens without a request: the common unit alone."""
 
 MASS_SCALE = 2**32
 """Units of `mass_TU` per unit of routing weight. 2**31 real picks of weight 1 fit one int64 counter."""

@@ -164,7 +164,7 @@ class Loader:
         await job.at("dark")
         with suppress(PolicyError):  # else the next poll sees it
             await asyncio.to_thread(self._confirm)
-        present = pool.find(manifest.id)  # somebody may have begun to drain it for a revocation
+        present = pool.find(manifest.id)  # a revocation may have begun to drain it
         live = present is None or present.live
         info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, slot_epoch, live=live)
         pool.client.publish((*pool.others(manifest.id), info), slot_epoch)

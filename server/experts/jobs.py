@@ -13,7 +13,7 @@ from flexgate.server.experts.schemas import ExpertJob, JobError, JobProgress, Jo
 
 STAGES: Final = ("received", "copied", "verified", "loaded", "agreed", "canary", "dark", "live")
 """In this order. The copy comes before the check, so that what is checked is what is used; `dark` is
-committed and nobody's yet, `live` may be named by gates that an agreement allows."""
+committed and not permitted yet, `live` may be named by gates that an agreement allows."""
 KEPT: Final = 100
 
 State = Literal["running", "succeeded", "failed"]

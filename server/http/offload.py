@@ -2,7 +2,7 @@
 
 Every request shares the loop: a callback that takes long holds up all of them. What is made of a body of more than
 `ON_LOOP_BYTES` is made in a few threads, one piece of work at a time for each project, so that a project's large bodies
-wait for one another and for nobody else's.
+wait for one another.
 
 Small bodies take the same way and are worked on at once, but no more than `PIECES_AT_ONCE` in one pass of the loop: of
 a hundred requests that come together, not all are worked on before what came next.
@@ -27,7 +27,7 @@ ON_LOOP_BYTES: Final = 4 * 1024
 PIECES_AT_ONCE: Final = 32
 THREADS: Final = 2
 OPERATORS: Final = "(operators)"
-"""Owner of the bodies that operators send to change the policy: they wait for nobody's but each other's."""
+"""Owner of the bodies that operators send to change the policy: they wait for each other alone."""
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """The processes that follow grammars, as their engine core has them: it asks, goes on, and looks whether they answered.
 
-A process that is late ends; its requests are ended with it, and nobody else's.
+A process that is late ends, and its own requests with it; others go on.
 """
 
 import json

@@ -133,7 +133,7 @@ _M_PERTURB = -6  # mallopt(3): allocated bytes are set to the complement of the 
 
 @pytest.fixture(autouse=True)
 def _poison_new_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An output element that nobody writes must show: 3e38 in memory that the C library hands out, NaN in torch's."""
+    """An output element that is not written must show: 3e38 in memory that the C library hands out, NaN in torch's."""
     empty_like, new_empty = torch.empty_like, Tensor.new_empty
 
     def poisoned(tensor: Tensor) -> Tensor:
