@@ -225,7 +225,7 @@ launch.require_unchanged = {unchanged}
 @pytest.mark.parametrize(
     ("factor", "unchanged", "said"),
     [
-        ("1.01", "launch.require_unchanged", "model.safetensors changed while the server started"),
+        ("1.01", "launch.require_unchanged", "model.safetensors was changed while the server started"),
         ("float('nan')", "lambda checkpoint: None", "a request for 'expert-2' computed NaN or infinity"),
     ],
     ids=["changed", "nan"],
