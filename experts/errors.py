@@ -2,6 +2,7 @@
 
 ExpertsError
 ├── LayoutError            a checkpoint that does not follow the layout
+│   └── OwnershipInvalid   an ownership file, or a table for one, that does not fit the checkpoint
 ├── TensorFileError        not a safetensors file that this project reads
 ├── PackageError           an expert package that may not be used
 │   ├── PackageUnreadable  missing, a link, not a regular file, too large, an unexpected file
@@ -31,6 +32,10 @@ class ExpertsError(Exception):
 
 class LayoutError(ExpertsError, ValueError):
     """A checkpoint does not follow the layout; the message names the tensor or file."""
+
+
+class OwnershipInvalid(LayoutError):
+    """An ownership file, or a table that one is to be made from, contradicts itself or the checkpoint."""
 
 
 class TensorFileError(ExpertsError, ValueError):

@@ -1,7 +1,8 @@
 """What a merged checkpoint says of its experts: ``flexgate.json``, and each package's signed manifest beside it.
 
-``flexgate.json`` names id, owner and domain of every index. ``provenance/ID.json`` and ``provenance/ID.sig`` are the
-package's own files, byte for byte, so that an expert that is extracted again is the package it was, signature included.
+``flexgate.json`` (see ``checkpoint.ownership``) names id, owner and domain of every index. ``provenance/ID.json`` and
+``provenance/ID.sig`` are the package's own files, byte for byte, so that an expert that is extracted again is the
+package it was, signature included.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from flexgate.experts.checkpoint.families import experts_per_layer
+from flexgate.experts.checkpoint.layout import CONFIG_NAME
+from flexgate.experts.checkpoint.ownership import FORMATS, OWNERSHIP_NAME, parse_ownership
 from flexgate.experts.checkpoint.reader import read_json
 from flexgate.experts.errors import ExpertsError, LayoutError
 from flexgate.experts.package.manifest import MAX_MANIFEST, Manifest, parse_manifest, sha256
 from flexgate.experts.package.signature import SIGNATURE_BYTES
 
-MODEL_MANIFEST: Final = "flexgate.json"
+MODEL_MANIFEST: Final = OWNERSHIP_NAME
 FOLDER: Final = "provenance"
 PUBLIC: Final = {"index": 0, "id": "public", "owner": "public", "domain": "the public anchor"}
 
@@ -34,7 +38,7 @@ def model_manifest(records: Sequence[Record], base_digest: str | None, public: d
     """The content of ``flexgate.json``: the anchor's entry, then ``records`` in the order of their indices."""
     routers = {record.manifest.training.router for record in records}
     return {
-        "format": "flexgate-model/1",
+        "format": FORMATS["experts"],
         **({} if base_digest is None else {"base_digest": base_digest}),
         "strictly_separable": routers <= {"own"},
         "experts": [{**public, "index": 0}, *(_entry(i, r) for i, r in enumerate(records, start=1))],
@@ -64,12 +68,23 @@ def expert_entries(directory: Path, count: int) -> list[dict[str, Any]]:
     if not (directory / MODEL_MANIFEST).is_file():
         unknown = {"owner": "unknown", "domain": "unknown"}
         return [PUBLIC, *({"index": index, "id": f"expert-{index}", **unknown} for index in range(1, count))]
-    entries = read_json(directory / MODEL_MANIFEST).get("experts")
+    content = read_json(directory / MODEL_MANIFEST)
+    entries = _unit_entries(directory, content) if "units" in content else content.get("experts")
     if not isinstance(entries, list) or len(entries) != count:
         raise LayoutError(f"{directory / MODEL_MANIFEST} must list the checkpoint's {count} experts")
     if not all(isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries):
         raise LayoutError(f"{directory / MODEL_MANIFEST}: every expert needs an id")
     return entries
+
+
+def _unit_entries(directory: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The units as entries by index, where each is one expert of every layer; raises ``LayoutError``."""
+    path = directory / MODEL_MANIFEST
+    ownership = parse_ownership(content, experts_per_layer(read_json(directory / CONFIG_NAME)), str(path))
+    if not ownership.is_identity:
+        raise LayoutError(f"{path} gives several experts to a unit; packages hold one expert of every layer")
+    units = ownership.to_json()["units"]
+    return [{**unit, "index": index, "owner": unit["owner"] or PUBLIC["owner"]} for index, unit in enumerate(units)]
 
 
 def joint(record: Record) -> Record:
@@ -84,8 +99,14 @@ def joint_manifest(directory: Path, records: Mapping[str, Record], count: int) -
     public, *closed = expert_entries(directory, count)
     said = read_json(directory / MODEL_MANIFEST) if (directory / MODEL_MANIFEST).is_file() else {}
     digests = {expert: {"manifest_sha256": sha256(record.text)} for expert, record in records.items()}
-    entries = [{**entry, "router": "joint", **digests.get(entry["id"], {})} for entry in closed]
-    return {"format": "flexgate-model/1", **said, "strictly_separable": False, "experts": [public, *entries]}
+    entries = [{**_joint_entry(entry), **digests.get(entry["id"], {})} for entry in closed]
+    kept = {name: value for name, value in said.items() if name not in ("ownership", "units", "layers")}
+    return {**kept, "format": FORMATS["experts"], "strictly_separable": False, "experts": [public, *entries]}
+
+
+def _joint_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    grade = {"grade": "router"} if entry.get("grade") == "removed" else {}
+    return {**entry, "router": "joint", **grade}
 
 
 def strictly_separable(directory: Path) -> bool | None:

@@ -1,7 +1,6 @@
 """Reading a checkpoint directory far enough to refuse a bad one before vLLM starts."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,21 +9,13 @@ from typing import Any
 
 from flexgate.experts.checkpoint.configuration import ARCHITECTURES, read_architecture
 from flexgate.experts.checkpoint.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, expected_shapes
+from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, PUBLIC, Ownership, parse_ownership, unnamed
 from flexgate.experts.checkpoint.reader import open_weights, read_json
-from flexgate.experts.errors import LayoutError
+from flexgate.experts.errors import LayoutError, OwnershipInvalid
 from flexgate.experts.io.tensorfile import TensorFile
 from flexgate.experts.package.weights import MAX_ABSOLUTE
 from flexgate.kernels.gated_topk import MAX_UNITS
 from flexgate.server.engine.frontend.identity import FileIdentity, identities
-
-MANIFEST_NAME = "flexgate.json"
-PUBLIC_EXPERT = "public"
-IDENTITY = {
-    "id": "[a-z0-9][a-z0-9-]{0,62}",
-    "owner": "[A-Za-z0-9][A-Za-z0-9._-]{0,62}",
-    "domain": r"[^\x00-\x1f]{0,200}",
-}
-"""As the policy's catalogue takes them."""
 
 
 class CheckpointError(ValueError):
@@ -33,7 +24,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ExpertEntry:
-    """Who is behind one index of the checkpoint."""
+    """A unit as the catalogue names it: one expert, with an owner's id."""
 
     id: str
     owner: str
@@ -48,9 +39,15 @@ class Checkpoint:
 
     path: Path
     architecture: Architecture
-    experts: tuple[ExpertEntry, ...]
+    ownership: Ownership
     stored_dtype: str
     files: Mapping[str, FileIdentity]  # of all that lies in the directory, from before any of it was read
+
+    @property
+    def experts(self) -> tuple[ExpertEntry, ...]:
+        """The units by number; common weights without an owner are those of ``public``."""
+        units = self.ownership.units
+        return tuple(ExpertEntry(unit.id, unit.owner or PUBLIC, unit.domain, unit.required) for unit in units)
 
     @property
     def parameters_per_expert(self) -> int:
@@ -72,7 +69,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_UNITS}")
     with _open_weights(path) as tensors:
         stored_dtype = _check_headers(path, tensors, architecture)
-    return Checkpoint(path, architecture, _experts(path, architecture), stored_dtype, files)
+    return Checkpoint(path, architecture, _ownership(path, architecture), stored_dtype, files)
 
 
 def require_unchanged(checkpoint: Checkpoint) -> None:
@@ -168,32 +165,25 @@ def _check_shape(file: str, name: str, shape: tuple[int, ...], expected: dict[st
         raise CheckpointError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(expected[name])}")
 
 
-def _experts(path: Path, architecture: Architecture) -> tuple[ExpertEntry, ...]:
-    """The manifest's experts; without one, ``public`` and ``expert-1``, ``expert-2``, …"""
-    count = architecture.num_experts
-    if not (path / MANIFEST_NAME).is_file():
-        names = [PUBLIC_EXPERT, *(f"expert-{index}" for index in range(1, count))]
-        return tuple(ExpertEntry(name, "unknown", "unknown") for name in names)
-    manifest = path / MANIFEST_NAME
-    entries = read_object(manifest).get("experts")
-    if not isinstance(entries, list) or len(entries) != count:
-        raise CheckpointError(f"{manifest} must list the checkpoint's {count} experts")
-    experts = tuple(_entry(f"{manifest}: experts[{index}]", entry) for index, entry in enumerate(entries))
-    if experts[0].id != PUBLIC_EXPERT:
-        raise CheckpointError(f"{manifest}: expert 0 must be {PUBLIC_EXPERT!r}")
-    if len({expert.id for expert in experts}) != count:
-        raise CheckpointError(f"{manifest}: expert ids must be distinct")
-    return experts
+def _ownership(path: Path, architecture: Architecture) -> Ownership:
+    """The units of ``flexgate.json``; without one, ``public`` and ``expert-1``, ``expert-2``, …"""
+    experts_L = (architecture.num_experts,) * architecture.num_hidden_layers
+    manifest = path / OWNERSHIP_NAME
+    try:
+        if not manifest.is_file():
+            return unnamed(experts_L)
+        ownership = parse_ownership(read_object(manifest), experts_L, str(manifest))
+    except OwnershipInvalid as error:
+        raise CheckpointError(str(error)) from error
+    _require_served(ownership, manifest)
+    return ownership
 
 
-def _entry(where: str, entry: Any) -> ExpertEntry:
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"{where} must be an object with id, owner and domain")
-    for name, pattern in IDENTITY.items():
-        value = entry.get(name)
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise CheckpointError(f"{where}: {name} is {value!r:.80}, expected a string that matches {pattern}")
-    required = entry.get("required", False)
-    if not isinstance(required, bool):
-        raise CheckpointError(f"{where}: 'required' of {entry['id']!r} must be true or false")
-    return ExpertEntry(entry["id"], entry["owner"], entry["domain"], required)
+def _require_served(ownership: Ownership, manifest: Path) -> None:
+    """Refuse what a checkpoint may say and the engine does not gate."""
+    if ownership.kind == "none":
+        raise CheckpointError(
+            f"{manifest} says that ownership is 'none': a server gates by agreements of owners, and this model has none"
+        )
+    if not ownership.is_identity:
+        raise CheckpointError(f"{manifest} gives several experts to a unit; a server gates one expert for each unit")

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from flexgate.experts.checkpoint.layout import Architecture
+from flexgate.experts.checkpoint.ownership import unnamed
 from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
 from flexgate.server.engine.frontend.memory import SlotPlan, plan_slots
 
@@ -23,7 +24,7 @@ KV = 1000
 
 
 def planned(available: int, **options: Any) -> SlotPlan:
-    checkpoint = Checkpoint(Path("model"), ARCHITECTURE, (), "bfloat16", {})
+    checkpoint = Checkpoint(Path("model"), ARCHITECTURE, unnamed((4, 4)), "bfloat16", {})
     return plan_slots(checkpoint, dtype="bfloat16", kv_bytes=KV, available_bytes=available, **options)
 
 

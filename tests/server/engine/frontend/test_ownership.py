@@ -1,0 +1,102 @@
+"""A server reads both forms of `flexgate.json` alike, and refuses what it would not gate, before vLLM is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from enginekit.checkpoints import Shape, write_random
+
+from flexgate.experts.checkpoint.ownership import Ownership, Unit, parse_ownership
+from flexgate.experts.errors import LayoutError
+from flexgate.experts.package.provenance import expert_entries, joint_manifest
+from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from flexgate.server.experts.versions import UNSAID, merged_versions
+
+IDENTITY = bytes(range(4))
+UNITS = (
+    Unit("public", None, "the base model"),
+    Unit("news", "gazette", "news", "CC-BY-4.0", "removed"),
+    Unit("law", "chancery", "law", grade="shared", required=True),
+    Unit("math", "academy", "math"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random(tmp_path_factory.mktemp("whole"), Shape(layers=2, experts=4))
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def write(model: Path, content: dict[str, Any]) -> None:
+    (model / "flexgate.json").write_text(json.dumps(content))
+
+
+def entries(checkpoint: Checkpoint) -> list[tuple[str, str, str, bool]]:
+    return [(entry.id, entry.owner, entry.domain, entry.required) for entry in checkpoint.experts]
+
+
+def test_a_checkpoint_without_the_file_has_a_unit_for_each_expert(model: Path) -> None:
+    checkpoint = read_checkpoint(model)
+    assert checkpoint.ownership.unit_LE == (IDENTITY, IDENTITY)
+    assert entries(checkpoint) == [
+        (name, "unknown", "unknown", False) for name in ("public", "expert-1", "expert-2", "expert-3")
+    ]
+
+
+def test_both_forms_give_the_catalogue_the_same_experts(model: Path) -> None:
+    listed = [
+        {"id": "public", "owner": "public", "domain": "the base model"},
+        {"id": "news", "owner": "gazette", "domain": "news", "licence": "CC-BY-4.0", "grade": "removed"},
+        {"id": "law", "owner": "chancery", "domain": "law", "grade": "shared", "required": True},
+        {"id": "math", "owner": "academy", "domain": "math"},
+    ]
+    write(model, {"experts": listed})
+    one = read_checkpoint(model)
+    write(model, Ownership(UNITS, (IDENTITY, IDENTITY)).to_json())
+    two = read_checkpoint(model)
+    assert entries(one) == entries(two)
+    assert one.ownership.units[1:] == two.ownership.units[1:]
+    assert one.ownership.unit_LE == two.ownership.unit_LE == (IDENTITY, IDENTITY)
+    assert merged_versions(model, 4) == dict.fromkeys(("public", "news", "law", "math"), UNSAID)
+
+
+def test_a_unit_of_several_experts_is_not_served_as_if_it_had_one(model: Path) -> None:
+    """Expert 3 would be in slot 3, which no unit stands for."""
+    write(model, Ownership(UNITS[:3], (bytes((0, 1, 2, 2)),) * 2).to_json())
+    with pytest.raises(CheckpointError, match=r"flexgate.json gives several experts to a unit; a server gates one"):
+        read_checkpoint(model)
+    with pytest.raises(LayoutError, match=r"flexgate.json gives several experts to a unit; packages hold one expert"):
+        expert_entries(model, 4)
+
+
+def test_units_that_stand_elsewhere_in_a_layer_are_not_served(model: Path) -> None:
+    write(model, Ownership(UNITS, (IDENTITY, IDENTITY[::-1])).to_json())
+    with pytest.raises(CheckpointError, match="a server gates one expert for each unit"):
+        read_checkpoint(model)
+
+
+def test_a_model_without_owners_is_not_served_as_if_it_had_some(model: Path) -> None:
+    units = tuple(Unit(unit.id, None, unit.domain) for unit in UNITS)
+    write(model, Ownership(units, (IDENTITY, IDENTITY), "none").to_json())
+    with pytest.raises(CheckpointError, match="says that ownership is 'none'"):
+        read_checkpoint(model)
+
+
+def test_a_file_that_does_not_fit_the_weights_is_refused(model: Path) -> None:
+    write(model, Ownership(UNITS, (IDENTITY,) * 3).to_json())
+    with pytest.raises(CheckpointError, match="names layer 2; the checkpoint has layers 0 to 1"):
+        read_checkpoint(model)
+
+
+def test_units_whose_routers_are_trained_together_are_no_longer_removed(model: Path) -> None:
+    """What the tools write after that is the other form, and no grade in it promises more than is true."""
+    write(model, Ownership(UNITS, (IDENTITY, IDENTITY)).to_json())
+    ownership = parse_ownership(joint_manifest(model, {}, 4), (4, 4), "flexgate.json")
+    assert [unit.grade for unit in ownership.units] == ["unknown", "router", "shared", "unknown"]
+    assert ownership.units[1] == Unit("news", "gazette", "news", "CC-BY-4.0", "router")
