@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flexgate.experts.cli import evaluate, packages, remote, train
+from flexgate.experts.cli import assign, evaluate, packages, remote, train
 
 app = typer.Typer(
     name="experts",
@@ -27,6 +27,7 @@ for command in (
     packages.verify,
     packages.extract,
     packages.merge,
+    assign.assign,
     remote.add,
     remote.revoke,
 ):

@@ -1,8 +1,9 @@
-"""Writing so that what has its final name is whole and on the disk, and nothing is ever overwritten."""
+"""Writing so that what has its final name is whole and on the disk, and nothing is overwritten unasked."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -91,6 +92,25 @@ def write_new(path: Path, text: bytes, *, mode: int = 0o644) -> None:
     """A small new file, on the disk."""
     with new_file(path, mode=mode) as descriptor:
         write_all(descriptor, text)
+
+
+def write_whole(target: Path, text: bytes, *, replace: bool, mode: int = 0o644) -> None:
+    """A small file that is there whole or not at all, and on the disk.
+
+    Raises:
+        OutputRefused: the disk refused it, or something has this name already and ``replace`` is false.
+    """
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    write_new(partial, text, mode=mode)
+    try:
+        if not replace:
+            require_absent(target)
+        partial.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        raise OutputRefused(f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_all(descriptor: int, chunk: bytes | memoryview) -> None:

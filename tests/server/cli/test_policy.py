@@ -127,7 +127,7 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
         ("format: flexgate-policy/v2", "format: Input should be 'flexgate-policy/v1'"),
         (FORMAT + "tenant: []", "tenant: Extra inputs are not permitted"),
         (FORMAT + "tenants: []\ntenants: []", "'tenants' is given twice"),
-        (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not supported in policy files"),
+        (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not supported: write the value out"),
         (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "tenants: 'x' is given twice"),
         (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "tenant 'x' names the unknown expert 'zzz'"),
         (FORMAT + "tenants: !!python/object:os.system {}", "could not determine a constructor"),
