@@ -85,6 +85,11 @@ class Tenant(Document):
     archived: bool = False
 
 
+Grade = Literal["removed", "router", "shared", "unknown"]
+"""What excluding an expert excludes: all that was learnt from its data (`removed`); all but what a router has learnt
+that was trained with it (`router`), or shared weights that were trained or averaged with it (`shared`)."""
+
+
 class Expert(Document):
     """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it."""
 
@@ -94,6 +99,7 @@ class Expert(Document):
     live: bool = True
     visibility: Literal["listed", "hidden"] = "listed"
     required: bool = False
+    grade: Grade = "unknown"
 
 
 class ExpertSet(Document):

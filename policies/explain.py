@@ -8,6 +8,7 @@ from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
+from flexgate.policies.documents import Grade
 from flexgate.policies.entitlements import Context, entitlements
 from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.snapshot import Snapshot
@@ -16,13 +17,14 @@ from flexgate.policies.snapshot import Snapshot
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """One expert. Allowed: `permitted_by` names the agreements (for `public` the anchor rule) and
-    `until` when it ends (Unix seconds or `math.inf`). Not allowed: `refused` says why.
+    `until` when it ends (Unix seconds or `math.inf`). Not allowed: `refused` says why. `grade` is the expert's.
     """
 
     expert: ExpertId
     permitted_by: tuple[str, ...]
     until: float | None
     refused: Reason | None
+    grade: Grade
 
 
 def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> tuple[Explanation, ...]:
@@ -40,8 +42,9 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
             _permitting(snapshot, tenant, context, expert, now) if expert in entitled.lost_at else (),
             entitled.lost_at.get(expert),
             entitled.refused.get(expert),
+            document.grade,
         )
-        for expert in snapshot.experts
+        for expert, document in snapshot.experts.items()
         if expert not in hidden
     )
 

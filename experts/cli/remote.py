@@ -21,7 +21,7 @@ Key = Annotated[
     str, typer.Option(envvar="FLEXGATE_KEY", help="API key of an admin or of the expert's owner.", show_envvar=True)
 ]
 LOCAL = "http://127.0.0.1:8000"
-_COLUMNS = ("id", "owner", "domain", "live", "visibility", "slot", "allowed", "reason")
+_COLUMNS = ("id", "owner", "domain", "live", "visibility", "slot", "grade", "allowed", "reason")
 
 
 def add(

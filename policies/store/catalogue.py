@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flexgate.policies.documents import Expert
+from flexgate.policies.documents import Expert, Grade
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.change import Change
 
@@ -17,6 +17,7 @@ class ManifestExpert(NamedTuple):
     owner: str
     domain: str
     required: bool = False
+    grade: Grade = "unknown"
 
 
 def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: int) -> list[Expert]:

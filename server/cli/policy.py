@@ -92,7 +92,7 @@ def explain(
     if as_json:
         print_json(found)
     else:
-        print_table(("expert", "", "why"), [_row(explanation) for explanation in found], empty="no experts")
+        print_table(("expert", "", "grade", "why"), [_row(explanation) for explanation in found], empty="no experts")
 
 
 @administers(app)
@@ -133,12 +133,13 @@ def _change_row(change: Json) -> tuple[str, str, str, str]:
     return "change", change["kind"], change["id"], fields
 
 
-def _row(explanation: Json) -> tuple[str, str, str]:
+def _row(explanation: Json) -> tuple[str, str, str, str]:
+    expert, grade = explanation["expert"], explanation["grade"]
     if not explanation["allowed"]:
-        return explanation["expert"], "excluded", explanation["reason"]["message"]
+        return expert, "excluded", grade, explanation["reason"]["message"]
     until = explanation["until"]
     ends = "" if until is None else f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return explanation["expert"], "allowed", "by " + ", ".join(explanation["permitted_by"]) + ends
+    return expert, "allowed", grade, "by " + ", ".join(explanation["permitted_by"]) + ends
 
 
 def _difference_rows(differences: list[Json], unfiltered: dict[str, int]) -> list[tuple[str, str, str, str]]:

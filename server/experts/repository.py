@@ -7,6 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
+from flexgate.experts.checkpoint.ownership import ROUTER_GRADES
 from flexgate.experts.package.manifest import Manifest
 from flexgate.policies.documents import Expert
 from flexgate.policies.ids import ExpertId
@@ -132,11 +133,16 @@ def _put(change: Change, manifest: Manifest) -> None:
     known = change.get(Expert, manifest.id)
     if known is not None:
         _require_owner(known, manifest)
-    visibility = "listed" if known is None else known.visibility
-    domain = manifest.domain[:MAX_DOMAIN]
-    required = known is not None and known.required
     change.put(
-        Expert(id=manifest.id, owner=manifest.owner, domain=domain, live=True, visibility=visibility, required=required)
+        Expert(
+            id=manifest.id,
+            owner=manifest.owner,
+            domain=manifest.domain[:MAX_DOMAIN],
+            live=True,
+            visibility="listed" if known is None else known.visibility,
+            required=known is not None and known.required,
+            grade=ROUTER_GRADES[manifest.training.router],
+        )
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flexgate.policies.documents import Grade
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import Added, WeightsRepository
@@ -92,3 +93,5 @@ class Loaded(Protocol):
     def domain(self) -> str: ...
     @property
     def required(self) -> bool: ...
+    @property
+    def grade(self) -> Grade: ...

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from flexgate.policies.documents import Grade
 from flexgate.server.http.schemas import Reason, Shown
 from flexgate.server.http.validation import Closed
 
@@ -51,24 +52,26 @@ class WriteQuery(Closed):
 
 
 class ExpertForTenant(Shown):
-    """An expert that is listed for the project, and whether it may use it."""
+    """An expert that is listed for the project, and whether it may use it. `grade`: what excluding it excludes."""
 
     id: str
     object: Literal["expert"] = "expert"
     owner: str
     domain: str
+    grade: Grade
     live: bool
     allowed: bool
     reason: Reason | None
 
 
 class ExpertForOperator(Shown):
-    """An expert of the catalogue, and the slot that it is loaded in."""
+    """An expert of the catalogue, and the slot that it is loaded in. `grade`: what excluding it excludes."""
 
     id: str
     object: Literal["expert"] = "expert"
     owner: str
     domain: str
+    grade: Grade
     live: bool
     visibility: Literal["listed", "hidden"]
     slot: int | None

@@ -78,9 +78,11 @@ def attribution_object(
 
 
 def _part(snapshot: Snapshot, expert: ExpertId, use: Use | None, mass: float, share: int) -> dict[str, Any]:
+    document = snapshot.experts[expert]
     return {
         "id": expert,
-        "owner": snapshot.experts[expert].owner,
+        "owner": document.owner,
+        "grade": document.grade,
         "gate_mass": mass,
         "share_ppm": share,
         "tokens": 0 if use is None else use.tokens,

@@ -76,5 +76,5 @@ def _manifest(experts: Iterable[Loaded]) -> list[ManifestExpert]:
         id_ = owner_id(expert.owner)
         if names.setdefault(id_, expert.owner) != expert.owner:
             raise ManifestRefused(f"the manifest's owners {names[id_]!r} and {expert.owner!r} have the same id {id_!r}")
-        entries.append(ManifestExpert(expert.id, id_, expert.domain, expert.required))
+        entries.append(ManifestExpert(expert.id, id_, expert.domain, expert.required, expert.grade))
     return entries

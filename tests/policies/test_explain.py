@@ -32,6 +32,7 @@ def test_allowed_experts_name_their_agreements_and_others_their_reason(world, is
     assert explained["news"].permitted_by == ("agreement/one@1", "agreement/two@1")
     assert (explained["news"].until, explained["public"].until) == (2000.0, math.inf)
     assert explained["math"].refused.code == "no_agreement"
+    assert {e.grade for e in explained.values()} == {"unknown"}
     assert (explained["math"].until, explained["math"].permitted_by) == (None, ())
 
 

@@ -25,6 +25,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
 
 EXPERTS = {"public": "commons", "news": "gazette", "math": "academy", "secret": "vault"}
+GRADES: dict[str, Any] = {"news": "removed", "math": "router"}
 
 
 def key(secret: str, role: Role = Role.TENANT, **values: Any) -> KeyRecord:
@@ -56,7 +57,12 @@ def build_snapshot(version: int = 7) -> Snapshot:
     return Snapshot.build(
         policy_version=version,
         experts=[
-            Expert(id=id_, owner=owner, visibility="hidden" if id_ == "secret" else "listed")
+            Expert(
+                id=id_,
+                owner=owner,
+                visibility="hidden" if id_ == "secret" else "listed",
+                grade=GRADES.get(id_, "unknown"),
+            )
             for id_, owner in EXPERTS.items()
         ],
         tenants=TENANTS,

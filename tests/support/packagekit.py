@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from flexgate.experts.package.write import write_package
 
 ONE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
 Tensors = dict[str, torch.Tensor]
+Router = Literal["own", "joint", "unknown"]
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> Tensors:
@@ -66,9 +68,9 @@ def bit_equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def statement(expert: str, owner: str = "acme", version: int = 1) -> Statement:
+def statement(expert: str, owner: str = "acme", version: int = 1, router: Router = "own") -> Statement:
     """What an owner writes."""
-    training = Training(data="random", router="own")
+    training = Training(data="random", router=router)
     return Statement(id=expert, version=version, owner=owner, domain=f"{expert} texts", training=training)
 
 
@@ -82,11 +84,12 @@ def make_package(
     seed: int = 7,
     biased: bool = False,
     version: int = 1,
+    router: Router = "own",
 ) -> tuple[Manifest, Tensors]:
     """A package of random tensors for the base model of ``anchor``."""
     base = base_identity(anchor)
     tensors = random_tensors(package_shapes(base.architecture, biased=biased), seed, DTYPES[base.dtype])
-    manifest = write_package(target, statement(expert, owner, version), base, layers_of(tensors), key=key)
+    manifest = write_package(target, statement(expert, owner, version, router), base, layers_of(tensors), key=key)
     return manifest, tensors
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from flexgate.policies.documents import Grade
 from flexgate.policies.explain import Explanation
 from flexgate.policies.simulate import Difference, Replay
 from flexgate.policies.store.gitops import Plan, PolicyFile
@@ -65,9 +66,10 @@ class RollBack(Closed):
 
 
 class ExplanationObject(Shown):
-    """One expert. `until` is in Unix seconds, and null where nothing ends it."""
+    """One expert. `until` is in Unix seconds, and null where nothing ends it. `grade`: what excluding it excludes."""
 
     expert: str
+    grade: Grade
     allowed: bool
     permitted_by: list[str]
     until: int | None
@@ -162,6 +164,7 @@ def explanation_object(explanation: Explanation) -> ExplanationObject:
     until = explanation.until
     return ExplanationObject(
         expert=explanation.expert,
+        grade=explanation.grade,
         allowed=explanation.refused is None,
         permitted_by=list(explanation.permitted_by),
         until=None if until is None or until == math.inf else int(until),

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexgate.experts.checkpoint.configuration import ARCHITECTURES, read_architecture
 from flexgate.experts.checkpoint.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, expected_shapes
-from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, PUBLIC, Ownership, parse_ownership, unnamed
+from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, PUBLIC, Grade, Ownership, parse_ownership, unnamed
 from flexgate.experts.checkpoint.reader import open_weights, read_json
 from flexgate.experts.errors import LayoutError, OwnershipInvalid
 from flexgate.experts.io.tensorfile import TensorFile
@@ -31,6 +31,7 @@ class ExpertEntry:
     domain: str
     required: bool = False
     """Whether every request uses it, whatever its tenant may leave out."""
+    grade: Grade = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,9 @@ class Checkpoint:
     def experts(self) -> tuple[ExpertEntry, ...]:
         """The units by number; common weights without an owner are those of ``public``."""
         units = self.ownership.units
-        return tuple(ExpertEntry(unit.id, unit.owner or PUBLIC, unit.domain, unit.required) for unit in units)
+        return tuple(
+            ExpertEntry(unit.id, unit.owner or PUBLIC, unit.domain, unit.required, unit.grade) for unit in units
+        )
 
     @property
     def parameters_per_expert(self) -> int:

@@ -12,6 +12,7 @@ from openai.types.responses import FunctionTool, ResponseFunctionToolCall, Respo
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
 
+from flexgate.policies.documents import Grade
 from flexgate.server.engine.seam.openai import (
     ChatCompletionResponse,
     ChatCompletionStreamResponse,
@@ -30,10 +31,14 @@ _Positive = Annotated[int, Field(ge=1)]
 
 
 class ExpertShare(Shown):
-    """One expert's part in an answer. `tokens` counts positions where it was chosen in at least one layer."""
+    """One expert's part in an answer. `tokens` counts positions where it was chosen in at least one layer.
+
+    `grade` says what excluding it excludes.
+    """
 
     id: str
     owner: str
+    grade: Grade
     gate_mass: float
     share_ppm: int
     tokens: int

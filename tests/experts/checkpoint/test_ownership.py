@@ -4,7 +4,7 @@ import json
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -22,6 +22,7 @@ from flexgate.experts.checkpoint.ownership import (
 )
 from flexgate.experts.errors import OwnershipInvalid
 from flexgate.kernels import gated_topk
+from flexgate.policies import documents
 
 WHERE = "model/flexgate.json"
 DENSE = (4, 0, 4, 4)
@@ -282,6 +283,10 @@ def test_what_reads_the_file_is_not_asked_to_check_it_again() -> None:
 
 def test_units_are_those_that_a_gate_can_name() -> None:
     assert gated_topk.MAX_UNITS == MAX_UNITS
+
+
+def test_grades_are_those_of_the_catalogue() -> None:
+    assert get_args(documents.Grade) == GRADES
 
 
 def test_the_file_that_ships_with_the_demo_is_read() -> None:

@@ -68,6 +68,14 @@ def test_a_start_that_another_servers_change_overtook_is_refused(empty):
     assert empty.version() == 0
 
 
+def test_the_grade_is_what_the_checkpoint_says_now(store):
+    """A new one that says less must not keep the old one's promise."""
+    for grade in ("removed", "shared", "unknown"):
+        with store.change(actor="start", at=9.0) as change:
+            put_catalogue(change, [PUBLIC, NEWS._replace(grade=grade)], epoch=1)
+        assert store.snapshot().experts["news"].grade == grade
+
+
 def test_a_required_expert_stays_required_also_when_it_is_gone(store):
     safe = ManifestExpert("safe", "lab", "safety", required=True)
     for manifest in ([PUBLIC, safe], [PUBLIC], [PUBLIC, safe._replace(required=False)]):

@@ -90,11 +90,20 @@ async def test_an_owner_sees_and_ends_its_own_agreements_only(call: Any) -> None
 
 async def test_an_owner_sees_its_own_experts_only(call: Any) -> None:
     listed = (await call("sk-owner", "GET", "/v1/experts")).json()["data"]
-    assert [expert["id"] for expert in listed] == ["news"]
+    assert [(expert["id"], expert["grade"]) for expert in listed] == [("news", "removed")]
     answers = [await call("sk-owner", "GET", f"/v1/experts/{name}") for name in ("math", "secret", "nonsense")]
     assert answers[0].status_code == 404
     assert same(answers[0], answers[1])
     assert same(answers[0], answers[2])
+
+
+async def test_a_tenant_reads_what_excluding_an_expert_excludes(call: Any) -> None:
+    """Wherever an exclusion is shown: in the list, and where it is explained."""
+    expected = {"public": "unknown", "news": "removed", "math": "router"}
+    listed = (await call("sk-t", "GET", "/v1/experts")).json()["data"]
+    assert {expert["id"]: expert["grade"] for expert in listed} == expected
+    explained = (await call("sk-t", "GET", "/v1/policy/explain")).json()["experts"]
+    assert {expert["expert"]: expert["grade"] for expert in explained} == expected
 
 
 async def test_an_owner_cannot_tell_others_experts_from_nonsense(call: Any) -> None:

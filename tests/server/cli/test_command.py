@@ -136,8 +136,8 @@ async def test_the_experts_of_a_server_are_listed_in_columns(urls: tuple[str, st
 
     shown = await asyncio.to_thread(listed, "sk-owner")
     assert [line.split() for line in shown] == [
-        ["id", "owner", "domain", "live", "visibility", "slot"],
-        ["news", "gazette", "yes", "listed", "1"],
+        ["id", "owner", "domain", "live", "visibility", "slot", "grade"],
+        ["news", "gazette", "yes", "listed", "1", "removed"],
     ]
     assert shown[0].index("owner") == shown[1].index("gazette")
 

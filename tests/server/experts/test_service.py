@@ -38,7 +38,21 @@ async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
     assert here.client.published[-1] == ("public", "news", "math")
     snapshot = here.store.snapshot()
     assert snapshot.experts["math"].live  # type: ignore[index]
+    assert snapshot.experts["math"].grade == "removed"  # type: ignore[index]
     assert not snapshot.agreements
+
+
+async def test_the_grade_of_an_added_expert_is_that_of_its_router(here: Local, tmp_path: Path, anchor: Path) -> None:
+    """An expert whose router row was trained beside others' is not all that excluding it would have to remove."""
+    await here.add(package(tmp_path, anchor, "joint", router="joint"))
+    await here.add(package(tmp_path, anchor, "unsaid", router="unknown"))
+    experts = here.store.snapshot().experts
+    assert {str(id_): expert.grade for id_, expert in experts.items()} == {
+        "public": "unknown",
+        "news": "unknown",
+        "joint": "router",
+        "unsaid": "unknown",
+    }
 
 
 async def test_a_copy_that_the_disk_has_no_room_for_is_refused_before_it_is_written(

@@ -34,12 +34,20 @@ def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(snapshot: 
             {
                 "id": "public",
                 "owner": "commons",
+                "grade": "unknown",
                 "gate_mass": 3.0,
                 "share_ppm": 750_000,
                 "tokens": 4,
             },
-            {"id": "news", "owner": "gazette", "gate_mass": 1.0, "share_ppm": 250_000, "tokens": 2},
-            {"id": "math", "owner": "academy", "gate_mass": 0.0, "share_ppm": 0, "tokens": 0},
+            {
+                "id": "news",
+                "owner": "gazette",
+                "grade": "removed",
+                "gate_mass": 1.0,
+                "share_ppm": 250_000,
+                "tokens": 2,
+            },
+            {"id": "math", "owner": "academy", "grade": "router", "gate_mass": 0.0, "share_ppm": 0, "tokens": 0},
         ],
     }
 
