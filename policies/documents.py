@@ -91,10 +91,13 @@ that was trained with it (`router`), or shared weights that were trained or aver
 
 
 class Expert(Document):
-    """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it."""
+    """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it.
+
+    One without an owner needs no agreement, and no agreement can name it: projects' lists alone decide.
+    """
 
     id: ExpertIdField
-    owner: OwnerIdField
+    owner: OwnerIdField | None
     domain: Annotated[str, Field(max_length=200)] = ""
     live: bool = True
     visibility: Literal["listed", "hidden"] = "listed"

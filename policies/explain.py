@@ -16,7 +16,7 @@ from flexgate.policies.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One expert. Allowed: `permitted_by` names the agreements (for `public` the anchor rule) and
+    """One expert. Allowed: `permitted_by` names the agreements (for `public` `anchor`, without an owner `unowned`) and
     `until` when it ends (Unix seconds or `math.inf`). Not allowed: `refused` says why. `grade` is the expert's.
     """
 
@@ -54,6 +54,8 @@ def _permitting(
 ) -> tuple[str, ...]:
     if expert == PUBLIC:
         return ("anchor",)
+    if snapshot.experts[expert].owner is None:
+        return ("unowned",)
     agreements: list[CompiledAgreement] = []
     for of_one in (snapshot.agreements[name] for name in tenant.assignees if name in snapshot.agreements):
         agreements += (*of_one.unlimited.get(expert, ()), *of_one.limited.get(expert, ()))

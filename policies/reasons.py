@@ -19,9 +19,12 @@ _once = lru_cache(maxsize=16_384)
 
 
 class Standard(NamedTuple):
-    """The reasons that depend on the expert alone, made before they are needed."""
+    """The reasons that depend on the expert alone, made before they are needed.
 
-    no_agreement: Reason
+    `no_agreement` is None for an expert without an owner, which needs none.
+    """
+
+    no_agreement: Reason | None
     not_on_allow_list: Reason
     on_deny_list: Reason
     not_live: Reason
@@ -29,7 +32,8 @@ class Standard(NamedTuple):
 
 def standard(expert: Expert) -> Standard:
     id_ = expert.id
-    return Standard(no_agreement(id_, expert.owner), not_on_allow_list(id_), on_deny_list(id_), not_live(id_))
+    missing = None if expert.owner is None else no_agreement(id_, expert.owner)
+    return Standard(missing, not_on_allow_list(id_), on_deny_list(id_), not_live(id_))
 
 
 def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
@@ -53,7 +57,7 @@ def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
 
 
 @_once
-def no_agreement(expert: ExpertId, owner: OwnerId) -> Reason:
+def no_agreement(expert: ExpertId, owner: OwnerId | None) -> Reason:
     return Reason(
         expert,
         "no_agreement",

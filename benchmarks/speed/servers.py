@@ -14,11 +14,12 @@ from pathlib import Path
 
 from live_server import free_port
 
+from flexgate.experts.checkpoint.ownership import Unit
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.frontend.checkpoint import ExpertEntry, read_checkpoint
+from flexgate.server.engine.frontend.checkpoint import read_checkpoint
 from flexgate.server.lifecycle.seed import prepare
 
 KEY = "sk-bench"
@@ -125,10 +126,10 @@ def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 def _seed(database: str, model: Path, expected: Sequence[str]) -> None:
     store = Store.open(database)
     now = time.time()
-    experts = (*read_checkpoint(model).experts, *(ExpertEntry(id_, "unknown", "unknown") for id_ in expected))
+    experts = (*read_checkpoint(model).experts, *(Unit(id_, "unknown", "unknown") for id_ in expected))
     prepare(store, experts, epoch=1, at=now)
     with store.change(actor="bench", at=now) as change:
-        for owner in sorted({expert.owner for expert in experts if expert.id != PUBLIC}):
+        for owner in sorted({expert.owner for expert in experts if expert.id != PUBLIC and expert.owner is not None}):
             named = [expert.id for expert in experts if expert.owner == owner and expert.id != PUBLIC]
             terms = {"id": f"all-{owner}", "owner": owner, "experts": named, "assignee": "everyone", "effect": "permit"}
             change.put(Agreement.model_validate(terms))

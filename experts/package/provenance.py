@@ -83,8 +83,8 @@ def _unit_entries(directory: Path, content: Mapping[str, Any]) -> list[dict[str,
     ownership = parse_ownership(content, experts_per_layer(read_json(directory / CONFIG_NAME)), str(path))
     if not ownership.is_identity:
         raise LayoutError(f"{path} gives several experts to a unit; packages hold one expert of every layer")
-    units = ownership.to_json()["units"]
-    return [{**unit, "index": index, "owner": unit["owner"] or PUBLIC["owner"]} for index, unit in enumerate(units)]
+    common, *others = ownership.to_json()["units"]
+    return [{**common, "owner": common["owner"] or PUBLIC["owner"]}, *others]
 
 
 def joint(record: Record) -> Record:
@@ -98,22 +98,27 @@ def joint_manifest(directory: Path, records: Mapping[str, Record], count: int) -
     """``flexgate.json`` of the checkpoint ``directory`` after its routers were trained together."""
     public, *closed = expert_entries(directory, count)
     said = read_json(directory / MODEL_MANIFEST) if (directory / MODEL_MANIFEST).is_file() else {}
+    if "units" in said:
+        common, *owned = said["units"]
+        return {**said, "units": [common, *({**unit, **_joint_grade(unit)} for unit in owned)]}
     digests = {expert: {"manifest_sha256": sha256(record.text)} for expert, record in records.items()}
-    entries = [{**_joint_entry(entry), **digests.get(entry["id"], {})} for entry in closed]
-    kept = {name: value for name, value in said.items() if name not in ("ownership", "units", "layers")}
-    return {**kept, "format": FORMATS["experts"], "strictly_separable": False, "experts": [public, *entries]}
+    entries = [{**entry, "router": "joint", **_joint_grade(entry), **digests.get(entry["id"], {})} for entry in closed]
+    return {"format": FORMATS["experts"], **said, "strictly_separable": False, "experts": [public, *entries]}
 
 
-def _joint_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    grade = {"grade": "router"} if entry.get("grade") == "removed" else {}
-    return {**entry, "router": "joint", **grade}
+def _joint_grade(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"grade": "router"} if entry.get("grade") == "removed" else {}
 
 
 def strictly_separable(directory: Path) -> bool | None:
     """Whether taking an expert out gives the model that never had it; None where the checkpoint does not say."""
     if not (directory / MODEL_MANIFEST).is_file():
         return None
-    said = read_json(directory / MODEL_MANIFEST).get("strictly_separable")
+    content = read_json(directory / MODEL_MANIFEST)
+    if "units" in content:
+        grades = {unit.get("grade") for unit in content["units"][1:]}
+        return False if grades & {"router", "shared"} else True if grades <= {"removed"} else None
+    said = content.get("strictly_separable")
     return said if isinstance(said, bool) else None
 
 

@@ -14,7 +14,7 @@ class ManifestExpert(NamedTuple):
     """One expert of the checkpoint's manifest."""
 
     id: str
-    owner: str
+    owner: str | None
     domain: str
     required: bool = False
     grade: Grade = "unknown"

@@ -81,8 +81,13 @@ def check_remove(connection: Connection, kind: type[Document], id_: str) -> None
 
 def _check_agreement(connection: Connection, agreement: Agreement) -> None:
     for reference in sorted(agreement.experts):
-        foreign = _owners(connection, f"agreement {agreement.id!r}", reference) - {agreement.owner}
-        if foreign:
+        owners = _owners(connection, f"agreement {agreement.id!r}", reference)
+        if None in owners:
+            raise ChangeRefused(
+                f"agreement {agreement.id!r} names {reference!r}, which has no owner who could permit or prohibit it: "
+                "leave it out; the projects' lists of experts decide about it"
+            )
+        if foreign := {owner for owner in owners if owner is not None} - {agreement.owner}:
             raise ChangeRefused(
                 f"agreement {agreement.id!r} of owner {agreement.owner!r} names {reference!r}, which belongs "
                 f"to {min(foreign)!r}: name the owner's own experts only"
@@ -114,7 +119,7 @@ def _references(tenant: Tenant) -> list[str]:
     return sorted(named)
 
 
-def _owners(connection: Connection, who: str, reference: str) -> set[str]:
+def _owners(connection: Connection, who: str, reference: str) -> set[str | None]:
     if not reference.startswith("set:"):
         return {_owner(connection, who, reference)}
     members = read_one(connection, ExpertSet, reference)
@@ -123,7 +128,7 @@ def _owners(connection: Connection, who: str, reference: str) -> set[str]:
     return {_owner(connection, who, expert) for expert in members.experts}
 
 
-def _owner(connection: Connection, who: str, expert_id: str) -> str:
+def _owner(connection: Connection, who: str, expert_id: str) -> str | None:
     expert = read_one(connection, Expert, expert_id)
     if expert is None:
         raise unknown(who, "expert", expert_id, read_all(connection, Expert))

@@ -46,7 +46,7 @@ def seed(store: Store, experts: Iterable[ManifestExpert], *, epoch: int, at: flo
 
 
 def _put_first(change: Change, catalogue: list[Expert]) -> None:
-    for owner in sorted({expert.owner for expert in catalogue if expert.id != PUBLIC}):
+    for owner in sorted({expert.owner for expert in catalogue if expert.id != PUBLIC and expert.owner is not None}):
         change.put(_open_agreement(owner, catalogue))
     for secret, values in _TENANTS.items():
         tenant = Tenant.model_validate(values | _CONTEXT | {"quota": _QUOTA})

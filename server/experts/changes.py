@@ -145,7 +145,7 @@ def _may_revoke(principal: Principal, snapshot: Snapshot, expert: str) -> bool:
     known = snapshot.experts.get(ExpertId(expert))
     if principal.role is Role.ADMIN:
         return True
-    return known is not None and known.owner == principal.owner_id
+    return known is not None and known.owner is not None and known.owner == principal.owner_id
 
 
 def _unknown() -> NotFound:

@@ -56,7 +56,7 @@ class ExpertForTenant(Shown):
 
     id: str
     object: Literal["expert"] = "expert"
-    owner: str
+    owner: str | None
     domain: str
     grade: Grade
     live: bool
@@ -69,7 +69,7 @@ class ExpertForOperator(Shown):
 
     id: str
     object: Literal["expert"] = "expert"
-    owner: str
+    owner: str | None
     domain: str
     grade: Grade
     live: bool

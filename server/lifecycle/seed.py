@@ -71,10 +71,14 @@ def owner_id(name: str) -> str:
 
 def _manifest(experts: Iterable[Loaded]) -> list[ManifestExpert]:
     names: dict[str, str] = {}
-    entries = []
-    for expert in experts:
-        id_ = owner_id(expert.owner)
-        if names.setdefault(id_, expert.owner) != expert.owner:
-            raise ManifestRefused(f"the manifest's owners {names[id_]!r} and {expert.owner!r} have the same id {id_!r}")
-        entries.append(ManifestExpert(expert.id, id_, expert.domain, expert.required, expert.grade))
-    return entries
+    return [ManifestExpert(e.id, _one_id(e.owner, names), e.domain, e.required, e.grade) for e in experts]
+
+
+def _one_id(owner: str | None, names: dict[str, str]) -> str | None:
+    """The id of an owner, where no other of `names` has it; `names` gets it."""
+    if owner is None:
+        return None
+    id_ = owner_id(owner)
+    if names.setdefault(id_, owner) != owner:
+        raise ManifestRefused(f"the manifest's owners {names[id_]!r} and {owner!r} have the same id {id_!r}")
+    return id_

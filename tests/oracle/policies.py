@@ -63,7 +63,8 @@ def entitled(world, tenant, purpose, region, now):
         named = expert["id"] in expand(tenant["expert_ids"], world["sets"])
         listed = named == (tenant["mode"] == "allow_list") or expert["required"]
         anchor = expert["id"] == "public"
-        licensed = anchor or (permits and not forbids and listed)
+        unowned = expert["owner"] is None
+        licensed = anchor or ((unowned or (permits and not forbids)) and listed)
         if licensed and expert["live"] and not hidden(expert, tenant, world["sets"]):
             gate.add(expert["id"])
     return gate

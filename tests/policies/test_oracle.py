@@ -28,12 +28,12 @@ def _answer(make, *arguments):
     return (set(decision.allowed), set(excluded)), decision.valid_until
 
 
-def _compare(oracle, worlds, rng, decisions, per_world):
+def _compare(oracle, make_world, worlds, rng, decisions, per_world):
     """Compare that many decisions; returns how often each outcome came up."""
     outcomes = Counter()
     cache = DecisionCache()
     while outcomes.total() < decisions:
-        world = worlds.random_world(rng)
+        world = make_world(rng)
         snapshot = worlds.snapshot_of(world)
         for _ in range(per_world):
             who = rng.choice(["t0", "t0", "t1", "t2"])
@@ -51,8 +51,9 @@ def _compare(oracle, worlds, rng, decisions, per_world):
     return outcomes
 
 
-def _check(oracle, worlds, seed, decisions):
-    outcomes = _compare(oracle, worlds, random.Random(seed), decisions, per_world=25)
+def _check(oracle, worlds, seed, decisions, make_world=None):
+    make_world = make_world or worlds.random_world
+    outcomes = _compare(oracle, make_world, worlds, random.Random(seed), decisions, per_world=25)
     for kind in (
         "finite",
         "lasting",
@@ -69,6 +70,11 @@ def _check(oracle, worlds, seed, decisions):
 
 def test_random_decisions_agree_with_the_oracle(oracle, worlds):
     _check(oracle, worlds, seed=20_261_123, decisions=10_000)
+
+
+def test_experts_without_an_owner_are_decided_as_the_oracle_says(oracle, worlds):
+    """Projects' lists alone decide about them, whatever agreements name them."""
+    _check(oracle, worlds, 4, 3_000, lambda rng: worlds.disown(rng, worlds.random_world(rng)))
 
 
 @pytest.mark.slow

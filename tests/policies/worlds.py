@@ -46,6 +46,14 @@ def random_world(rng: random.Random) -> World:
     return {"experts": experts, "sets": sets, "tenants": tenants, "agreements": agreements}
 
 
+def disown(rng: random.Random, world: World) -> World:
+    """Take the owners of some experts away; agreements go on naming them."""
+    for expert in world["experts"]:
+        if rng.random() < 0.3:
+            expert["owner"] = None
+    return world
+
+
 def tenant(rng: random.Random, id_: str) -> dict[str, Any]:
     names = IDS[1:] + SETS
     return {

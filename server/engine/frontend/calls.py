@@ -28,7 +28,7 @@ class ExpertInfo:
     """A loaded expert, as operators see it."""
 
     id: str
-    owner: str
+    owner: str | None
     domain: str
     slot: int
     slot_epoch: int

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexgate.experts.checkpoint.configuration import ARCHITECTURES, read_architecture
 from flexgate.experts.checkpoint.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, expected_shapes
-from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, PUBLIC, Grade, Ownership, parse_ownership, unnamed
+from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, Ownership, Unit, parse_ownership, unnamed
 from flexgate.experts.checkpoint.reader import open_weights, read_json
 from flexgate.experts.errors import LayoutError, OwnershipInvalid
 from flexgate.experts.io.tensorfile import TensorFile
@@ -23,18 +23,6 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertEntry:
-    """A unit as the catalogue names it: one expert, with an owner's id."""
-
-    id: str
-    owner: str
-    domain: str
-    required: bool = False
-    """Whether every request uses it, whatever its tenant may leave out."""
-    grade: Grade = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model directory that may be loaded."""
 
@@ -45,12 +33,9 @@ class Checkpoint:
     files: Mapping[str, FileIdentity]  # of all that lies in the directory, from before any of it was read
 
     @property
-    def experts(self) -> tuple[ExpertEntry, ...]:
-        """The units by number; common weights without an owner are those of ``public``."""
-        units = self.ownership.units
-        return tuple(
-            ExpertEntry(unit.id, unit.owner or PUBLIC, unit.domain, unit.required, unit.grade) for unit in units
-        )
+    def experts(self) -> tuple[Unit, ...]:
+        """The units by number, as the catalogue names them."""
+        return self.ownership.units
 
     @property
     def parameters_per_expert(self) -> int:
@@ -178,15 +163,6 @@ def _ownership(path: Path, architecture: Architecture) -> Ownership:
         ownership = parse_ownership(read_object(manifest), experts_L, str(manifest))
     except OwnershipInvalid as error:
         raise CheckpointError(str(error)) from error
-    _require_served(ownership, manifest)
-    return ownership
-
-
-def _require_served(ownership: Ownership, manifest: Path) -> None:
-    """Refuse what a checkpoint may say and the engine does not gate."""
-    if ownership.kind == "none":
-        raise CheckpointError(
-            f"{manifest} says that ownership is 'none': a server gates by agreements of owners, and this model has none"
-        )
     if not ownership.is_identity:
         raise CheckpointError(f"{manifest} gives several experts to a unit; a server gates one expert for each unit")
+    return ownership

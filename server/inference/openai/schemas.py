@@ -37,7 +37,7 @@ class ExpertShare(Shown):
     """
 
     id: str
-    owner: str
+    owner: str | None
     grade: Grade
     gate_mass: float
     share_ppm: int

@@ -68,6 +68,17 @@ def test_a_start_that_another_servers_change_overtook_is_refused(empty):
     assert empty.version() == 0
 
 
+def test_an_expert_that_loses_its_owner_is_refused_while_an_agreement_names_it(store):
+    """The permission would end, and every project's list would open the expert instead."""
+    with store.change(actor="a", at=8.0) as change:
+        terms = {"id": "g", "owner": "wire", "experts": ["news"], "assignee": "everyone", "effect": "permit"}
+        change.put(Agreement.model_validate(terms))
+    said = "agreement 'g' names 'news' with its present owner: change that first"
+    with pytest.raises(ChangeRefused, match=said), store.change(actor="start", at=9.0) as change:
+        put_catalogue(change, [PUBLIC, NEWS._replace(owner=None)], epoch=1)
+    assert store.snapshot().experts["news"].owner == "wire"
+
+
 def test_the_grade_is_what_the_checkpoint_says_now(store):
     """A new one that says less must not keep the old one's promise."""
     for grade in ("removed", "shared", "unknown"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from flexgate.policies.documents import Role
+from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.http.auth import authenticate
 from flexgate.server.lifecycle.seed import (
@@ -20,15 +20,7 @@ from flexgate.server.lifecycle.seed import (
     prepare_demo,
 )
 
-
-class Entry(NamedTuple):
-    id: str
-    owner: str
-    domain: str
-    required: bool = False
-
-
-EXPERTS = [Entry("public", "commons", "all"), Entry("news", "gazette", "news")]
+EXPERTS = [ManifestExpert("public", "commons", "all"), ManifestExpert("news", "gazette", "news")]
 
 
 @pytest.fixture
@@ -86,7 +78,7 @@ def test_an_owners_name_becomes_an_id(name: str, id_: str) -> None:
 
 @pytest.mark.parametrize("owners", [("The Press", "the press"), ("the-press", "The Press"), ("!", "x")])
 def test_owners_that_cannot_be_told_apart_are_refused(store: Store, owners: tuple[str, str]) -> None:
-    experts = [EXPERTS[0], Entry("news", owners[0], ""), Entry("math", owners[1], "")]
+    experts = [EXPERTS[0], ManifestExpert("news", owners[0], ""), ManifestExpert("math", owners[1], "")]
     with pytest.raises(ManifestRefused):
         prepare(store, experts, epoch=1, at=time.time())
     with pytest.raises(ManifestRefused):

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from enginekit.checkpoints import Shape, write_random
 
-from flexgate.experts.checkpoint.ownership import Ownership, Unit, parse_ownership
+from flexgate.experts.checkpoint.ownership import Grade, Ownership, Unit
 from flexgate.experts.errors import LayoutError
-from flexgate.experts.package.provenance import expert_entries, joint_manifest
+from flexgate.experts.package.provenance import expert_entries, joint_manifest, strictly_separable
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.documents import Tenant
+from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from flexgate.server.experts.versions import UNSAID, merged_versions
+from flexgate.server.lifecycle.seed import prepare
 
 IDENTITY = bytes(range(4))
 UNITS = (
@@ -38,7 +44,7 @@ def write(model: Path, content: dict[str, Any]) -> None:
 
 
 def entries(checkpoint: Checkpoint) -> list[tuple[str, str, str, bool]]:
-    return [(entry.id, entry.owner, entry.domain, entry.required) for entry in checkpoint.experts]
+    return [(unit.id, unit.owner or "public", unit.domain, unit.required) for unit in checkpoint.experts]
 
 
 def test_a_checkpoint_without_the_file_has_a_unit_for_each_expert(model: Path) -> None:
@@ -81,11 +87,19 @@ def test_units_that_stand_elsewhere_in_a_layer_are_not_served(model: Path) -> No
         read_checkpoint(model)
 
 
-def test_a_model_without_owners_is_not_served_as_if_it_had_some(model: Path) -> None:
+def test_units_of_a_model_without_owners_are_gated_by_projects_lists_alone(model: Path, tmp_path: Path) -> None:
     units = tuple(Unit(unit.id, None, unit.domain) for unit in UNITS)
     write(model, Ownership(units, (IDENTITY, IDENTITY), "none").to_json())
-    with pytest.raises(CheckpointError, match="says that ownership is 'none'"):
-        read_checkpoint(model)
+    store = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
+    prepare(store, read_checkpoint(model).experts, epoch=1, at=1.0)
+    with store.change(actor="test", at=2.0) as change:
+        change.put(Tenant(id="new", name="new"))
+        change.put(Tenant(id="law", name="law", expert_ids=frozenset({"law"})))
+        change.put(Tenant(id="rest", name="rest", mode="deny_list", expert_ids=frozenset({"law"})))
+    snapshot = store.snapshot()
+    store.close()
+    allowed = {who: decide(snapshot, who, DecisionRequest(decision_id="d"), 3.0).allowed for who in snapshot.tenants}
+    assert allowed == {"new": ("public",), "law": ("public", "law"), "rest": ("public", "news", "math")}
 
 
 def test_a_file_that_does_not_fit_the_weights_is_refused(model: Path) -> None:
@@ -95,8 +109,19 @@ def test_a_file_that_does_not_fit_the_weights_is_refused(model: Path) -> None:
 
 
 def test_units_whose_routers_are_trained_together_are_no_longer_removed(model: Path) -> None:
-    """What the tools write after that is the other form, and no grade in it promises more than is true."""
+    """No grade that the tools write after that promises more than is true."""
     write(model, Ownership(UNITS, (IDENTITY, IDENTITY)).to_json())
-    ownership = parse_ownership(joint_manifest(model, {}, 4), (4, 4), "flexgate.json")
-    assert [unit.grade for unit in ownership.units] == ["unknown", "router", "shared", "unknown"]
-    assert ownership.units[1] == Unit("news", "gazette", "news", "CC-BY-4.0", "router")
+    assert strictly_separable(model) is False
+    write(model, joint_manifest(model, {}, 4))
+    units = read_checkpoint(model).ownership.units
+    assert [unit.grade for unit in units] == ["unknown", "router", "shared", "unknown"]
+    assert units[1] == Unit("news", "gazette", "news", "CC-BY-4.0", "router")
+
+
+@pytest.mark.parametrize(("grade", "separable"), [("removed", True), ("router", False), ("unknown", None)])
+def test_a_model_is_strictly_separable_if_every_unit_is_removed_whole(
+    model: Path, grade: Grade, separable: bool | None
+) -> None:
+    units = (UNITS[0], *(replace(unit, grade="removed") for unit in UNITS[1:3]), replace(UNITS[3], grade=grade))
+    write(model, Ownership(units, (IDENTITY, IDENTITY)).to_json())
+    assert strictly_separable(model) is separable
