@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flexgate.experts.cli import assign, evaluate, packages, remote, train
+from flexgate.experts.cli import assign, evaluate, grade, packages, remote, train
 
 app = typer.Typer(
     name="experts",
@@ -28,6 +28,7 @@ for command in (
     packages.extract,
     packages.merge,
     assign.assign,
+    grade.grade,
     remote.add,
     remote.revoke,
 ):
