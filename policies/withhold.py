@@ -17,7 +17,7 @@ Withholding = Callable[[Snapshot], Snapshot]
 def without_tenant(snapshot: Snapshot, tenant_id: str) -> Snapshot:
     """As if the tenant were archived."""
     known = snapshot.tenants.get(TenantId(tenant_id))
-    if known is None:
+    if known is None or known.archived:
         return snapshot
     return replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, known.id: replace(known, archived=True)}))
 
@@ -39,13 +39,12 @@ def without_agreement(snapshot: Snapshot, agreement_id: str, *, owner_id: str | 
         own = owner_id is None or snapshot.experts[expert].owner == owner_id
         return not (compiled.permits and compiled.agreement_id == agreement_id and own)
 
-    agreements = {
+    reduced = {
         assignee: AssigneeAgreements.of(pair for pair in found.entries() if stays(*pair))
-        if _names(found, agreement_id)
-        else found
         for assignee, found in snapshot.agreements.items()
+        if not all(stays(*pair) for pair in found.entries())
     }
-    return replace(snapshot, agreements=MappingProxyType(agreements))
+    return replace(snapshot, agreements=MappingProxyType({**snapshot.agreements, **reduced})) if reduced else snapshot
 
 
 def listing_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Collection[str]) -> Snapshot:
@@ -58,8 +57,6 @@ def listing_only(snapshot: Snapshot, tenant_id: str, mode: str, expert_ids: Coll
         listed |= members if id_ in expert_ids else frozenset()
     unlisted = listed if mode == "deny_list" else snapshot.experts.keys() - listed
     named = known.named | unlisted if known.deny_list else known.named - unlisted
+    if named == known.named:
+        return snapshot
     return replace(snapshot, tenants=MappingProxyType({**snapshot.tenants, known.id: replace(known, named=named)}))
-
-
-def _names(found: AssigneeAgreements, agreement_id: str) -> bool:
-    return any(agreement.agreement_id == agreement_id for _, agreement in found.entries())

@@ -153,8 +153,8 @@ async def respond(call: Annotated[Call[Any, Any], Depends(called)]) -> Response:
         else:
             content, snapshot = await in_turn(call.principal, operation.writes, _work, operation, call)
     except PolicyError as error:
-        if operation.withholds is not None and isinstance(error, StoreUnavailable):
-            raise await _withheld(operation, operation.withholds(call), call) from error
+        if isinstance(error, StoreUnavailable) and await _withheld(operation, call):
+            raise _not_stored() from error
         refusal = from_change(error)
         if isinstance(refusal, Unavailable):
             logger.error("the policy store cannot be used: %s", error)
@@ -178,11 +178,16 @@ def _work(operation: Operation[Any, Any], call: Call[Any, Any]) -> tuple[bytes, 
         raise _not_confirmed() from error
 
 
-async def _withheld(operation: Operation[Any, Any], withholding: Withholding, call: Call[Any, Any]) -> ApiError:
-    """Enforce a revocation that could not be stored, until it is; the answer says so."""
-    what = f"{operation.method} {operation.path} {call.path}"
-    store = partial(operation.work, call)
-    await run_in(CHANGES, call.services.unstored.add, what, withholding, store)
+async def _withheld(operation: Operation[Any, Any], call: Call[Any, Any]) -> bool:
+    """Whether a revocation that could not be stored is enforced, until it is."""
+    if operation.withholds is None:
+        return False
+    name = operation.method, call.request.url.path, call.principal.owner_id or "operator"
+    withholding, store = operation.withholds(call), partial(operation.work, call)
+    return await run_in(CHANGES, call.services.unstored.add, name, withholding, store)
+
+
+def _not_stored() -> ApiError:
     return Unavailable(
         "The change could not be stored in the policy database. This server enforces the revocation and keeps "
         "trying to store it. Until then other servers allow what it takes away, and so would a restart of this "

@@ -149,10 +149,21 @@ class PolicySource:
         """Whether a right is withheld that the store still gives."""
         return bool(self._withheld)
 
-    def withhold(self, withholding: Withholding) -> None:
-        """Take a right out of every snapshot from now on, and end what runs on it. Blocks until that has ended."""
+    def gives(self, withholding: Withholding) -> bool:
+        """Whether the stored policy gives what a withholding takes away. Blocks."""
+        return self._stored is None or withholding(self._stored) is not self._stored
+
+    def withhold(self, withholding: Withholding, instead_of: Withholding | None = None) -> None:
+        """Take a right out of every snapshot from now on.
+
+        Args:
+            instead_of: an earlier withholding, left to the store from now on.
+        """
         with self._withholding:
-            self._withheld = (*self._withheld, withholding)
+            self._withheld = (*(other for other in self._withheld if other is not instead_of), withholding)
+
+    def enforce_withheld(self) -> None:
+        """End what runs on a right that is withheld. Blocks until that has ended."""
         if self._enforce is not None and self._stored is not None:
             self._enforce(self._without_withheld(self._stored))
 
@@ -270,9 +281,11 @@ class PolicySource:
         withheld, reduced = self._withheld, self._reduced
         if not withheld:
             return stored
-        if reduced is None or reduced[0] is not stored or reduced[1] is not withheld:
-            snapshot = stored
-            for withholding in withheld:
+        if reduced is None or reduced[0] is not stored or withheld[: len(reduced[1])] != reduced[1]:
+            reduced = stored, (), stored
+        if reduced[1] is not withheld:
+            snapshot = reduced[2]
+            for withholding in withheld[len(reduced[1]) :]:
                 snapshot = withholding(snapshot)
             reduced = self._reduced = (stored, withheld, snapshot)
         return reduced[2]

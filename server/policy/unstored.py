@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Change(NamedTuple):
-    what: str
+    name: tuple[str, ...]
     withholding: Withholding
     store: Callable[[], object]
 
@@ -34,14 +34,28 @@ class Unstored:
     def __init__(self, policy: PolicySource) -> None:
         self._policy = policy
         self._lock = threading.Lock()
-        self._changes: list[_Change] = []
+        self._changes: dict[tuple[str, ...], _Change] = {}
 
-    def add(self, what: str, withholding: Withholding, store: Callable[[], object]) -> None:
-        """Withhold a right from now on, and end what runs on it; `store` makes the change. Blocks."""
+    def add(self, name: tuple[str, ...], withholding: Withholding, store: Callable[[], object]) -> bool:
+        """Withhold a right from now on, and end what runs on it; `store` makes the change. Blocks.
+
+        Args:
+            name: of the change; one that waits under the same name is given up for this one.
+
+        Returns:
+            Whether the change waits now. One that takes nothing away from the stored policy does not, so that no more
+            can wait than there are rights.
+        """
+        if not self._policy.gives(withholding):
+            return False
         with self._lock:
-            self._changes.append(_Change(what, withholding, store))
-        self._policy.withhold(withholding)
-        logger.error("%s cannot be stored; this server enforces it and tries again", what)
+            former = self._changes.pop(name, None)
+            self._changes[name] = _Change(name, withholding, store)
+            self._policy.withhold(withholding, None if former is None else former.withholding)
+        self._policy.enforce_withheld()
+        if former is None:
+            logger.error("%s cannot be stored; this server enforces it and tries again", " ".join(name))
+        return True
 
     def waiting(self) -> int:
         """How many changes are not stored yet."""
@@ -49,19 +63,20 @@ class Unstored:
 
     def try_again(self) -> None:
         """Store what can be stored now, oldest first. Blocks."""
-        for change in tuple(self._changes):
+        for change in tuple(self._changes.values()):
             try:
                 change.store()
             except StoreUnavailable:
                 return
             except PolicyError as error:
-                logger.error("%s is refused by the store: %s", change.what, error)
+                logger.error("%s is refused by the store: %s", " ".join(change.name), error)
             else:
-                logger.info("%s is stored", change.what)
+                logger.info("%s is stored", " ".join(change.name))
             self._policy.confirm()  # the snapshot says it by itself before it is withheld no longer
-            self._policy.release(change.withholding)
             with self._lock:
-                self._changes.remove(change)
+                if self._changes.get(change.name) is change:  # else another one waits in its place
+                    del self._changes[change.name]
+                    self._policy.release(change.withholding)
 
     async def run(self) -> None:
         """Try again and again, for ever."""

@@ -88,6 +88,17 @@ def test_what_is_withheld_is_allowed_no_more(
     assert _allowed(reduced, "denying") == denying
 
 
+def test_what_takes_nothing_away_returns_the_snapshot_itself(snapshot: Snapshot) -> None:
+    archived = without_tenant(snapshot, "denying")
+    assert without_tenant(archived, "denying") is archived
+    for without in (
+        without_agreement(snapshot, "nonsense", owner_id=None),
+        without_agreement(snapshot, "g", owner_id="academy"),
+        listing_only(snapshot, "allowing", "allow_list", {"set:gazette", "math"}),
+    ):
+        assert without is snapshot
+
+
 def test_a_list_that_names_more_gives_nothing_while_it_is_not_stored(snapshot: Snapshot) -> None:
     fewer = listing_only(snapshot, "allowing", "allow_list", {"math"})
     assert _allowed(listing_only(fewer, "allowing", "deny_list", set()), "allowing") == {"public", "math"}

@@ -90,7 +90,7 @@ async def test_a_change_that_cannot_be_audited_fails(call: Any, real_store: Stor
     version = real_store.version()
     monkeypatch.setattr("flexgate.policies.store.audit.append", full)
     answer = await call("sk-admin", "POST", PERMISSIONS, json={"mode": "deny_list", "expert_ids": []})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "change_not_stored")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "policy_unavailable")
     monkeypatch.undo()
     assert real_store.version() == version
     assert (await call("sk-admin", "GET", PERMISSIONS)).json()["mode"] == "allow_list"

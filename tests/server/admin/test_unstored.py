@@ -109,6 +109,41 @@ async def test_an_owner_takes_nothing_from_another_owner_while_the_store_fails(
     assert "a-math" in {agreement.id for agreement in _agreements(real_store)}
 
 
+async def test_a_revocation_that_is_repeated_while_the_store_fails_waits_once(
+    call: Any, services: Any, real_store: Store, full: Any
+) -> None:
+    version = real_store.version()
+    for _ in range(3):
+        for method, path, body in WITHHELD.values():
+            assert (await call("sk-admin", method, path, json=body)).status_code == 503
+    assert services.unstored.waiting() == len(services.policy._withheld) == len(WITHHELD)
+    full.undo()
+    services.unstored.try_again()
+    assert (services.unstored.waiting(), services.policy.withholds) == (0, False)
+    assert real_store.version() == version + len(WITHHELD)
+
+
+async def test_of_two_permission_lists_that_wait_the_newer_one_is_stored(
+    call: Any, services: Any, real_store: Store, full: Any
+) -> None:
+    for expert_ids in (["news"], ["secret"]):
+        answer = await call("sk-admin", "POST", PERMISSIONS, json={"mode": "allow_list", "expert_ids": expert_ids})
+        assert answer.json()["error"]["code"] == "change_not_stored"
+        assert await _may_use_news(call) is ("news" in expert_ids)
+    full.undo()
+    services.unstored.try_again()
+    assert (services.unstored.waiting(), services.policy.withholds) == (0, False)
+    assert (await call("sk-admin", "GET", PERMISSIONS)).json()["expert_ids"] == ["secret"]
+
+
+@pytest.mark.parametrize("key", ["sk-owner", "sk-admin"])
+async def test_a_change_that_takes_nothing_away_does_not_wait(call: Any, services: Any, full: Any, key: str) -> None:
+    full.setattr("flexgate.policies.store.store.writing", lambda *_, **__: _unavailable())
+    answer = await call(key, "DELETE", "/v1/agreements/nonsense")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "policy_unavailable")
+    assert (services.unstored.waiting(), services.policy.withholds) == (0, False)
+
+
 async def test_what_the_store_refuses_later_is_withheld_no_longer(
     call: Any, services: Any, real_store: Store, full: Any
 ) -> None:
