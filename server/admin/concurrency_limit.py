@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
 from flexgate.policies.documents import Role
@@ -21,21 +22,28 @@ T = TypeVar("T")
 MOST_OF_ONE: Final = 8
 """Reads, and changes, of one tenant's or owner's key that run or wait at once."""
 _OPERATORS: Final = frozenset({Role.ADMIN, Role.AUDITOR})
-_under_way: Final[Counter[tuple[str, bool]]] = Counter()
+_under_way: Final[Counter[tuple[str, ThreadPoolExecutor]]] = Counter()
+
+
+def threads_of(principal: Principal, writes: bool) -> ThreadPoolExecutor:
+    """The threads in which the store is asked for a caller."""
+    if principal.role in _OPERATORS:
+        return CHANGES if writes else READS
+    return OTHERS_CHANGES if writes else OTHERS_READS
 
 
 async def in_turn(
-    principal: Principal, writes: bool, work: Callable[P, T], *arguments: P.args, **options: P.kwargs
+    principal: Principal, threads: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **options: P.kwargs
 ) -> T:
     """Blocking work for a caller, in its turn; raises `ApiError` (429) when too much of its key is under way."""
     if principal.role in _OPERATORS:
-        return await run_in(CHANGES if writes else READS, work, *arguments, **options)
-    key = principal.key_id, writes
+        return await run_in(threads, work, *arguments, **options)
+    key = principal.key_id, threads
     if _under_way[key] >= MOST_OF_ONE:
         raise _too_many()
     _under_way[key] += 1
     try:
-        return await run_in(OTHERS_CHANGES if writes else OTHERS_READS, work, *arguments, **options)
+        return await run_in(threads, work, *arguments, **options)
     finally:
         _under_way[key] -= 1
         if not _under_way[key]:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -112,7 +113,8 @@ class Operation(Generic[B, Q]):
     """What a route of the administration does, and for whom.
 
     `patient` waits for a confirmed policy under load, as every write does. `withholds` names what a call takes away:
-    that is enforced at once, also where the store cannot take the change.
+    that is enforced at once, also where the store cannot take the change. `threads` are those it happens in; by default
+    those in which the store is asked for its caller.
     """
 
     method: Method
@@ -125,6 +127,7 @@ class Operation(Generic[B, Q]):
     status: int = OK
     patient: bool = False
     withholds: Callable[[Call[B, Q]], Withholding] | None = None
+    threads: ThreadPoolExecutor | None = None
 
     @classmethod
     def of(cls, work: Callable[[Call[B, Q]], Any], **declared: Any) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final, TypeVar, cast
@@ -23,7 +24,7 @@ from flexgate.policies.documents import Role
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
-from flexgate.server.admin.concurrency_limit import in_turn
+from flexgate.server.admin.concurrency_limit import in_turn, threads_of
 from flexgate.server.admin.operation import AdminServices, Call, Method, Nothing, Operation, Written
 from flexgate.server.http.auth import CHANGE_PATIENCE_S, Principal, identify
 from flexgate.server.http.errors import ApiError, Unavailable
@@ -79,6 +80,7 @@ class OperationRouter(APIRouter):
         status: int = OK,
         patient: bool = False,
         withholds: Callable[[Call[Any, Any]], Withholding] | None = None,
+        threads: ThreadPoolExecutor | None = None,
         response: type[BaseModel] | None = None,
     ) -> Callable[[W], W]:
         """Declare a function as an operation: `Call[Body, Query]` and what it returns are its models.
@@ -96,6 +98,7 @@ class OperationRouter(APIRouter):
                 status=status,
                 patient=patient,
                 withholds=withholds,
+                threads=threads,
                 **({} if response is None else {"returns": response}),
             )
             self.routes.append(OperationRoute(operation))
@@ -151,7 +154,8 @@ async def respond(call: Annotated[Call[Any, Any], Depends(called)]) -> Response:
             result = await operation.work(call)
             content = result if isinstance(result, Response) else to_json(result)
         else:
-            content, snapshot = await in_turn(call.principal, operation.writes, _work, operation, call)
+            threads = operation.threads or threads_of(call.principal, operation.writes)
+            content, snapshot = await in_turn(call.principal, threads, _work, operation, call)
     except PolicyError as error:
         if isinstance(error, StoreUnavailable) and await _withheld(operation, call):
             raise _not_stored() from error

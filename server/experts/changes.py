@@ -5,6 +5,7 @@ Administrators change every expert; owners their own, and learn of no other.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.server.admin.operation import Call, Nothing
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored
+from flexgate.server.experts.jobs import Job
 from flexgate.server.experts.schemas import (
     AddBody,
     ExpertJob,
@@ -34,6 +36,7 @@ from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, U
 from flexgate.server.http.refusals import UNKNOWN_EXPERT
 from flexgate.server.http.responses import ACCEPTED, CREATED
 from flexgate.server.inference.openai.sse import DONE
+from flexgate.server.policy.executors import REMOVALS, UPLOADS, run_in
 
 MOST_JOBS = 4
 _READ_ALL: Final = (Role.ADMIN, Role.AUDITOR)
@@ -47,24 +50,26 @@ router: Final = OperationRouter()
 @router.operation("POST", "/v1/experts", roles=_CHANGES, status=ACCEPTED)
 async def add(call: Call[AddBody, Nothing]) -> ExpertJob:
     """Add an expert to the running engine, as a job."""
-    services, principal, body = call.services, call.principal, call.body
-    service, uploads = services.experts, services.uploads
-    if service.jobs.running(principal.key_id) >= MOST_JOBS:
+    jobs, principal, body = call.services.experts.jobs, call.principal, call.body
+    actor = principal.key_id
+    if jobs.running(actor) >= MOST_JOBS:
         raise Conflict(
             f"{MOST_JOBS} jobs of this key are running. Wait for one of them.",
             code="too_many_jobs",
         )
-    actor, owner = principal.key_id, principal.owner_id
-    if body.upload is not None:
-        source = uploads.take(uploads.get(body.upload, actor))
-        job = service.start_add(source, name=body.upload, actor=actor, owner=owner, move=True)
-    else:
-        if principal.role is not Role.ADMIN:
-            raise Invalid("An owner's key adds packages by upload.", param="package", code="upload_required")
-        source = _under(services.experts_dir, body.package or "")
-        job = service.start_add(source, name=source.name, actor=actor, owner=owner)
+    if body.upload is None and principal.role is not Role.ADMIN:
+        raise Invalid("An owner's key adds packages by upload.", param="package", code="upload_required")
+    job = await asyncio.shield(_start(call))  # a client that leaves leaves no upload that is taken and in no job
     call.headers["location"] = f"/v1/expert_jobs/{job.id}"
     return job.shown()
+
+
+async def _start(call: Call[AddBody, Nothing]) -> Job:
+    service, actor, upload = call.services.experts, call.principal.key_id, call.body.upload
+    with service.jobs.opening(actor):
+        source = await run_in(UPLOADS, _source, call)
+    name, owner = upload or source.name, call.principal.owner_id
+    return service.start_add(source, name=name, actor=actor, owner=owner, move=upload is not None)
 
 
 @router.operation("GET", "/v1/expert_jobs/{job}", roles=(*_CHANGES, Role.AUDITOR))
@@ -94,14 +99,14 @@ async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
     return ExpertRevocation(**done)
 
 
-@router.operation("POST", _UPLOADS, roles=_CHANGES, status=CREATED)
-async def open_upload(call: Call[UploadBody, Nothing]) -> ExpertUpload:
+@router.operation("POST", _UPLOADS, roles=_CHANGES, status=CREATED, threads=UPLOADS)
+def open_upload(call: Call[UploadBody, Nothing]) -> ExpertUpload:
     """Begin the upload of a package."""
     return call.services.uploads.open(call.principal.key_id, call.body.files).shown()
 
 
-@router.operation("GET", f"{_UPLOADS}/{{upload}}", roles=_CHANGES)
-async def retrieve_upload(call: Call[Nothing, Nothing]) -> ExpertUpload:
+@router.operation("GET", f"{_UPLOADS}/{{upload}}", roles=_CHANGES, threads=UPLOADS)
+def retrieve_upload(call: Call[Nothing, Nothing]) -> ExpertUpload:
     """Show how much of an upload has arrived."""
     return _upload(call).shown()
 
@@ -109,14 +114,14 @@ async def retrieve_upload(call: Call[Nothing, Nothing]) -> ExpertUpload:
 @router.operation("PATCH", f"{_UPLOADS}/{{upload}}/{{file}}", roles=_CHANGES)
 async def write_upload(call: Call[Nothing, WriteQuery]) -> ExpertUpload:
     """Append the body to a file of the upload, at ?offset=."""
-    upload = _upload(call)
+    upload = await run_in(UPLOADS, _upload, call)
     arriving = while_identified(call.request, call.services, call.request.stream())
     await call.services.uploads.write(upload, call.path["file"], call.query.offset, arriving)
-    return upload.shown()
+    return await run_in(UPLOADS, upload.shown)
 
 
-@router.operation("DELETE", f"{_UPLOADS}/{{upload}}", roles=_CHANGES)
-async def drop_upload(call: Call[Nothing, Nothing]) -> UploadDeleted:
+@router.operation("DELETE", f"{_UPLOADS}/{{upload}}", roles=_CHANGES, threads=REMOVALS)
+def drop_upload(call: Call[Nothing, Nothing]) -> UploadDeleted:
     """Delete an upload."""
     upload = _upload(call)
     call.services.uploads.remove(upload)
@@ -126,6 +131,14 @@ async def drop_upload(call: Call[Nothing, Nothing]) -> UploadDeleted:
 def _upload(call: Call[Any, Any]) -> Upload:
     """The upload of the path, if it is the caller's own."""
     return call.services.uploads.get(call.path["upload"], call.principal.key_id)
+
+
+def _source(call: Call[AddBody, Nothing]) -> Path:
+    """The folder of the package that a body names."""
+    uploads, body = call.services.uploads, call.body
+    if body.upload is None:
+        return _under(call.services.experts_dir, body.package or "")
+    return uploads.take(uploads.get(body.upload, call.principal.key_id))
 
 
 def _under(directory: Path | None, name: str) -> Path:

@@ -27,13 +27,13 @@ router: Final = OperationRouter()
 
 
 @router.operation("GET", "/v1/experts", roles=_EVERY_ROLE)
-async def list_(call: _Read) -> ExpertList:
+def list_(call: _Read) -> ExpertList:
     """List the experts that this key sees, and whether it may use them."""
     return ExpertList(data=list(_cards(call)))
 
 
 @router.operation("GET", "/v1/experts/{expert}", roles=_EVERY_ROLE)
-async def retrieve(call: _Read) -> ExpertForTenant | ExpertForOperator:
+def retrieve(call: _Read) -> ExpertForTenant | ExpertForOperator:
     """Show one expert. A hidden one gets the same response as an unknown name."""
     for card in _cards(call):
         if card.id == call.path["expert"]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -99,6 +100,18 @@ class Jobs:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._opening: Counter[str] = Counter()
+
+    @contextmanager
+    def opening(self, actor: str) -> Iterator[None]:
+        """Count a job of a key as running while its package is looked for."""
+        self._opening[actor] += 1
+        try:
+            yield
+        finally:
+            self._opening[actor] -= 1
+            if not self._opening[actor]:
+                del self._opening[actor]
 
     def open(self, package: str, actor: str) -> Job:
         """A new job; the oldest ended one is forgotten when there are many."""
@@ -111,7 +124,8 @@ class Jobs:
 
     def running(self, actor: str) -> int:
         """How many jobs of a key have not ended."""
-        return sum(job.state == "running" and job.actor == actor for job in self._jobs.values())
+        running = sum(job.state == "running" and job.actor == actor for job in self._jobs.values())
+        return running + self._opening[actor]
 
     def bring(self, expert: str) -> bool:
         """Whether a job that has not ended is known to bring an expert."""

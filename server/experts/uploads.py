@@ -13,16 +13,17 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from flexgate.experts.package.files import MANIFEST_NAME, NAMES, WEIGHTS_NAME
 from flexgate.server.experts.schemas import ExpertUpload, UploadedFile
 from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, OutOfSpace, TimedOut, TooLarge
+from flexgate.server.policy.executors import REMOVALS, UPLOADS, run_in
 
 META: Final = "upload.json"
 MOST_UPLOADS: Final = 4
@@ -33,8 +34,6 @@ KEPT_SECONDS: Final = 24 * 3600.0
 KEPT_FREE_SECONDS: Final = 600.0
 IDLE_SECONDS: Final = 30.0
 """How long a client may send nothing of a part that it has begun."""
-_WRITERS: Final = ThreadPoolExecutor(2, "uploads")
-"""A disk that halts must not halt the threads that confirm the policy."""
 _ID: Final = re.compile(r"upload_[0-9a-f]{24}")
 
 
@@ -57,45 +56,40 @@ class Upload:
 
 
 class Uploads:
-    """All uploads of one server. Only the key that opened an upload sees it."""
+    """All uploads of one server. Only the key that opened an upload sees it.
+
+    All methods but `write` block, and are safe from any thread. What takes or removes an upload removes its
+    `upload.json` first, and is the only one to do so.
+    """
 
     def __init__(self, root: Path, *, most_bytes: int, clock: Callable[[], float]) -> None:
         self._root = root
         self._most_bytes = most_bytes
         self._clock = clock
+        self._lock = threading.Lock()  # between whether an upload is idle, or has room, and what is done with it
         self._writing: set[str] = set()
 
     def open(self, actor: str, sizes: Mapping[str, int]) -> Upload:
         """Begin an upload; raises `ApiError` for files that are no package, or too much."""
         self._check(sizes)
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._forget_stale()
-        announced = [json.loads(meta.read_text()) for meta in self._root.glob(f"*/{META}")]
-        if sum(meta["actor"] == actor for meta in announced) >= MOST_UPLOADS:
-            raise Conflict(
-                f"{MOST_UPLOADS} uploads of this key are open. Finish or delete one of them.",
-                code="too_many_uploads",
-            )
-        needed = 2 * sum(sizes.values())
-        if self._to_come() + needed + FREE_BYTES > shutil.disk_usage(self._root).free:
-            raise _disk_full(
-                f"The package and the server's private copy of it need {needed} bytes, and the disk has less beside "
-                "what other uploads have reserved. Free some space, or wait until they have finished."
-            )
-        id_ = f"upload_{secrets.token_hex(12)}"
-        directory = self._root / id_
-        directory.mkdir(mode=0o700)
-        (directory / META).write_text(json.dumps({"actor": actor, "sizes": dict(sizes)}))
-        return Upload(id_, directory, dict(sizes))
+        with self._lock:
+            self._forget_stale()
+            self._require_place(actor)
+            self._require_room(2 * sum(sizes.values()))
+            id_ = f"upload_{secrets.token_hex(12)}"
+            directory = self._root / id_
+            directory.mkdir(mode=0o700)
+            (directory / META).write_text(json.dumps({"actor": actor, "sizes": dict(sizes)}))
+            return Upload(id_, directory, dict(sizes))
 
     def get(self, id_: str, actor: str) -> Upload:
         """An upload of this key; raises `NotFound`."""
         path = self._root / id_ / META
-        if _ID.fullmatch(id_) and path.is_file():
-            meta = json.loads(path.read_text())
-            if meta["actor"] == actor:
-                return Upload(id_, path.parent, meta["sizes"])
-        raise NotFound("There is no such upload of this key.", code="upload_not_found")
+        meta = _read(path) if _ID.fullmatch(id_) else None
+        if meta is None or meta["actor"] != actor:
+            raise _no_upload()
+        return Upload(id_, path.parent, meta["sizes"])
 
     async def write(self, upload: Upload, name: str, offset: int, chunks: AsyncIterator[bytes]) -> int:
         """Append to a file what arrives; returns how much of it there is then.
@@ -108,29 +102,27 @@ class Uploads:
         """
         if name not in upload.sizes:
             raise NotFound("The upload has no such file.", code="upload_not_found")
-        received = upload.received(name)
-        if offset != received:
-            raise Conflict(
-                f"'{name}' has {received} bytes so far; go on from there.",
-                code="wrong_offset",
-                details={"received": received},
-            )
-        self._require_idle(upload)
-        self._writing.add(upload.id)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = -1
+        writer = _Writer(upload, name)
         try:
-            descriptor = os.open(upload.directory / name, flags, 0o600)
+            await run_in(UPLOADS, self._begin, writer, offset)
             async for chunk in _arriving(chunks):
-                if received + len(chunk) > upload.sizes[name]:
-                    raise TooLarge(f"'{name}' was announced with {upload.sizes[name]} bytes.")
-                await asyncio.get_running_loop().run_in_executor(_WRITERS, _write_all, descriptor, chunk)
-                received += len(chunk)
+                await run_in(UPLOADS, writer.write, chunk)
         finally:
-            self._writing.discard(upload.id)
-            if descriptor >= 0:
-                os.close(descriptor)
-        return received
+            await asyncio.shield(run_in(UPLOADS, self._end, writer))
+        return writer.received
+
+    def _begin(self, writer: _Writer, offset: int) -> None:
+        """Make it the one writer of its upload."""
+        with self._lock:
+            self._require_idle(writer.upload)
+            writer.open(offset)
+            if writer.is_open():
+                self._writing.add(writer.upload.id)
+
+    def _end(self, writer: _Writer) -> None:
+        if writer.close():
+            with self._lock:
+                self._writing.discard(writer.upload.id)
 
     def take(self, upload: Upload) -> Path:
         """The folder of a complete upload, as a package; it is the caller's to remove.
@@ -138,14 +130,15 @@ class Uploads:
         Raises:
             ApiError: 409, something has not arrived yet, or is being written.
         """
-        self._require_idle(upload)
-        missing = [name for name, size in upload.sizes.items() if upload.received(name) != size]
-        if missing:
-            raise Conflict(
-                f"'{missing[0]}' of upload '{upload.id}' has not arrived in full.",
-                code="upload_incomplete",
-            )
-        (upload.directory / META).unlink()
+        with self._lock:
+            self._require_idle(upload)
+            missing = [name for name, size in upload.sizes.items() if upload.received(name) != size]
+            if missing:
+                raise Conflict(
+                    f"'{missing[0]}' of upload '{upload.id}' has not arrived in full.",
+                    code="upload_incomplete",
+                )
+            (upload.directory / META).unlink()
         return upload.directory
 
     def remove(self, upload: Upload) -> None:
@@ -153,12 +146,32 @@ class Uploads:
 
         Else the writer would go on filling files that have no name any more and count for nobody.
         """
-        self._require_idle(upload)
+        with self._lock:
+            self._require_idle(upload)
+            (upload.directory / META).unlink()
         shutil.rmtree(upload.directory, ignore_errors=True)
 
     def _require_idle(self, upload: Upload) -> None:
+        """Raise `ApiError` unless it is an upload still, and nothing writes to it."""
+        if not (upload.directory / META).is_file():
+            raise _no_upload()
         if upload.id in self._writing:
             raise Conflict("Another request is writing to this upload. Wait until it has ended.", code="upload_busy")
+
+    def _require_place(self, actor: str) -> None:
+        announced = [meta for path in self._root.glob(f"*/{META}") if (meta := _read(path)) is not None]
+        if sum(meta["actor"] == actor for meta in announced) >= MOST_UPLOADS:
+            raise Conflict(
+                f"{MOST_UPLOADS} uploads of this key are open. Finish or delete one of them.",
+                code="too_many_uploads",
+            )
+
+    def _require_room(self, needed: int) -> None:
+        if self._to_come() + needed + FREE_BYTES > shutil.disk_usage(self._root).free:
+            raise _disk_full(
+                f"The package and the server's private copy of it need {needed} bytes, and the disk has less beside "
+                "what other uploads have reserved. Free some space, or wait until they have finished."
+            )
 
     def _to_come(self) -> int:
         """Bytes that are still to be written of the uploads there are, and of the private copies of them.
@@ -190,9 +203,61 @@ class Uploads:
 
     def _forget_stale(self) -> None:
         for directory in self._root.iterdir():
-            with suppress(FileNotFoundError):  # its job is removing it
+            with suppress(FileNotFoundError):  # something is removing it
                 if _newest(directory) < self._clock() - KEPT_SECONDS and directory.name not in self._writing:
-                    shutil.rmtree(directory, ignore_errors=True)
+                    (directory / META).unlink(missing_ok=True)
+                    REMOVALS.submit(shutil.rmtree, directory, ignore_errors=True)
+
+
+class _Writer:
+    """Appends to one file. Closing waits for a write, and what is asked of it later does nothing: its client may leave
+    at any time.
+    """
+
+    def __init__(self, upload: Upload, name: str) -> None:
+        self.upload, self.received = upload, 0
+        self._name = name
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._closed = False
+
+    def open(self, offset: int) -> None:
+        """Open the file, which must end at `offset`."""
+        self.received = self.upload.received(self._name)
+        if offset != self.received:
+            raise Conflict(
+                f"'{self._name}' has {self.received} bytes so far; go on from there.",
+                code="wrong_offset",
+                details={"received": self.received},
+            )
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._lock:
+            if not self._closed:
+                self._descriptor = os.open(self.upload.directory / self._name, flags, 0o600)
+
+    def is_open(self) -> bool:
+        """Whether it has the file."""
+        return self._descriptor >= 0
+
+    def write(self, chunk: bytes) -> None:
+        """Append a chunk, unless that is more than was announced."""
+        with self._lock:
+            if self._closed:
+                return
+            size = self.upload.sizes[self._name]
+            if self.received + len(chunk) > size:
+                raise TooLarge(f"'{self._name}' was announced with {size} bytes.")
+            _write_all(self._descriptor, chunk)
+            self.received += len(chunk)
+
+    def close(self) -> bool:
+        """Give the file back; whether it had it."""
+        with self._lock:
+            self._closed = True
+            opened, self._descriptor = self._descriptor, -1
+            if opened >= 0:
+                os.close(opened)
+            return opened >= 0
 
 
 async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -209,6 +274,19 @@ async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         if chunk is None:
             return
         yield chunk
+
+
+def _no_upload() -> NotFound:
+    return NotFound("There is no such upload of this key.", code="upload_not_found")
+
+
+def _read(meta: Path) -> dict[str, Any] | None:
+    """What was announced of an upload; None if it is none any more."""
+    try:
+        announced: dict[str, Any] = json.loads(meta.read_text())
+    except FileNotFoundError:
+        return None
+    return announced
 
 
 def _disk_full(message: str) -> ApiError:

@@ -20,6 +20,10 @@ READS: Final = ThreadPoolExecutor(4, "reads")
 OTHERS_CHANGES: Final = ThreadPoolExecutor(2, "others-changes")
 """Changes by tenants' and owners' keys."""
 OTHERS_READS: Final = ThreadPoolExecutor(2, "others-reads")
+UPLOADS: Final = ThreadPoolExecutor(2, "uploads")
+"""What reads and writes files of uploads: a disk that halts must not halt what waits for the store."""
+REMOVALS: Final = ThreadPoolExecutor(1, "removals")
+"""What removes uploads, which takes the disk seconds where they are large."""
 
 
 async def run_in(threads: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

@@ -13,9 +13,12 @@ import pytest
 from flexgate.policies.store import Store
 from flexgate.server.admin.agreements import endpoints as agreements
 from flexgate.server.admin.concurrency_limit import MOST_OF_ONE
+from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.admin.projects import endpoints as projects
+from flexgate.server.experts import uploads
 
 pytestmark = pytest.mark.asyncio
+UPLOADS = "/v1/expert_uploads"
 READS = {"sk-t": "/v1/organization/projects/t", "sk-owner": "/v1/agreements"}
 
 
@@ -95,3 +98,31 @@ async def test_a_key_is_revoked_while_everybody_else_reads_and_changes_without_e
     assert not any(task.done() for task in (*threads, *reads, *changes))
     slow.set()
     await asyncio.gather(*threads, *reads, *changes)
+
+
+async def test_only_what_waits_for_the_engine_or_a_client_is_done_on_the_event_loop() -> None:
+    assert {(operation.method, operation.path) for operation in OPERATIONS if operation.on_loop} == {
+        ("POST", "/v1/experts"),
+        ("DELETE", "/v1/experts/{expert}"),
+        ("GET", "/v1/expert_jobs/{job}"),
+        ("PATCH", "/v1/expert_uploads/{upload}/{file}"),
+    }
+
+
+async def test_large_uploads_are_removed_while_everybody_else_is_answered(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removing = threading.Event()
+    monkeypatch.setattr(uploads.shutil, "rmtree", lambda *_, **__: removing.wait(5))
+    files = {"manifest.json": 1, "expert.safetensors": 1}
+    opened = [(await call("sk-owner", "POST", UPLOADS, json={"files": files})).json()["id"] for _ in range(4)]
+    removed = [asyncio.create_task(call("sk-owner", "DELETE", f"{UPLOADS}/{id_}")) for id_ in opened[:3]]
+    try:
+        async with asyncio.timeout(4):
+            while (await call("sk-owner", "GET", f"{UPLOADS}/{opened[0]}")).status_code == 200:
+                await asyncio.sleep(0.001)
+            assert (await call("sk-owner", "GET", f"{UPLOADS}/{opened[3]}")).status_code == 200
+        assert not any(task.done() for task in removed)
+    finally:
+        removing.set()
+    assert [task.status_code for task in await asyncio.gather(*removed)] == [200] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from flexgate.server.experts import uploads as uploads_module
 from flexgate.server.experts.uploads import FREE_BYTES, KEPT_FREE_SECONDS, KEPT_SECONDS, MOST_UPLOADS, Uploads
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, TooLarge
+from flexgate.server.policy.executors import REMOVALS
 
 SIZES = {"manifest.json": 4, "expert.safetensors": 8}
 SIZE = sum(SIZES.values())
@@ -117,6 +119,33 @@ async def test_an_upload_that_is_being_written_is_neither_removed_nor_taken(uplo
     assert not upload.directory.exists()
 
 
+@pytest.mark.asyncio
+async def test_a_client_that_leaves_while_its_part_is_written_leaves_the_upload_idle(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def halt(descriptor: int, data: bytes) -> None:
+        begun.set()
+        assert go.wait(20)
+        os.write(descriptor, data)  # to a file that is still open
+
+    upload = uploads.open("key_a", SIZES)
+    with monkeypatch.context() as patched:
+        patched.setattr(uploads_module, "_write_all", halt)
+        writing = asyncio.create_task(uploads.write(upload, "manifest.json", 0, chunks(b"12")))
+        async with asyncio.timeout(10):
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+        writing.cancel()
+        with pytest.raises(ApiError):
+            uploads.remove(upload)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+    assert await uploads.write(upload, "manifest.json", 2, chunks(b"34")) == 4
+
+
 def leave(monkeypatch: pytest.MonkeyPatch, root: Path, room: int) -> None:
     """A disk with room for so many bytes beside what stays free; what is written under `root` takes of it."""
 
@@ -197,6 +226,7 @@ def test_uploads_that_nobody_goes_on_with_are_forgotten(uploads: Uploads) -> Non
             os.utime(path, (past, past))
     (written.directory / "manifest.json").write_bytes(b"12")
     uploads.open("key_b", SIZES)
+    REMOVALS.submit(lambda: None).result(10)
     assert not old.directory.exists()
     assert written.directory.exists()
 
