@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -14,8 +15,8 @@ from flexgate.policies.audit import LOGS, REQUESTS, Head, from_line, to_line
 from flexgate.policies.audit import verify as verify_entries
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.strict_json import no_key_twice
-from flexgate.server.cli.store import DatabaseUrl, Demo, StateDir, failing
-from flexgate.server.cli.target import READER, Target, Url, administers, key_option, typed_options
+from flexgate.server.cli.store import failing
+from flexgate.server.cli.target import READER, Target, administers, typed_options, with_target_options
 from flexgate.server.cli.target import target as target_of
 
 _HELP: Final = (
@@ -35,16 +36,11 @@ def head(target: Target) -> None:
             typer.echo(json.dumps(found._asdict()))
 
 
-@app.command()
 def verify(
     context: typer.Context,
+    options: dict[str, Any],
     heads: Annotated[Path | None, typer.Option(help="File with earlier output of 'head'.")] = None,
     file: Annotated[Path | None, typer.Option(help="Verify an exported log instead of the database.")] = None,
-    demo: Demo = None,
-    state_dir: StateDir = None,
-    database_url: DatabaseUrl = None,
-    url: Url = None,
-    key: Annotated[str | None, key_option(READER)] = None,
 ) -> None:
     """Check the hash chain of the log, and whether it contains the heads of --heads."""
     with failing():
@@ -54,7 +50,6 @@ def verify(
             with file.open(encoding="utf-8") as lines:
                 found = verify_entries(map(from_line, lines), outside=noted)
         else:
-            options = {"demo": demo, "state_dir": state_dir, "database_url": database_url, "url": url, "key": key}
             with target_of(context, options) as target:
                 found = verify_entries(target.audit_log(0), outside=noted)
     if heads is None:
@@ -68,6 +63,10 @@ def verify(
     if found.trimmed_heads:
         sentences.append(f"{found.trimmed_heads} of the given heads are trimmed entries and cannot be checked")
     typer.echo("; ".join(sentences))
+
+
+_OWN: Final = list(inspect.signature(verify, eval_str=True).parameters.values())[2:]
+with_target_options(app, verify, _OWN, "verify", READER)
 
 
 @administers(app, roles=READER)

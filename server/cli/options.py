@@ -23,6 +23,14 @@ def parameters(settings: type[StoreSettings], argument: str) -> list[inspect.Par
     return found
 
 
+def place_option(name: str, text: str) -> Any:
+    """An option for the setting that names a database, with what it is for a command that changes one."""
+    kind: Any = StoreSettings.model_fields[name].annotation
+    flags = [f"--{name}"] if kind is bool else []
+    option = typer.Option(*flags, help=text, envvar=variable(StoreSettings, name), show_default=False)
+    return Annotated[kind | None, option]
+
+
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that a command was given."""
     return {name: value for name, value in values.items() if value not in (None, [])}
@@ -31,7 +39,7 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 def described(settings: type[StoreSettings], name: str) -> str:
     """A setting's help: its description, its variable, its default."""
     field = settings.model_fields[name]
-    notes = [_variable(settings, name)]
+    notes = [variable(settings, name)]
     if _repeats(settings, name):
         notes = ["may be repeated", f"{notes[0]} as a JSON list"]
     elif isinstance(field.default, bool):
@@ -41,7 +49,8 @@ def described(settings: type[StoreSettings], name: str) -> str:
     return f"{field.description} ({', '.join(notes)})"
 
 
-def _variable(settings: type[StoreSettings], name: str) -> str:
+def variable(settings: type[StoreSettings], name: str) -> str:
+    """The environment variable of a setting."""
     return f"{settings.model_config['env_prefix']}{name.upper()}"
 
 

@@ -15,7 +15,8 @@ def chosen_place(options: Mapping[str, Any], typed: Set[str]) -> dict[str, Any]:
     """Return the options of one place: a server, or a database.
 
     A typed server outweighs a database that only the environment names, and the reverse. `FLEXGATE_DATABASE_URL` beside
-    `FLEXGATE_STATE_DIR` is how servers are started, and names one database: the URL's.
+    `FLEXGATE_STATE_DIR` is how servers are started, and names one database: the URL's. `FLEXGATE_DEMO` beside
+    `FLEXGATE_STATE_DIR`, or the two options, name the demo's own database in that directory.
 
     Args:
         options: values by name, typed or from the environment.
@@ -33,6 +34,8 @@ def chosen_place(options: Mapping[str, Any], typed: Set[str]) -> dict[str, Any]:
         raise _two("url", databases[0], typed, "places to act on")
     if "key" in typed and not found["url"]:
         raise UsageInvalid("--key is for a running server, and none is named: give --url, or leave --key out")
+    if found["demo"] and found["state_dir"] and typed & {"demo", "state_dir"} == {"state_dir"}:
+        raise _two("demo", "state_dir", typed, "databases")
     if found["database_url"]:
         for name in databases:
             if name == "demo" or (name == "state_dir" and name in typed):

@@ -27,18 +27,6 @@ from flexgate.server.lifecycle.settings import SettingsError, load_store_setting
 FAILED: Final = 1
 DIFFERENT: Final = 3
 
-Demo = Annotated[
-    bool | None,
-    typer.Option("--demo", help="Act on the demo's policy database.", envvar="FLEXGATE_DEMO", show_default=False),
-]
-StateDir = Annotated[
-    Path | None,
-    typer.Option(help="Act on the SQLite policy database in this state directory.", envvar="FLEXGATE_STATE_DIR"),
-]
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(help="Act on the policy database of this SQLAlchemy URL.", envvar="FLEXGATE_DATABASE_URL"),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

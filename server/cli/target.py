@@ -21,9 +21,10 @@ from flexgate.policies.store import accounts, projects
 from flexgate.policies.store import agreements as stored_agreements
 from flexgate.policies.store.documents import to_json
 from flexgate.server.admin.keys.schemas import admin_key_object
+from flexgate.server.cli.options import place_option
 from flexgate.server.cli.place import chosen_place
 from flexgate.server.cli.policy_target import DatabasePolicy, PolicyTarget, ServerPolicy
-from flexgate.server.cli.store import DatabaseUrl, Demo, StateDir, actor, failing, opened
+from flexgate.server.cli.store import actor, failing, opened
 from flexgate.server.policy.retention import trim_denials
 
 Json = dict[str, Any]
@@ -37,10 +38,10 @@ def key_option(roles: str) -> Any:
     return typer.Option(help=f"With --url: API key, role {roles}.", envvar="FLEXGATE_KEY")
 
 
-TARGETS: Final = {
-    "demo": Demo,
-    "state_dir": StateDir,
-    "database_url": DatabaseUrl,
+TARGETS: Final[dict[str, Any]] = {
+    "demo": place_option("demo", "Act on the demo's policy database."),
+    "state_dir": place_option("state_dir", "Act on the SQLite policy database in this state directory."),
+    "database_url": place_option("database_url", "Act on the policy database of this SQLAlchemy URL."),
     "url": Url,
 }
 _BATCH: Final = 1000
@@ -133,27 +134,37 @@ def administers(
     app: typer.Typer, name: str | None = None, *, roles: str = ADMIN
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command whose first argument is the target that further options name; `roles` of keys may run it."""
-    options = {**TARGETS, "key": Annotated[str | None, key_option(roles)]}
 
     def register(work: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(work, eval_str=True).parameters.values())[1:]
 
-        def run(context: typer.Context, **given: Any) -> None:
-            with target(context, {option: given.pop(option) for option in options}) as chosen:
+        def run(context: typer.Context, options: dict[str, Any], **given: Any) -> None:
+            with target(context, options) as chosen:
                 work(chosen, **given)
 
-        shared = [
-            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for option, annotation in options.items()
-        ]
-        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        run.__signature__ = inspect.Signature([context, *own, *shared])  # type: ignore[attr-defined]
         run.__doc__ = work.__doc__
-        app.command(name or work.__name__.replace("_", "-"))(run)
+        with_target_options(app, run, own, name or work.__name__.replace("_", "-"), roles)
         return work
 
     return register
+
+
+def with_target_options(
+    app: typer.Typer, work: Callable[..., None], own: list[inspect.Parameter], name: str, roles: str
+) -> None:
+    """Register a command that takes its context, the options that name a target, and parameters of its `own`."""
+    options = {**TARGETS, "key": Annotated[str | None, key_option(roles)]}
+
+    def run(context: typer.Context, **given: Any) -> None:
+        work(context, {option: given.pop(option) for option in options}, **given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = [inspect.Parameter(o, keyword, default=None, annotation=options[o]) for o in options]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters = [context, *(parameter.replace(kind=keyword) for parameter in own), *shared]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__doc__ = work.__doc__
+    app.command(name)(run)
 
 
 def typed_options(context: typer.Context) -> set[str]:

@@ -61,6 +61,7 @@ def test_a_typed_state_dir_is_not_overridden_by_the_database_of_the_environment(
             ["--database-url", A, "--state-dir", "x"],
             "--database-url and --state-dir name two databases",
         ),
+        ({"FLEXGATE_DEMO": "1"}, ["--state-dir", "x"], "FLEXGATE_DEMO and --state-dir name two databases"),
         ({}, ["--url", URL, "--demo"], "--url and --demo name two places to act on"),
         ({"FLEXGATE_URL": URL, "FLEXGATE_STATE_DIR": "x"}, [], "FLEXGATE_URL and FLEXGATE_STATE_DIR name two places"),
         ({"FLEXGATE_URL": URL, "FLEXGATE_DEMO": "1"}, [], "FLEXGATE_URL and FLEXGATE_DEMO name two places"),
@@ -86,3 +87,17 @@ def test_the_environment_of_a_server_names_one_database(real_store: Store, tmp_p
     before = real_store.version()
     assert CliRunner().invoke(app, ["tenants", "create", "Acme"], env=environment).exit_code == 0
     assert real_store.version() == before + 1
+
+
+@pytest.mark.parametrize("typed", [("--demo", "--state-dir"), ("--demo",), ()])
+def test_the_demo_in_a_state_directory_has_a_database_of_its_own(typed: tuple[str, ...], tmp_path: Path) -> None:
+    stores = [Store.open(load_store_settings(state_dir=tmp_path, demo=demo).database()) for demo in (True, False)]
+    for store in stores:
+        store.migrate()
+    before = [store.version() for store in stores]
+    named = {"--demo": [], "--state-dir": [str(tmp_path)]}
+    options = [word for option in typed for word in (option, *named[option])]
+    variables = {"--demo": {"FLEXGATE_DEMO": "1"}, "--state-dir": {"FLEXGATE_STATE_DIR": str(tmp_path)}}
+    environment = {name: value for option in named if option not in typed for name, value in variables[option].items()}
+    assert CliRunner().invoke(app, ["tenants", "create", "Acme", *options], env=environment).exit_code == 0
+    assert [store.version() for store in stores] == [before[0] + 1, before[1]]
