@@ -66,6 +66,10 @@ class Nothing(Closed):
     """No fields."""
 
 
+class Unread(Closed):
+    """A body that the operation reads itself, as it arrives."""
+
+
 class Written(Closed):
     """What every write may ask: `all` answers once every process enforces the change."""
 

@@ -25,7 +25,7 @@ from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
 from flexgate.server.admin.concurrency_limit import in_turn, threads_of
-from flexgate.server.admin.operation import AdminServices, Call, Method, Nothing, Operation, Written
+from flexgate.server.admin.operation import AdminServices, Call, Method, Nothing, Operation, Unread, Written
 from flexgate.server.http.auth import CHANGE_PATIENCE_S, Principal, identify
 from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
@@ -51,7 +51,7 @@ class OperationRoute(Route):
             method=operation.method,
             roles=operation.roles,
             status=operation.status,
-            body=None if operation.body is Nothing else operation.body,
+            body=None if operation.body in (Nothing, Unread) else operation.body,
             query=operation.query,
             events=operation.events,
             response_model=operation.response,
@@ -138,7 +138,7 @@ async def called(request: Request, caller: Annotated[Caller, Depends(authorised)
     if not all(_ID.fullmatch(value) for value in request.path_params.values()):
         raise not_found()
     query = parse_query(request.query_params.multi_items(), operation.query)
-    body = Nothing() if operation.body is Nothing else await read_body(request, services, operation.body)
+    body = Unread() if operation.body is Unread else await read_body(request, services, operation.body)
     path, now = dict(request.path_params), services.clock()
     return Call(services, caller.principal, caller.snapshot, path, query, body, now, request)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from flexgate.policies.documents import Role
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.admin.operation import Call, Nothing
+from flexgate.server.admin.operation import Call, Nothing, Unread
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored
 from flexgate.server.experts.jobs import Job
@@ -112,7 +112,7 @@ def retrieve_upload(call: Call[Nothing, Nothing]) -> ExpertUpload:
 
 
 @router.operation("PATCH", f"{_UPLOADS}/{{upload}}/{{file}}", roles=_CHANGES)
-async def write_upload(call: Call[Nothing, WriteQuery]) -> ExpertUpload:
+async def write_upload(call: Call[Unread, WriteQuery]) -> ExpertUpload:
     """Append the body to a file of the upload, at ?offset=."""
     upload = await run_in(UPLOADS, _upload, call)
     arriving = while_identified(call.request, call.services, call.request.stream())

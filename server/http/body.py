@@ -47,7 +47,7 @@ class Bodies(Callers, Protocol):
     def offload(self) -> Offload: ...
 
 
-async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
+async def read_request(request: Request, services: Bodies, *, optional: bool = False) -> dict[str, Any]:
     """The JSON body of a request whose sender is known; see `read_json`.
 
     It may take long: judge the key once more before anything but validation is done with it.
@@ -63,7 +63,13 @@ async def read_request(request: Request, services: Bodies) -> dict[str, Any]:
         seconds=services.body_seconds,
         offload=services.offload,
         owner=OPERATORS if principal.role is Role.ADMIN else principal.tenant_id or principal.key_id,
+        optional=optional,
     )
+
+
+def announces_body(headers: Mapping[str, str]) -> bool:
+    """Whether a body may come with a request, by its headers with lower-case names."""
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 async def read_json(
@@ -75,6 +81,7 @@ async def read_json(
     seconds: float,
     offload: Offload,
     owner: str,
+    optional: bool = False,
 ) -> dict[str, Any]:
     """The body as a JSON object.
 
@@ -86,13 +93,15 @@ async def read_json(
         seconds: how long the whole body may take, with the wait for a place.
         offload: what parses it, and is told of it.
         owner: whose large bodies wait for this one.
+        optional: an empty body is an object without fields.
 
     Raises:
         Invalid: not JSON, not UTF-8, not an object, compressed or of another media type.
         TooLarge: more than `limit` bytes are announced or arrive.
         ApiError: 408 when the body does not arrive in time.
     """
-    _check_headers(headers, limit)
+    if not optional:
+        _check_headers(headers, limit)
     async with AsyncExitStack() as held:
         try:
             async with asyncio.timeout(seconds):
@@ -104,6 +113,9 @@ async def read_json(
                 status=HTTPStatus.REQUEST_TIMEOUT,
                 code="request_timeout",
             ) from None
+        if optional and not raw:  # proxies announce a body before they know
+            return {}
+        _check_headers(headers, limit)
         offload.arrived(len(raw), owner)
         return await offload.run(parse_object, raw)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
 from flexgate.server.http.auth import identify_again
-from flexgate.server.http.body import Bodies, read_request
+from flexgate.server.http.body import Bodies, announces_body, read_request
 from flexgate.server.http.errors import Invalid, from_validation
 
 M = TypeVar("M", bound=BaseModel)
@@ -27,8 +27,11 @@ class Closed(BaseModel):
 
 
 async def read_body(request: Request, services: Bodies, model: type[M]) -> M:
-    """The request's body as `model`; raises `ApiError` naming the field at fault."""
-    raw = await read_request(request, services)
+    """The request's body as `model`, or none where that has no fields; raises `ApiError` naming the field at fault."""
+    optional = not model.model_fields
+    if optional and not announces_body(request.headers):
+        return model()
+    raw = await read_request(request, services, optional=optional)
     await identify_again(request, services)
     return await services.offload.run(validated, model, raw)
 

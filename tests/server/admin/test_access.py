@@ -76,9 +76,10 @@ async def test_an_owner_sees_and_ends_its_own_agreements_only(call: Any) -> None
     listed = (await call("sk-owner", "GET", "/v1/agreements")).json()
     assert [agreement["id"] for agreement in listed["data"]] == ["a-news"]
     for method in ("GET", "POST", "DELETE"):
-        body = {"experts": ["news"], "assignee": "everyone", "effect": "permit"}
-        theirs = await call("sk-owner", method, "/v1/agreements/a-math", json=body)
-        absent = await call("sk-owner", method, "/v1/agreements/nonsense", json=body)
+        terms = {"experts": ["news"], "assignee": "everyone", "effect": "permit"}
+        body = {"json": terms} if method == "POST" else {}
+        theirs = await call("sk-owner", method, "/v1/agreements/a-math", **body)
+        absent = await call("sk-owner", method, "/v1/agreements/nonsense", **body)
         assert theirs.status_code == 404
         assert same(theirs, absent)
     ended = await call("sk-owner", "DELETE", "/v1/agreements/a-news")

@@ -25,6 +25,7 @@ from flexgate.server.experts.revoke import Revocation
 AGREEMENT = {"experts": ["math"], "assignee": "tenant:t", "effect": "permit", "owner": "academy"}
 FILE = {"format": "flexgate-policy/v1", "tenants": [{"id": "t", "name": "t", "expert_ids": ["math"]}]}
 Case = tuple[str, str, str, Any]
+BODILESS = [operation for operation in OPERATIONS if operation.body is Nothing and Role.ADMIN in operation.roles]
 
 
 @pytest.fixture
@@ -153,6 +154,28 @@ async def test_a_refusal_is_answered_as_it_is_described(call: Any, operation: An
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("operation", BODILESS, ids=lambda o: f"{o.method} {o.path}")
+async def test_a_body_is_refused_where_none_is_taken_unless_it_is_empty(
+    call: Any, real_store: Any, operation: Any
+) -> None:
+    path, version = operation.path.replace("{", "").replace("}", ""), real_store.version()
+    path += "?old=1&new=1" * (path == "/v1/policy/diff")
+    refused = await call("sk-admin", operation.method, path, json={"drain_seconds": 5})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "unknown_parameter", "drain_seconds")
+    assert real_store.version() == version
+    if operation.method == "GET":
+        plain = await call("sk-admin", "GET", path)
+        for empty in ({"json": {}}, {"content": _no_chunks()}):
+            assert (await call("sk-admin", "GET", path, **empty)).status_code == plain.status_code
+
+
+async def _no_chunks() -> AsyncIterator[bytes]:
+    return
+    yield
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize(("key", "status"), [(None, 401), ("sk-t", 403)])
 async def test_no_body_is_read_of_a_caller_who_is_refused(call: Any, key: str | None, status: int) -> None:
     read = []
@@ -162,7 +185,7 @@ async def test_no_body_is_read_of_a_caller_who_is_refused(call: Any, key: str | 
         yield b"{}"
 
     for operation in OPERATIONS:
-        if operation.body is not Nothing and Role.TENANT not in operation.roles:
+        if Role.TENANT not in operation.roles:
             json = {"content-type": "application/json"}
             response = await call(key, operation.method, operation.path, content=body(), headers=json)
             assert response.status_code == status

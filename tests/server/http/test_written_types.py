@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 
 from flexgate.experts.package.manifest import Manifest
 from flexgate.policies.store.gitops import PolicyFile
-from flexgate.server.admin.operation import Nothing
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.experts.schemas import AddBody, UploadBody
 
@@ -114,7 +113,7 @@ WRITTEN: Final[dict[str, Any]] = {
     "UploadBody": {"files": {"manifest.json": 10}},
 }
 MODELS: Final[dict[str, type[BaseModel]]] = {
-    **{o.body.__name__: o.body for o in OPERATIONS if o.body is not Nothing},
+    **{o.body.__name__: o.body for o in OPERATIONS if o.body.model_fields},
     **{model.__name__: model for model in (PolicyFile, Manifest, AddBody, UploadBody)},
 }
 VALUES: Final[tuple[Any, ...]] = (
