@@ -1,7 +1,7 @@
 """Threads for blocking work, so that no caller waits behind what others read or change.
 
 Changes of administrators have threads of their own, and so has what administrators and auditors read. What tenants and
-owners read or change has others, and of one key of theirs only so much may be waiting.
+owners read or change has others, and of one project or owner only so much may be waiting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_OF_ONE: Final = 8
-"""Reads, and changes, of one tenant's or owner's key that run or wait at once."""
+"""Reads, and changes, of one project or owner that run or wait at once."""
 _OPERATORS: Final = frozenset({Role.ADMIN, Role.AUDITOR})
 _under_way: Final[Counter[tuple[str, ThreadPoolExecutor]]] = Counter()
 
@@ -35,10 +35,10 @@ def threads_of(principal: Principal, writes: bool) -> ThreadPoolExecutor:
 async def in_turn(
     principal: Principal, threads: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **options: P.kwargs
 ) -> T:
-    """Blocking work for a caller, in its turn; raises `ApiError` (429) when too much of its key is under way."""
+    """Blocking work for a caller, in its turn; raises `ApiError` (429) when too much of its project or owner waits."""
     if principal.role in _OPERATORS:
         return await run_in(threads, work, *arguments, **options)
-    key = principal.key_id, threads
+    key = principal.limited_with, threads
     if _under_way[key] >= MOST_OF_ONE:
         raise _too_many()
     _under_way[key] += 1
@@ -52,7 +52,7 @@ async def in_turn(
 
 def _too_many() -> ApiError:
     return TooMany(
-        f"This key already has {MOST_OF_ONE} such administration requests in progress, which is the limit. "
+        f"{MOST_OF_ONE} such administration requests of this project or owner are in progress, which is the limit. "
         "Try again when one has finished.",
         code="rate_limit_exceeded",
         type_="requests",

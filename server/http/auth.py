@@ -92,6 +92,13 @@ class Principal:
     digest: bytes = field(default=b"", repr=False, compare=False)
     expires: float | None = field(default=None, compare=False)
 
+    @property
+    def limited_with(self) -> str:
+        """What all callers have in common that share its bounds: their project or owner, else the key."""
+        if self.tenant_id is not None:
+            return self.tenant_id
+        return self.key_id if self.owner_id is None else f"owner {self.owner_id}"
+
 
 @dataclass(slots=True)
 class Context:

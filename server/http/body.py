@@ -24,18 +24,18 @@ MAX_KEYS: Final = 4096
 
 
 class Arriving:
-    """The bodies that are being read: of each key ``AT_ONCE`` are in memory, and the next ones wait."""
+    """The bodies that are being read: of each project ``AT_ONCE`` are in memory, and the next ones wait."""
 
     def __init__(self) -> None:
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    def place(self, key_id: str) -> asyncio.Semaphore:
-        """What to hold while a body is read that came with a key."""
-        return self._places.setdefault(key_id, asyncio.Semaphore(AT_ONCE))
+    def place(self, owner: str) -> asyncio.Semaphore:
+        """What to hold while a body is read; see `Principal.limited_with`."""
+        return self._places.setdefault(owner, asyncio.Semaphore(AT_ONCE))
 
 
 class Bodies(Callers, Protocol):
-    """How bodies are read: beside others of the same key, within bytes and seconds."""
+    """How bodies are read: beside others of the same project, within bytes and seconds."""
 
     @property
     def arriving(self) -> Arriving: ...
@@ -58,11 +58,11 @@ async def read_request(request: Request, services: Bodies, *, optional: bool = F
     return await read_json(
         request.stream(),
         request.headers,
-        services.arriving.place(principal.key_id),
+        services.arriving.place(principal.limited_with),
         limit=services.body_bytes,
         seconds=services.body_seconds,
         offload=services.offload,
-        owner=OPERATORS if principal.role is Role.ADMIN else principal.tenant_id or principal.key_id,
+        owner=OPERATORS if principal.role is Role.ADMIN else principal.limited_with,
         optional=optional,
     )
 

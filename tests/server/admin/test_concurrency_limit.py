@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexgate.policies.store import Store
+from flexgate.policies.store import Store, accounts
 from flexgate.server.admin.agreements import endpoints as agreements
 from flexgate.server.admin.concurrency_limit import MOST_OF_ONE
 from flexgate.server.admin.operations import OPERATIONS
@@ -62,7 +62,7 @@ async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json() == {
         "error": {
-            "message": "This key already has 8 such administration requests in progress, which is the limit. "
+            "message": "8 such administration requests of this project or owner are in progress, which is the limit. "
             "Try again when one has finished.",
             "type": "requests",
             "param": None,
@@ -71,6 +71,22 @@ async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.
     }
     slow.set()
     assert Counter(answer.status_code for answer in await asyncio.gather(*reads)) == {200: MOST_OF_ONE, 429: 1}
+
+
+async def test_the_keys_of_a_project_share_its_bound(
+    call: Any, services: Any, real_store: Store, slow: threading.Event
+) -> None:
+    second = accounts.create_service_account(real_store, "t", "second", actor="test", at=2.0)[1].secret
+    services.policy.confirm()
+    keys = ["sk-t", second] * MOST_OF_ONE
+    reads = [asyncio.ensure_future(call(key, "GET", READS["sk-t"])) for key in keys]
+    done, _ = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
+    assert done
+    slow.set()
+    assert Counter(answer.status_code for answer in await asyncio.gather(*reads)) == {
+        200: MOST_OF_ONE,
+        429: MOST_OF_ONE,
+    }
 
 
 async def test_operators_may_have_as_much_under_way_as_they_like(call: Any, slow: threading.Event) -> None:

@@ -12,6 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgate.policies.documents import Role
+from flexgate.policies.ids import OwnerId, TenantId
+from flexgate.server.http.auth import Principal
 from flexgate.server.http.body import AT_ONCE, MAX_KEYS, Arriving, parse_object, read_json
 from flexgate.server.http.errors import ApiError, Invalid, TooLarge
 from flexgate.server.http.offload import Offload
@@ -75,6 +78,14 @@ async def test_of_one_key_only_so_many_bodies_are_in_memory_and_nobody_elses_wai
     go.set()
     assert await asyncio.gather(*waiting) == [{}] * (AT_ONCE + 8)
     assert not arriving._places
+
+
+def test_the_bounds_of_a_body_are_those_of_its_project_or_owner() -> None:
+    project = [Principal(f"key_{number}", Role.TENANT, TenantId("t"), None).limited_with for number in range(2)]
+    owner = [Principal(f"key_{number}", Role.OWNER, None, OwnerId("t")).limited_with for number in range(2)]
+    operators = [Principal(f"key_{number}", Role.ADMIN, None, None).limited_with for number in range(2)]
+    assert [len(set(shared)) for shared in (project, owner, operators)] == [1, 1, 2]
+    assert len({*project, *owner, *operators}) == 4
 
 
 @pytest.mark.asyncio
