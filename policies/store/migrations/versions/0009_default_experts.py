@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,6 +13,7 @@ down_revision: Final = "0008"
 branch_labels: Final = None
 depends_on: Final = None
 
+_PAGE: Final = 500
 _TENANTS: Final = sa.table("tenants", sa.column("id"), sa.column("document", sa.JSON))
 _CHANGES: Final = sa.table(
     "policy_changes",
@@ -32,14 +34,27 @@ def downgrade() -> None:
 
 
 def _rename(old: str, new: str) -> None:
+    """In parts: a history may be longer than memory has room for."""
     connection = op.get_bind()
-    for row in connection.execute(sa.select(_TENANTS)).all():
-        stored = _TENANTS.c.id == row.id
-        connection.execute(sa.update(_TENANTS).where(stored).values(document=_renamed(row.document, old, new)))
-    for row in connection.execute(sa.select(_CHANGES).where(_CHANGES.c.kind == "tenant")).all():
-        stored = sa.and_(_CHANGES.c.version == row.version, _CHANGES.c.ordinal == row.ordinal)
-        values = {"before": _renamed(row.before, old, new), "after": _renamed(row.after, old, new)}
+    for tenant in _pages(connection, _TENANTS, [_TENANTS.c.id]):
+        stored = _TENANTS.c.id == tenant.id
+        connection.execute(sa.update(_TENANTS).where(stored).values(document=_renamed(tenant.document, old, new)))
+    for change in _pages(connection, _CHANGES, [_CHANGES.c.version, _CHANGES.c.ordinal], _CHANGES.c.kind == "tenant"):
+        stored = sa.and_(_CHANGES.c.version == change.version, _CHANGES.c.ordinal == change.ordinal)
+        values = {"before": _renamed(change.before, old, new), "after": _renamed(change.after, old, new)}
         connection.execute(sa.update(_CHANGES).where(stored).values(values))
+
+
+def _pages(
+    connection: sa.Connection, table: sa.TableClause, key: list[sa.ColumnClause[Any]], *only: sa.ColumnElement[bool]
+) -> Iterator[sa.Row[Any]]:
+    """The rows of a table, a few of them in memory at a time."""
+    page = sa.select(table).where(*only).order_by(*key).limit(_PAGE)
+    rows = connection.execute(page).all()
+    while rows:
+        yield from rows
+        after = sa.tuple_(*key) > sa.tuple_(*(getattr(rows[-1], column.name) for column in key))
+        rows = connection.execute(page.where(after)).all()
 
 
 def _renamed(document: dict[str, object] | None, old: str, new: str) -> dict[str, object] | None:
