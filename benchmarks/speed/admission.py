@@ -1,4 +1,4 @@
-"""What flexgate adds to a request before the engine has it: key, body, decision, limits, seal."""
+"""What flexgate adds to a request before the engine has it: the steps of `InferenceRequest`, and the seal."""
 
 import asyncio
 import json
@@ -6,25 +6,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from starlette.requests import Request
 from tqdm import tqdm
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.cache import DecisionCache
-from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, Quota, Role, Tenant
 from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
-from flexgate.server.engine.protocol.gates import Gate, SlotRef, cache_salt, new_seal_key, seal
-from flexgate.server.http.auth import authenticate, recognise, require_tenant
-from flexgate.server.http.body import parse_object
+from flexgate.server.engine.frontend.calls import ExpertSlotRef
+from flexgate.server.engine.protocol.gates import new_seal_key, seal
+from flexgate.server.http.auth import STATE, Context
+from flexgate.server.http.body import Arriving
+from flexgate.server.http.offload import Offload
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
-from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope, scopes_of, stated_tokens
+from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope
 from flexgate.server.inference.openai.chat import ENDPOINT
-from flexgate.server.inference.pipeline import honoured_body
-from flexgate.server.inference.request.extension import FIELD
+from flexgate.server.inference.pipeline import InferenceRequest
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.live import PolicySource
@@ -65,36 +67,62 @@ async def _measure(store: Store, calls: int) -> dict[str, Any]:
     usage = BudgetUsage(store)
     source.confirm()
     usage.refresh()
-    limiter, cache, samples, key = Limiter(usage), DecisionCache(), DecisionSamples(store), new_seal_key()
+    services, key = _services(store, source, usage), new_seal_key()
     project = LimitScope("busy", "This project", Quota(**LIMITS))
     busy = {f"limits_after_{uses}_requests_a_minute": _busy(usage, project, uses) for uses in BUSY}
     for number in tqdm(range(calls), desc="admissions"):
-        now = time.time()
+        request = InferenceRequest(_request(f"sk-{number % TENANTS}"), services, ENDPOINT)
         clock.start()
-        snapshot = await source.current()
-        principal = authenticate(snapshot, f"Bearer sk-{number % TENANTS}", now)
-        tenant = require_tenant(principal)
+        await request.authenticate()
         clock.lap("key")
-        body = honoured_body(parse_object(BODY), ENDPOINT.table, ENDPOINT.check, Limits())
+        await request.read()
+        await request.validate()
         clock.lap("body")
-        snapshot = await source.current()
-        recognise(snapshot, principal.digest, now)
-        query = DecisionRequest(decision_id="dec", only=body.pop(FIELD).experts.only)
-        decision = cache.decide(snapshot, tenant, query, now)
-        samples.add(tenant, query, now)
+        await request.decide()
         clock.lap("decision")
-        scopes = scopes_of(snapshot.tenants[tenant], principal.key_id)
-        reservation = limiter.reserve(scopes, {REQUESTS: 1, TOKENS: stated_tokens(body)})
+        request.reserve()
         clock.lap("limits")
-        _seal(decision.allowed, tenant, key)
+        seal(request.call.gate("request", key), key)
         clock.lap("seal")
         clock.stop("all")
         for name, other in busy.items():
             clock.skip()
             other.reserve([project], {REQUESTS: 1, TOKENS: 64}).commit({TOKENS: 64})
             clock.lap(name)
-        reservation.commit({TOKENS: 64})
+        request.reservation.commit({TOKENS: 64})
     return clock.report()
+
+
+def _services(store: Store, source: PolicySource, usage: BudgetUsage) -> Any:
+    """What a request works with, around a client without an engine."""
+    refs = {expert: ExpertSlotRef(expert, slot, 1) for slot, expert in enumerate(EVERY)}
+    return SimpleNamespace(
+        policy=source,
+        clock=time.time,
+        arriving=Arriving(),
+        offload=Offload(),
+        body_bytes=1 << 20,
+        body_seconds=30.0,
+        limits=Limits(),
+        model_names=("bench",),
+        handlers=SimpleNamespace(has_chat_template=True, has_tool_parser=False),
+        decisions=DecisionCache(),
+        samples=DecisionSamples(store),
+        limiter=Limiter(usage),
+        client=SimpleNamespace(refs=refs, weights_epoch=1),
+        queue=SimpleNamespace(enter=lambda *_: None),
+    )
+
+
+def _request(key: str) -> Request:
+    """As the server gets one, its body in one piece."""
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json", "content-length": str(len(BODY))}
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": BODY}
+
+    scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    return Request({**scope, STATE: Context("req_bench")}, receive)
 
 
 def _busy(usage: BudgetUsage, project: LimitScope, uses: int) -> Limiter:
@@ -105,12 +133,6 @@ def _busy(usage: BudgetUsage, project: LimitScope, uses: int) -> Limiter:
         now += 59.0 / uses
         limiter.reserve([project], {REQUESTS: 1, TOKENS: 64}).commit({TOKENS: 64})
     return limiter
-
-
-def _seal(allowed: Any, tenant: str, key: Any) -> str:
-    refs = tuple(SlotRef(slot, 1) for slot in range(len(allowed)))
-    salt = cache_salt(key, tenant=tenant, experts=[(expert, 1) for expert in allowed], client_salt=None)
-    return seal(Gate("request", tenant, refs, 2e9, salt), key)
 
 
 class _Clock:
