@@ -144,6 +144,10 @@ def test_an_owners_machine_needs_only_the_experts_extra(pair: Path, tmp_path: Pa
     (site / "flexgate").symlink_to(Path(flexgate.experts.__path__[0]).parent)
     (pair / "texts").mkdir()
     (pair / "texts/a.jsonl").write_text('{"prompt": "Who?", "answer": "The tenant pays the rent."}\n' * 40)
+    (pair / "units.yaml").write_text(
+        "ownership: owners\nunits:\n- {id: public, domain: base, experts: 0}\n"
+        "- {id: law, owner: acme, domain: contracts, experts: 1}\n"
+    )
     program = f"""
 import sys
 sys.path.append({str(site)!r})
@@ -159,6 +163,8 @@ run("extract", "pair", "1", "law", "--statement", "law.json", "--key", "keys/acm
 run("verify", "law", "--base", "anchor", "--trusted-keys", "keys")
 run("merge", "anchor", "law", "--into", "merged", "--trusted-keys", "keys")
 run("inspect", "merged")
+run("assign", "merged", "--units", "units.yaml", "--force")
+run("grade", "merged", "anchor")
 small = ("--steps", "2", "--length", "32", "--tokens-per-batch", "100")
 sizes = ("--vocab-size", "270", "--hidden-size", "16", "--intermediate-size", "12", "--layers", "1", "--heads", "2")
 run("train-anchor", "texts", "new-anchor", *sizes, *small)
