@@ -107,7 +107,7 @@ def summary(started: Started) -> list[tuple[str, str]]:
     memory = f"on each rank {held}, KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}"
     return [
         ("model", f"{shortened(planned.checkpoint.path)} ({a.num_hidden_layers} layers, {planned.dtype})"),
-        ("experts", ", ".join(f"{e.id} ({e.owner})" for e in client.experts())),
+        ("experts", ", ".join(f"{e.id} ({e.owner or 'no owner'})" for e in client.experts())),
         *(("set aside", sentence) for sentence in started.set_aside),
         ("slots", f"{slots.slots}, {memory}"),
         ("kernels", client.kernels),

@@ -27,11 +27,11 @@ def test_the_demo_names_its_keys_and_a_request_that_can_be_typed() -> None:
     assert f"Authorization: Bearer {DEMO_KEYS[0]}" in options
 
 
-def shown(terminal: bool, *, model: Path = Path("/models/olmo"), **more: Any) -> str:
+def shown(terminal: bool, *, model: Path = Path("/models/olmo"), owner: str | None = "gazette", **more: Any) -> str:
     """What a start prints, on a terminal or elsewhere, 80 columns wide."""
     slots = SimpleNamespace(slots=7, held=7, slot_bytes=787_500, kv_bytes=1 << 30, total_bytes=(1 << 30) + 5_512_500)
     checkpoint = SimpleNamespace(path=model, architecture=SimpleNamespace(num_hidden_layers=4))
-    experts = [SimpleNamespace(id=f"expert-{number}", owner="gazette") for number in range(9)]
+    experts = [SimpleNamespace(id=f"expert-{number}", owner=owner) for number in range(9)]
     client = SimpleNamespace(experts=lambda: experts, kernels="vllm")
     plan = SimpleNamespace(slots=slots, checkpoint=checkpoint, dtype="bfloat16")
     rest = {"admin_address": None, "admin_key": None, "hint": None, "set_aside": (), **more}
@@ -57,6 +57,10 @@ def test_where_there_is_no_terminal_every_line_is_whole() -> None:
     assert lines[5] == "slots      7, on each rank 7 of 787.5 kB = 5.5 MB, KV cache 1.1 GB, in all 1.1 GB"
     assert lines[6:8] == ["kernels    vllm", "address    http://127.0.0.1:8000"]
     assert lines[8:] == ["first admin key, shown only now: sk-1", hint]
+
+
+def test_an_expert_without_an_owner_is_shown_as_such() -> None:
+    assert "expert-8 (no owner)" in shown(False, owner=None)
 
 
 def test_on_a_terminal_the_summary_wraps_in_its_column() -> None:
