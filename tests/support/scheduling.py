@@ -23,5 +23,21 @@ class UnitScheduling(LoadScopeScheduling):
         self._units = self._units or json.loads(self._file.read_text())
         super().schedule()
 
+    def _reschedule(self, node: Any) -> None:
+        """Leave out a worker that took the place of one that died and has not collected yet."""
+        if node in self.registered_collections:
+            super()._reschedule(node)
+
+    def remove_node(self, node: Any) -> str | None:
+        """Give others what a worker that died had left, but for the test that it died of, which is returned."""
+        units = self.assigned_work[node]
+        died_of = next((test for unit in units.values() for test, done in unit.items() if not done), None)
+        if died_of is not None:
+            units[self._units[died_of]][died_of] = True
+        for name in [name for name, unit in units.items() if all(unit.values())]:
+            del units[name]  # a worker that is given nothing waits for ever
+        super().remove_node(node)
+        return died_of
+
     def _split_scope(self, nodeid: str) -> str:
         return self._units[nodeid]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import tempfile
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -32,8 +33,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell one worker where to put the units; all collect the same."""
-    node.workerinput["units"] = str(_file(node.config)) if node.gateway.id == "gw0" else None
+    """Tell a worker where to put the units; all find the same."""
+    node.workerinput["units"] = str(_file(node.config))
 
 
 def spread(config: Any, items: list[pytest.Item]) -> None:
@@ -42,8 +43,10 @@ def spread(config: Any, items: list[pytest.Item]) -> None:
         return
     units = assign(items)
     items.sort(key=lambda item: (not units[item.nodeid].startswith("shared-"), not _is_heavy(item)))
-    if file := config.workerinput["units"]:
-        Path(file).write_text(json.dumps(units))
+    file = Path(config.workerinput["units"])
+    own = file.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(units))
+    own.replace(file)
 
 
 def assign(items: list[pytest.Item]) -> dict[str, str]:
