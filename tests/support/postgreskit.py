@@ -32,12 +32,13 @@ class PostgresServer:
         self.process = process
         self.url = f"postgresql://postgres@/postgres?host={folder}"
 
-    def new_database(self) -> str:
-        """The URL of an empty database."""
+    def new_database(self, like: str | None = None) -> str:
+        """The URL of an empty database, or of a copy of one that nothing is connected to."""
         name = f"policy_{uuid.uuid4().hex}"
+        copied = f" TEMPLATE {sa.make_url(like).database}" if like else ""
         engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.execute(sa.text(f"CREATE DATABASE {name}"))
+            connection.execute(sa.text(f"CREATE DATABASE {name}{copied}"))
         engine.dispose()
         return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
 

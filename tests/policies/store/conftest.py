@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,13 +32,38 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store in SQLite, to be copied: migrating takes longer than most tests."""
+    path = tmp_path_factory.mktemp("migrated") / "policy.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_database(postgres: PostgresServer) -> str:
+    """An empty store in PostgreSQL, to be copied."""
+    url = postgres.new_database()
+    migrate(url)
+    return url
+
+
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of either kind."""
+    """A database of either kind: migrated for a test that asks for a store, else without tables."""
+    migrated = "empty" in request.fixturenames
     if request.param == "sqlite":
+        if migrated:
+            shutil.copy(request.getfixturevalue("migrated_file"), tmp_path / "policy.db")
         return f"sqlite:///{tmp_path}/policy.db"
     server: PostgresServer = request.getfixturevalue("postgres")
-    return server.new_database()
+    return server.new_database(request.getfixturevalue("migrated_database") if migrated else None)
+
+
+def migrate(url: str) -> None:
+    store = Store.open(url)
+    store.migrate()
+    store.close()
 
 
 @pytest.fixture
@@ -52,7 +78,6 @@ def sqlite_file(url: str) -> str:
 @pytest.fixture
 def empty(url: str) -> Iterator[Store]:
     store = Store.open(url)
-    store.migrate()
     yield store
     store.close()
 

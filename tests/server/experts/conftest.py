@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +21,20 @@ def anchor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def catalogued(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the experts of the checkpoint, to be copied: migrating takes longer than most tests."""
+    path = tmp_path_factory.mktemp("catalogued") / "policy.db"
+    made = Store.open(f"sqlite:///{path}")
+    made.migrate()
+    sync_catalogue(made, CHECKPOINT, at=1.0)
+    made.close()
+    return path
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
-    opened.migrate()
-    sync_catalogue(opened, CHECKPOINT, at=1.0)
+def store(catalogued: Path, tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(f"sqlite:///{shutil.copy(catalogued, tmp_path / 'policy.db')}")
     yield opened
     opened.close()
 
