@@ -1,15 +1,20 @@
-"""Short constraints that stand for huge automata: each is answered soon, and the engine lives on."""
+"""Short constraints that stand for huge automata: each costs little, and the engine lives on."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
+import httpx
 import pytest
+from processor_time import ProcessorTime
 
 pytestmark = pytest.mark.engine
 
-SECONDS = 20
+SECONDS = 15
+"""Of processor time: twice what compiling may use, and one slow mask; whoever else is served has what is left."""
+PATIENCE_SECONDS = 300
 
 
 def nested_arrays(depth: int) -> dict[str, Any]:
@@ -57,18 +62,32 @@ BOMBS: dict[str, dict[str, Any]] = {
 }
 
 
+async def ask(server: Any, path: str, *bodies: dict[str, Any]) -> list[int]:
+    """The statuses of requests, one after another, given up once the server has used ``SECONDS`` for all of them."""
+    headers = {"authorization": f"Bearer {server.key('all')}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=PATIENCE_SECONDS) as http:
+
+        async def send() -> list[int]:
+            return [(await http.post(path, json=body)).status_code for body in bodies]
+
+        used, sending = ProcessorTime(server.process.pid), asyncio.create_task(send())
+        try:
+            while not sending.done():
+                await asyncio.wait([sending], timeout=0.1)
+                assert used.seconds() < SECONDS
+        finally:
+            sending.cancel()
+        return await sending
+
+
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_answered_soon_and_the_next_request_too(server: Any, name: str) -> None:
+def test_a_bomb_costs_little_and_the_next_request_is_answered(server: Any, name: str) -> None:
     body = {"prompt": "a", "max_tokens": 3, "structured_outputs": BOMBS[name]}
-    with server.client() as http:
-        http.timeout = SECONDS
-        began = time.monotonic()
-        assert http.post("/v1/completions", json=body).status_code in (200, 400)
-        # It did not choose another way to constrain answers, which not all constraints would fit.
-        choice = {"prompt": "a", "max_tokens": 1, "structured_outputs": {"choice": ["a", "b"]}}
-        after = http.post("/v1/completions", json=choice)
-    assert after.status_code == 200
-    assert time.monotonic() - began < SECONDS
+    # It did not choose another way to constrain answers, which not all constraints would fit.
+    choice = {"prompt": "a", "max_tokens": 1, "structured_outputs": {"choice": ["a", "b"]}}
+    first, second = asyncio.run(ask(server, "/v1/completions", body, choice))
+    assert first in (200, 400)
+    assert second == 200
 
 
 @pytest.mark.parametrize(("max_tokens", "temperature"), [(3, 0), (3, 1), (1, 0), (1, 1)])
@@ -85,22 +104,20 @@ def test_a_constraint_that_other_parameters_leave_nothing_ends_its_request_alone
     assert set(answered.json()["choices"][0]["text"]) == {"a"}
 
 
-def test_thousands_of_tools_are_refused_and_many_answered_soon(server: Any) -> None:
+def test_thousands_of_tools_are_refused_and_many_cost_little(server: Any) -> None:
     def tools(count: int) -> list[dict[str, Any]]:
         return [{"type": "function", "function": {"name": f"{'n' * 59}{number:05}"}} for number in range(count)]
 
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "tool_choice": "required"}
-    with server.client() as http:
-        http.timeout = SECONDS
-        assert http.post("/v1/chat/completions", json={**body, "tools": tools(8000)}).status_code == 400
-        assert http.post("/v1/chat/completions", json={**body, "tools": tools(128)}).status_code == 200
+    bodies = [{**body, "tools": tools(count)} for count in (8000, 128)]
+    assert asyncio.run(ask(server, "/v1/chat/completions", *bodies)) == [400, 200]
 
 
 def test_a_client_that_leaves_a_stream_stops_its_generation(server: Any) -> None:
     body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
     with server.client() as http, http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while running(server) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert running(server) == 0
