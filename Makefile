@@ -9,12 +9,17 @@ PORT ?= 8000
 TIMES ?= 20
 # The checkout's folders share names with other projects' packages: keep it off sys.path.
 export PYTHONSAFEPATH := 1
+# Tests start hundreds of processes: each would compile the sources again.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := $(BIN)/python -m pytest
 # Benchmarks and kill harnesses, which do not ship, use the tests' kits.
 MEASURE := benchmarks:tests/support
 # Workers of a test run; tests/support/workers.py says which tests stay together.
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# pip compiles on one core.
+PIP_INSTALL := pip install -q --no-compile --no-deps
+COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
@@ -107,7 +112,7 @@ WITHIN := timeout -k 10 $(INSTALL_SECONDS)
 TOO_SLOW = { echo "cannot install $(@D): the registry refused, or did not answer within $(INSTALL_SECONDS) s" >&2; exit 1; }
 define install
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(WITHIN) $(1)/bin/python -m pip install -q --no-deps --require-hashes $(2) || $(TOO_SLOW)
+	$(WITHIN) $(1)/bin/python -m $(PIP_INSTALL) --require-hashes $(2) || $(TOO_SLOW)
 	touch $(1)/.installed
 endef
 
@@ -132,7 +137,8 @@ $(VENV)/.runtime: locks/cpu.txt locks/torch-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "flexgate needs Python 3.11 or 3.12; run: make PYTHON=python3.11 …")'
 	@echo "installing about 3.5 GB into $(VENV); this takes a minute or more"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-deps --require-hashes -r locks/cpu.txt -r locks/torch-cpu.txt
+	$(BIN)/python -m $(PIP_INSTALL) --require-hashes -r locks/cpu.txt -r locks/torch-cpu.txt
+	$(COMPILE)
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	for place in "$$site" build/typed; do mkdir -p "$$place/flexgate"; \
@@ -141,5 +147,6 @@ $(VENV)/.runtime: locks/cpu.txt locks/torch-cpu.txt pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime locks/dev.txt
-	$(BIN)/python -m pip install -q --no-deps --require-hashes -r locks/dev.txt
+	$(BIN)/python -m $(PIP_INSTALL) --require-hashes -r locks/dev.txt
+	$(COMPILE)
 	touch $@
