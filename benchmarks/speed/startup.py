@@ -81,7 +81,7 @@ def _slots(model: Path, experts: int, bar: Any) -> dict[str, Any]:
         "slots": list(counts),
         "resident_bytes": resident,
         "resident_bytes_per_slot": (resident[1] - resident[0]) // EXTRA_SLOTS,
-        "planned_bytes_per_slot": plan(EngineSettings(model=model)).slots.slot_bytes,
+        "planned_bytes_per_slot": plan(EngineSettings(model=model)).slots.expert_bytes,
     }
 
 

@@ -47,7 +47,7 @@ def unit_map(units: Sequence[int]) -> Tensor:
     for expert, unit in enumerate(units):
         if not 0 <= unit < MAX_UNITS:
             raise KernelArgumentError(f"expert {expert} is mapped to unit {unit}; units are 0..{MAX_UNITS - 1}")
-    return torch.tensor(units, dtype=torch.uint8)
+    return torch.tensor(list(units), dtype=torch.uint8)
 
 
 def encode_fill(fill: Fill, experts: int) -> int:

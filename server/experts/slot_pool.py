@@ -32,7 +32,7 @@ class EngineClient(Protocol):
     weights_epoch: int
 
     @property
-    def slots(self) -> int: ...
+    def package_slots(self) -> frozenset[int]: ...
     def experts(self) -> tuple[ExpertInfo, ...]: ...
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None: ...
     def in_use(self, ref: ExpertSlotRef) -> bool: ...
@@ -115,12 +115,12 @@ class SlotPool:
             kept: slots that are not given away; see `WeightsRepository.slots_of_others`.
         """
         taken = {info.slot for info in self.client.experts()} | self._dirty | set(kept)
-        free = [slot for slot in range(self.client.slots) if slot not in taken]
+        free = sorted(self.client.package_slots - taken)
         if not free:
             idle = len(set(kept).difference(self._dirty, (info.slot for info in self.client.experts())))
             left_out = f", {idle} of them by packages that were not loaded at the start" if idle else ""
             raise ChangeConflict(
-                f"All {self.client.slots} expert slots are taken{left_out}. Revoke an expert, "
+                f"All {len(self.client.package_slots)} expert slots are taken{left_out}. Revoke an expert, "
                 "or start the server with a larger --max-experts.",
                 code="slots_full",
             )

@@ -27,10 +27,10 @@ from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.errors import PolicyError, VersionNotReached
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall, bitmask_of
 from flexgate.server.http.auth import Principal, context_of, identify, identify_by, require_tenant
 from flexgate.server.http.body import Bodies, read_request
-from flexgate.server.http.errors import Invalid, NotFound, Unavailable
+from flexgate.server.http.errors import Forbidden, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_policy
 from flexgate.server.inference.enforcement import Right, RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
@@ -287,10 +287,21 @@ def check_chat_template(services: InferenceServices) -> None:
 
 
 def experts_of(decision: Decision, client: GatedEngineClient) -> tuple[ExpertSlotRef, ...]:
-    """The decision in the engine's terms; raises `ApiError` when an expert has just gone."""
+    """The decision in the engine's terms.
+
+    Raises:
+        ApiError: an expert has just gone, or the experts leave a layer of the model without any.
+    """
     try:
-        return tuple(map(client.refs.__getitem__, decision.allowed))
+        refs = tuple(map(client.refs.__getitem__, decision.allowed))
     except KeyError:
         raise Unavailable(
             "An expert of this request is being replaced or revoked. Try again.", code="experts_changing"
         ) from None
+    if not client.slot_map.covers(bitmask_of(refs)):
+        raise Forbidden(
+            "The experts of this request leave a layer of the model without any, so it cannot be answered. "
+            "Let more experts take part, or ask an administrator for agreements on more.",
+            code="layer_without_expert",
+        )
+    return refs

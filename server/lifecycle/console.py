@@ -103,7 +103,7 @@ def summary(started: Started) -> list[tuple[str, str]]:
 
     planned, client = started.plan, started.client
     slots, a = planned.slots, planned.checkpoint.architecture
-    held = f"{slots.held} of {human(slots.slot_bytes)} = {human(slots.held * slots.slot_bytes)}"
+    held = f"{slots.held} of {human(slots.expert_bytes)} = {human(slots.held * slots.expert_bytes)}"
     memory = f"on each rank {held}, KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}"
     return [
         ("model", f"{shortened(planned.checkpoint.path)} ({a.num_hidden_layers} layers, {planned.dtype})"),

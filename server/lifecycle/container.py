@@ -128,7 +128,7 @@ def _expert_service(
         base=lambda: base_identity(model),
         trusted_keys=keys,
     )
-    free = engine.client.slots - len(engine.client.experts())
+    free = len(engine.client.package_slots - {info.slot for info in engine.client.experts()})
     per_owner = settings.max_experts_per_owner or max(1, free // 2)
     pool = SlotPool(engine.client, engine.slots, WeightsRepository(store), places, merged, per_owner=per_owner)
 

@@ -176,6 +176,7 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Path) -> Any:
     """The application's parts around a client without an engine."""
     from flexgate.server.engine.frontend.calls import ExpertInfo
+    from flexgate.server.engine.protocol.slots import SlotMap
     from flexgate.server.experts.uploads import Uploads
     from flexgate.server.inference.fair_queue import FairQueue
     from flexgate.server.lifecycle.services import Services
@@ -192,6 +193,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
         end=lambda call: None,
         experts=lambda: infos,
         refs={info.id: info.ref for info in infos},
+        slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
     )
     one = SimpleNamespace
     handlers = SimpleNamespace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,11 @@ class ExpertSlotRef:
     expert: str
     slot: int
     slot_epoch: int
+
+
+def bitmask_of(refs: Iterable[ExpertSlotRef]) -> int:
+    """The slots of these experts as bits, as a gate has them."""
+    return sum(1 << ref.slot for ref in refs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from flexgate.experts.checkpoint.reader import open_weights, read_json
 from flexgate.experts.errors import LayoutError, OwnershipInvalid
 from flexgate.experts.io.tensorfile import TensorFile
 from flexgate.experts.package.weights import MAX_ABSOLUTE
-from flexgate.kernels.gated_topk import MAX_UNITS
+from flexgate.kernels.gated_topk import MAX_EXPERTS
 from flexgate.server.engine.frontend.identity import FileIdentity, identities
 
 
@@ -53,8 +53,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     files = identities(path)
     architecture = _architecture(path)
-    if architecture.num_experts > MAX_UNITS:
-        raise CheckpointError(f"{path} has {architecture.num_experts} experts; flexgate serves at most {MAX_UNITS}")
+    if architecture.num_experts > MAX_EXPERTS:
+        raise CheckpointError(
+            f"{path} has {architecture.num_experts} experts in a layer; flexgate serves at most {MAX_EXPERTS}"
+        )
     with _open_weights(path) as tensors:
         stored_dtype = _check_headers(path, tensors, architecture)
     return Checkpoint(path, architecture, _ownership(path, architecture), stored_dtype, files)
@@ -160,9 +162,6 @@ def _ownership(path: Path, architecture: Architecture) -> Ownership:
     try:
         if not manifest.is_file():
             return unnamed(experts_L)
-        ownership = parse_ownership(read_object(manifest), experts_L, str(manifest))
+        return parse_ownership(read_object(manifest), experts_L, str(manifest))
     except OwnershipInvalid as error:
         raise CheckpointError(str(error)) from error
-    if not ownership.is_identity:
-        raise CheckpointError(f"{manifest} gives several experts to a unit; a server gates one expert for each unit")
-    return ownership

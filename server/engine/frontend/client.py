@@ -26,6 +26,7 @@ from flexgate.server.engine.protocol.endings import (
 )
 from flexgate.server.engine.protocol.gates import GateError, SealKey, seal
 from flexgate.server.engine.protocol.names import GATE_ARG, USAGE_KEY
+from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.engine.seam.engine import EngineCoreOutput, EngineGenerateError
 from flexgate.server.engine.seam.frontend import make_prompt_logprobs_later
 from flexgate.server.engine.seam.requests import see_requests, take_output_extras
@@ -48,7 +49,7 @@ class GatedEngineClient:
         *,
         key: SealKey,
         experts: tuple[ExpertInfo, ...],
-        slots: int,
+        slot_map: SlotMap,
         answers: Callable[[], bool],
         clock: Callable[[], float],
         weights_epoch: int = 1,
@@ -68,7 +69,7 @@ class GatedEngineClient:
         self._answers = answers
         self._key = key
         self._constrainer = Constrainer(compiler, key)
-        self._slots = slots
+        self.slot_map = slot_map
         self._clock = clock
         self._running: dict[str, tuple[GatedCall, Ticket | None]] = {}
         self._open: set[GatedCall] = set()
@@ -114,19 +115,19 @@ class GatedEngineClient:
         """vLLM's queue limits."""
         self._engine.check_admission(n, request_id)
 
-    @property
-    def slots(self) -> int:
-        """Expert slots of the engine, free ones included."""
-        return self._slots
-
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
         """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add."""
         self._experts = tuple(sorted(experts, key=lambda info: info.slot))
         self.refs: Mapping[str, ExpertSlotRef] = {info.id: info.ref for info in experts if info.live}
         self._slot_epochs = {info.id: info.slot_epoch for info in experts if info.live}
         by_slot = {info.slot: info.id for info in experts}
-        self._names = tuple(by_slot.get(slot) for slot in range(self._slots))
+        self._names = tuple(by_slot.get(slot) for slot in range(self.slot_map.total))
         self.weights_epoch = weights_epoch
+
+    @property
+    def package_slots(self) -> frozenset[int]:
+        """The slots that a package fits into, taken ones included."""
+        return self.slot_map.single
 
     def begin(self, call: GatedCall) -> None:
         """A call begins; :meth:`end` must follow."""

@@ -23,7 +23,7 @@ from flexgate.server.engine.frontend.requirements import require_servable
 from flexgate.server.engine.frontend.tokenizer import require_readable_texts
 from flexgate.server.engine.protocol.gates import SealKey, new_seal_key
 from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY, SEAL_KEY_VARIABLE
-from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.calls import ExpertInfo
@@ -95,8 +95,8 @@ class LaunchPlan:
         """Which slot holds which expert at start."""
         experts = self.checkpoint.experts
         without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.revoked]
-        slot_epoch = self.settings.weights_epoch
-        return SlotTable.of_checkpoint(len(experts), self.slots.slots, without, slot_epoch=slot_epoch)
+        map_ = SlotMap.of_checkpoint(self.checkpoint.ownership.unit_LE, len(experts), self.slots.slots)
+        return SlotTable.at_start(map_, len(experts), without, slot_epoch=self.settings.weights_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,11 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         ranks=settings.tensor_parallel_size,
         expert_parallel=settings.enable_expert_parallel,
     )
-    return LaunchPlan(settings, checkpoint, slots, dtype)
+    planned = LaunchPlan(settings, checkpoint, slots, dtype)
+    if not planned.table.map.covers(planned.table.live_mask):
+        revoked = ", ".join(sorted(settings.revoked))
+        raise CheckpointError(f"{checkpoint.path} cannot be served: without {revoked}, a layer has no expert")
+    return planned
 
 
 def refuse_missing_kernels(moe_kernels: str) -> None:
@@ -325,7 +329,7 @@ async def _prove(
         engine,
         key=key,
         experts=_expert_infos(planned),
-        slots=planned.slots.slots,
+        slot_map=planned.table.map,
         weights_epoch=planned.settings.weights_epoch,
         answers=heartbeat.fresh,
         clock=clock,

@@ -1,4 +1,4 @@
-"""How many expert slots fit beside the KV cache; arithmetic only.
+"""How many slots fit beside the KV cache; arithmetic only.
 
 All sizes are in bytes per rank.
 """
@@ -15,26 +15,26 @@ SPARE_SLOTS = 2  # free slots that a default start leaves for experts to be adde
 
 @dataclass(frozen=True, slots=True)
 class SlotPlan:
-    """The engine's expert slots and what they cost.
+    """The engine's slots, the experts that they are made of, and what these cost.
 
     Attributes:
-        slots: number of slots.
-        held: slots that one rank holds; with expert parallelism its share and a zero slot.
-        slot_bytes: one slot over all layers, as far as one rank holds it.
+        slots: number of slots: those of the checkpoint's units, and free ones of one expert a layer.
+        held: experts of a layer that one rank holds; with expert parallelism its share and one of zeros.
+        expert_bytes: one expert over all layers, as far as one rank holds it.
         other_bytes: everything that is not an expert (attention, embeddings, norms, head).
         kv_bytes: KV cache.
     """
 
     slots: int
     held: int
-    slot_bytes: int
+    expert_bytes: int
     other_bytes: int
     kv_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """Weights, slots and KV cache together."""
-        return self.held * self.slot_bytes + self.other_bytes + self.kv_bytes
+        return self.held * self.expert_bytes + self.other_bytes + self.kv_bytes
 
 
 def plan_slots(
@@ -52,44 +52,45 @@ def plan_slots(
 
     Args:
         dtype: ``float32`` or ``bfloat16``, as served.
-        max_experts: slots asked for; by default the checkpoint's experts + 2, or as many
+        max_experts: slots asked for; by default the checkpoint's units + 2, or as many
             of those as fit.
         least: slots that are taken in any case, by experts added after the checkpoint.
         available_bytes: of one rank.
-        ranks: tensor-parallel ranks that share every slot.
-        expert_parallel: ranks hold whole slots, dealt out in turn, and a zero slot each.
+        ranks: tensor-parallel ranks that share every expert.
+        expert_parallel: ranks hold whole experts, dealt out in turn, and one of zeros each.
 
     Raises:
-        CheckpointError: fewer slots asked for than the checkpoint has experts, more than
+        CheckpointError: fewer slots asked for than the checkpoint has units, more than
             64, or more than fit.
     """
-    a = checkpoint.architecture
+    a, units = checkpoint.architecture, len(checkpoint.experts)
     width = DTYPE_BYTES[dtype]
     sharing, dealing = (1, ranks) if expert_parallel else (ranks, 1)
-    slot_bytes = checkpoint.parameters_per_expert * width // sharing
+    expert_bytes = checkpoint.parameters_per_expert * width // sharing
     attention = 2 * a.hidden_size * (a.sizes["Q"] + a.sizes["K"])
     embeddings = 1 if a.tie_word_embeddings else 2
     other = a.num_hidden_layers * attention + embeddings * a.vocab_size * a.hidden_size
     other_bytes = other * width // ranks
     reserved = 1 if dealing > 1 else 0
-    room = ((available_bytes - other_bytes - kv_bytes) // slot_bytes - reserved) * dealing
-    taken = max(a.num_experts, least)
+    shared = a.num_experts - units  # experts that the checkpoint has in a layer beyond one of each unit
+    room = ((available_bytes - other_bytes - kv_bytes) // expert_bytes - reserved) * dealing - shared
+    taken = max(units, least)
     wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, MAX_UNITS)
     if not taken <= wanted <= MAX_UNITS:
         raise CheckpointError(
-            f"--max-experts {wanted}: the checkpoint has {a.num_experts} experts, {taken} slots are taken, "
+            f"--max-experts {wanted}: the checkpoint has {units} experts, {taken} slots are taken, "
             f"and flexgate serves at most {MAX_UNITS}"
         )
     slots = wanted if max_experts is not None else max(min(wanted, room), taken)
-    held = -(-slots // dealing) + reserved
+    held = -(-(slots + shared) // dealing) + reserved
     if slots > room:
-        needed = held * slot_bytes + other_bytes + kv_bytes
+        needed = held * expert_bytes + other_bytes + kv_bytes
         raise CheckpointError(
-            f"{held} expert slots of {human(slot_bytes)} + {human(other_bytes)} of shared weights "
+            f"{held} expert slots of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
             f"+ {human(kv_bytes)} of KV cache = {human(needed)} do not fit into "
             f"{human(available_bytes)}"
         )
-    return SlotPlan(slots, held, slot_bytes, other_bytes, kv_bytes)
+    return SlotPlan(slots, held, expert_bytes, other_bytes, kv_bytes)
 
 
 def kv_bytes_of_one_request(checkpoint: Checkpoint, tokens: int, *, dtype: str, ranks: int = 1) -> int:

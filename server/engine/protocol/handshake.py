@@ -30,7 +30,8 @@ class RankReport(TypedDict):
     computed_by: str
     routed_by: str
     slots: dict[str, Any]
-    slots_here: list[int]
+    units: list[str]
+    experts_here: list[int]
     zero_slot: bool
     clears_blocks: bool
     key_digest: str
@@ -56,7 +57,8 @@ def report_rank(worker: Any) -> RankReport:
         computed_by=_one(programs),
         routed_by=_one([layer.routed_by for layer in layers]),
         slots=model.gates.table.to_config(),
-        slots_here=layers[0].slots_here(),
+        units=[bytes(layer.unit_E.tolist()).hex() for layer in layers],
+        experts_here=layers[0].experts_here(),
         zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
         clears_blocks=clears_blocks(worker.model_runner, model.kv_caches()),
         key_digest=key_digest(model.gates.key),
@@ -111,7 +113,7 @@ def verify(
     """Compare every rank's report with what the launcher asked for.
 
     Args:
-        expert_parallel: slots are dealt out to the ranks in turn, and each rank has a zero slot.
+        expert_parallel: experts are dealt out to the ranks in turn, and each rank has a reserved one of zeros.
 
     Raises:
         HandshakeError: naming the rank and what is wrong with it.
@@ -124,6 +126,7 @@ def verify(
         "monolithic": False,
         "moe_kernels": moe_kernels,
         "slots": table.to_config(),
+        "units": [unit_E.hex() for unit_E in table.map.unit_LE],
         "zero_slot": True,
         "clears_blocks": True,
         "key_digest": key_digest(key),
@@ -133,7 +136,7 @@ def verify(
     for rank, report in enumerate(reports):
         if not isinstance(report, dict):
             raise HandshakeError(f"rank {rank} gave no report")
-        here = {"slots_here": list(range(rank % step, table.total, step))}
+        here = {"experts_here": list(range(rank % step, table.map.experts, step))}
         for name, value in (expected | here).items():
             if _plain(report.get(name)) != _plain(value):
                 raise HandshakeError(f"rank {rank}: {name} is {report.get(name)!r}, expected {value!r}")

@@ -1,9 +1,17 @@
-"""Which expert holds which engine slot, as data that every engine process shares."""
+"""Which unit holds which engine slot, and which experts of each layer a slot is made of.
 
-from collections.abc import Collection
+A *slot* is what a gate has a bit for and what is opened and closed as a whole: the place of one unit, that is, of one
+owner's contribution. In each layer it has a fixed set of the layer's experts, none to all of them. In FlexOlmo's layout
+slot *i* has expert *i* of every layer; see `docs/decisions/0066-a-gate-names-units.md`.
+
+Legend: L layers, E experts of a layer.
+"""
+
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flexgate.kernels.gated_topk import MAX_EXPERTS, MAX_UNITS
 from flexgate.server.engine.protocol.gates import Gate, GateError, SlotRef
 from flexgate.server.engine.protocol.names import CONFIG_KEY
 
@@ -11,24 +19,77 @@ ANCHOR_SLOT = 0
 
 
 class SlotError(ValueError):
-    """A slot cannot be opened or closed as asked."""
+    """A slot cannot be opened or closed as asked, or a map of slots cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMap:
+    """The slots of an engine, which never change.
+
+    Attributes:
+        total: number of slots, 1..64.
+        unit_LE: of each layer the slot of each of its experts, a byte each; all layers have equally many experts.
+        layer_masks: the slots that have an expert in a layer as bits, once for all layers that have the same.
+        single: the slots that have exactly one expert in every layer, as a package has.
+    """
+
+    total: int
+    unit_LE: tuple[bytes, ...]
+    layer_masks: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    single: frozenset[int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Derive the masks.
+
+        Raises:
+            SlotError: too many slots or experts, or a layer names a slot that is not there.
+        """
+        if not 1 <= self.total <= MAX_UNITS:
+            raise SlotError(f"an engine has 1 to {MAX_UNITS} slots, not {self.total}")
+        widths = {len(unit_E) for unit_E in self.unit_LE}
+        if len(widths) != 1 or not 1 <= max(widths) <= MAX_EXPERTS:
+            raise SlotError(f"all layers have equally many experts, 1 to {MAX_EXPERTS}, not {sorted(widths)}")
+        for unit_E in self.unit_LE:
+            if max(unit_E) >= self.total:
+                raise SlotError(f"a layer has an expert of slot {max(unit_E)}; this engine has {self.total}")
+        masks = (sum(1 << unit for unit in set(unit_E)) for unit_E in self.unit_LE)
+        single = (s for s in range(self.total) if all(unit_E.count(s) == 1 for unit_E in self.unit_LE))
+        object.__setattr__(self, "layer_masks", tuple(dict.fromkeys(masks)))
+        object.__setattr__(self, "single", frozenset(single))
+
+    @classmethod
+    def of_checkpoint(cls, unit_LE: Sequence[bytes], units: int, total: int) -> "SlotMap":
+        """Unit *i* of a checkpoint has slot *i*.
+
+        Each of the free slots, from ``units`` to ``total``, has one expert in every layer, after the checkpoint's own.
+        """
+        free = bytes(range(units, total))
+        return cls(total, tuple(unit_E + free for unit_E in unit_LE))
+
+    @property
+    def experts(self) -> int:
+        """How many experts a layer has."""
+        return len(self.unit_LE[0])
+
+    def covers(self, bitmask: int) -> bool:
+        """Whether the slots of ``bitmask`` have an expert in every layer, so that each layer can route."""
+        return all(bitmask & mask for mask in self.layer_masks)
 
 
 @dataclass(slots=True)
 class SlotTable:
-    """The engine's fixed arrays: ``total`` slots, of which ``live`` hold an expert.
+    """Which slots hold a unit now.
 
     Every process keeps one of its own. They change between two steps only: opened on all ranks
     before the engine core, and closed in the engine core before the ranks, so that no gate passes
     the guard that a rank would not know.
 
     Attributes:
-        total: number of expert slots in every layer, 1..64.
-        live: slot -> epoch of the expert in it; free slots are absent.
-        live_mask: bit ``s`` is set when slot ``s`` holds an expert.
+        live: slot -> epoch of the unit in it; free slots are absent.
+        live_mask: bit ``s`` is set when slot ``s`` holds a unit.
     """
 
-    total: int
+    map: SlotMap
     live: dict[int, int]
     live_mask: int = field(init=False)
 
@@ -37,15 +98,19 @@ class SlotTable:
         self.live_mask = sum(1 << slot for slot in self.live)
 
     @classmethod
-    def of_checkpoint(
-        cls, num_experts: int, total: int, without: Collection[int] = (), *, slot_epoch: int = 1
-    ) -> "SlotTable":
-        """Expert *i* of a checkpoint takes slot *i*; the rest, and ``without``, is free."""
-        return cls(total, {slot: slot_epoch for slot in range(num_experts) if slot not in without})
+    def at_start(cls, map_: SlotMap, units: int, without: Collection[int] = (), *, slot_epoch: int = 1) -> "SlotTable":
+        """The checkpoint's ``units`` are in their slots; ``without`` and the rest are free."""
+        return cls(map_, {slot: slot_epoch for slot in range(units) if slot not in without})
+
+    @property
+    def total(self) -> int:
+        """Number of slots."""
+        return self.map.total
 
     def to_config(self) -> dict[str, Any]:
         """Plain data for vLLM's ``additional_config`` (JSON, no integer keys)."""
-        return {CONFIG_KEY: {"total": self.total, "live": sorted(self.live.items())}}
+        layers = [unit_E.hex() for unit_E in self.map.unit_LE]
+        return {CONFIG_KEY: {"total": self.total, "live": sorted(self.live.items()), "layers": layers}}
 
     @classmethod
     def from_config(cls, additional_config: object) -> "SlotTable":
@@ -57,22 +122,25 @@ class SlotTable:
         if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
             raise ValueError("vLLM was started without flexgate's slot table; use `flexgate serve`")
         data = additional_config[CONFIG_KEY]
-        return cls(int(data["total"]), {int(s): int(g) for s, g in data["live"]})
+        map_ = SlotMap(int(data["total"]), tuple(bytes.fromhex(unit_E) for unit_E in data["layers"]))
+        return cls(map_, {int(s): int(g) for s, g in data["live"]})
 
     def validate(self, gate: Gate) -> None:
-        """Refuse a gate that names a slot whose assignment has changed.
+        """Refuse a gate that names a slot whose assignment has changed, or with which a layer could not route.
 
         Raises:
-            GateError: some reference is not the slot's present one.
+            GateError: some reference is not the slot's present one, or some layer has no expert of the gate.
         """
         if any(self.live.get(ref.slot) != ref.slot_epoch for ref in gate.slots):
             raise GateError("the gate names an expert that is no longer loaded")
+        if not self.map.covers(gate.bitmask):
+            raise GateError("the gate leaves a layer without an expert")
 
     def open(self, slot: int, slot_epoch: int) -> None:
         """Make a free slot live.
 
         Raises:
-            SlotError: there is no such slot, or it holds an expert.
+            SlotError: there is no such slot, or it holds a unit.
         """
         if not 0 <= slot < self.total:
             raise SlotError(f"there is no slot {slot}; this engine has {self.total}")
@@ -98,7 +166,7 @@ class SlotTable:
         """Refuse to touch the weights of a slot that some request may read.
 
         Raises:
-            SlotError: there is no such slot, or it holds a live expert.
+            SlotError: there is no such slot, or it holds a live unit.
         """
         if not 0 <= slot < self.total:
             raise SlotError(f"there is no slot {slot}; this engine has {self.total}")

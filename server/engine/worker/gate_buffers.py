@@ -1,6 +1,6 @@
 """Per-request gates turned into the fixed-address buffers that the MoE layers read.
 
-Legend: T tokens, U units (slot i is unit i), R requests of the step.
+Legend: T tokens, U slots of units, R requests of the step.
 
 The hooks call, in this order and once per engine step: :meth:`GateState.begin_step`
 with the scheduler's output, :meth:`GateState.fill` once the runner has fixed the

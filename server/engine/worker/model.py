@@ -8,7 +8,7 @@ Legend: T tokens, H hidden size.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -104,12 +104,12 @@ class FlexOlmoAttention(nn.Module):
 class FlexOlmoLayer(nn.Module):
     """Attention and gated experts, each normalised after, not before."""
 
-    def __init__(self, vllm_config: VllmConfig, gates: GateState, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, gates: GateState, layer: int, prefix: str) -> None:
         """``gates`` is shared by all layers."""
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.self_attn = FlexOlmoAttention(vllm_config, f"{prefix}.self_attn")
-        self.mlp = GatedMoE(config, gates, vllm_config.quant_config, f"{prefix}.mlp")
+        self.mlp = GatedMoE(config, gates, vllm_config.quant_config, layer, f"{prefix}.mlp")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -134,7 +134,7 @@ class FlexOlmoModel(nn.Module):
         )
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            FlexOlmoLayer(vllm_config, self.gates, f"{prefix}.layers.{index}")
+            FlexOlmoLayer(vllm_config, self.gates, index, f"{prefix}.layers.{index}")
             for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -224,7 +224,7 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Zero every slot, then load live experts into theirs; router biases are optional.
+        """Zero every expert, then load those of live slots; router biases are optional.
 
         An expert of the checkpoint that was revoked is not read, and its router row is zero.
         """
@@ -232,17 +232,19 @@ class GatedFlexOlmoForCausalLM(nn.Module):
             for parameter in layer.experts.parameters():
                 parameter.data.zero_()
         loader = AutoWeightsLoader(self)
-        live = self.gates.table.live
-        wanted = ((name, tensor) for name, tensor in weights if _expert_of(name) in {None, *live})
+        table = self.gates.table
+        live_LE = [[unit in table.live for unit in unit_E] for unit_E in table.map.unit_LE]
+        wanted = ((name, tensor) for name, tensor in weights if _is_live(name, live_LE))
         loaded: set[str] = loader.load_weights(wanted, mapper=self.hf_to_vllm_mapper)
-        for slot in set(range(self.config.num_experts)) - live.keys():
-            for layer in self.moe_layers():
-                layer.gate.weight.data[slot].zero_()
-                layer.gate.bias.data[slot].zero_()
+        for layer, live_E in zip(self.moe_layers(), live_LE, strict=True):
+            for expert, live in enumerate(live_E):
+                if not live:
+                    layer.gate.weight.data[expert].zero_()
+                    layer.gate.bias.data[expert].zero_()
         return loaded | {name for name, _ in self.named_parameters() if name.endswith("gate.bias")}
 
 
-def _expert_of(name: str) -> int | None:
-    """The expert index in a checkpoint's tensor name; None for what belongs to no expert."""
-    found = re.search(r"\.mlp\.experts\.(\d+)\.", name)
-    return None if found is None else int(found[1])
+def _is_live(name: str, live_LE: Sequence[Sequence[bool]]) -> bool:
+    """Whether a checkpoint's tensor belongs to a live slot's expert, or to none."""
+    found = re.search(r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.", name)
+    return found is None or live_LE[int(found[1])][int(found[2])]

@@ -1,6 +1,6 @@
 """The gated MoE block: logits → gate → softmax → top-k → experts.
 
-Legend: T tokens, E expert slots, K chosen experts, H hidden size.
+Legend: T tokens, E experts of the layer, K chosen experts, H hidden size.
 
 The gate is applied here, in the model, and not in vLLM's router, because under data or
 expert parallelism the router sees tokens gathered from other ranks. What goes on is
@@ -21,7 +21,7 @@ from flexgate.server.engine.worker.kernels import chosen_routed_experts, held_ke
 from flexgate.server.engine.worker.slot_arrays import Pack, SlotArrays
 
 ROUTER_ROWS = 16  # router rows are padded to a multiple, so that a dot product never
-# changes its vectorisation, and so its last bit, with the number of slots
+# changes its vectorisation, and so its last bit, with the number of experts
 
 
 class RoutedTopK(BaseRouter):
@@ -39,11 +39,11 @@ class RoutedTopK(BaseRouter):
         return RoutingMethodType.Custom
 
     def place_locally(self, local_of_E: torch.Tensor, zero_slot: int) -> None:
-        """Map slots to this rank's experts; what is not here goes to the all-zero one at weight 0.
+        """Map experts to this rank's; what is not here goes to the all-zero one at weight 0.
 
         Args:
-            local_of_E: this rank's index of each slot, negative for other ranks' slots.
-            zero_slot: this rank's index of its reserved slot, which holds zeros for ever.
+            local_of_E: this rank's index of each expert, negative for other ranks' experts.
+            zero_slot: this rank's index of its reserved expert, which holds zeros for ever.
         """
         elsewhere_E = torch.where(local_of_E < 0, zero_slot, local_of_E)
         # Index -1, the id of an unused pick, finds the last entry.
@@ -67,26 +67,26 @@ class RoutedTopK(BaseRouter):
 
 
 class RouterRows(nn.Module):
-    """Router rows, one per slot, and an optional bias that can only lower a logit.
+    """Router rows, one per expert, and an optional bias that can only lower a logit.
 
     A plain parameter: on CPU, vLLM's own linear layers give up ``weight`` to oneDNN.
     """
 
-    def __init__(self, num_slots: int, hidden_size: int) -> None:
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
         """All rows and biases start at zero."""
         super().__init__()
-        rows = -(-num_slots // ROUTER_ROWS) * ROUTER_ROWS
-        self.num_slots = num_slots
+        rows = -(-num_experts // ROUTER_ROWS) * ROUTER_ROWS
+        self.num_experts = num_experts
         weight = torch.zeros(rows, hidden_size, dtype=torch.float32)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        bias = torch.zeros(num_slots, dtype=torch.float32)
+        bias = torch.zeros(num_experts, dtype=torch.float32)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.weight.weight_loader = self._load_weight  # type: ignore[attr-defined]
         self.bias.weight_loader = self._load_bias  # type: ignore[attr-defined]
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Router logits in float32, [T, E], without the bias."""
-        return functional.linear(x_TH.float(), self.weight)[:, : self.num_slots]
+        return functional.linear(x_TH.float(), self.weight)[:, : self.num_experts]
 
     def _load_weight(self, parameter: nn.Parameter, loaded_EH: torch.Tensor) -> None:
         parameter.data.zero_()
@@ -99,27 +99,32 @@ class RouterRows(nn.Module):
 
 
 class GatedMoE(nn.Module):
-    """One layer's router and expert slots under per-token gates."""
+    """One layer's router and experts under per-token gates.
 
-    def __init__(self, config: Any, gates: GateState, quant_config: Any, prefix: str) -> None:
+    Attributes:
+        unit_E: the slot that each expert belongs to, which is the bit that a gate has for it.
+    """
+
+    unit_E: torch.Tensor
+
+    def __init__(self, config: Any, gates: GateState, quant_config: Any, layer: int, prefix: str) -> None:
         """``config`` is the checkpoint's FlexOlmoConfig; ``gates`` is shared by all layers."""
         super().__init__()
         self.gates = [gates]  # in a list: the model owns the module
         self.top_k: int = config.num_experts_per_tok
         self.renormalize: bool = config.norm_topk_prob
-        self.num_slots = gates.table.total
-        self.gate = RouterRows(self.num_slots, config.hidden_size)
-        self.unit_E: torch.Tensor  # one expert per owner, in the same slot of every layer: slot i is unit i
-        self.register_buffer("unit_E", unit_map(range(self.num_slots)), persistent=False)
+        self.register_buffer("unit_E", unit_map(gates.table.map.unit_LE[layer]), persistent=False)
+        self.num_experts = len(self.unit_E)
+        self.gate = RouterRows(self.num_experts, config.hidden_size)
         self.routed_by = gated_topk_implementation(self.unit_E.device)
-        # vLLM's CPU kernel knows no expert map: slots dealt out to ranks in turn, and after
+        # vLLM's CPU kernel knows no expert map: experts dealt out to ranks in turn, and after
         # them as many reserved ones, give every rank exactly one that stays all zero.
         ranks = expert_parallel_ranks()
         reserved = ranks if ranks > 1 else 0
         self.fill: Fill = "none" if reserved else "first"
-        self.router = RoutedTopK(self.top_k, self.num_slots + reserved)
+        self.router = RoutedTopK(self.top_k, self.num_experts + reserved)
         self.experts = FusedMoEFactory(
-            num_experts=self.num_slots + reserved,
+            num_experts=self.num_experts + reserved,
             top_k=self.top_k,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -132,25 +137,25 @@ class GatedMoE(nn.Module):
         )
         if reserved:
             local_of_E = self.experts.routed_experts.expert_map.long()
-            zero_slot = int(local_of_E[self.num_slots :].max())
-            self.router.place_locally(local_of_E[: self.num_slots], zero_slot)
+            zero_slot = int(local_of_E[self.num_experts :].max())
+            self.router.place_locally(local_of_E[: self.num_experts], zero_slot)
 
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM chose a kernel that routes by itself, past the gate."""
         return bool(self.experts.routed_experts.quant_method.is_monolithic)
 
-    def slots_here(self) -> list[int]:
-        """The slots whose weights this rank holds."""
+    def experts_here(self) -> list[int]:
+        """The experts whose weights this rank holds."""
         is_local = self.experts.routed_experts.expert_map_manager.is_local_expert
-        return [slot for slot in range(self.num_slots) if is_local(slot)]
+        return [expert for expert in range(self.num_experts) if is_local(expert)]
 
     def zero_slot_holds_zeros(self) -> bool:
-        """Whether the reserved slot exists and has no weight; trivially so if none is needed."""
+        """Whether the reserved expert exists and has no weight; trivially so if none is needed."""
         if self.fill == "first":
             return True
         experts = self.experts.routed_experts
-        here = len(self.slots_here())
+        here = len(self.experts_here())
         if self.router.zero_slot != here or experts.local_num_experts != here + 1:
             return False
         return not (experts.w13_weight[here].any() or experts.w2_weight[here].any())
@@ -162,11 +167,11 @@ class GatedMoE(nn.Module):
 
     @property
     def pack(self) -> Pack:
-        """How one expert lies in a slot of this layer."""
+        """How one expert lies in this layer's arrays."""
         return pack_of(self.experts.routed_experts)
 
     def slot_arrays(self) -> SlotArrays:
-        """This rank's part of every slot, to write experts into; raises `UnknownLayoutError`."""
+        """This rank's part of every expert, to write slots into; raises `UnknownLayoutError`."""
         held = self.experts.routed_experts
         parallel = held.moe_config.moe_parallel_config
         return SlotArrays(
@@ -174,6 +179,7 @@ class GatedMoE(nn.Module):
             bias_E=self.gate.bias.data,
             w13_LGH=held.w13_weight.data,
             w2_LHP=held.w2_weight.data,
+            unit_E=bytes(self.unit_E.tolist()),
             local=held._map_global_expert_id_to_local_expert_id,
             pack=self.pack,
             shards=parallel.tp_size,
@@ -200,6 +206,6 @@ class GatedMoE(nn.Module):
 
 
 def expert_parallel_ranks() -> int:
-    """How many ranks share out the slots; 1 without expert parallelism."""
+    """How many ranks share out the experts; 1 without expert parallelism."""
     parallel = get_current_vllm_config().parallel_config
     return parallel.tensor_parallel_size if parallel.enable_expert_parallel else 1

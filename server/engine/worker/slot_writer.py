@@ -89,6 +89,8 @@ class SlotWriter:
         with open_weights(ticket) as weights:
             if weights.layers != len(self.layers):
                 raise SlotWriteError(f"the expert has {weights.layers} layers, the model {len(self.layers)}")
+            for layer in self.layers:
+                layer.only_expert(report["slot"])  # before the first is written
             for number, layer in enumerate(self.layers):
                 layer.write(report["slot"], weights.layer(number))
                 report["done"] += 1

@@ -239,7 +239,7 @@ def expert_parallel(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngi
 @ONE_OF_THE_KERNELS
 def test_expert_parallel_ranks_equal_one_rank(expert_parallel: ScriptedEngine, engine: ScriptedEngine) -> None:
     reports = expert_parallel.call("handshake")
-    assert [report["slots_here"] for report in reports] == [[0, 2, 4, 6], [1, 3, 5]]
+    assert [report["experts_here"] for report in reports] == [[0, 2, 4, 6], [1, 3, 5]]
     assert all(report["zero_slot"] for report in reports)
     assert_ranks_equal_one(expert_parallel, engine)
 

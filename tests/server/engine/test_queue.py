@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import new_seal_key
+from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.inference.fair_queue import FairQueue
 
 pytestmark = pytest.mark.asyncio
@@ -33,7 +34,12 @@ class World:
         self.queue = FairQueue(SEATS, share=1.0, most_queued=10, seconds=300)
         infos = (ExpertInfo("public", "o", "", 0, 1, True),)
         self.client = GatedEngineClient(
-            self.engine, key=new_seal_key(), experts=infos, slots=1, answers=lambda: True, clock=lambda: self.now
+            self.engine,
+            key=new_seal_key(),
+            experts=infos,
+            slot_map=SlotMap(1, (b"\0",)),
+            answers=lambda: True,
+            clock=lambda: self.now,
         )
         self.reading: list[asyncio.Task[None]] = []
 

@@ -29,7 +29,7 @@ def test_the_demo_names_its_keys_and_a_request_that_can_be_typed() -> None:
 
 def shown(terminal: bool, *, model: Path = Path("/models/olmo"), owner: str | None = "gazette", **more: Any) -> str:
     """What a start prints, on a terminal or elsewhere, 80 columns wide."""
-    slots = SimpleNamespace(slots=7, held=7, slot_bytes=787_500, kv_bytes=1 << 30, total_bytes=(1 << 30) + 5_512_500)
+    slots = SimpleNamespace(slots=7, held=7, expert_bytes=787_500, kv_bytes=1 << 30, total_bytes=(1 << 30) + 5_512_500)
     checkpoint = SimpleNamespace(path=model, architecture=SimpleNamespace(num_hidden_layers=4))
     experts = [SimpleNamespace(id=f"expert-{number}", owner=owner) for number in range(9)]
     client = SimpleNamespace(experts=lambda: experts, kernels="vllm")

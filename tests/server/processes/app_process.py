@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from flexgate.policies.store import Store
 from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.server.engine.frontend.calls import ExpertInfo
+from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.lifecycle.serve import run
 from flexgate.server.lifecycle.services import Services
@@ -48,6 +49,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         end=lambda call: None,
         experts=lambda: infos,
         refs={info.id: info.ref for info in infos},
+        slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
     )
     handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete), has_tool_parser=False)
     policy = PolicySource(

@@ -1,6 +1,7 @@
 """Random FlexOlmo checkpoints written by transformers, and surgery on them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,33 @@ def rewrite(source: Path, target: Path, keep: list[int], poison: dict[int, float
             out[name] = tensor
     config["num_experts"] = len(keep)
     config["num_experts_per_tok"] = min(config["num_experts_per_tok"], len(keep))
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(out, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def assign_units(checkpoint: Path, names: Sequence[str], unit_LE: Sequence[Sequence[int]]) -> Path:
+    """Write which unit each expert of each layer belongs to."""
+    units = [{"id": name, "owner": None if name == "public" else f"owner-{name}", "domain": name} for name in names]
+    layers = {str(layer): list(unit_E) for layer, unit_E in enumerate(unit_LE)}
+    content = {"format": "flexgate-model/2", "ownership": "owners", "units": units, "layers": layers}
+    (checkpoint / "flexgate.json").write_text(json.dumps(content))
+    return checkpoint
+
+
+def keep_by_layer(source: Path, target: Path, kept_L: Sequence[Sequence[int]]) -> Path:
+    """Copy a checkpoint with other experts of each layer, equally many in all of them."""
+    tensors = load_file(source / "model.safetensors")
+    out = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+    for layer, kept in enumerate(kept_L):
+        mlp = f"model.layers.{layer}.mlp"
+        out[f"{mlp}.gate.weight"] = tensors[f"{mlp}.gate.weight"][list(kept)].clone()
+        for new, old in enumerate(kept):
+            for part in ("gate", "up", "down"):
+                out[f"{mlp}.experts.{new}.{part}_proj.weight"] = tensors[f"{mlp}.experts.{old}.{part}_proj.weight"]
+    config = json.loads((source / "config.json").read_text())
+    config["num_experts"] = len(kept_L[0])
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config))
     save_file(out, target / "model.safetensors", {"format": "pt"})

@@ -1,5 +1,6 @@
 """What "equal" means: bits under one schedule, DESIGN's tolerance across schedules."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def agree(want: Answer, got: Answer) -> bool:
 def reference(checkpoint: Path) -> FlexOlmoForCausalLM:
     """The same checkpoint in transformers."""
     return FlexOlmoForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def cut_reference(checkpoint: Path, kept_L: Sequence[Sequence[int]]) -> FlexOlmoForCausalLM:
+    """The checkpoint in transformers with only some experts of each layer, which may be of different number."""
+    model = reference(checkpoint)
+    for layer, kept in zip(model.model.layers, kept_L, strict=True):
+        router, experts = layer.mlp.gate, layer.mlp.experts
+        router.weight = torch.nn.Parameter(router.weight[list(kept)])
+        router.num_experts, router.top_k = len(kept), min(router.top_k, len(kept))
+        experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[list(kept)])
+        experts.down_proj = torch.nn.Parameter(experts.down_proj[list(kept)])
+        experts.num_experts = len(kept)
+    return model
 
 
 def biased_reference(checkpoint: Path, bias_LE: torch.Tensor) -> FlexOlmoForCausalLM:

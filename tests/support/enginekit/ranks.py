@@ -52,6 +52,12 @@ def overwrite_zero_slot(worker: Any) -> None:
             part.fill_(1.0)
 
 
+def slot_is_zero(worker: Any, slot: int) -> bool:
+    """Run on every rank: whether nothing is left of a slot."""
+    parts = list(_parts(worker, [slot], weights_only=False))
+    return bool(parts) and not any(part.any() for part in parts)
+
+
 def restore_slots(worker: Any) -> None:
     """Run on every rank: undo every overwrite."""
     for part, original in reversed(worker.saved):
@@ -62,11 +68,11 @@ def restore_slots(worker: Any) -> None:
 def _parts(worker: Any, slots: list[int], *, weights_only: bool) -> Iterator[Any]:
     for layer in worker.model_runner.get_model().moe_layers():
         experts = layer.experts.routed_experts
-        for slot in slots:
+        for expert in [expert for expert, unit in enumerate(layer.unit_E.tolist()) if unit in slots]:
             if not weights_only:
-                yield layer.gate.weight.data[slot]
-                yield layer.gate.bias.data[slot : slot + 1]
-            local = experts.expert_map_manager.map_global_to_local(slot)
+                yield layer.gate.weight.data[expert]
+                yield layer.gate.bias.data[expert : expert + 1]
+            local = experts.expert_map_manager.map_global_to_local(expert)
             if local >= 0:
                 yield experts.w13_weight.data[local]
                 yield experts.w2_weight.data[local]

@@ -25,7 +25,7 @@ from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.slot_control import Closed, SlotTaskFailed
 from flexgate.server.engine.protocol.slot_tasks import from_wire, to_wire
-from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
 from flexgate.server.engine.worker.slot_arrays import SlotArrays
 from flexgate.server.engine.worker.slot_writer import SlotWriter
 from flexgate.server.experts.repository import WeightsRepository
@@ -48,7 +48,7 @@ def rank_writer(shard: int, shards: int) -> SlotWriter:
         arrays = [torch.zeros(SLOTS, *shape) for shape in ((hidden,), (), (2 * inner, hidden), (hidden, inner))]
         for array in arrays:
             array[:2] = 1.0
-        layers.append(SlotArrays(*arrays, local=lambda slot: slot, shards=shards, shard=shard))
+        layers.append(SlotArrays(bytes(range(SLOTS)), *arrays, local=lambda slot: slot, shards=shards, shard=shard))
     return SlotWriter(layers)
 
 
@@ -115,7 +115,7 @@ class LocalClient:
     """What `GatedEngineClient` is to the service."""
 
     def __init__(self, experts: tuple[ExpertInfo, ...], epoch: int = 1) -> None:
-        self.slots = SLOTS
+        self.package_slots = frozenset(range(SLOTS))
         self.published: list[tuple[str, ...]] = []
         self.publish(experts, epoch)
         self.open: list[GatedCall] = []
@@ -174,7 +174,7 @@ def local(
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
     experts = tuple(replace(info, slot_epoch=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
-    table = SlotTable(SLOTS, {info.slot: epoch for info in experts})
+    table = SlotTable(SlotMap.of_checkpoint([b""] * LAYERS, 0, SLOTS), {info.slot: epoch for info in experts})
     slots = LocalSlots(table, [rank_writer(shard, ranks) for shard in range(ranks)])
     if "news" in without:
         for rank in slots.ranks:

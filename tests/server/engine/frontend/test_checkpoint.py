@@ -19,6 +19,7 @@ from flexgate.server.engine.frontend import canary
 from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.engine.frontend.canary import CanaryError
 from flexgate.server.engine.frontend.checkpoint import CheckpointError, read_checkpoint, require_unchanged
+from flexgate.server.engine.protocol.slots import SlotMap
 
 NAME = "model.layers.0.mlp.experts.2.up_proj.weight"
 
@@ -199,9 +200,15 @@ async def test_every_expert_is_tried_alone_before_a_start_is_over(monkeypatch: p
     monkeypatch.setattr(canary, "_must_refuse", refuse)
     monkeypatch.setattr(canary, "try_experts", attempt)
     infos = [ExpertInfo(name, "owner", "", slot, 1, True) for slot, name in enumerate(("public", "news", "math"))]
+    client: Any = SimpleNamespace(experts=lambda: infos, slot_map=SlotMap(3, (b"\0\1\2",)))
     with pytest.raises(CanaryError, match="'math'"):
-        await canary.self_test(None, SimpleNamespace(experts=lambda: infos))  # type: ignore[arg-type]
+        await canary.self_test(None, client)
     assert tried == ["public", "news", "math"]
+    tried.clear()
+    client.slot_map = SlotMap(3, (b"\1\1\2", b"\0\1\2"))
+    with pytest.raises(CanaryError, match="'math'"):
+        await canary.self_test(None, client)
+    assert tried == ["public news math", "news", "math"]
 
 
 SPOILED_AFTER_THE_CHECK = """

@@ -16,6 +16,7 @@ from flexgate.server.engine.frontend import client as client_module
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
+from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.engine.seam.frontend import PromptLogprobs
 
 
@@ -26,6 +27,7 @@ def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None
 
 KEY = new_seal_key()
 INFO = ExpertInfo("public", "o", "", 0, 1, True)
+ONE = SlotMap(1, (b"\0",))
 
 
 def test_the_salt_names_experts_and_epochs_and_no_slot() -> None:
@@ -64,7 +66,7 @@ def call(engine: Engine) -> Iterator[GatedCall]:
 
 
 async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     engine.client = client
     client.begin(call)
     CURRENT_CALL.set(call)
@@ -99,7 +101,7 @@ async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
 
 
 def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     reserved: list[int] = []
     call.reserve = reserved.append
     for prompt in ([1, 2, 3], [4, 5]):
@@ -108,7 +110,7 @@ def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engi
 
 
 def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
 
     def refuse(tokens: int) -> None:
         raise OverflowError(tokens)
@@ -233,7 +235,7 @@ async def test_nothing_is_kept_of_a_request_that_did_not_reach_the_engine_core(
 async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it_sees_them(
     engine: Engine, call: GatedCall
 ) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: True, clock=engine.clock)
+    client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     for length, refused in ((1024, False), (1025, True)):
         params = SamplingParams(max_tokens=1, bad_words=["x" * length])
         outputs = client.generate({"prompt_token_ids": [1]}, params, "request")
@@ -270,7 +272,7 @@ def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
 @pytest.mark.asyncio
 async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be_read(engine: Engine) -> None:
     """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
     token = CURRENT_CALL.set(GatedCall("t", (INFO.ref,), math.inf))
     outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
@@ -292,7 +294,7 @@ async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be
 
 @pytest.mark.asyncio
 async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slots=1, answers=lambda: True, clock=engine.clock)
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     call = GatedCall("t", (INFO.ref,), math.inf, prompt_only=True)
     token = CURRENT_CALL.set(call)
     params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
@@ -310,7 +312,9 @@ async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) ->
 def test_a_client_is_ready_while_its_engine_core_answers(engine: Engine) -> None:
     answers = [True, False, True]
     engine.errored = False
-    client = GatedEngineClient(engine, key=KEY, experts=(), slots=1, answers=lambda: answers.pop(0), clock=engine.clock)
+    client = GatedEngineClient(
+        engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: answers.pop(0), clock=engine.clock
+    )
     assert not client.ready()
     client.mark_ready()
     assert [client.ready() for _ in range(3)] == [True, False, True]

@@ -30,7 +30,7 @@ def planned(available: int, **options: Any) -> SlotPlan:
 
 def test_two_slots_are_kept_free_where_there_is_room() -> None:
     plan = planned(1 << 30)
-    assert (plan.slots, plan.held, plan.slot_bytes) == (6, 6, SLOT)
+    assert (plan.slots, plan.held, plan.expert_bytes) == (6, 6, SLOT)
     assert plan.total_bytes == 6 * SLOT + OTHER + KV
 
 
@@ -61,13 +61,13 @@ def test_slots_asked_for_are_not_reduced() -> None:
 
 def test_tensor_parallel_ranks_hold_a_part_of_every_slot() -> None:
     plan = planned(1 << 30, ranks=2)
-    assert (plan.slots, plan.held, plan.slot_bytes) == (6, 6, SLOT // 2)
+    assert (plan.slots, plan.held, plan.expert_bytes) == (6, 6, SLOT // 2)
 
 
 @pytest.mark.parametrize(("slots", "held"), [(4, 3), (6, 4), (7, 5)])
 def test_expert_parallel_ranks_hold_their_share_and_a_zero_slot(slots: int, held: int) -> None:
     options = {"max_experts": slots, "ranks": 2, "expert_parallel": True}
     plan = planned(OTHER // 2 + KV + held * SLOT, **options)
-    assert (plan.slots, plan.held, plan.slot_bytes) == (slots, held, SLOT)
+    assert (plan.slots, plan.held, plan.expert_bytes) == (slots, held, SLOT)
     with pytest.raises(CheckpointError, match=f"{held} expert slots"):
         planned(OTHER // 2 + KV + held * SLOT - 1, **options)

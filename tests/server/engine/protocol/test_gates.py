@@ -16,10 +16,11 @@ from flexgate.server.engine.protocol.gates import (
     open_seal,
     seal,
 )
-from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.protocol.slots import SlotError, SlotMap, SlotTable
 
 KEY = new_seal_key()
 SLOTS = (SlotRef(0, 1), SlotRef(3, 7))
+SIX = SlotMap.of_checkpoint([b""], 0, 6)
 
 
 def gate(**changes: object) -> Gate:
@@ -143,14 +144,46 @@ def test_the_cache_salt_tells_tenants_gates_epochs_and_client_salts_apart() -> N
 
 
 def test_a_gate_naming_an_earlier_assignment_of_a_slot_is_refused() -> None:
-    table = SlotTable(6, {0: 1, 3: 8})
+    table = SlotTable(SIX, {0: 1, 3: 8})
     with pytest.raises(GateError, match="no longer loaded"):
         table.validate(gate())
-    SlotTable(6, {0: 1, 3: 7}).validate(gate())
+    SlotTable(SIX, {0: 1, 3: 7}).validate(gate())
+
+
+def test_a_gate_that_leaves_a_layer_without_an_expert_is_refused() -> None:
+    table = SlotTable(SlotMap.of_checkpoint([b"\0\1\1\2", b"\1\1\2\2"], 3, 6), {0: 7, 3: 7, 1: 7})
+    with pytest.raises(GateError, match="leaves a layer without an expert"):
+        table.validate(gate(slots=(SlotRef(0, 7),)))
+    for slots in [(SlotRef(1, 7),), (SlotRef(0, 7), SlotRef(3, 7)), (SlotRef(3, 7),)]:
+        table.validate(gate(slots=slots))
+
+
+def test_a_map_of_slots_knows_which_fit_a_package() -> None:
+    map_ = SlotMap.of_checkpoint([b"\0\1\1\2\3", b"\0\1\1\2\2"], 4, 6)
+    assert map_.unit_LE == (b"\0\1\1\2\3\4\5", b"\0\1\1\2\2\4\5")
+    assert map_.single == {0, 4, 5}
+    assert [map_.covers(mask) for mask in (0b1, 0b1000, 0b1100, 0b10000)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("total", "unit_LE", "said"),
+    [
+        (0, (b"\0",), "1 to 64 slots"),
+        (65, (b"\0",), "1 to 64 slots"),
+        (2, (), "equally many experts"),
+        (2, (b"",), "equally many experts"),
+        (2, (b"\0\1", b"\0"), "equally many experts"),
+        (2, (bytes(513),), "equally many experts"),
+        (2, (b"\0\1", b"\0\2"), "has an expert of slot 2; this engine has 2"),
+    ],
+)
+def test_a_map_of_slots_that_cannot_be_is_refused(total: int, unit_LE: tuple[bytes, ...], said: str) -> None:
+    with pytest.raises(SlotError, match=said):
+        SlotMap(total, unit_LE)
 
 
 def test_the_slot_table_survives_vllms_configuration() -> None:
-    table = SlotTable.of_checkpoint(4, 6)
+    table = SlotTable.at_start(SlotMap.of_checkpoint([b"\0\1\2\3", b"\3\2\1\0"], 4, 6), 4)
     assert SlotTable.from_config(json.loads(json.dumps(table.to_config()))) == table
     assert table.live_mask == 0b1111
     with pytest.raises(ValueError, match="flexgate serve"):

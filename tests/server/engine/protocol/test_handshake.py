@@ -8,10 +8,10 @@ from enginekit.launched import launched
 
 from flexgate.server.engine.protocol.gates import new_seal_key
 from flexgate.server.engine.protocol.handshake import HandshakeError, key_digest, verify
-from flexgate.server.engine.protocol.slots import SlotTable
+from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
 
 KEY = new_seal_key()
-TABLE = SlotTable.of_checkpoint(4, 6)
+TABLE = SlotTable.at_start(SlotMap.of_checkpoint([b""] * 3, 0, 6), 4)
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def report(**changes: Any) -> dict[str, Any]:
         "computed_by": "CPUUnquantizedExperts",
         "routed_by": "C",
         "slots": TABLE.to_config(),
-        "slots_here": list(range(6)),
+        "units": [unit_E.hex() for unit_E in TABLE.map.unit_LE],
+        "experts_here": list(range(6)),
         "zero_slot": True,
         "clears_blocks": True,
         "key_digest": key_digest(KEY),
@@ -61,8 +62,9 @@ def test_ranks_that_all_gate_pass() -> None:
         {"monolithic": True},
         {"moe_kernels": "flexgate"},
         {"moe_kernels": "flexgate + vllm"},
-        {"slots": SlotTable.of_checkpoint(5, 6).to_config()},
-        {"slots_here": [0, 2, 4]},
+        {"slots": SlotTable.at_start(TABLE.map, 5).to_config()},
+        {"units": ["000102030405", "000102030405", "000102030504"]},
+        {"experts_here": [0, 2, 4]},
         {"zero_slot": False},
         {"clears_blocks": False},
         {"key_digest": key_digest(new_seal_key())},
@@ -77,10 +79,10 @@ def test_a_rank_that_differs_is_named_with_what_is_wrong(changes: dict[str, Any]
 
 
 def test_expert_parallel_ranks_must_hold_every_other_slot() -> None:
-    even, odd = report(slots_here=[0, 2, 4]), report(rank=1, slots_here=[1, 3, 5])
+    even, odd = report(experts_here=[0, 2, 4]), report(rank=1, experts_here=[1, 3, 5])
     check(even, odd, expert_parallel=True)
     for reports in ((odd, even), (report(), report(rank=1)), (even, even)):
-        with pytest.raises(HandshakeError, match="slots_here"):
+        with pytest.raises(HandshakeError, match="experts_here"):
             check(*reports, expert_parallel=True)
 
 
