@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Protocol
 
 from flexgate.kernels.gated_topk import MASS_SCALE
@@ -60,7 +61,10 @@ class ExpertUse:
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """All loaded experts' parts in a call, over all its prompts and choices."""
+    """All loaded experts' parts in a call: each prompt once, and all choices.
+
+    ``cached_prompt_tokens``: how many positions of the prompts were read from the cache; they count like others.
+    """
 
     experts: tuple[ExpertUse, ...]
     cached_prompt_tokens: int
@@ -117,7 +121,7 @@ class GatedCall:
     confirmed: Callable[[], bool] | None = None
     _most_tokens: int = 0
     prompt_only: bool = False
-    _usage: dict[str, list[Any]] = field(default_factory=dict)
+    _usage: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # by prompt and choice
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
@@ -180,20 +184,27 @@ class GatedCall:
         """Prompt tokens that were read from the cache, each prompt counted once for all its choices."""
         return sum(self._cached_tokens.values())
 
+    def count_usage(self, request_id: str, choice: str, usage: list[Any]) -> None:
+        """Keep the running total of one choice of an engine request, as `RequestUsage.to_wire` gives it."""
+        self._usage.setdefault(request_id, {})[choice] = usage
+
     def count_new(self, tokens: int) -> None:
         """Count tokens that the engine has just generated."""
         self._new_tokens += tokens
 
     def attribution(self) -> Attribution:
-        """Totals so far; complete once every output of the call has been seen."""
-        masses = [0] * len(self._names)
-        tokens = [0] * len(self._names)
-        cached = 0
-        for request_cached, request_masses, request_tokens in self._usage.values():
-            cached += request_cached
-            for slot in range(len(self._names)):
-                masses[slot] += request_masses[slot]
-                tokens[slot] += request_tokens[slot]
+        """Totals so far; complete once every output of the call has been seen.
+
+        Each choice routes its prompt anew, or reads it from the cache: the one that has come furthest counts.
+        """
+        slots, cached = len(self._names), 0
+        parts = []
+        for choices in self._usage.values():
+            _, from_cache, of_prompt, _ = max(choices.values(), key=itemgetter(0))
+            cached += from_cache
+            parts += [of_prompt, *(of_completion for _, _, _, of_completion in choices.values())]
+        totals = [sum(values) for values in zip(*parts, strict=True)] or [0] * 2 * slots
+        masses, tokens = totals[:slots], totals[slots:]
         scale = MASS_SCALE * self._layers
         uses = (
             ExpertUse(name, masses[slot] / scale, tokens[slot])
@@ -204,10 +215,9 @@ class GatedCall:
 
     def used_slots(self) -> frozenset[int]:
         """Slots that carried anything, whoever is in them."""
-        totals = [(masses, tokens) for _, masses, tokens in self._usage.values()]
-        return frozenset(
-            slot for masses, tokens in totals for slot in range(len(masses)) if masses[slot] or tokens[slot]
-        )
+        parts = [part for of_one in self._usage.values() for _, _, *both in of_one.values() for part in both]
+        slots = len(self._names)
+        return frozenset(index % slots for part in parts for index, value in enumerate(part) if value)
 
 
 CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call", default=None)

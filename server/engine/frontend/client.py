@@ -303,7 +303,7 @@ class GatedEngineClient:
         if not call.prompt_only:
             call.count_new(len(output.new_token_ids))
         if extras is not None:
-            call._usage[output.request_id] = extras[USAGE_KEY]
+            call.count_usage(request_id or "", output.request_id, extras[USAGE_KEY])
         if output.stop_reason in OF_THE_ENGINE:
             expired = call.expired if output.stop_reason == GATE_EXPIRED else None
             call.failed = call.failed or expired or output.stop_reason

@@ -42,6 +42,8 @@ release, so the launcher refuses a version that is not in ``TESTED_VERSIONS``.
     before the forward pass. vLLM asks for it only where it has met stale NaN itself.
 ``GPUModelRunner._zero_block_ids`` (V1), ``kv_block_zeroer`` (V2; vllm/v1/worker/utils.py)
     What zeroes them; the handshake calls it.
+``BlockTable.slot_mapping`` (V1; vllm/v1/worker/block_table.py), ``BlockTables.slot_mappings`` (V2; gpu/block_table.py)
+    Where a step's tokens lie in the KV cache. What was routed there is remembered, for requests that hit it.
 ``XgrammarBackend`` in vllm/v1/structured_output/__init__.py
     What an engine core compiles with, made at its first constrained request. Ours has other processes do it.
 ``Scheduler._handle_blocked_waiting_request``, ``Request.next_decode_eligible_step`` (…/sched/scheduler.py)
@@ -118,6 +120,7 @@ __all__ = [
     "FusedMoEActivationFormat",
     "FusedMoEExpertsModular",
     "FusedMoEFactory",
+    "KVCacheConfig",
     "MoEActivation",
     "ModelRegistry",
     "ModelRunnerOutput",
@@ -144,6 +147,7 @@ __all__ = [
     "answers",
     "ask_engine_core",
     "ask_ranks",
+    "cache_places",
     "cached_among",
     "clear_reused_blocks",
     "cpu_prepack_moe_weight",
@@ -229,6 +233,20 @@ def zero_blocks(runner: Any, block_ids: list[int]) -> None:
         runner._zero_block_ids(block_ids)
     else:
         runner.kv_block_zeroer.zero_block_ids(block_ids)
+
+
+def cache_places(runner: Any) -> torch.Tensor:
+    """Where in the KV cache each token of the last step lies, in the batch's order, with more behind them.
+
+    Args:
+        runner: of either version, with one group of layers in its cache.
+    """
+    places: torch.Tensor
+    if hasattr(runner, "block_tables"):
+        places = runner.block_tables.slot_mappings[0]
+    else:
+        places = runner.input_batch.block_table[0].slot_mapping.gpu
+    return places
 
 
 def use_grammar_backend(backend: type[StructuredOutputBackend]) -> None:

@@ -21,6 +21,7 @@ from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.protocol.usage import Float32Array, Int64Array, StepUsage
 from flexgate.server.engine.seam.engine import SchedulerOutput
 from flexgate.server.engine.seam.requests import external_id
+from flexgate.server.engine.worker.cache_usage import Remembered, Used
 
 _BITS = np.arange(MAX_UNITS)
 
@@ -34,12 +35,17 @@ class _RequestGate:
 
 
 class _Scheduled(NamedTuple):
-    """One request of the step: ``skip`` leading tokens were counted before."""
+    """One request of the step: ``skip`` leading tokens were counted before.
+
+    ``cached`` has the places in the KV cache of positions before ``first`` that were not counted yet: what another
+    request of the same gate computed.
+    """
 
     bitmask: int
     first: int
     tokens: int
     skip: int
+    cached: Int64Array | None = None
 
 
 class GateState(torch.nn.Module):
@@ -67,6 +73,7 @@ class GateState(torch.nn.Module):
         self._order: Sequence[str] = ()
         self._num_tokens = 0
         self._memory_now: _HostBuffers | _DeviceBuffers | None = None
+        self._remembered: Remembered | None = None
         closed = torch.full((max_tokens,), CLOSED_GATE, dtype=torch.int64)
         self.register_buffer("gate_T", closed, persistent=False)
         mass = torch.zeros(max_tokens, table.total, dtype=torch.int64)
@@ -74,6 +81,11 @@ class GateState(torch.nn.Module):
         chosen = torch.zeros(max_tokens, dtype=torch.int64)
         self.register_buffer("chosen_T", chosen, persistent=False)
         self.register_buffer("sum_T", torch.zeros(max_tokens, dtype=torch.float32), persistent=False)
+
+    def remember(self, blocks: int, block_size: int) -> None:
+        """Remember what is routed in each position of a KV cache, for requests that will read it from there."""
+        self._remembered = Remembered.of(blocks, block_size, self.table.total, self.gate_T.device)
+        self._memory_now = None
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Drop finished requests, register new ones, and note what each may count.
@@ -85,20 +97,19 @@ class GateState(torch.nn.Module):
         """
         for request_id in scheduled.finished_req_ids:
             self.requests.pop(request_id, None)
-        starts = dict(
-            zip(
-                scheduled.scheduled_cached_reqs.req_ids,
-                scheduled.scheduled_cached_reqs.num_computed_tokens,
-                strict=True,
-            )
-        )
+        running = scheduled.scheduled_cached_reqs
+        starts = dict(zip(running.req_ids, running.num_computed_tokens, strict=True))
+        blocks = {}  # of requests that begin or go on after a preemption: all of their cache
         for new in scheduled.scheduled_new_reqs:
-            starts[new.req_id] = new.num_computed_tokens
+            starts[new.req_id], blocks[new.req_id] = new.num_computed_tokens, new.block_ids
             if new.req_id not in self.requests:
                 params = new.sampling_params
                 self._register(new.req_id, params.extra_args if params else None)
+        for request_id, block_ids in zip(running.req_ids, running.new_block_ids, strict=True):
+            if request_id in running.resumed_req_ids:
+                blocks[request_id] = block_ids
         self._step = {
-            request_id: self._schedule(request_id, starts[request_id], count)
+            request_id: self._schedule(request_id, starts[request_id], count, blocks.get(request_id))
             for request_id, count in scheduled.num_scheduled_tokens.items()
         }
         self._num_tokens = 0
@@ -139,20 +150,26 @@ class GateState(torch.nn.Module):
         """
         torch.sum(hidden_TH, -1, dtype=torch.float32, out=self.sum_T[: hidden_TH.shape[0]])
 
-    def collect(self) -> "PendingUsage | None":
-        """Send the forward pass's attribution on its way to the host."""
+    def collect(self, places_T: torch.Tensor) -> "PendingUsage | None":
+        """Remember the forward pass's attribution in the cache, and send it on its way to the host.
+
+        Args:
+            places_T: where in the KV cache each token lies, padding included.
+        """
         if not self._num_tokens:
             return None
-        mass_TU, chosen_T, sum_T, copied = self._memory().take(self._num_tokens)
         step = [self._step[request_id] for request_id in self._order]
-        return PendingUsage(list(self._order), step, mass_TU, chosen_T, sum_T, copied)
+        # After the pass: requests of one step may read what another of them has just computed.
+        cached = [entry.cached for entry in step if entry.cached is not None]
+        taken = self._memory().take(self._num_tokens, places_T[: self._num_tokens], cached)
+        return PendingUsage(list(self._order), step, *taken)
 
     def _memory(self) -> "_HostBuffers | _DeviceBuffers":
         """The buffers where they lie now: a module may be moved after it was made."""
         gate_T = self.gate_T
         if self._memory_now is None or self._memory_now.gate_T is not gate_T:
             kind = _HostBuffers if gate_T.is_cpu else _DeviceBuffers
-            self._memory_now = kind(gate_T, self.mass_TU, self.chosen_T, self.sum_T)
+            self._memory_now = kind(gate_T, self.mass_TU, self.chosen_T, self.sum_T, self._remembered)
         return self._memory_now
 
     def _register(self, request_id: str, extra_args: dict[str, object] | None) -> None:
@@ -161,13 +178,18 @@ class GateState(torch.nn.Module):
         self.table.validate(gate)
         self.requests[request_id] = _RequestGate(gate.bitmask)
 
-    def _schedule(self, request_id: str, first: int, count: int) -> _Scheduled:
+    def _schedule(self, request_id: str, first: int, count: int, blocks: Sequence[list[int]] | None) -> _Scheduled:
         gate = self.requests[request_id]
         if gate.bitmask & ~self.table.live_mask:
             raise GateError("a request that may use a closed slot was scheduled")
+        cached = None
+        if gate.counted < first:
+            if self._remembered is None or blocks is None:
+                raise GateError("a request reads cached positions that are not known to be routed under its gate")
+            cached = self._remembered.places(blocks, gate.counted, first)
         skip = min(max(gate.counted - first, 0), count)
         gate.counted = max(gate.counted, first + count)
-        return _Scheduled(gate.bitmask, first, count, skip)
+        return _Scheduled(gate.bitmask, first, count, skip, cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +201,23 @@ class PendingUsage:
     mass_TU: Int64Array
     chosen_T: Int64Array
     sum_T: Float32Array
+    cached: list[Used]
     copied: "torch.cuda.Event | None"
 
     def get(self) -> StepUsage:
-        """Wait for the copy and add up each request's tokens, without those counted before."""
+        """Wait for the copy and add up each request's tokens and cached positions, without those counted before."""
         if self.copied is not None:
             self.copied.synchronize()
-        units = self.mass_TU.shape[1]
-        used_T2U = np.empty((len(self.chosen_T), 2 * units), np.int64)
-        used_T2U[:, :units] = self.mass_TU
-        np.bitwise_and(self.chosen_T[:, None] >> _BITS[:units], 1, out=used_T2U[:, units:])
+        used_R2U = self._per_request(_used(self.mass_TU, self.chosen_T))
+        cached_R = [0 if entry.cached is None else len(entry.cached) for entry in self.step]
+        for index, used in zip(np.flatnonzero(cached_R), self.cached, strict=True):
+            used_R2U[index] += _used(*used).sum(0)
         return StepUsage(
             self.request_ids,
-            [entry.first + entry.skip for entry in self.step],
-            [entry.tokens - entry.skip for entry in self.step],
-            self._per_request(used_T2U),
+            [entry.first + entry.skip - cached for entry, cached in zip(self.step, cached_R, strict=True)],
+            [entry.tokens - entry.skip + cached for entry, cached in zip(self.step, cached_R, strict=True)],
+            cached_R,
+            used_R2U,
             self._overflowed(),
         )
 
@@ -218,13 +242,28 @@ class PendingUsage:
         return sums
 
 
+def _used(mass_TU: Int64Array, chosen_T: Int64Array) -> Int64Array:
+    """Masses, then whether each unit was chosen, [T, 2U]."""
+    units = mass_TU.shape[1]
+    used_T2U = np.empty((len(chosen_T), 2 * units), np.int64)
+    used_T2U[:, :units] = mass_TU
+    np.bitwise_and(chosen_T[:, None] >> _BITS[:units], 1, out=used_T2U[:, units:])
+    return used_T2U
+
+
 class _HostBuffers:
     """On CPU, their own memory: next to a small step, a tensor operation's overhead is what gating costs."""
 
     def __init__(
-        self, gate_T: torch.Tensor, mass_TU: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+        self,
+        gate_T: torch.Tensor,
+        mass_TU: torch.Tensor,
+        chosen_T: torch.Tensor,
+        sum_T: torch.Tensor,
+        remembered: Remembered | None,
     ) -> None:
         self.gate_T = gate_T
+        self._remembered = None if remembered is None else remembered.arrays()
         self._gate_T: Int64Array = gate_T.numpy()
         self._mass_TU: Int64Array = mass_TU.numpy()
         self._chosen_T: Int64Array = chosen_T.numpy()
@@ -237,18 +276,33 @@ class _HostBuffers:
         self._mass_TU[:num_padded] = 0
         self._chosen_T[:num_padded] = 0
 
-    def take(self, length: int) -> tuple[Int64Array, Int64Array, Float32Array, None]:
-        """Copies that the next step does not write to."""
-        return self._mass_TU[:length].copy(), self._chosen_T[:length].copy(), self._sum_T[:length].copy(), None
+    def take(
+        self, length: int, places_T: torch.Tensor, cached: Sequence[Int64Array]
+    ) -> tuple[Int64Array, Int64Array, Float32Array, list[Used], None]:
+        """Copies that the next step does not write to, those of cached positions included."""
+        mass_TU, chosen_T = self._mass_TU[:length].copy(), self._chosen_T[:length].copy()
+        found: list[Used] = []
+        if self._remembered is not None:
+            mass_PU, chosen_P = self._remembered
+            places = places_T.numpy()
+            mass_PU[places], chosen_P[places] = mass_TU, chosen_T
+            found = [(mass_PU[of_one], chosen_P[of_one]) for of_one in cached]
+        return mass_TU, chosen_T, self._sum_T[:length].copy(), found, None
 
 
 class _DeviceBuffers:
     """On CUDA, through fresh pinned memory, never a reused buffer, and without waiting."""
 
     def __init__(
-        self, gate_T: torch.Tensor, mass_TU: torch.Tensor, chosen_T: torch.Tensor, sum_T: torch.Tensor
+        self,
+        gate_T: torch.Tensor,
+        mass_TU: torch.Tensor,
+        chosen_T: torch.Tensor,
+        sum_T: torch.Tensor,
+        remembered: Remembered | None,
     ) -> None:
         self.gate_T, self._mass_TU, self._chosen_T, self._sum_T = gate_T, mass_TU, chosen_T, sum_T
+        self._remembered = remembered
 
     def start(self, gates: Int64Array, num_padded: int) -> None:
         """As on CPU."""
@@ -258,10 +312,21 @@ class _DeviceBuffers:
         self._mass_TU[:num_padded].zero_()
         self._chosen_T[:num_padded].zero_()
 
-    def take(self, length: int) -> "tuple[Int64Array, Int64Array, Float32Array, torch.cuda.Event]":
+    def take(
+        self, length: int, places_T: torch.Tensor, cached: Sequence[Int64Array]
+    ) -> "tuple[Int64Array, Int64Array, Float32Array, list[Used], torch.cuda.Event]":
         """Copies that are complete once the event has happened."""
         buffers = self._mass_TU, self._chosen_T, self._sum_T
         mass_TU, chosen_T, sum_T = (buffer[:length].to("cpu", non_blocking=True).numpy() for buffer in buffers)
+        found: list[Used] = []
+        if self._remembered is not None:
+            self._remembered.mass_PU.index_copy_(0, places_T, self._mass_TU[:length])
+            self._remembered.chosen_P.index_copy_(0, places_T, self._chosen_T[:length])
+            for of_one in cached:
+                places = torch.from_numpy(of_one).pin_memory().to(self.gate_T.device, non_blocking=True)
+                kept = self._remembered.mass_PU[places], self._remembered.chosen_P[places]
+                mass, chosen = (part.to("cpu", non_blocking=True).numpy() for part in kept)
+                found.append((mass, chosen))
         copied = torch.cuda.Event()
         copied.record()
-        return mass_TU, chosen_T, sum_T, copied
+        return mass_TU, chosen_T, sum_T, found, copied

@@ -17,10 +17,12 @@ from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.seam.engine import (
     AsyncModelRunnerOutput,
     DefaultModelState,
+    KVCacheConfig,
     ModelRunnerOutput,
     SchedulerOutput,
     allow_amx_tiles,
     answered,
+    cache_places,
     clear_reused_blocks,
     current_platform,
 )
@@ -101,13 +103,21 @@ class GatedWorker(_Worker):
         if not self.use_v2_model_runner:
             self.model_runner.__class__ = gated_runner(type(self.model_runner))
 
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache, and what is remembered of each of its positions."""
+        super().initialize_from_config(kv_cache_config)
+        if self.cache_config.enable_prefix_caching:
+            (group,) = kv_cache_config.kv_cache_groups
+            gates: GateState = self.model_runner.get_model().gates
+            gates.remember(kv_cache_config.num_blocks, group.kv_cache_spec.block_size)
+
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Run one forward pass under this step's gates."""
         gates: GateState = self.model_runner.get_model().gates
         gates.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
-        self._usage = gates.collect()
+        self._usage = gates.collect(cache_places(self.model_runner))
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:

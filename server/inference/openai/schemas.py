@@ -45,7 +45,11 @@ class ExpertShare(Shown):
 
 
 class Attribution(Shown):
-    """Which experts took part in an answer, the largest part first."""
+    """Which experts took part in an answer, the largest part first.
+
+    Positions that were read from the prefix cache, `cached_prompt_tokens` of them, count like computed ones. A prompt
+    counts once for all its choices.
+    """
 
     method: str
     cached_prompt_tokens: int

@@ -74,11 +74,26 @@ def assert_crowd_equals_solo(tight: ScriptedEngine, roomy: ScriptedEngine) -> No
 
 def assert_counted_once(ask: Ask, answer: Answer) -> None:
     """Routing weights of a position sum to at most one per layer, so a double count shows."""
-    positions = len(ask.prompt) + len(answer.tokens) - 1 - answer.cached
+    positions = len(ask.prompt) + len(answer.tokens) - 1
     assert max(answer.chosen) <= positions
     if len(ask.gate) <= 2:  # every allowed expert is chosen everywhere
         assert sum(answer.mass) == pytest.approx(positions * 3 * 2**32, rel=1e-6)
         assert [count for count in answer.chosen if count] == [positions] * len(ask.gate)
+
+
+def assert_shared_prefixes_count_once(tight: ScriptedEngine) -> None:
+    """Requests that read what others computed, that are preempted, and read what they computed themselves."""
+    prefix, before = tuple(2 + (11 * t) % 400 for t in range(100)), tight.call("preemptions")
+    asks = [
+        Ask((*prefix, *range(20 + i, 30 + 3 * i)), ((0, 2), (1, 3))[i % 2], max_tokens=30 + i, at_step=2 * i)
+        for i in range(12)
+    ]
+    tight.reset_cache()
+    answers = tight.run(asks)
+    assert tight.call("preemptions") > before
+    assert any(answer.cached for answer in answers)
+    for ask, answer in zip(asks, answers, strict=True):
+        assert_counted_once(ask, answer)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
@@ -88,6 +103,7 @@ def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
     script = tight_script(checkpoint, async_scheduling=asynchronous, moe_kernels=moe_kernels)
     with scripted_engine(script) as tight:
         assert_crowd_equals_solo(tight, engine)
+        assert_shared_prefixes_count_once(tight)
 
 
 SHAPES = {
@@ -197,6 +213,7 @@ def test_model_runner_v2_gates_and_counts_like_v1(runner_v2: ScriptedEngine, eng
     (report,) = runner_v2.call("handshake")
     assert report["hook"] == "GatedModelState"
     assert_crowd_equals_solo(runner_v2, engine)
+    assert_shared_prefixes_count_once(runner_v2)
 
 
 def two_ranks(model: Path, **settings: Any) -> EngineScript:
@@ -217,6 +234,10 @@ def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine) -> None:
     for want, got in zip(one.run(asks_of_two_ranks()), ranks.run(asks_of_two_ranks()), strict=True):
         assert agree(want, got)
         assert want.chosen == got.chosen[:6]
+    long = Ask(tuple(2 + t % 400 for t in range(300)), (0, 1, 2, 3))
+    first, second = ranks.solo(long), ranks.solo(long)
+    assert (first.cached, second.cached >= 128) == (0, True)
+    assert first.chosen == second.chosen
 
 
 @pytest.mark.slow

@@ -298,14 +298,15 @@ class Engine:
 
     def _answer(self, output: Any, step: int) -> Answer:
         completion = output.outputs[0]
-        extras = (output.kv_transfer_params or {}).get("flexgate", [0, [], []])
+        _, cached, *parts = (output.kv_transfer_params or {}).get("flexgate", [0, 0, [], []])
+        used = [sum(values) for values in zip(*parts, strict=True)]
         return Answer(
             tokens=tuple(completion.token_ids),
             logprobs=_exact(completion.logprobs),
             prompt_logprobs=_exact(output.prompt_logprobs),
-            cached=extras[0],
-            mass=tuple(extras[1]),
-            chosen=tuple(extras[2]),
+            cached=cached,
+            mass=tuple(used[: len(used) // 2]),
+            chosen=tuple(used[len(used) // 2 :]),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             step=step,
