@@ -5,10 +5,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-import torch
 from enginekit.checkpoints import rewrite
-from enginekit.compare import agree, reference, same_bits, worst_difference
-from enginekit.scripted import Answer, Ask, EngineScript, ScriptedEngine, scripted_engine
+from enginekit.compare import agree, assert_usage_is_transformers, reference, same_bits, worst_difference
+from enginekit.scripted import Ask, EngineScript, ScriptedEngine, scripted_engine
 
 pytestmark = pytest.mark.engine
 
@@ -105,21 +104,11 @@ def test_a_mixed_batch_equals_solo_runs(engine: ScriptedEngine) -> None:
 
 
 def test_attribution_is_the_routing_that_transformers_computes(engine: ScriptedEngine, checkpoint: Path) -> None:
-    model = reference(checkpoint)
     engine.reset_cache()
-    answer = engine.solo(Ask(PROMPT, ALL))
-    with torch.no_grad():
-        ids = torch.tensor([PROMPT + answer.tokens[:-1]])
-        logits = model(ids, output_router_logits=True).router_logits
-    mass = torch.zeros(EXPERTS, dtype=torch.float64)
-    chosen = torch.zeros(ids.shape[1], EXPERTS, dtype=torch.bool)
-    for layer in logits:
-        weights, picks = torch.softmax(layer.float(), dim=-1).topk(2, dim=-1)
-        mass.scatter_add_(0, picks.flatten(), weights.double().flatten())
-        chosen.scatter_(1, picks, True)
-    got = torch.tensor(answer.mass[:EXPERTS], dtype=torch.float64) / 2**32
-    assert torch.allclose(got, mass, rtol=1e-4, atol=0)
-    assert list(answer.chosen[:EXPERTS]) == chosen.sum(0).tolist()
+    asks = [Ask(PROMPT, gate) for gate in GATES]
+    model = reference(checkpoint)
+    for ask, answer in zip(asks, engine.run(asks), strict=True):
+        assert_usage_is_transformers(model, ask, answer)
 
 
 @pytest.mark.parametrize("gate", [(0,), (0, 2), (1, 3), (0, 1, 3)], ids=str)
@@ -133,14 +122,15 @@ def test_an_excluded_expert_is_attributed_exactly_nothing(engine: ScriptedEngine
 LONG = tuple(2 + (7 * i) % 400 for i in range(300))
 
 
-def test_a_prefix_is_shared_within_tenant_and_gate_and_never_across(engine: ScriptedEngine) -> None:
+def test_a_prefix_is_shared_within_tenant_and_gate_and_never_across(engine: ScriptedEngine, checkpoint: Path) -> None:
     engine.reset_cache()
     first = engine.solo(Ask(LONG, ALL))
     assert first.cached == 0
     again = engine.solo(Ask(LONG, ALL))
     assert again.cached >= 128
     assert again.tokens == first.tokens
-    assert_same_usage(first, again)
+    for answer in (first, again):
+        assert_usage_is_transformers(reference(checkpoint), Ask(LONG, ALL), answer)
     for stranger in (
         Ask(LONG, (0, 1)),
         Ask(LONG, ALL, tenant="other"),
@@ -152,17 +142,14 @@ def test_a_prefix_is_shared_within_tenant_and_gate_and_never_across(engine: Scri
     assert agree(engine.solo(Ask(LONG, (0, 1))), masked)
 
 
-def assert_same_usage(one: Answer, other: Answer) -> None:
-    """Whatever was read from the cache; other batches have other last bits."""
-    assert one.chosen == other.chosen
-    assert one.mass == pytest.approx(other.mass, rel=1e-5)
-
-
-def test_a_prefix_that_another_request_of_the_same_step_computes_is_attributed(engine: ScriptedEngine) -> None:
+def test_a_prefix_that_another_request_of_the_same_step_computes_is_attributed(
+    engine: ScriptedEngine, checkpoint: Path
+) -> None:
     engine.reset_cache()
     first, second = engine.run([Ask(LONG, ALL), Ask(LONG, ALL)])
     assert (first.cached, second.cached >= 128) == (0, True)
-    assert_same_usage(first, second)
+    for answer in (first, second):
+        assert_usage_is_transformers(reference(checkpoint), Ask(LONG, ALL), answer)
 
 
 @pytest.mark.parametrize(

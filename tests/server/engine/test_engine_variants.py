@@ -11,6 +11,7 @@ from enginekit.checkpoints import Shape, add_router_bias, rewrite, write_random
 from enginekit.compare import (
     TOLERANCE,
     agree,
+    assert_usage_is_transformers,
     biased_reference,
     reference,
     same_bits,
@@ -81,19 +82,24 @@ def assert_counted_once(ask: Ask, answer: Answer) -> None:
         assert [count for count in answer.chosen if count] == [positions] * len(ask.gate)
 
 
-def assert_shared_prefixes_count_once(tight: ScriptedEngine) -> None:
+SHARED_GATES = [(0, 2), (0, 1, 2, 3), (1, 3)]
+
+
+def assert_shared_prefixes_count_once(tight: ScriptedEngine, checkpoint: Path) -> None:
     """Requests that read what others computed, that are preempted, and read what they computed themselves."""
     prefix, before = tuple(2 + (11 * t) % 400 for t in range(100)), tight.call("preemptions")
     asks = [
-        Ask((*prefix, *range(20 + i, 30 + 3 * i)), ((0, 2), (1, 3))[i % 2], max_tokens=30 + i, at_step=2 * i)
+        Ask((*prefix, *range(20 + i, 30 + 3 * i)), SHARED_GATES[i % 3], max_tokens=30 + i, at_step=2 * i)
         for i in range(12)
     ]
     tight.reset_cache()
     answers = tight.run(asks)
     assert tight.call("preemptions") > before
     assert any(answer.cached for answer in answers)
+    model = reference(checkpoint)
     for ask, answer in zip(asks, answers, strict=True):
         assert_counted_once(ask, answer)
+        assert_usage_is_transformers(model, ask, answer)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
@@ -103,7 +109,7 @@ def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
     script = tight_script(checkpoint, async_scheduling=asynchronous, moe_kernels=moe_kernels)
     with scripted_engine(script) as tight:
         assert_crowd_equals_solo(tight, engine)
-        assert_shared_prefixes_count_once(tight)
+        assert_shared_prefixes_count_once(tight, checkpoint)
 
 
 SHAPES = {
@@ -209,11 +215,13 @@ def runner_v2(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngine]:
 
 @pytest.mark.slow
 @ONE_OF_THE_KERNELS
-def test_model_runner_v2_gates_and_counts_like_v1(runner_v2: ScriptedEngine, engine: ScriptedEngine) -> None:
+def test_model_runner_v2_gates_and_counts_like_v1(
+    runner_v2: ScriptedEngine, engine: ScriptedEngine, checkpoint: Path
+) -> None:
     (report,) = runner_v2.call("handshake")
     assert report["hook"] == "GatedModelState"
     assert_crowd_equals_solo(runner_v2, engine)
-    assert_shared_prefixes_count_once(runner_v2)
+    assert_shared_prefixes_count_once(runner_v2, checkpoint)
 
 
 def two_ranks(model: Path, **settings: Any) -> EngineScript:
@@ -229,7 +237,7 @@ def asks_of_two_ranks() -> list[Ask]:
     return [Ask(tuple(range(10 + i, 40 + i)), gate) for i, gate in enumerate(GATES)]
 
 
-def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine) -> None:
+def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine, checkpoint: Path) -> None:
     one.reset_cache()
     for want, got in zip(one.run(asks_of_two_ranks()), ranks.run(asks_of_two_ranks()), strict=True):
         assert agree(want, got)
@@ -237,7 +245,8 @@ def assert_ranks_equal_one(ranks: ScriptedEngine, one: ScriptedEngine) -> None:
     long = Ask(tuple(2 + t % 400 for t in range(300)), (0, 1, 2, 3))
     first, second = ranks.solo(long), ranks.solo(long)
     assert (first.cached, second.cached >= 128) == (0, True)
-    assert first.chosen == second.chosen
+    for answer in (first, second):
+        assert_usage_is_transformers(reference(checkpoint), long, answer)
 
 
 @pytest.mark.slow
@@ -246,7 +255,7 @@ def test_two_tensor_parallel_ranks_gate_alike(checkpoint: Path, engine: Scripted
     with scripted_engine(two_ranks(checkpoint, moe_kernels=moe_kernels)) as ranks:
         reports = ranks.call("handshake")
         assert [(report["rank"], report["moe_kernels"]) for report in reports] == [(0, moe_kernels), (1, moe_kernels)]
-        assert_ranks_equal_one(ranks, engine)
+        assert_ranks_equal_one(ranks, engine, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -258,11 +267,13 @@ def expert_parallel(checkpoint: Path, moe_kernels: str) -> Iterator[ScriptedEngi
 
 @pytest.mark.slow
 @ONE_OF_THE_KERNELS
-def test_expert_parallel_ranks_equal_one_rank(expert_parallel: ScriptedEngine, engine: ScriptedEngine) -> None:
+def test_expert_parallel_ranks_equal_one_rank(
+    expert_parallel: ScriptedEngine, engine: ScriptedEngine, checkpoint: Path
+) -> None:
     reports = expert_parallel.call("handshake")
     assert [report["experts_here"] for report in reports] == [[0, 2, 4, 6], [1, 3, 5]]
     assert all(report["zero_slot"] for report in reports)
-    assert_ranks_equal_one(expert_parallel, engine)
+    assert_ranks_equal_one(expert_parallel, engine, checkpoint)
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
 """What "equal" means: bits under one schedule, DESIGN's tolerance across schedules."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from transformers import FlexOlmoForCausalLM
 
-from enginekit.scripted import Answer
+from enginekit.scripted import Answer, Ask
+from flexgate.kernels.gated_topk import MASS_SCALE
 
 TOLERANCE = 2e-5  # of a log-probability, in float32
 NEAR_TIE = 1e-3  # top-2 gap under which another schedule may choose the other token
@@ -65,6 +69,43 @@ def _route(
     logits_TE = torch.nn.functional.linear(hidden_states, router.weight) + bias_E
     weights_TK, ids_TK = torch.softmax(logits_TE, dim=-1).topk(router.top_k, dim=-1)
     return logits_TE, weights_TK, ids_TK
+
+
+def assert_usage_is_transformers(model: FlexOlmoForCausalLM, ask: Ask, answer: Answer) -> None:
+    """Compare an answer's usage with the routing that transformers computes for its tokens under its gate.
+
+    Every position counts once, those read from the cache included; the last token is generated and not read.
+    """
+    ids = torch.tensor([ask.prompt + answer.tokens[:-1]])
+    mass = torch.zeros(len(answer.mass), dtype=torch.float64)
+    chosen = torch.zeros(ids.shape[1], len(answer.mass), dtype=torch.bool)
+    for logits_PE in gated_router_logits(model, ids, ask.gate):
+        k = min(model.config.num_experts_per_tok, len(ask.gate))
+        weights_PK, picks_PK = torch.softmax(logits_PE.float(), dim=-1).topk(k, dim=-1)
+        mass.scatter_add_(0, picks_PK.flatten(), weights_PK.double().flatten())
+        chosen.scatter_(1, picks_PK, True)
+    assert list(answer.chosen) == chosen.sum(0).tolist()
+    assert [part / MASS_SCALE for part in answer.mass] == pytest.approx(mass.tolist(), rel=1e-4)
+
+
+def gated_router_logits(model: FlexOlmoForCausalLM, ids: torch.Tensor, gate: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Every layer's router logits, [P, E], with −inf for experts outside of the gate, which take no part."""
+    outside = [expert for expert in range(model.config.num_experts) if expert not in gate]
+    found: list[torch.Tensor] = []
+
+    def route(router: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = torch.nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+        logits[:, outside] = -torch.inf
+        found.append(logits)
+        weights, picks = torch.softmax(logits, dim=-1).topk(router.top_k, dim=-1)
+        return logits, weights, picks
+
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    with torch.no_grad(), ExitStack() as patched:
+        for router in routers:
+            patched.enter_context(mock.patch.object(router, "forward", partial(route, router)))
+        model(ids)
+    return tuple(found)
 
 
 def worst_difference(model: FlexOlmoForCausalLM, prompt: tuple[int, ...], answer: Answer) -> float:
