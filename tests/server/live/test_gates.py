@@ -79,6 +79,16 @@ def test_the_cache_is_shared_within_a_gate_and_never_across(server: Any) -> None
     assert cached("press", cache_salt="mine") == 0
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("choices", [1, 3])
+def test_a_prompt_is_attributed_once_for_all_its_choices(server: Any, prompts: int, choices: int) -> None:
+    texts = [f"{number} the quick brown fox" for number in range(prompts)]
+    answer = ask(server, "public", prompt=texts, n=choices, temperature=1)
+    usage = answer["usage"]
+    read = usage["prompt_tokens"] + usage["completion_tokens"] - prompts * choices  # not the last of each choice
+    assert used(answer)["public"] == (pytest.approx(read, rel=1e-6), read)
+
+
 def test_hidden_and_unknown_experts_are_alike(server: Any) -> None:
     with server.client("press") as http:
         hidden = http.post("/v1/completions", json={**BODY, "flexgate": only("secret")})
