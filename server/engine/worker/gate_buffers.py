@@ -105,9 +105,8 @@ class GateState(torch.nn.Module):
             if new.req_id not in self.requests:
                 params = new.sampling_params
                 self._register(new.req_id, params.extra_args if params else None)
-        for request_id, block_ids in zip(running.req_ids, running.new_block_ids, strict=True):
-            if request_id in running.resumed_req_ids:
-                blocks[request_id] = block_ids
+        for request_id in running.resumed_req_ids:
+            blocks[request_id] = running.new_block_ids[running.req_ids.index(request_id)]
         self._step = {
             request_id: self._schedule(request_id, starts[request_id], count, blocks.get(request_id))
             for request_id, count in scheduled.num_scheduled_tokens.items()
@@ -208,18 +207,22 @@ class PendingUsage:
         """Wait for the copy and add up each request's tokens and cached positions, without those counted before."""
         if self.copied is not None:
             self.copied.synchronize()
-        used_R2U = self._per_request(_used(self.mass_TU, self.chosen_T))
-        cached_R = [0 if entry.cached is None else len(entry.cached) for entry in self.step]
-        for index, used in zip(np.flatnonzero(cached_R), self.cached, strict=True):
-            used_R2U[index] += _used(*used).sum(0)
-        return StepUsage(
+        usage = StepUsage(
             self.request_ids,
-            [entry.first + entry.skip - cached for entry, cached in zip(self.step, cached_R, strict=True)],
-            [entry.tokens - entry.skip + cached for entry, cached in zip(self.step, cached_R, strict=True)],
-            cached_R,
-            used_R2U,
+            [entry.first + entry.skip for entry in self.step],
+            [entry.tokens - entry.skip for entry in self.step],
+            [0] * len(self.step),
+            self._per_request(_used(self.mass_TU, self.chosen_T)),
             self._overflowed(),
         )
+        reading = (index for index, entry in enumerate(self.step) if entry.cached is not None) if self.cached else ()
+        for index, used in zip(reading, self.cached, strict=True):
+            positions = len(used[0])
+            usage.first_R[index] -= positions
+            usage.count_R[index] += positions
+            usage.cached_R[index] = positions
+            usage.used_R2U[index] += _used(*used).sum(0)
+        return usage
 
     def _overflowed(self) -> list[str]:
         finite_T = np.isfinite(self.sum_T)

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from flexgate.kernels.gated_topk import CLOSED_GATE
 from flexgate.server.engine.protocol import gates
 from flexgate.server.engine.protocol.names import GATE_ARG
 from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
+from flexgate.server.engine.worker.cache_usage import Remembered
 from flexgate.server.engine.worker.gate_buffers import GateState
 
 KEY = gates.new_seal_key()
@@ -19,7 +21,7 @@ TABLE = SlotTable(SlotMap.of_checkpoint([b""], 0, 4), {0: 1, 1: 1, 2: 1})
 def new_request(name: str, slots: tuple[int, ...]) -> Any:
     gate = gates.Gate(name, "tenant", tuple(TABLE.ref(slot) for slot in slots), math.inf, "salt")
     params = SimpleNamespace(extra_args={GATE_ARG: gates.seal(gate, KEY)})
-    return SimpleNamespace(req_id=f"{name}-0123abcd", num_computed_tokens=0, sampling_params=params)
+    return SimpleNamespace(req_id=f"{name}-0123abcd", num_computed_tokens=0, block_ids=([0],), sampling_params=params)
 
 
 def begun(tokens: dict[str, int]) -> GateState:
@@ -27,7 +29,7 @@ def begun(tokens: dict[str, int]) -> GateState:
     state = GateState(TABLE, 16, KEY)
     new = [new_request("a", (0, 1)), new_request("b", (0, 2))]
     counts = {f"{name}-0123abcd": count for name, count in tokens.items()}
-    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[])
+    cached = SimpleNamespace(req_ids=[], num_computed_tokens=[], resumed_req_ids=set(), new_block_ids=[])
     state.begin_step(
         SimpleNamespace(  # type: ignore[arg-type]
             finished_req_ids=(),
@@ -56,7 +58,12 @@ def test_a_forward_pass_with_fewer_tokens_than_were_scheduled_is_refused() -> No
 def step(state: GateState, *new: Any, running: tuple[str, ...] = ()) -> None:
     """One step of a token each for new requests and for those that run."""
     names = [*(request.req_id for request in new), *(f"{name}-0123abcd" for name in running)]
-    cached = SimpleNamespace(req_ids=names[len(new) :], num_computed_tokens=[1] * len(running))
+    cached = SimpleNamespace(
+        req_ids=names[len(new) :],
+        num_computed_tokens=[1] * len(running),
+        resumed_req_ids=set(),
+        new_block_ids=[None] * len(running),
+    )
     state.begin_step(
         SimpleNamespace(  # type: ignore[arg-type]
             finished_req_ids=(),
@@ -93,3 +100,15 @@ def test_a_rank_refuses_a_gate_that_was_sealed_for_another_request() -> None:
     request.req_id = "b-0123abcd"
     with pytest.raises(gates.GateError):
         step(GateState(TABLE, 16, KEY), request)
+
+
+def test_cached_positions_without_a_memory_of_their_routing_are_refused() -> None:
+    request = new_request("a", (0, 1))
+    request.num_computed_tokens = 16
+    with pytest.raises(gates.GateError, match="not known to be routed"):
+        step(GateState(TABLE, 16, KEY), request)
+
+
+def test_cached_positions_are_read_where_their_blocks_lie() -> None:
+    memory = Remembered.of(8, 4, 4, torch.device("cpu"))
+    assert memory.places(([5, 2, 7],), 3, 10).tolist() == [23, 8, 9, 10, 11, 28, 29]
