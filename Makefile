@@ -23,7 +23,7 @@ COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills demo-model defects mutants repeat-engine-tests test-clients test-client docs verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills ledger-kills demo-model defects mutants repeat-engine-tests test-clients test-client docs verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ expert-kills: $(VENV)/.dev ## Kill the process that adds and revokes experts 1,0
 
 server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if a restart serves anything but the last state.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.servers --kills 50 --report docs/results/server-kills.json
+
+ledger-kills: $(VENV)/.dev ## Kill the process that writes a ledger 1,000 times; fail if a token was delivered and not recorded.
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

@@ -29,6 +29,7 @@ from flexgate.server.http.body import Bodies
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.responses import OK
 from flexgate.server.http.validation import Closed
+from flexgate.server.ledger.journal import Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.unstored import Unstored
 
@@ -60,6 +61,8 @@ class AdminServices(Bodies, Protocol):
     def uploads(self) -> Uploads: ...
     @property
     def experts_dir(self) -> Path | None: ...
+    @property
+    def ledger(self) -> Journal: ...
 
 
 class Nothing(Closed):

@@ -20,7 +20,7 @@ from flexgate.server.http.connections import EventStream
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.offload import on_loop
 from flexgate.server.http.responses import disconnected
-from flexgate.server.inference import response_metadata
+from flexgate.server.inference import recording, response_metadata
 from flexgate.server.inference.attribution import attribution_object
 from flexgate.server.inference.limits.limiter import TOKENS
 from flexgate.server.inference.openai import sse, vllm_errors
@@ -46,6 +46,7 @@ class Generation:
         request = InferenceRequest(http, self._services, self._endpoint)
         await request.prepare()
         try:
+            recording.register(request)
             begin(request)
             return Delivery(await self._generate(request), lambda: finish(request))
         except BaseException:
@@ -67,6 +68,7 @@ class Generation:
         if isinstance(result, ErrorResponse):
             raise cause(request, vllm_errors.from_response(result))
         if hasattr(result, "__aiter__"):
+            await recording.require_registered(request)
             return EventStream(self._events(request, result), headers=headers(request))
         return await self._whole(request, result)
 
@@ -90,6 +92,7 @@ class Generation:
         counted = headers(request)  # by the limiter, which is the loop's alone
         response = await offload.run(self._write, request, made, about, counted)
         raise_if_ended(request)  # while it was made
+        request.completed = True
         return response
 
     def _write(
@@ -105,6 +108,7 @@ class Generation:
         try:
             async for event in sse.with_comments(made):
                 yield event
+            request.completed = True
         finally:
             CURRENT_CALL.set(None)
             with CancelScope(shield=True):  # where a client left, whatever waits is cancelled again and again
@@ -145,6 +149,7 @@ def raise_if_ended(request: InferenceRequest) -> None:
 def finish(request: InferenceRequest) -> None:
     """End the call, once nothing of its response is left to send."""
     commit_usage(request)
+    recording.end(request)
     request.services.running.end(request.call)
     request.services.client.end(request.call)
 

@@ -48,6 +48,7 @@ from flexgate.server.inference.request.extension import FIELD, Extension, parse_
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.inference.request.messages import check_tool_choice
 from flexgate.server.inference.request.values import Table, keep_honoured
+from flexgate.server.ledger.journal import Entry, Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class InferenceServices(Bodies, Protocol):
     def limits(self) -> Limits: ...
     @property
     def limiter(self) -> Limiter: ...
+    @property
+    def ledger(self) -> Journal: ...
     @property
     def running(self) -> RunningRequests: ...
     @property
@@ -177,6 +180,8 @@ class InferenceRequest(TenantRequest):
         weights_epoch: of the experts that the gate names.
         call: the request as the engine sees it.
         right: what it lives on while it runs.
+        entry: the request in the ledger, once it is there.
+        completed: whether all of its response was generated.
     """
 
     body: Body
@@ -190,6 +195,8 @@ class InferenceRequest(TenantRequest):
     reservation: Reservation
     call: GatedCall
     right: Right
+    entry: Entry | None = None
+    completed: bool = False
 
     def __init__(self, http: Request, services: InferenceServices, endpoint: Endpoint) -> None:
         super().__init__(http, services)

@@ -26,6 +26,7 @@ from flexgate.server.engine.frontend.launch import EngineSettings, launch, plan
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.experts.restore import AtStart, at_start
 from flexgate.server.experts.versions import merged_versions
+from flexgate.server.ledger.journal import NAME, Journal
 from flexgate.server.lifecycle import seed
 from flexgate.server.lifecycle.console import Started
 from flexgate.server.lifecycle.settings import Settings, SettingsError
@@ -56,6 +57,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _bound_admin(settings) as admin,
         _alone(settings.directory()) as directory,
         _store(settings) as store,
+        _ledger(settings, clock) as ledger,
     ):
         _migrate(store, settings.database())
         rollback_guard = _rollback_guard(settings)
@@ -77,7 +79,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                 from flexgate.server.lifecycle.serve import run
 
                 services = build_services(
-                    settings, model, engine, store, rollback_guard, directory, merged, keys, clock
+                    settings, model, engine, store, ledger, rollback_guard, directory, merged, keys, clock
                 )
                 require_unchanged(checkpoint)
                 await services.experts.restore(stage)
@@ -144,6 +146,16 @@ def _store(settings: Settings) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+@contextmanager
+def _ledger(settings: Settings, clock: Callable[[], float]) -> Iterator[Journal]:
+    """The journal of this server's usage; what the server was serving when it last ended is settled first."""
+    journal = Journal(settings.directory() / NAME, clock=clock)
+    try:
+        yield journal
+    finally:
+        journal.close()
 
 
 def _migrate(store: Store, url: str) -> None:

@@ -30,6 +30,7 @@ from flexgate.server.http.offload import Offload
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.handlers import build_handlers
 from flexgate.server.inference.request.limits import Limits
+from flexgate.server.ledger.journal import Journal
 from flexgate.server.lifecycle.serve import DEMO_TOOL_PARSER
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
@@ -45,6 +46,7 @@ def build_services(
     model: Path,
     engine: RunningEngine,
     store: Store,
+    ledger: Journal,
     rollback_guard: RollbackGuard,
     directory: FileIdentity,
     merged: Merged,
@@ -85,6 +87,7 @@ def build_services(
         handlers=handlers,
         policy=policy,
         store=store,
+        ledger=ledger,
         experts=_expert_service(settings, model, engine, store, policy, merged, keys, clock),
         uploads=Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time),
         experts_dir=settings.experts_dir,

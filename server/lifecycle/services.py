@@ -17,6 +17,7 @@ from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.inference.request.limits import Limits
+from flexgate.server.ledger.journal import Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.denial_log import Denials
 from flexgate.server.policy.live import PolicySource
@@ -38,6 +39,7 @@ class Services:
     handlers: Handlers
     policy: PolicySource
     store: Store
+    ledger: Journal
     experts: ExpertService
     uploads: Uploads
     queue: FairQueue

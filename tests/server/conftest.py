@@ -23,6 +23,7 @@ from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
+from flexgate.server.ledger.journal import Journal
 
 EXPERTS = {"public": "commons", "news": "gazette", "math": "academy", "secret": "vault"}
 GRADES: dict[str, Any] = {"news": "removed", "math": "router"}
@@ -173,7 +174,15 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Path) -> Any:
+def ledger(tmp_path: Path) -> Iterator[Journal]:
+    """A journal of the test's own."""
+    journal = Journal(tmp_path / "ledger.db", clock=time.time)
+    yield journal
+    journal.close()
+
+
+@pytest.fixture
+def services(store: FakeStore, real_store: Store, handler: Handler, ledger: Journal, tmp_path: Path) -> Any:
     """The application's parts around a client without an engine."""
     from flexgate.server.engine.frontend.calls import ExpertInfo
     from flexgate.server.engine.protocol.slots import SlotMap
@@ -213,6 +222,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, tmp_path: Pa
         handlers=handlers,  # type: ignore[arg-type]
         policy=policy,
         store=real_store,
+        ledger=ledger,
         experts=_expert_service(client, real_store, tmp_path),
         uploads=Uploads(tmp_path / "uploads", most_bytes=1 << 20, clock=time.time),
         queue=FairQueue(64, share=0.5, most_queued=1024, seconds=300),

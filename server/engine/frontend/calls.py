@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -102,6 +102,7 @@ class GatedCall:
         ended: set once nothing of this call's answer is left to send.
         priority: below zero goes ahead of all that waits; for canaries alone.
         queue: told the choices of a prompt and its tokens; raises to refuse. Without one the call waits for nobody.
+        record: writes down what the call has used before any of it goes on to its client; whether it could.
         confirmed: whether what was decided before the call waited still holds.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
@@ -118,6 +119,7 @@ class GatedCall:
     expired: str | None = None
     reserve: Callable[[int], None] | None = None
     queue: Callable[[int, int], Ticket] | None = None
+    record: Callable[[], Awaitable[bool]] | None = None
     confirmed: Callable[[], bool] | None = None
     _most_tokens: int = 0
     prompt_only: bool = False
@@ -150,7 +152,15 @@ class GatedCall:
 
     def tokens(self) -> int:
         """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
-        return sum(self._prompt_tokens.values()) + self._new_tokens
+        return self.prompt_tokens() + self._new_tokens
+
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each once for all its choices."""
+        return sum(self._prompt_tokens.values())
+
+    def new_tokens(self) -> int:
+        """Generated tokens of all choices so far."""
+        return self._new_tokens
 
     def end_at(self, valid_until: float, reason: str) -> None:
         """Give no more tokens from a time on, unless that is said of an earlier one already."""
@@ -192,20 +202,26 @@ class GatedCall:
         """Count tokens that the engine has just generated."""
         self._new_tokens += tokens
 
-    def attribution(self) -> Attribution:
-        """Totals so far; complete once every output of the call has been seen.
+    def usage(self) -> tuple[int, list[int], list[int]]:
+        """Prompt positions read from the cache; then of prompts and of completions masses and positions of each slot.
 
         Each choice routes its prompt anew, or reads it from the cache: the one that has come furthest counts.
         """
-        slots, cached = len(self._names), 0
-        parts = []
+        cached, prompts, completions = 0, [], []
         for choices in self._usage.values():
             _, from_cache, of_prompt, _ = max(choices.values(), key=itemgetter(0))
             cached += from_cache
-            parts += [of_prompt, *(of_completion for _, _, _, of_completion in choices.values())]
-        totals = [sum(values) for values in zip(*parts, strict=True)] or [0] * 2 * slots
-        masses, tokens = totals[:slots], totals[slots:]
-        scale = MASS_SCALE * self._layers
+            prompts.append(of_prompt)
+            completions += [of_completion for _, _, _, of_completion in choices.values()]
+        nothing = [0] * 2 * len(self._names)
+        return cached, _sums(prompts, nothing), _sums(completions, nothing)
+
+    def attribution(self) -> Attribution:
+        """Totals so far; complete once every output of the call has been seen."""
+        cached, prompt_2U, completion_2U = self.usage()
+        used_2U = [sum(values) for values in zip(prompt_2U, completion_2U, strict=True)]
+        slots, scale = len(self._names), MASS_SCALE * self._layers
+        masses, tokens = used_2U[:slots], used_2U[slots:]
         uses = (
             ExpertUse(name, masses[slot] / scale, tokens[slot])
             for slot, name in enumerate(self._names)
@@ -218,6 +234,11 @@ class GatedCall:
         parts = [part for of_one in self._usage.values() for _, _, *both in of_one.values() for part in both]
         slots = len(self._names)
         return frozenset(index % slots for part in parts for index, value in enumerate(part) if value)
+
+
+def _sums(rows: list[list[int]], nothing: list[int]) -> list[int]:
+    """The sums of columns."""
+    return nothing if not rows else [sum(values) for values in zip(*rows, strict=True)]
 
 
 CURRENT_CALL: ContextVar[GatedCall | None] = ContextVar("flexgate_current_call", default=None)

@@ -20,6 +20,7 @@ from flexgate.server.engine.frontend.params import refuse_many_bad_words
 from flexgate.server.engine.protocol.endings import (
     EXPERT_REVOKED,
     GATE_EXPIRED,
+    LEDGER_UNAVAILABLE,
     OF_THE_ENGINE,
     POLICY_UNAVAILABLE,
     QUEUED_TOO_LONG,
@@ -248,6 +249,8 @@ class GatedEngineClient:
             prompt_logprobs = None
             try:
                 async for output in outputs:
+                    if call.record is not None and not await call.record():
+                        call.failed = call.failed or LEDGER_UNAVAILABLE
                     self._refuse_ended(call)
                     # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
                     prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs

@@ -13,6 +13,7 @@ KEY_REVOKED: Final = "key_revoked"
 KEY_EXPIRED: Final = "key_expired"
 PROJECT_ARCHIVED: Final = "project_archived"
 POLICY_UNAVAILABLE: Final = "policy_unavailable"  # nothing confirms that the request still has its right
+LEDGER_UNAVAILABLE: Final = "ledger_unavailable"  # what it uses cannot be written down
 QUEUED_TOO_LONG: Final = "queued_too_long"  # its turn did not come in time
 OF_THE_ENGINE: Final = frozenset(
     [GATE_EXPIRED, EXPERT_REVOKED, NUMBERS_OVERFLOWED, CONSTRAINT_SLOW, CONSTRAINT_FAILED, CONSTRAINT_BUSY]

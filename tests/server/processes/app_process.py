@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.inference.fair_queue import FairQueue
+from flexgate.server.ledger.journal import Journal
 from flexgate.server.lifecycle.serve import run
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
@@ -68,6 +70,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         handlers=handlers,
         policy=policy,
         store=store,
+        ledger=Journal(Path(tempfile.mkdtemp()) / "ledger.db", clock=time.time),
         experts=nothing,
         uploads=nothing,
         model_names=("tiny",),

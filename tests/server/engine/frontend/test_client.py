@@ -320,3 +320,37 @@ def test_a_client_is_ready_while_its_engine_core_answers(engine: Engine) -> None
     assert [client.ready() for _ in range(3)] == [True, False, True]
     engine.errored = True
     assert not client.ready()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=lambda kind: kind.name)
+async def test_no_token_goes_on_before_it_is_recorded(engine: Engine, call: GatedCall, kind: RequestOutputKind) -> None:
+    recorded, written = asyncio.Event(), list[int]()
+
+    async def record() -> bool:
+        await recorded.wait()
+        written.append(call.tokens())
+        return True
+
+    call.record = record
+    reading = await begin(engine, call, kind, 1)
+    engine.step(7, finish=True)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not reading.done()
+    recorded.set()
+    await asyncio.wait_for(reading, 10)
+    assert written == [4]
+
+
+@pytest.mark.asyncio
+async def test_a_call_whose_tokens_cannot_be_recorded_ends_and_gives_none(engine: Engine, call: GatedCall) -> None:
+    async def record() -> bool:
+        return False
+
+    call.record = record
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 2)
+    engine.step(7)
+    with pytest.raises(EngineGenerateError, match="ledger_unavailable"):
+        await asyncio.wait_for(reading, 10)
+    assert call.failed == "ledger_unavailable"

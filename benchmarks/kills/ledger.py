@@ -1,0 +1,146 @@
+"""Kill the process that writes a ledger at random times, and count again what its clients got.
+
+``python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json``
+
+The killed process runs the real journal under streams that generate, cover and deliver tokens; what it generates and
+delivers goes into a file, line by line, which a kill does not take back. All processes write to one ledger, one after
+the other. The judge shares no code with it: it reads the database with sqlite3 and the file, and for every request asks
+that delivered ≤ recorded ≤ generated, that it is recorded once, and that its experts' parts fit its tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from flexgate.server.ledger.entries import COMPLETED, Registration, Used
+from flexgate.server.ledger.journal import Journal
+from kills.report import Verdict, command
+
+STREAMS = 16
+LONGEST = 40
+SECONDS = 0.15
+PROMPT = 7
+
+
+def main_of_a_writer(path: Path, transcript: int, seed: int) -> None:
+    """Serve streams for ever."""
+    asyncio.run(_serve(path, transcript, seed))
+
+
+async def _serve(path: Path, transcript: int, seed: int) -> None:
+    journal = Journal(path, clock=time.time)
+    rng = random.Random(seed)
+
+    async def serve(stream: int) -> None:
+        for number in range(1_000_000):
+            await _stream(journal, transcript, f"{seed}-{stream}-{number}", rng.randint(1, LONGEST))
+
+    await asyncio.gather(*(serve(stream) for stream in range(STREAMS)))
+
+
+async def _stream(journal: Journal, transcript: int, name: str, length: int) -> None:
+    """One request: every token is generated, covered, then delivered."""
+    experts = ((0, "public", "commons"), (1, "news", "gazette"))
+    registration = Registration(name, 1, "proj", "key", "completions", "m", 1, 1, experts)
+    entry = journal.register(registration)
+    await entry.registered()
+    for tokens in range(1, length + 1):
+        os.write(transcript, f"generated {name} {tokens}\n".encode())
+        await entry.cover(PROMPT + tokens, lambda tokens=tokens: _used(tokens))  # type: ignore[misc]
+        os.write(transcript, f"delivered {name} {tokens}\n".encode())
+    entry.end(COMPLETED, _used(length))
+
+
+def _used(tokens: int) -> Used:
+    return Used(PROMPT, 0, tokens, [PROMPT, 0, PROMPT, 0], [tokens, tokens, tokens, tokens])
+
+
+def trial(path: Path, transcript: Path, seed: int) -> bool:
+    """Run a writer and kill it at a random time; whether it was the kill that ended it."""
+    descriptor = os.open(transcript, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    pid = os.fork()
+    if not pid:
+        try:
+            main_of_a_writer(path, descriptor, seed)
+        finally:
+            os._exit(1)
+    os.close(descriptor)
+    time.sleep(random.Random(seed).random() * SECONDS)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status)
+
+
+def judge(path: Path, transcript: Path) -> Iterator[str]:
+    """What is wrong, a sentence each; the ledger was opened since the last kill."""
+    counts: dict[str, Counter[str]] = {"generated": Counter(), "delivered": Counter()}
+    for line in transcript.read_text().splitlines():
+        what, name, tokens = line.split()
+        counts[what][name] = max(counts[what][name], int(tokens))
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT request, sequence, completion_tokens, outcome FROM usage").fetchall()
+    parts: dict[int, list[tuple[Any, ...]]] = {}
+    for sequence, *part in connection.execute("SELECT * FROM parts"):
+        parts.setdefault(sequence, []).append(tuple(part))
+    (running,) = connection.execute("SELECT count(*) FROM running").fetchone()
+    connection.close()
+    if running:
+        yield f"{running} requests still run"
+    recorded = {name: tokens for name, _, tokens, _ in rows}
+    if len(recorded) != len(rows):
+        yield f"{len(rows) - len(recorded)} requests are recorded twice"
+    for name, tokens in counts["delivered"].items():
+        if name not in recorded:
+            yield f"{name}: {tokens} tokens were delivered and nothing is recorded"
+    for name, sequence, tokens, outcome in rows:
+        if not counts["delivered"][name] <= tokens <= counts["generated"][name]:
+            found = counts["delivered"][name], tokens, counts["generated"][name]
+            yield f"{name} ({outcome}): delivered, recorded and generated are {found}"
+        news = ("news", "gazette", 0, 0, tokens, tokens)
+        wanted = [news, ("public", "commons", PROMPT, PROMPT, tokens, tokens)] if tokens else []
+        if parts.get(sequence, []) != wanted:
+            yield f"{name}: its experts' parts are {parts.get(sequence)} for {tokens} tokens"
+
+
+def run(kills: int, seed: int) -> list[Verdict]:
+    """Kill ``kills`` writers of one ledger."""
+    with tempfile.TemporaryDirectory() as directory:
+        path, transcript = Path(directory) / "ledger.db", Path(directory) / "transcript"
+        killed = 0
+        for number in track(range(10 * kills), "kills", total=kills, disable=not sys.stderr.isatty()):
+            killed += trial(path, transcript, seed * 1_000_003 + number)
+            if killed >= kills:
+                break
+        asyncio.run(_recover(path))
+        wrong = list(judge(path, transcript))
+        connection = sqlite3.connect(path)
+        outcomes = dict(connection.execute("SELECT outcome, count(*) FROM usage GROUP BY outcome"))
+        connection.close()
+        return [{"kills": killed, "requests": outcomes, "wrong": wrong[:20]}]
+
+
+async def _recover(path: Path) -> None:
+    Journal(path, clock=time.time).close()
+
+
+def figures(verdicts: list[Verdict]) -> dict[str, Any]:
+    """What the report counts."""
+    (verdict,) = verdicts
+    return {"kills": verdict["kills"], "requests": verdict["requests"]}
+
+
+if __name__ == "__main__":
+    command("ledger", __doc__, 1000, run, figures)

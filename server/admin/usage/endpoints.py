@@ -1,0 +1,51 @@
+"""`/v1/organization/usage/completions`: what requests to this server have used."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import Final
+
+from flexgate.policies.documents import Role
+from flexgate.server.admin.operation import Call, Nothing
+from flexgate.server.admin.pages import unknown_cursor
+from flexgate.server.admin.router import OperationRouter
+from flexgate.server.admin.usage.schemas import BUCKETS, SECONDS, ListUsage, UsageBucket, UsagePage, result_of
+from flexgate.server.http.errors import Invalid
+from flexgate.server.ledger.usage import Sought, sums
+
+PAGE: Final = "page_"
+
+router: Final = OperationRouter()
+
+
+@router.operation("GET", "/v1/organization/usage/completions", roles=(Role.ADMIN, Role.AUDITOR))
+def completions(call: Call[Nothing, ListUsage]) -> UsagePage:
+    """Sum tokens and requests that this server has recorded, per bucket of time, by what `group_by` names."""
+    query = call.query
+    width, (usual, most) = SECONDS[query.bucket_width], BUCKETS[query.bucket_width]
+    limit = usual if query.limit is None else query.limit
+    if limit > most:
+        message = f"'limit' is {limit}. A page has at most {most} buckets of '{query.bucket_width}'."
+        raise Invalid(message, param="limit", code="invalid_value")
+    end = math.ceil(call.now) if query.end_time is None else query.end_time
+    start = query.start_time // width * width if query.page is None else _start(query.page, width)
+    if end <= query.start_time:
+        raise Invalid("'end_time' must be after 'start_time'.", param="end_time", code="invalid_value")
+    stop = min(start + limit * width, end)
+    sought = Sought(start, stop, width, query.project_ids, query.api_key_ids, query.models, query.group_by or ())
+    found = {at: list(of_one) for at, of_one in groupby(sums(call.services.ledger.path, sought), lambda one: one.start)}
+    buckets = [
+        UsageBucket(start_time=at, end_time=at + width, results=[result_of(one) for one in found.get(at, ())])
+        for at in range(start, stop, width)
+    ]
+    more = stop < end
+    return UsagePage(data=buckets, has_more=more, next_page=f"{PAGE}{stop}" if more else None)
+
+
+def _start(page: str, width: int) -> int:
+    """Where a page begins, by its cursor."""
+    number = page.removeprefix(PAGE)
+    if number == page or not number.isascii() or not number.isdigit() or len(number) > 11 or int(number) % width:
+        raise unknown_cursor("page")
+    return int(number)

@@ -1,0 +1,1 @@
+"""What requests used, kept for good: a journal of this server's own."""

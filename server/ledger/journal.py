@@ -1,0 +1,343 @@
+"""The journal of the ledger: a SQLite file of this server's own, apart from the policy database.
+
+A request is written down three times: when it is registered, before the first byte of its response leaves; as a mark of
+what it has used, before tokens leave that no earlier mark covers; and when it ends, with what it used in all. What
+leaves is therefore never more than what is written down, and what is written down never more than what was generated,
+whenever the server is killed. A request that was running then ends at the next start, with its last mark.
+
+One thread writes. It commits whatever has come since its last commit at once, so that a commit serves all requests that
+wait for one, and none waits for more than the commit that is running and its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from flexgate.server.ledger.entries import (
+    INTERRUPTED,
+    Registration,
+    Used,
+    decode_registration,
+    encode_registration,
+    microseconds,
+)
+
+NAME: Final = "ledger.db"
+APPLICATION: Final = 0x464C4758  # "FLGX", in the file's header
+VERSION: Final = 1
+RETRY_SECONDS: Final = 1.0
+SCHEMA: Final = """
+CREATE TABLE running (
+    request TEXT PRIMARY KEY,
+    registration TEXT NOT NULL,
+    mark BLOB
+) WITHOUT ROWID;
+CREATE TABLE usage (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    request TEXT NOT NULL UNIQUE,
+    registered_at INTEGER NOT NULL,
+    ended_at INTEGER NOT NULL,
+    outcome TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    policy_version INTEGER NOT NULL,
+    weights_epoch INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL
+);
+CREATE INDEX usage_ended_at ON usage (ended_at);
+CREATE TABLE parts (
+    sequence INTEGER NOT NULL REFERENCES usage,
+    expert TEXT NOT NULL,
+    owner TEXT,
+    prompt_mass INTEGER NOT NULL,
+    prompt_positions INTEGER NOT NULL,
+    completion_mass INTEGER NOT NULL,
+    completion_positions INTEGER NOT NULL,
+    PRIMARY KEY (sequence, expert)
+) WITHOUT ROWID;
+"""
+
+logger = logging.getLogger(__name__)
+
+
+class LedgerError(Exception):
+    """The journal cannot be opened, or does not take an entry; the message says why and what to do."""
+
+
+End = tuple[Registration, str, int, Used, "asyncio.Future[None]"]
+"""A request that has ended: how, when in microseconds, what it used, and what is done once that is written."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the next commit writes. A mark replaces an earlier one of its request."""
+
+    registered: list[tuple[Registration, asyncio.Future[None]]] = field(default_factory=list)
+    marks: dict[str, tuple[bytes, list[asyncio.Future[None]]]] = field(default_factory=dict)
+    ended: list[End] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.registered or self.marks or self.ended)
+
+    @property
+    def asking(self) -> list[asyncio.Future[None]]:
+        """What waits for an registration or a mark."""
+        return [done for _, done in self.registered] + [done for _, all_ in self.marks.values() for done in all_]
+
+
+class Journal:
+    """An open journal. Its methods are the event loop's, and do not wait for the disk."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
+        """Open or create the file, and end what was running when it was last open. Blocks.
+
+        Args:
+            clock: gives Unix seconds.
+
+        Raises:
+            LedgerError: it is no journal, of a newer version, or cannot be read or written.
+        """
+        self.path = path
+        self._clock = clock
+        self._connection = _open(path)
+        self._lock = threading.Condition()
+        self._next = Batch()
+        self._owed: list[End] = []  # those that could not be written yet
+        self._closing = False
+        with _told(path):
+            self._end_running()
+        self._thread = threading.Thread(target=self._write_all, name="flexgate-ledger", daemon=True)
+        self._thread.start()
+
+    def register(self, registration: Registration) -> Entry:
+        """Write down a request before anything of its response leaves."""
+        done = asyncio.get_running_loop().create_future()
+        self._add(lambda batch: batch.registered.append((registration, done)))
+        return Entry(self, registration, done)
+
+    def mark(self, request: str, used: Used) -> asyncio.Future[None]:
+        """Write down what a running request has used so far."""
+        done = asyncio.get_running_loop().create_future()
+
+        def add(batch: Batch) -> None:
+            _, waiting = batch.marks.get(request, (b"", []))
+            batch.marks[request] = used.encode(), [*waiting, done]
+
+        self._add(add)
+        return done
+
+    def end(self, registration: Registration, outcome: str, used: Used) -> asyncio.Future[None]:
+        """Write down what a request used in all; tried again for as long as the disk refuses it."""
+        done = asyncio.get_running_loop().create_future()
+        at = microseconds(self._clock())
+        self._add(lambda batch: batch.ended.append((registration, outcome, at, used, done)))
+        return done
+
+    def close(self) -> None:
+        """Write what has come, and close the file. Blocks."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        self._thread.join()
+        if self._owed:
+            logger.error("the usage of %d requests could not be written to %s", len(self._owed), self.path)
+        self._connection.close()
+
+    def _add(self, add: Callable[[Batch], None]) -> None:
+        with self._lock:
+            if self._closing:
+                raise LedgerError("the ledger is closed: the server is stopping")
+            add(self._next)
+            self._lock.notify()
+
+    def _write_all(self) -> None:
+        closing = False
+        while not closing:
+            with self._lock:
+                if not self._next and not self._closing:
+                    self._lock.wait(RETRY_SECONDS if self._owed else None)
+                batch, self._next = self._next, Batch()
+                closing = self._closing
+            self._write(batch)
+
+    def _write(self, batch: Batch) -> None:
+        """Commit a batch with the ends that are owed; where that fails, its ends are owed and all else is refused."""
+        batch.ended, self._owed = self._owed + batch.ended, []
+        if not batch:
+            return
+        try:
+            with self._transaction():
+                self._insert(batch)
+        except Exception as error:
+            logger.error("the ledger %s cannot be written: %s", self.path, error)
+            self._owed = batch.ended
+            refused = LedgerError(f"the ledger {self.path} cannot be written: {error}; free space or check its disk")
+            self._answer(batch.asking, refused)
+        else:
+            self._answer([*batch.asking, *(done for *_, done in batch.ended)])
+
+    def _answer(self, waiting: Iterable[asyncio.Future[None]], error: LedgerError | None = None) -> None:
+        """Tell all that wait, in one turn of the event loop."""
+
+        waiting = list(waiting)
+
+        def answer() -> None:
+            for done in waiting:
+                if done.done():  # what waited for it was cancelled
+                    continue
+                if error is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(error)
+                    done.exception()  # seen, whether or not anything waits for it
+
+        if waiting:
+            with suppress(RuntimeError):  # the loop has ended
+                waiting[0].get_loop().call_soon_threadsafe(answer)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _insert(self, batch: Batch) -> None:
+        write = self._connection.executemany
+        write(
+            "INSERT INTO running (request, registration) VALUES (?, ?)",
+            [(registration.request, encode_registration(registration)) for registration, _ in batch.registered],
+        )
+        write("UPDATE running SET mark = ? WHERE request = ?", [(mark, id_) for id_, (mark, _) in batch.marks.items()])
+        for registration, outcome, at, used, _ in batch.ended:
+            self._insert_usage(registration, outcome, at, used)
+
+    def _insert_usage(self, registration: Registration, outcome: str, at: int, used: Used) -> None:
+        """Once for each request: one that was written before the disk said that it was not stays as it is."""
+        a = registration
+        tokens = used.prompt_tokens, used.cached_tokens, used.completion_tokens
+        row = (a.request, a.registered_at, at, outcome, a.tenant, a.key_id, a.endpoint, a.model)
+        row_id = self._connection.execute(
+            "INSERT INTO usage (request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, "
+            "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens) "
+            "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (request) DO NOTHING RETURNING sequence",
+            (*row, a.policy_version, a.weights_epoch, *tokens),
+        ).fetchone()
+        if row_id is not None:
+            self._connection.executemany(
+                "INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        *row_id,
+                        part.expert,
+                        part.owner,
+                        part.prompt_mass,
+                        part.prompt_positions,
+                        part.completion_mass,
+                        part.completion_positions,
+                    )
+                    for part in used.parts(a)
+                ],
+            )
+        self._connection.execute("DELETE FROM running WHERE request = ?", (a.request,))
+
+    def _end_running(self) -> None:
+        """End the requests that were running when the file was last open, with their last marks."""
+        found = self._connection.execute("SELECT registration, mark FROM running ORDER BY request").fetchall()
+        at = microseconds(self._clock())
+        with self._transaction():
+            for registration, mark in found:
+                self._insert_usage(decode_registration(registration), INTERRUPTED, at, Used.decode(mark))
+        if found:
+            logger.warning("%d requests were running when the server ended; their last marks count", len(found))
+
+
+class Entry:
+    """A running request in the journal."""
+
+    __slots__ = ("_covered", "_ended", "_journal", "_registered", "registration")
+
+    def __init__(self, journal: Journal, registration: Registration, registered: asyncio.Future[None]) -> None:
+        self.registration = registration
+        self._journal = journal
+        self._registered = registered
+        self._covered = 0
+        self._ended = False
+
+    async def registered(self) -> None:
+        """Wait until the request is written down; raises `LedgerError` where it cannot be."""
+        await asyncio.shield(self._registered)
+
+    async def cover(self, tokens: int, used: Callable[[], Used]) -> None:
+        """Wait until so many tokens are written down, which may leave then.
+
+        Args:
+            used: what was used so far, no less than `tokens`; only asked where an earlier mark does not cover them.
+
+        Raises:
+            LedgerError: they are not, and may not leave.
+        """
+        await self.registered()
+        if tokens > self._covered:
+            now = used()
+            await asyncio.shield(self._journal.mark(self.registration.request, now))
+            self._covered = max(self._covered, now.prompt_tokens + now.completion_tokens)
+
+    def end(self, outcome: str, used: Used) -> None:
+        """Write down the end of a request that was registered; the first one counts."""
+        refused = self._registered.done() and self._registered.exception() is not None
+        if not self._ended and not refused:
+            self._journal.end(self.registration, outcome, used)
+        self._ended = True
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    with _told(path):
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            _require_version(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _require_version(connection: sqlite3.Connection, path: Path) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if (application, version) == (APPLICATION, VERSION):
+        return
+    if application == APPLICATION:
+        raise LedgerError(f"{path} is a ledger of version {version}, this flexgate writes {VERSION}: use a newer one")
+    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+        raise LedgerError(f"{path} is no ledger of flexgate: move it away, and start again")
+    connection.executescript(
+        f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; COMMIT;"
+    )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise LedgerError(f"the ledger {path} cannot be opened: {error}; check the file and its disk") from error

@@ -1,0 +1,86 @@
+"""Sums over the ledger: what was used in periods of time, by whom, of which expert."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from flexgate.server.ledger.entries import MICROSECONDS
+from flexgate.server.ledger.journal import LedgerError
+
+Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
+_COLUMNS: Final[Mapping[Group, str]] = {
+    "project_id": "usage.tenant",
+    "api_key_id": "usage.key_id",
+    "model": "usage.model",
+    "expert_id": "parts.expert",
+    "owner_id": "parts.owner",
+}
+_OF_REQUESTS: Final = "sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), count(*)"
+_OF_PARTS: Final = "sum(prompt_positions), 0, sum(completion_positions), count(DISTINCT usage.sequence)"
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """Which requests: those that ended within a half-open time, in Unix seconds. None stands for all."""
+
+    start: int
+    end: int
+    width: int
+    projects: Sequence[str] | None = None
+    keys: Sequence[str] | None = None
+    models: Sequence[str] | None = None
+    groups: Sequence[Group] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """What one group used in one bucket of time, which starts at `start`, a multiple of the width.
+
+    By expert or owner, the tokens are positions in which it was chosen.
+    """
+
+    start: int
+    group: Mapping[Group, str | None]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    requests: int
+
+
+def sums(path: Path, sought: Sought) -> list[Sum]:
+    """The sums of every bucket that has any, by time and group. Blocks.
+
+    Raises:
+        LedgerError: the file cannot be read.
+    """
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            return list(_sums(connection, sought))
+    except sqlite3.Error as error:
+        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
+
+
+def _sums(connection: sqlite3.Connection, sought: Sought) -> Iterator[Sum]:
+    of_parts = bool({"expert_id", "owner_id"} & set(sought.groups))
+    wide = sought.width * MICROSECONDS
+    where, values = ["ended_at >= ?", "ended_at < ?"], [sought.start * MICROSECONDS, sought.end * MICROSECONDS]
+    asked: list[object] = [*values]
+    for column, names in (("tenant", sought.projects), ("key_id", sought.keys), ("model", sought.models)):
+        if names is not None:
+            where.append(f"usage.{column} IN ({', '.join('?' * len(names))})")
+            asked += names
+    columns = [_COLUMNS[group] for group in sought.groups]
+    grouped = ", ".join(["bucket", *columns])
+    rows = connection.execute(
+        f"SELECT ended_at / {wide} * {sought.width} AS bucket, {''.join(f'{name}, ' for name in columns)}"
+        f"{_OF_PARTS if of_parts else _OF_REQUESTS} FROM usage{' JOIN parts USING (sequence)' if of_parts else ''} "
+        f"WHERE {' AND '.join(where)} GROUP BY {grouped} ORDER BY {grouped}",
+        asked,
+    )
+    for start, *names, prompt, cached, completion, requests in rows:
+        yield Sum(start, dict(zip(sought.groups, names, strict=True)), prompt, cached, completion, requests)

@@ -1,0 +1,241 @@
+"""What the journal keeps, whatever happens to its process or its disk."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgate.server.ledger.entries import COMPLETED, INTERRUPTED, NOTHING, Registration, Used
+from flexgate.server.ledger.journal import Journal, LedgerError
+
+pytestmark = pytest.mark.asyncio
+
+
+def registration(name: str) -> Registration:
+    experts = ((0, "public", "commons"), (2, "news", "gazette"))
+    return Registration(f"dec_{name}", 5, "proj_a", "key_a", "chat", "tiny", 7, 3, experts)
+
+
+def used(prompt: int, completion: int) -> Used:
+    """Of three slots; every position used slot 0, and every completion slot 2 as well."""
+    return Used(
+        prompt, 1, completion, [prompt * 3, 0, 0, prompt, 0, 0], [completion, 0, completion, completion, 0, completion]
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def journal(path: Path) -> Iterator[Journal]:
+    made = Journal(path, clock=lambda: 9.5)
+    yield made
+    made.close()
+
+
+def rows(path: Path, table: str = "usage") -> list[dict[str, Any]]:
+    connection = sqlite3.connect(path)
+    try:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(f"SELECT * FROM {table}")]
+    finally:
+        connection.close()
+
+
+async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Journal, path: Path) -> None:
+    entry = journal.register(registration("a"))
+    await entry.registered()
+    entry.end(COMPLETED, used(10, 4))
+    journal.close()
+    (row,) = rows(path)
+    assert row == {
+        "sequence": 1,
+        "request": "dec_a",
+        "registered_at": 5,
+        "ended_at": 9_500_000,
+        "outcome": "completed",
+        "tenant": "proj_a",
+        "key_id": "key_a",
+        "endpoint": "chat",
+        "model": "tiny",
+        "policy_version": 7,
+        "weights_epoch": 3,
+        "prompt_tokens": 10,
+        "cached_tokens": 1,
+        "completion_tokens": 4,
+    }
+    names = (
+        "sequence",
+        "expert",
+        "owner",
+        "prompt_mass",
+        "prompt_positions",
+        "completion_mass",
+        "completion_positions",
+    )
+    assert rows(path, "parts") == [
+        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4), strict=True)),
+        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4), strict=True)),
+    ]
+    assert rows(path, "running") == []
+
+
+async def test_a_request_ends_once(journal: Journal, path: Path) -> None:
+    entry = journal.register(registration("a"))
+    entry.end(COMPLETED, used(10, 4))
+    entry.end("expert_revoked", used(10, 9))
+    journal.close()
+    assert [(row["outcome"], row["completion_tokens"]) for row in rows(path)] == [("completed", 4)]
+
+
+async def test_what_was_running_ends_at_the_next_start_with_its_last_mark(path: Path) -> None:
+    first = Journal(path, clock=lambda: 1.0)
+    marked, unmarked = first.register(registration("marked")), first.register(registration("unmarked"))
+    await marked.cover(12, lambda: used(10, 2))
+    await marked.cover(15, lambda: used(10, 5))
+    await unmarked.registered()
+    first.close()
+    Journal(path, clock=lambda: 2.0).close()
+    Journal(path, clock=lambda: 3.0).close()
+    found = {row["request"]: row for row in rows(path)}
+    assert {row["outcome"] for row in found.values()} == {INTERRUPTED}
+    assert {row["ended_at"] for row in found.values()} == {2_000_000}
+    assert [found[name]["completion_tokens"] for name in ("dec_marked", "dec_unmarked")] == [5, 0]
+    assert [row["completion_mass"] for row in rows(path, "parts")] == [5, 5]
+
+
+async def test_tokens_that_a_mark_covers_wait_for_none(journal: Journal) -> None:
+    entry, asked = journal.register(registration("a")), []
+
+    def now() -> Used:
+        asked.append(True)
+        return used(10, 8)
+
+    await entry.cover(12, now)
+    await entry.cover(18, now)
+    assert len(asked) == 1
+    await entry.cover(19, lambda: used(10, 9))
+
+
+async def test_a_hundred_requests_at_once_are_kept(journal: Journal, path: Path) -> None:
+    entries = [journal.register(registration(str(number))) for number in range(100)]
+
+    async def stream(entry: Any, tokens: int) -> None:
+        for count in range(1, tokens):
+            await entry.cover(10 + count, lambda count=count: used(10, count))
+        entry.end(COMPLETED, used(10, tokens))
+
+    await asyncio.gather(*(stream(entry, 2 + number % 9) for number, entry in enumerate(entries)))
+    journal.close()
+    assert {row["request"]: row["completion_tokens"] for row in rows(path)} == {
+        f"dec_{number}": 2 + number % 9 for number in range(100)
+    }
+
+
+async def test_a_client_that_leaves_while_its_mark_is_written_keeps_nobody_from_theirs(journal: Journal) -> None:
+    leaving, staying = journal.register(registration("a")), journal.register(registration("b"))
+    task = asyncio.create_task(leaving.cover(11, lambda: used(10, 1)))
+    await asyncio.sleep(0)
+    task.cancel()
+    await staying.cover(11, lambda: used(10, 1))
+    await leaving.registered()
+    leaving.end("disconnected", used(10, 1))
+
+
+async def test_a_full_disk_refuses_registrations_and_marks_and_keeps_ends_until_there_is_room(
+    journal: Journal, path: Path
+) -> None:
+    running = journal.register(registration("running"))
+    await running.cover(11, lambda: used(10, 1))
+    full(journal)
+    refused = journal.register(Registration(**{**fields(registration("refused")), "model": "x" * 100_000}))
+    with pytest.raises(LedgerError, match="full; free space or check its disk") as error:
+        await refused.registered()
+    assert str(path) in str(error.value)
+    with pytest.raises(LedgerError):
+        await refused.cover(1, lambda: used(1, 0))
+    refused.end("ledger_unavailable", NOTHING)
+    large = journal.register(Registration(**{**fields(registration("large")), "model": "x" * 100_000}))
+    running.end(COMPLETED, used(10, 3))
+    with pytest.raises(LedgerError):
+        await large.registered()
+    assert rows(path) == []
+    journal._connection.execute("PRAGMA max_page_count = 1000000")
+    later = journal.register(registration("later"))
+    await later.registered()
+    assert [(row["request"], row["completion_tokens"]) for row in rows(path)] == [("dec_running", 3)]
+    assert [row["request"] for row in rows(path, "running")] == ["dec_later"]
+
+
+def fields(one: Registration) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in Registration.__dataclass_fields__}
+
+
+def full(journal: Journal) -> None:
+    """Let the file not grow any more."""
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+async def test_what_is_owed_is_written_without_another_request(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = journal.register(registration("a"))
+    await entry.registered()
+    real, failing = journal._insert, [True]
+
+    def insert(batch: Any) -> None:
+        if failing:
+            failing.pop()
+            raise sqlite3.OperationalError("disk I/O error")
+        real(batch)
+
+    monkeypatch.setattr(journal, "_insert", insert)
+    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    entry.end(COMPLETED, used(10, 4))
+    while not rows(path):
+        await asyncio.sleep(0.01)
+
+
+def spoil_nothing(path: Path) -> None:
+    path.write_bytes(b"no database at all, though long enough to be taken for one" * 20)
+
+
+def spoil_other(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE tenants (id TEXT)")
+    connection.close()
+
+
+def spoil_newer(path: Path) -> None:
+    Journal(path, clock=lambda: 1.0).close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 9")
+    connection.close()
+
+
+def spoil_folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_nothing, "cannot be opened: file is not a database"),
+        (spoil_other, "is no ledger of flexgate: move it away"),
+        (spoil_newer, "is a ledger of version 9, this flexgate writes 1: use a newer one"),
+        (spoil_folder, "cannot be opened: unable to open database file"),
+    ],
+)
+async def test_what_is_no_ledger_is_refused_with_its_path(path: Path, spoil: Any, said: str) -> None:
+    spoil(path)
+    with pytest.raises(LedgerError, match=said) as error:
+        Journal(path, clock=lambda: 1.0)
+    assert str(path) in str(error.value)
