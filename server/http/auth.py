@@ -113,7 +113,6 @@ class Context:
 
     request_id: str
     roles: Collection[Role] = EVERY_ROLE
-    route: str = "unmatched"
     principal: Principal | None = None
     decision_id: str | None = None
     policy_version: int | None = None

@@ -23,6 +23,7 @@ from flexgate.server.http.logs import FIELDS
 from flexgate.server.http.refusals import is_denial
 from flexgate.server.policy.denial_log import ANONYMOUS, Denial, Denials
 
+MAX_QUERY_BYTES: Final = 8192
 _ONCE: Final = frozenset(
     {b"authorization", b"host", b"content-type", b"content-length", b"content-encoding", b"transfer-encoding"}
 )
@@ -71,6 +72,7 @@ class Middleware:
         exchange = _Exchange(scope, context, send)
         try:
             _check_headers(scope)
+            _check_query(scope)
             self._check_host(scope)
             await self._app(scope, receive, exchange.send)
         except ApiError as error:
@@ -86,7 +88,7 @@ class Middleware:
                 await self._note_stranger(scope, context)
             finally:
                 exchange.log()
-                self._note_denial(context)
+                self._note_denial(context, _route_of(scope))
 
     async def _note_stranger(self, scope: Scope, context: Context) -> None:
         """Whose good key it was that is not known at this address. The answer, which does not say so, has gone out."""
@@ -100,11 +102,11 @@ class Middleware:
             key = authenticate(snapshot, header, self._services.clock(), EVERY_ROLE - set(self._roles))
             context.principal, context.elsewhere = key, _ELSEWHERE[key.role is Role.TENANT]
 
-    def _note_denial(self, context: Context) -> None:
+    def _note_denial(self, context: Context, route: str) -> None:
         error, caller = context.error, context.principal
         if error is not None and (context.elsewhere is not None or is_denial(error)):
             actor, tenant = (ANONYMOUS, None) if caller is None else (caller.key_id, caller.tenant_id)
-            refused = (context.route, error.status, context.elsewhere or error.code, error.param, error.rules)
+            refused = (route, error.status, context.elsewhere or error.code, error.param, error.rules)
             self._services.denials.add(Denial(actor, tenant, *refused), context.request_id)
 
     def _check_host(self, scope: Scope) -> None:
@@ -148,12 +150,26 @@ class _Exchange:
 
     def log(self) -> None:
         """One line and one count per request."""
-        route = self._context.route
+        route = _route_of(self._scope)
         metrics.count_response(route, self._status)
         if self._status >= 400:
             metrics.count_refusal(self._context.code)
         elapsed = round((time.perf_counter() - self._began) * 1000, 1)
         logger.info("request", extra=_fields(self._context, route=route, status=self._status, ms=elapsed))
+
+
+def _route_of(scope: Scope) -> str:
+    """The template of the route that served a request, for the log and the metrics."""
+    route = scope.get("route")
+    return route.path if route is not None and scope["method"] in route.methods else "unmatched"
+
+
+def _check_query(scope: Scope) -> None:
+    """Refuse a long query string before anything takes it apart, which takes the event loop 1 ms for each kilobyte."""
+    size = len(scope["query_string"])
+    if size > MAX_QUERY_BYTES:
+        message = f"The query string has {size} bytes: at most {MAX_QUERY_BYTES} are read."
+        raise Invalid(message, param=None, code="invalid_value")
 
 
 def _check_headers(scope: Scope) -> None:

@@ -20,15 +20,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from flexgate.policies.documents import Role
-from flexgate.server.http.auth import context_of
-from flexgate.server.http.errors import Invalid
 from flexgate.server.http.responses import OK
 from flexgate.server.http.schemas import ErrorBody
 
 Json = dict[str, Any]
 ANYONE: Final[frozenset[Role]] = frozenset()
 """For routes that need no key."""
-MAX_QUERY_BYTES: Final = 8192
 BEARER: Final = Depends(HTTPBearer(scheme_name="key", auto_error=False))
 """Describes how a key is sent; `flexgate.server.http.auth.identify` reads it."""
 
@@ -79,37 +76,14 @@ class Route(APIRoute):
         if method == "GET":
             self.methods.add("HEAD")
 
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        """The endpoint, which tells the log and the metrics its route's template."""
-        handle = self.handler()
-
-        async def answer(request: Request) -> Response:
-            context_of(request).route = self.path
-            _require_short_query(request)
-            return await handle(request)
-
-        return answer
-
-    def handler(self) -> Callable[[Request], Any]:
-        """The endpoint behind its dependencies."""
-        return super().get_route_handler()
-
 
 class PlainRoute(Route):
     """A route whose endpoint takes the request, and has no dependencies to be solved."""
 
-    def handler(self) -> Callable[[Request], Any]:
+    def get_route_handler(self) -> Callable[[Request], Any]:
         """The endpoint itself."""
         endpoint: Callable[[Request], Any] = self.endpoint
         return endpoint
-
-
-def _require_short_query(request: Request) -> None:
-    """Refuse a long query string before anything takes it apart, which takes the event loop 1 ms for each kilobyte."""
-    size = len(request.scope["query_string"])
-    if size > MAX_QUERY_BYTES:
-        message = f"The query string has {size} bytes: at most {MAX_QUERY_BYTES} are read."
-        raise Invalid(message, param=None, code="invalid_value")
 
 
 def require_declared(routes: Iterable[BaseRoute], kind: type[Route] = Route) -> None:
