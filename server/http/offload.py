@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar, overload
 from weakref import WeakValueDictionary
 
 from flexgate.server.http.errors import ApiError
@@ -60,21 +60,21 @@ class Offload:
         """Note the body of the request whose task this is: its size in bytes, and whose bodies wait for it."""
         _arrived.set(Arrived(size, owner))
 
-    async def run(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """What `work` returns or raises. It must not touch the event loop."""
-        body = _arrived.get()
-        if body is not None and body.size <= ON_LOOP_BYTES:
-            await self._turn(body.owner)
-            return work(*args, **options)
-        return await self.run_for("" if body is None else body.owner, partial(work, *args, **options))
+    @overload
+    async def run(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **options: P.kwargs) -> T: ...
+    @overload
+    async def run(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T: ...
+    async def run(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """What `work` returns or raises. It must not touch the event loop.
 
-    async def run_async(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **options: P.kwargs) -> T:
-        """The same for a coroutine function, which may wait, but for nothing that belongs to the server's loop."""
+        A coroutine function may wait, but for nothing that belongs to the server's loop.
+        """
         body = _arrived.get()
         if body is not None and body.size <= ON_LOOP_BYTES:
             await self._turn(body.owner)
-            return await work(*args, **options)
-        return await self.run(lambda: asyncio.run(work(*args, **options)))
+            made = work(*args, **options)
+            return await made if asyncio.iscoroutine(made) else made
+        return await self.run_for("" if body is None else body.owner, partial(_finished, work, *args, **options))
 
     @staticmethod
     def arrived_bytes() -> int:
@@ -107,6 +107,12 @@ class Offload:
 
     def _begin_pass(self) -> None:
         self._left = PIECES_AT_ONCE
+
+
+def _finished(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `work` returns, in a thread, where a coroutine gets a loop of its own."""
+    made = work(*args, **options)
+    return asyncio.run(made) if asyncio.iscoroutine(made) else made
 
 
 def _shedding(work: Callable[[], T]) -> T:

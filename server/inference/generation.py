@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from anyio import CancelScope
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,6 +32,7 @@ from flexgate.server.inference.pipeline import Endpoint, InferenceRequest, Infer
 BYTES_OF_A_TOKEN: Final = 8
 
 logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
 
@@ -76,7 +78,7 @@ class Generation:
         """vLLM's response, or its stream."""
         endpoint, handlers = self._endpoint, self._services.handlers
         fields = {**request.body, **endpoint.fixed, "request_id": f"{endpoint.id_prefix}{request.id}"}
-        model = await self._services.offload.run(vllm_errors.validated, endpoint.model, fields)
+        model = await self._services.offload.run(validated, endpoint.model, fields)
         return await (endpoint.forced if request.forced else endpoint.handler)(handlers)(model)
 
     async def _whole(self, request: InferenceRequest, result: Any) -> Response:
@@ -84,7 +86,7 @@ class Generation:
         offload, about = self._services.offload, metadata(request)
         offload.arrived(offload.arrived_bytes() + response_bytes(request, request.call.tokens()), request.tenant)
         try:
-            made = await offload.run_async(result.make) if isinstance(result, Later) else result
+            made = await offload.run(result.make) if isinstance(result, Later) else result
         except Exception as error:
             raise cause(request, _translate(error, request)) from error
         if isinstance(made, ErrorResponse):
@@ -130,6 +132,14 @@ class Delivery(Response):
             await self._response(scope, receive, send)
         finally:
             self._done()
+
+
+def validated(model: type[M], body: dict[str, Any]) -> M:
+    """`body` as a request type of vLLM's; raises `ApiError` naming the field at fault."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise vllm_errors.from_exception(error, body) from None
 
 
 def begin(request: InferenceRequest) -> None:

@@ -58,15 +58,15 @@ class OffloadedRenderer(OnlineRenderer):
 
     async def render_chat(self, *args: Any, **options: Any) -> Any:
         """The prompt of a chat request."""
-        return await self._offload.run_async(super().render_chat, *args, **options)
+        return await self._offload.run(super().render_chat, *args, **options)
 
     async def render_responses(self, *args: Any, **options: Any) -> Any:
         """The prompt of a Responses request."""
-        return await self._offload.run_async(super().render_responses, *args, **options)
+        return await self._offload.run(super().render_responses, *args, **options)
 
     async def render_completion(self, *args: Any, **options: Any) -> Any:
         """The prompts of a completion request."""
-        return await self._offload.run_async(super().render_completion, *args, **options)
+        return await self._offload.run(super().render_completion, *args, **options)
 
 
 class Later:

@@ -82,7 +82,7 @@ class Tokenization:
         with self._place(request.tenant):
             reservation = services.limiter.reserve(request.scopes, {REQUESTS: 1})
             try:
-                result = await until_disconnect(http, services.offload.run_async(work.run))
+                result = await until_disconnect(http, services.offload.run(work.run))
             finally:
                 reservation.commit({})
         if result is None:

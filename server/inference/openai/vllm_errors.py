@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import (
@@ -40,7 +40,6 @@ from flexgate.server.http.errors import (
     path_of,
 )
 
-M = TypeVar("M", bound=BaseModel)
 _End = tuple[type[ApiError], str, str]
 _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
 _PERMISSION_ENDED: Final[_End] = (
@@ -108,14 +107,6 @@ _HEADERS: Final[dict[type[ApiError], dict[str, str]]] = {
 _PROMPTS: Final = ("messages", "prompt", "input", "tokens")
 _INSIDE: Final = frozenset(["max_model_len"])  # no field of a request
 _TOO_LONG: Final = frozenset(["input_tokens", "input_text"])  # vLLM's words for what it counted
-
-
-def validated(model: type[M], body: dict[str, Any]) -> M:
-    """`body` as a request type of vLLM's; raises `ApiError` naming the field at fault."""
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        raise from_exception(error, body) from None
 
 
 def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:

@@ -184,7 +184,7 @@ async def test_of_many_requests_that_come_together_few_are_worked_on_before_what
 
     many = [
         asyncio.create_task(small(*pair))
-        for pair in ((offload.run, work), (offload.run_async, waiting_work))
+        for pair in ((offload.run, work), (offload.run, waiting_work))
         for _ in range(500)
     ]
     passes = [0]
