@@ -19,6 +19,7 @@ from flexgate.policies.decision import Decision, DecisionRequest
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
+from flexgate.policies.withhold import Withholding
 from flexgate.server.engine.protocol.endings import (
     EXPERT_REVOKED,
     KEY_EXPIRED,
@@ -55,12 +56,13 @@ class Right:
 
 
 class NewestPolicy(Protocol):
-    """The newest snapshot that was read, and whether it permits less than its version says."""
+    """The newest snapshot that was read, and what of it is withheld."""
 
     @property
-    def newest(self) -> Snapshot | None: ...
+    def stored(self) -> Snapshot | None: ...
     @property
-    def withholds(self) -> bool: ...
+    def withheld(self) -> tuple[Withholding, ...]: ...
+    def without_withheld(self, stored: Snapshot) -> Snapshot: ...
 
 
 class RunningRequests:
@@ -92,9 +94,9 @@ class RunningRequests:
         if self._ends_with_key and right.principal.expires is not None:
             self._client.end_at(right.call, right.principal.expires, KEY_EXPIRED)
         # Once the request is watched: what is read or withheld later is enforced on it.
-        newest, withholds = self._policy.newest, self._policy.withholds
-        if newest is not None and (withholds or newest.policy_version != right.policy_version):
-            self._judge(right, newest, {})
+        stored, withheld = self._policy.stored, self._policy.withheld
+        if stored is not None and (withheld or stored.policy_version != right.policy_version):
+            self._judge(right, self._policy.without_withheld(stored), {})
 
     def end(self, call: GatedCall) -> None:
         """Watch a request no longer."""

@@ -21,7 +21,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final, Self
+from typing import Final
 
 from flexgate.server.http import metrics
 from flexgate.server.inference.limits import refusals
@@ -113,12 +113,6 @@ class Ticket:
     def _notify(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class FairQueue:

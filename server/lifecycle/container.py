@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +59,7 @@ def build_services(
     names = settings.served_model_name or (("flexgate-demo",) if settings.demo else (model.name,))
     policy = PolicySource(
         store,
-        client.live_slot_epochs,
+        partial(getattr, client, "slot_epochs"),
         lease_s=settings.policy_lease_seconds,
         poll_s=settings.policy_poll_seconds,
         replicas=Replicas(

@@ -65,7 +65,12 @@ class ChangeNotifications(Protocol):
 
 
 class PolicySource:
-    """Holds the current snapshot; `run` keeps it fresh."""
+    """Holds the current snapshot; `run` keeps it fresh.
+
+    Attributes:
+        stored: the newest snapshot that was read, confirmed or not.
+        withheld: what it still permits and this process does not.
+    """
 
     def __init__(
         self,
@@ -98,8 +103,8 @@ class PolicySource:
         self._require_files = require_files
         self._enforce: Callable[[Snapshot], None] | None = None
         self._expire: Callable[[], None] | None = None
-        self._stored: Snapshot | None = None
-        self._withheld: tuple[Withholding, ...] = ()
+        self.stored: Snapshot | None = None
+        self.withheld: tuple[Withholding, ...] = ()
         self._withholding = threading.Lock()
         self._reduced: tuple[Snapshot, tuple[Withholding, ...], Snapshot] | None = None
         self._enforced: Snapshot | None = None
@@ -120,38 +125,28 @@ class PolicySource:
     def confirm(self) -> Snapshot:
         """Ask the store whether the snapshot still holds, or for a newer one. Blocks on it."""
         with self._confirming:  # else a slow answer could replace a newer one
-            if self._replicas is not None and self._stored is None:
+            if self._replicas is not None and self.stored is None:
                 self._replicas.announce(0)
-            began, before = self._clock(), self._stored
+            began, before = self._clock(), self.stored
             try:
                 self._require_files()
-                self._stored = self._store.confirm(before)
+                self.stored = self._store.confirm(before)
             except StoreReplaced:
                 self._confirmed = -float("inf")  # what was confirmed came from something that is not there any more
                 raise
             self._confirmed = began
-            if self._rollback_guard is not None and (self._stored is not before or not self._rollback_guard.kept()):
-                self._rollback_guard.note(self._stored)
-            if self._enforce is not None and self._stored is not self._enforced:
-                self._enforce(self._without_withheld(self._stored))
-                self._enforced = self._stored
+            if self._rollback_guard is not None and (self.stored is not before or not self._rollback_guard.kept()):
+                self._rollback_guard.note(self.stored)
+            if self._enforce is not None and self.stored is not self._enforced:
+                self._enforce(self.without_withheld(self.stored))
+                self._enforced = self.stored
             if self._replicas is not None:
-                self._replicas.announce(self._stored.policy_version)
-            return self._serve(self._stored)
-
-    @property
-    def newest(self) -> Snapshot | None:
-        """The newest snapshot that was read, confirmed or not."""
-        return None if self._stored is None else self._without_withheld(self._stored)
-
-    @property
-    def withholds(self) -> bool:
-        """Whether a right is withheld that the store still gives."""
-        return bool(self._withheld)
+                self._replicas.announce(self.stored.policy_version)
+            return self._serve(self.stored)
 
     def gives(self, withholding: Withholding) -> bool:
         """Whether the stored policy gives what a withholding takes away. Blocks."""
-        return self._stored is None or withholding(self._stored) is not self._stored
+        return self.stored is None or withholding(self.stored) is not self.stored
 
     def withhold(self, withholding: Withholding, instead_of: Withholding | None = None) -> None:
         """Take a right out of every snapshot from now on.
@@ -160,17 +155,17 @@ class PolicySource:
             instead_of: an earlier withholding, left to the store from now on.
         """
         with self._withholding:
-            self._withheld = (*(other for other in self._withheld if other is not instead_of), withholding)
+            self.withheld = (*(other for other in self.withheld if other is not instead_of), withholding)
 
     def enforce_withheld(self) -> None:
         """End what runs on a right that is withheld. Blocks until that has ended."""
-        if self._enforce is not None and self._stored is not None:
-            self._enforce(self._without_withheld(self._stored))
+        if self._enforce is not None and self.stored is not None:
+            self._enforce(self.without_withheld(self.stored))
 
     def release(self, withholding: Withholding) -> None:
         """Leave to the store what a right is, as before `withhold`."""
         with self._withholding:
-            self._withheld = tuple(other for other in self._withheld if other is not withholding)
+            self.withheld = tuple(other for other in self.withheld if other is not withholding)
 
     async def current(self, patience: float | None = None) -> Snapshot:
         """The snapshot to decide from; raises `SnapshotStale` when it cannot be confirmed.
@@ -179,7 +174,7 @@ class PolicySource:
             patience: seconds in which the store must answer in time; the lease if None.
         """
         deadline = time.monotonic() + (self._lease_s if patience is None else patience)
-        while self._stored is None or not self.fresh():
+        while self.stored is None or not self.fresh():
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._ask()
@@ -188,7 +183,7 @@ class PolicySource:
             except PolicyError as error:
                 if patience is None or not isinstance(error, SnapshotStale):
                     raise SnapshotStale("the policy store cannot be asked") from error
-        return self._serve(self._stored)
+        return self._serve(self.stored)
 
     async def at_least(self, version: int) -> Snapshot:
         """A snapshot of at least `version`, waited for up to a second.
@@ -255,7 +250,7 @@ class PolicySource:
         """
         while True:
             await asyncio.sleep(self._poll_s)
-            if self._stored is not None and self._expire is not None and not await self._fresh_again():
+            if self.stored is not None and self._expire is not None and not await self._fresh_again():
                 self._expire()
 
     async def _fresh_again(self) -> bool:
@@ -277,8 +272,9 @@ class PolicySource:
             raise SnapshotStale("the policy store answered too late")
         return snapshot
 
-    def _without_withheld(self, stored: Snapshot) -> Snapshot:
-        withheld, reduced = self._withheld, self._reduced
+    def without_withheld(self, stored: Snapshot) -> Snapshot:
+        """What a snapshot permits here: all but what is withheld."""
+        withheld, reduced = self.withheld, self._reduced
         if not withheld:
             return stored
         if reduced is None or reduced[0] is not stored or withheld[: len(reduced[1])] != reduced[1]:
@@ -291,7 +287,7 @@ class PolicySource:
         return reduced[2]
 
     def _serve(self, newest: Snapshot) -> Snapshot:
-        stored, live = self._without_withheld(newest), self._live()
+        stored, live = self.without_withheld(newest), self._live()
         served = self._served
         if served is None or served[0] is not stored or served[1] != live:
             served = self._served = (stored, live, with_live(stored, live))
@@ -299,7 +295,7 @@ class PolicySource:
 
     def revoked(self, expert: str, slot_epoch: int) -> bool:
         """Whether the store says that an expert, as it was loaded then, must not be served."""
-        if self._stored is None:
+        if self.stored is None:
             return False
-        known = self._stored.experts.get(ExpertId(expert))
-        return (known is not None and not known.live) or self._stored.revocation_epochs.get(expert, 0) > slot_epoch
+        known = self.stored.experts.get(ExpertId(expert))
+        return (known is not None and not known.live) or self.stored.revocation_epochs.get(expert, 0) > slot_epoch

@@ -98,7 +98,7 @@ async def test_the_operations_themselves_refuse_a_key_that_passed_the_check_of_r
     monkeypatch.setattr(services.experts, "start_add", lambda *_, **__: pytest.fail("it was added"))
     theirs = services.experts.jobs.open("theirs", "key_of_another_owner")
     upload = services.uploads.open("key_of_another_owner", {"manifest.json": 1, "expert.safetensors": 1})
-    snapshot = services.policy.newest
+    snapshot = services.policy.stored
     principal = authenticate(snapshot, "Bearer sk-t", 2.0)
     path = {"expert": "news", "job": theirs.id, "upload": upload.id, "file": "manifest.json"}
     given: dict[Any, Any] = {AddBody: AddBody(package="news"), WriteQuery: WriteQuery(offset=0)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -70,8 +69,8 @@ class Attribution:
     cached_prompt_tokens: int
 
 
-class Ticket(AbstractContextManager[Any], Protocol):
-    """A prompt's place in the queue before the engine; leaving the context closes it."""
+class Ticket(Protocol):
+    """A prompt's place in the queue before the engine."""
 
     @property
     def waiting(self) -> bool:
@@ -166,20 +165,6 @@ class GatedCall:
         """Give no more tokens from a time on, unless that is said of an earlier one already."""
         if valid_until < min(self.valid_until, self.gate_until):
             self.valid_until, self.expired = valid_until, reason
-
-    def claim(self, tokens: int) -> None:
-        """Reserve what one more prompt and its choices can use; raises what `reserve` raises."""
-        self._most_tokens += tokens
-        if self.reserve is not None:
-            self.reserve(self._most_tokens)
-
-    def enter(self, choices: int, prompt_tokens: int) -> Ticket | None:
-        """Queue one more prompt; raises what `queue` raises."""
-        if self.queue is None:
-            return None
-        ticket = self.queue(choices, prompt_tokens)
-        self._tickets.append(ticket)
-        return ticket
 
     def leave(self) -> None:
         """Close every ticket of the call, those of prompts that were never handed over included."""

@@ -11,7 +11,7 @@ import asyncio
 import math
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall, Ticket
@@ -97,10 +97,6 @@ class GatedEngineClient:
         """Called by the launcher once every rank has proved itself."""
         self._ready = True
 
-    def live_slot_epochs(self) -> Mapping[str, int]:
-        """The slot epoch of each live expert."""
-        return self._slot_epochs
-
     @property
     def errored(self) -> bool:
         """Whether the engine core died."""
@@ -120,7 +116,7 @@ class GatedEngineClient:
         """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add."""
         self._experts = tuple(sorted(experts, key=lambda info: info.slot))
         self.refs: Mapping[str, ExpertSlotRef] = {info.id: info.ref for info in experts if info.live}
-        self._slot_epochs = {info.id: info.slot_epoch for info in experts if info.live}
+        self.slot_epochs = {info.id: info.slot_epoch for info in experts if info.live}
         by_slot = {info.slot: info.id for info in experts}
         self._names = tuple(by_slot.get(slot) for slot in range(self.slot_map.total))
         self.weights_epoch = weights_epoch
@@ -216,10 +212,15 @@ class GatedEngineClient:
         if call is None:
             raise GateError("a handler asked for tokens outside of a gated call")
         prompt_tokens = len(prompt["prompt_token_ids"])
-        call.claim(prompt_tokens + sampling_params.n * (sampling_params.max_tokens or 0))
+        call._most_tokens += prompt_tokens + sampling_params.n * (sampling_params.max_tokens or 0)
+        if call.reserve is not None:
+            call.reserve(call._most_tokens)
+        ticket = None if call.queue is None else call.queue(sampling_params.n, prompt_tokens)
+        if ticket is not None:
+            call._tickets.append(ticket)
         return self._generate(
             call,
-            call.enter(sampling_params.n, prompt_tokens),
+            ticket,
             prompt,
             sampling_params,
             prompt_text=prompt_text,
@@ -232,7 +233,7 @@ class GatedEngineClient:
         self, call: GatedCall, ticket: Ticket | None, prompt: Any, sampling_params: SamplingParams, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         self._refuse_ended(call)
-        with ticket or nullcontext():
+        with nullcontext() if ticket is None else closing(ticket):
             params = sampling_params.clone()
             if params.bad_words:
                 refuse_many_bad_words(params, self._engine.renderer.tokenizer)

@@ -62,7 +62,7 @@ async def test_an_expert_is_permitted_no_more_at_once(
     full.undo()
     services.unstored.try_again()
     assert (real_store.version(), services.unstored.waiting()) == (version + 1, 0)
-    assert not services.policy.withholds
+    assert not services.policy.withheld
     assert not await _may_use_news(call)
 
 
@@ -79,7 +79,7 @@ async def test_a_key_is_refused_at_once(call: Any, services: Any, real_store: St
     assert (await call("sk-t", "GET", "/v1/policy/explain")).status_code == 401
     full.undo()
     services.unstored.try_again()
-    assert not services.policy.withholds
+    assert not services.policy.withheld
     assert (await call("sk-t", "GET", "/v1/policy/explain")).status_code == 401
 
 
@@ -116,10 +116,10 @@ async def test_a_revocation_that_is_repeated_while_the_store_fails_waits_once(
     for _ in range(3):
         for method, path, body in WITHHELD.values():
             assert (await call("sk-admin", method, path, json=body)).status_code == 503
-    assert services.unstored.waiting() == len(services.policy._withheld) == len(WITHHELD)
+    assert services.unstored.waiting() == len(services.policy.withheld) == len(WITHHELD)
     full.undo()
     services.unstored.try_again()
-    assert (services.unstored.waiting(), services.policy.withholds) == (0, False)
+    assert (services.unstored.waiting(), services.policy.withheld) == (0, ())
     assert real_store.version() == version + len(WITHHELD)
 
 
@@ -132,7 +132,7 @@ async def test_of_two_permission_lists_that_wait_the_newer_one_is_stored(
         assert await _may_use_news(call) is ("news" in expert_ids)
     full.undo()
     services.unstored.try_again()
-    assert (services.unstored.waiting(), services.policy.withholds) == (0, False)
+    assert (services.unstored.waiting(), services.policy.withheld) == (0, ())
     assert (await call("sk-admin", "GET", PERMISSIONS)).json()["expert_ids"] == ["secret"]
 
 
@@ -141,7 +141,7 @@ async def test_a_change_that_takes_nothing_away_does_not_wait(call: Any, service
     full.setattr("flexgate.policies.store.store.writing", lambda *_, **__: _unavailable())
     answer = await call(key, "DELETE", "/v1/agreements/nonsense")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "policy_unavailable")
-    assert (services.unstored.waiting(), services.policy.withholds) == (0, False)
+    assert (services.unstored.waiting(), services.policy.withheld) == (0, ())
 
 
 async def test_what_the_store_refuses_later_is_withheld_no_longer(
@@ -155,7 +155,7 @@ async def test_what_the_store_refuses_later_is_withheld_no_longer(
     assert answer.json()["error"]["code"] == "change_not_stored"
     full.undo()
     services.unstored.try_again()  # it is the last admin key
-    assert not services.policy.withholds
+    assert not services.policy.withheld
 
 
 def _unavailable() -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import math
 import threading
+from functools import partial, reduce
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,7 +72,10 @@ def right(*experts: str, only: tuple[str, ...] | None = None, **options: Any) ->
 
 def watching(engine: Any = None, **options: Any) -> RunningRequests:
     """What watches running requests; no newer policy was read, unless `newest` says so."""
-    read: Any = SimpleNamespace(newest=options.pop("newest", None), withholds=options.pop("withholds", False))
+    newest, withheld = options.pop("newest", None), options.pop("withheld", ())
+    read: Any = SimpleNamespace(
+        stored=newest, withheld=withheld, without_withheld=partial(reduce, lambda kept, taken: taken(kept), withheld)
+    )
     return RunningRequests(engine or Engine(), clock=lambda: NOW, policy=read, **options)
 
 
@@ -143,7 +147,7 @@ def test_every_running_request_ends_when_nothing_confirms_the_policy_any_more() 
 
 
 def test_a_right_that_is_withheld_ends_a_request_that_begins_under_the_same_version() -> None:
-    running = watching(newest=policy(1, permitted=False), withholds=True)
+    running = watching(newest=policy(1), withheld=(lambda _: policy(1, permitted=False),))
     running_right = right("news")
     running.begin(running_right)
     assert running_right.call.failed == "permission_ended"

@@ -289,12 +289,12 @@ async def test_a_turn_that_does_not_come_in_time_is_said_and_a_cancelled_wait_ta
     queue = make(1, seconds=0.01)
     running, late = enter(queue, "a", 2)
     assert await running.seated(9.0)
-    with late:
+    with closing(late):
         assert not await late.seated(9.0)
     (cancelled,) = enter(queue, "a")
 
     async def wait() -> None:
-        with cancelled:
+        with closing(cancelled):
             await cancelled.seated(9.0)
 
     waiting = asyncio.ensure_future(wait())

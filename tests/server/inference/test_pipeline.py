@@ -191,7 +191,7 @@ async def test_a_prompt_that_finds_the_queue_full_is_refused_before_its_stream_b
     """As vLLM's handlers do, this one asks the engine before it answers."""
     services.queue = FairQueue(1, share=1.0, most_queued=1, seconds=9)
     running, waiting = (services.queue.enter("t", 1, 1) for _ in range(2))
-    handler.result = lambda: handler.calls[-1].enter(1, 1)
+    handler.result = lambda: handler.calls[-1].queue(1, 1)
     response = await client.post(PATH, json={"prompt": "x", "stream": True})
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json()["error"]["type"] == "requests"

@@ -128,9 +128,6 @@ class LocalClient:
         self.weights_epoch = weights_epoch
         self.published.append(tuple(info.id for info in self._experts))
 
-    def live_slot_epochs(self) -> dict[str, int]:
-        return {info.id: info.slot_epoch for info in self._experts if info.live}
-
     def in_use(self, ref: ExpertSlotRef) -> bool:
         return any(ref in call.experts and not call.ended.is_set() for call in self.open)
 
