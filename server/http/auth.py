@@ -169,17 +169,11 @@ async def identify(
     return context.principal, snapshot
 
 
-def identify_by(request: Request, snapshot: Snapshot, now: float) -> Principal:
-    """The caller that `identify` found, judged by `snapshot` at `now` (Unix seconds); raises `ApiError`."""
-    context = context_of(request)
-    digest = _NO_KEY if context.principal is None else context.principal.digest
-    context.principal = recognise(snapshot, digest, now, context.roles)
-    return context.principal
-
-
 async def identify_again(request: Request, services: Callers) -> None:
     """Raise `ApiError` when the key that `identify` found is good no more; what takes long must not outlive it."""
-    identify_by(request, await _current(services), services.clock())
+    context, snapshot = context_of(request), await _current(services)
+    digest = _NO_KEY if context.principal is None else context.principal.digest
+    context.principal = recognise(snapshot, digest, services.clock(), context.roles)
 
 
 async def _current(services: Callers, patience: float | None = None) -> Snapshot:

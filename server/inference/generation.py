@@ -77,7 +77,8 @@ class Generation:
     async def _start(self, request: InferenceRequest) -> Any:
         """vLLM's response, or its stream."""
         endpoint, handlers = self._endpoint, self._services.handlers
-        fields = {**request.body, **endpoint.fixed, "request_id": f"{endpoint.id_prefix}{request.id}"}
+        id_ = endpoint.id_prefix + request.context.request_id.removeprefix("req_")
+        fields = {**request.body, **endpoint.fixed, "request_id": id_}
         model = await self._services.offload.run(validated, endpoint.model, fields)
         return await (endpoint.forced if request.forced else endpoint.handler)(handlers)(model)
 

@@ -28,7 +28,7 @@ from flexgate.policies.errors import PolicyError, VersionNotReached
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall, bitmask_of
-from flexgate.server.http.auth import Principal, context_of, identify, identify_by, require_tenant
+from flexgate.server.http.auth import Context, Principal, context_of, identify, recognise, require_tenant
 from flexgate.server.http.body import Bodies, read_request
 from flexgate.server.http.errors import Forbidden, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_policy
@@ -117,11 +117,13 @@ class TenantRequest:
     """A request with a tenant's key.
 
     Attributes:
-        principal: the caller, as the snapshot knows it.
+        context: what the log says of it.
+        principal: the caller, from `judge` on as the snapshot knows it.
         raw: the body as it was sent, until it is validated: what is ignored may be large.
         snapshot: the policy that the request lives on.
     """
 
+    context: Context
     principal: Principal
     tenant: TenantId
     raw: Body
@@ -130,12 +132,12 @@ class TenantRequest:
     def __init__(self, http: Request, services: InferenceServices) -> None:
         self.http = http
         self.services = services
-        self.context = context_of(http)
 
     async def authenticate(self) -> None:
-        """Refuse a request without a tenant's key; whose it is, `judge` finds out by the snapshot it takes."""
-        principal, _ = await identify(self.http, self.services)
-        require_tenant(principal)
+        """Refuse a request without a tenant's key; `judge` judges the key again, by the snapshot that it takes."""
+        self.context = context_of(self.http)
+        self.principal, _ = await identify(self.http, self.services)
+        require_tenant(self.principal)
 
     async def read(self) -> None:
         """Read the body, a JSON object."""
@@ -158,7 +160,8 @@ class TenantRequest:
         except PolicyError as error:
             raise from_policy(error) from error
         now = self.services.clock()
-        self.principal = identify_by(self.http, self.snapshot, now)
+        self.principal = recognise(self.snapshot, self.principal.digest, now, self.context.roles)
+        self.context.principal = self.principal
         self.tenant = require_tenant(self.principal)
         return now
 
@@ -201,7 +204,6 @@ class InferenceRequest(TenantRequest):
     def __init__(self, http: Request, services: InferenceServices, endpoint: Endpoint) -> None:
         super().__init__(http, services)
         self.endpoint = endpoint
-        self.id = self.context.request_id.removeprefix("req_")
 
     async def prepare(self) -> None:
         """Take the five steps."""
