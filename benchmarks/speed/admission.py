@@ -105,7 +105,7 @@ def _services(store: Store, source: PolicySource, usage: BudgetUsage) -> Any:
         body_seconds=30.0,
         limits=Limits(),
         model_names=("bench",),
-        handlers=SimpleNamespace(has_chat_template=True, has_tool_parser=False),
+        handlers=SimpleNamespace(has_chat_template=True),
         decisions=DecisionCache(),
         samples=DecisionSamples(store),
         limiter=Limiter(usage),

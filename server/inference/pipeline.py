@@ -46,7 +46,7 @@ from flexgate.server.inference.limits.limiter import (
 from flexgate.server.inference.openai.foreign import LeanResponse
 from flexgate.server.inference.request.extension import FIELD, Extension, parse_extension
 from flexgate.server.inference.request.limits import Limits
-from flexgate.server.inference.request.messages import check_tool_choice
+from flexgate.server.inference.request.messages import forces_a_call
 from flexgate.server.inference.request.values import Table, keep_honoured
 from flexgate.server.ledger.journal import Entry, Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
@@ -221,7 +221,7 @@ class InferenceRequest(TenantRequest):
         check_model(body, services)
         if endpoint.needs_chat_template:
             check_chat_template(services)
-        self.forced = check_tool_choice(body, has_parser=services.handlers.has_tool_parser)
+        self.forced = forces_a_call(body)
         self.extension = body.pop(FIELD, None) or Extension()
         self.client_salt = body.pop(CACHE_SALT, None)
         self.body = body

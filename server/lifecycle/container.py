@@ -76,12 +76,13 @@ def build_services(
         most_queued=settings.max_queued,
         seconds=settings.queue_seconds,
     )
+    tool_parser = settings.tool_call_parser or (DEMO_TOOL_PARSER if settings.demo else None)
     handlers = build_handlers(
         client,
         offload,
         model_names=names,
         chat_template=settings.chat_template,
-        tool_call_parser=settings.tool_call_parser or (DEMO_TOOL_PARSER if settings.demo else None),
+        tool_call_parser=tool_parser,
     )
     return Services(
         client=client,
@@ -98,21 +99,21 @@ def build_services(
         revoked_keys=settings.revoked_keys,
         audit_denials_days=settings.audit_denials_days,
         queue=queue,
-        limits=_limits(settings, client, queue.alone),
+        limits=_limits(settings, client, queue.alone, has_tool_parser=tool_parser is not None),
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_seconds,
         offload=offload,
     )
 
 
-def _limits(settings: Settings, client: GatedEngineClient, seats: int) -> Limits:
+def _limits(settings: Settings, client: GatedEngineClient, seats: int, *, has_tool_parser: bool) -> Limits:
     """With the longest text that could fit the model, as vLLM reckons: its longest token, over and over.
 
     No prompt has more choices than `seats`, those that one project may take.
     """
     tokens = int(client.model_config.max_model_len)
     longest = int(client.renderer.tokenizer.max_chars_per_token)
-    limits = replace(settings.limits, n=min(settings.max_n, seats))
+    limits = replace(settings.limits, n=min(settings.max_n, seats), has_tool_parser=has_tool_parser)
     return replace(limits, prompt_tokens=tokens, prompt_chars=tokens * longest)
 
 

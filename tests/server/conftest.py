@@ -213,7 +213,6 @@ def services(store: FakeStore, real_store: Store, handler: Handler, ledger: Jour
         forced_responses=one(create_responses=handler),
         tokenization=one(create_tokenize=handler, create_detokenize=handler),
         has_chat_template=True,
-        has_tool_parser=False,
     )
     policy = PolicySource(store, lambda: dict.fromkeys(EXPERTS, 1), lease_s=2.0, poll_s=0.01)
     policy.confirm()

@@ -49,7 +49,6 @@ class Handlers:
     forced_responses: OpenAIServingResponses
     tokenization: ServingTokenization
     has_chat_template: bool
-    has_tool_parser: bool
 
 
 def build_handlers(
@@ -97,7 +96,6 @@ def build_handlers(
         forced_responses=forced_responses,
         tokenization=ServingTokenization(models, plain, request_logger=None, **shown),  # offloaded as a whole
         has_chat_template=template is not None or _has_template(engine.renderer.tokenizer),
-        has_tool_parser=tool_call_parser is not None,
     )
 
 

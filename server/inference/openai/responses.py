@@ -17,7 +17,8 @@ from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.foreign import FOREIGN_IN_RESPONSES
 from flexgate.server.inference.openai.serializers import PEER_FIELDS
 from flexgate.server.inference.pipeline import Endpoint, InferenceRequest
-from flexgate.server.inference.request import fields, limits
+from flexgate.server.inference.request import fields
+from flexgate.server.inference.request.items import check_responses
 
 TERMINAL: Final = frozenset(["response.completed", "response.incomplete", "response.failed"])
 _HIDDEN: Final = (*PEER_FIELDS, "input_messages", "output_messages")
@@ -61,7 +62,7 @@ def _without_hidden(answer: dict[str, Any]) -> dict[str, Any]:
 
 ENDPOINT: Final = Endpoint(
     fields.RESPONSES,
-    limits.check_responses,
+    check_responses,
     needs_chat_template=True,
     model=ResponsesRequest,
     handler=attrgetter("responses.create_responses"),

@@ -33,8 +33,10 @@ from flexgate.server.inference.pipeline import (
     check_model,
     honoured_body,
 )
-from flexgate.server.inference.request import fields, limits
-from flexgate.server.inference.request.values import Table
+from flexgate.server.inference.request import fields
+from flexgate.server.inference.request.limits import Limits, check_flags
+from flexgate.server.inference.request.messages import check_conversation, check_length
+from flexgate.server.inference.request.values import Table, invalid, sized
 
 AT_ONCE: Final = 4  # per project and process
 
@@ -57,17 +59,17 @@ class Tokenization:
     def _tokenize(self, raw: Body) -> Work:
         chat = raw.get("messages") is not None
         table = fields.TOKENIZE_CHAT if chat else fields.TOKENIZE_PROMPT
-        body = self._body(raw, table, limits.check_tokenize)
+        body = self._body(raw, table, _check_tokenize)
         if chat:
             check_chat_template(self._services)
         model = TokenizeChatRequest if chat else TokenizeCompletionRequest
         return Work(body, model, self._services.handlers.tokenization.create_tokenize)
 
     def _detokenize(self, raw: Body) -> Work:
-        body = self._body(raw, fields.DETOKENIZE, limits.check_detokenize)
+        body = self._body(raw, fields.DETOKENIZE, _check_detokenize)
         return Work(body, DetokenizeRequest, self._services.handlers.tokenization.create_detokenize)
 
-    def _body(self, raw: Body, table: Table, check: Callable[[Body, limits.Limits], None]) -> Body:
+    def _body(self, raw: Body, table: Table, check: Callable[[Body, Limits], None]) -> Body:
         body = honoured_body(raw, table, check, self._services.limits)
         check_model(body, self._services)
         return body
@@ -120,3 +122,21 @@ class Work:
             raise vllm_errors.from_response(result)
         answer: dict[str, Any] = result.model_dump()
         return answer
+
+
+def _check_tokenize(body: Body, limits: Limits) -> None:
+    """Refuse a tokenize request over its limits, or with something to fetch."""
+    check_flags(body)
+    if "messages" in body:
+        check_conversation(body, limits, measure=True)
+    elif not isinstance(body.get("prompt"), str):
+        invalid("'prompt' must be a string.", "prompt")
+    else:
+        check_length("prompt", limits, body["prompt"])
+
+
+def _check_detokenize(body: Body, limits: Limits) -> None:
+    """Refuse tokens that are no list, or more than the model can hold."""
+    if not isinstance(body.get("tokens"), list):
+        invalid("'tokens' must be a list of token ids.", "tokens")
+    sized(body, "tokens", most=limits.prompt_tokens)

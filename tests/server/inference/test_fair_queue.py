@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -311,7 +312,7 @@ async def test_a_wait_that_is_cancelled_just_as_its_turn_comes_gives_the_seat_ba
     running, next_ = enter(queue, "a", 2)
 
     async def wait() -> None:
-        with next_:
+        with closing(next_):
             await next_.seated(9.0)
 
     waiting = asyncio.ensure_future(wait())

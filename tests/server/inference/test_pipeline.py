@@ -336,7 +336,7 @@ async def test_tools_reach_the_handler_when_a_choice_can_be_kept(
     for choice in ("required", "none", named):
         await client.post("/v1/chat/completions", json={**body, "tool_choice": choice})
     assert len(handler.seen) == 3
-    services.handlers.has_tool_parser = True
+    services.limits = replace(services.limits, has_tool_parser=True)
     await client.post("/v1/chat/completions", json={**body, "tool_choice": "auto"})
     await client.post("/v1/chat/completions", json=body)
     assert len(handler.seen) == 5
@@ -348,7 +348,7 @@ async def test_tools_reach_the_handler_when_a_choice_can_be_kept(
 async def test_forced_calls_are_not_left_to_a_parsers_own_format(
     client: httpx.AsyncClient, handler: Any, services: Any, has_parser: bool
 ) -> None:
-    services.handlers.has_tool_parser = has_parser
+    services.limits = replace(services.limits, has_tool_parser=has_parser)
     services.handlers.chat = services.handlers.responses = None
     handler.result = ValueError("reached")
     function = {"name": "f", "parameters": {"type": "object"}}

@@ -53,7 +53,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         refs={info.id: info.ref for info in infos},
         slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
     )
-    handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete), has_tool_parser=False)
+    handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete))
     policy = PolicySource(
         store,
         lambda: dict.fromkeys(experts, 1),

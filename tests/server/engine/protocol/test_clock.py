@@ -123,7 +123,7 @@ async def test_a_clock_set_back_while_the_engine_starts_stamps_nothing(
     monkeypatch.setattr(bootstrap, "Clock", lambda: Clock(lambda: machine.wall, lambda: machine.steady))
     monkeypatch.setattr(bootstrap, "launch", launch)
     monkeypatch.setattr(container, "build_handlers", lambda *_, **__: SimpleNamespace())
-    monkeypatch.setattr(container, "_limits", lambda *_: Limits())
+    monkeypatch.setattr(container, "_limits", lambda *_, **__: Limits())
     monkeypatch.setattr(bootstrap, "_settle_heap", lambda: None)  # else the tests' own heap stays for ever
     monkeypatch.setattr(serve, "run", run)
     told: list[Started] = []

@@ -25,7 +25,8 @@ from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from flexgate.server.inference.openai import foreign
-from flexgate.server.inference.request.messages import read_input, read_messages
+from flexgate.server.inference.request.items import read_input
+from flexgate.server.inference.request.messages import read_messages
 
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"

@@ -11,6 +11,7 @@ from flexgate.server.http.errors import Invalid
 from flexgate.server.inference.request import grammars, limits
 from flexgate.server.inference.request.extension import parse_extension
 from flexgate.server.inference.request.grammars import MAX_DEPTH, check_enforced
+from flexgate.server.inference.request.items import check_responses
 
 LONGEST = 16 * 1024
 LIMITS = limits.Limits()
@@ -47,7 +48,7 @@ def test_tools_that_are_too_large_together_are_refused_before_one_is_understood(
 
     monkeypatch.setattr(grammars, "enforceable", enforceable)
     schema = {"type": "object", "properties": {"a": {"enum": ["x" * 10_000]}}}
-    check = limits.check_responses if flat else limits.check_chat
+    check = check_responses if flat else limits.check_chat
     with pytest.raises(Invalid, match="'tools' may have at most 16384 bytes"):
         check(with_tools([schema] * 62, flat=flat), LIMITS)
     assert read == 0
