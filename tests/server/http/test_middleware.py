@@ -175,3 +175,15 @@ async def test_a_tenant_sees_listed_experts_only(
     async with make_client("sk-admin") as http:
         everything = (await http.get("/v1/experts")).json()["data"]
     assert [e["id"] for e in everything] == ["public", "news", "math", "secret"]
+
+
+@pytest.mark.asyncio
+async def test_a_long_query_string_is_refused_before_it_is_taken_apart(
+    make_client: Callable[..., httpx.AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starlette.requests import Request
+
+    monkeypatch.setattr(Request, "query_params", property(lambda _: pytest.fail("taken apart")))
+    async with make_client("sk-admin") as http:
+        refused = await http.get("/v1/organization/projects?" + "&".join(["a=1"] * 2100))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")

@@ -23,7 +23,6 @@ PART = {"type": "text", "text": "hi"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 ITEM = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-
 Made = Callable[[int], dict[str, Any]]
 DOORS: dict[str, tuple[str, Made]] = {
     "messages": ("/v1/chat/completions", lambda n: {"messages": [TEXT] * n}),
@@ -195,75 +194,6 @@ async def test_of_many_requests_that_come_together_few_are_worked_on_before_what
     await asyncio.gather(*many)
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(("tokens", "on_loop"), [(10, True), (10_000, False)])
-async def test_a_long_answer_is_made_and_written_off_the_loop(
-    client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, on_loop: bool
-) -> None:
-    from flexgate.server.engine.frontend.calls import GatedCall
-    from flexgate.server.inference.limits.limiter import Reservation
-    from flexgate.server.inference.openai.adapted import Later
-
-    threads, counting = list[int](), set[int]()
-
-    def headers(_: Reservation) -> dict[str, str]:
-        counting.add(threading.get_ident())
-        return {}
-
-    def dump() -> dict[str, Any]:
-        threads.append(threading.get_ident())
-        return {}
-
-    async def make() -> Any:
-        threads.append(threading.get_ident())
-        return SimpleNamespace(model_dump=dump)
-
-    monkeypatch.setattr(GatedCall, "tokens", lambda _: tokens)
-    monkeypatch.setattr(Reservation, "headers", property(headers))
-    handler.result = Later(make)
-    assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
-    assert counting == {threading.get_ident()}, "the limiter's counters are the loop's alone"
-    assert [thread == threading.get_ident() for thread in threads] == [on_loop] * 2
-
-
-@pytest.mark.asyncio
-async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
-    from flexgate.server.engine.frontend.calls import CURRENT_CALL
-    from flexgate.server.engine.protocol.endings import KEY_REVOKED
-    from flexgate.server.inference.openai.adapted import Later
-
-    async def make() -> Any:
-        handler.calls[-1].failed = KEY_REVOKED
-        assert CURRENT_CALL.get() is None
-        return SimpleNamespace(model_dump=dict)
-
-    handler.result = Later(make)
-    refused = await client.post("/v1/completions", json={"prompt": "a"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
-
-
-@pytest.mark.asyncio
-@pytest.mark.parametrize("stream", [True, False])
-async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
-    monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
-    from flexgate.server.inference.openai import adapted
-
-    async def full(*_: Any) -> str:
-        return "made"
-
-    async def nothing() -> Any:
-        for event in ():
-            yield event
-
-    monkeypatch.setattr(adapted.OpenAIServingResponses, "responses_full_generator", full)
-    responses = adapted.LaterResponses.__new__(adapted.LaterResponses)
-    answer: Any = await responses.responses_full_generator(SimpleNamespace(stream=stream), None, nothing())
-    assert (answer if stream else await answer.make()) == "made"
-
-
 class Number(BaseModel):
     number: int
 
@@ -316,36 +246,6 @@ async def test_a_refusal_leaves_what_it_came_from_behind_and_a_fault_of_the_serv
     assert isinstance(failed.value.__cause__, ValueError)
 
 
-@pytest.mark.asyncio
-async def test_a_short_answer_that_repeats_a_large_body_is_written_off_the_loop(
-    client: httpx.AsyncClient, handler: Any
-) -> None:
-    threads: list[int] = []
-
-    def dump(**_: Any) -> dict[str, Any]:
-        threads.append(threading.get_ident())
-        return {}
-
-    handler.result = SimpleNamespace(model_dump=dump)
-    for path, long in (("/v1/responses", {"input": "a" * ON_LOOP_BYTES}), ("/v1/responses", {"input": "a"})):
-        assert (await client.post(path, json=long)).status_code == 200
-    assert [thread == threading.get_ident() for thread in threads] == [False, True]
-
-
-@pytest.mark.asyncio
-async def test_the_first_events_of_a_stream_may_repeat_a_large_body(client: httpx.AsyncClient, handler: Any) -> None:
-    threads: list[int] = []
-
-    async def events() -> Any:
-        threads.append(threading.get_ident())
-        yield 'data: {"choices":[{"index":0,"text":"x","finish_reason":"length"}]}\n\n'
-
-    handler.result = events
-    for text in ("a" * ON_LOOP_BYTES, "a"):
-        assert (await client.post("/v1/completions", json={"prompt": text, "stream": True})).status_code == 200
-    assert [thread == threading.get_ident() for thread in threads] == [False, True]
-
-
 def test_no_list_of_a_body_tells_of_more_than_its_first_wrong_member() -> None:
     from flexgate.server.admin.operations import OPERATIONS
     from flexgate.server.inference.request.extension import Extension
@@ -364,18 +264,6 @@ def test_no_list_of_a_body_tells_of_more_than_its_first_wrong_member() -> None:
     found = [one for model in models for one in lists(model.__pydantic_core_schema__)]
     assert len(found) > 20
     assert all(one.get("fail_fast") for one in found)
-
-
-@pytest.mark.asyncio
-async def test_a_long_query_string_is_refused_before_it_is_taken_apart(
-    make_client: Callable[..., httpx.AsyncClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from starlette.requests import Request
-
-    monkeypatch.setattr(Request, "query_params", property(lambda _: pytest.fail("taken apart")))
-    async with make_client("sk-admin") as http:
-        refused = await http.get("/v1/organization/projects?" + "&".join(["a=1"] * 2100))
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
 
 
 @pytest.mark.asyncio

@@ -1,0 +1,172 @@
+"""Adding and replacing experts: the real code over plain tensors, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+from slotkit.local import Local, package, zeros
+
+from flexgate.experts.package.signature import TrustedKeys
+from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
+from flexgate.server.experts.repository import Added
+from flexgate.server.experts.uploads import FREE_BYTES
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    job = await here.add(package(tmp_path, anchor))
+    assert (job.state, job.stage, job.expert) == ("succeeded", "live", "math")
+    assert job.result["weights_epoch"] == job.result["slot_epoch"] == 2
+    assert job.result["digests"] == here.slots.digests(2)
+    assert here.client.published[-1] == ("public", "news", "math")
+    snapshot = here.store.snapshot()
+    assert snapshot.experts["math"].live  # type: ignore[index]
+    assert snapshot.experts["math"].grade == "removed"  # type: ignore[index]
+    assert not snapshot.agreements
+
+
+async def test_the_grade_of_an_added_expert_is_that_of_its_router(here: Local, tmp_path: Path, anchor: Path) -> None:
+    """An expert whose router row was trained beside others' is not all that excluding it would have to remove."""
+    await here.add(package(tmp_path, anchor, "joint", router="joint"))
+    await here.add(package(tmp_path, anchor, "unsaid", router="unknown"))
+    experts = here.store.snapshot().experts
+    assert {str(id_): expert.grade for id_, expert in experts.items()} == {
+        "public": "unknown",
+        "news": "unknown",
+        "joint": "router",
+        "unsaid": "unknown",
+    }
+
+
+async def test_a_copy_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
+    here: Local, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = package(tmp_path, anchor)
+    size = (source / "expert.safetensors").stat().st_size
+    free = FREE_BYTES + size - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 60, 0, free))  # type: ignore[attr-defined]
+    job = await here.add(source)
+    assert (job.state, job.stage, job.error["code"], job.done) == ("failed", "copied", "disk_full", 0)
+    assert job.error["message"] == (
+        f"The disk has no room for a copy of {source.name}: {size} bytes are still to be written, {FREE_BYTES} must "
+        f"stay free, and {free} are free."
+    )
+    assert not list((tmp_path / "experts").iterdir())
+    free += 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 60, 0, free))  # type: ignore[attr-defined]
+    assert (await here.add(source)).state == "succeeded"
+
+
+async def test_a_newer_version_replaces_the_former_whose_slot_is_zeroed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor, seed=1))
+    same = await here.add(package(tmp_path, anchor, seed=2))
+    assert (same.state, same.error["code"]) == ("failed", "expert_version_not_newer")
+    newer = await here.add(package(tmp_path, anchor, seed=2, version=2))
+    assert newer.state == "succeeded"
+    assert newer.result["slot"] == 3
+    assert here.client.published[-1] == ("public", "news", "math")
+    for _ in range(200):
+        if here.slots.digests(2) == zeros(here) and 2 not in here.slots.table.live:
+            break
+        await asyncio.sleep(0.01)
+    assert here.slots.digests(2) == zeros(here)
+    assert [entry.version for entry in here.service._pool.repository.added()] == [2]
+
+
+@pytest.mark.parametrize("what", ["fill", "open", "canary"])
+async def test_what_fails_before_the_commit_leaves_nothing_behind(
+    here: Local, tmp_path: Path, anchor: Path, what: str
+) -> None:
+    here.slots.fails[what] = 1
+    here.canary_fails += [CanaryError("it answers with NaN")] if what == "canary" else []
+    job = await here.add(package(tmp_path, anchor))
+    assert (job.state, job.error["code"]) == ("failed", "engine_failed")
+    assert here.slots.digests(2) == zeros(here)
+    assert here.slots.table.live == {0: 1, 1: 1}
+    assert here.client.published == [("public", "news")]
+    assert here.store.weights().last == {}
+    assert "math" not in here.store.snapshot().experts
+    assert not list((tmp_path / "experts").iterdir())
+    assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
+
+
+async def test_an_engine_too_busy_to_try_an_expert_says_so_and_leaves_nothing_behind(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    here.canary_fails.append(CanaryNotScheduled("no place in the batch was free within 60 seconds"))
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error == {
+        "code": "canary_not_scheduled",
+        "message": "The engine was too busy to try the expert: no place in the batch was free within 60 seconds. "
+        "Nothing was changed. Add it again when fewer requests are running, or start the server with a larger "
+        "--max-num-seqs.",
+    }
+    assert here.slots.digests(2) == zeros(here)
+    assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
+
+
+async def test_a_package_of_another_owner_takes_no_name_over(here: Local, tmp_path: Path, anchor: Path) -> None:
+    await here.add(package(tmp_path, anchor))
+    await here.service.revoke("math", actor="key_admin")
+    taken = await here.add(package(tmp_path, anchor, owner="mallory"))
+    assert (taken.state, taken.error["code"]) == ("failed", "expert_of_another_owner")
+    foreign = await here.add(package(tmp_path, anchor, expert="code"), owner="gazette")
+    assert (foreign.state, foreign.error["code"]) == ("failed", "expert_of_another_owner")
+    assert (await here.add(package(tmp_path, anchor))).state == "succeeded"
+
+
+async def test_the_commit_itself_refuses_the_id_of_another_owner(
+    here: Local, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the check that comes before the package is loaded said nothing: another server may have been faster."""
+    await here.add(package(tmp_path, anchor))
+    await here.service.revoke("math", actor="key_admin")
+    monkeypatch.setattr(here.service._pool.repository, "require_owner", lambda _: None)
+    taken = await here.add(package(tmp_path, anchor, owner="mallory"))
+    assert (taken.state, taken.error["code"]) == ("failed", "expert_of_another_owner")
+    assert here.store.snapshot().experts["math"].owner == "acme"  # type: ignore[index]
+
+
+async def test_an_unsigned_package_needs_a_server_that_says_so(here: Local, tmp_path: Path, anchor: Path) -> None:
+    object.__setattr__(here.service._pool.places, "trusted_keys", TrustedKeys({}))
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error["code"] == "package_refused"
+    assert "is not signed" in job.error["message"]
+
+
+async def test_two_experts_arrive_at_the_same_time_in_slots_of_their_own(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    packages = [package(tmp_path, anchor, expert=expert) for expert in ("a", "b", "c")]
+    jobs = await asyncio.gather(*(here.add(path) for path in packages))
+    assert [job.state for job in jobs] == ["succeeded"] * 3
+    assert sorted(job.result["slot"] for job in jobs) == [2, 3, 4]
+    assert sorted(job.result["slot_epoch"] for job in jobs) == [2, 3, 4]
+    assert sorted(here.client.published[-1]) == ["a", "b", "c", "news", "public"]
+
+
+async def test_tidying_up_leaves_what_is_arriving_and_what_has_just_been_committed(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    pool = here.service._pool
+    private = tmp_path / "experts"
+    for name in ("job_1", ".job_1.abc.partial", "job_2", "left-over"):
+        (private / name).mkdir(parents=True)
+    pool.arriving |= {"job_1", "job_2"}
+    added = pool.repository.added
+
+    def commits_meanwhile() -> tuple[Added, ...]:
+        pool.arriving.discard("job_2")
+        return (*added(), Added("math", 1, 2, 2, "job_2", "", ""))
+
+    pool.repository.added = commits_meanwhile  # type: ignore[method-assign]
+    await pool.forget_copies()
+    assert sorted(path.name for path in private.iterdir()) == [".job_1.abc.partial", "job_1", "job_2"]
