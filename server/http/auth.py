@@ -1,4 +1,4 @@
-"""Who calls: an `Authorization` header against the keys of the in-memory snapshot, and what is known of the request.
+"""Identify callers: the `Authorization` header against the keys of the in-memory snapshot; and a request's context.
 
     Unauthenticated          401, one code
     ├── KeyMissing           no header, or no bearer key in it
@@ -43,7 +43,7 @@ STATE: Final = "flexgate"
 CHECK_SECONDS: Final = 0.5
 """How long a request may go on whose key was revoked."""
 CHANGE_PATIENCE_S: Final = 10.0
-"""How long who changes the policy or revokes an expert may have to wait for a confirmed policy, on a busy machine."""
+"""How long a change of the policy or a revocation waits for a confirmed policy, on a busy machine."""
 _NO_KEY: Final = bytes(32)
 T = TypeVar("T")
 
@@ -105,9 +105,9 @@ class Context:
     """What is known of a request so far. The outermost layer keeps it in the request's scope, and logs it at the end.
 
     Attributes:
-        roles: whose keys are known where the request came in.
-        elsewhere: set for a good key that is not known where the request came in, once it was refused.
-        error: what the request is answered with, if it is answered with an error.
+        roles: the roles whose keys are valid at the address where the request came in.
+        elsewhere: why it is denied, for a valid key that was refused because it belongs at the other address.
+        error: what the response says, if it is an error.
         disconnected: whether the client left before the response began.
     """
 
@@ -122,7 +122,7 @@ class Context:
 
     @property
     def code(self) -> str | None:
-        """Why there is no answer."""
+        """Why there is no good response, if there is none."""
         return "client_disconnected" if self.disconnected else None if self.error is None else self.error.code
 
     def log_fields(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def context_of(request: Request) -> Context:
 
 
 class Callers(Protocol):
-    """What tells who calls: the live policy, and the time by which keys expire."""
+    """What callers are identified by: the live policy, and the clock by which keys expire."""
 
     @property
     def policy(self) -> PolicySource: ...
@@ -170,7 +170,7 @@ async def identify(
 
 
 async def identify_again(request: Request, services: Callers) -> None:
-    """Raise `ApiError` when the key that `identify` found is good no more; what takes long must not outlive it."""
+    """Raise `ApiError` if the key that `identify` found is no longer valid; for requests that take long."""
     context, snapshot = context_of(request), await _current(services)
     digest = _NO_KEY if context.principal is None else context.principal.digest
     context.principal = recognise(snapshot, digest, services.clock(), context.roles)
@@ -209,7 +209,7 @@ def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[R
 
 
 def require_tenant(principal: Principal) -> TenantId:
-    """The tenant that may infer with this key; raises `WrongRole`."""
+    """The tenant whose key this is; raises `WrongRole` for an operator's key."""
     if principal.tenant_id is None:
         raise WrongRole(f"A key with the role '{principal.role}' cannot be used for inference. Use a tenant's key.")
     return principal.tenant_id
@@ -238,7 +238,7 @@ def _archived(snapshot: Snapshot, key: KeyRecord) -> bool:
 
 
 async def while_identified(request: Request, services: Callers, items: AsyncIterator[T]) -> AsyncIterator[T]:
-    """`items` as they come, for as long as the caller's key is good; raises `ApiError` `CHECK_SECONDS` later."""
+    """`items` as they come, while the caller's key is valid; raises `ApiError` at most `CHECK_SECONDS` after that."""
     end = object()
     async with aclosing(items):  # type: ignore[type-var]
         while True:

@@ -30,7 +30,7 @@ class Arriving:
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     def place(self, owner: str) -> asyncio.Semaphore:
-        """What to hold while a body is read; see `Principal.limited_with`."""
+        """The semaphore to hold while a body is read, by `Principal.limited_with`."""
         return self._places.setdefault(owner, asyncio.Semaphore(AT_ONCE))
 
 
@@ -48,9 +48,9 @@ class Bodies(Callers, Protocol):
 
 
 async def read_request(request: Request, services: Bodies, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON body of a request whose sender is known; see `read_json`.
+    """The JSON body of an authenticated request; see `read_json`.
 
-    It may take long: judge the key once more before anything but validation is done with it.
+    Reading may take long: check the key again before acting on the body.
     """
     principal = context_of(request).principal
     if principal is None:
@@ -90,9 +90,9 @@ async def read_json(
         headers: with lower-case names.
         place: see `Arriving`.
         limit: bytes; more are refused without being kept.
-        seconds: how long the whole body may take, with the wait for a place.
-        offload: what parses it, and is told of it.
-        owner: whose large bodies wait for this one.
+        seconds: for the whole body, the wait for a place included.
+        offload: parses it; learns its size and owner.
+        owner: large bodies of one owner are parsed one at a time.
         optional: an empty body is an object without fields.
 
     Raises:
@@ -134,11 +134,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 class NotJson(ValueError):
-    """Text that is no JSON, or that not every reader reads as the same; the message goes on from a name for it."""
+    """Text that is no JSON, or that parsers read differently; the message follows a name for the text."""
 
 
 def read_json_text(text: str) -> Any:
-    """A JSON value of which every reader reads the same, and whose strings can be tokenized; raises `NotJson`."""
+    """A JSON value that every parser reads alike and whose strings can be tokenized; raises `NotJson`."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_each_key_once)
         if "\\u" in text:

@@ -1,7 +1,7 @@
-"""Connections whose clients never come to the end of a request's head.
+"""Close connections whose clients do not finish a request's head.
 
 uvicorn reads a head of any length, for as long as it takes, before anything else sees the request: its timer for idle
-connections starts with the first answer (uvicorn/protocols/http/httptools_impl.py).
+connections starts with the first response (uvicorn/protocols/http/httptools_impl.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMMENT: Final = b"9\r\n: probe\n\n\r\n"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, whose source is closed however the response ends, so that what makes them stops."""
+    """Server-sent events; however the response ends, their source is closed."""
 
     media_type = "text/event-stream"
 
@@ -43,10 +43,10 @@ class EventStream(StreamingResponse):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which closes a connection that is not getting on.
+    """uvicorn's protocol, with limits on the size and time of a head.
 
     A head, the trailers of a body, and whatever else is neither a head nor a part of a body may have ``MAX_HEAD_BYTES``
-    and what came in the same read. While nothing is being answered, a whole head has to come within ``HEAD_SECONDS``.
+    and what came in the same read. While no response is under way, a whole head has to come within ``HEAD_SECONDS``.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -64,21 +64,21 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more: an answer that it waits for still goes out, and the connection ends with it.
+        """Send the response that is under way, though the client has closed its sending side; close after it.
 
-        A client that has gone altogether says the same, but what it is sent comes back as a reset.
+        A client that disconnected altogether looks the same, but a write to it is answered with a reset.
         """
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body or self.pipeline:
             return False
         if self.scope["http_version"] != "1.1":
-            return False  # nothing can be sent between the parts of its answer
+            return False  # nothing can be sent between the parts of its response
         cycle.keep_alive = False
         self._probe(cycle)
         return True
 
     def _probe(self, cycle: RequestResponseCycle) -> None:
-        """Find out whether a client that sends no more still reads; a reset shows at the write after it."""
+        """Find out whether a half-closed client still reads: the write after a reset fails."""
         if cycle.response_complete or self.transport.is_closing():
             return
         if not cycle.response_started:
@@ -88,7 +88,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
 
     def data_received(self, data: bytes) -> None:
-        """Parse it, and judge what it was for."""
+        """Parse it, and count what was neither a head nor a part of a body."""
         self._got_on = False
         super().data_received(data)
         if self.transport.is_closing():

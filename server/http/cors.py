@@ -13,7 +13,7 @@ _METHODS: Final = ("GET", "POST")
 
 
 class TenantCors:
-    """Answer pages of the named origins on some routes. On the others a browser is given no permission."""
+    """Let pages of the named origins call some routes. On the others a browser is given no permission."""
 
     def __init__(self, app: ASGIApp, *, origins: Collection[str], routes: Iterable[tuple[str, str]]) -> None:
         """`routes` are (method, path template)."""
@@ -24,7 +24,7 @@ class TenantCors:
         self._routes = [(method, compile_path(path)[0]) for method, path in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or the question that a browser asks before it."""
+        """Serve one request, or the preflight request before it."""
         shared = scope["type"] == "http" and self._is_shared(_method(scope), scope["path"])
         await (self._cors if shared else self._app)(scope, receive, send)
 

@@ -36,7 +36,7 @@ INTERNAL_MESSAGE: Final = "The server could not answer this request. Its log has
 
 
 class ApiError(Exception):
-    """An answer other than success. `details` stands beside `error` in the body; `type_` is only
+    """A response other than success. `details` stands beside `error` in the body; `type_` is only
     given where OpenAI's word does not follow from the status.
     """
 

@@ -1,4 +1,4 @@
-"""`/health`, `/ready` and `/metrics`: what operators' machines ask."""
+"""`/health`, `/ready` and `/metrics`, for an operator's monitoring."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgate.server.http.auth import Callers, identify
 
 
 class Engine(Protocol):
-    """What a probe asks of the engine."""
+    """The part of the engine that probes use."""
 
     @property
     def weights_epoch(self) -> int: ...
@@ -21,7 +21,7 @@ class Engine(Protocol):
 
 
 class Queue(Protocol):
-    """What metrics say of the queue."""
+    """The part of the queue that metrics show."""
 
     @property
     def queued(self) -> int: ...
@@ -32,7 +32,7 @@ class Queue(Protocol):
 
 
 class Probed(Callers, Protocol):
-    """What probes and metrics ask."""
+    """The services that probes and metrics use."""
 
     @property
     def client(self) -> Engine: ...

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Watched(Callers, Protocol):
-    """What the outermost layer writes to beside the log."""
+    """What the middleware uses: the policy, and the denial log."""
 
     @property
     def denials(self) -> Denials: ...
@@ -59,7 +59,7 @@ class Middleware:
         self._hosts = None if hosts is None else frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one connection."""
+        """Serve one connection."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -91,7 +91,7 @@ class Middleware:
                 self._note_denial(context, _route_of(scope))
 
     async def _note_stranger(self, scope: Scope, context: Context) -> None:
-        """Whose good key it was that is not known at this address. The answer, which does not say so, has gone out."""
+        """Note, once the response is sent, whether a refused key is valid at the server's other address."""
         header, policy = Headers(scope=scope).get("authorization"), self._services.policy
         if context.error is None or context.principal is not None or header is None or self._roles == EVERY_ROLE:
             return
@@ -122,7 +122,7 @@ class Middleware:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(self, scope: Scope, context: Context, send: Send) -> None:
         self._scope = scope
@@ -141,10 +141,10 @@ class _Exchange:
         await self._send(message)
 
     async def fail(self, error: ApiError, receive: Receive) -> None:
-        """Answer with an error, unless an answer has begun: then the connection breaks off."""
+        """Respond with an error; if a response has begun, close the connection."""
         self._context.error = error
         if self._status:
-            raise ConnectionAbortedError("an answer broke off")
+            raise ConnectionAbortedError("a response broke off")
         response = JSONResponse(error.body(), status_code=error.status, headers=error.headers)
         await response(self._scope, receive, self.send)
 

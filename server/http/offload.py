@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A body's size in bytes, and whose it is."""
+    """A body's size in bytes, and its owner."""
 
     size: int
     owner: str
@@ -48,7 +48,7 @@ _serving: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars
 
 
 class Offload:
-    """Runs what is made of the current request's body where its size belongs."""
+    """Runs work on the current request's body: in a thread if it is large, else on the event loop."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "bodies")
@@ -57,7 +57,7 @@ class Offload:
         self._left = PIECES_AT_ONCE
 
     def arrived(self, size: int, owner: str) -> None:
-        """Note the body of the request whose task this is: its size in bytes, and whose bodies wait for it."""
+        """Note the size in bytes and the owner of the body of the current task's request."""
         _arrived.set(Arrived(size, owner))
 
     @overload
@@ -78,13 +78,13 @@ class Offload:
 
     @staticmethod
     def arrived_bytes() -> int:
-        """The size of the current request's body, which its answer may repeat."""
+        """The size of the current request's body, which its response may repeat."""
         body = _arrived.get()
         return 0 if body is None else body.size
 
     @staticmethod
     def holds_up(size: int) -> bool:
-        """Whether what is made of so many bytes holds up the event loop."""
+        """Whether work on so many bytes would block the event loop for too long."""
         return size > ON_LOOP_BYTES
 
     async def run_for(self, owner: str, work: Callable[[], T]) -> T:
@@ -116,7 +116,7 @@ def _finished(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def _shedding(work: Callable[[], T]) -> T:
-    """What `work` returns; a refusal leaves behind what it came from, so that it is freed here, not on the loop."""
+    """What `work` returns; a refusal drops its cause, which is freed here, not on the loop."""
     try:
         return work()
     except ApiError as error:
@@ -128,7 +128,7 @@ def _shedding(work: Callable[[], T]) -> T:
 
 
 def on_loop(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, on the event loop: for what an `Offload` runs in a thread, which waits for it."""
+    """Run `work` on the event loop, from a thread of an `Offload`; returns or raises what it does."""
     loop = _serving.get()
     if loop is None or asyncio._get_running_loop() is loop:
         return work()
@@ -140,6 +140,6 @@ def on_loop(work: Callable[[], T]) -> T:
 
 
 def _release(lane: asyncio.Semaphore, loop: asyncio.AbstractEventLoop) -> None:
-    """Let the next piece begin. A request that was cancelled leaves its work behind, which has the lane to its end."""
+    """Let the next piece begin. The work of a cancelled request keeps the lane to its end."""
     with suppress(RuntimeError):  # the server has ended meanwhile
         loop.call_soon_threadsafe(lane.release)

@@ -31,7 +31,7 @@ _DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "an
 
 
 def is_denial(error: ApiError) -> bool:
-    """Whether the caller was refused something that another key, policy or time would give."""
+    """Whether a request was denied a right, rather than malformed."""
     return error.status in _DENIED or error.code in _DENIALS
 
 
@@ -43,7 +43,7 @@ def from_policy(error: PolicyError) -> ApiError:
 
 
 def from_change(error: PolicyError) -> ApiError:
-    """What the administration answers. Absent and not the caller's are the same answer."""
+    """The administration's response to a refused change. Absent and not the caller's are told alike."""
     if isinstance(error, ObjectUnknown | UnknownTenant):
         return not_found()
     if isinstance(error, ChangeRefused):
@@ -56,7 +56,7 @@ def from_change(error: PolicyError) -> ApiError:
 
 
 def not_found() -> NotFound:
-    """The one answer for what does not exist and for what is not the caller's."""
+    """The one response for what does not exist and for what is not the caller's."""
     return NotFound("No object of this id is visible to this key. Check the id and the key.", code="not_found")
 
 
@@ -93,7 +93,7 @@ def _from_decision(error: DecisionRefused) -> ApiError:
 
 
 def reason_json(reason: Reason) -> dict[str, Any]:
-    """Why one expert takes no part, as every answer shows it."""
+    """Why one expert takes no part, as every response shows it."""
     return {
         "expert": reason.expert,
         "code": reason.code,

@@ -1,4 +1,4 @@
-"""Responses whose status is not 200, and what the router answers where no route fits."""
+"""Responses whose status is not 200, and the ones to requests that no route fits."""
 
 from __future__ import annotations
 

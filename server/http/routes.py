@@ -1,4 +1,4 @@
-"""Routes that say who may use them: FastAPI's, described by what is checked and answered.
+"""Routes that say who may use them: FastAPI's, described by what is checked and what they respond with.
 
 An application is made of these alone (`require_declared`): what has no declared roles is not served.
 """
@@ -53,7 +53,7 @@ class Route(APIRoute):
     ) -> None:
         """`body` and `query` are described here, and read by the endpoint, within limits and after its caller is known.
 
-        `events` are what it answers as a stream; `described` is what `fastapi.routing.APIRoute` takes.
+        `events` are those of its streamed response; `described` is what `fastapi.routing.APIRoute` takes.
         """
         refused = _REFUSED_BESIDE_TEXT if "response_class" in described else _REFUSED
         super().__init__(
@@ -98,7 +98,7 @@ _REFUSED_BESIDE_TEXT: Final[Json] = {
     "description": "Refused.",
     "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}},
 }
-"""For a route that answers no JSON: FastAPI would describe its errors as of the same kind."""
+"""For a route that responds with no JSON: FastAPI would describe its errors as of the same kind."""
 
 
 def _streamed(status: int, events: type[BaseModel] | None) -> dict[int | str, Json]:

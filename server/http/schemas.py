@@ -13,7 +13,7 @@ def is_none(value: object) -> bool:
 
 
 class Shown(BaseModel):
-    """Base of what is answered: closed, so that nothing is shown that is not described."""
+    """Base of response bodies: closed, so that nothing is shown that is not described."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, json_schema_serialization_defaults_required=True
@@ -54,6 +54,6 @@ class ErrorBody(Shown):
 
 
 class ProbeStatus(Shown):
-    """What a probe learns."""
+    """The response to a probe."""
 
     status: Literal["ok", "ready", "not_ready"]

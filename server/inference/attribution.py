@@ -1,4 +1,4 @@
-"""Which experts took part in an answer: gate mass, tokens, and shares in whole parts per million."""
+"""Which experts took part in a response: gate mass, tokens, and shares in whole parts per million."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METHOD: Final = "gate_mass/v1"
 
 
 class Use(Protocol):
-    """One expert's part in an answer."""
+    """One expert's part in a response."""
 
     @property
     def expert(self) -> str: ...
@@ -51,7 +51,7 @@ class Use(Protocol):
 
 
 class GateViolated(Exception):
-    """The engine reports that an expert outside the gate took part: the answer is withheld."""
+    """The engine reports that an expert outside the gate took part: the response is withheld."""
 
 
 def attribution_object(
@@ -65,7 +65,7 @@ def attribution_object(
     by_expert = {use.expert: use for use in uses}
     for use in by_expert.values():
         if use.expert not in decision.allowed and (use.gate_mass or use.tokens):
-            raise GateViolated("an expert outside the gate took part in an answer")
+            raise GateViolated("an expert outside the gate took part in a response")
     listed = {*decision.allowed, *(reason.expert for reason in decision.excluded)}
     experts = [expert for expert in snapshot.experts if expert in listed]
     masses = [by_expert[e].gate_mass if e in by_expert else 0.0 for e in experts]

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """What a running request lives on, and the version of the policy that gave it."""
+    """The rights that a running request depends on, and the version of the policy that gave them."""
 
     call: GatedCall
     principal: Principal
@@ -78,7 +78,7 @@ class RunningRequests:
     ) -> None:
         """`clock` gives Unix seconds; `policy` has what was read last, before it is enforced.
 
-        `revoked_keys` says what the requests of a key do that is revoked or expires.
+        `revoked_keys` says whether requests end with their key or may finish.
         """
         self._client = client
         self._policy = policy
@@ -104,7 +104,7 @@ class RunningRequests:
             self._rights.pop(call, None)
 
     def enforce(self, snapshot: Snapshot) -> None:
-        """End what `snapshot` permits no more, and wait a moment until it has ended. Blocks."""
+        """End requests that `snapshot` no longer permits, and wait up to `END_SECONDS` for their end. Blocks."""
         with self._lock:
             rights = tuple(self._rights.values())
         decisions: _Decisions = {}
@@ -118,7 +118,7 @@ class RunningRequests:
             _wait_for(ended)
 
     def expire(self) -> None:
-        """End everything: nothing confirms any more that it still has its right."""
+        """End every running request: the policy can no longer be confirmed."""
         with self._lock:
             calls = tuple(self._rights)
         running = [call for call in calls if call.failed is None]
@@ -128,7 +128,7 @@ class RunningRequests:
             self._client.stop(call, POLICY_UNAVAILABLE)
 
     def _ends(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> bool:
-        """Judge a request; one that cannot be judged is stopped, so that it does not keep the others from it."""
+        """Judge a request; if that fails, stop it and go on with the others."""
         if right.call.failed is not None:  # it gets no more tokens; its client may read the end late
             return False
         try:

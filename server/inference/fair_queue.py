@@ -1,4 +1,4 @@
-"""Which waiting prompt the engine gets next, so that no project keeps the others out of its batch.
+"""Choose which waiting prompt the engine gets next, so that no project keeps the others out of its batch.
 
 A seat is one place in the engine's batch (`max_num_seqs`); every choice of a prompt takes one until it is generated.
 
@@ -27,7 +27,7 @@ from flexgate.server.http import metrics
 from flexgate.server.inference.limits import refusals
 
 PROJECTS: Final = 8
-"""How many projects' queues may be full before the server has no room for anybody's."""
+"""As many full queues of projects are the most that waits in the server."""
 
 
 class _Project:
@@ -84,7 +84,7 @@ class Ticket:
             self.project.turn += tokens / self._weight
 
     def release(self) -> None:
-        """Give back the seat of a choice that is generated."""
+        """Release the seat of a choice that is generated."""
         if self._queue is not None and self._seats > 1:
             self._seats -= 1
             self._queue.release_seats(self.project, 1)
@@ -92,7 +92,7 @@ class Ticket:
             self.close()
 
     def close(self) -> None:
-        """Wait no longer, or give back every seat."""
+        """Leave the queue, or release every seat."""
         queue, self._queue = self._queue, None
         if queue is None:
             return
@@ -150,7 +150,7 @@ class FairQueue:
         """Queue a prompt, whose turn may come at once; raises `ApiError` where too many wait.
 
         Args:
-            choices: how many answers are generated from it, each in a seat of its own.
+            choices: how many are generated from it, each in a seat of its own.
             weight: of the project's tokens, against others'.
         """
         found = self._projects.get(project)
@@ -171,7 +171,7 @@ class FairQueue:
         return ticket
 
     def release_seats(self, project: _Project, seats: int) -> None:
-        """Let others have seats."""
+        """Free a project's seats, and fill them from the queue."""
         project.taken -= seats
         self.free += seats
         if self.free == self.seats:
@@ -227,7 +227,7 @@ class FairQueue:
         return min(fitting, key=lambda project: project.turn, default=None)
 
     def _least_turn(self, project: _Project) -> float:
-        """Where a project begins that did not wait: with the least of those that do, or else of those that run."""
+        """The turn with which a project starts to wait: the least of waiting projects, or else of running ones."""
         absent = self._first_absent()
         waiting = [other.turn for other in self._present if other.waiting]
         if absent is not None:

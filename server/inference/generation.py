@@ -1,4 +1,4 @@
-"""The routes that generate: what happens between a request's preparation and the end of its response."""
+"""The generating routes: what happens between a request's preparation and the end of its response."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Generation:
         self._endpoint = endpoint
 
     async def respond(self, http: Request) -> Response:
-        """Prepare a request, generate, and add what took part."""
+        """Prepare a request, generate, and add the decision and the attribution."""
         request = InferenceRequest(http, self._services, self._endpoint)
         await request.prepare()
         try:
@@ -83,7 +83,7 @@ class Generation:
         return await (endpoint.forced if request.forced else endpoint.handler)(handlers)(model)
 
     async def _whole(self, request: InferenceRequest, result: Any) -> Response:
-        """A response that is not streamed, made where its size belongs."""
+        """A response that is not streamed; a long one is made and written in a thread."""
         offload, about = self._services.offload, metadata(request)
         offload.arrived(offload.arrived_bytes() + response_bytes(request, request.call.tokens()), request.tenant)
         try:
@@ -120,7 +120,7 @@ class Generation:
 
 
 class Delivery(Response):
-    """A response that tells when the last of it was sent, or its client has disconnected."""
+    """A response that calls `done` once it was sent or its client has disconnected."""
 
     def __init__(self, response: Response, done: Callable[[], None]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def validated(model: type[M], body: dict[str, Any]) -> M:
 
 
 def begin(request: InferenceRequest) -> None:
-    """Let the call be seen by whatever may end it; raises `ApiError` where its right has gone meanwhile."""
+    """Register the call, so that it can be ended; raises `ApiError` if it lost its right meanwhile."""
     request.services.client.begin(request.call)
     request.services.running.begin(request.right)
     raise_if_ended(request)
@@ -166,12 +166,12 @@ def finish(request: InferenceRequest) -> None:
 
 
 def commit_usage(request: InferenceRequest) -> None:
-    """Commit what the call used, before the client reads the end: its next request follows at once."""
+    """Commit what the call used, before its client reads the end and sends its next request."""
     on_loop(lambda: request.reservation.commit({TOKENS: request.call.tokens()}))
 
 
 def metadata(request: InferenceRequest) -> dict[str, Any]:
-    """The `flexgate` object, once the engine is done with the call, whose usage is committed."""
+    """The `flexgate` object, once the engine is done with the call; commits its usage."""
     commit_usage(request)
     used = request.call.attribution()
     attribution = attribution_object(request.snapshot, request.decision, used.experts, used.cached_prompt_tokens)
@@ -189,7 +189,7 @@ def headers(request: InferenceRequest) -> dict[str, str]:
 
 
 def response_bytes(request: InferenceRequest, tokens: int) -> int:
-    """About how large the response is for so many tokens, with the log-probabilities that were requested."""
+    """Estimate the response's bytes for so many tokens, with the log-probabilities that were requested."""
     body = request.body
     requested = (body.get(name) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
     each = 1 + sum(int(one or 0) for one in requested) + len(body.get("logprob_token_ids") or ())

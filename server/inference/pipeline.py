@@ -1,6 +1,6 @@
 """A request for inference, from its key to what it may use of the engine, in five steps.
 
-    authenticate   whose key it is; of a request without one nothing is read
+    authenticate   its key; nothing more is read of a request without one
     read           the body, within bytes and seconds
     validate       its honoured fields, within limits
     decide         by one snapshot of the policy: its key again, its experts, and until when
@@ -94,7 +94,7 @@ class Endpoint:
         table: what becomes of each field of a body.
         check: refuses honoured fields over a limit, and brings them into one form.
         model: vLLM's type of a request; it gets the body, what is `fixed`, and our id behind `id_prefix`.
-        handler: what answers it, and what does where the response must call a tool.
+        handler, forced: what generates the response, and what does where it must call a tool.
         content: vLLM's response as the body of ours.
         stream: vLLM's stream as the events of ours.
         response: writes `content`.
@@ -117,7 +117,7 @@ class TenantRequest:
     """A request with a tenant's key.
 
     Attributes:
-        context: what the log says of it.
+        context: for the log.
         principal: the caller, from `judge` on as the snapshot knows it.
         raw: the body as it was sent, until it is validated: what is ignored may be large.
         snapshot: the policy that the request lives on.
@@ -167,7 +167,7 @@ class TenantRequest:
 
     @property
     def scopes(self) -> tuple[LimitScope, LimitScope]:
-        """Whose limits hold for it: its project's and its key's."""
+        """The limits that it counts against: its project's and its key's."""
         return scopes_of(self.snapshot.tenants[self.tenant], self.principal.key_id)
 
 
@@ -178,11 +178,11 @@ class InferenceRequest(TenantRequest):
         body: honoured fields alone, without ours and the salt, so that no handler sees what was refused or ignored.
         extension: the `flexgate` field: request filter, purpose, region.
         forced: whether the response must call a tool.
-        query: what the policy decides on.
+        query: the decision's input.
         experts: those that it may use, with their slots.
         weights_epoch: of the experts that the gate names.
         call: the request as the engine sees it.
-        right: what it lives on while it runs.
+        right: the rights that it depends on while it runs.
         entry: the request in the ledger, once it is there.
         completed: whether all of its response was generated.
     """
@@ -248,7 +248,7 @@ class InferenceRequest(TenantRequest):
         self.experts, self.weights_epoch = experts_of(self.decision, services.client), services.client.weights_epoch
 
     def reserve(self) -> None:
-        """Reserve what it says it uses; the rest is reserved once its prompts are tokens."""
+        """Reserve the stated tokens; the prompt's are added once it is tokenized."""
         services = self.services
         self.reservation = services.limiter.reserve(self.scopes, {REQUESTS: 1, TOKENS: stated_tokens(self.body)})
         self.call = GatedCall(
@@ -296,10 +296,10 @@ def check_chat_template(services: InferenceServices) -> None:
 
 
 def experts_of(decision: Decision, client: GatedEngineClient) -> tuple[ExpertSlotRef, ...]:
-    """The decision in the engine's terms.
+    """The slots of the allowed experts.
 
     Raises:
-        ApiError: an expert has just gone, or the experts leave a layer of the model without any.
+        ApiError: an expert was just revoked or replaced, or the experts leave a layer of the model without any.
     """
     try:
         refs = tuple(map(client.refs.__getitem__, decision.allowed))

@@ -24,15 +24,15 @@ def metadata(
     explain: str,
     attribution: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What an answer says about its gate. `explain` of 'none' leaves the reasons out."""
-    answer: dict[str, Any] = {
+    """What a response says about its gate. `explain` of 'none' leaves the reasons out."""
+    content: dict[str, Any] = {
         "decision_id": decision.decision_id,
         "policy_version": decision.policy_version,
         "weights_epoch": weights_epoch,
         "allowed": list(decision.allowed),
     }
     if explain == "reasons":
-        answer["excluded"] = [reason_json(reason) for reason in decision.excluded]
+        content["excluded"] = [reason_json(reason) for reason in decision.excluded]
     if attribution is not None:
-        answer["attribution"] = attribution
-    return answer
+        content["attribution"] = attribution
+    return content

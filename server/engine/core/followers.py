@@ -1,4 +1,4 @@
-"""The processes that follow grammars, as their engine core has them: it asks, goes on, and looks whether they answered.
+"""The processes that follow grammars, seen from their engine core, which sends requests and polls for replies.
 
 A process that is late ends, and its own requests with it; others go on.
 """
@@ -80,7 +80,7 @@ class Follower:
 
     @property
     def owes(self) -> bool:
-        """Whether an answer is outstanding."""
+        """Whether a reply is outstanding."""
         return self.alive and bool(self._asked)
 
     def open(self, grammar: Followed, stops: Iterable[int]) -> int:
@@ -102,7 +102,7 @@ class Follower:
             self._send(pack(CLOSE, number))
 
     def receive(self) -> None:
-        """Take what it has sent; end it if that is nothing that such a process sends."""
+        """Take what it has sent; end it if that is malformed."""
         for _ in range(MAX_PACKETS):
             if not self.alive:
                 return
@@ -118,14 +118,14 @@ class Follower:
                 self.end()
 
     def end_if_hung(self) -> None:
-        """End it if it has owed an answer for too long."""
+        """End it if a reply is overdue."""
         asked = list(self._asked.values())
         # For the masks alone: how long compiling took does not count.
         if self.compiled and asked and time.monotonic() - max(min(asked), self._compiled_at) > HUNG_SECONDS:
             self.end()
 
     def end(self) -> None:
-        """Do without it: the kernel ends it at its limit, or it ends when it finds the socket closed."""
+        """Close its socket. It ends when it notices, or the kernel ends it at its limit."""
         self.alive, self.kib = False, 0
         self.link.close()
         for followed in list(self.followed.values()):  # at once: other threads add to it

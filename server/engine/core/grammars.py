@@ -1,4 +1,4 @@
-"""Grammars in the engine core: followed by processes of their own, and nothing but what this server tried and sealed.
+"""Grammars in the engine core, followed by processes of their own. Only what this server compiled and sealed is taken.
 
 No step waits for a mask that is late: the request is left out of it, until the mask is there or its process has ended.
 """
@@ -83,12 +83,12 @@ class FollowedGrammar(StructuredOutputGrammar):
             self.failed(CONSTRAINT_BUSY)
 
     def check(self, token: int) -> None:
-        """Fail if the mask that ``token`` was sampled under does not allow it: where none is left, any is sampled."""
+        """Fail if ``token`` is not in the mask that it was sampled under; from an empty mask, any token is sampled."""
         if self._mask is not None and not self._ended and not int(self._mask[token >> 5]) >> (token & 31) & 1:
             self.failed(CONSTRAINT_FAILED)
 
     def accept_tokens(self, _request_id: str, tokens: list[int]) -> bool:
-        """Have the next mask made, behind what was sampled under the one before."""
+        """Request the next mask, after the tokens just sampled."""
         if self.failure is None and not self._ended:
             self.ready = False
             self.patience = min(MAX_PATIENCE, self.patience + PATIENCE_PER_TOKEN)
@@ -96,7 +96,7 @@ class FollowedGrammar(StructuredOutputGrammar):
         return True
 
     def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
-        """Fill one row; where there is no mask, with everything: what is sampled under it reaches no client."""
+        """Fill one row; without a mask all tokens are allowed, and what is sampled reaches no client."""
         if self._mask is None or not self.ready:
             self.failed(CONSTRAINT_SLOW)
         if self.failure is None:

@@ -247,14 +247,14 @@ class _Gated(_Base):
 
 
 def _grammar_of(request: Request) -> FollowedGrammar | None:
-    """What constrains a request, once that is known."""
+    """A request's grammar, once it is known."""
     constrained = request.structured_output_request
     grammar = None if constrained is None else constrained.grammar
     return grammar if isinstance(grammar, FollowedGrammar) else None
 
 
 def _change_slots(scheduler: _Gated, command: dict[str, Any]) -> Any:
-    """What the API process asks of the engine core: ``open``, ``close``, ``users`` or ``waiting`` of a slot."""
+    """Serve a command of the API process: ``open``, ``close``, ``users`` or ``waiting`` of a slot."""
     slot = int(command["slot"])
     if command["do"] == "open":
         return scheduler.open_slot(slot, int(command["slot_epoch"]))

@@ -96,11 +96,11 @@ class GatedCall:
     Attributes:
         experts: what its decision allows, in the engine's terms.
         gate_until: Unix seconds until when the decision holds, or inf.
-        failed: why a request of this call was ended early, if it was.
+        failed: the reason for which a request of this call was ended early.
         valid_until: Unix seconds from which no more tokens are given, for the reason `expired`.
         ended: set once nothing of this call's answer is left to send.
         priority: below zero goes ahead of all that waits; for canaries alone.
-        queue: told the choices of a prompt and its tokens; raises to refuse. Without one the call waits for nobody.
+        queue: told the choices of a prompt and its tokens; raises to refuse. Without one the call does not wait.
         record: writes down what the call has used before any of it goes on to its client; whether it could.
         confirmed: whether what was decided before the call waited still holds.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
@@ -150,7 +150,7 @@ class GatedCall:
         return tuple(named)
 
     def tokens(self) -> int:
-        """Prompt and new tokens so far, over all prompts and choices, whether or not anybody has read them."""
+        """Prompt and new tokens so far, over all prompts and choices, read by the client or not."""
         return self.prompt_tokens() + self._new_tokens
 
     def prompt_tokens(self) -> int:
@@ -162,7 +162,7 @@ class GatedCall:
         return self._new_tokens
 
     def end_at(self, valid_until: float, reason: str) -> None:
-        """Give no more tokens from a time on, unless that is said of an earlier one already."""
+        """Give no more tokens from a time on; an earlier end that is set already stays."""
         if valid_until < min(self.valid_until, self.gate_until):
             self.valid_until, self.expired = valid_until, reason
 
@@ -215,7 +215,7 @@ class GatedCall:
         return Attribution(tuple(uses), cached)
 
     def used_slots(self) -> frozenset[int]:
-        """Slots that carried anything, whoever is in them."""
+        """Slots with any routing weight or tokens, of whichever expert."""
         parts = [part for of_one in self._usage.values() for _, _, *both in of_one.values() for part in both]
         slots = len(self._names)
         return frozenset(index % slots for part in parts for index, value in enumerate(part) if value)

@@ -31,7 +31,7 @@ async def self_test(engine: Any, client: GatedEngineClient) -> None:
     An expert that some layer has nothing of is tested together with all others.
 
     Raises:
-        CanaryError: the engine answered what it must refuse, refused what it must answer, or
+        CanaryError: the engine served what it must refuse, refused what it must serve, or
             attributed anything to an expert outside of the gate.
     """
     await _must_refuse(engine, "a request without a gate", None)

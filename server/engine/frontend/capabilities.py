@@ -1,7 +1,7 @@
 """Which ways of running the engine were tried, as data: refusals and the README's table.
 
 ``tested``: the test suite runs it. ``unverified``: expected to work, never run (no GPU was
-at hand). ``refused``: it would slip past the gate's buffers, or nobody has tried it; the
+at hand). ``refused``: it would bypass the gate's buffers, or was never tried; the
 launcher refuses to start.
 """
 

@@ -127,12 +127,12 @@ class GatedEngineClient:
         return self.slot_map.single
 
     def begin(self, call: GatedCall) -> None:
-        """A call begins; :meth:`end` must follow."""
+        """Register a call; :meth:`end` must follow."""
         self._loop = asyncio.get_running_loop()
         self._open.add(call)
 
     def end(self, call: GatedCall) -> None:
-        """Nothing of the call's response is left to send; what the engine still has of it ends, too."""
+        """End a call whose response was sent; its requests in the engine are aborted."""
         self._open.discard(call)
         self._cancel_timer(call)
         self._abort(call)
@@ -269,7 +269,7 @@ class GatedEngineClient:
                 del self._running[request_id]
 
     async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
-        """Wait in the queue; raises where the turn did not come in time, or the call's right has gone meanwhile."""
+        """Wait in the queue; raises if the turn did not come in time or the call lost its right meanwhile."""
         right_ends = min(call.valid_until, call.gate_until)
         seated = await ticket.seated(right_ends - self._clock())
         self._refuse_ended(call)
@@ -284,7 +284,7 @@ class GatedEngineClient:
         raise EngineGenerateError(f"the request was ended in the queue: {call.failed}")
 
     def _refuse_ended(self, call: GatedCall) -> None:
-        """Raise where a call may get no more tokens; vLLM itself answers for a request that the engine core ended."""
+        """Raise if a call may get no more tokens; vLLM reports a request that the engine core ended by itself."""
         if call.failed is None and call.expired is not None and call.valid_until <= self._clock():
             call.failed = call.expired
         if call.failed is not None and call.failed != GATE_EXPIRED:

@@ -134,7 +134,7 @@ def preloaded(before: str, torch: Path, *vllm: Path) -> str:
 
 
 def wait(modules: Sequence[str], tracker: int, start_fd: int) -> None:
-    """What an early process runs: load, then do what a spawned process does; end quietly if it is never told."""
+    """What an early process runs: load, then do what a spawned process does; end quietly if no program comes."""
     with leaving():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's until the engine core takes it
         _configure_logging()

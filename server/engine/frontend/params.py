@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def refuse_many_bad_words(params: SamplingParams, tokenizer: Any) -> None:
-    """Model Runner V2 ends the engine over more (vllm/v1/worker/gpu/sample/bad_words.py); nobody else counts."""
+    """Refuse more than Model Runner V2 holds (vllm/v1/worker/gpu/sample/bad_words.py): it would end the engine."""
     params.update_from_tokenizer(tokenizer)
     tokens = sum(map(len, params.bad_words_token_ids or ()))
     most = envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS

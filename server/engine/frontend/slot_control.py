@@ -1,7 +1,7 @@
 """Changing what the running engine holds: one slot at a time, on every rank, beside the steps.
 
 The order is what makes a change safe (promise 5 of the design). To add: fill the masked slot on all
-ranks, open it on all ranks, then in the engine core, and only then let anybody seal a gate for it.
+ranks, open it on all ranks, then in the engine core, and only then let gates be sealed for it.
 To revoke: the reverse.
 """
 

@@ -41,7 +41,7 @@ class Heartbeat:
 async def end_if_it_hangs(slots: SlotOperator, heartbeat: Heartbeat) -> None:
     """Kill an engine that takes longer from step to step than vLLM lets a worker process take.
 
-    vLLM then sees a dead engine, as it does after a crash, and tells every request that is being answered.
+    vLLM then sees a dead engine, as it does after a crash, and fails every running request.
 
     Args:
         heartbeat: beats with every answer, so that an engine that hangs is not ready long before it is killed.

@@ -53,7 +53,7 @@ class BudgetUsage:
             self._unwritten[scope] = self._unwritten.get(scope, 0) + tokens
 
     def refresh(self) -> None:
-        """Write what was used, and read what everybody used; raises `StoreError`. Blocks."""
+        """Write this process's usage, and read the total of all processes; raises `StoreError`. Blocks."""
         with self._refreshing:
             if self._writing:
                 self._write()  # the batch that failed before, as it was: it may have been written all the same
@@ -85,7 +85,7 @@ class BudgetUsage:
             logger.error("%d used tokens could not be written", lost)
 
     def _write(self) -> None:
-        """Write a batch, which counts as stored at once: reading it back may fail, and must not write it again."""
+        """Write a batch and count it as stored at once, so that a failed read does not write it again."""
         if self._writing:
             budgets.add_use(self._store.engine, self._writing, self._batch, self._clock())
         with self._lock:

@@ -30,7 +30,7 @@ TOKENS: Final = "tokens"
 _STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 Amounts = Mapping[str, int]
-"""How much of each unit. A limit does not concern a request that has nothing of its unit."""
+"""How much of each unit. A limit of another unit does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class _Line:
 
 
 class Reservation:
-    """What one request has reserved. Commit it once, however the request ends."""
+    """One request's reservation. Commit it once, however the request ends."""
 
     __slots__ = ("_clock", "_lines", "_shown")
 
@@ -106,7 +106,7 @@ class Reservation:
         return refusals.headers(_standings(self._shown, self._clock()))
 
     def raise_to(self, amounts: Amounts) -> None:
-        """Reserve `amounts` in all, once it is known what a request can use; raises `ApiError` (429)."""
+        """Reserve `amounts` in all, once the request's most is known; raises `ApiError` (429)."""
         now = self._clock()
         lines = [line for line in self._lines if amounts.get(line.rule.unit, 0) > line.amount]
         with _with_headers(self._lines, now):
@@ -120,7 +120,7 @@ class Reservation:
         self.raise_to({TOKENS: tokens})
 
     def commit(self, amounts: Amounts) -> None:
-        """Count what was used, and give back the rest; a unit that is not named was used as reserved. Done once."""
+        """Count what was used and release the rest, once; a unit that is not named was used as reserved."""
         lines, self._lines = self._lines, []
         now = self._clock()
         for line in lines:

@@ -1,4 +1,4 @@
-"""How limits are shown: OpenAI's `x-ratelimit-*` headers, and 429 with what would change it."""
+"""How limits are shown: OpenAI's `x-ratelimit-*` headers, and 429 with when to retry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Standing(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What a limit has no room for: `amount` of it, `used` being in use, until `wait_s` have passed."""
+    """A refused reservation: `amount` does not fit beside `used` for another `wait_s` seconds."""
 
     kind: str
     limit: int

@@ -1,8 +1,8 @@
-"""vLLM's request types, renderer and handlers, where they do otherwise than this server has to.
+"""vLLM's request types, renderer and handlers, where this server needs other behaviour.
 
-Several choices of a greedy request: OpenAI answers them, vLLM's parameters refuse them when they are made.
+Several choices of a greedy request: OpenAI generates them, vLLM's parameters refuse them when they are made.
 
-A short request can ask for an answer of hundreds of thousands of log-probabilities, and a large one be rendered to a
+A short request can ask for a response of hundreds of thousands of log-probabilities, and a large one be rendered to a
 prompt for long. vLLM does both in one piece; here a prompt is made, and the response given back to be made, where it
 holds up no other request. Streams read the engine's outputs as `Outputs`, so that their pieces can be.
 """
@@ -70,19 +70,19 @@ class OffloadedRenderer(OnlineRenderer):
 
 
 class Later:
-    """An answer that is still to be made, of all that the engine gave."""
+    """A response that is still to be made from the engine's outputs."""
 
     def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         self.make = make
 
 
 class LaterChat(OpenAIServingChat):
-    """Chat answers."""
+    """Chat responses, made later."""
 
     async def chat_completion_full_generator(
         self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **options: Any
     ) -> Any:
-        """The answer, to be made later."""
+        """The response, to be made later."""
         last = [output async for output in result_generator][-1:]
         return Later(partial(super().chat_completion_full_generator, request, _again(last), *args, **options))
 
@@ -94,12 +94,12 @@ class LaterChat(OpenAIServingChat):
 
 
 class LaterResponses(OpenAIServingResponses):
-    """Responses answers; vLLM's context keeps the outputs as they come."""
+    """Responses of the Responses API, made later; vLLM's context keeps the outputs as they come."""
 
     async def responses_full_generator(
         self, request: Any, sampling_params: Any, result_generator: AsyncIterator[Any], *args: Any, **options: Any
     ) -> Any:
-        """The answer, to be made later; a stream's last event has it at once."""
+        """The response, to be made later; a stream's last event has it at once."""
         if request.stream:
             return await super().responses_full_generator(request, sampling_params, result_generator, *args, **options)
         async for _ in result_generator:
@@ -120,10 +120,10 @@ class LaterResponses(OpenAIServingResponses):
 
 
 class LaterCompletion(OpenAIServingCompletion):
-    """Completion answers."""
+    """Completion responses, made later."""
 
     def request_output_to_completion_response(self, outputs: list[Any], *args: Any, **options: Any) -> Any:
-        """The answer, to be made later."""
+        """The response, to be made later."""
         make = super().request_output_to_completion_response
 
         async def made() -> Any:

@@ -12,7 +12,7 @@ from flexgate.server.engine.seam.handlers import ToolParser
 from flexgate.server.engine.seam.openai import StructuredOutputsParams, VLLMValidationError
 
 MAX_CALLS: Final = 8
-"""Of one answer: a model that does not end the list by itself would call until its length ends."""
+"""Of one response: a model that does not end the list by itself would call until its length ends."""
 _NEXT_CALL: Final = re.compile(r"\s*[\[,]\s*\{")
 
 
@@ -26,7 +26,7 @@ class ConstrainedToolParser(ToolParser):
     supports_required_and_named = True
 
     def adjust_request(self, request: Any) -> Any:
-        """Constrain the answer to the calls that the request forces, instead of a format that it may also have."""
+        """Constrain the response to the calls that the request forces, instead of a format that it may also have."""
         choice = request.tool_choice
         if not request.tools or choice in (None, "none", "auto"):
             return request
@@ -59,7 +59,7 @@ def read_cut_lists(parser: Any) -> Any:
 
 
 def complete_calls(text: str) -> str:
-    """A list of calls without what stands behind the last complete one."""
+    """A list of calls, cut after the last complete one."""
     decoder, end = json.JSONDecoder(), 0
     while opened := _NEXT_CALL.match(text, end):
         try:

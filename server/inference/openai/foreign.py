@@ -1,6 +1,6 @@
-"""Fields of vLLM's answers that OpenAI's do not have: sent where they say something, left out where they are null.
+"""Fields of vLLM's responses that OpenAI's do not have: sent where they say something, left out where they are null.
 
-Clients put an answer into their next request as it came, and some stop at a field that they do not know.
+Clients put a response into their next request as it came, and some stop at a field that they do not know.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NULLS: Final = re.compile(rf',"(\w+)":null|{_FIRST}')
 
 
 def without_nulls(text: str) -> str:
-    """Compact JSON of a chat or completion answer, or of a part of its stream, without null foreign fields."""
+    """Compact JSON of a chat or completion response, or of a part of its stream, without null foreign fields."""
     return _NULLS.sub(_kept, text)
 
 
@@ -61,7 +61,7 @@ def _kept(found: re.Match[str]) -> str:
 
 
 class LeanResponse(JSONResponse):
-    """An answer as JSON, without null foreign fields."""
+    """A response as JSON, without null foreign fields."""
 
     def render(self, content: Any) -> bytes:
         """The body."""

@@ -13,7 +13,7 @@ from flexgate.server.inference.request.limits import Limits
 
 
 class ModelServices(Callers, Protocol):
-    """What tells which models there are."""
+    """What the model list is made from."""
 
     @property
     def model_names(self) -> tuple[str, ...]: ...

@@ -54,10 +54,10 @@ def _error_event(error: ApiError, sequence: int) -> dict[str, Any]:
     return {"type": "error", **content, "sequence_number": sequence}
 
 
-def _without_hidden(answer: dict[str, Any]) -> dict[str, Any]:
-    """Without what only vLLM's peers read, and without null fields that only vLLM has."""
-    hidden = {*_HIDDEN, *(name for name in FOREIGN_IN_RESPONSES if answer.get(name) is None)}
-    return {name: value for name, value in answer.items() if name not in hidden}
+def _without_hidden(response: dict[str, Any]) -> dict[str, Any]:
+    """Drop fields for vLLM's own peers, and null fields that OpenAI does not have."""
+    hidden = {*_HIDDEN, *(name for name in FOREIGN_IN_RESPONSES if response.get(name) is None)}
+    return {name: value for name, value in response.items() if name not in hidden}
 
 
 ENDPOINT: Final = Endpoint(

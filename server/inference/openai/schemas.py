@@ -1,4 +1,4 @@
-"""What the inference routes take and answer, as the OpenAPI document describes it.
+"""Requests and responses of the inference routes, as the OpenAPI document describes it.
 
 Bodies are checked field by field against `flexgate.server.inference.request.fields`; responses are vLLM's models, made
 by its handlers, with the `flexgate` object. Nothing is validated with the models of this module.
@@ -31,7 +31,7 @@ _Positive = Annotated[int, Field(ge=1)]
 
 
 class ExpertShare(Shown):
-    """One expert's part in an answer. `tokens` counts positions where it was chosen in at least one layer.
+    """One expert's part in a response. `tokens` counts positions where it was chosen in at least one layer.
 
     `grade` says what excluding it excludes.
     """
@@ -45,7 +45,7 @@ class ExpertShare(Shown):
 
 
 class Attribution(Shown):
-    """Which experts took part in an answer, the largest part first.
+    """Which experts took part in a response, the largest part first.
 
     Positions that were read from the prefix cache, `cached_prompt_tokens` of them, count like computed ones. A prompt
     counts once for all its choices.
@@ -57,7 +57,7 @@ class Attribution(Shown):
 
 
 class GateReport(Shown):
-    """The gate of an answer: which experts could take part, which could not and why, and which did."""
+    """The gate of a response: which experts could take part, which could not and why, and which did."""
 
     decision_id: str
     policy_version: int
@@ -68,7 +68,7 @@ class GateReport(Shown):
 
 
 class _Served(BaseModel):
-    """What a plain answer has beyond vLLM's, and what it has not."""
+    """The fields that a plain response has beyond vLLM's, and those it drops."""
 
     flexgate: GateReport
     kv_transfer_params: SkipJsonSchema[None] = None
@@ -76,11 +76,11 @@ class _Served(BaseModel):
 
 
 class ChatCompletion(_Served, ChatCompletionResponse):
-    """An answer to a conversation."""
+    """A response to a conversation."""
 
 
 class ChatCompletionChunk(ChatCompletionStreamResponse):
-    """A part of a streamed answer; the last one that says anything has the `flexgate` object."""
+    """A part of a streamed response; the last one that says anything has the `flexgate` object."""
 
     flexgate: Annotated[GateReport | None, Field(exclude_if=is_none)] = None
 

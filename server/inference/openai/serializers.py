@@ -1,4 +1,4 @@
-"""Chat and completion answers as they leave: vLLM's, without what only vLLM's own peers read."""
+"""Chat and completion responses as they are sent: vLLM's, without the fields for vLLM's own peers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PEER_FIELDS: Final = ("kv_transfer_params", "ec_transfer_params")
 
 
 def content(request: InferenceRequest, result: BaseModel) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
-    answer = result.model_dump()
+    """The body of a response that is not streamed."""
+    response = result.model_dump()
     for name in PEER_FIELDS:
-        answer.pop(name, None)
-    return _with_cached(request, answer)
+        response.pop(name, None)
+    return _with_cached(request, response)
 
 
 def events(request: InferenceRequest, result: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The events of a streamed answer."""
+    """The events of a streamed response."""
     options = request.body.get("stream_options") or {}
 
     def reshape(payload: dict[str, Any]) -> dict[str, Any]:
@@ -40,10 +40,10 @@ def events(request: InferenceRequest, result: AsyncIterator[str]) -> AsyncGenera
     )
 
 
-def _with_cached(request: InferenceRequest, answer: dict[str, Any]) -> dict[str, Any]:
-    """With the prompt tokens of all prompts that were read from the cache: vLLM tells those of one."""
-    usage = answer.get("usage")
+def _with_cached(request: InferenceRequest, response: dict[str, Any]) -> dict[str, Any]:
+    """Add up the cached tokens of all prompts: vLLM counts those of one."""
+    usage = response.get("usage")
     if not usage:
-        return answer
+        return response
     details = {**(usage.get("prompt_tokens_details") or {}), "cached_tokens": request.call.cached_tokens()}
-    return {**answer, "usage": {**usage, "prompt_tokens_details": details}}
+    return {**response, "usage": {**usage, "prompt_tokens_details": details}}

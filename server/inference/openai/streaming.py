@@ -1,6 +1,6 @@
 """Streams of vLLM's handlers, whose events are made away from the event loop where the engine's outputs are long.
 
-One event can be as long as the whole answer: the first of a stream that echoes its prompt, the last of a Responses
+One event can be as long as the whole response: the first of a stream that echoes its prompt, the last of a Responses
 stream, and any that is asked for seldom (`stream_interval`) or left unread for a while, with twenty log-probabilities
 of each token. So a stream is advanced by hand: between two outputs of the engine its generators, vLLM's and ours around
 them, run as pieces of work, each where the size of the output belongs.
@@ -22,7 +22,7 @@ END: Final = object()
 
 
 class Outputs:
-    """The engine's outputs for a handler's generator: waiting for one suspends it, for `in_pieces` to bring it."""
+    """The engine's outputs for a handler's generator, which `in_pieces` waits for in its stead."""
 
     def __init__(self, source: AsyncGenerator[Any, None]) -> None:
         self.source = source
@@ -52,7 +52,7 @@ class Outputs:
 
 
 class Sizes:
-    """For how many tokens a handler makes something: of each output, and at the end once more for all."""
+    """Count the tokens that a handler writes: each output's, and at the end all once more."""
 
     def __init__(self) -> None:
         self._total = 0

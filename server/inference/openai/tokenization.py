@@ -42,7 +42,7 @@ AT_ONCE: Final = 4  # per project and process
 
 
 class Tokenization:
-    """The two routes. One thread makes tokens for everybody: a tenant may not fill what waits for it."""
+    """The two routes. One thread tokenizes for all tenants, so that each may have only `AT_ONCE` requests at it."""
 
     def __init__(self, services: InferenceServices) -> None:
         self._services = services
@@ -111,7 +111,7 @@ class Work:
     handler: Callable[[Any, Any], Awaitable[Any]]
 
     async def run(self) -> dict[str, Any]:
-        """Its answer; raises `ApiError`."""
+        """Its response; raises `ApiError`."""
         try:
             result = await self.handler(self.model.model_validate(self.body), None)
         except ApiError:
@@ -120,8 +120,8 @@ class Work:
             raise vllm_errors.from_exception(error, self.body) from error
         if isinstance(result, ErrorResponse):
             raise vllm_errors.from_response(result)
-        answer: dict[str, Any] = result.model_dump()
-        return answer
+        content: dict[str, Any] = result.model_dump()
+        return content
 
 
 def _check_tokenize(body: Body, limits: Limits) -> None:

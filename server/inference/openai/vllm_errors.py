@@ -119,7 +119,7 @@ def from_exception(error: Exception, body: dict[str, Any]) -> ApiError:
 
 
 def from_response(response: ErrorResponse, body: Mapping[str, Any] = MappingProxyType({})) -> ApiError:
-    """What a handler returned, or wrote into a stream, instead of an answer to `body`."""
+    """What a handler returned, or wrote into a stream, instead of a response to `body`."""
     return from_info(response.error, body)
 
 
@@ -137,12 +137,12 @@ def from_info(info: ErrorInfo, body: Mapping[str, Any] = MappingProxyType({})) -
 
 
 def constraint_of(body: Mapping[str, Any]) -> str | None:
-    """The field that constrains the answer, if one does."""
+    """The field that constrains the response, if one does."""
     return next((name for name in _CONSTRAINTS if body.get(name) is not None), None)
 
 
 def not_generated(body: Mapping[str, Any]) -> ApiError | None:
-    """Why a living engine gave no answer, if the request's constraint is the likely cause."""
+    """The error for a response that failed in a healthy engine, if the request's constraint is the likely cause."""
     param = constraint_of(body)
     if param is None:
         return None

@@ -145,7 +145,7 @@ STREAM_OPTIONS: Final[Table] = MappingProxyType(
 )
 
 
-# What stands inside of a request. Answers go back into the next request, so that every field of an answer has a
+# What stands inside of a request. Responses go back into the next request, so that every field of a response has a
 # place here too.
 
 MESSAGE: Final[Table] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Limits on what constrains an answer, and what of it is not enforced.
+"""Limits on constraints, and refusals of what is not enforced.
 
 A short grammar can stand for a huge automaton (`{"maxItems": 10000000}`, `a{1,99999}`), so that
 besides size and nesting the sum of all repetition counts is bounded.

@@ -1,4 +1,4 @@
-"""What one request may ask for, checked on the JSON before vLLM sees it: what all share, and chat's."""
+"""Limits of one request, checked on the JSON before vLLM sees it: those that all share, and chat's."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Limits:
         grammar_bytes: of each schema, pattern and grammar.
         has_tool_parser: whether the model may choose to call a tool: something reads the calls it writes.
         prompt_tokens: the model's length.
-        prompt_chars: of a prompt, of an input, or of all messages, with tools: more is more than
-            `prompt_tokens`, whatever the text.
+        prompt_chars: of a prompt, of an input, or of all messages, with tools: more
+            cannot fit into `prompt_tokens`, whatever the text.
     """
 
     n: int = 8

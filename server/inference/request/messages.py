@@ -72,7 +72,7 @@ def check_conversation(body: Object, limits: Limits, *, measure: bool) -> None:
 
 
 def check_length(name: str, limits: Limits, *texts: Any) -> None:
-    """Refuse text of which the model can hold a part at most, before the one thread that makes tokens of it has it."""
+    """Refuse text that cannot fit the model, before it takes the time of the one tokenizer thread."""
     count = characters(texts)
     if count > limits.prompt_chars:
         raise Invalid(
@@ -105,7 +105,7 @@ def check_tools(body: Object, limits: Limits, *, flat: bool) -> None:
 
 
 def check_tool_choice(body: Mapping[str, Any], *, has_parser: bool) -> None:
-    """Refuse `auto`, which is also the default, without a tool parser, and what a forced call does not go with.
+    """Refuse `auto`, also the default, without a tool parser, and fields that a forced call excludes.
 
     A named tool and `required` are kept by constrained decoding, whatever the model. `auto` leaves the choice to the
     model, so that its response must be read by a parser made for it.
@@ -142,7 +142,7 @@ def forces_a_call(body: Mapping[str, Any]) -> bool:
 
 
 def require_few(items: list[Any], param: str) -> None:
-    """Refuse more messages or items, with their parts and calls, than are read."""
+    """Refuse more than `MAX_PIECES` messages or items, their parts and calls included."""
     pieces = len(items) if len(items) > MAX_PIECES else sum(map(_pieces, items))
     if pieces > MAX_PIECES:
         too_much(f"'{param}' may have at most {MAX_PIECES} entries, parts and calls together, not {pieces}.", param)

@@ -1,4 +1,4 @@
-"""Reads of a JSON object, strict as JSON is: no number is a string, no true is a one, no field is unknown."""
+"""Strict reads of a JSON object: no number as a string, no true as 1, no unknown field."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _number(value: int) -> str:
 class Fate(enum.StrEnum):
     """What becomes of a field.
 
-    It is honoured (checked and handed on), ignored (accepted and dropped, because dropping it changes no answer) or
+    It is honoured (checked and handed on), ignored (accepted and dropped, because dropping it changes no response) or
     refused. A refused field is accepted when it is null or has a value that asks for nothing, and is dropped then.
     """
 
