@@ -117,7 +117,8 @@ class Settings(StoreSettings):
         str | None, Field(description="vLLM's parser of tool calls; needed for tool_choice 'auto'.")
     ] = None
     max_experts: Annotated[
-        int | None, Field(ge=1, description="Number of expert slots; by default the checkpoint's experts plus two.")
+        int | None,
+        Field(ge=1, description="Number of expert slots; by default the checkpoint's experts plus two, if they fit."),
     ] = None
     experts_dir: Annotated[Path | None, Field(description="Folder of expert packages that can be added by name.")] = (
         None
@@ -136,18 +137,18 @@ class Settings(StoreSettings):
             description="Slots that packages added with one owner's key may take; by default half of the free ones.",
         ),
     ] = None
-    max_package_bytes: Annotated[int, Field(ge=1, description="Largest expert package that can be uploaded.")] = (
-        64 << 30
-    )
+    max_package_bytes: Annotated[
+        int, Field(ge=1, description="Largest expert package that can be uploaded, in bytes.")
+    ] = 64 << 30
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], Field(description="Data type of the weights; auto is the checkpoint's.")
+        Literal["auto", "bfloat16", "float32"], Field(description="Data type of the weights; auto is bfloat16.")
     ] = "auto"
     max_model_len: Annotated[
         int | None, Field(ge=1, description="Largest number of tokens of a request; by default the model's limit.")
     ] = None
     max_num_seqs: Annotated[int, Field(ge=1, description="Largest number of requests in one batch.")] = 64
     kv_cache_memory_bytes: Annotated[
-        int | None, Field(ge=1, description="Size of the KV cache; by default 1 GiB on CPU.")
+        int | None, Field(ge=1, description="Size of the KV cache, in bytes; by default 1 GiB on CPU.")
     ] = None
     tensor_parallel_size: Annotated[int, Field(ge=1, description="Number of ranks that the model is split over.")] = 1
     enable_expert_parallel: Annotated[
@@ -165,10 +166,10 @@ class Settings(StoreSettings):
         Field(gt=0, le=1, description="Largest share of the batch for one project; the rest is kept free for others."),
     ] = 0.5
     max_queued: Annotated[
-        int, Field(ge=1, description="Prompts of one project that may wait for the engine; beyond it 429.")
+        int, Field(ge=1, description="Prompts of one project that may wait for the engine; further ones get 429.")
     ] = 1024
     queue_seconds: Annotated[
-        float, Field(gt=0, description="Longest time that a prompt waits for the engine; beyond it 503.")
+        float, Field(gt=0, description="Longest time that a prompt waits for the engine; after that it gets 503.")
     ] = 300.0
     max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body, in bytes.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Maximum number of choices per prompt.")] = 8
