@@ -29,7 +29,7 @@ from flexgate.server.inference.openai.chat import ENDPOINT
 from flexgate.server.inference.pipeline import InferenceRequest
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.policy.decision_samples import DecisionSamples
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 from speed.record import Run
 
 TENANTS = 1000

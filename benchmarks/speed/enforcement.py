@@ -21,8 +21,8 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store, projects, schema
 from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.policies.store.documents import KINDS, to_json
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.source import PolicySource
 from speed.decisions import EXPERTS, key, tenant, terms
 from speed.record import Run
 

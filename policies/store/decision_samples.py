@@ -15,6 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.simulate import Replay
 from flexgate.policies.store.database import reading, writing
 from flexgate.policies.store.schema import decision_samples
 
@@ -102,3 +104,22 @@ def _forget(connection: Connection) -> None:
     ).subquery()
     beyond = select(places.c.id).where((places.c.of_all > MOST) | (places.c.of_tenant > MOST_OF_ONE))
     connection.execute(delete(table).where(table.c.id.in_(beyond)))
+
+
+def replays(engine: Engine, now: float) -> list[Replay]:
+    """Every stored sample of all processes, as if its request came at `now` (Unix seconds)."""
+    return [
+        Replay(
+            sample.tenant_id,
+            DecisionRequest(
+                decision_id="simulate",
+                purpose=sample.purpose,
+                region=sample.region,
+                only=sample.only,
+                ignore=sample.ignore,
+            ),
+            now,
+            times,
+        )
+        for sample, times, _ in read_samples(engine)
+    ]

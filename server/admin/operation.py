@@ -31,6 +31,7 @@ from flexgate.server.http.responses import OK
 from flexgate.server.http.validation import Closed
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
+from flexgate.server.policy.source import PolicySource
 from flexgate.server.policy.unstored import Unstored
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ Method = Literal["GET", "POST", "PATCH", "DELETE"]
 class AdminServices(Bodies, Protocol):
     """What operations of the administration work with."""
 
+    @property
+    def policy(self) -> PolicySource: ...
     @property
     def store(self) -> Store: ...
     @property

@@ -9,12 +9,11 @@ from flexgate.experts.cli.api import Api
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.explain import explain
 from flexgate.policies.simulate import simulate, with_standard
-from flexgate.policies.store import gitops, history
+from flexgate.policies.store import decision_samples, gitops, history
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.store import Store
 from flexgate.server.admin.policy.schemas import change_object, explanation_object, simulation_object
 from flexgate.server.cli.store import actor
-from flexgate.server.policy import decision_samples
 
 Json = dict[str, Any]
 
@@ -67,7 +66,7 @@ class DatabasePolicy:
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:
         plan, now = gitops.plan(self._store, file, prune=prune), time.time()
-        replays = with_standard(decision_samples.replays(self._store, now), plan.current, plan.proposed, now)
+        replays = with_standard(decision_samples.replays(self._store.engine, now), plan.current, plan.proposed, now)
         return simulation_object(plan, replays, simulate(plan.current, plan.proposed, replays)).model_dump()
 
 

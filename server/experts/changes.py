@@ -30,9 +30,10 @@ from flexgate.server.experts.schemas import (
     WriteQuery,
 )
 from flexgate.server.experts.uploads import Upload
-from flexgate.server.http.auth import Principal, while_identified
+from flexgate.server.http.auth import Principal
 from flexgate.server.http.connections import EventStream
 from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, Unavailable
+from flexgate.server.http.long_requests import while_identified
 from flexgate.server.http.refusals import UNKNOWN_EXPERT
 from flexgate.server.http.responses import ACCEPTED, CREATED
 from flexgate.server.inference.openai.sse import DONE

@@ -13,11 +13,9 @@ against a digest that no key has, so that a hit and a miss do the same work.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import aclosing
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -31,7 +29,7 @@ from flexgate.server.http.errors import ApiError, Forbidden, Unauthorized
 from flexgate.server.http.refusals import from_policy
 
 if TYPE_CHECKING:
-    from flexgate.server.policy.live import PolicySource
+    from flexgate.server.policy.live import LivePolicy
 
 MAX_HEADER_CHARACTERS: Final = 512
 WRONG_KEY: Final = "The API key is not valid. Check the key, or ask an administrator for one."
@@ -40,11 +38,9 @@ INVALID_API_KEY: Final = "invalid_api_key"
 BEARER: Final = {"www-authenticate": "Bearer"}
 STATE: Final = "flexgate"
 """The scope's key of a request's `Context`."""
-CHECK_SECONDS: Final = 0.5
-"""How long a request may go on whose key was revoked."""
 CHANGE_PATIENCE_S: Final = 10.0
 """How long a change of the policy or a revocation waits for a confirmed policy, on a busy machine."""
-_NO_KEY: Final = bytes(32)
+NO_KEY: Final = bytes(32)
 T = TypeVar("T")
 
 
@@ -149,7 +145,7 @@ class Callers(Protocol):
     """What callers are identified by: the live policy, and the clock by which keys expire."""
 
     @property
-    def policy(self) -> PolicySource: ...
+    def policy(self) -> LivePolicy: ...
     @property
     def clock(self) -> Callable[[], float]: ...
 
@@ -159,24 +155,18 @@ async def identify(
 ) -> tuple[Principal, Snapshot]:
     """The caller by its key, which must have one of `roles`, and the snapshot that knows it; raises `ApiError`.
 
-    `patience` is in seconds; see `PolicySource.current`.
+    `patience` is in seconds; see `LivePolicy.current`.
     """
     context = context_of(request)
-    snapshot = await _current(services, patience)
+    snapshot = await current_snapshot(services, patience)
     header = request.headers.get("authorization")
     context.principal = authenticate(snapshot, header, services.clock(), context.roles)
     require_role(context.principal, *roles)
     return context.principal, snapshot
 
 
-async def identify_again(request: Request, services: Callers) -> None:
-    """Raise `ApiError` if the key that `identify` found is no longer valid; for requests that take long."""
-    context, snapshot = context_of(request), await _current(services)
-    digest = _NO_KEY if context.principal is None else context.principal.digest
-    context.principal = recognise(snapshot, digest, services.clock(), context.roles)
-
-
-async def _current(services: Callers, patience: float | None = None) -> Snapshot:
+async def current_snapshot(services: Callers, patience: float | None = None) -> Snapshot:
+    """The confirmed policy; raises `ApiError` (503) without one."""
     try:
         return await services.policy.current(patience)
     except PolicyError as error:
@@ -198,7 +188,7 @@ def authenticate(
 def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[Role] = EVERY_ROLE) -> Principal:
     """The principal behind a key's SHA-256, as `authenticate`; raises `Unauthenticated`."""
     found = snapshot.keys.get(digest)
-    equal = hmac.compare_digest(digest, _NO_KEY if found is None else found.sha256)
+    equal = hmac.compare_digest(digest, NO_KEY if found is None else found.sha256)
     if found is None or not equal or found.role not in roles or _archived(snapshot, found):
         raise KeyWrong(WRONG_KEY)
     if found.revoked is not None:  # whatever the time: the process that revoked it may have another clock
@@ -235,27 +225,3 @@ def _bearer(header: str | None) -> str:
 
 def _archived(snapshot: Snapshot, key: KeyRecord) -> bool:
     return key.tenant_id is not None and snapshot.tenants[key.tenant_id].archived
-
-
-async def while_identified(request: Request, services: Callers, items: AsyncIterator[T]) -> AsyncIterator[T]:
-    """`items` as they come, while the caller's key is valid; raises `ApiError` at most `CHECK_SECONDS` after that."""
-    end = object()
-    async with aclosing(items):  # type: ignore[type-var]
-        while True:
-            upcoming = asyncio.ensure_future(_next(items, end))
-            try:
-                while not upcoming.done():
-                    await asyncio.wait({upcoming}, timeout=CHECK_SECONDS)
-                    await identify_again(request, services)
-            finally:
-                if not upcoming.done():
-                    upcoming.cancel()
-                    await asyncio.wait({upcoming})
-            item = upcoming.result()
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
-
-
-async def _next(items: AsyncIterator[T], end: object) -> T | object:
-    return await anext(items, end)

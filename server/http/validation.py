@@ -12,9 +12,9 @@ from typing import Any, Final, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
-from flexgate.server.http.auth import identify_again
 from flexgate.server.http.body import Bodies, announces_body, read_request
 from flexgate.server.http.errors import Invalid, from_validation
+from flexgate.server.http.long_requests import identify_again
 
 M = TypeVar("M", bound=BaseModel)
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")

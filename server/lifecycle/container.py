@@ -35,9 +35,9 @@ from flexgate.server.ledger.journal import Journal
 from flexgate.server.lifecycle.serve import DEMO_TOOL_PARSER
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
-from flexgate.server.policy.live import LAST_TRY_S, PolicySource
 from flexgate.server.policy.replicas import Replicas
 from flexgate.server.policy.rollback_guard import RollbackGuard
+from flexgate.server.policy.source import LAST_TRY_S, PolicySource
 
 CANARY_SECONDS: Final = 60.0
 

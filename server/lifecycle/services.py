@@ -20,8 +20,8 @@ from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.denial_log import Denials
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.retention import Retention
+from flexgate.server.policy.source import PolicySource
 from flexgate.server.policy.unstored import Unstored
 
 if TYPE_CHECKING:

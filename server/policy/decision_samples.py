@@ -23,8 +23,7 @@ from flexgate.policies.errors import (
     StoreError,
 )
 from flexgate.policies.ids import TenantId
-from flexgate.policies.simulate import Replay
-from flexgate.policies.store.decision_samples import CountedSample, DecisionSample, add_samples, read_samples
+from flexgate.policies.store.decision_samples import CountedSample, DecisionSample, add_samples
 from flexgate.policies.store.store import Store
 
 MAX_WAITING_OF_ONE: Final = 50
@@ -79,25 +78,6 @@ class DecisionSamples:
             self.flush()
         except StoreError as error:
             logger.warning("decision samples could not be stored: %s", type(error).__name__)
-
-
-def replays(store: Store, now: float) -> list[Replay]:
-    """Every stored sample of all processes, as if its request came at `now` (Unix seconds)."""
-    return [
-        Replay(
-            sample.tenant_id,
-            DecisionRequest(
-                decision_id="simulate",
-                purpose=sample.purpose,
-                region=sample.region,
-                only=sample.only,
-                ignore=sample.ignore,
-            ),
-            now,
-            times,
-        )
-        for sample, times, _ in read_samples(store.engine)
-    ]
 
 
 def _names(names: tuple[str, ...]) -> tuple[str, ...]:

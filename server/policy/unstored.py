@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.withhold import Withholding
 from flexgate.server.policy.executors import CHANGES, run_in
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 RETRY_SECONDS: Final = 1.0
 

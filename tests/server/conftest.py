@@ -189,7 +189,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, ledger: Jour
     from flexgate.server.experts.uploads import Uploads
     from flexgate.server.inference.fair_queue import FairQueue
     from flexgate.server.lifecycle.services import Services
-    from flexgate.server.policy.live import PolicySource
+    from flexgate.server.policy.source import PolicySource
 
     infos = tuple(ExpertInfo(id_, owner, "", slot, 1, True) for slot, (id_, owner) in enumerate(EXPERTS.items()))
     client = SimpleNamespace(

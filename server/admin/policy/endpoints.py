@@ -10,7 +10,7 @@ from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Role
 from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import with_standard
-from flexgate.policies.store import gitops, history
+from flexgate.policies.store import decision_samples, gitops, history
 from flexgate.server.admin.operation import Call, Json, Nothing, Page, Written
 from flexgate.server.admin.pages import unknown_cursor
 from flexgate.server.admin.policy.schemas import (
@@ -34,7 +34,6 @@ from flexgate.server.admin.policy.schemas import (
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.refusals import not_found
-from flexgate.server.policy import decision_samples
 
 _READ: Final = (Role.ADMIN, Role.AUDITOR)
 _EXPLAIN: Final = (Role.ADMIN, Role.AUDITOR, Role.TENANT)
@@ -68,7 +67,9 @@ def simulate(call: Call[Simulate, Nothing]) -> PolicySimulation:
     """
     call.services.samples.flush()
     plan = gitops.plan(call.store, call.body.policy, prune=call.body.prune)
-    replays = with_standard(decision_samples.replays(call.store, call.now), plan.current, plan.proposed, call.now)
+    replays = with_standard(
+        decision_samples.replays(call.store.engine, call.now), plan.current, plan.proposed, call.now
+    )
     differences = simulating.simulate(plan.current, plan.proposed, replays)
     return simulation_object(plan, replays, differences)
 

@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from flexgate.policies.store import Store
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.source import PolicySource
 
 EXPERTS = ("public", "news", "math", "secret")
 

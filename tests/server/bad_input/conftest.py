@@ -15,7 +15,7 @@ from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
 from flexgate.server.lifecycle import bootstrap
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typer.testing import Result
 
 from flexgate.policies.store import Store
 from flexgate.policies.store import database as engine
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 Break = Callable[[Path], contextlib.AbstractContextManager[None]]
 

@@ -22,8 +22,8 @@ from flexgate.policies.store.database import noting
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.projects import list_projects, update_project
 from flexgate.server.lifecycle.settings import SettingsError, load_settings
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.rollback_guard import RollbackGuard
+from flexgate.server.policy.source import PolicySource
 
 Replace = Callable[[Path], None]
 LIVE = dict.fromkeys(("public", "news", "math", "secret"), 1)

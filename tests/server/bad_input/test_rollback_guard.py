@@ -19,8 +19,8 @@ from flexgate.policies.store import Store
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.lifecycle import bootstrap
 from flexgate.server.lifecycle.settings import Settings
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.rollback_guard import RollbackGuard
+from flexgate.server.policy.source import PolicySource
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from flexgate.policies.store import Store
 from flexgate.server.cli.main import SUBCOMMANDS, app
 from flexgate.server.cli.target import ServerTarget
 from flexgate.server.http.auth import KeyRevoked, authenticate
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.source import PolicySource
 
 Run = Callable[..., Result]
 EVERY_GROUP = [

@@ -10,7 +10,7 @@ from slotkit.local import Local, local, package, revoked_in, zeros
 
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.ids import ExpertId
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 pytestmark = pytest.mark.asyncio
 

@@ -17,7 +17,7 @@ from flexgate.policies.errors import StoreUnavailable
 from flexgate.server.http.logs import FIELDS, JsonFormatter
 from flexgate.server.lifecycle.app import build_app
 from flexgate.server.policy.denial_log import ANONYMOUS
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 CANARY = "zebra-canary-prompt"
 

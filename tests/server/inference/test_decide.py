@@ -11,7 +11,7 @@ from flexgate.policies.errors import StoreUnavailable
 from flexgate.server.http.auth import STATE, Context
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.pipeline import TenantRequest
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 
 async def refused(policy: PolicySource, version: int | None) -> ApiError:

@@ -21,7 +21,7 @@ from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
 from flexgate.server.http.auth import authenticate
 from flexgate.server.inference import enforcement
 from flexgate.server.inference.enforcement import Right, RunningRequests
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 NOW = 1000.0
 

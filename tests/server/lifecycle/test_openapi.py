@@ -37,7 +37,7 @@ from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, Detokeni
 from flexgate.server.engine.frontend.calls import CURRENT_CALL
 from flexgate.server.lifecycle import openapi
 from flexgate.server.lifecycle.app import build_app, document
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 MANIFEST = Path(__file__).parents[1] / "golden" / "routes.txt"
 KEYS = {"tenant": "sk-t", "admin": "sk-admin", "auditor": "sk-auditor", "owner": "sk-owner"}

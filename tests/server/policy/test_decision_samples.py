@@ -24,12 +24,13 @@ from flexgate.policies.errors import (
     UnknownTenant,
 )
 from flexgate.policies.store import Store
+from flexgate.policies.store.decision_samples import replays
 from flexgate.server.policy import decision_samples
-from flexgate.server.policy.decision_samples import DecisionSamples, replays
+from flexgate.server.policy.decision_samples import DecisionSamples
 
 
 def _asked(store: Store) -> dict[tuple[Any, ...], int]:
-    return {(r.tenant_id, r.request.only, r.request.ignore): r.times for r in replays(store, 9.0)}
+    return {(r.tenant_id, r.request.only, r.request.ignore): r.times for r in replays(store.engine, 9.0)}
 
 
 def _request(**fields: Any) -> DecisionRequest:
@@ -49,7 +50,7 @@ def test_replays_come_as_if_asked_now(real_store: Store) -> None:
     process = DecisionSamples(real_store)
     process.add("t", _request(purpose="search", region="DE"), 1.0)
     process.flush()
-    (replay,) = replays(real_store, 9.0)
+    (replay,) = replays(real_store.engine, 9.0)
     assert (replay.now, replay.request.purpose, replay.request.region) == (9.0, "search", "DE")
 
 
@@ -62,7 +63,7 @@ def test_more_of_a_tenant_than_fits_before_writing_forgets_its_oldest(
     for purpose in ("x-a", "x-b", "x-a", "x-c"):
         process.add("t", _request(purpose=purpose), 1.0)
     process.flush()
-    kept = {(r.tenant_id, r.request.purpose, r.times) for r in replays(real_store, 9.0)}
+    kept = {(r.tenant_id, r.request.purpose, r.times) for r in replays(real_store.engine, 9.0)}
     assert kept == {("quiet", "x-a", 1), ("t", "x-a", 2), ("t", "x-c", 1)}
 
 

@@ -15,7 +15,8 @@ from clocks import Clock
 from flexgate.policies.errors import SnapshotStale, StoreUnavailable, VersionNotReached
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.policy.live import PolicySource, with_live
+from flexgate.server.policy.live import with_live
+from flexgate.server.policy.source import PolicySource
 
 
 @pytest.fixture

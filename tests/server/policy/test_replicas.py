@@ -11,8 +11,8 @@ import pytest
 from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store import Store, replicas
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.source import PolicySource
 
 pytestmark = pytest.mark.asyncio
 

@@ -26,8 +26,8 @@ from flexgate.server.ledger.journal import Journal
 from flexgate.server.lifecycle.serve import run
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
-from flexgate.server.policy.live import PolicySource
 from flexgate.server.policy.replicas import Replicas
+from flexgate.server.policy.source import PolicySource
 
 
 async def _complete(request: Any, raw_request: Any = None) -> Any:

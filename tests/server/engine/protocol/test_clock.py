@@ -22,7 +22,7 @@ from flexgate.server.inference.request.limits import Limits
 from flexgate.server.lifecycle import bootstrap, container, serve
 from flexgate.server.lifecycle.console import Started
 from flexgate.server.lifecycle.settings import Settings
-from flexgate.server.policy.live import PolicySource
+from flexgate.server.policy.source import PolicySource
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC).timestamp()
 MATH = {"owner": "academy", "experts": ["math"], "assignee": "everyone", "effect": "permit", "version": 2}
