@@ -256,7 +256,7 @@ class InferenceRequest(TenantRequest):
             self.experts,
             self.decision.valid_until,
             self.client_salt,
-            reserve=self.reservation.raise_tokens,
+            reserve=self.reservation.raise_to,
             queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
             prompt_only=self.body.get("max_tokens") == 0,

@@ -89,6 +89,12 @@ class Ticket(Protocol):
         """Release all seats; nothing more is generated."""
 
 
+class Reserve(Protocol):
+    """Reserves so many tokens for a call in all; raises to refuse."""
+
+    def __call__(self, *, tokens: int) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class GatedCall:
     """One API call: the gate all its engine requests share, and what they used.
@@ -116,7 +122,7 @@ class GatedCall:
     priority: int = 0
     valid_until: float = math.inf
     expired: str | None = None
-    reserve: Callable[[int], None] | None = None
+    reserve: Reserve | None = None
     queue: Callable[[int, int], Ticket] | None = None
     record: Callable[[], Awaitable[bool]] | None = None
     confirmed: Callable[[], bool] | None = None

@@ -214,7 +214,7 @@ class GatedEngineClient:
         prompt_tokens = len(prompt["prompt_token_ids"])
         call._most_tokens += prompt_tokens + sampling_params.n * (sampling_params.max_tokens or 0)
         if call.reserve is not None:
-            call.reserve(call._most_tokens)
+            call.reserve(tokens=call._most_tokens)
         ticket = None if call.queue is None else call.queue(sampling_params.n, prompt_tokens)
         if ticket is not None:
             call._tickets.append(ticket)

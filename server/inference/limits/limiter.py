@@ -3,7 +3,7 @@
 A request reserves what it may use at most, and commits at its end what it really used. A project's limits and its
 key's both hold; nothing is counted of a request that one of them refuses.
 
-    reserve(scopes, amounts) ──> Reservation ── raise_to(amounts) ──> commit(amounts)
+    reserve(scopes, amounts) ──> Reservation ── raise_to(tokens=…) ──> commit(amounts)
 
 A kind of limit is one `Rule`: the quota's field, the unit it counts, its counter, and how it refuses.
 """
@@ -74,6 +74,10 @@ class _Line:
     amount: int = 0
     part: Any = None
 
+    def has_less(self, amount: int | None) -> bool:
+        """Whether less than `amount`, or nothing yet, is reserved; without an amount there is nothing to reserve."""
+        return amount is not None and (self.part is None or self.amount < amount)
+
     def check(self, more: int, now: float) -> None:
         """Raise the limit's refusal where `more` does not fit. Nothing fits once a limit is used up."""
         wait = self.counter.wait(self.limit, max(more, 1), now)
@@ -105,19 +109,15 @@ class Reservation:
         """The `x-ratelimit-*` headers: how the limits stand now, with what this request has reserved or used."""
         return refusals.headers(_standings(self._shown, self._clock()))
 
-    def raise_to(self, amounts: Amounts) -> None:
-        """Reserve `amounts` in all, once the request's most is known; raises `ApiError` (429)."""
+    def raise_to(self, **amounts: int) -> None:
+        """Reserve so much of each unit in all, where less is reserved; raises `ApiError` (429)."""
         now = self._clock()
-        lines = [line for line in self._lines if amounts.get(line.rule.unit, 0) > line.amount]
-        with _with_headers(self._lines, now):
+        lines = [line for line in self._lines if line.has_less(amounts.get(line.rule.unit))]
+        with _with_headers(self._shown, now):
             for line in lines:
                 line.check(amounts[line.rule.unit] - line.amount, now)
         for line in lines:
             line.reserve(amounts[line.rule.unit], now)
-
-    def raise_tokens(self, tokens: int) -> None:
-        """The same for tokens alone."""
-        self.raise_to({TOKENS: tokens})
 
     def commit(self, amounts: Amounts) -> None:
         """Count what was used and release the rest, once; a unit that is not named was used as reserved."""
@@ -143,15 +143,11 @@ class Limiter:
 
     def reserve(self, scopes: Iterable[LimitScope], amounts: Amounts) -> Reservation:
         """Reserve `amounts` within every scope's limits; raises `ApiError` (429)."""
-        now = self._clock()
         lines = list(self._lines(scopes))
         concerned = [line for line in lines if line.rule.unit in amounts]
-        with _with_headers(lines, now):
-            for line in concerned:
-                line.check(amounts[line.rule.unit], now)
-        for line in concerned:
-            line.reserve(amounts[line.rule.unit], now)
-        return Reservation(concerned, lines, self._clock)
+        reservation = Reservation(concerned, lines, self._clock)
+        reservation.raise_to(**amounts)
+        return reservation
 
     def _lines(self, scopes: Iterable[LimitScope]) -> Iterator[_Line]:
         for scope in scopes:

@@ -103,7 +103,7 @@ async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
 def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     reserved: list[int] = []
-    call.reserve = reserved.append
+    call.reserve = lambda *, tokens: reserved.append(tokens)
     for prompt in ([1, 2, 3], [4, 5]):
         client.generate({"prompt_token_ids": prompt}, SamplingParams(n=2, max_tokens=9), "request")
     assert reserved == [3 + 18, 3 + 18 + 2 + 18]
@@ -112,7 +112,7 @@ def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engi
 def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
 
-    def refuse(tokens: int) -> None:
+    def refuse(*, tokens: int) -> None:
         raise OverflowError(tokens)
 
     call.reserve = refuse

@@ -90,7 +90,7 @@ def test_tokens_per_minute_are_reserved_and_committed(limiter: Limiter, clock: C
 def test_headers_count_what_a_request_has_reserved_and_then_what_it_used(limiter: Limiter) -> None:
     running = reserve(limiter, scope(tokens_per_minute=100))
     told = [running.headers["x-ratelimit-remaining-tokens"]]
-    running.raise_to({TOKENS: 60})
+    running.raise_to(tokens=60)
     told.append(running.headers["x-ratelimit-remaining-tokens"])
     running.commit({TOKENS: 10})
     told.append(running.headers["x-ratelimit-remaining-tokens"])
@@ -240,14 +240,14 @@ def test_durations_read_as_openais(seconds: float, text: str) -> None:
 def test_a_reservation_is_raised_to_what_the_request_can_use_or_refused(limiter: Limiter, usage: BudgetUsage) -> None:
     t = scope(tokens_per_minute=100, total_tokens=1000)
     first = reserve(limiter, t, tokens=0)
-    first.raise_to({TOKENS: 70})
+    first.raise_to(tokens=70)
     second = reserve(limiter, t, tokens=0)
     with pytest.raises(ApiError) as caught:
-        second.raise_to({TOKENS: 31})
+        second.raise_to(tokens=31)
     assert (caught.value.status, caught.value.type) == (429, "tokens")
     assert caught.value.headers["x-ratelimit-remaining-tokens"] == "30"
-    second.raise_to({TOKENS: 30})
-    second.raise_to({TOKENS: 20})
+    second.raise_to(tokens=30)
+    second.raise_to(tokens=20)
     assert refused(limiter, t).type == "tokens"
     first.commit({TOKENS: 10})
     second.commit({TOKENS: 5})
@@ -259,7 +259,7 @@ def test_requests_at_once_that_state_no_length_do_not_overdraw_the_tokens_of_a_m
     t, admitted = scope(tokens_per_minute=100), 0
     for _ in range(10):
         try:
-            reserve(limiter, t).raise_to({TOKENS: 40})
+            reserve(limiter, t).raise_to(tokens=40)
             admitted += 1
         except ApiError:
             continue
