@@ -54,7 +54,7 @@ class Offload:
         self._threads = ThreadPoolExecutor(THREADS, "bodies")
         self._operators = ThreadPoolExecutor(1, "operators-bodies")
         self._lanes: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        self._left = PIECES_AT_ONCE
+        self._begun: list[str] = []  # in this pass of the loop, by owner
 
     def arrived(self, size: int, owner: str) -> None:
         """Note the size in bytes and the owner of the body of the current task's request."""
@@ -99,14 +99,11 @@ class Offload:
         return await asyncio.wrap_future(running)
 
     async def _turn(self, owner: str) -> None:
-        while not self._left and owner != OPERATORS:
+        while len(self._begun) >= PIECES_AT_ONCE and owner != OPERATORS:
             await asyncio.sleep(0)
-        if self._left == PIECES_AT_ONCE:
-            asyncio.get_running_loop().call_soon(self._begin_pass)
-        self._left = max(0, self._left - 1)
-
-    def _begin_pass(self) -> None:
-        self._left = PIECES_AT_ONCE
+        if not self._begun:
+            asyncio.get_running_loop().call_soon(self._begun.clear)
+        self._begun.append(owner)
 
 
 def _finished(work: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -206,8 +206,8 @@ def cause(request: InferenceRequest, error: ApiError) -> ApiError:
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None when the client disconnects first; `work` is cancelled then."""
-    task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
+    task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.grammars import check_format
-from flexgate.server.inference.request.limits import Body, Limits, check_sampling, cuts
+from flexgate.server.inference.request.limits import Body, Limits, check_sampling
 from flexgate.server.inference.request.messages import (
     Object,
     Place,
@@ -15,6 +15,7 @@ from flexgate.server.inference.request.messages import (
     check_length,
     check_tool_choice,
     check_tools,
+    cuts,
     object_of,
     one_of,
     read_content,

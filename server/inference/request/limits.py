@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.grammars import check_constraint, check_format
-from flexgate.server.inference.request.messages import check_conversation, check_tool_choice
+from flexgate.server.inference.request.messages import check_conversation, check_tool_choice, cuts
 from flexgate.server.inference.request.values import (
     boolean,
     characters,
@@ -80,11 +80,6 @@ def check_chat(body: Body, limits: Limits) -> None:
     integer(body, "top_logprobs", 0, limits.logprobs)
     check_conversation(body, limits, measure=cuts(body))
     check_tool_choice(body, has_parser=limits.has_tool_parser)
-
-
-def cuts(body: Body) -> bool:
-    """Whether a prompt may be longer than the model: vLLM makes tokens of all of it then, and refuses it else."""
-    return body.get("truncate_prompt_tokens") is not None or body.get("truncation") not in (None, "disabled")
 
 
 def check_generation(body: Body, limits: Limits) -> None:

@@ -71,6 +71,11 @@ def check_conversation(body: Object, limits: Limits, *, measure: bool) -> None:
         check_length("messages", limits, body["messages"], body.get("tools"))
 
 
+def cuts(body: Object) -> bool:
+    """Whether a prompt may be longer than the model: vLLM makes tokens of all of it then, and refuses it else."""
+    return body.get("truncate_prompt_tokens") is not None or body.get("truncation") not in (None, "disabled")
+
+
 def check_length(name: str, limits: Limits, *texts: Any) -> None:
     """Refuse text that cannot fit the model, before it takes the time of the one tokenizer thread."""
     count = characters(texts)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from flexgate.server.http.errors import CONTEXT_LENGTH_EXCEEDED, PROMPT_TOO_LONG, Invalid
-from flexgate.server.inference.request.limits import Body, Limits, check_generation, cuts
-from flexgate.server.inference.request.messages import bad, check_length
+from flexgate.server.inference.request.limits import Body, Limits, check_generation
+from flexgate.server.inference.request.messages import bad, check_length, cuts
 from flexgate.server.inference.request.values import integer, invalid, too_much
 
 _PROMPT: Final = "a text, a list of texts, a list of token ids (whole numbers), or a list of such lists"

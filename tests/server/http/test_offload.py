@@ -279,8 +279,7 @@ async def test_what_operators_send_waits_for_no_tenants_bodies(
     held = [asyncio.create_task(offload.run_for(f"t{number}", hold)) for number in range(THREADS + 5)]
     for _ in range(THREADS):
         assert await asyncio.to_thread(begun.acquire, timeout=20)
-    monkeypatch.setattr(offload, "_left", 0)  # as many small ones were begun as one pass of the loop may have
-    monkeypatch.setattr(offload, "_begin_pass", lambda: None)
+    monkeypatch.setattr(offload, "_begun", ["t"] * PIECES_AT_ONCE)  # a pass of the loop that does not end
     try:
         for text in ("a" * ON_LOOP_BYTES, "a"):
             assert await asyncio.wait_for(ask("/v1/policy/simulate", {"policy": {"tenants": text}}), 10) == 400
