@@ -78,7 +78,8 @@ class WrongRole(Forbidden):
 class Principal:
     """The caller. `tenant_id` is set exactly for `Role.TENANT`, `owner_id` for `Role.OWNER`.
 
-    `digest` is the key's SHA-256, by which a snapshot finds it; `expires` is Unix seconds.
+    `digest` is the key's SHA-256, by which a snapshot finds it; `expires` is Unix seconds. `limited_with` is what all
+    callers that share bounds have in common: their project or owner, else the key.
     """
 
     key_id: str
@@ -87,13 +88,12 @@ class Principal:
     owner_id: OwnerId | None
     digest: bytes = field(default=b"", repr=False, compare=False)
     expires: float | None = field(default=None, compare=False)
+    limited_with: str = field(init=False, compare=False)
 
-    @property
-    def limited_with(self) -> str:
-        """What all callers have in common that share its bounds: their project or owner, else the key."""
-        if self.tenant_id is not None:
-            return self.tenant_id
-        return self.key_id if self.owner_id is None else f"owner {self.owner_id}"
+    def __post_init__(self) -> None:
+        """Derive `limited_with`."""
+        owner = self.key_id if self.owner_id is None else f"owner {self.owner_id}"
+        object.__setattr__(self, "limited_with", self.tenant_id or owner)
 
 
 @dataclass(slots=True)

@@ -125,6 +125,7 @@ class LocalClient:
 
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
         self._experts = tuple(sorted(experts, key=lambda info: info.slot))
+        self.slot_epochs = {info.id: info.slot_epoch for info in experts if info.live}
         self.weights_epoch = weights_epoch
         self.published.append(tuple(info.id for info in self._experts))
 
