@@ -17,6 +17,7 @@ from speed import (
     enforcement,
     engine_speed,
     fairness,
+    ledger,
     loop,
     packages,
     serving,
@@ -40,6 +41,7 @@ BENCHMARKS = {
     "emergency": emergency.run,
     "loop": loop.run,
     "fairness": fairness.run,
+    "ledger": ledger.run,
     "versions": versions.run,
 }
 

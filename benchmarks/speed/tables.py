@@ -100,6 +100,9 @@ def _fairness(report: dict[str, Any]) -> Iterable[str]:
     shown = _most(f"{ratio['median']:.2f} × [{low:.2f}, {high:.2f}]", high, bound)
     what = f"first token of a request beside {report['streams']} streams of another project, against an idle server's"
     yield f"| {what} | {shown} | ≤ {bound:.0f} × |"
+    itself = report["idle_against_itself"]
+    low, high = itself["ci95"]
+    yield f"| an idle server's against itself (A/A) | {itself['median']:.2f} × [{low:.2f}, {high:.2f}] | |"
 
 
 def _emergency(report: dict[str, Any]) -> Iterable[str]:

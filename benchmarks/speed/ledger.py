@@ -1,0 +1,88 @@
+"""What recording costs: requests in and out of a ledger on this disk, and streams whose tokens wait for their marks."""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from flexgate.server.ledger.entries import COMPLETED, Registration, Used
+from flexgate.server.ledger.journal import Journal
+from speed.record import Run
+
+AT_ONCE, SLOTS = 64, 8
+LEAST_REQUESTS, MOST_MICROSECONDS = 2000, 150
+WHAT = (
+    "a ledger on its own, synchronous=FULL, without an engine: requests that are registered, recorded once and ended, "
+    "64 at once; and 64 streams in which every token waits for its mark. CPU is that of all threads of the process"
+)
+EXPERTS = tuple((slot, f"expert-{slot}", f"owner-{slot}") for slot in range(SLOTS))
+
+
+def run(asked: Run) -> bool:
+    """Measure both; returns whether the bounds hold."""
+    requests, tokens = (500, 20) if asked.quick else (40_000, 400)
+    with tempfile.TemporaryDirectory() as directory:
+        whole = asyncio.run(_timed(Path(directory) / "whole.db", requests, _request))
+        streams = asyncio.run(_timed(Path(directory) / "streams.db", AT_ONCE, lambda *one: _stream(*one, tokens)))
+    rate, cpu = requests / whole["seconds"], whole["cpu_seconds"] / requests * 1e6
+    marks = AT_ONCE * tokens
+    measured: dict[str, Any] = {
+        "what": WHAT,
+        "requests": requests,
+        "requests_per_second": round(rate),
+        "cpu_us_per_request": round(cpu, 1),
+        "bound": {"requests_per_second": LEAST_REQUESTS, "cpu_us_per_request": MOST_MICROSECONDS},
+        "streams": {
+            "tokens_per_second": round(marks / streams["seconds"]),
+            "cpu_us_per_token": round(streams["cpu_seconds"] / marks * 1e6, 1),
+            "wait_ms": {f"p{q}": round(float(np.percentile(streams["waits"], q)) * 1e3, 2) for q in (50, 99)},
+        },
+    }
+    asked.write("ledger", measured, shape={"slots": SLOTS})
+    return rate >= LEAST_REQUESTS and cpu <= MOST_MICROSECONDS
+
+
+async def _timed(
+    path: Path, count: int, serve: Callable[[Journal, str, list[float]], Awaitable[None]]
+) -> dict[str, Any]:
+    journal, waits = Journal(path, clock=time.time), list[float]()
+    names = iter(tqdm([f"dec_{number}" for number in range(count)], desc=path.stem))
+
+    async def work() -> None:
+        for name in names:
+            await serve(journal, name, waits)
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+    journal.close()
+    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "waits": waits}
+
+
+async def _request(journal: Journal, name: str, _waits: list[float]) -> None:
+    entry = journal.register(_registration(name))
+    await entry.registered()
+    await entry.cover(200, lambda: _used(100))
+    entry.end(COMPLETED, _used(100))
+
+
+async def _stream(journal: Journal, name: str, waits: list[float], tokens: int) -> None:
+    entry = journal.register(_registration(name))
+    for number in range(1, tokens + 1):
+        began = time.perf_counter()
+        await entry.cover(100 + number, lambda number=number: _used(number))  # type: ignore[misc]
+        waits.append(time.perf_counter() - began)
+    entry.end(COMPLETED, _used(tokens))
+
+
+def _registration(name: str) -> Registration:
+    return Registration(name, 1, "proj_bench", "key_bench", "/v1/chat/completions", "bench", 7, 3, EXPERTS)
+
+
+def _used(tokens: int) -> Used:
+    prompt, completion = [1 << 40] * SLOTS + [100] * SLOTS, [tokens << 32] * SLOTS + [tokens] * SLOTS
+    return Used(100, 0, tokens, prompt, completion)
