@@ -1,11 +1,13 @@
 """Instruments of `request_path`, in every process that a server starts: which functions of ours one request enters.
 
 Python imports a module of this name by itself where its folder is on PYTHONPATH. It does nothing unless
-FLEXGATE_PATH names a folder; there, each process appends one JSON list per request: the files of the functions that it
-entered, in order. The API process follows the connection and the request's own task, with what that starts, until the
-request goes to the engine core, which follows everything of ours from the guard to the router. So send one request at
-a time. A profile slows everything down: it begins with the first byte of a request, and in the engine core with a
-request that passes the guard.
+FLEXGATE_PATH names a folder; there, each process appends one JSON list per request: the functions that it entered, in
+order, each as its file and name. Comprehensions and generator expressions, which Python 3.11 runs as functions, are
+left out; so are the methods that `dataclass` generates, which stand in no file; a coroutine that goes on after it
+waited is not entered again. The API process follows the connection and the request's own task, with what that starts,
+until the request goes to the engine core, which follows everything of ours from the guard to the router. So send one
+request at a time. A profile slows everything down: it begins with the first byte of a request, and in the engine core
+with a request that passes the guard.
 """
 
 import contextvars
@@ -22,15 +24,17 @@ from typing import Any
 
 FOLDER = os.environ.get("FLEXGATE_PATH")
 PACKAGE = f"{os.sep}flexgate{os.sep}"
-CONNECTION = "server/http/connections.py"
-MIDDLEWARE = ("server/http/middleware.py", "__call__")
-GUARD = ("server/engine/core/guard.py", "__call__")
-HANDOVER = ("server/engine/seam/requests.py", "add_request")
+# Where each stands now, and where it stood before the folders had their present plan.
+CONNECTION = ("server/http/connections.py", "server/connections.py")
+MIDDLEWARE = ("server/http/middleware.py", "server/gateway.py")
+GUARD = ("server/engine/core/guard.py", "server/engine/guard.py")
+HANDOVER = ("server/engine/seam/requests.py", "server/engine/seam.py")
 ROUTER = "kernels/gated_topk/"
+PARTS_OF_A_FUNCTION = frozenset(["<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"])
 
 _mine: contextvars.ContextVar[bool] = contextvars.ContextVar("flexgate_path", default=False)
 _names: dict[str, str] = {}
-_entered: list[str] = []
+_entered: list[tuple[str, str]] = []
 _seen: list[FrameType] = []  # kept, so that no other frame gets the place of one
 _in_core = False
 
@@ -44,23 +48,23 @@ def follow(frame: FrameType, event: str, _argument: Any) -> None:
     name = _names.get(file)
     if name is None:
         name = _names[file] = file.partition(PACKAGE)[2] if file.endswith(".py") else ""
-    if not name:
+    function = frame.f_code.co_name
+    if not name or function in PARTS_OF_A_FUNCTION:
         return
-    here = name, frame.f_code.co_name
-    if here == MIDDLEWARE:
+    if name in MIDDLEWARE and function == "__call__":
         _mine.set(True)
-    elif here == GUARD:
+    elif name in GUARD and function == "__call__":
         _in_core = True
-    elif here == (CONNECTION, "data_received") and MIDDLEWARE[0] in _entered:
+    elif name in CONNECTION and function == "data_received" and any(file in MIDDLEWARE for file, _ in _entered):
         _forget()  # a request that did not go to the engine
-    if (_in_core or name == CONNECTION or _mine.get()) and not any(frame is other for other in _seen):
+    if (_in_core or name in CONNECTION or _mine.get()) and not any(frame is other for other in _seen):
         _seen.append(frame)
-        _entered.append(name)
+        _entered.append((name, frame.f_code.co_qualname))
         if _in_core and name.startswith(ROUTER):
             _in_core = False
             sys.setprofile(None)
             _write()
-        elif here == HANDOVER and not _in_core:
+        elif name in HANDOVER and function == "add_request" and not _in_core:
             _mine.set(False)
             _write()
 
@@ -103,6 +107,9 @@ STARTS = {
     "flexgate.server.http.connections": ("BoundedProtocol", "data_received", profiled),
     "flexgate.server.engine.core.guard": ("EngineGuard", "__call__", profiled),
     "flexgate.server.engine.core.scheduler": ("_Gated", "schedule", profiled_in_core),
+    "flexgate.server.connections": ("BoundedProtocol", "data_received", profiled),
+    "flexgate.server.engine.guard": ("EngineGuard", "__call__", profiled),
+    "flexgate.server.engine.scheduler": ("_Gated", "schedule", profiled_in_core),
 }
 
 
