@@ -128,12 +128,12 @@ class Journal:
         return Entry(self, registration, done)
 
     def mark(self, request: str, used: Used) -> asyncio.Future[None]:
-        """Write down what a running request has used so far."""
-        done = asyncio.get_running_loop().create_future()
+        """Write down what a running request has used so far; each future has one waiter."""
+        done, mark = asyncio.get_running_loop().create_future(), used.encode()
 
         def add(batch: Batch) -> None:
             _, waiting = batch.marks.get(request, (b"", []))
-            batch.marks[request] = used.encode(), [*waiting, done]
+            batch.marks[request] = mark, [*waiting, done]
 
         self._add(add)
         return done
@@ -282,7 +282,10 @@ class Entry:
 
     async def registered(self) -> None:
         """Wait until the request is written down; raises `LedgerError` where it cannot be."""
-        await asyncio.shield(self._registered)
+        if self._registered.done():
+            self._registered.result()
+        else:
+            await asyncio.shield(self._registered)  # others may wait for it, too
 
     async def cover(self, tokens: int, used: Callable[[], Used]) -> None:
         """Wait until so many tokens are written down, which may leave then.
@@ -296,7 +299,7 @@ class Entry:
         await self.registered()
         if tokens > self._covered:
             now = used()
-            await asyncio.shield(self._journal.mark(self.registration.request, now))
+            await self._journal.mark(self.registration.request, now)
             self._covered = max(self._covered, now.prompt_tokens + now.completion_tokens)
 
     def end(self, outcome: str, used: Used) -> None:
