@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from flexgate.experts.checkpoint.reader import read_json
 from flexgate.experts.errors import LayoutError
-from flexgate.experts.package.provenance import MODEL_MANIFEST, expert_entries, read_record
+from flexgate.experts.package.provenance import MODEL_MANIFEST, read_record
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import UNRECORDED, Added
 
@@ -16,9 +17,12 @@ Merged = Mapping[str, int]
 UNSAID: Final = 0
 
 
-def merged_versions(model: Path, count: int) -> Merged:
-    """The versions that a checkpoint of `count` experts names; raises `LayoutError` where it contradicts itself."""
-    return {entry["id"]: _version(model, entry) for entry in expert_entries(model, count)}
+def merged_versions(model: Path, experts: Iterable[str]) -> Merged:
+    """The versions that a checkpoint names of its `experts`; raises `LayoutError` where it contradicts itself."""
+    path = model / MODEL_MANIFEST
+    listed = read_json(path).get("experts", ()) if path.is_file() else ()
+    entries = {entry["id"]: entry for entry in listed}
+    return {expert: _version(model, entries.get(expert, {"id": expert})) for expert in experts}
 
 
 def is_set_aside(package: Added, merged: Merged) -> bool:

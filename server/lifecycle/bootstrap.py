@@ -63,7 +63,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         rollback_guard = _rollback_guard(settings)
         rollback_guard.require(store)
         require_clock(store, clock())
-        merged = merged_versions(model, len(checkpoint.experts))
+        merged = merged_versions(model, [expert.id for expert in checkpoint.experts])
         before = at_start(store, checkpoint.experts, merged)
         engine_settings = replace(
             engine_settings, revoked=before.without, least_slots=before.least_slots, weights_epoch=before.epoch

@@ -158,25 +158,25 @@ def write_manifest(directory: Path, **news: Any) -> None:
 
 
 def test_versions_come_from_the_manifest_or_the_package_that_was_merged(tmp_path: Path, anchor: Path) -> None:
-    assert merged_versions(tmp_path, 2) == {"public": 0, "expert-1": 0}
+    assert merged_versions(tmp_path, ["public", "expert-1"]) == {"public": 0, "expert-1": 0}
     write_manifest(tmp_path)
-    assert merged_versions(tmp_path, 2) == {"public": 0, "news": 0}
+    assert merged_versions(tmp_path, ["public", "news"]) == {"public": 0, "news": 0}
     write_manifest(tmp_path, version=7)
-    assert merged_versions(tmp_path, 2) == {"public": 0, "news": 7}
+    assert merged_versions(tmp_path, ["public", "news"]) == {"public": 0, "news": 7}
     make_package(tmp_path / "package", anchor, expert="news", version=3)
     (tmp_path / "provenance").mkdir()
     (tmp_path / "package" / "manifest.json").rename(tmp_path / "provenance" / "news.json")
     with pytest.raises(LayoutError, match=r"flexgate.json names version 7 of 'news', its provenance version 3"):
-        merged_versions(tmp_path, 2)
+        merged_versions(tmp_path, ["public", "news"])
     write_manifest(tmp_path)
-    assert merged_versions(tmp_path, 2) == {"public": 0, "news": 3}
+    assert merged_versions(tmp_path, ["public", "news"]) == {"public": 0, "news": 3}
 
 
 @pytest.mark.parametrize("version", [-1, True, "2", 1.0, None])
 def test_a_version_that_is_no_number_is_refused(tmp_path: Path, version: object) -> None:
     write_manifest(tmp_path, version=version)
     with pytest.raises(LayoutError, match="the version of 'news' must be a whole number from 1"):
-        merged_versions(tmp_path, 2)
+        merged_versions(tmp_path, ["public", "news"])
 
 
 @pytest.mark.asyncio
