@@ -24,8 +24,12 @@ class UnitScheduling(LoadScopeScheduling):
         super().schedule()
 
     def _reschedule(self, node: Any) -> None:
-        """Leave out a worker that took the place of one that died and has not collected yet."""
-        if node in self.registered_collections:
+        """Give a worker one test beside that which it runs: it needs to know the next, and others may be idle.
+
+        One that took the place of a worker that died gets none before it has collected.
+        """
+        collected = node in self.registered_collections
+        if collected and not (self.workqueue and self._pending_of(self.assigned_work[node]) > 1):
             super()._reschedule(node)
 
     def remove_node(self, node: Any) -> str | None:

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,13 @@ def spread(config: Any, items: list[pytest.Item]) -> None:
     if not getattr(config.option, "loadgroup", False):
         return
     units = assign(items)
-    items.sort(key=lambda item: (not units[item.nodeid].startswith("shared-"), not _is_heavy(item)))
+    sizes = Counter(units.values())
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, int]:
+        unit = units[item.nodeid]
+        return not unit.startswith("shared-"), not _is_heavy(item), -sizes[unit]
+
+    items.sort(key=turn)
     file = Path(config.workerinput["units"])
     own = file.with_suffix(f".{os.getpid()}")
     own.write_text(json.dumps(units))
