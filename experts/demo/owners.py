@@ -37,9 +37,6 @@ def build_package(settings: Settings, work: Path, owner: Domain) -> None:
     Router rows come first, then the expert under that routing. The rows above the first expert layer are then fitted
     again on what the trained pair sees there, and the expert's upper layers get used to them.
     """
-    package = work / PACKAGES / owner.id
-    if package.is_dir():
-        return
     with timed(work, owner.id):
         tokenizer = read_tokenizer(work)
         pair = pair_from_anchor(load_anchor(work / ANCHOR))
@@ -55,7 +52,7 @@ def build_package(settings: Settings, work: Path, owner: Domain) -> None:
         base = base_identity(work / ANCHOR)
         statement = _statement(settings, owner, len(own), first, second)
         layers = expert_layers(pair, DTYPES[base.dtype])
-        write_package(package, statement, base, layers, key=_key(settings, work, statement.owner))
+        write_package(work / PACKAGES / owner.id, statement, base, layers, key=_key(settings, work, statement.owner))
 
 
 def owner_id(owner: Domain) -> str:

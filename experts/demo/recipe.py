@@ -31,6 +31,7 @@ def train(settings: Settings, work: Path, output: Path) -> None:
     """Run the stages that have not run in ``work`` and ship their merge: the anchor first, then owners side by side."""
     work.mkdir(parents=True, exist_ok=True)
     build_anchor(settings, work)
+    owners = [owner for owner in closed_domains() if not (work / PACKAGES / owner.id).is_dir()]
     with ProcessPoolExecutor(
         settings.workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -38,7 +39,7 @@ def train(settings: Settings, work: Path, output: Path) -> None:
         initargs=(1,),
         max_tasks_per_child=1,
     ) as pool:
-        for job in [pool.submit(build_package, settings, work, owner) for owner in closed_domains()]:
+        for job in [pool.submit(build_package, settings, work, owner) for owner in owners]:
             job.result()
     ship(merge(settings, work), output, all_probes())
 
