@@ -6,10 +6,12 @@ owners read or change has others, and of one project or owner only so much may b
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from flexgate.policies.documents import Role
 from flexgate.server.http.auth import Principal
@@ -19,10 +21,12 @@ from flexgate.server.policy.executors import CHANGES, OTHERS_CHANGES, OTHERS_REA
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MOST_OF_ONE: Final = 8
-"""Reads, and changes, of one project or owner that run or wait at once."""
+AT_ONCE_OF_ONE: Final = 8
+MOST_OF_ONE: Final = 64
+"""Reads, and changes, of one project or owner that are in the threads at once, and those with what waits for them."""
 _OPERATORS: Final = frozenset({Role.ADMIN, Role.AUDITOR})
 _under_way: Final[Counter[tuple[str, ThreadPoolExecutor]]] = Counter()
+_lanes: Final[WeakValueDictionary[tuple[str, ThreadPoolExecutor], asyncio.Semaphore]] = WeakValueDictionary()
 
 
 def threads_of(principal: Principal, writes: bool) -> ThreadPoolExecutor:
@@ -43,7 +47,8 @@ async def in_turn(
         raise _too_many()
     _under_way[key] += 1
     try:
-        return await run_in(threads, work, *arguments, **options)
+        async with _lanes.setdefault(key, asyncio.Semaphore(AT_ONCE_OF_ONE)):
+            return await run_in(threads, work, *arguments, **options)
     finally:
         _under_way[key] -= 1
         if not _under_way[key]:

@@ -26,7 +26,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import Withholding
 from flexgate.server.admin.concurrency_limit import in_turn, threads_of
 from flexgate.server.admin.operation import AdminServices, Call, Method, Nothing, Operation, Unread, Written
-from flexgate.server.http.auth import CHANGE_PATIENCE_S, Principal, identify
+from flexgate.server.http.auth import CHANGE_PATIENCE_S, Principal, context_of, identify, recognise
 from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.refusals import from_change, not_found
 from flexgate.server.http.responses import OK
@@ -172,7 +172,13 @@ async def respond(call: Annotated[Call[Any, Any], Depends(called)]) -> Response:
 
 
 def _work(operation: Operation[Any, Any], call: Call[Any, Any]) -> tuple[bytes, Snapshot]:
-    """The response's body, and the snapshot that it is from: a changed one, once this process enforces it. Blocks."""
+    """The response's body, and the snapshot that it is from: a changed one, once this process enforces it. Blocks.
+
+    The key is judged once more: it may have been revoked while the call waited for its thread.
+    """
+    policy = call.services.policy
+    newest = policy.without_withheld(policy.stored or call.snapshot)
+    recognise(newest, call.principal.digest, call.services.clock(), context_of(call.request).roles)
     content = to_json(operation.work(call))
     if not operation.writes:
         return content, call.snapshot

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from flexgate.policies.store import Store, accounts
+from flexgate.policies.store.agreements import list_agreements
 from flexgate.server.admin.agreements import endpoints as agreements
-from flexgate.server.admin.concurrency_limit import MOST_OF_ONE
+from flexgate.server.admin.concurrency_limit import AT_ONCE_OF_ONE, MOST_OF_ONE
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.admin.projects import endpoints as projects
 from flexgate.server.experts import uploads
+from flexgate.server.policy.executors import OTHERS_CHANGES, OTHERS_READS
 
 pytestmark = pytest.mark.asyncio
 UPLOADS = "/v1/expert_uploads"
@@ -40,7 +42,8 @@ async def test_a_key_is_revoked_while_tenants_and_owners_read_without_end(
     call: Any, real_store: Store, slow: threading.Event
 ) -> None:
     (key,) = [key.key_id for key in real_store.keys() if key.prefix == "sk-u"]
-    reads = [asyncio.ensure_future(call(who, "GET", path)) for who, path in READS.items() for _ in range(30)]
+    asked = [pair for pair in READS.items() for _ in range(MOST_OF_ONE + 8)]
+    reads = [asyncio.ensure_future(call(who, "GET", path)) for who, path in asked]
     await asyncio.sleep(0.1)
     async with asyncio.timeout(10):
         revoked = await call("sk-admin", "DELETE", f"/v1/organization/projects/u/api_keys/{key}")
@@ -62,7 +65,7 @@ async def test_too_many_at_once_are_refused_in_words(call: Any, slow: threading.
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json() == {
         "error": {
-            "message": "8 such administration requests of this project or owner are in progress, which is the limit. "
+            "message": "64 such administration requests of this project or owner are in progress, which is the limit. "
             "Try again when one has finished.",
             "type": "requests",
             "param": None,
@@ -87,6 +90,16 @@ async def test_the_keys_of_a_project_share_its_bound(
         200: MOST_OF_ONE,
         429: MOST_OF_ONE,
     }
+
+
+async def test_what_waits_of_a_project_is_in_no_thread_and_answered_in_its_turn(
+    call: Any, slow: threading.Event
+) -> None:
+    reads = [asyncio.ensure_future(call("sk-t", "GET", READS["sk-t"])) for _ in range(MOST_OF_ONE)]
+    await asyncio.sleep(0.1)
+    assert OTHERS_READS._work_queue.qsize() <= AT_ONCE_OF_ONE
+    slow.set()
+    assert {answer.status_code for answer in await asyncio.gather(*reads)} == {200}
 
 
 async def test_operators_may_have_as_much_under_way_as_they_like(call: Any, slow: threading.Event) -> None:
@@ -114,6 +127,30 @@ async def test_a_key_is_revoked_while_everybody_else_reads_and_changes_without_e
     assert not any(task.done() for task in (*threads, *reads, *changes))
     slow.set()
     await asyncio.gather(*threads, *reads, *changes)
+
+
+async def test_a_key_that_is_revoked_while_its_change_waits_for_a_thread_changes_nothing(
+    call: Any, real_store: Store, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminate, begun = agreements.agreements.terminate_agreement, []
+
+    def wait(*arguments: Any, **more: Any) -> Any:
+        begun.append(arguments)
+        return slow.wait(20) and terminate(*arguments, **more)
+
+    monkeypatch.setattr(agreements.agreements, "terminate_agreement", wait)
+    (owner,) = [key.key_id for key in real_store.keys() if key.prefix == "sk-owner"]
+    changes = [asyncio.create_task(call("sk-owner", "DELETE", "/v1/agreements/nonsense")) for _ in range(2)]
+    async with asyncio.timeout(10):
+        while len(begun) < 2:
+            await asyncio.sleep(0.001)
+        changes.append(asyncio.create_task(call("sk-owner", "DELETE", "/v1/agreements/a-news")))
+        while not OTHERS_CHANGES._work_queue.qsize():
+            await asyncio.sleep(0.001)
+        assert (await call("sk-admin", "DELETE", f"/v1/organization/admin_api_keys/{owner}")).status_code == 200
+    slow.set()
+    assert [answer.status_code for answer in await asyncio.gather(*changes)] == [404, 404, 401]
+    assert "a-news" in {agreement.id for agreement in list_agreements(real_store)}
 
 
 async def test_only_what_waits_for_the_engine_or_a_client_is_done_on_the_event_loop() -> None:
