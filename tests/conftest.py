@@ -1,6 +1,7 @@
-"""What holds for every test: threads, slices, workers, and the one live server."""
+"""What holds for every test: threads, slices, workers, and the one live server and the one demo."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,22 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from text_checkpoint import write_checkpoint  # loads transformers
 
     return write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo has its state and its log."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="session")
+def demo(demo_folder: Path) -> Iterator[str]:
+    """The one demo of the session; its address."""
+    from demo_server import serve_demo
+
+    flexgate = Path(sys.executable).with_name("flexgate")
+    with serve_demo(demo_folder, "--enforce-eager", "--kv-cache-memory-bytes=134217728", flexgate=flexgate) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

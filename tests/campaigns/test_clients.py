@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from demo_server import serve_demo
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = sorted(module.stem.removeprefix("test_") for module in (ROOT / "tests/clients").glob("test_*.py"))
 INSTALL_SECONDS = 600
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serve_demo(tmp_path_factory.mktemp("demo"), flexgate=Path(sys.executable).with_name("flexgate")) as url:
-        yield url
 
 
 def assert_passes(command: list[str], demo: str, place: Path = ROOT) -> None:

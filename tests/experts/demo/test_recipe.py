@@ -21,6 +21,8 @@ from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.verify import open_package
 from flexgate.experts.training.train_anchor import Channels
 
+pytestmark = pytest.mark.slow
+
 SMALL = replace(
     Settings(),
     anchor=replace(
@@ -101,7 +103,6 @@ def test_a_package_that_was_changed_is_not_merged(trained: tuple[Path, Path], tm
     assert not (tmp_path / "checkpoint").exists()
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(trained: tuple[Path, Path], tmp_path: Path) -> None:
     train(SMALL, tmp_path / "work", tmp_path / "checkpoint")
     assert digests(tmp_path / "checkpoint") == digests(trained[1])

@@ -147,6 +147,7 @@ async def _no_events() -> AsyncIterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.sliced(14)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=[" ".join(operation) for operation in OPERATIONS])
 def test_whatever_is_generated_from_it_is_answered_in_form(http: TestClient, method: str, path: str) -> None:
     operation = schemathesis.openapi.from_dict(document())[path][method]

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 from demo_aim import assert_answered_by_licence, shares
-from demo_server import serve_demo
 from transcripts import transcript
 
 from flexgate.experts.demo.probes import Probe, read_probes
@@ -34,18 +33,6 @@ ALLOWED = {
     "sk-demo-press": ["public", "news"],
     "sk-demo-public": ["public"],
 }
-
-
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
-def demo(state_dir: Path) -> Iterator[str]:
-    flexgate = Path(sys.executable).with_name("flexgate")
-    with serve_demo(state_dir, "--enforce-eager", "--kv-cache-memory-bytes=134217728", flexgate=flexgate) as url:
-        yield url
 
 
 def ask(url: str, key: str, question: str, **headers: str) -> httpx.Response:
@@ -88,8 +75,8 @@ def experts_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def test_a_start_prints_what_is_served_and_what_to_try(demo: str, state_dir: Path) -> None:
-    shown = transcript(state_dir / "log")
+def test_a_start_prints_what_is_served_and_what_to_try(demo: str, demo_folder: Path) -> None:
+    shown = transcript(demo_folder / "log")
     start = shown[: 1 + next(place for place, line in enumerate(shown) if line.startswith("try:  curl"))]
     assert start[5:10] == [
         "model    … (4 layers, bfloat16)",
@@ -232,13 +219,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(demo: str, state_dir: Path, tmp_path: Path) -> Run:
+def run(demo: str, demo_folder: Path, tmp_path: Path) -> Run:
     """Runs a command of the quickstart as it is written, but for the address, in a folder like the checkout."""
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
     for name in ("docs", "experts"):
         (tmp_path / name).symlink_to(QUICKSTART.parents[1] / name)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FLEXGATE_")}
-    environment |= {"FLEXGATE_STATE_DIR": str(state_dir / "state"), "FLEXGATE_URL": demo, "PYTHONSAFEPATH": "1"}
+    environment |= {"FLEXGATE_STATE_DIR": str(demo_folder / "state"), "FLEXGATE_URL": demo, "PYTHONSAFEPATH": "1"}
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         command = tuple(part.replace("http://127.0.0.1:8000", demo) for part in command)

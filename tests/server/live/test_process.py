@@ -48,7 +48,7 @@ SUMMARY = [
 @pytest.mark.parametrize(
     ("stop", "ranks", "terminal"),
     [
-        pytest.param(end, 1, False, id="end-1"),
+        pytest.param(end, 1, False, id="end-1", marks=pytest.mark.slow),
         pytest.param(interrupt, 1, True, id="interrupt-1"),
         pytest.param(interrupt, 2, False, id="interrupt-2", marks=pytest.mark.slow),
     ],

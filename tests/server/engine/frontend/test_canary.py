@@ -90,6 +90,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_canary_that_finds_no_place_says_so_and_else_overtakes_whoever_waits(
     checkpoint: Path, tmp_path: Path
 ) -> None:
