@@ -17,6 +17,8 @@ import psutil
 import sqlalchemy as sa
 
 INSTALLED = "/usr/lib/postgresql/*/bin"
+MEMORY = Path("/dev/shm")  # a database is 300 files, which disks take long to make and to remove
+ROOM = 1 << 30
 
 
 def find(program: str) -> str | None:
@@ -36,11 +38,18 @@ class PostgresServer:
         """The URL of an empty database, or of a copy of one that nothing is connected to."""
         name = f"policy_{uuid.uuid4().hex}"
         copied = f" TEMPLATE {sa.make_url(like).database}" if like else ""
+        self._execute(f"CREATE DATABASE {name}{copied}")
+        return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
+
+    def drop(self, url: str) -> None:
+        """Remove a database, also while something is connected to it."""
+        self._execute(f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)")
+
+    def _execute(self, statement: str) -> None:
         engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
-            connection.execute(sa.text(f"CREATE DATABASE {name}{copied}"))
+            connection.execute(sa.text(statement))
         engine.dispose()
-        return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
 
     def pause(self) -> None:
         """Stop answering."""
@@ -62,7 +71,8 @@ class PostgresServer:
 def running() -> Iterator[PostgresServer]:
     """A server while the block runs."""
     user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
-    with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as folder:
+    place = MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM else None
+    with tempfile.TemporaryDirectory(prefix="pg", dir=place, ignore_cleanup_errors=True) as folder:
         if user:
             shutil.chown(folder, **user)
         initdb = [

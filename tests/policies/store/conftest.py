@@ -49,15 +49,18 @@ def migrated_database(postgres: PostgresServer) -> str:
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of either kind: migrated for a test that asks for a store, else without tables."""
     migrated = "empty" in request.fixturenames
     if request.param == "sqlite":
         if migrated:
             shutil.copy(request.getfixturevalue("migrated_file"), tmp_path / "policy.db")
-        return f"sqlite:///{tmp_path}/policy.db"
+        yield f"sqlite:///{tmp_path}/policy.db"
+        return
     server: PostgresServer = request.getfixturevalue("postgres")
-    return server.new_database(request.getfixturevalue("migrated_database") if migrated else None)
+    database = server.new_database(request.getfixturevalue("migrated_database") if migrated else None)
+    yield database
+    server.drop(database)
 
 
 def migrate(url: str) -> None:
