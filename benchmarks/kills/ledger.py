@@ -126,6 +126,8 @@ def run(kills: int, seed: int) -> list[Verdict]:
                 break
         asyncio.run(_recover(path))
         wrong = list(judge(path, transcript))
+        if killed < kills:
+            wrong.append(f"{killed} of {kills} writers could be killed; the others ended by themselves")
         connection = sqlite3.connect(path)
         outcomes = dict(connection.execute("SELECT outcome, count(*) FROM usage GROUP BY outcome"))
         connection.close()

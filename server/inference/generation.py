@@ -111,7 +111,7 @@ class Generation:
         try:
             async for event in sse.with_comments(made):
                 yield event
-            request.completed = True
+            request.completed = not request.broken
         finally:
             CURRENT_CALL.set(None)
             with CancelScope(shield=True):  # where a client left, whatever waits is cancelled again and again
@@ -199,6 +199,7 @@ def response_bytes(request: InferenceRequest, tokens: int) -> int:
 def cause(request: InferenceRequest, error: ApiError) -> ApiError:
     """The error that ends the call: `error`, unless its gate or its constraint is the real cause."""
     commit_usage(request)
+    request.broken = True
     if not error.server_fault or request.services.client.errored:
         return error
     return vllm_errors.ended_early(request.call) or vllm_errors.not_generated(request.body) or error

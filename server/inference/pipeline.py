@@ -185,6 +185,7 @@ class InferenceRequest(TenantRequest):
         right: the rights that it depends on while it runs.
         entry: the request in the ledger, once it is there.
         completed: whether all of its response was generated.
+        broken: whether an error ended its response.
     """
 
     body: Body
@@ -200,6 +201,7 @@ class InferenceRequest(TenantRequest):
     right: Right
     entry: Entry | None = None
     completed: bool = False
+    broken: bool = False
 
     def __init__(self, http: Request, services: InferenceServices, endpoint: Endpoint) -> None:
         super().__init__(http, services)

@@ -55,7 +55,7 @@ async def require_registered(request: InferenceRequest) -> None:
 def end(request: InferenceRequest) -> None:
     """Write down what the request used in all."""
     if request.entry is not None:
-        outcome = COMPLETED if request.completed else request.call.failed or STOPPED
+        outcome = request.call.failed or (COMPLETED if request.completed else STOPPED)
         request.entry.end(outcome, used_of(request.call))
 
 

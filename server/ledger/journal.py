@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from flexgate.policies.store.identity import FileIdentity
 from flexgate.server.ledger.entries import (
     INTERRUPTED,
     Registration,
@@ -76,8 +77,8 @@ class LedgerError(Exception):
     """The journal cannot be opened, or does not take an entry; the message says why and what to do."""
 
 
-End = tuple[Registration, str, int, Used, "asyncio.Future[None]"]
-"""A request that has ended: how, when in microseconds, what it used, and what is done once that is written."""
+End = tuple[Registration, str, int, Used]
+"""A request that has ended: how, when in microseconds, and what it used."""
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ class Batch:
 
     @property
     def asking(self) -> list[asyncio.Future[None]]:
-        """What waits for an registration or a mark."""
+        """What waits for a registration or a mark."""
         return [done for _, done in self.registered] + [done for _, all_ in self.marks.values() for done in all_]
 
 
@@ -115,14 +116,24 @@ class Journal:
         self._lock = threading.Condition()
         self._next = Batch()
         self._owed: list[End] = []  # those that could not be written yet
+        self._running: set[str] = set()  # requests that were registered and have not ended
+        self._failing: LedgerError | None = None
         self._closing = False
+        self._file = FileIdentity(path, "the ledger")
+        self._file.take()
         with _told(path):
             self._end_running()
         self._thread = threading.Thread(target=self._write_all, name="flexgate-ledger", daemon=True)
         self._thread.start()
 
     def register(self, registration: Registration) -> Entry:
-        """Write down a request before anything of its response leaves."""
+        """Write down a request before anything of its response leaves.
+
+        Raises:
+            LedgerError: the last write failed, and none has succeeded since; or the server is stopping.
+        """
+        if self._failing is not None:
+            raise self._failing
         done = asyncio.get_running_loop().create_future()
         self._add(lambda batch: batch.registered.append((registration, done)))
         return Entry(self, registration, done)
@@ -130,6 +141,9 @@ class Journal:
     def mark(self, request: str, used: Used) -> asyncio.Future[None]:
         """Write down what a running request has used so far; each future has one waiter."""
         done, mark = asyncio.get_running_loop().create_future(), used.encode()
+        if self._failing is not None:
+            done.set_exception(self._failing)
+            return done
 
         def add(batch: Batch) -> None:
             _, waiting = batch.marks.get(request, (b"", []))
@@ -138,12 +152,16 @@ class Journal:
         self._add(add)
         return done
 
-    def end(self, registration: Registration, outcome: str, used: Used) -> asyncio.Future[None]:
-        """Write down what a request used in all; tried again for as long as the disk refuses it."""
-        done = asyncio.get_running_loop().create_future()
+    def end(self, registration: Registration, outcome: str, used: Used) -> None:
+        """Write down what a request used in all; tried again every second for as long as the disk refuses it.
+
+        Nothing is written of a request that was not registered.
+        """
         at = microseconds(self._clock())
-        self._add(lambda batch: batch.ended.append((registration, outcome, at, used, done)))
-        return done
+        try:
+            self._add(lambda batch: batch.ended.append((registration, outcome, at, used)))
+        except LedgerError:
+            logger.error("request %s ended after the ledger was closed; its last mark counts", registration.request)
 
     def close(self) -> None:
         """Write what has come, and close the file. Blocks."""
@@ -167,26 +185,38 @@ class Journal:
         while not closing:
             with self._lock:
                 if not self._next and not self._closing:
-                    self._lock.wait(RETRY_SECONDS if self._owed else None)
+                    self._lock.wait(RETRY_SECONDS if self._failing is not None else None)
                 batch, self._next = self._next, Batch()
                 closing = self._closing
             self._write(batch)
 
     def _write(self, batch: Batch) -> None:
         """Commit a batch with the ends that are owed; where that fails, its ends are owed and all else is refused."""
-        batch.ended, self._owed = self._owed + batch.ended, []
-        if not batch:
+        registered = {registration.request for registration, _ in batch.registered}
+        ended = [end for end in batch.ended if end[0].request in self._running | registered]
+        batch.ended, self._owed = self._owed + ended, []
+        if not batch and self._failing is None:
             return
         try:
+            self._file.require()
             with self._transaction():
                 self._insert(batch)
+            self._file.require()
         except Exception as error:
-            logger.error("the ledger %s cannot be written: %s", self.path, error)
-            self._owed = batch.ended
-            refused = LedgerError(f"the ledger {self.path} cannot be written: {error}; free space or check its disk")
-            self._answer(batch.asking, refused)
-        else:
-            self._answer([*batch.asking, *(done for *_, done in batch.ended)])
+            self._fail(error)
+            self._owed = [end for end in batch.ended if end[0].request not in registered]
+            self._answer(batch.asking, self._failing)
+            return
+        if self._failing is not None:
+            logger.warning("the ledger %s is written again", self.path)
+        self._failing = None
+        self._running = (self._running | registered) - {end[0].request for end in batch.ended}
+        self._answer(batch.asking)
+
+    def _fail(self, error: Exception) -> None:
+        if self._failing is None:
+            logger.error("the ledger %s cannot be written, and no request is served: %s", self.path, error)
+        self._failing = LedgerError(f"the ledger {self.path} cannot be written: {error}; free space or check its disk")
 
     def _answer(self, waiting: Iterable[asyncio.Future[None]], error: LedgerError | None = None) -> None:
         """Tell all that wait, in one turn of the event loop."""
@@ -220,12 +250,14 @@ class Journal:
 
     def _insert(self, batch: Batch) -> None:
         write = self._connection.executemany
+        if not batch:  # whether the disk takes anything again
+            self._connection.execute(f"PRAGMA user_version = {VERSION}")
         write(
             "INSERT INTO running (request, registration) VALUES (?, ?)",
             [(registration.request, encode_registration(registration)) for registration, _ in batch.registered],
         )
         write("UPDATE running SET mark = ? WHERE request = ?", [(mark, id_) for id_, (mark, _) in batch.marks.items()])
-        for registration, outcome, at, used, _ in batch.ended:
+        for registration, outcome, at, used in batch.ended:
             self._insert_usage(registration, outcome, at, used)
 
     def _insert_usage(self, registration: Registration, outcome: str, at: int, used: Used) -> None:
@@ -260,10 +292,12 @@ class Journal:
     def _end_running(self) -> None:
         """End the requests that were running when the file was last open, with their last marks."""
         found = self._connection.execute("SELECT registration, mark FROM running ORDER BY request").fetchall()
-        at = microseconds(self._clock())
+        (newest,) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchone()
         with self._transaction():
-            for registration, mark in found:
-                self._insert_usage(decode_registration(registration), INTERRUPTED, at, Used.decode(mark))
+            for text, mark in found:
+                registration = decode_registration(text)
+                at = max(microseconds(self._clock()), registration.registered_at, newest or 0)
+                self._insert_usage(registration, INTERRUPTED, at, Used.decode(mark))
         if found:
             logger.warning("%d requests were running when the server ended; their last marks count", len(found))
 
@@ -303,9 +337,8 @@ class Entry:
             self._covered = max(self._covered, now.prompt_tokens + now.completion_tokens)
 
     def end(self, outcome: str, used: Used) -> None:
-        """Write down the end of a request that was registered; the first one counts."""
-        refused = self._registered.done() and self._registered.exception() is not None
-        if not self._ended and not refused:
+        """Write down the end; the first one counts."""
+        if not self._ended:
             self._journal.end(self.registration, outcome, used)
         self._ended = True
 
@@ -314,10 +347,12 @@ def _open(path: Path) -> sqlite3.Connection:
     with _told(path):
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _require_version(connection, path)
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise LedgerError(f"the ledger {path} is on a file system without write-ahead logs: move --state-dir")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            _require_version(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -330,7 +365,7 @@ def _require_version(connection: sqlite3.Connection, path: Path) -> None:
     if (application, version) == (APPLICATION, VERSION):
         return
     if application == APPLICATION:
-        raise LedgerError(f"{path} is a ledger of version {version}, this flexgate writes {VERSION}: use a newer one")
+        raise LedgerError(f"{path} is a ledger of version {version}, not {VERSION}: use the newer flexgate")
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
         raise LedgerError(f"{path} is no ledger of flexgate: move it away, and start again")
     connection.executescript(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,6 +15,10 @@ from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.journal import LedgerError
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
+MOST_SECONDS: Final = 5.0
+MOST_SUMS: Final = 20_000
+INSTRUCTIONS: Final = 10_000
+"""Of SQLite's machine, between two looks at the clock."""
 _COLUMNS: Final[Mapping[Group, str]] = {
     "project_id": "usage.tenant",
     "api_key_id": "usage.key_id",
@@ -41,7 +47,7 @@ class Sought:
 class Sum:
     """What one group used in one bucket of time, which starts at `start`, a multiple of the width.
 
-    By expert or owner, the tokens are positions in which it was chosen.
+    By expert, the tokens are positions in which it was chosen, by owner the sum of its experts'.
     """
 
     start: int
@@ -59,10 +65,20 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
         LedgerError: the file cannot be read.
     """
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-            return list(_sums(connection, sought))
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            deadline = time.monotonic() + MOST_SECONDS
+            connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
+            found = list(islice(_sums(connection, sought), MOST_SUMS + 1))
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+            raise LedgerError(f"the sums took longer than {MOST_SECONDS:g} seconds: ask for less time") from error
+        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
     except sqlite3.Error as error:
         raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
+
+    if len(found) > MOST_SUMS:
+        raise LedgerError(f"there are more than {MOST_SUMS:,} sums: ask for less time, or group by less")
+    return found
 
 
 def _sums(connection: sqlite3.Connection, sought: Sought) -> Iterator[Sum]:

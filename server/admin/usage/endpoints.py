@@ -11,8 +11,9 @@ from flexgate.server.admin.operation import Call, Nothing
 from flexgate.server.admin.pages import unknown_cursor
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.admin.usage.schemas import BUCKETS, SECONDS, ListUsage, UsageBucket, UsagePage, result_of
-from flexgate.server.http.errors import Invalid
-from flexgate.server.ledger.usage import Sought, sums
+from flexgate.server.http.errors import Invalid, Unavailable
+from flexgate.server.ledger.journal import LedgerError
+from flexgate.server.ledger.usage import Sought, Sum, sums
 
 PAGE: Final = "page_"
 
@@ -29,18 +30,29 @@ def completions(call: Call[Nothing, ListUsage]) -> UsagePage:
         message = f"'limit' is {limit}. A page has at most {most} buckets of '{query.bucket_width}'."
         raise Invalid(message, param="limit", code="invalid_value")
     end = math.ceil(call.now) if query.end_time is None else query.end_time
-    start = query.start_time // width * width if query.page is None else _start(query.page, width)
     if end <= query.start_time:
         raise Invalid("'end_time' must be after 'start_time'.", param="end_time", code="invalid_value")
+    first = query.start_time // width * width
+    start = first if query.page is None else _start(query.page, width)
+    if not first <= start < end:
+        raise unknown_cursor("page")
     stop = min(start + limit * width, end)
-    sought = Sought(start, stop, width, query.project_ids, query.api_key_ids, query.models, query.group_by or ())
-    found = {at: list(of_one) for at, of_one in groupby(sums(call.services.ledger.path, sought), lambda one: one.start)}
+    since = max(start, query.start_time)
+    sought = Sought(since, stop, width, query.project_ids, query.api_key_ids, query.models, query.group_by or ())
+    try:
+        found = {at: list(of_one) for at, of_one in groupby(sums(call.services.ledger.path, sought), _start_of)}
+    except LedgerError as error:
+        raise Unavailable(f"{str(error)[:1].upper()}{str(error)[1:]}.", code="ledger_unavailable") from error
     buckets = [
         UsageBucket(start_time=at, end_time=at + width, results=[result_of(one) for one in found.get(at, ())])
         for at in range(start, stop, width)
     ]
     more = stop < end
     return UsagePage(data=buckets, has_more=more, next_page=f"{PAGE}{stop}" if more else None)
+
+
+def _start_of(one: Sum) -> int:
+    return one.start
 
 
 def _start(page: str, width: int) -> int:

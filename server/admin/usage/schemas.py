@@ -34,8 +34,9 @@ class ListUsage(Closed):
 class UsageResult(Shown):
     """What one group used in a bucket.
 
-    By expert or owner, `input_tokens` and `output_tokens` are positions in which it was chosen, and requests count for
-    each that took part.
+    By expert, `input_tokens` and `output_tokens` are positions in which it was chosen; by owner they are summed over
+    its experts, so that a position may count more than once. Requests count for each that took part, cached tokens for
+    none.
     """
 
     object: Literal["organization.usage.completions.result"] = "organization.usage.completions.result"
@@ -55,7 +56,10 @@ class UsageResult(Shown):
 
 
 class UsageBucket(Shown):
-    """A period of time: its start is inside, its end is not. Unix seconds, whole widths since 1970 in UTC."""
+    """A period of time: its start is inside, its end is not. Unix seconds, whole widths since 1970 in UTC.
+
+    Of the first and the last, only what is within the query's times counts.
+    """
 
     object: Literal["bucket"] = "bucket"
     start_time: int

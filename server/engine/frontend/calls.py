@@ -132,7 +132,6 @@ class GatedCall:
     _names: tuple[str | None, ...] = ()
     _layers: int = 1
     _prompt_tokens: dict[str, int] = field(default_factory=dict)
-    _cached_tokens: dict[str, int] = field(default_factory=dict)
     _new_tokens: int = 0
     _tickets: list[Ticket] = field(default_factory=list)
 
@@ -183,7 +182,7 @@ class GatedCall:
 
     def cached_tokens(self) -> int:
         """Prompt tokens that were read from the cache, each prompt counted once for all its choices."""
-        return sum(self._cached_tokens.values())
+        return self.usage()[0]
 
     def count_usage(self, request_id: str, choice: str, usage: list[Any]) -> None:
         """Keep the running total of one choice of an engine request, as `RequestUsage.to_wire` gives it."""

@@ -5,7 +5,7 @@ import math
 import uuid
 from typing import Any
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertSlotRef, GatedCall, bitmask_of
 from flexgate.server.engine.frontend.client import GatedEngineClient
 from flexgate.server.engine.frontend.slot_control import SlotOperator
 from flexgate.server.engine.protocol.endings import NUMBERS_OVERFLOWED
@@ -28,7 +28,7 @@ class CanaryNotScheduled(RuntimeError):
 async def self_test(engine: Any, client: GatedEngineClient) -> None:
     """Test the engine: no gate, a forged gate, then a gate on each expert alone.
 
-    An expert that some layer has nothing of is tested together with all others.
+    Those that some layer has nothing of are tested together with all others, unless a layer has nothing of any.
 
     Raises:
         CanaryError: the engine served what it must refuse, refused what it must serve, or
@@ -37,9 +37,11 @@ async def self_test(engine: Any, client: GatedEngineClient) -> None:
     await _must_refuse(engine, "a request without a gate", None)
     await _must_refuse(engine, "a forged gate", {GATE_ARG: "e30.e30"})
     everything = [expert.ref for expert in client.experts()]
-    for ref in everything:
-        alone = client.slot_map.covers(1 << ref.slot)
-        await try_experts(client, *([ref] if alone else everything))
+    alone = [ref for ref in everything if client.slot_map.covers(1 << ref.slot)]
+    for ref in alone:
+        await try_experts(client, ref)
+    if len(alone) < len(everything) and client.slot_map.covers(bitmask_of(everything)):
+        await try_experts(client, *everything)
 
 
 async def try_experts(client: GatedEngineClient, *refs: ExpertSlotRef) -> None:

@@ -252,10 +252,10 @@ class GatedEngineClient:
                 async for output in outputs:
                     if call.record is not None and not await call.record():
                         call.failed = call.failed or LEDGER_UNAVAILABLE
+                        raise EngineGenerateError(f"the request was ended: {LEDGER_UNAVAILABLE}")
                     self._refuse_ended(call)
                     # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
                     prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
-                    call._cached_tokens.setdefault(request_id, output.num_cached_tokens or 0)
                     if call.prompt_only:
                         for part in output.outputs:
                             part.token_ids, part.text = [], ""

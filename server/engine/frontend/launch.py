@@ -47,7 +47,7 @@ class EngineSettings:
 
     Attributes:
         dtype: ``auto`` is bfloat16, also for a checkpoint stored in float32; float16 is refused.
-        max_experts: expert slots; None for the checkpoint's experts + 2, as far as they fit.
+        max_experts: slots for units; None for the checkpoint's units + 2, as far as they fit.
         kv_cache_memory_bytes: None for 1 GiB on CPU, or as much as a longest request needs, and
             vLLM's choice on CUDA.
         max_model_len: tokens per request; None for the model's own limit.
@@ -55,7 +55,7 @@ class EngineSettings:
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
         check_weights: read every tensor once and refuse NaN, infinity and magnitudes over a package's bound.
-        revoked: experts of the checkpoint that must not be loaded.
+        revoked: units of the checkpoint that must not be loaded: revoked, or replaced by packages.
         least_slots: slots that experts added earlier take, whatever the default would be.
         weights_epoch: the newest change of what is loaded; the slot epoch of what the checkpoint holds.
     """
@@ -134,11 +134,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         ranks=settings.tensor_parallel_size,
         expert_parallel=settings.enable_expert_parallel,
     )
-    planned = LaunchPlan(settings, checkpoint, slots, dtype)
-    if not planned.table.map.covers(planned.table.live_mask):
-        revoked = ", ".join(sorted(settings.revoked))
-        raise CheckpointError(f"{checkpoint.path} cannot be served: without {revoked}, a layer has no expert")
-    return planned
+    return LaunchPlan(settings, checkpoint, slots, dtype)
 
 
 def refuse_missing_kernels(moe_kernels: str) -> None:

@@ -5,7 +5,7 @@ All sizes are in bytes per rank.
 
 from dataclasses import dataclass
 
-from flexgate.kernels.gated_topk import MAX_UNITS
+from flexgate.kernels.gated_topk import MAX_EXPERTS, MAX_UNITS
 from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -74,19 +74,19 @@ def plan_slots(
     reserved = 1 if dealing > 1 else 0
     shared = a.num_experts - units  # experts that the checkpoint has in a layer beyond one of each unit
     room = ((available_bytes - other_bytes - kv_bytes) // expert_bytes - reserved) * dealing - shared
-    taken = max(units, least)
-    wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, MAX_UNITS)
-    if not taken <= wanted <= MAX_UNITS:
+    taken, most = max(units, least), min(MAX_UNITS, MAX_EXPERTS - shared)
+    wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, most)
+    if not taken <= wanted <= most:
         raise CheckpointError(
             f"--max-experts {wanted}: the checkpoint has {units} experts, {taken} slots are taken, "
-            f"and flexgate serves at most {MAX_UNITS}"
+            f"and flexgate serves at most {most}"
         )
     slots = wanted if max_experts is not None else max(min(wanted, room), taken)
     held = -(-(slots + shared) // dealing) + reserved
     if slots > room:
         needed = held * expert_bytes + other_bytes + kv_bytes
         raise CheckpointError(
-            f"{held} expert slots of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
+            f"{held} experts of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
             f"+ {human(kv_bytes)} of KV cache = {human(needed)} do not fit into "
             f"{human(available_bytes)}"
         )

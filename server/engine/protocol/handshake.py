@@ -58,7 +58,7 @@ def report_rank(worker: Any) -> RankReport:
         routed_by=_one([layer.routed_by for layer in layers]),
         slots=model.gates.table.to_config(),
         units=[bytes(layer.unit_E.tolist()).hex() for layer in layers],
-        experts_here=layers[0].experts_here(),
+        experts_here=_same([layer.experts_here() for layer in layers]),
         zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
         clears_blocks=clears_blocks(worker.model_runner, model.kv_caches()),
         key_digest=key_digest(model.gates.key),
@@ -93,6 +93,11 @@ def describe_kernels(reports: Sequence[RankReport]) -> str:
     return _one(
         [f"{report['moe_kernels']} ({report['computed_by']}), routing in {report['routed_by']}" for report in reports]
     )
+
+
+def _same(values: Sequence[list[int]]) -> list[int]:
+    """The list that all layers share; none, which matches no expectation, where they differ."""
+    return values[0] if all(value == values[0] for value in values) else []
 
 
 def _one(values: Sequence[str]) -> str:

@@ -241,7 +241,9 @@ class GatedFlexOlmoForCausalLM(nn.Module):
                 if not live:
                     layer.gate.weight.data[expert].zero_()
                     layer.gate.bias.data[expert].zero_()
-        return loaded | {name for name, _ in self.named_parameters() if name.endswith("gate.bias")}
+        # A bias is optional, and a layer whose experts were all revoked has nothing to load.
+        optional = (name for name, _ in self.named_parameters() if name.endswith("gate.bias") or ".experts." in name)
+        return loaded.union(optional)
 
 
 def _is_live(name: str, live_LE: Sequence[Sequence[bool]]) -> bool:

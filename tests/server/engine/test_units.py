@@ -137,6 +137,31 @@ def test_a_units_experts_are_attributed_together(running: ScriptedEngine, model:
     assert list(answer.chosen) == [*chosen.sum(0).tolist(), 0, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_experts", [False, True], ids=["tensor-parallel", "expert-parallel"])
+def test_units_are_gated_alike_on_two_ranks(running: ScriptedEngine, model: Path, whole_experts: bool) -> None:
+    """With whole experts, those of a unit lie on both ranks."""
+    script = [replace(ask, at_step=0) for ask in crowd(GATES)]
+    bystanders = [ask for ask in script if 1 not in ask.gate]
+    settings = {"tensor_parallel_size": 2, "enable_expert_parallel": whole_experts}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    alone = [fresh(running, [ask])[0] for ask in script]
+    with scripted_engine(EngineScript(model, SLOTS, settings=settings, environment=environment)) as ranks:
+        for one, other in zip(alone, fresh(ranks, script), strict=True):
+            assert agree(one, other)
+            assert one.chosen == other.chosen
+        before = fresh(ranks, bystanders)
+        ranks.overwrite([1], "nan")
+        after = fresh(ranks, bystanders)
+        ranks.restore()
+        ranks.change(*(SlotChange(0, do, 1) for do in ("close", "clear", "settle")))
+        assert ranks.call("on_every_rank", slot_is_zero, 1) == [True, True]
+        revoked = fresh(ranks, bystanders)
+    for one, two, three in zip(before, after, revoked, strict=True):
+        assert same_bits(one, two)
+        assert same_bits(one, three)
+
+
 @pytest.fixture(scope="module")
 def one_layer_short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose second layer has no expert of units 0 and 1."""
@@ -149,6 +174,12 @@ def test_a_gate_that_leaves_a_layer_without_an_expert_is_refused(one_layer_short
         assert engine.refusal(Ask(PROMPT, (0, 1)), "nothing") == "the gate leaves a layer without an expert"
         answer = engine.solo(Ask(PROMPT, (1, 2)))
     assert worst_difference(cut_reference(one_layer_short, [[1, 2], [0, 1, 2]]), PROMPT, answer) <= 2e-5
+
+
+def test_an_engine_starts_with_a_layer_of_which_all_experts_were_revoked(one_layer_short: Path) -> None:
+    settings = {"revoked": frozenset({NAMES[2]})}
+    with scripted_engine(EngineScript(one_layer_short, max_experts=4, settings=settings)) as engine:
+        assert engine.refusal(Ask(PROMPT, (0, 1)), "nothing") == "the gate leaves a layer without an expert"
 
 
 def test_a_unit_of_several_experts_leaves_no_bit_when_it_is_revoked(running: ScriptedEngine) -> None:

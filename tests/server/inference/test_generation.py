@@ -192,7 +192,8 @@ async def test_several_choices_are_answered_at_temperature_0(
 @pytest.mark.asyncio
 async def test_usage_says_how_much_of_all_prompts_was_cached(client: httpx.AsyncClient, handler: Any) -> None:
     def cached() -> CompletionResponse:
-        handler.calls[-1]._cached_tokens.update(a=3, b=4)
+        for name, count in (("a", 3), ("b", 4)):
+            handler.calls[-1].count_usage(name, name, [9, count, [], []])
         return completion()
 
     handler.result = cached

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse, CompletionResponseChoice
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.v1.engine.exceptions import EngineGenerateError
 
@@ -54,7 +56,13 @@ class Generating:
 
     async def _events(self, call: GatedCall) -> AsyncIterator[str]:
         for number in range(self.tokens):
-            await self._output(call, 1)
+            try:
+                await self._output(call, 1)
+            except EngineGenerateError:
+                error = create_error_response("inside", status_code=HTTPStatus.INTERNAL_SERVER_ERROR)
+                yield f"data: {error.model_dump_json()}\n\n"
+                yield "data: [DONE]\n\n"
+                return
             self.sent.append(number)
             yield f'data: {{"choices":[{{"index":0,"text":"{number}","finish_reason":null}}]}}\n\n'
         yield 'data: {"choices":[{"index":0,"text":"","finish_reason":"length"}]}\n\n'
@@ -147,6 +155,10 @@ async def test_a_stream_whose_tokens_cannot_be_recorded_ends_with_the_reason(
     response = await client.post(PATH, json={"prompt": "x", "stream": True})
     assert response.status_code == 200
     assert len(handler.sent) < 3
+    assert "ledger_unavailable" in response.text.splitlines()[-4]
+    monkeypatch.undo()
+    (row,) = await ended(ledger)
+    assert (row["outcome"], row["completion_tokens"] >= len(handler.sent)) == ("ledger_unavailable", True)
 
 
 async def test_a_request_that_is_refused_before_the_engine_is_not_in_the_ledger(

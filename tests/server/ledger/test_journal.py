@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flexgate.server.ledger.entries import COMPLETED, INTERRUPTED, NOTHING, Registration, Used
-from flexgate.server.ledger.journal import Journal, LedgerError
+from flexgate.server.ledger.journal import Entry, Journal, LedgerError
 
 pytestmark = pytest.mark.asyncio
 
@@ -162,16 +162,95 @@ async def test_a_full_disk_refuses_registrations_and_marks_and_keeps_ends_until_
     with pytest.raises(LedgerError):
         await refused.cover(1, lambda: used(1, 0))
     refused.end("ledger_unavailable", NOTHING)
-    large = journal.register(Registration(**{**fields(registration("large")), "model": "x" * 100_000}))
-    running.end(COMPLETED, used(10, 3))
     with pytest.raises(LedgerError):
-        await large.registered()
+        await running.cover(13, lambda: used(10, 3))
+    running.end(COMPLETED, used(10, 3))
+    with pytest.raises(LedgerError, match="cannot be written"):
+        journal.register(registration("meanwhile"))
     assert rows(path) == []
     journal._connection.execute("PRAGMA max_page_count = 1000000")
-    later = journal.register(registration("later"))
-    await later.registered()
+    while journal._failing is not None:
+        await asyncio.sleep(0.01)
+    await journal.register(registration("later")).registered()
     assert [(row["request"], row["completion_tokens"]) for row in rows(path)] == [("dec_running", 3)]
     assert [row["request"] for row in rows(path, "running")] == ["dec_later"]
+
+
+async def test_a_request_that_ends_before_its_registration_is_refused_is_never_recorded(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_next(journal, monkeypatch)
+    entry = journal.register(registration("a"))
+    entry.end("stopped", used(10, 0))
+    with pytest.raises(LedgerError):
+        await entry.registered()
+    entry = journal_again(journal, "b")
+    while not isinstance(entry, Entry):
+        await asyncio.sleep(0.01)
+        entry = journal_again(journal, "b")
+    await entry.registered()
+    assert rows(path) == []
+
+
+def journal_again(journal: Journal, name: str) -> Entry | None:
+    try:
+        return journal.register(registration(name))
+    except LedgerError:
+        return None
+
+
+def refuse_next(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next write fail."""
+    real, failing = journal._insert, [True]
+
+    def insert(batch: Any) -> None:
+        if failing:
+            failing.pop()
+            raise sqlite3.OperationalError("disk I/O error")
+        real(batch)
+
+    monkeypatch.setattr(journal, "_insert", insert)
+    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+async def test_a_ledger_that_was_moved_away_takes_nothing(journal: Journal, path: Path, moved: bool) -> None:
+    entry = journal.register(registration("a"))
+    await entry.registered()
+    path.rename(path.with_suffix(".old"))
+    if moved:
+        path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="replaced or deleted"):
+        await entry.cover(11, lambda: used(10, 1))
+
+
+async def test_what_ends_after_the_ledger_was_closed_keeps_its_mark(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(path, clock=lambda: 1.0)
+    entry = journal.register(registration("a"))
+    await entry.cover(11, lambda: used(10, 1))
+    journal.close()
+    entry.end(COMPLETED, used(10, 4))
+    assert "dec_a ended after the ledger was closed" in caplog.text
+    Journal(path, clock=lambda: 2.0).close()
+    assert [(row["outcome"], row["completion_tokens"]) for row in rows(path)] == [(INTERRUPTED, 1)]
+
+
+async def test_every_commit_reaches_the_disk(journal: Journal) -> None:
+    found = {name: journal._connection.execute(f"PRAGMA {name}").fetchone() for name in ("synchronous", "journal_mode")}
+    assert found == {"synchronous": (2,), "journal_mode": ("wal",)}
+
+
+async def test_a_clock_that_was_set_back_ends_nothing_before_it_began(path: Path) -> None:
+    first = Journal(path, clock=lambda: 50.0)
+    await first.register(registration("a")).registered()
+    ended = first.register(registration("b"))
+    ended.end(COMPLETED, used(1, 1))
+    await ended.registered()
+    first.close()
+    Journal(path, clock=lambda: 1.0).close()
+    assert [row["ended_at"] for row in rows(path)] == [50_000_000, 50_000_000]
 
 
 def fields(one: Registration) -> dict[str, Any]:
@@ -189,16 +268,7 @@ async def test_what_is_owed_is_written_without_another_request(
 ) -> None:
     entry = journal.register(registration("a"))
     await entry.registered()
-    real, failing = journal._insert, [True]
-
-    def insert(batch: Any) -> None:
-        if failing:
-            failing.pop()
-            raise sqlite3.OperationalError("disk I/O error")
-        real(batch)
-
-    monkeypatch.setattr(journal, "_insert", insert)
-    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    refuse_next(journal, monkeypatch)
     entry.end(COMPLETED, used(10, 4))
     while not rows(path):
         await asyncio.sleep(0.01)
@@ -230,7 +300,7 @@ def spoil_folder(path: Path) -> None:
     [
         (spoil_nothing, "cannot be opened: file is not a database"),
         (spoil_other, "is no ledger of flexgate: move it away"),
-        (spoil_newer, "is a ledger of version 9, this flexgate writes 1: use a newer one"),
+        (spoil_newer, "is a ledger of version 9, not 1: use the newer flexgate"),
         (spoil_folder, "cannot be opened: unable to open database file"),
     ],
 )

@@ -208,7 +208,18 @@ async def test_every_expert_is_tried_alone_before_a_start_is_over(monkeypatch: p
     client.slot_map = SlotMap(3, (b"\1\1\2", b"\0\1\2"))
     with pytest.raises(CanaryError, match="'math'"):
         await canary.self_test(None, client)
-    assert tried == ["public news math", "news", "math"]
+    assert tried == ["news", "math"]
+    tried.clear()
+    infos.pop()
+    for layers, wanted in (
+        ((b"\1\1\0", b"\0\1\2"), ["public", "news"]),
+        ((b"\0\0\0", b"\0\1\2"), ["public", "public news"]),
+        ((b"\2\2\2", b"\0\1\2"), []),
+    ):
+        client.slot_map = SlotMap(3, layers)
+        await canary.self_test(None, client)
+        assert tried == wanted
+        tried.clear()
 
 
 SPOILED_AFTER_THE_CHECK = """

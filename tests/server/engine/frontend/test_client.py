@@ -344,8 +344,14 @@ async def test_no_token_goes_on_before_it_is_recorded(engine: Engine, call: Gate
 
 
 @pytest.mark.asyncio
-async def test_a_call_whose_tokens_cannot_be_recorded_ends_and_gives_none(engine: Engine, call: GatedCall) -> None:
+@pytest.mark.parametrize("meanwhile", [None, "gate_expired"])
+async def test_a_call_whose_tokens_cannot_be_recorded_ends_and_gives_none(
+    engine: Engine, call: GatedCall, meanwhile: str | None
+) -> None:
+    """Also where its gate expires while they are being written."""
+
     async def record() -> bool:
+        call.failed = meanwhile
         return False
 
     call.record = record
@@ -353,4 +359,4 @@ async def test_a_call_whose_tokens_cannot_be_recorded_ends_and_gives_none(engine
     engine.step(7)
     with pytest.raises(EngineGenerateError, match="ledger_unavailable"):
         await asyncio.wait_for(reading, 10)
-    assert call.failed == "ledger_unavailable"
+    assert call.failed == (meanwhile or "ledger_unavailable")

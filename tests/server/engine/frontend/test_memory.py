@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flexgate.experts.checkpoint.layout import Architecture
-from flexgate.experts.checkpoint.ownership import unnamed
+from flexgate.experts.checkpoint.ownership import Ownership, Unit, unnamed
 from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
 from flexgate.server.engine.frontend.memory import SlotPlan, plan_slots
 
@@ -43,8 +44,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(CheckpointError) as refused:
         planned(OTHER + KV + 3 * SLOT)
     assert str(refused.value) == (
-        "4 expert slots of 98.6 kB + 321.5 kB of shared weights + 1.0 kB of KV cache = 716.8 kB "
-        "do not fit into 618.2 kB"
+        "4 experts of 98.6 kB + 321.5 kB of shared weights + 1.0 kB of KV cache = 716.8 kB do not fit into 618.2 kB"
     )
 
 
@@ -55,7 +55,7 @@ def test_fewer_slots_than_experts_and_more_than_a_gate_names_are_refused(slots: 
 
 
 def test_slots_asked_for_are_not_reduced() -> None:
-    with pytest.raises(CheckpointError, match="8 expert slots"):
+    with pytest.raises(CheckpointError, match="8 experts of"):
         planned(OTHER + KV + 7 * SLOT, max_experts=8)
 
 
@@ -69,5 +69,36 @@ def test_expert_parallel_ranks_hold_their_share_and_a_zero_slot(slots: int, held
     options = {"max_experts": slots, "ranks": 2, "expert_parallel": True}
     plan = planned(OTHER // 2 + KV + held * SLOT, **options)
     assert (plan.slots, plan.held, plan.expert_bytes) == (slots, held, SLOT)
-    with pytest.raises(CheckpointError, match=f"{held} expert slots"):
+    with pytest.raises(CheckpointError, match=f"{held} experts of"):
         planned(OTHER // 2 + KV + held * SLOT - 1, **options)
+
+
+def owned(unit_LE: tuple[bytes, ...], units: int, **architecture: int) -> Checkpoint:
+    """A checkpoint whose experts belong to so many units."""
+    names = ("public", *(f"unit-{number}" for number in range(1, units)))
+    ownership = Ownership(tuple(Unit(name, "owner", "") for name in names), unit_LE)
+    return Checkpoint(Path("model"), replace(ARCHITECTURE, **architecture), ownership, "bfloat16", {})
+
+
+@pytest.mark.parametrize(
+    ("unit_LE", "units", "held"),
+    [
+        ((b"\0\1\1\1", b"\0\0\1\1"), 2, 6),  # two slots more, an expert each
+        ((b"\0\1\2\3", b"\4\5\4\5"), 6, 6),  # more units than a layer has experts
+    ],
+)
+def test_a_free_slot_costs_an_expert_of_every_layer(unit_LE: tuple[bytes, ...], units: int, held: int) -> None:
+    checkpoint, options = owned(unit_LE, units), {"dtype": "bfloat16", "kv_bytes": KV}
+    plan = plan_slots(checkpoint, available_bytes=1 << 30, **options)  # type: ignore[arg-type]
+    assert (plan.slots, plan.held) == (units + 2, held)
+    fitting = plan_slots(checkpoint, available_bytes=OTHER + KV + (held - 1) * SLOT, **options)  # type: ignore[arg-type]
+    assert (fitting.slots, fitting.held) == (units + 1, held - 1)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(510, 4), (511, 3), (512, 2)])
+def test_a_layer_has_no_more_experts_than_can_be_routed(experts: int, slots: int) -> None:
+    checkpoint = owned((bytes([0, *([1] * (experts - 1))]),) * 2, 2, num_experts=experts)
+    options: dict[str, Any] = {"dtype": "bfloat16", "kv_bytes": KV, "available_bytes": 1 << 40}
+    assert plan_slots(checkpoint, **options).slots == slots
+    with pytest.raises(CheckpointError, match=f"flexgate serves at most {slots}"):
+        plan_slots(checkpoint, max_experts=slots + 1, **options)
