@@ -18,11 +18,12 @@ from itertools import count
 from typing import Any, Final, Protocol
 from weakref import finalize, ref
 
-from flexgate.server.engine.grammars.follow import LENGTH
+from flexgate.server.engine.grammars.follow import LENGTH, MAX_OF_TENANT, MAX_PROCESSES
 from flexgate.server.engine.grammars.native import environment
-from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW, CONSTRAINT_UNAVAILABLE
 from flexgate.server.engine.protocol.masks import (
     ADVANCE,
+    BEYOND_LIMITS,
     CLOSE,
     COMPILED,
     ENDED,
@@ -73,6 +74,7 @@ class Follower:
         self.kib = 0
         self.alive = True
         self.compiled = False
+        self._ended_by = CONSTRAINT_UNAVAILABLE
         self.followed: dict[int, ref[Followed]] = {}
         self._asked: dict[int, float] = {}
         self._compiled_at = 0.0
@@ -125,12 +127,12 @@ class Follower:
             self.end()
 
     def end(self) -> None:
-        """Close its socket. It ends when it notices, or the kernel ends it at its limit."""
+        """Close its socket. It ends when it notices, if it has not yet."""
         self.alive, self.kib = False, 0
         self.link.close()
         for followed in list(self.followed.values()):  # at once: other threads add to it
             if (grammar := followed()) is not None:
-                grammar.failed(CONSTRAINT_SLOW)
+                grammar.failed(self._ended_by)
 
     def _ask(self, what: int, number: int, values: Iterable[int]) -> None:
         self._asked[number] = time.monotonic()
@@ -143,9 +145,14 @@ class Follower:
         try:
             self.link.send(packet)
         except OSError:  # it ended, or it reads nothing for so long that what it was sent fills the socket
+            self.receive()  # it may be said why
             self.end()
 
     def _take(self, what: int, number: int, values: Any) -> None:
+        if what == BEYOND_LIMITS:
+            self._ended_by = CONSTRAINT_SLOW
+            self.end()
+            return
         if what == COMPILED:
             self.kib, self._compiled_at = values[0], time.monotonic()
             self.compiled = True
@@ -176,6 +183,7 @@ class Followers:
         self._control: socket.socket | None = None
         self._all: OrderedDict[str, Follower] = OrderedDict()
         self._listed: tuple[Follower, ...] = ()  # for the steps, which wait for no lock
+        self._left = False
 
     def start(self, tokenizer: str, vocabulary: int) -> None:
         """Begin the process that forks the others.
@@ -233,6 +241,7 @@ class Followers:
 
     def collect(self, wanted: Collection[Followed], seconds: float) -> float:
         """Take what was sent, and wait so long until every grammar of ``wanted`` is ready; returns the wait."""
+        self._tidy_up()
         began, waited = time.monotonic(), 0.0
         while True:
             owing = [follower for follower in self._listed if follower.owes]
@@ -249,8 +258,15 @@ class Followers:
     def _leave(self, follower: Follower, number: int) -> None:
         """Forget a request that is gone; runs wherever its grammar is dropped, even within `follow`."""
         follower.close(number)
-        if not follower.followed and not follower.compiled and self._lock.acquire(blocking=False):
+        if not follower.followed:
+            self._left = True
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        """End what is unneeded since requests have left, now or in a later step: no step waits for a lock."""
+        if self._left and self._lock.acquire(blocking=False):
             try:
+                self._left = False
                 self._end_unneeded()
             finally:
                 self._lock.release()
@@ -270,27 +286,29 @@ class Followers:
         return Follower(tenant, ours, self._mask_words)
 
     def _end_unneeded(self) -> None:
-        """End what no request needs and is not compiled, or is more than is kept."""
+        """End what no request needs and is not compiled, or is more than is kept, or in the way of what waits."""
         for name, follower in list(self._all.items()):
             if not follower.followed and not follower.compiled:
                 follower.receive()  # it may have been compiled meanwhile
                 if not follower.compiled:
                     self._all.pop(name).end()
-        idle = [name for name, follower in self._all.items() if not follower.followed]
-        kib = sum(self._all[name].kib for name in idle)
-        while idle and (len(idle) >= MAX_KEPT or kib > MAX_KEPT_KIB):
-            name = self._least_needed(idle, of_size=len(idle) < MAX_KEPT)
-            idle.remove(name)
-            ended = self._all.pop(name)
-            kib -= ended.kib
-            ended.end()
+        while (unneeded := self._unneeded()) is not None:
+            self._all.pop(unneeded).end()
         self._listed = tuple(self._all.values())
 
-    def _least_needed(self, idle: list[str], *, of_size: bool) -> str:
-        """The oldest of the tenant that has most of them, in number or in size."""
+    def _unneeded(self) -> str | None:
+        """The process that is to end next, if one is: the oldest of the tenant that has most unneeded ones."""
+        idle = [name for name, follower in self._all.items() if not follower.followed]
+        alive = Counter(follower.tenant for follower in self._all.values() if follower.alive)
+        crowded = [name for name in idle if alive[self._all[name].tenant] > MAX_OF_TENANT]
+        if crowded:
+            return crowded[0]
+        of_number = len(idle) >= MAX_KEPT or alive.total() > MAX_PROCESSES
+        if not idle or not (of_number or sum(self._all[name].kib for name in idle) > MAX_KEPT_KIB):
+            return None
         held: Counter[str] = Counter()
         for name in idle:
-            held[self._all[name].tenant] += self._all[name].kib if of_size else 1
+            held[self._all[name].tenant] += 1 if of_number else self._all[name].kib
         [(most, _)] = held.most_common(1)
         return next(name for name in idle if self._all[name].tenant == most)
 

@@ -12,7 +12,7 @@ import torch
 
 from flexgate.server.engine.core.followers import Followers, TenantBusy
 from flexgate.server.engine.protocol.constraints import open_constraint
-from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_FAILED, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_FAILED, CONSTRAINT_UNAVAILABLE
 from flexgate.server.engine.protocol.gates import SealKey
 from flexgate.server.engine.seam.engine import (
     StructuredOutputBackend,
@@ -22,8 +22,9 @@ from flexgate.server.engine.seam.engine import (
 )
 
 MAX_PATIENCE: Final = 0.005
-"""Seconds that a step waits for masks of one request; once used up, they come back slowly."""
+"""Seconds that steps wait for masks, of one request and of all; once used up, they come back slowly."""
 PATIENCE_PER_TOKEN: Final = 0.0005
+PATIENCE_PER_STEP: Final = 0.0005
 SHORTEST_WAIT: Final = 0.001
 
 
@@ -98,7 +99,7 @@ class FollowedGrammar(StructuredOutputGrammar):
     def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
         """Fill one row; without a mask all tokens are allowed, and what is sampled reaches no client."""
         if self._mask is None or not self.ready:
-            self.failed(CONSTRAINT_SLOW)
+            self.failed(CONSTRAINT_UNAVAILABLE)
         if self.failure is None:
             bitmask[batch_index].copy_(self._mask)
         else:
@@ -118,7 +119,7 @@ class FollowedGrammar(StructuredOutputGrammar):
 
     def failed(self, reason: str) -> None:
         """No mask will come."""
-        self.failure, self.ready = reason, True
+        self.failure, self.ready = self.failure or reason, True
 
     def validate_tokens(self, tokens: list[int]) -> list[int]:
         """For speculative decoding, which constraints are not followed under."""
@@ -133,10 +134,21 @@ class FollowedGrammar(StructuredOutputGrammar):
         raise NotImplementedError
 
 
-def wait_in_patience(followers: Followers, grammars: Collection[FollowedGrammar]) -> None:
-    """Take the masks that were made, and wait for those of ``grammars`` that are late as long as each has patience."""
-    followers.collect((), 0.0)
-    while late := [grammar for grammar in grammars if not grammar.ready and grammar.patience >= SHORTEST_WAIT]:
-        waited = followers.collect(late, min(grammar.patience for grammar in late))
-        for grammar in late:
-            grammar.patience -= max(waited, SHORTEST_WAIT)
+class Patience:
+    """How long steps may still wait for late masks: what each request has, and never more than all have together."""
+
+    def __init__(self, followers: Followers) -> None:
+        self.followers = followers
+        self.left = MAX_PATIENCE
+
+    def wait(self, grammars: Collection[FollowedGrammar]) -> None:
+        """Take the masks that were made, and wait for those of ``grammars`` that are late; once in each step."""
+        self.followers.collect((), 0.0)
+        self.left = min(MAX_PATIENCE, self.left + PATIENCE_PER_STEP)
+        while late := [grammar for grammar in grammars if not grammar.ready and grammar.patience >= SHORTEST_WAIT]:
+            if self.left < SHORTEST_WAIT:
+                return
+            waited = self.followers.collect(late, min(self.left, *(grammar.patience for grammar in late)))
+            self.left -= waited
+            for grammar in late:
+                grammar.patience -= max(waited, SHORTEST_WAIT)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flexgate.server.engine.core.grammars import FollowedGrammar, take_sealed_constraints, wait_in_patience
+from flexgate.server.engine.core.grammars import FollowedGrammar, Patience, take_sealed_constraints
 from flexgate.server.engine.core.guard import EngineGuard, seal_key_from_environment
 from flexgate.server.engine.core.parent_watchdog import end_with_parent, leave_interrupts_to_the_server
 from flexgate.server.engine.protocol.clock import Clock
@@ -65,7 +65,7 @@ class _Gated(_Base):
         self._clock = Clock()
         key = seal_key_from_environment()
         guard_requests(EngineGuard(key, self._table, self._clock))
-        self._followers = take_sealed_constraints(key)
+        self._patience = Patience(take_sealed_constraints(key))
         clear_reused_blocks()
         offer_to_engine_core(SLOTS_UTILITY, _change_slots)
         self._ledger = UsageLedger(self._table.total)
@@ -161,7 +161,7 @@ class _Gated(_Base):
         """Take the masks that were made, and keep running requests that have none yet out of the next step."""
         running = [request for request in self._constrained.values() if request.status == RequestStatus.RUNNING]
         grammars = [grammar for request in running if (grammar := _grammar_of(request)) is not None]
-        wait_in_patience(self._followers, grammars)
+        self._patience.wait(grammars)
         self._end_unmasked()
         for request in running:
             grammar = _grammar_of(request)

@@ -12,12 +12,13 @@ import math
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall, Ticket
 from flexgate.server.engine.frontend.constraining import Constrainer
 from flexgate.server.engine.frontend.params import refuse_many_bad_words
 from flexgate.server.engine.protocol.endings import (
+    CONSTRAINT_SLOW,
     EXPERT_REVOKED,
     GATE_EXPIRED,
     LEDGER_UNAVAILABLE,
@@ -34,11 +35,20 @@ from flexgate.server.engine.seam.requests import see_requests, take_output_extra
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.constraints.compiler import Compiler
+    from flexgate.server.engine.frontend.constraints.made import Constraint
     from flexgate.server.engine.seam.engine import SamplingParams
     from flexgate.server.engine.seam.frontend import RequestOutput
 
 LOOK_AGAIN_SECONDS: Final = 1.0
 """How often the clock is read until a call's end: it may be set forward meanwhile."""
+
+
+class _Running(NamedTuple):
+    """A request that the engine has."""
+
+    call: GatedCall
+    ticket: Ticket | None
+    constraint: Constraint | None
 
 
 class GatedEngineClient:
@@ -72,7 +82,7 @@ class GatedEngineClient:
         self._constrainer = Constrainer(compiler, key)
         self.slot_map = slot_map
         self._clock = clock
-        self._running: dict[str, tuple[GatedCall, Ticket | None]] = {}
+        self._running: dict[str, _Running] = {}
         self._open: set[GatedCall] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timers: dict[GatedCall, asyncio.TimerHandle] = {}
@@ -169,7 +179,7 @@ class GatedEngineClient:
 
     def _abort(self, call: GatedCall) -> None:
         call.leave()
-        ids = [id_ for id_, (owner, _) in self._running.items() if owner is call]
+        ids = [id_ for id_, running in self._running.items() if running.call is call]
         if ids:
             task = asyncio.ensure_future(self._engine.abort(ids))
             self._aborting.add(task)
@@ -234,18 +244,18 @@ class GatedEngineClient:
     ) -> AsyncGenerator[RequestOutput, None]:
         self._refuse_ended(call)
         with nullcontext() if ticket is None else closing(ticket):
-            params = sampling_params.clone()
+            params, constraint = sampling_params.clone(), None
             if params.bad_words:
                 refuse_many_bad_words(params, self._engine.renderer.tokenizer)
             if params.structured_outputs is not None:
-                await self._constrainer.constrain(call.tenant, params)
+                constraint = await self._constrainer.constrain(call.tenant, params)
                 self._refuse_ended(call)
             if ticket is not None:
                 await self._await_turn(call, ticket)
             request_id = f"flexgate-{uuid.uuid4().hex}"
             call._names, call._layers = call.name_slots(self._names), self._layers
             params.extra_args = {GATE_ARG: seal(call.gate(request_id, self._key), self._key)}
-            self._running[request_id] = call, ticket
+            self._running[request_id] = _Running(call, ticket, constraint)
             outputs = self._engine.generate(prompt, params, request_id, priority=call.priority, **options)
             prompt_logprobs = None
             try:
@@ -291,15 +301,16 @@ class GatedEngineClient:
             raise EngineGenerateError(f"the request was ended: {call.failed}")
 
     def _see(self, request_id: str, prompt_tokens: int) -> None:
-        call, _ = self._running.get(request_id, (None, None))
-        if call is not None:
-            call.count_prompt(request_id, prompt_tokens)
+        running = self._running.get(request_id)
+        if running is not None:
+            running.call.count_prompt(request_id, prompt_tokens)
 
     def _take(self, output: EngineCoreOutput, request_id: str | None) -> None:
         extras, output.kv_transfer_params = output.kv_transfer_params, None
-        call, ticket = self._running.get(request_id or "", (None, None))
-        if call is None:
+        running = self._running.get(request_id or "")
+        if running is None:
             return
+        call, ticket, constraint = running
         if ticket is not None:
             ticket.use(len(output.new_token_ids))
             if output.finished:
@@ -311,3 +322,5 @@ class GatedEngineClient:
         if output.stop_reason in OF_THE_ENGINE:
             expired = call.expired if output.stop_reason == GATE_EXPIRED else None
             call.failed = call.failed or expired or output.stop_reason
+        if output.stop_reason == CONSTRAINT_SLOW and constraint is not None:
+            self._constrainer.avoid(call.tenant, constraint)

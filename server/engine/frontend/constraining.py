@@ -23,8 +23,8 @@ class Constrainer:
         self._compiler = compiler
         self._key = key
 
-    async def constrain(self, tenant: str, params: SamplingParams) -> None:
-        """Replace the constraint of ``params``, if there is one, by a sealed one that was tried.
+    async def constrain(self, tenant: str, params: SamplingParams) -> Constraint | None:
+        """Replace the constraint of ``params``, if there is one, by a sealed one that was tried; returns the latter.
 
         Raises:
             VLLMValidationError: it is not enforced, not together with the other parameters, or not within the limits.
@@ -32,7 +32,7 @@ class Constrainer:
         """
         made = params.structured_outputs
         if made is None or made.all_constraints_none():
-            return
+            return None
         _refuse_beside(params)
         if self._compiler is None:
             raise VLLMValidationError("This server has no tokenizer to constrain answers with.")
@@ -45,6 +45,12 @@ class Constrainer:
             raise QueueOverflowError from error
         sealed = seal_constraint(tenant, constraint.kind, constraint.text, self._key)
         params.structured_outputs = type(made)(grammar=sealed)
+        return constraint
+
+    def avoid(self, tenant: str, constraint: Constraint) -> None:
+        """Refuse a constraint of a tenant for a while: it was slow to follow."""
+        if self._compiler is not None:
+            self._compiler.avoid(tenant, constraint)
 
 
 _BESIDE: Final = {

@@ -2,7 +2,8 @@
 
 It loads xgrammar once and forks a child for each constraint of running requests. The child compiles it, as it was tried
 before, and makes the masks of its requests. The kernel ends a child that is late, which nothing within it could: native
-code cannot be interrupted. It reads jobs from the socket FD until the engine core closes that.
+code cannot be interrupted. This process then tells the engine core that it was the limit. It reads jobs from the socket
+FD until the engine core closes that.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import socket
 import struct
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from flexgate.server.engine.grammars.native import (
+    HUNG_SECONDS,
     MAX_FOLLOWING,
     MAX_MASK_SECONDS,
+    OUT_OF_MEMORY,
+    beyond_limits,
     compile_constraint,
+    is_out_of_memory,
     limit_memory,
     limit_process,
     limit_time,
@@ -30,6 +36,7 @@ from flexgate.server.engine.grammars.native import (
 )
 from flexgate.server.engine.protocol.masks import (
     ADVANCE,
+    BEYOND_LIMITS,
     CLOSE,
     COMPILED,
     ENDED,
@@ -42,10 +49,22 @@ from flexgate.server.engine.protocol.masks import (
 
 MAX_AT_ONCE: Final = 2
 """Constraints that are compiled at once, one of each tenant."""
+MAX_PROCESSES: Final = 64
+MAX_OF_TENANT: Final = 16
+"""Children, in all and of one tenant; a further constraint waits for one to end."""
 QUICK_SECONDS: Final = 0.01
 MAX_NICE: Final = 19
 """For a process that has been slower than that once: it has what processor time the steps leave."""
 LENGTH: Final = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that follows a constraint, and what it is reached by."""
+
+    pid: int
+    tenant: str
+    link: socket.socket
 
 
 class Forker:
@@ -58,22 +77,26 @@ class Forker:
         self._control = control
         self._bindings, self._tokenizer = bindings, tokenizer
         self._waiting: dict[str, dict[int, tuple[dict[str, str], socket.socket]]] = {}
-        self._compiling: dict[int, str] = {}
+        self._compiling: dict[int, tuple[Child, float]] = {}
+        self._children: dict[int, Child] = {}
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
 
     def run(self) -> None:
         """Work until the engine core is gone."""
         while True:
-            for source, _ in self._poll.poll():
+            for source, _ in self._poll.poll(1000 if self._compiling else None):
                 if source in self._compiling:
                     self._poll.unregister(source)
                     os.close(source)
                     del self._compiling[source]
+                elif source in self._children:
+                    self._bury(source)
                 elif source != self._control.fileno():
                     self._drop(source)
                 elif not self._take_job():
                     return
+            self._end_hung()
             self._begin_next()
 
     def _take_job(self) -> bool:
@@ -102,42 +125,81 @@ class Forker:
         return taken
 
     def _begin_next(self) -> None:
-        """Fork for as many jobs as may be compiled now, of the tenants in turn."""
-        while len(self._compiling) < MAX_AT_ONCE:
-            tenant = next((tenant for tenant in self._waiting if tenant not in self._compiling.values()), None)
+        """Fork for as many jobs as there may be children now, of the tenants in turn."""
+        while len(self._compiling) < MAX_AT_ONCE and len(self._children) < MAX_PROCESSES:
+            tenant = next(filter(self._may_begin, self._waiting), None)
             if tenant is None:
                 return
             job, link = self._take(tenant, next(iter(self._waiting[tenant])))
-            with link, suppress(OSError):
+            try:
                 self._fork(job, link)
+            except OSError:
+                link.close()
+
+    def _may_begin(self, tenant: str) -> bool:
+        if any(child.tenant == tenant for child, _ in self._compiling.values()):
+            return False
+        return sum(child.tenant == tenant for child in self._children.values()) < MAX_OF_TENANT
 
     def _fork(self, job: dict[str, str], link: socket.socket) -> None:
-        hears, tells = os.pipe()
-        try:
-            if os.fork() == 0:
-                self._follow(job, link, tells)
-        except OSError:
-            os.close(hears)
-            raise
-        finally:
-            os.close(tells)
-        self._poll.register(hears, select.POLLIN)
-        self._compiling[hears] = job["tenant"]
+        """Fork a child, with a pipe that it closes once it has compiled, and one that is open as long as it lives."""
+        with ExitStack() as opened:
+            compiled, compiles = _pipe(opened)
+            ended, lives = _pipe(opened)
+            pid = os.fork()
+            if pid == 0:
+                self._follow(job, link, compiles)
+            opened.pop_all()
+        os.close(compiles)
+        os.close(lives)
+        child = self._children[ended] = Child(pid, job["tenant"], link)
+        self._compiling[compiled] = child, time.monotonic() + HUNG_SECONDS
+        for descriptor in (compiled, ended):
+            self._poll.register(descriptor, select.POLLIN)
 
-    def _follow(self, job: dict[str, str], link: socket.socket, tells: int) -> NoReturn:
+    def _bury(self, ended: int) -> None:
+        """Tell the engine core of a child that ended at a limit; of any other it finds the socket closed."""
+        child = self._children.pop(ended)
+        self._poll.unregister(ended)
+        os.close(ended)
+        _, status = os.waitpid(child.pid, 0)
+        with child.link, suppress(OSError):  # which may be full, or closed at the other end
+            if beyond_limits(status) is not None:
+                child.link.send(pack(BEYOND_LIMITS, 0), socket.MSG_DONTWAIT)
+
+    def _end_hung(self) -> None:
+        now = time.monotonic()
+        for child, deadline in self._compiling.values():
+            if deadline < now and child in self._children.values():
+                os.kill(child.pid, signal.SIGKILL)
+
+    def _follow(self, job: dict[str, str], link: socket.socket, compiles: int) -> NoReturn:
         """What a child does."""
+        status = 1
         try:
             limit_process()
-            for _, other in (waiting for jobs in self._waiting.values() for waiting in jobs.values()):
+            waiting = [other for jobs in self._waiting.values() for _, other in jobs.values()]
+            for other in (*waiting, *(child.link for child in self._children.values())):
                 other.close()  # whose end the engine core would not see while it is open here
             self._control.close()
             compiled = compile_constraint(self._bindings, self._tokenizer, job["kind"], job["text"])
             limit_time(0)
             limit_memory(MAX_FOLLOWING)
-            os.close(tells)
+            os.close(compiles)
             Follower(self._bindings, compiled, self._tokenizer.vocab_size(), link).run()
+            status = 0
+        except Exception as error:
+            status = OUT_OF_MEMORY if is_out_of_memory(error) else 1
         finally:
-            os._exit(0)
+            os._exit(status)
+
+
+def _pipe(opened: ExitStack) -> tuple[int, int]:
+    """A pipe, which ``opened`` closes."""
+    ends = os.pipe()
+    for end in ends:
+        opened.callback(os.close, end)
+    return ends
 
 
 class Follower:
@@ -186,7 +248,6 @@ class Follower:
 def main() -> None:
     """Work for the engine core at the other end of the socket, whose tokenizer is this process's input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
     control = socket.socket(fileno=int(sys.argv[1]))
     bindings = load_bindings()
     import numpy as _before_the_forks  # noqa: F401

@@ -18,6 +18,10 @@ MAX_FOLLOWING: Final = 128 << 20
 """Bytes for what is kept of all requests that a compiled constraint is followed for."""
 MAX_MASK_SECONDS: Final = 0.5
 """Of processor time to follow one token and find out what may come next. A step waits for a few milliseconds of it."""
+HUNG_SECONDS: Final = 120
+"""On the clock, to compile a constraint that gets no processor time: a busy machine ends none before."""
+OUT_OF_MEMORY: Final = 3
+"""Exit status of a process that reached its limit of memory."""
 PR_SET_PDEATHSIG: Final = 1
 _INHERITED: Final = re.compile("PATH|HOME|LANG|LC_.*|PYTHON.*|LD_LIBRARY_PATH|TMPDIR")
 
@@ -61,6 +65,22 @@ def limit_process() -> None:
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, it ends before all others
     limit_memory(MAX_MEMORY)
     limit_time(MAX_SECONDS)
+
+
+def beyond_limits(status: int) -> str | None:
+    """Which limit a process ended at, by its wait status: ``time``, ``memory``, or None if at none."""
+    if os.WIFEXITED(status):
+        return "memory" if os.WEXITSTATUS(status) == OUT_OF_MEMORY else None
+    ended_by = os.WTERMSIG(status)
+    if ended_by == signal.SIGPROF:
+        return "time"
+    # Native code that gets no memory ends like this.
+    return "memory" if ended_by in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether native code or Python got no memory."""
+    return isinstance(error, MemoryError) or "bad_alloc" in str(error)
 
 
 def limit_memory(more: int) -> None:

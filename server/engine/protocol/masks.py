@@ -15,6 +15,7 @@ COMPILED: Final = 3  # from a process: KiB that the grammar takes
 MASK: Final = 4  # from a process: what may come next
 ENDED: Final = 5  # from a process: the answer is complete
 REFUSED: Final = 6  # from a process: a sampled token was none that might come next
+BEYOND_LIMITS: Final = 7  # of a process, from the one that began it: the kernel ended it at a limit
 MAX_PACKET: Final = 1 << 16
 """Bytes: a mask of half a million tokens."""
 

@@ -12,6 +12,7 @@ from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import (
     CONSTRAINT_BUSY,
     CONSTRAINT_SLOW,
+    CONSTRAINT_UNAVAILABLE,
     EXPERT_REVOKED,
     GATE_EXPIRED,
     KEY_EXPIRED,
@@ -92,6 +93,11 @@ _ENDED: Final[dict[str, _End]] = {
         Unavailable,
         "ledger_unavailable",
         "This server cannot record what the request uses. Try again, or ask the operator to check the ledger's disk.",
+    ),
+    CONSTRAINT_UNAVAILABLE: (
+        Unavailable,
+        "constraint_unavailable",
+        "The request was ended because the process that evaluates its constraint ended or did not respond. Try again.",
     ),
     POLICY_UNAVAILABLE: (
         Unavailable,

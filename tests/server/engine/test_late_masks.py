@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from enginekit.scripted import Ask, EngineScript, ScriptedEngine, scripted_engine
 
-from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW, CONSTRAINT_UNAVAILABLE
 
 pytestmark = pytest.mark.engine
 
@@ -41,7 +41,7 @@ def test_a_request_whose_mask_is_late_is_left_out_of_steps_and_goes_on_when_it_i
 def test_a_request_whose_masks_are_made_no_more_ends_alone(texts: ScriptedEngine) -> None:
     beside, late, counts = texts.call("run_beside_a_late_mask", LATE, BESIDE, signal.SIGKILL)
     assert [count for count, _ in counts] == list(range(1, BESIDE.max_tokens + 1))
-    assert (late.finish_reason, late.stop_reason) == ("error", CONSTRAINT_SLOW)
+    assert (late.finish_reason, late.stop_reason) == ("error", CONSTRAINT_UNAVAILABLE)
     assert beside.finish_reason == "length"
     assert texts.call("leftovers") == (0, 0)
     assert texts.call("followed") == 0
@@ -52,5 +52,5 @@ def test_constrained_requests_of_one_batch_equal_those_alone(texts: ScriptedEngi
     together = texts.run(asks)
     for ask, answer in zip(asks, together, strict=True):
         assert answer.finish_reason in ("stop", "length")
-        assert answer.stop_reason not in (CONSTRAINT_SLOW, CONSTRAINT_FAILED)
+        assert answer.stop_reason not in (CONSTRAINT_SLOW, CONSTRAINT_FAILED, CONSTRAINT_UNAVAILABLE)
         assert answer.tokens == texts.solo(ask).tokens

@@ -105,13 +105,13 @@ class Engine:
         import gc
 
         gc.collect()
-        followers = self.engine.engine_core.engine_core.scheduler._followers
+        followers = self.engine.engine_core.engine_core.scheduler._patience.followers
         return sum(len(follower.followed) for follower in followers._listed)
 
     def _signal_followers(self, sent: int) -> None:
         import psutil
 
-        forker = self.engine.engine_core.engine_core.scheduler._followers._forker
+        forker = self.engine.engine_core.engine_core.scheduler._patience.followers._forker
         for child in psutil.Process(forker.pid).children():
             child.send_signal(sent)
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections import OrderedDict, defaultdict
 from contextlib import suppress
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import Constraint
 from flexgate.server.engine.frontend.constraints.worker import LENGTH
 from flexgate.server.engine.grammars.native import environment
 
+T = TypeVar("T")
 MAX_AT_ONCE: Final = 2
 MAX_WAITING: Final = 16
 """Of one tenant's constraints that are not tried yet."""
 MAX_REMEMBERED: Final = 256
-"""Of one tenant's constraints that were compiled within the limits."""
+"""Of one tenant's constraints that were compiled within the limits, and of those that were slow later."""
+AVOIDED_SECONDS: Final = 600.0
 
 
 class CompilerBusy(Exception):
@@ -40,6 +43,7 @@ class Compiler:
         self._of_tenant: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         self._running: dict[str, dict[bytes, asyncio.Task[None]]] = defaultdict(dict)
         self._known: dict[str, OrderedDict[bytes, None]] = defaultdict(OrderedDict)
+        self._slow: dict[str, OrderedDict[bytes, float]] = defaultdict(OrderedDict)
 
     async def start(self, tokenizer: str) -> None:
         """Begin the process; ``tokenizer`` is xgrammar's serialised `TokenizerInfo`."""
@@ -63,6 +67,8 @@ class Compiler:
             CompilerBusy: it could not be tried now.
         """
         name, known = _name(constraint), self._known[tenant]
+        if self._is_avoided(tenant, name):
+            raise ConstraintError("it took too long to follow; simplify it")
         if name in known:
             known.move_to_end(name)
             return
@@ -73,6 +79,15 @@ class Compiler:
             task = running[name] = asyncio.create_task(self._try(tenant, constraint))
             task.add_done_callback(lambda done: self._ended(tenant, name, done))
         await asyncio.shield(running[name])
+
+    def avoid(self, tenant: str, constraint: Constraint) -> None:
+        """Refuse a constraint of a tenant for a while: it was quick when it was tried, and slow to follow."""
+        name, slow = _name(constraint), self._slow[tenant]
+        self._known[tenant].pop(name, None)
+        _remember(slow, name, time.monotonic() + AVOIDED_SECONDS)
+
+    def _is_avoided(self, tenant: str, name: bytes) -> bool:
+        return tenant in self._slow and self._slow[tenant].get(name, 0.0) > time.monotonic()
 
     async def _try(self, tenant: str, constraint: Constraint) -> None:
         async with self._of_tenant[tenant], self._all:
@@ -85,10 +100,7 @@ class Compiler:
     def _ended(self, tenant: str, name: bytes, task: asyncio.Task[None]) -> None:
         del self._running[tenant][name]
         if not task.cancelled() and task.exception() is None:
-            known = self._known[tenant]
-            known[name] = None
-            if len(known) > MAX_REMEMBERED:
-                known.popitem(last=False)
+            _remember(self._known[tenant], name, None)
         if not self._running[tenant]:
             del self._running[tenant], self._of_tenant[tenant]
 
@@ -129,6 +141,14 @@ class Compiler:
                 if not waiting.done():
                     waiting.set_result({"busy": "the process that compiles constraints ended"})
             self._waiting.clear()
+
+
+def _remember(found: OrderedDict[bytes, T], name: bytes, value: T) -> None:
+    """The newest so many."""
+    found[name] = value
+    found.move_to_end(name)
+    if len(found) > MAX_REMEMBERED:
+        found.popitem(last=False)
 
 
 def _name(constraint: Constraint) -> bytes:

@@ -20,16 +20,18 @@ from typing import Any, Final, NoReturn
 
 from flexgate.server.engine.frontend.constraints.errors import compiler_message
 from flexgate.server.engine.grammars.native import (
+    HUNG_SECONDS,
     MAX_MASK_SECONDS,
     MAX_MEMORY,
+    OUT_OF_MEMORY,
+    beyond_limits,
     compile_constraint,
+    is_out_of_memory,
     limit_process,
     limit_time,
     load_bindings,
 )
 
-HUNG_SECONDS: Final = 120
-"""On the clock, for a child that uses no processor time: a busy machine ends none before."""
 MAX_COMPILED: Final = 64 << 20
 """Bytes of a compiled grammar, which a process of the engine core's keeps while requests have it."""
 PROBES: Final = 3
@@ -80,23 +82,25 @@ def probe(bindings: Any, compiled: Any, vocabulary: int, seed: int) -> str | Non
 
 
 def answer_job(bindings: Any, tokenizer: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Nothing, or why the constraint is ``refused``."""
+    """Nothing, or why the constraint is ``refused``; what is raised is a limit of memory, or a fault of the machine."""
     try:
         compiled = compile_constraint(bindings, tokenizer, job["kind"], job["text"])
         if compiled.memory_size_bytes() > MAX_COMPILED:
             return {"refused": f"compiled, it takes more than {MAX_COMPILED >> 20} MiB"}
         limit_time(PROBE_SECONDS + 2 * MAX_MASK_SECONDS)
         why = probe(bindings, compiled, tokenizer.vocab_size(), seed=job["id"])
-    except MemoryError:
-        return {"refused": _too_much_memory()}
     except Exception as error:
-        memory = "bad_alloc" in str(error)
-        return {"refused": _too_much_memory() if memory else compiler_message(str(error))}
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        return {"refused": compiler_message(str(error))}
     return {} if why is None else {"refused": why}
 
 
-def _too_much_memory() -> str:
-    return f"it needs more than {MAX_MEMORY >> 20} MiB to compile"
+_REFUSED: Final = {
+    "time": "it takes too long to compile or to follow",
+    "memory": f"it needs more than {MAX_MEMORY >> 20} MiB to compile",
+}
+"""By the limit that a child ended at."""
 
 
 class Worker:
@@ -152,13 +156,17 @@ class Worker:
 
     def _compile(self, job: dict[str, Any], tells: int) -> NoReturn:
         """What a child does."""
+        status = 1
         try:
             limit_process()
             answer = json.dumps(answer_job(self._bindings, self._tokenizer, job)).encode()
             with open(tells, "wb") as pipe:
                 pipe.write(answer)
+            status = 0
+        except Exception as error:
+            status = OUT_OF_MEMORY if is_out_of_memory(error) else 1
         finally:
-            os._exit(0)
+            os._exit(status)
 
     def _hear(self, source: int) -> None:
         child = self._children[source]
@@ -172,8 +180,10 @@ class Worker:
         del self._children[source]
         os.close(source)
         _, status = os.waitpid(child.pid, 0)
-        late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGKILL)
-        answer = {"refused": "it takes too long to compile or to follow" if late else _too_much_memory()}
+        limit = beyond_limits(status)
+        answer = (
+            {"busy": "the process that compiled a constraint ended"} if limit is None else {"refused": _REFUSED[limit]}
+        )
         if child.hung:
             answer = {"busy": f"a constraint was not compiled within {HUNG_SECONDS} s"}
         with suppress(ValueError):

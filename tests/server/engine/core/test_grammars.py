@@ -18,9 +18,9 @@ from vllm.v1 import structured_output
 from flexgate.server.engine.core import followers as core_followers
 from flexgate.server.engine.core import grammars
 from flexgate.server.engine.core.followers import Followers
-from flexgate.server.engine.core.grammars import MAX_PATIENCE, wait_in_patience
+from flexgate.server.engine.core.grammars import MAX_PATIENCE, PATIENCE_PER_STEP, Patience
 from flexgate.server.engine.protocol.constraints import GrammarError, open_constraint, seal_constraint
-from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW
+from flexgate.server.engine.protocol.endings import CONSTRAINT_FAILED, CONSTRAINT_SLOW, CONSTRAINT_UNAVAILABLE
 from flexgate.server.engine.protocol.gates import new_seal_key
 
 KEY = new_seal_key()
@@ -108,6 +108,7 @@ def test_a_killed_process_ends_its_requests_alone_and_the_next_request_begins_an
     killed.kill()
     first.accept_tokens("r", [ord("c")])
     until(followers, lambda: first.failure is not None)
+    assert first.failure == CONSTRAINT_UNAVAILABLE
     assert allowed(followers, beside) == {"a"}
     assert allowed(followers, follow(followers, "cd")) == {"c"}
 
@@ -126,15 +127,29 @@ def test_a_step_is_patient_for_milliseconds_and_with_what_is_always_late_for_non
     os.kill(process.pid, signal.SIGSTOP)
     try:
         late.accept_tokens("r", [ord("g")])
-        began = time.thread_time()
+        began, patience = time.thread_time(), Patience(followers)
         for _ in range(50):
-            wait_in_patience(followers, [late])
+            patience.wait([late])
         assert late.patience < 0.001
         assert not late.ready
         assert time.thread_time() - began < SECONDS * MAX_PATIENCE
     finally:
         os.kill(process.pid, signal.SIGCONT)
     assert allowed(followers, late) == {"h"}
+
+
+def test_steps_wait_no_longer_for_many_new_requests_than_for_one() -> None:
+    waits: list[float] = []
+
+    def collect(_wanted: object, seconds: float) -> float:
+        waits.append(seconds)
+        return seconds
+
+    patience = Patience(SimpleNamespace(collect=collect))  # type: ignore[arg-type]
+    for _ in range(100):
+        new: Any = SimpleNamespace(ready=False, patience=MAX_PATIENCE)
+        patience.wait([new])
+    assert MAX_PATIENCE < sum(waits) <= MAX_PATIENCE + 100 * PATIENCE_PER_STEP
 
 
 def test_a_process_without_processor_time_is_given_up(followers: Followers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,5 +160,6 @@ def test_a_process_without_processor_time_is_given_up(followers: Followers, monk
     monkeypatch.setattr(core_followers, "HUNG_SECONDS", 0.0)
     hung.accept_tokens("r", [ord("i")])
     until(followers, lambda: hung.failure is not None)
+    assert hung.failure == CONSTRAINT_UNAVAILABLE
     os.kill(process.pid, signal.SIGCONT)
     process.wait(SECONDS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import select
+import signal
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,9 @@ from maskkit import SECONDS, TOKENIZER, VOCABULARY, allowed, follow, process_of,
 from flexgate.server.engine.core import followers as core_followers
 from flexgate.server.engine.core.followers import Follower, Followers
 from flexgate.server.engine.core.grammars import FollowedGrammar
-from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_SLOW
+from flexgate.server.engine.grammars.follow import MAX_OF_TENANT, MAX_PROCESSES, Child, Forker
+from flexgate.server.engine.grammars.native import OUT_OF_MEMORY, beyond_limits
+from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_UNAVAILABLE
 from flexgate.server.engine.protocol.masks import COMPILED, MASK, pack
 
 
@@ -88,6 +92,7 @@ def test_the_forking_process_is_begun_again_when_it_was_killed(followers: Follow
     followers._forker.wait()
     before.accept_tokens("r", [ord("n")])
     until(followers, lambda: before.failure is not None)
+    assert before.failure == CONSTRAINT_UNAVAILABLE
     assert allowed(followers, follow(followers, "no")) == {"n"}
 
 
@@ -168,6 +173,63 @@ def test_a_process_that_reads_constraints_ends_first_where_memory_is_short(follo
     assert Path(f"/proc/{followers._forker.pid}/oom_score_adj").read_text() != "1000\n"
 
 
+def test_a_tenant_has_so_many_processes_and_waits_for_itself(followers: Followers) -> None:
+    mine = [follow(followers, f"o{number}", "crowd") for number in range(MAX_OF_TENANT + 2)]
+    until(followers, lambda: sum(grammar.ready for grammar in mine) == MAX_OF_TENANT)
+    assert allowed(followers, follow(followers, "oo", "other")) == {"o"}
+    assert sum(grammar.ready for grammar in mine) == MAX_OF_TENANT
+    del mine[0], mine[0]
+    gc.collect()
+    until(followers, lambda: all(grammar.ready for grammar in mine))
+    assert [grammar.failure for grammar in mine] == [None] * MAX_OF_TENANT
+
+
+def test_there_are_so_many_processes_in_all_and_unneeded_ones_make_room(followers: Followers) -> None:
+    assert followers._forker is not None
+    forker = psutil.Process(followers._forker.pid)
+    kept = followed_and_gone(followers, "qr", "before")
+    all_of_them = [follow(followers, f"m{number}", f"tenant {number % 5}") for number in range(MAX_PROCESSES + 3)]
+    until(followers, lambda: sum(grammar.ready for grammar in all_of_them) == MAX_PROCESSES)
+    assert not kept.alive
+    assert len(forker.children()) == MAX_PROCESSES
+    del all_of_them[:3]
+    gc.collect()
+    until(followers, lambda: all(grammar.ready for grammar in all_of_them))
+    assert {grammar.failure for grammar in all_of_them} == {None}
+
+
+def test_what_is_compiled_for_too_long_on_the_clock_is_ended() -> None:
+    control, other_end = socket.socketpair()
+    forker = Forker(control, None, None)
+    pids = [os.posix_spawn("/bin/sleep", ["sleep", str(SECONDS)], os.environ) for _ in range(2)]
+    with control, other_end:
+        for number, (pid, left) in enumerate(zip(pids, (-1.0, SECONDS), strict=True)):
+            child = forker._children[number] = Child(pid, "t", other_end)
+            forker._compiling[number] = child, time.monotonic() + left
+        forker._end_hung()
+        assert os.waitpid(pids[0], 0) == (pids[0], signal.SIGKILL)
+        assert os.waitpid(pids[1], os.WNOHANG) == (0, 0)
+        os.kill(pids[1], signal.SIGTERM)
+        os.waitpid(pids[1], 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "limit"),
+    [
+        (signal.SIGPROF, "time"),
+        (signal.SIGABRT, "memory"),
+        (signal.SIGSEGV, "memory"),
+        (OUT_OF_MEMORY << 8, "memory"),
+        (signal.SIGKILL, None),
+        (signal.SIGTERM, None),
+        (0, None),
+        (1 << 8, None),
+    ],
+)
+def test_what_ended_a_process_was_its_limit_or_not(status: int, limit: str | None) -> None:
+    assert beyond_limits(int(status)) == limit
+
+
 def test_what_was_compiled_for_a_request_that_is_gone_is_kept_and_counted(followers: Followers) -> None:
     followed = follow(followers, "yz")
     process = followed._follower
@@ -193,7 +255,7 @@ def test_a_process_that_sends_what_none_sends_ends_alone(packet: bytes) -> None:
         theirs.send(packet)
         follower.receive()
     assert not follower.alive
-    assert grammar.failures == [CONSTRAINT_SLOW]
+    assert grammar.failures == [CONSTRAINT_UNAVAILABLE]
 
 
 def test_a_process_that_sends_without_end_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

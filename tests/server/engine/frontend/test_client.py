@@ -1,13 +1,14 @@
 import asyncio
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from clocks import Clock
 from scripted_engine import Engine
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import LogprobsTensors
@@ -15,6 +16,8 @@ from vllm.v1.outputs import LogprobsTensors
 from flexgate.server.engine.frontend import client as client_module
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
+from flexgate.server.engine.frontend.constraining import Constrainer
+from flexgate.server.engine.protocol.endings import CONSTRAINT_SLOW, CONSTRAINT_UNAVAILABLE
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
 from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.engine.seam.frontend import PromptLogprobs
@@ -65,12 +68,12 @@ def call(engine: Engine) -> Iterator[GatedCall]:
     CURRENT_CALL.reset(token)
 
 
-async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int) -> "asyncio.Task[None]":
+async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int, **more: Any) -> "asyncio.Task[None]":
     client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
     engine.client = client
     client.begin(call)
     CURRENT_CALL.set(call)
-    params = SamplingParams(n=n, max_tokens=9, output_kind=kind, detokenize=False)
+    params = SamplingParams(n=n, max_tokens=9, output_kind=kind, detokenize=False, **more)
 
     async def read() -> None:
         async for _ in client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request"):
@@ -191,6 +194,27 @@ async def test_the_engine_core_is_given_the_earlier_end_and_the_client_its_reaso
     await asyncio.wait({reading}, timeout=10)
     assert call.failed == reason
     assert (reading.exception() is None) == (reason == "gate_expired")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("reason", [CONSTRAINT_SLOW, CONSTRAINT_UNAVAILABLE])
+async def test_a_constraint_that_was_slow_is_avoided_and_no_other_that_ended(
+    engine: Engine, call: GatedCall, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    avoided: list[tuple[str, str]] = []
+
+    async def constrain(_self: object, _tenant: str, _params: SamplingParams) -> str:
+        return "constraint"
+
+    monkeypatch.setattr(Constrainer, "constrain", constrain)
+    monkeypatch.setattr(Constrainer, "avoid", lambda _, *slow: avoided.append(slow))
+    constrained = StructuredOutputsParams(regex="a")
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 1, structured_outputs=constrained)
+    ended = EngineCoreOutput(engine.children[0], [], finish_reason=FinishReason.ERROR, stop_reason=reason)
+    engine.output_processor.process_outputs([ended])
+    await asyncio.wait({reading}, timeout=10)
+    assert call.failed == reason
+    assert avoided == ([("t", "constraint")] if reason == CONSTRAINT_SLOW else [])
 
 
 @pytest.mark.asyncio

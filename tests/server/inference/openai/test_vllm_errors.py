@@ -14,6 +14,9 @@ from vllm.exceptions import GenerationError, QueueOverflowError, VLLMValidationE
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import (
+    CONSTRAINT_BUSY,
+    CONSTRAINT_SLOW,
+    CONSTRAINT_UNAVAILABLE,
     GATE_EXPIRED,
     KEY_EXPIRED,
     KEY_REVOKED,
@@ -206,3 +209,18 @@ async def test_a_constraint_refused_in_a_stream_is_refused_as_before_one(
     assert json.loads(response.text.split("\n\n")[0].removeprefix("data: ")) == before
     assert before["error"]["code"] == "invalid_value"
     assert before["error"]["param"] == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "code"),
+    [
+        (CONSTRAINT_SLOW, 400, "constraint_too_slow"),
+        (CONSTRAINT_BUSY, 503, "constraint_busy"),
+        (CONSTRAINT_UNAVAILABLE, 503, "constraint_unavailable"),
+    ],
+)
+def test_a_fault_of_the_server_is_told_as_one_and_a_slow_constraint_is_not(ending: str, status: int, code: str) -> None:
+    ended = ended_early(GatedCall("t", (), 0.0, failed=ending))
+    assert ended is not None
+    assert (ended.status, ended.code) == (status, code)
+    assert ended.headers.get("retry-after") == ("1" if status == 503 else None)

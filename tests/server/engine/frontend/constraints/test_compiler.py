@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 import xgrammar
 
-from flexgate.server.engine.frontend.constraints.compiler import MAX_WAITING, Compiler, CompilerBusy
+from flexgate.server.engine.frontend.constraints.compiler import AVOIDED_SECONDS, MAX_WAITING, Compiler, CompilerBusy
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import Constraint
 from flexgate.server.engine.frontend.constraints.schemas import enforceable
@@ -104,6 +104,33 @@ async def test_the_process_is_begun_again_when_it_was_killed(compiler: Compiler)
     assert compiler._process is not None
     os.kill(compiler._process.pid, signal.SIGKILL)
     await compiler._process.wait()
+    await compiler.check("t", EMAIL)
+
+
+@pytest.mark.asyncio
+async def test_what_ends_a_trial_from_outside_is_no_fault_of_the_constraint(compiler: Compiler) -> None:
+    trying = asyncio.create_task(compiler.check("t", HUGE))
+    assert compiler._process is not None
+    process = psutil.Process(compiler._process.pid)
+    while not (children := process.children()):
+        assert not trying.done()
+        await asyncio.sleep(0.001)
+    children[0].kill()
+    with pytest.raises(CompilerBusy):
+        await trying
+
+
+@pytest.mark.asyncio
+async def test_what_was_slow_to_follow_is_refused_to_its_tenant_for_a_while(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await compiler.check("t", EMAIL)
+    compiler.avoid("t", EMAIL)
+    with pytest.raises(ConstraintError, match="took too long to follow"):
+        await compiler.check("t", EMAIL)
+    await compiler.check("other", EMAIL)
+    now = time.monotonic() + AVOIDED_SECONDS
+    monkeypatch.setattr("flexgate.server.engine.frontend.constraints.compiler.time.monotonic", lambda: now)
     await compiler.check("t", EMAIL)
 
 
