@@ -78,7 +78,7 @@ def _single(results: Path) -> Iterable[str]:
     yield from _changes(_read(results, "changes"))
     p99 = pieces["all"]["p99_us"]
     yield f"| key, body, decision, limits and seal of a request: p99 | {_most(f'{p99:.0f} µs', p99, 300)} | ≤ 300 µs |"
-    for name, rows in (("loop", _loop), ("fairness", _fairness), ("emergency", _emergency)):
+    for name, rows in (("loop", _loop), ("fairness", _fairness), ("emergency", _emergency), ("ledger", _ledger)):
         if (results / f"{name}.json").exists():
             yield from rows(_read(results, name))
 
@@ -103,6 +103,17 @@ def _fairness(report: dict[str, Any]) -> Iterable[str]:
     itself = report["idle_against_itself"]
     low, high = itself["ci95"]
     yield f"| an idle server's against itself (A/A) | {itself['median']:.2f} × [{low:.2f}, {high:.2f}] | |"
+
+
+def _ledger(report: dict[str, Any]) -> Iterable[str]:
+    rate, cpu, bound = report["requests_per_second"], report["cpu_us_per_request"], report["bound"]
+    least, most = bound["requests_per_second"], bound["cpu_us_per_request"]
+    shown = f"{rate:,}" if rate >= least else f"**{rate:,}**"
+    yield f"| requests recorded per second, each on disk before its response | {shown} | ≥ {least:,} |"
+    yield f"| processor time of recording a request | {_most(f'{cpu:.0f} µs', cpu, most)} | ≤ {most} µs |"
+    streams = report["streams"]
+    what = "a token of one of 64 streams: processor time, and wait for its mark at the median"
+    yield f"| {what} | {streams['cpu_us_per_token']:.0f} µs, {streams['wait_ms']['p50']:.1f} ms | |"
 
 
 def _emergency(report: dict[str, Any]) -> Iterable[str]:

@@ -112,3 +112,26 @@ def test_cached_positions_without_a_memory_of_their_routing_are_refused() -> Non
 def test_cached_positions_are_read_where_their_blocks_lie() -> None:
     memory = Remembered.of(8, 4, 4, torch.device("cpu"))
     assert memory.places(([5, 2, 7],), 3, 10).tolist() == [23, 8, 9, 10, 11, 28, 29]
+
+
+def test_positions_that_were_counted_before_a_preemption_are_not_read_again() -> None:
+    """The request counted four positions; another one of its gate has computed eight when it goes on."""
+    state = GateState(TABLE, 16, KEY)
+    state.remember(4, 4)
+    name = "a-0123abcd"
+    resumed = SimpleNamespace(
+        req_ids=[name], num_computed_tokens=[8], resumed_req_ids={name}, new_block_ids=[([3, 1, 2],)]
+    )
+    nothing = SimpleNamespace(req_ids=[], num_computed_tokens=[], resumed_req_ids=set(), new_block_ids=[])
+    for new, running, count in ((new_request("a", (0, 1)), nothing, 4), (None, resumed, 2)):
+        state.begin_step(
+            SimpleNamespace(  # type: ignore[arg-type]
+                finished_req_ids=(),
+                scheduled_cached_reqs=running,
+                scheduled_new_reqs=[] if new is None else [new],
+                num_scheduled_tokens={name: count},
+            )
+        )
+    cached = state._step[name].cached
+    assert cached is not None
+    assert cached.tolist() == [4, 5, 6, 7]
