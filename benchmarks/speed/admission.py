@@ -20,6 +20,7 @@ from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.calls import ExpertSlotRef
 from flexgate.server.engine.protocol.gates import new_seal_key, seal
+from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.http.auth import STATE, Context
 from flexgate.server.http.body import Arriving
 from flexgate.server.http.offload import Offload
@@ -109,7 +110,7 @@ def _services(store: Store, source: PolicySource, usage: BudgetUsage) -> Any:
         decisions=DecisionCache(),
         samples=DecisionSamples(store),
         limiter=Limiter(usage),
-        client=SimpleNamespace(refs=refs, weights_epoch=1),
+        client=SimpleNamespace(refs=refs, weights_epoch=1, slot_map=SlotMap.of_checkpoint([b""], 0, len(refs))),
         queue=SimpleNamespace(enter=lambda *_: None),
     )
 

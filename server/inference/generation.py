@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from flexgate.server.engine.frontend.calls import CURRENT_CALL
 from flexgate.server.engine.seam.openai import ErrorResponse
 from flexgate.server.http.connections import EventStream
-from flexgate.server.http.errors import ApiError
+from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.offload import on_loop
 from flexgate.server.http.responses import disconnected
 from flexgate.server.inference import recording, response_metadata
@@ -202,7 +202,11 @@ def cause(request: InferenceRequest, error: ApiError) -> ApiError:
     request.broken = True
     if not error.server_fault or request.services.client.errored:
         return error
-    return vllm_errors.ended_early(request.call) or vllm_errors.not_generated(request.body) or error
+    if ended := vllm_errors.ended_early(request.call):
+        return ended
+    if isinstance(error, Unavailable):  # no fault of the request's constraint
+        return error
+    return vllm_errors.not_generated(request.body) or error
 
 
 async def until_disconnect(request: Request, work: Awaitable[T]) -> T | None:

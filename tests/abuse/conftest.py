@@ -24,6 +24,7 @@ store = _shared.store
 seeded_database = _shared.seeded_database
 real_store = _shared.real_store
 handler = _shared.handler
+ledger = _shared.ledger
 services = _shared.services
 make_client = _shared.make_client
 client = _shared.client

@@ -11,7 +11,9 @@ from flexgate.server.lifecycle.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-RUNTIME = (ROOT / "Makefile").read_text().split("\n$(VENV)/.runtime:")[1]
+MAKEFILE = (ROOT / "Makefile").read_text()
+PIP_INSTALL = re.findall(r"^PIP_INSTALL := (.*)$", MAKEFILE, re.MULTILINE)[0]
+RUNTIME = MAKEFILE.split("\n$(VENV)/.runtime:")[1].replace("$(PIP_INSTALL)", PIP_INSTALL)
 FLAGS = re.compile(r"pip install (?P<flags>.*?) -r (?P<first>\S+) -r (?P<second>\S+)")
 
 

@@ -303,7 +303,8 @@ class Followers:
         crowded = [name for name in idle if alive[self._all[name].tenant] > MAX_OF_TENANT]
         if crowded:
             return crowded[0]
-        of_number = len(idle) >= MAX_KEPT or alive.total() > MAX_PROCESSES
+        wanted = sum(min(count, MAX_OF_TENANT) for count in alive.values())  # what waits at its tenant's bound is not
+        of_number = len(idle) >= MAX_KEPT or wanted > MAX_PROCESSES
         if not idle or not (of_number or sum(self._all[name].kib for name in idle) > MAX_KEPT_KIB):
             return None
         held: Counter[str] = Counter()

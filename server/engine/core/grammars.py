@@ -149,6 +149,6 @@ class Patience:
             if self.left < SHORTEST_WAIT:
                 return
             waited = self.followers.collect(late, min(self.left, *(grammar.patience for grammar in late)))
-            self.left -= waited
+            self.left = max(0.0, self.left - waited)
             for grammar in late:
-                grammar.patience -= max(waited, SHORTEST_WAIT)
+                grammar.patience = max(0.0, grammar.patience - max(waited, SHORTEST_WAIT))

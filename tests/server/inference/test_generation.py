@@ -12,6 +12,7 @@ import pytest
 from inferencekit import BODIES, PATH, completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.responses.protocol import ResponseCompletedEvent, ResponsesRequest, ResponsesResponse
+from vllm.exceptions import QueueOverflowError
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertUse, GatedCall
 from flexgate.server.inference.fair_queue import FairQueue
@@ -199,3 +200,11 @@ async def test_usage_says_how_much_of_all_prompts_was_cached(client: httpx.Async
     handler.result = cached
     usage = (await client.post(PATH, json={"prompt": ["x", "y"]})).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 7}
+
+
+@pytest.mark.asyncio
+async def test_an_engine_without_room_is_no_fault_of_a_constraint(client: httpx.AsyncClient, handler: Any) -> None:
+    handler.result = QueueOverflowError()
+    body = {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}}
+    error = (await client.post(PATH, json=body)).json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "engine_overloaded")

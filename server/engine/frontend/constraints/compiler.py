@@ -133,13 +133,15 @@ class Compiler:
             while process.stdout is not None:
                 (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
                 answer = json.loads(await process.stdout.readexactly(length))
-                self._waiting.pop(answer["id"]).set_result(answer)
+                waiting = self._waiting.pop(answer["id"], None)  # none, where an earlier process took it along
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(answer)
         except asyncio.IncompleteReadError:
             await process.wait()
         finally:
-            for waiting in self._waiting.values():
-                if not waiting.done():
-                    waiting.set_result({"busy": "the process that compiles constraints ended"})
+            for left in self._waiting.values():
+                if not left.done():
+                    left.set_result({"busy": "the process that compiles constraints ended"})
             self._waiting.clear()
 
 

@@ -152,6 +152,13 @@ def test_steps_wait_no_longer_for_many_new_requests_than_for_one() -> None:
     assert MAX_PATIENCE < sum(waits) <= MAX_PATIENCE + 100 * PATIENCE_PER_STEP
 
 
+def test_a_machine_that_stood_still_for_a_second_costs_later_steps_no_patience() -> None:
+    patience = Patience(SimpleNamespace(collect=lambda _wanted, seconds: 1.0 if seconds else 0.0))  # type: ignore[arg-type]
+    late: Any = SimpleNamespace(ready=False, patience=MAX_PATIENCE)
+    patience.wait([late])
+    assert (patience.left, late.patience) == (0.0, 0.0)
+
+
 def test_a_process_without_processor_time_is_given_up(followers: Followers, monkeypatch: pytest.MonkeyPatch) -> None:
     hung = follow(followers, "ij")
     process = process_of(hung, followers)
