@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from flexgate.experts.checkpoint.ownership import MAX_UNITS, PUBLIC, Ownership, parse_span, parse_unit
+from flexgate.experts.checkpoint.ownership import PUBLIC, Ownership, kind_and_units, parse_span, parse_unit
 from flexgate.experts.errors import OwnershipInvalid
 
 _NO_UNIT: Final = 255
@@ -64,14 +64,7 @@ def parse_assignment(content: Any, experts_L: Sequence[int], where: str) -> Owne
 def _document(content: Any, where: str) -> tuple[Any, list[Any]]:
     if not isinstance(content, dict) or not content.keys() <= {"ownership", "units"}:
         raise OwnershipInvalid(f"{where} must have 'ownership' and 'units', and nothing else")
-    kind, entries = content.get("ownership"), content.get("units")
-    if kind not in ("owners", "none"):
-        raise OwnershipInvalid(f"{where}: ownership is {kind!r:.40}, expected 'owners' or 'none'")
-    if not isinstance(entries, list):
-        raise OwnershipInvalid(f"{where}: units must be a list")
-    if len(entries) > MAX_UNITS:
-        raise OwnershipInvalid(f"{where} lists {len(entries)} units; a gate names at most {MAX_UNITS}")
-    return kind, entries
+    return kind_and_units(content, where)
 
 
 def _experts(place: str, entry: dict[str, Any], experts_L: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -192,16 +192,22 @@ def _from_experts(content: Mapping[str, Any], experts_L: Sequence[int], where: s
     return _made(tuple(units), _identity_maps(experts_L), "owners", where)
 
 
-def _from_units(content: Mapping[str, Any], experts_L: Sequence[int], where: str) -> Ownership:
-    if unknown := sorted(content.keys() - _UNITS_KEYS):
-        raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is no field of it: remove it")
-    kind, entries = content.get("ownership"), content["units"]
+def kind_and_units(content: Mapping[str, Any], where: str) -> tuple[Literal["owners", "none"], list[Any]]:
+    """The kind of ownership and the entries of the units; raises ``OwnershipInvalid``."""
+    kind, entries = content.get("ownership"), content.get("units")
     if kind not in ("owners", "none"):
         raise OwnershipInvalid(f"{where}: ownership is {kind!r:.40}, expected 'owners' or 'none'")
     if not isinstance(entries, list):
         raise OwnershipInvalid(f"{where}: units must be a list")
     if len(entries) > MAX_UNITS:
         raise OwnershipInvalid(f"{where} lists {len(entries)} units; a gate names at most {MAX_UNITS}")
+    return kind, entries
+
+
+def _from_units(content: Mapping[str, Any], experts_L: Sequence[int], where: str) -> Ownership:
+    if unknown := sorted(content.keys() - _UNITS_KEYS):
+        raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is no field of it: remove it")
+    kind, entries = kind_and_units(content, where)
     units = tuple(parse_unit(f"{where}: units[{number}]", entry) for number, entry in enumerate(entries))
     return _made(units, _parse_maps(content.get("layers"), experts_L, where), kind, where)
 

@@ -23,7 +23,7 @@ INTERRUPTED: Final = "interrupted"
 class Part:
     """What one expert did; positions are those where it was chosen in at least one layer.
 
-    Without an owner it is common, or nobody owns experts of the model.
+    `owner` is None for the common expert, and for all experts of a model whose experts have no owners.
     """
 
     expert: str

@@ -220,7 +220,6 @@ class Journal:
 
     def _answer(self, waiting: Iterable[asyncio.Future[None]], error: LedgerError | None = None) -> None:
         """Tell all that wait, in one turn of the event loop."""
-
         waiting = list(waiting)
 
         def answer() -> None:

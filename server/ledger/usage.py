@@ -62,20 +62,17 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
     """The sums of every bucket that has any, by time and group. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read.
+        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
     """
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             deadline = time.monotonic() + MOST_SECONDS
             connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
             found = list(islice(_sums(connection, sought), MOST_SUMS + 1))
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
             raise LedgerError(f"the sums took longer than {MOST_SECONDS:g} seconds: ask for less time") from error
         raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
-    except sqlite3.Error as error:
-        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
-
     if len(found) > MOST_SUMS:
         raise LedgerError(f"there are more than {MOST_SUMS:,} sums: ask for less time, or group by less")
     return found
@@ -84,8 +81,8 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
 def _sums(connection: sqlite3.Connection, sought: Sought) -> Iterator[Sum]:
     of_parts = bool({"expert_id", "owner_id"} & set(sought.groups))
     wide = sought.width * MICROSECONDS
-    where, values = ["ended_at >= ?", "ended_at < ?"], [sought.start * MICROSECONDS, sought.end * MICROSECONDS]
-    asked: list[object] = [*values]
+    where = ["ended_at >= ?", "ended_at < ?"]
+    asked: list[object] = [sought.start * MICROSECONDS, sought.end * MICROSECONDS]
     for column, names in (("tenant", sought.projects), ("key_id", sought.keys), ("model", sought.models)):
         if names is not None:
             where.append(f"usage.{column} IN ({', '.join('?' * len(names))})")

@@ -13,7 +13,7 @@ from processor_time import ProcessorTime
 pytestmark = pytest.mark.engine
 
 SECONDS = 15
-"""Of processor time: twice what compiling may use, and one slow mask; whoever else is served has what is left."""
+"""Of processor time: twice what compiling may use, and one slow mask. Other projects have the rest."""
 PATIENCE_SECONDS = 300
 
 

@@ -71,7 +71,7 @@ class Generating:
 
 @pytest.fixture
 def generating(services: Any) -> Any:
-    """Has requests answered as it is told."""
+    """Install a handler for completions, and return it."""
 
     def answer(handler: Generating) -> Generating:
         services.handlers.completion = SimpleNamespace(create_completion=handler)
