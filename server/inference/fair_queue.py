@@ -52,7 +52,7 @@ class _Project:
 class Ticket:
     """A prompt's place in the queue, then its seats. Close it however the prompt ends; the second time does nothing."""
 
-    __slots__ = ("_began", "_prompt", "_queue", "_seats", "_wake", "_weight", "project", "seats")
+    __slots__ = ("_began", "_prompt", "_queue", "_seats", "_wake", "_weight", "project", "seated", "seats")
 
     def __init__(
         self, queue: FairQueue, project: _Project, seats: int, prompt: int, weight: float, began: float
@@ -60,6 +60,7 @@ class Ticket:
         self._queue: FairQueue | None = queue  # None once closed
         self.project = project
         self.seats = seats
+        self.seated = False  # its turn has come, and it is not closed
         self._seats = 0  # taken and not released
         self._prompt = prompt
         self._weight = weight
@@ -71,12 +72,12 @@ class Ticket:
         """Whether its turn has yet to come."""
         return self in self.project.waiting
 
-    async def seated(self, seconds: float) -> bool:
+    async def wait(self, seconds: float) -> bool:
         """Whether its turn came within `seconds`, the queue's own limit, and before it was closed."""
         if self.waiting and self._queue is not None:
             self._wake = asyncio.get_running_loop().create_future()
             await asyncio.wait({self._wake}, timeout=max(0.0, min(seconds, self._queue.seconds)))
-        return not self.waiting and self._queue is not None
+        return self.seated
 
     def use(self, tokens: int) -> None:
         """Count tokens that were generated."""
@@ -93,7 +94,7 @@ class Ticket:
 
     def close(self) -> None:
         """Leave the queue, or release every seat."""
-        queue, self._queue = self._queue, None
+        queue, self._queue, self.seated = self._queue, None, False
         if queue is None:
             return
         seats, self._seats = self._seats, 0
@@ -106,6 +107,7 @@ class Ticket:
     def take(self, now: float) -> None:
         """Take the seats: the turn has come."""
         self._seats = self.seats
+        self.seated = True
         self.project.turn += max(1, self._prompt) / self._weight
         self.project.waited = now - self._began
         self._notify()

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from flexgate.policies.ids import ExpertId
 from flexgate.server.engine.frontend.calls import CURRENT_CALL
 from flexgate.server.engine.seam.openai import ErrorResponse
 from flexgate.server.http.connections import EventStream
@@ -28,6 +29,8 @@ from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.adapted import Later
 from flexgate.server.inference.openai.streaming import in_pieces
 from flexgate.server.inference.pipeline import Endpoint, InferenceRequest, InferenceServices
+from flexgate.server.ledger.entries import MICROSECONDS, Registration
+from flexgate.server.ledger.journal import LedgerError
 
 BYTES_OF_A_TOKEN: Final = 8
 
@@ -48,7 +51,7 @@ class Generation:
         request = InferenceRequest(http, self._services, self._endpoint)
         await request.prepare()
         try:
-            recording.register(request)
+            register(request)
             begin(request)
             return Delivery(await self._generate(request), lambda: finish(request))
         except BaseException:
@@ -143,8 +146,33 @@ def validated(model: type[M], body: dict[str, Any]) -> M:
         raise vllm_errors.from_exception(error, body) from None
 
 
+def register(request: InferenceRequest) -> None:
+    """Write down a request that may go to the engine, and have its engine requests wait for their marks.
+
+    Raises:
+        ApiError: the ledger cannot be written, or the server is stopping.
+    """
+    call, decision, experts, services = request.call, request.decision, request.snapshot.experts, request.services
+    registration = Registration(
+        request=decision.decision_id,
+        registered_at=round(services.clock() * MICROSECONDS),
+        tenant=decision.tenant_id,
+        key_id=request.principal.key_id,
+        endpoint=request.http.scope["path"],
+        model=services.model_names[0],
+        policy_version=decision.policy_version,
+        weights_epoch=request.weights_epoch,
+        experts=tuple((ref.slot, ref.expert, experts[ExpertId(ref.expert)].owner) for ref in call.experts),
+    )
+    try:
+        request.entry = services.ledger.register(registration)
+    except LedgerError as error:
+        raise recording.refused(call) from error
+    call.record = partial(recording.record, request)
+
+
 def begin(request: InferenceRequest) -> None:
-    """Register the call, so that it can be ended; raises `ApiError` if it lost its right meanwhile."""
+    """Let the call be found, so that it can be ended; raises `ApiError` if it lost its right meanwhile."""
     request.services.client.begin(request.call)
     request.services.running.begin(request.right)
     raise_if_ended(request)
@@ -159,10 +187,12 @@ def raise_if_ended(request: InferenceRequest) -> None:
 
 def finish(request: InferenceRequest) -> None:
     """End the call, once nothing of its response is left to send."""
+    services = request.services
     commit_usage(request)
     recording.end(request)
-    request.services.running.end(request.call)
-    request.services.client.end(request.call)
+    services.running.end(request.call)
+    services.client.end(request.call)
+    services.samples.add(request.tenant, request.query, services.clock())
 
 
 def commit_usage(request: InferenceRequest) -> None:

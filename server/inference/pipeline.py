@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from flexgate.server.inference.openai.handlers import Handlers
 
 CACHE_SALT: Final = "cache_salt"
+MAX_GATES: Final = 4_096
+"""Sets of experts whose slots are remembered."""
 Body = dict[str, Any]
 Handler = Callable[[Any], Awaitable[Any]]
 """Gives vLLM's response to a request of its type, or its stream."""
@@ -244,7 +246,6 @@ class InferenceRequest(TenantRequest):
         except PolicyError as error:
             services.samples.add_refused(self.tenant, self.query, error, now)
             raise from_policy(error) from error
-        services.samples.add(self.tenant, self.query, now)
         self.context.decision_id = self.decision.decision_id
         self.context.policy_version = self.decision.policy_version
         self.experts, self.weights_epoch = experts_of(self.decision, services.client), services.client.weights_epoch
@@ -303,6 +304,9 @@ def experts_of(decision: Decision, client: GatedEngineClient) -> tuple[ExpertSlo
     Raises:
         ApiError: an expert was just revoked or replaced, or the experts leave a layer of the model without any.
     """
+    gates = client.gates
+    if decision.allowed in gates:
+        return gates[decision.allowed]
     try:
         refs = tuple(map(client.refs.__getitem__, decision.allowed))
     except KeyError:
@@ -315,4 +319,7 @@ def experts_of(decision: Decision, client: GatedEngineClient) -> tuple[ExpertSlo
             "Let more experts take part, or ask an administrator for agreements on more.",
             code="layer_without_expert",
         )
+    if len(gates) >= MAX_GATES:
+        gates.clear()
+    gates[decision.allowed] = refs
     return refs

@@ -202,6 +202,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, ledger: Jour
         end=lambda call: None,
         experts=lambda: infos,
         refs={info.id: info.ref for info in infos},
+        gates={},
         slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
     )
     one = SimpleNamespace

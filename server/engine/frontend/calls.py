@@ -72,12 +72,11 @@ class Attribution:
 class Ticket(Protocol):
     """A prompt's place in the queue before the engine."""
 
-    @property
-    def waiting(self) -> bool:
-        """Whether the prompt still waits."""
+    seated: bool
+    """Whether the prompt has its seats."""
 
-    async def seated(self, seconds: float) -> bool:
-        """Whether the prompt got a seat within `seconds`, and before it was closed."""
+    async def wait(self, seconds: float) -> bool:
+        """Whether the prompt got its seats within `seconds`, and before it was closed."""
 
     def use(self, tokens: int) -> None:
         """Count tokens that were generated."""

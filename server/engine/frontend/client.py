@@ -123,13 +123,17 @@ class GatedEngineClient:
         self._engine.check_admission(n, request_id)
 
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None:
-        """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add."""
+        """Let gates be sealed for exactly these experts from now on: the one flip of a hot-add.
+
+        `gates` remembers which slots sets of them have, once each was found to cover every layer.
+        """
         self._experts = tuple(sorted(experts, key=lambda info: info.slot))
         self.refs: Mapping[str, ExpertSlotRef] = {info.id: info.ref for info in experts if info.live}
         self.slot_epochs = {info.id: info.slot_epoch for info in experts if info.live}
         by_slot = {info.slot: info.id for info in experts}
         self._names = tuple(by_slot.get(slot) for slot in range(self.slot_map.total))
         self.weights_epoch = weights_epoch
+        self.gates: dict[tuple[str, ...], tuple[ExpertSlotRef, ...]] = {}  # last, so that it never holds older ones
 
     @property
     def package_slots(self) -> frozenset[int]:
@@ -281,7 +285,7 @@ class GatedEngineClient:
     async def _await_turn(self, call: GatedCall, ticket: Ticket) -> None:
         """Wait in the queue; raises if the turn did not come in time or the call lost its right meanwhile."""
         right_ends = min(call.valid_until, call.gate_until)
-        seated = await ticket.seated(right_ends - self._clock())
+        seated = ticket.seated or await ticket.wait(right_ends - self._clock())
         self._refuse_ended(call)
         if call.gate_until <= self._clock():
             call.failed = GATE_EXPIRED

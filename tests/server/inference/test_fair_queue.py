@@ -289,14 +289,14 @@ def test_prompts_that_leave_the_queue_leave_nothing_behind() -> None:
 async def test_a_turn_that_does_not_come_in_time_is_said_and_a_cancelled_wait_takes_nothing() -> None:
     queue = make(1, seconds=0.01)
     running, late = enter(queue, "a", 2)
-    assert await running.seated(9.0)
+    assert await running.wait(9.0)
     with closing(late):
-        assert not await late.seated(9.0)
+        assert not await late.wait(9.0)
     (cancelled,) = enter(queue, "a")
 
     async def wait() -> None:
         with closing(cancelled):
-            await cancelled.seated(9.0)
+            await cancelled.wait(9.0)
 
     waiting = asyncio.ensure_future(wait())
     await asyncio.sleep(0)
@@ -313,7 +313,7 @@ async def test_a_wait_that_is_cancelled_just_as_its_turn_comes_gives_the_seat_ba
 
     async def wait() -> None:
         with closing(next_):
-            await next_.seated(9.0)
+            await next_.wait(9.0)
 
     waiting = asyncio.ensure_future(wait())
     await asyncio.sleep(0)

@@ -19,7 +19,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
 from flexgate.server.http import auth
 from flexgate.server.http.auth import WRONG_KEY
-from flexgate.server.inference import generation
+from flexgate.server.inference import generation, pipeline
 from flexgate.server.inference.enforcement import RunningRequests
 from flexgate.server.inference.pipeline import InferenceRequest
 
@@ -62,6 +62,19 @@ async def test_an_expert_that_has_just_gone_is_no_reason_to_serve_without_it(
     response = await client.post(PATH, json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "experts_changing")
     assert not handler.seen
+
+
+@pytest.mark.asyncio
+async def test_no_more_sets_of_experts_are_remembered_than_there_is_room_for(
+    client: httpx.AsyncClient, services: Any, handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler.result = completion
+    monkeypatch.setattr(pipeline, "MAX_GATES", 1)
+    for ignored, allowed in (([], ("public", "news")), ([], ("public", "news")), (["news"], ("public",))):
+        response = await client.post(PATH, json={"prompt": "x", "flexgate": {"experts": {"ignore": ignored}}})
+        assert response.status_code == 200
+        assert set(services.client.gates) == {allowed}
+        assert [ref.expert for ref in handler.calls[-1].experts] == list(allowed)
 
 
 @pytest.mark.asyncio

@@ -51,6 +51,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         end=lambda call: None,
         experts=lambda: infos,
         refs={info.id: info.ref for info in infos},
+        gates={},
         slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
     )
     handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete))

@@ -1,6 +1,7 @@
 import asyncio
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -275,6 +276,13 @@ async def test_more_bad_words_than_the_engine_has_room_for_are_refused_before_it
             asking.cancel()
             await asyncio.wait({asking})
         assert len(engine.children) == 1
+
+
+def test_slots_that_were_found_are_forgotten_once_experts_change(engine: Engine) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
+    client.gates["one",] = (INFO.ref,)
+    client.publish((replace(INFO, slot_epoch=INFO.slot_epoch + 1),), 2)
+    assert client.gates == {}
 
 
 def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_it_was_allowed_in() -> None:
