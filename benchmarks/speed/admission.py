@@ -110,7 +110,9 @@ def _services(store: Store, source: PolicySource, usage: BudgetUsage) -> Any:
         decisions=DecisionCache(),
         samples=DecisionSamples(store),
         limiter=Limiter(usage),
-        client=SimpleNamespace(refs=refs, weights_epoch=1, slot_map=SlotMap.of_checkpoint([b""], 0, len(refs))),
+        client=SimpleNamespace(
+            refs=refs, gates={}, weights_epoch=1, slot_map=SlotMap.of_checkpoint([b""], 0, len(refs))
+        ),
         queue=SimpleNamespace(enter=lambda *_: None),
     )
 

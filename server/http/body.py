@@ -113,9 +113,10 @@ async def read_json(
                 status=HTTPStatus.REQUEST_TIMEOUT,
                 code="request_timeout",
             ) from None
-        if optional and not raw:  # proxies announce a body before they know
-            return {}
-        _check_headers(headers, limit)
+        if optional:
+            if not raw:  # proxies announce a body before they know
+                return {}
+            _check_headers(headers, limit)
         offload.arrived(len(raw), owner)
         return await offload.run(parse_object, raw)
 
