@@ -15,6 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
+from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.decide import apply_filter, declared_context, find_tenant
 from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
 from flexgate.policies.entitlements import entitlements
@@ -24,7 +25,8 @@ from flexgate.policies.vocabulary import Purpose, Region
 
 _Names = frozenset[str] | tuple[str, ...]
 _Question = tuple[str | None, str | None, _Names | None, _Names]
-_Outcome = tuple[TenantId, int, AllowedExperts, tuple[Reason, ...], float, Purpose | None, Region | None]
+_Agreements = tuple[CompiledAgreement | None, ...]
+_Outcome = tuple[TenantId, int, AllowedExperts, _Agreements, tuple[Reason, ...], float, Purpose | None, Region | None]
 MAX_ENTRIES: Final = 65_536
 MAX_OF_ONE: Final = 256
 """Decisions of one tenant."""

@@ -125,6 +125,7 @@ def apply_filter(
         tenant_id=tenant.id,
         policy_version=snapshot.policy_version,
         allowed=allow(kept),
+        agreements=tuple(map(entitled.agreements.get, kept)),
         excluded=_excluded(snapshot, entitled, left_out),
         valid_until=min(kept.values()),
         purpose=context.purpose,

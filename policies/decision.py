@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.vocabulary import Purpose, Region
 
@@ -60,7 +61,8 @@ class Decision(NamedTuple):
     """The outcome for one request. `valid_until` is Unix seconds, or `math.inf`.
 
     At `valid_until` the first allowed expert stops being allowed. `excluded` has one reason for
-    each listed expert outside the gate, in catalogue order; hidden experts are not in it.
+    each listed expert outside the gate, in catalogue order; hidden experts are not in it. `agreements` has for each of
+    `allowed` the agreement that its use counts under, None where it needs none.
     (A NamedTuple, because one is made per request, and a frozen dataclass costs three times that.)
     """
 
@@ -68,6 +70,7 @@ class Decision(NamedTuple):
     tenant_id: TenantId
     policy_version: int
     allowed: AllowedExperts
+    agreements: tuple[CompiledAgreement | None, ...]
     excluded: tuple[Reason, ...]
     valid_until: float
     purpose: Purpose | None

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from flexgate.policies import reasons
-from flexgate.policies.compiled.agreements import ANCHOR, AssigneeAgreements, CompiledAgreement, Row, by_start
+from flexgate.policies.compiled.agreements import (
+    ANCHOR,
+    AssigneeAgreements,
+    CompiledAgreement,
+    Row,
+    by_start,
+    precedence_of,
+)
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
@@ -68,11 +75,13 @@ ANYTHING: Final = Context.of(None, None)
 class Entitlements(NamedTuple):
     """`lost_at` says for each allowed expert when it stops being allowed (`math.inf`: never).
 
-    `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
-    order; an expert hidden from the tenant is in neither.
+    `agreements` has the agreement that each allowed expert's use counts under, where it needs one.
+    `refused` has one reason for each listed expert that is not allowed. All are in catalogue
+    order; an expert hidden from the tenant is in none.
     """
 
     lost_at: Mapping[ExpertId, float]
+    agreements: Mapping[ExpertId, CompiledAgreement]
     refused: Mapping[ExpertId, Reason]
     since: float
     until: float
@@ -83,25 +92,29 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     if math.isnan(now):
         raise ClockInvalid("the time given is not a number")
     found = [of_one for name in tenant.assignees if (of_one := snapshot.agreements.get(name))]
-    always, limited = (found[0].always, found[0].limited) if len(found) == 1 else _together(found)
+    one = found[0] if len(found) == 1 else None
+    always, preferred, limited = _together(found) if one is None else (one.always, one.preferred, one.limited)
     hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
     named = tenant.named - snapshot.required if deny_list else tenant.named | snapshot.required
     forever = math.inf
     lost_at: dict[ExpertId, float] = {}
+    counted: dict[ExpertId, CompiledAgreement] = {}
     refused: dict[ExpertId, Reason] = {}
     for id_, live, standard in snapshot.catalogue:
         if hidden and id_ in hidden:
             continue
-        until, reason = forever, None
+        until, reason, agreement = forever, None, None
         if id_ in limited:
             agreements = limited[id_]
             first = agreements[0]
             if len(agreements) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
-                until = first.ends
+                until, agreement = first.ends, first
             else:
-                until, reason = _judge(snapshot.experts[id_], id_ in always, agreements, context, now)
+                until, reason, agreement = _judge(snapshot.experts[id_], preferred.get(id_), agreements, context, now)
         elif id_ not in always:
             reason = standard.no_agreement
+        else:
+            agreement = preferred.get(id_)
         if reason is not None:
             refused[id_] = reason
         elif (id_ in named) == deny_list:
@@ -110,18 +123,25 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
             refused[id_] = standard.not_live
         else:
             lost_at[id_] = until
+            if agreement is not None:
+                counted[id_] = agreement
     since, until = _time_slot(found, now)
-    return Entitlements(lost_at, refused, since, until)
+    return Entitlements(lost_at, counted, refused, since, until)
 
 
-def _together(found: list[AssigneeAgreements]) -> tuple[frozenset[ExpertId], Row]:
-    """What several assignees are always permitted, and their limited agreements, by start."""
+def _together(
+    found: list[AssigneeAgreements],
+) -> tuple[frozenset[ExpertId], Mapping[ExpertId, CompiledAgreement], Row]:
+    """What several assignees are always permitted, under which agreements, and their limited agreements, by start."""
+    preferred: dict[ExpertId, CompiledAgreement] = {}
     limited: dict[ExpertId, tuple[CompiledAgreement, ...]] = {}
     for of_one in found:
+        for expert, agreement in of_one.preferred.items():
+            preferred[expert] = min(preferred.get(expert, agreement), agreement, key=precedence_of)
         for expert, agreements in of_one.limited.items():
             known = limited.get(expert)
             limited[expert] = agreements if known is None else tuple(sorted((*known, *agreements), key=by_start))
-    return ANCHOR.union(*(of_one.always for of_one in found)), limited
+    return ANCHOR.union(preferred), preferred, limited
 
 
 def _time_slot(found: list[AssigneeAgreements], now: float) -> tuple[float, float]:
@@ -137,29 +157,36 @@ def _time_slot(found: list[AssigneeAgreements], now: float) -> tuple[float, floa
 
 
 def _judge(
-    expert: Expert, always: bool, agreements: tuple[CompiledAgreement, ...], context: Context, now: float
-) -> tuple[float, Reason | None]:
-    """Until when the agreements permit the expert, or why they do not.
+    expert: Expert,
+    unlimited: CompiledAgreement | None,
+    agreements: tuple[CompiledAgreement, ...],
+    context: Context,
+    now: float,
+) -> tuple[float, Reason | None, CompiledAgreement | None]:
+    """Until when the agreements permit the expert, or why they do not, and which its use counts under.
 
-    `always` says that an unlimited agreement permits it; `agreements` are the limited ones, by start,
-    so that one pass finds how far permissions reach without a gap.
+    `agreements` are the limited ones, by start, so that one pass finds how far permissions reach without a gap.
     """
-    permitted_until = math.inf if always else now
+    permitted_until = now if unlimited is None else math.inf
+    in_force = [] if unlimited is None else [unlimited]
     banned_from = math.inf
     bans = []
     for agreement in agreements:
         if agreement.permits:
-            if agreement.starts <= permitted_until < agreement.ends and context.covered_by(agreement):
-                permitted_until = agreement.ends
+            reaches = agreement.starts <= permitted_until < agreement.ends
+            holds = agreement.starts <= now < agreement.ends
+            if (reaches or holds) and context.covered_by(agreement):
+                permitted_until = agreement.ends if reaches else permitted_until
+                in_force += [agreement] if holds else []
         elif now < agreement.ends and context.touched_by(agreement):
             if agreement.starts <= now:
                 bans.append(agreement)
             banned_from = min(banned_from, agreement.starts)
     if bans:
-        return now, reasons.prohibited(expert, min(bans, key=_by_id))
-    if permitted_until > now:
-        return min(permitted_until, banned_from), None
-    return now, _nearest_miss(expert, [one for one in agreements if one.permits], context, now)
+        return now, reasons.prohibited(expert, min(bans, key=_by_id)), None
+    if in_force:
+        return min(permitted_until, banned_from), None, min(in_force, key=precedence_of)
+    return now, _nearest_miss(expert, [one for one in agreements if one.permits], context, now), None
 
 
 def _nearest_miss(expert: Expert, permits: list[CompiledAgreement], context: Context, now: float) -> Reason:

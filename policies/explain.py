@@ -16,12 +16,14 @@ from flexgate.policies.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """One expert. Allowed: `permitted_by` names the agreements (for `public` `anchor`, without an owner `unowned`) and
-    `until` when it ends (Unix seconds or `math.inf`). Not allowed: `refused` says why. `grade` is the expert's.
+    """One expert. Allowed: `permitted_by` names the agreements (for `public` `anchor`, without an owner `unowned`),
+    `counts_under` the one of them that its use counts under, and `until` when it ends (Unix seconds or `math.inf`). Not
+    allowed: `refused` says why. `grade` is the expert's.
     """
 
     expert: ExpertId
     permitted_by: tuple[str, ...]
+    counts_under: str | None
     until: float | None
     refused: Reason | None
     grade: Grade
@@ -40,6 +42,7 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
         Explanation(
             expert,
             _permitting(snapshot, tenant, context, expert, now) if expert in entitled.lost_at else (),
+            entitled.agreements[expert].rule if expert in entitled.agreements else None,
             entitled.lost_at.get(expert),
             entitled.refused.get(expert),
             document.grade,

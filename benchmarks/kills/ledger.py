@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.progress import track
 
-from flexgate.server.ledger.entries import COMPLETED, Registration, Used
+from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 from kills.report import Verdict, command
 
@@ -33,6 +33,10 @@ STREAMS = 16
 LONGEST = 40
 SECONDS = 0.15
 PROMPT = 7
+PARTS = (
+    "sequence, expert, owner, agreement, agreement_version, share_ppm, "
+    "prompt_mass, prompt_positions, completion_mass, completion_positions"
+)
 
 
 def main_of_a_writer(path: Path, transcript: int, seed: int) -> None:
@@ -53,7 +57,7 @@ async def _serve(path: Path, transcript: int, seed: int) -> None:
 
 async def _stream(journal: Journal, transcript: int, name: str, length: int) -> None:
     """One request: every token is generated, covered, then delivered."""
-    experts = ((0, "public", "commons"), (1, "news", "gazette"))
+    experts = (RegisteredExpert(0, "public", "commons"), RegisteredExpert(1, "news", "gazette", "a-news", 4))
     registration = Registration(name, 1, "proj", "key", "completions", "m", 1, 1, experts)
     entry = journal.register(registration)
     await entry.registered()
@@ -93,7 +97,7 @@ def judge(path: Path, transcript: Path) -> Iterator[str]:
     connection = sqlite3.connect(path)
     rows = connection.execute("SELECT request, sequence, completion_tokens, outcome FROM usage").fetchall()
     parts: dict[int, list[tuple[Any, ...]]] = {}
-    for sequence, *part in connection.execute("SELECT * FROM parts"):
+    for sequence, *part in connection.execute(f"SELECT {PARTS} FROM parts"):
         parts.setdefault(sequence, []).append(tuple(part))
     (running,) = connection.execute("SELECT count(*) FROM running").fetchone()
     connection.close()
@@ -109,8 +113,10 @@ def judge(path: Path, transcript: Path) -> Iterator[str]:
         if not counts["delivered"][name] <= tokens <= counts["generated"][name]:
             found = counts["delivered"][name], tokens, counts["generated"][name]
             yield f"{name} ({outcome}): delivered, recorded and generated are {found}"
-        news = ("news", "gazette", 0, 0, tokens, tokens)
-        wanted = [news, ("public", "commons", PROMPT, PROMPT, tokens, tokens)] if tokens else []
+        share = round(1_000_000 * tokens / (PROMPT + 2 * tokens))
+        news = ("news", "gazette", "a-news", 4, share, 0, 0, tokens, tokens)
+        public = ("public", "commons", None, None, 1_000_000 - share, PROMPT, PROMPT, tokens, tokens)
+        wanted = [news, public] if tokens else []
         if parts.get(sequence, []) != wanted:
             yield f"{name}: its experts' parts are {parts.get(sequence)} for {tokens} tokens"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flexgate.server.ledger.entries import COMPLETED, Registration, Used
+from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 from speed.record import Run
 
@@ -20,7 +20,7 @@ WHAT = (
     "a ledger on its own, synchronous=FULL, without an engine: requests that are registered, recorded once and ended, "
     "64 at once; and 64 streams in which every token waits for its mark. CPU is that of all threads of the process"
 )
-EXPERTS = tuple((slot, f"expert-{slot}", f"owner-{slot}") for slot in range(SLOTS))
+EXPERTS = tuple(RegisteredExpert(slot, f"expert-{slot}", f"owner-{slot}", f"a-{slot}", 1) for slot in range(SLOTS))
 
 
 def run(asked: Run) -> bool:

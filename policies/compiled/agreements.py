@@ -11,11 +11,15 @@ from flexgate.policies.agreements import Agreement
 from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.vocabulary import prohibited_regions, purpose_and_above, region_and_above
 
+Precedence = tuple[int, bool, bool, float, str]
+_ASSIGNEES: Final = ("tenant", "group", "everyone")
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledAgreement:
     """An agreement as the decision reads it. `*_above` hold its words and all that cover them;
-    `whatever` says that it permits for any purpose, anywhere.
+    `whatever` says that it permits for any purpose, anywhere. Of several that permit the same use, it counts under the
+    one of least `precedence`.
     """
 
     agreement_id: str
@@ -28,6 +32,7 @@ class CompiledAgreement:
     starts: float
     ends: float
     whatever: bool
+    precedence: Precedence
 
     @property
     def unlimited(self) -> bool:
@@ -44,6 +49,11 @@ def by_start(agreement: CompiledAgreement) -> tuple[float, str]:
     return agreement.starts, agreement.agreement_id
 
 
+def precedence_of(agreement: CompiledAgreement) -> Precedence:
+    """The order in which agreements that permit the same use are chosen from, by the most special."""
+    return agreement.precedence
+
+
 Row = Mapping[ExpertId, tuple[CompiledAgreement, ...]]
 ANCHOR: Final = frozenset({PUBLIC})
 
@@ -53,11 +63,12 @@ class AssigneeAgreements:
     """All compiled agreements between one assignee and each expert, by start.
 
     `always` are the anchor and the experts of `unlimited`, which permits whatever a request
-    declares; `limited` are all others, and `dates` the moments at which one of these starts
-    or ends, in order.
+    declares, and `preferred` the one of each that uses count under; `limited` are all others, and `dates` the moments
+    at which one of these starts or ends, in order.
     """
 
     always: frozenset[ExpertId]
+    preferred: Mapping[ExpertId, CompiledAgreement]
     unlimited: Row
     limited: Row
     dates: tuple[float, ...]
@@ -73,7 +84,8 @@ class AssigneeAgreements:
             row.setdefault(expert, []).append(agreement)
             edges |= {agreement.starts, agreement.ends}
         dates = tuple(sorted(edges - {-math.inf, math.inf}))
-        return cls(ANCHOR.union(unlimited), _row(unlimited), _row(limited), dates)
+        preferred = {expert: min(row, key=precedence_of) for expert, row in unlimited.items()}
+        return cls(ANCHOR.union(unlimited), preferred, _row(unlimited), _row(limited), dates)
 
     def entries(self) -> Iterable[tuple[ExpertId, CompiledAgreement]]:
         """What it was compiled from."""
@@ -104,4 +116,13 @@ def compile_agreement(agreement: Agreement) -> CompiledAgreement:
         starts=agreement.starts,
         ends=agreement.ends,
         whatever=permits and purposes is None and regions is None,
+        precedence=_precedence(agreement, purposes is None, regions is None),
     )
+
+
+def _precedence(agreement: Agreement, any_purpose: bool, anywhere: bool) -> Precedence:
+    """The project's own before its groups' before everyone's; then those limited in purpose, then in region; then the
+    one that starts later, and at last the lower id.
+    """
+    assignee = _ASSIGNEES.index(agreement.assignee.partition(":")[0])
+    return assignee, any_purpose, anywhere, -agreement.starts, agreement.id

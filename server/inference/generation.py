@@ -29,8 +29,8 @@ from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.adapted import Later
 from flexgate.server.inference.openai.streaming import in_pieces
 from flexgate.server.inference.pipeline import Endpoint, InferenceRequest, InferenceServices
-from flexgate.server.ledger.entries import MICROSECONDS, Registration
-from flexgate.server.ledger.journal import LedgerError
+from flexgate.server.ledger.entries import MICROSECONDS, RegisteredExpert, Registration
+from flexgate.server.ledger.errors import LedgerError
 
 BYTES_OF_A_TOKEN: Final = 8
 
@@ -162,7 +162,15 @@ def register(request: InferenceRequest) -> None:
         model=services.model_names[0],
         policy_version=decision.policy_version,
         weights_epoch=request.weights_epoch,
-        experts=tuple((ref.slot, ref.expert, experts[ExpertId(ref.expert)].owner) for ref in call.experts),
+        experts=tuple(
+            RegisteredExpert(
+                ref.slot,
+                ref.expert,
+                experts[ExpertId(ref.expert)].owner,
+                *(() if agreement is None else (agreement.agreement_id, agreement.version)),
+            )
+            for ref, agreement in zip(call.experts, decision.agreements, strict=True)
+        ),
     )
     try:
         request.entry = services.ledger.register(registration)

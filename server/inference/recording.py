@@ -11,7 +11,7 @@ from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.openai.vllm_errors import ended_early
 from flexgate.server.inference.pipeline import InferenceRequest
 from flexgate.server.ledger.entries import COMPLETED, Used
-from flexgate.server.ledger.journal import LedgerError
+from flexgate.server.ledger.errors import LedgerError
 
 STOPPED: Final = "stopped"
 """The outcome where the client left, or an error that is no reason of ours ended the response."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
+
+from flexgate.server.ledger.shares import share_ppm
 
 MICROSECONDS: Final = 1_000_000
 
@@ -19,11 +21,23 @@ INTERRUPTED: Final = "interrupted"
 """The outcome of a request that was running when its server ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one expert did; positions are those where it was chosen in at least one layer.
+class RegisteredExpert(NamedTuple):
+    """An expert of a request's gate, with the agreement that its use counts under, None where it needs none.
 
     `owner` is None for the common expert, and for all experts of a model whose experts have no owners.
+    """
+
+    slot: int
+    expert: str
+    owner: str | None
+    agreement: str | None = None
+    agreement_version: int | None = None
+
+
+class Part(NamedTuple):
+    """What one expert did; positions are those where it was chosen in at least one layer.
+
+    `share_ppm` is its share of the request's routed mass, in parts per million.
     """
 
     expert: str
@@ -32,6 +46,9 @@ class Part:
     prompt_positions: int
     completion_mass: int
     completion_positions: int
+    agreement: str | None
+    agreement_version: int | None
+    share_ppm: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,7 @@ class Registration:
 
     Attributes:
         request: the id of its decision, which is in its response.
-        experts: slot, id and owner of each expert of its gate.
+        experts: those of its gate, in the order of the catalogue, by which equal shares are rounded.
     """
 
     request: str
@@ -51,7 +68,7 @@ class Registration:
     model: str
     policy_version: int
     weights_epoch: int
-    experts: tuple[tuple[int, str, str | None], ...]
+    experts: tuple[RegisteredExpert, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +89,15 @@ class Used:
 
     def parts(self, registration: Registration) -> list[Part]:
         """The part of each expert of the gate that took part."""
-        slots = len(self.prompt_2U) // 2
+        slots, prompt_2U, completion_2U = len(self.prompt_2U) // 2, self.prompt_2U, self.completion_2U
+        experts = [one for one in registration.experts if one.slot < slots]
+        shares = share_ppm([prompt_2U[one.slot] + completion_2U[one.slot] for one in experts])
         found = []
-        for slot, expert, owner in registration.experts:
-            if slot < slots:
-                numbers = [row[index] for row in (self.prompt_2U, self.completion_2U) for index in (slot, slots + slot)]
-                if any(numbers):
-                    found.append(Part(expert, owner, *numbers))
+        for one, share in zip(experts, shares, strict=True):
+            mass, positions = one.slot, slots + one.slot
+            numbers = prompt_2U[mass], prompt_2U[positions], completion_2U[mass], completion_2U[positions]
+            if any(numbers):
+                found.append(Part(one.expert, one.owner, *numbers, one.agreement, one.agreement_version, share))
         return found
 
     def encode(self) -> bytes:

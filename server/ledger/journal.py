@@ -30,51 +30,17 @@ from flexgate.server.ledger.entries import (
     encode_registration,
     microseconds,
 )
+from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.schema import VERSION, bring_up_to_date
 
 NAME: Final = "ledger.db"
-APPLICATION: Final = 0x464C4758  # "FLGX", in the file's header
-VERSION: Final = 1
 RETRY_SECONDS: Final = 1.0
-SCHEMA: Final = """
-CREATE TABLE running (
-    request TEXT PRIMARY KEY,
-    registration TEXT NOT NULL,
-    mark BLOB
-) WITHOUT ROWID;
-CREATE TABLE usage (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-    request TEXT NOT NULL UNIQUE,
-    registered_at INTEGER NOT NULL,
-    ended_at INTEGER NOT NULL,
-    outcome TEXT NOT NULL,
-    tenant TEXT NOT NULL,
-    key_id TEXT NOT NULL,
-    endpoint TEXT NOT NULL,
-    model TEXT NOT NULL,
-    policy_version INTEGER NOT NULL,
-    weights_epoch INTEGER NOT NULL,
-    prompt_tokens INTEGER NOT NULL,
-    cached_tokens INTEGER NOT NULL,
-    completion_tokens INTEGER NOT NULL
-);
-CREATE INDEX usage_ended_at ON usage (ended_at);
-CREATE TABLE parts (
-    sequence INTEGER NOT NULL REFERENCES usage,
-    expert TEXT NOT NULL,
-    owner TEXT,
-    prompt_mass INTEGER NOT NULL,
-    prompt_positions INTEGER NOT NULL,
-    completion_mass INTEGER NOT NULL,
-    completion_positions INTEGER NOT NULL,
-    PRIMARY KEY (sequence, expert)
-) WITHOUT ROWID;
-"""
+INSERT_PART: Final = (
+    "INSERT INTO parts (sequence, expert, owner, prompt_mass, prompt_positions, completion_mass, completion_positions, "
+    "agreement, agreement_version, share_ppm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 logger = logging.getLogger(__name__)
-
-
-class LedgerError(Exception):
-    """The journal cannot be opened, or does not take an entry; the message says why and what to do."""
 
 
 End = tuple[Registration, str, int, Used]
@@ -271,21 +237,7 @@ class Journal:
             (*row, a.policy_version, a.weights_epoch, *tokens),
         ).fetchone()
         if row_id is not None:
-            self._connection.executemany(
-                "INSERT INTO parts VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        *row_id,
-                        part.expert,
-                        part.owner,
-                        part.prompt_mass,
-                        part.prompt_positions,
-                        part.completion_mass,
-                        part.completion_positions,
-                    )
-                    for part in used.parts(a)
-                ],
-            )
+            self._connection.executemany(INSERT_PART, [(*row_id, *part) for part in used.parts(a)])
         self._connection.execute("DELETE FROM running WHERE request = ?", (a.request,))
 
     def _end_running(self) -> None:
@@ -346,7 +298,7 @@ def _open(path: Path) -> sqlite3.Connection:
     with _told(path):
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         try:
-            _require_version(connection, path)
+            bring_up_to_date(connection, path)
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise LedgerError(f"the ledger {path} is on a file system without write-ahead logs: move --state-dir")
@@ -356,20 +308,6 @@ def _open(path: Path) -> sqlite3.Connection:
             connection.close()
             raise
         return connection
-
-
-def _require_version(connection: sqlite3.Connection, path: Path) -> None:
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if (application, version) == (APPLICATION, VERSION):
-        return
-    if application == APPLICATION:
-        raise LedgerError(f"{path} is a ledger of version {version}, not {VERSION}: use the newer flexgate")
-    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-        raise LedgerError(f"{path} is no ledger of flexgate: move it away, and start again")
-    connection.executescript(
-        f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}; COMMIT;"
-    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.journal import LedgerError
+from flexgate.server.ledger.errors import LedgerError
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
 MOST_SECONDS: Final = 5.0

@@ -133,7 +133,7 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.engine.frontend.checkpoint import CheckpointError
     from flexgate.server.experts.errors import ExpertError
     from flexgate.server.inference.errors import HandlersRefused
-    from flexgate.server.ledger.journal import LedgerError
+    from flexgate.server.ledger.errors import LedgerError
     from flexgate.server.lifecycle.seed import DemoKeysFound, ManifestRefused
     from flexgate.server.lifecycle.settings import SettingsError
     from flexgate.server.policy.rollback_guard import ClockBehind

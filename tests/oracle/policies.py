@@ -114,3 +114,33 @@ def valid_until(world, tenant_id, request, now):
         if not allowed <= entitled(world, tenant, request["purpose"], request["region"], moment):
             return moment
     return math.inf
+
+
+SPECIAL = (
+    lambda terms: terms["assignee"].startswith("tenant:"),
+    lambda terms: terms["assignee"].startswith("group:"),
+    lambda terms: points(terms["purposes"], PURPOSES, PURPOSES["all"]) != PURPOSES["all"],
+    lambda terms: terms["regions"] is not None,
+)
+"""What makes one permission more special than another, the strongest first."""
+
+
+def counts_under(world, tenant_id, expert_id, request, now):
+    """The id of the agreement that a use of an allowed expert counts under; None where it needs none."""
+    tenant = next(t for t in world["tenants"] if t["id"] == tenant_id)
+    expert = next(e for e in world["experts"] if e["id"] == expert_id)
+    asked_p = points(request["purpose"] and [request["purpose"]], PURPOSES, PURPOSES["all"])
+    asked_r = points(request["region"] and [request["region"]], REGIONS, WORLD)
+    found = [
+        terms
+        for terms in world["agreements"]
+        if terms["effect"] == "permit"
+        and applies(terms, tenant, expert, world["sets"])
+        and terms["starts"] <= now < terms["ends"]
+        and asked_p <= points(terms["purposes"], PURPOSES, PURPOSES["all"])
+        and asked_r <= points(terms["regions"], REGIONS, WORLD)
+    ]
+    for special in SPECIAL:
+        found = [terms for terms in found if special(terms)] or found
+    newest = max((terms["starts"] for terms in found), default=None)
+    return min((terms["id"] for terms in found if terms["starts"] == newest), default=None)

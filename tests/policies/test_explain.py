@@ -30,6 +30,7 @@ def test_allowed_experts_name_their_agreements_and_others_their_reason(world, is
     assert list(explained) == ["public", "news", "math", "code"]
     assert explained["public"].permitted_by == ("anchor",)
     assert explained["news"].permitted_by == ("agreement/one@1", "agreement/two@1")
+    assert [explained[expert].counts_under for expert in explained] == [None, "agreement/one@1", None, None]
     assert (explained["news"].until, explained["public"].until) == (2000.0, math.inf)
     assert explained["math"].refused.code == "no_agreement"
     assert {e.grade for e in explained.values()} == {"unknown"}
@@ -56,6 +57,8 @@ def test_explanations_agree_with_decisions(worlds):
         assert tuple(e.expert for e in explained if e.refused is None) == decision.allowed
         assert all(e.permitted_by for e in explained if e.refused is None)
         assert tuple(e.refused for e in explained if e.refused) == decision.excluded
+        rules = [agreement and agreement.rule for agreement in decision.agreements]
+        assert [e.counts_under for e in explained if e.refused is None] == rules
         compared += 1
 
 

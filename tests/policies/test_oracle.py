@@ -22,10 +22,12 @@ def _answer(make, *arguments):
     try:
         decision = make(*arguments)
     except DecisionRefused as error:
-        return type(error).__name__, None
+        return type(error).__name__, None, {}
     excluded = [reason.expert for reason in decision.excluded]
     assert len(excluded) == len(set(excluded))
-    return (set(decision.allowed), set(excluded)), decision.valid_until
+    ids = [agreement and agreement.agreement_id for agreement in decision.agreements]
+    counts_under = dict(zip(decision.allowed, ids, strict=True))
+    return (set(decision.allowed), set(excluded)), decision.valid_until, counts_under
 
 
 def _compare(oracle, make_world, worlds, rng, decisions, per_world):
@@ -40,9 +42,11 @@ def _compare(oracle, make_world, worlds, rng, decisions, per_world):
             request, now = worlds.random_request(rng), rng.choice(worlds.NOWS)
             expected = oracle.decide(world, who, request, now)
             question = (snapshot, who, worlds.request_of(request), now)
-            answer, until = _answer(decide, *question)
+            answer, until, counts_under = _answer(decide, *question)
             assert answer == expected, (world, who, request, now)
-            assert _answer(cache.decide, *question) == (answer, until)
+            assert _answer(cache.decide, *question) == (answer, until, counts_under)
+            for expert, agreement in counts_under.items():
+                assert agreement == oracle.counts_under(world, who, expert, request, now), (world, who, request, now)
             if until is None:
                 outcomes[answer] += 1
             else:

@@ -66,12 +66,16 @@ class RollBack(Closed):
 
 
 class ExplanationObject(Shown):
-    """One expert. `until` is in Unix seconds, and null where nothing ends it. `grade`: what excluding it excludes."""
+    """One expert. `counts_under` is the one of `permitted_by` that uses count under, null where none is needed.
+
+    `until` is in Unix seconds, and null where nothing ends it. `grade`: what excluding it excludes.
+    """
 
     expert: str
     grade: Grade
     allowed: bool
     permitted_by: list[str]
+    counts_under: str | None
     until: int | None
     reason: Reason | None
 
@@ -167,6 +171,7 @@ def explanation_object(explanation: Explanation) -> ExplanationObject:
         grade=explanation.grade,
         allowed=explanation.refused is None,
         permitted_by=list(explanation.permitted_by),
+        counts_under=explanation.counts_under,
         until=None if until is None or until == math.inf else int(until),
         reason=None if explanation.refused is None else Reason(**reason_json(explanation.refused)),
     )

@@ -12,7 +12,7 @@ from flexgate.server.admin.pages import unknown_cursor
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.admin.usage.schemas import BUCKETS, SECONDS, ListUsage, UsageBucket, UsagePage, result_of
 from flexgate.server.http.errors import Invalid, Unavailable
-from flexgate.server.ledger.journal import LedgerError
+from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.usage import Sought, Sum, sums
 
 PAGE: Final = "page_"

@@ -49,11 +49,13 @@ class ExpertInfo:
 class ExpertUse:
     """One expert's part in a call.
 
-    ``gate_mass``: routing weight summed over positions, averaged over layers.
+    ``mass``: routing weight summed over layers and positions, in 1/2³².
+    ``gate_mass``: the same averaged over layers.
     ``tokens``: positions where the expert was chosen in at least one layer.
     """
 
     expert: str
+    mass: int
     gate_mass: float
     tokens: int
 
@@ -212,7 +214,7 @@ class GatedCall:
         slots, scale = len(self._names), MASS_SCALE * self._layers
         masses, tokens = used_2U[:slots], used_2U[slots:]
         uses = (
-            ExpertUse(name, masses[slot] / scale, tokens[slot])
+            ExpertUse(name, masses[slot], masses[slot] / scale, tokens[slot])
             for slot, name in enumerate(self._names)
             if name is not None
         )

@@ -9,7 +9,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from flexgate.server.ledger.entries import COMPLETED, Registration, Used
+from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 
 pytestmark = pytest.mark.asyncio
@@ -21,7 +21,7 @@ START = 20_000 * DAY
 @pytest_asyncio.fixture
 async def recorded(ledger: Journal) -> Journal:
     """Three requests of two projects, one hour and one day apart."""
-    experts = ((0, "public", "commons"), (1, "news", "gazette"))
+    experts = (RegisteredExpert(0, "public", "commons"), RegisteredExpert(1, "news", "gazette", "a-news", 4))
     at, ledger._clock = [float(START)], lambda: at[0]
     for number, (tenant, key, hours) in enumerate((("t", "key_1", 0), ("t", "key_2", 1), ("u", "key_3", 24))):
         at[0] = START + 3600.0 * hours + 0.25

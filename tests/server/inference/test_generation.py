@@ -36,7 +36,7 @@ async def test_an_answer_that_used_an_excluded_expert_is_withheld(
 ) -> None:
     from flexgate.server.engine.frontend.calls import Attribution
 
-    forbidden = Attribution((ExpertUse("math", 0.5, 1),), 0)
+    forbidden = Attribution((ExpertUse("math", 1, 0.5, 1),), 0)
     monkeypatch.setattr(GatedCall, "attribution", lambda self: forbidden)
     handler.result = completion
     response = await client.post(PATH, json={"prompt": "x"})

@@ -18,7 +18,8 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
 from flexgate.server.ledger.entries import Registration
-from flexgate.server.ledger.journal import Journal, LedgerError
+from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.journal import Journal
 
 pytestmark = pytest.mark.asyncio
 
@@ -120,6 +121,8 @@ async def test_a_response_is_recorded_with_what_each_expert_did(
     news, public = sorted(rows(ledger, "parts"), key=lambda part: part["expert"])
     assert (news["owner"], news["prompt_positions"], news["completion_positions"] > 0) == ("gazette", 0, True)
     assert (public["owner"], public["prompt_mass"], public["prompt_positions"]) == ("commons", 5, 5)
+    assert [(part["agreement"], part["agreement_version"]) for part in (news, public)] == [("a-news", 1), (None, None)]
+    assert news["share_ppm"] + public["share_ppm"] == 1_000_000
     assert rows(ledger, "running") == []
 
 

@@ -16,8 +16,12 @@ from flexgate.server.inference.response_metadata import headers, metadata
 
 class Use(NamedTuple):
     expert: str
-    gate_mass: float
+    mass: int
     tokens: int
+
+    @property
+    def gate_mass(self) -> float:
+        return float(self.mass)
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def decision(snapshot: Snapshot) -> Decision:
 
 
 def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(snapshot: Snapshot, decision: Decision) -> None:
-    uses = [Use("public", 3.0, 4), Use("news", 1.0, 2), Use("math", 0.0, 0), Use("secret", 0.0, 0)]
+    uses = [Use("public", 3, 4), Use("news", 1, 2), Use("math", 0, 0), Use("secret", 0, 0)]
     assert attribution_object(snapshot, decision, uses, 5) == {
         "method": "gate_mass/v1",
         "cached_prompt_tokens": 5,
@@ -53,7 +57,7 @@ def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(snapshot: 
 
 
 def test_parts_are_in_the_order_of_their_shares(snapshot: Snapshot, decision: Decision) -> None:
-    uses = [Use("public", 1.0, 4), Use("news", 3.0, 2)]
+    uses = [Use("public", 1, 4), Use("news", 3, 2)]
     parts = attribution_object(snapshot, decision, uses, 0)["experts"]
     assert [part["id"] for part in parts] == ["news", "public", "math"]
 
@@ -63,7 +67,7 @@ def test_an_expert_that_the_engine_does_not_name_has_zeros(snapshot: Snapshot, d
     assert [(p["gate_mass"], p["share_ppm"], p["tokens"]) for p in parts] == [(0.0, 0, 0)] * 3
 
 
-@pytest.mark.parametrize("use", [Use("math", 1e-9, 0), Use("secret", 0.0, 1), Use("ghost", 1, 1)])
+@pytest.mark.parametrize("use", [Use("math", 1, 0), Use("secret", 0, 1), Use("ghost", 1, 1)])
 def test_an_answer_that_used_another_expert_is_withheld(snapshot: Snapshot, decision: Decision, use: Use) -> None:
     with pytest.raises(GateViolated):
         attribution_object(snapshot, decision, [use], 0)

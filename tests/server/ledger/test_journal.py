@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from flexgate.server.ledger.entries import COMPLETED, INTERRUPTED, NOTHING, Registration, Used
-from flexgate.server.ledger.journal import Entry, Journal, LedgerError
+from flexgate.server.ledger.entries import COMPLETED, INTERRUPTED, NOTHING, RegisteredExpert, Registration, Used
+from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.journal import Entry, Journal
 
 pytestmark = pytest.mark.asyncio
 
 
 def registration(name: str) -> Registration:
-    experts = ((0, "public", "commons"), (2, "news", "gazette"))
+    experts = (RegisteredExpert(0, "public", "commons"), RegisteredExpert(2, "news", "gazette", "a-news", 4))
     return Registration(f"dec_{name}", 5, "proj_a", "key_a", "chat", "tiny", 7, 3, experts)
 
 
@@ -79,10 +80,13 @@ async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Jo
         "prompt_positions",
         "completion_mass",
         "completion_positions",
+        "agreement",
+        "agreement_version",
+        "share_ppm",
     )
     assert rows(path, "parts") == [
-        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4), strict=True)),
-        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4), strict=True)),
+        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263), strict=True)),
+        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4, None, None, 894_737), strict=True)),
     ]
     assert rows(path, "running") == []
 
@@ -287,7 +291,7 @@ def spoil_other(path: Path) -> None:
 def spoil_newer(path: Path) -> None:
     Journal(path, clock=lambda: 1.0).close()
     connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 9")
+    connection.execute("PRAGMA user_version = 99")
     connection.close()
 
 
@@ -300,7 +304,7 @@ def spoil_folder(path: Path) -> None:
     [
         (spoil_nothing, "cannot be opened: file is not a database"),
         (spoil_other, "is no ledger of flexgate: move it away"),
-        (spoil_newer, "is a ledger of version 9, not 1: use the newer flexgate"),
+        (spoil_newer, "is a ledger of version 99, not [0-9]+: use the newer flexgate"),
         (spoil_folder, "cannot be opened: unable to open database file"),
     ],
 )

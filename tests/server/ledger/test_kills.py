@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from kills import ledger
 
-from flexgate.server.ledger.entries import COMPLETED, Registration, Used
+from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 
 
@@ -35,7 +35,7 @@ def test_what_clients_got_is_recorded_and_no_more_than_was_generated() -> None:
 def test_the_judge_sees_what_does_not_fit(tmp_path: Path, lines: list[str], said: list[str]) -> None:
     async def record() -> None:
         journal = Journal(tmp_path / "ledger.db", clock=lambda: 1.0)
-        experts = ((0, "public", "commons"), (1, "news", "gazette"))
+        experts = (RegisteredExpert(0, "public", "commons"), RegisteredExpert(1, "news", "gazette", "a-news", 4))
         entry = journal.register(Registration("a", 1, "p", "k", "completions", "m", 1, 1, experts))
         prompt = [ledger.PROMPT, 0, ledger.PROMPT, 0]
         entry.end(COMPLETED, Used(ledger.PROMPT, 0, 5, prompt, [5, 5, 5, 5]))

@@ -1,0 +1,110 @@
+"""The tables of the ledger, and how a file of an older version becomes one of the newest.
+
+A new file takes every step, an older one those that it has not taken, all in one transaction.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Final
+
+from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.shares import share_ppm
+
+APPLICATION: Final = 0x464C4758  # "FLGX", in the file's header
+REQUESTS_AT_ONCE: Final = 10_000
+FIRST: Final = (
+    """CREATE TABLE running (
+    request TEXT PRIMARY KEY,
+    registration TEXT NOT NULL,
+    mark BLOB
+) WITHOUT ROWID""",
+    """CREATE TABLE usage (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    request TEXT NOT NULL UNIQUE,
+    registered_at INTEGER NOT NULL,
+    ended_at INTEGER NOT NULL,
+    outcome TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    policy_version INTEGER NOT NULL,
+    weights_epoch INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL
+)""",
+    "CREATE INDEX usage_ended_at ON usage (ended_at)",
+    """CREATE TABLE parts (
+    sequence INTEGER NOT NULL REFERENCES usage,
+    expert TEXT NOT NULL,
+    owner TEXT,
+    prompt_mass INTEGER NOT NULL,
+    prompt_positions INTEGER NOT NULL,
+    completion_mass INTEGER NOT NULL,
+    completion_positions INTEGER NOT NULL,
+    PRIMARY KEY (sequence, expert)
+) WITHOUT ROWID""",
+)
+
+
+def _first(connection: sqlite3.Connection) -> None:
+    for statement in FIRST:
+        connection.execute(statement)
+
+
+def _agreements_and_shares(connection: sqlite3.Connection) -> None:
+    """The agreement that each use counts under, unknown of earlier ones, and each expert's share."""
+    for column in ("agreement TEXT", "agreement_version INTEGER", "share_ppm INTEGER NOT NULL DEFAULT 0"):
+        connection.execute(f"ALTER TABLE parts ADD COLUMN {column}")
+    (last,) = connection.execute("SELECT coalesce(max(sequence), 0) FROM usage").fetchone()
+    for first in range(0, last, REQUESTS_AT_ONCE):
+        rows = connection.execute(
+            "SELECT sequence, expert, prompt_mass + completion_mass FROM parts "
+            "WHERE sequence > ? AND sequence <= ? ORDER BY sequence, expert",
+            (first, first + REQUESTS_AT_ONCE),
+        ).fetchall()
+        for _, group in groupby(rows, key=itemgetter(0)):
+            parts = list(group)
+            shares = share_ppm([mass for _, _, mass in parts])
+            connection.executemany(
+                "UPDATE parts SET share_ppm = ? WHERE sequence = ? AND expert = ?",
+                [(share, sequence, expert) for share, (sequence, expert, _) in zip(shares, parts, strict=True)],
+            )
+
+
+STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_first, _agreements_and_shares)
+"""The step at index n makes version n + 1 out of version n."""
+VERSION: Final = len(STEPS)
+
+
+def bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
+    """Create the tables, or take the steps that are missing.
+
+    Args:
+        connection: in autocommit mode.
+
+    Raises:
+        LedgerError: the file is no ledger, or one of a newer version.
+    """
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
+            raise LedgerError(f"{path} is no ledger of flexgate: move it away, and start again")
+        version = 0
+    if version > VERSION:
+        raise LedgerError(f"{path} is a ledger of version {version}, not {VERSION}: use the newer flexgate")
+    if version == VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    for step in STEPS[version:]:
+        step(connection)
+    connection.execute(f"PRAGMA application_id = {APPLICATION}")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute("COMMIT")
