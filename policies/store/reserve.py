@@ -1,4 +1,4 @@
-"""Disk space reserved for revocations, allocated to SQLite's write-ahead log.
+"""Disk space reserved for what must be written on a full disk, allocated to SQLite's write-ahead log.
 
 On a full disk no commit succeeds, and a right that cannot be revoked would stay in use. So blocks are allocated
 behind the end of the log, where no other file can take them, and ordinary changes stop while there is still room; those
@@ -23,18 +23,25 @@ _KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE of linux/falloc.h: the file does no
 class Reserve:
     """The room of one SQLite database."""
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, use: str = "revocations") -> None:
+        """`use` says in messages what the room is kept for."""
         self._database = database.absolute()
         self._log = self._database.with_name(f"{self._database.name}-wal")
+        self._use = use
+        self._kept: tuple[int, int] | None = None  # the log's file and length when its room was last complete
 
     def keep(self) -> None:
         """Allocate what is missing; cheap when nothing is. Without room, or a log to have it, nothing happens."""
         with suppress(OSError):
+            found = os.stat(self._log)
+            if self._kept == (found.st_ino, found.st_size):
+                return
             descriptor = os.open(self._log, os.O_RDWR | os.O_CLOEXEC)
             try:
-                _allocate(descriptor, os.fstat(descriptor).st_size + RESERVED_BYTES)
+                done = _allocate(descriptor, found.st_size + RESERVED_BYTES)
             finally:
                 os.close(descriptor)
+            self._kept = (found.st_ino, found.st_size) if done else None
 
     def require_room(self) -> None:
         """Raise `StoreFull` when the disk has no room for ordinary changes."""
@@ -43,11 +50,12 @@ class Reserve:
             if found.f_bavail * found.f_frsize < RESERVED_BYTES:
                 raise StoreFull(
                     f"the disk of {self._database} has less than {RESERVED_BYTES >> 20} MiB left, which are kept for "
-                    "revocations: free some space"
+                    f"{self._use}: free some space"
                 )
 
 
-def _allocate(descriptor: int, size: int) -> None:
+def _allocate(descriptor: int, size: int) -> bool:
     allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if allocate is not None:
-        allocate(descriptor, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
+    if allocate is None:
+        return False
+    return bool(allocate(descriptor, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)) == 0)

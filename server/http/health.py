@@ -31,6 +31,13 @@ class Queue(Protocol):
     def free(self) -> int: ...
 
 
+class Ledger(Protocol):
+    """The part of the ledger that probes use."""
+
+    @property
+    def failing(self) -> bool: ...
+
+
 class Probed(Callers, Protocol):
     """The services that probes and metrics use."""
 
@@ -38,6 +45,8 @@ class Probed(Callers, Protocol):
     def client(self) -> Engine: ...
     @property
     def queue(self) -> Queue: ...
+    @property
+    def ledger(self) -> Ledger: ...
     @property
     def draining(self) -> bool: ...
 
@@ -53,7 +62,7 @@ class Operations:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:  # noqa: ARG002 - a route's signature
-        """Whether a request would be served: engine proved, policy confirmed, not stopping."""
+        """Whether a request would be served: engine proved, policy confirmed, ledger written, not stopping."""
         ready = self._is_ready()
         return JSONResponse({"status": "ready" if ready else "not_ready"}, status_code=200 if ready else 503)
 
@@ -68,4 +77,5 @@ class Operations:
 
     def _is_ready(self) -> bool:
         services = self._services
-        return services.client.ready() and services.policy.fresh() and not services.draining
+        usable = services.client.ready() and services.policy.fresh() and not services.ledger.failing
+        return usable and not services.draining

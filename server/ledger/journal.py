@@ -6,7 +6,9 @@ leaves is therefore never more than what is written down, and what is written do
 whenever the server is killed. A request that was running then ends at the next start, with its last mark.
 
 One thread writes. It commits whatever has come since its last commit at once, so that a commit serves all requests that
-wait for one, and none waits for more than the commit that is running and its own.
+wait for one, and none waits for more than the commit that is running and its own. Another thread watches it: where a
+commit takes too long, all that wait are refused, and new requests are, until it has ended. On a full disk ends alone
+are written, into space that is reserved for them.
 """
 
 from __future__ import annotations
@@ -15,15 +17,19 @@ import asyncio
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from flexgate.policies.errors import StoreFull
 from flexgate.policies.store.identity import FileIdentity
+from flexgate.policies.store.reserve import Reserve
+from flexgate.server.ledger.batch import Batch, End, answer
 from flexgate.server.ledger.entries import (
     INTERRUPTED,
+    MICROSECONDS,
     Registration,
     Used,
     decode_registration,
@@ -39,29 +45,13 @@ INSERT_PART: Final = (
     "INSERT INTO parts (sequence, expert, owner, prompt_mass, prompt_positions, completion_mass, completion_positions, "
     "agreement, agreement_version, share_ppm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+ANSWER_SECONDS: Final = 5.0
+"""How long a commit may take before what waits for it is refused."""
+LOOK_SECONDS: Final = 0.25
+BUSY_SECONDS: Final = 5.0
+"""How long a commit waits for another process that writes to the file, a shell of an operator for instance."""
 
 logger = logging.getLogger(__name__)
-
-
-End = tuple[Registration, str, int, Used]
-"""A request that has ended: how, when in microseconds, and what it used."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """What the next commit writes. A mark replaces an earlier one of its request."""
-
-    registered: list[tuple[Registration, asyncio.Future[None]]] = field(default_factory=list)
-    marks: dict[str, tuple[bytes, list[asyncio.Future[None]]]] = field(default_factory=dict)
-    ended: list[End] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.registered or self.marks or self.ended)
-
-    @property
-    def asking(self) -> list[asyncio.Future[None]]:
-        """What waits for a registration or a mark."""
-        return [done for _, done in self.registered] + [done for _, all_ in self.marks.values() for done in all_]
 
 
 class Journal:
@@ -81,16 +71,27 @@ class Journal:
         self._connection = _open(path)
         self._lock = threading.Condition()
         self._next = Batch()
-        self._owed: list[End] = []  # those that could not be written yet
+        self._writing: tuple[Batch, float] | None = None  # and since when
+        self._owed: list[End] = []  # those that could not be written yet: no more than were running when writes failed
         self._running: set[str] = set()  # requests that were registered and have not ended
+        self._newest = 0  # of the ends, in microseconds
         self._failing: LedgerError | None = None
         self._closing = False
         self._file = FileIdentity(path, "the ledger")
         self._file.take()
+        self._reserve = Reserve(path, "the ends of running requests")
         with _told(path):
             self._end_running()
-        self._thread = threading.Thread(target=self._write_all, name="flexgate-ledger", daemon=True)
-        self._thread.start()
+        self._reserve.keep()
+        self._closed = threading.Event()
+        self._writer = threading.Thread(target=self._write_all, name="flexgate-ledger", daemon=True)
+        self._writer.start()
+        threading.Thread(target=self._watch, name="flexgate-ledger-watch", daemon=True).start()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last write failed, or takes too long."""
+        return self._failing is not None
 
     def register(self, registration: Registration) -> Entry:
         """Write down a request before anything of its response leaves.
@@ -121,23 +122,27 @@ class Journal:
     def end(self, registration: Registration, outcome: str, used: Used) -> None:
         """Write down what a request used in all; tried again every second for as long as the disk refuses it.
 
-        Nothing is written of a request that was not registered.
+        Nothing is written of a request that was not registered. An end is never earlier than those before it.
         """
-        at = microseconds(self._clock())
+        at = self._newest = max(microseconds(self._clock()), registration.registered_at, self._newest)
         try:
             self._add(lambda batch: batch.ended.append((registration, outcome, at, used)))
         except LedgerError:
             logger.error("request %s ended after the ledger was closed; its last mark counts", registration.request)
 
     def close(self) -> None:
-        """Write what has come, and close the file. Blocks."""
+        """Write what has come, and close the file; on a disk that hangs, leave it open. Blocks."""
         with self._lock:
             self._closing = True
             self._lock.notify()
-        self._thread.join()
-        if self._owed:
-            logger.error("the usage of %d requests could not be written to %s", len(self._owed), self.path)
-        self._connection.close()
+        while self._writer.is_alive() and not self._hangs():
+            self._writer.join(LOOK_SECONDS)
+        self._closed.set()
+        writing = [] if self._writing is None else self._writing[0].ended
+        if left := len(self._owed) + len(writing) + len(self._next.ended):
+            logger.error("the usage of %d requests could not be written to %s", left, self.path)
+        if not self._writer.is_alive():
+            self._connection.close()
 
     def _add(self, add: Callable[[Batch], None]) -> None:
         with self._lock:
@@ -153,54 +158,69 @@ class Journal:
                 if not self._next and not self._closing:
                     self._lock.wait(RETRY_SECONDS if self._failing is not None else None)
                 batch, self._next = self._next, Batch()
+                self._writing = batch, time.monotonic()
                 closing = self._closing
-            self._write(batch)
+            error = self._write(batch)
+            with self._lock:
+                self._writing = None
+                self._note(error)
+            answer(batch.waiting, error)
 
-    def _write(self, batch: Batch) -> None:
-        """Commit a batch with the ends that are owed; where that fails, its ends are owed and all else is refused."""
+    def _write(self, batch: Batch) -> LedgerError | None:
+        """Commit a batch with the ends that are owed; returns why not, if its ends are owed and all else is refused."""
+        full = self._full()
+        if full is not None:
+            batch.refuse(full)
         registered = {registration.request for registration, _ in batch.registered}
         ended = [end for end in batch.ended if end[0].request in self._running | registered]
         batch.ended, self._owed = self._owed + ended, []
-        if not batch and self._failing is None:
-            return
+        if not batch and (full is not None or self._failing is None):
+            return full
         try:
             self._file.require()
             with self._transaction():
                 self._insert(batch)
             self._file.require()
         except Exception as error:
-            self._fail(error)
             self._owed = [end for end in batch.ended if end[0].request not in registered]
-            self._answer(batch.asking, self._failing)
-            return
-        if self._failing is not None:
-            logger.warning("the ledger %s is written again", self.path)
-        self._failing = None
+            return self._error(error)
+        self._reserve.keep()
         self._running = (self._running | registered) - {end[0].request for end in batch.ended}
-        self._answer(batch.asking)
+        return full
 
-    def _fail(self, error: Exception) -> None:
-        if self._failing is None:
-            logger.error("the ledger %s cannot be written, and no request is served: %s", self.path, error)
-        self._failing = LedgerError(f"the ledger {self.path} cannot be written: {error}; free space or check its disk")
+    def _full(self) -> LedgerError | None:
+        """Why nothing but ends is written, if the disk has room for no more."""
+        try:
+            self._reserve.require_room()
+        except StoreFull as error:
+            return self._error(error)
+        return None
 
-    def _answer(self, waiting: Iterable[asyncio.Future[None]], error: LedgerError | None = None) -> None:
-        """Tell all that wait, in one turn of the event loop."""
-        waiting = list(waiting)
+    def _error(self, reason: object) -> LedgerError:
+        return LedgerError(f"the ledger {self.path} cannot be written: {reason}; free space or check its disk")
 
-        def answer() -> None:
-            for done in waiting:
-                if done.done():  # what waited for it was cancelled
+    def _note(self, error: LedgerError | None) -> None:
+        """Refuse requests from now on, or no longer."""
+        if error is not None and self._failing is None:
+            logger.error("no request is served: %s", error)
+        if error is None and self._failing is not None:
+            logger.warning("the ledger %s is written again", self.path)
+        self._failing = error
+
+    def _watch(self) -> None:
+        """Refuse what waits for a commit that takes too long; ends wait on."""
+        while not self._closed.wait(LOOK_SECONDS):
+            with self._lock:
+                if self._writing is None or not self._hangs():
                     continue
-                if error is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(error)
-                    done.exception()  # seen, whether or not anything waits for it
+                error = self._error(f"a commit has taken more than {ANSWER_SECONDS:g} seconds")
+                self._note(error)
+                self._next.refuse(error)
+                answer(self._writing[0].waiting, error)
 
-        if waiting:
-            with suppress(RuntimeError):  # the loop has ended
-                waiting[0].get_loop().call_soon_threadsafe(answer)
+    def _hangs(self) -> bool:
+        writing = self._writing
+        return writing is not None and time.monotonic() - writing[1] > ANSWER_SECONDS
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -244,11 +264,15 @@ class Journal:
         """End the requests that were running when the file was last open, with their last marks."""
         found = self._connection.execute("SELECT registration, mark FROM running ORDER BY request").fetchall()
         (newest,) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchone()
+        now, self._newest = microseconds(self._clock()), newest or 0
+        if self._newest - now > MICROSECONDS:
+            behind = (self._newest - now) // MICROSECONDS
+            logger.error("the clock is %d seconds behind the ledger's newest end: usage gets that one's time", behind)
         with self._transaction():
             for text, mark in found:
                 registration = decode_registration(text)
-                at = max(microseconds(self._clock()), registration.registered_at, newest or 0)
-                self._insert_usage(registration, INTERRUPTED, at, Used.decode(mark))
+                self._newest = max(now, self._newest, registration.registered_at)
+                self._insert_usage(registration, INTERRUPTED, self._newest, Used.decode(mark))
         if found:
             logger.warning("%d requests were running when the server ended; their last marks count", len(found))
 
@@ -296,7 +320,7 @@ class Entry:
 
 def _open(path: Path) -> sqlite3.Connection:
     with _told(path):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS)
         try:
             bring_up_to_date(connection, path)
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
 MOST_SECONDS: Final = 5.0
@@ -62,7 +62,8 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
     """The sums of every bucket that has any, by time and group. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
+        LedgerError: the file cannot be read.
+        TooMuchAsked: there are too many sums, or they take too long.
     """
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
@@ -71,10 +72,10 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
             found = list(islice(_sums(connection, sought), MOST_SUMS + 1))
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
-            raise LedgerError(f"the sums took longer than {MOST_SECONDS:g} seconds: ask for less time") from error
+            raise TooMuchAsked(f"the sums took longer than {MOST_SECONDS:g} seconds: ask for less time") from error
         raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
     if len(found) > MOST_SUMS:
-        raise LedgerError(f"there are more than {MOST_SUMS:,} sums: ask for less time, or group by less")
+        raise TooMuchAsked(f"there are more than {MOST_SUMS:,} sums: ask for less time, or group by less")
     return found
 
 

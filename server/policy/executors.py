@@ -17,6 +17,8 @@ T = TypeVar("T")
 CHANGES: Final = ThreadPoolExecutor(4, "changes")
 READS: Final = ThreadPoolExecutor(4, "reads")
 """What administrators and auditors read."""
+USAGE: Final = ThreadPoolExecutor(2, "usage")
+"""Sums over the ledger, which take seconds where much is asked for."""
 OTHERS_CHANGES: Final = ThreadPoolExecutor(2, "others-changes")
 """Changes by tenants' and owners' keys."""
 OTHERS_READS: Final = ThreadPoolExecutor(2, "others-reads")

@@ -1,4 +1,4 @@
-"""A real file system with little room, which a test fills to the last byte."""
+"""Real file systems with little room, which a test fills to the last byte, or that stop answering."""
 
 from __future__ import annotations
 
@@ -47,4 +47,39 @@ def mounted(path: Path, mebibytes: int) -> Iterator[SmallDisk]:
     try:
         yield SmallDisk(path)
     finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FreezableDisk:
+    """A mounted file system that can stop taking writes without an error, as a disk that does not answer."""
+
+    path: Path
+
+    def freeze(self) -> None:
+        """Let every write wait."""
+        subprocess.run(["fsfreeze", "--freeze", str(self.path)], check=True)
+
+    def thaw(self) -> None:
+        """Let them go on; nothing happens where none waits."""
+        subprocess.run(["fsfreeze", "--unfreeze", str(self.path)], check=False, capture_output=True)
+
+
+@contextmanager
+def freezable(folder: Path) -> Iterator[FreezableDisk]:
+    """An ext4 of its own in `folder`; skips the test where this user may mount none."""
+    image, path = folder / "image", folder / "mounted"
+    path.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(path)], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a file system from a file takes root")
+    disk = FreezableDisk(path)
+    try:
+        yield disk
+    finally:
+        disk.thaw()
         subprocess.run(["umount", "-l", str(path)], check=True)

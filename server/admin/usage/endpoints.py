@@ -12,15 +12,16 @@ from flexgate.server.admin.pages import unknown_cursor
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.admin.usage.schemas import BUCKETS, SECONDS, ListUsage, UsageBucket, UsagePage, result_of
 from flexgate.server.http.errors import Invalid, Unavailable
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 from flexgate.server.ledger.usage import Sought, Sum, sums
+from flexgate.server.policy.executors import USAGE
 
 PAGE: Final = "page_"
 
 router: Final = OperationRouter()
 
 
-@router.operation("GET", "/v1/organization/usage/completions", roles=(Role.ADMIN, Role.AUDITOR))
+@router.operation("GET", "/v1/organization/usage/completions", roles=(Role.ADMIN, Role.AUDITOR), threads=USAGE)
 def completions(call: Call[Nothing, ListUsage]) -> UsagePage:
     """Sum tokens and requests that this server has recorded, per bucket of time, by what `group_by` names."""
     query = call.query
@@ -41,14 +42,20 @@ def completions(call: Call[Nothing, ListUsage]) -> UsagePage:
     sought = Sought(since, stop, width, query.project_ids, query.api_key_ids, query.models, query.group_by or ())
     try:
         found = {at: list(of_one) for at, of_one in groupby(sums(call.services.ledger.path, sought), _start_of)}
+    except TooMuchAsked as error:
+        raise Invalid(_sentence(error), param="start_time", code="query_too_large") from error
     except LedgerError as error:
-        raise Unavailable(f"{str(error)[:1].upper()}{str(error)[1:]}.", code="ledger_unavailable") from error
+        raise Unavailable(_sentence(error), code="ledger_unavailable") from error
     buckets = [
         UsageBucket(start_time=at, end_time=at + width, results=[result_of(one) for one in found.get(at, ())])
         for at in range(start, stop, width)
     ]
     more = stop < end
     return UsagePage(data=buckets, has_more=more, next_page=f"{PAGE}{stop}" if more else None)
+
+
+def _sentence(error: LedgerError) -> str:
+    return f"{str(error)[:1].upper()}{str(error)[1:]}."
 
 
 def _start_of(one: Sum) -> int:

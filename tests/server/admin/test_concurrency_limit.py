@@ -13,14 +13,16 @@ import pytest
 from flexgate.policies.store import Store, accounts
 from flexgate.policies.store.agreements import list_agreements
 from flexgate.server.admin.agreements import endpoints as agreements
-from flexgate.server.admin.concurrency_limit import AT_ONCE_OF_ONE, MOST_OF_ONE
+from flexgate.server.admin.concurrency_limit import AT_ONCE_OF_ONE, MOST_OF_ONE, MOST_SUMS_OF_ONE
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.admin.projects import endpoints as projects
+from flexgate.server.admin.usage import endpoints as usage
 from flexgate.server.experts import uploads
 from flexgate.server.policy.executors import OTHERS_CHANGES, OTHERS_READS
 
 pytestmark = pytest.mark.asyncio
 UPLOADS = "/v1/expert_uploads"
+USAGE = "/v1/organization/usage/completions?start_time=0&end_time=1"
 READS = {"sk-t": "/v1/organization/projects/t", "sk-owner": "/v1/agreements"}
 
 
@@ -32,6 +34,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     def wait(inner: Any) -> Any:
         return lambda *arguments, **more: done.wait(20) and inner(*arguments, **more)
 
+    monkeypatch.setattr(usage, "sums", wait(usage.sums))
     monkeypatch.setattr(projects, "visible_project", wait(projects.visible_project))
     monkeypatch.setattr(agreements.agreements, "list_agreements", wait(agreements.agreements.list_agreements))
     yield done
@@ -151,6 +154,27 @@ async def test_a_key_that_is_revoked_while_its_change_waits_for_a_thread_changes
     slow.set()
     assert [answer.status_code for answer in await asyncio.gather(*changes)] == [404, 404, 401]
     assert "a-news" in {agreement.id for agreement in list_agreements(real_store)}
+
+
+async def test_sums_over_the_ledger_hold_up_no_other_reads_and_no_other_keys_sums(
+    call: Any, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = usage.sums
+    asked = [asyncio.create_task(call("sk-admin", "GET", USAGE)) for _ in range(MOST_SUMS_OF_ONE + 4)]
+    async with asyncio.timeout(10):
+        while sum(task.done() for task in asked) < 4:
+            await asyncio.sleep(0.001)
+        refused = [task.result() for task in asked if task.done()]
+        assert {(answer.status_code, answer.json()["error"]["code"]) for answer in refused} == {
+            (429, "rate_limit_exceeded")
+        }
+        assert "8 such administration requests of this key" in refused[0].json()["error"]["message"]
+        assert (await call("sk-admin", "GET", "/v1/organization/admin_api_keys")).status_code == 200
+        monkeypatch.setattr(usage, "sums", lambda *_: [])
+        assert (await call("sk-auditor", "GET", USAGE)).status_code == 200
+        monkeypatch.setattr(usage, "sums", waiting)
+    slow.set()
+    assert Counter(answer.status_code for answer in await asyncio.gather(*asked)) == {200: MOST_SUMS_OF_ONE, 429: 4}
 
 
 async def test_only_what_waits_for_the_engine_or_a_client_is_done_on_the_event_loop() -> None:

@@ -97,6 +97,23 @@ async def test_a_query_that_makes_no_sense_is_refused(admin: Any, query: dict[st
         await admin.usage.completions(**query)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({"MOST_SUMS": 1}, "more than 1 sums: ask for less time, or group by less"),
+        ({"MOST_SECONDS": -1.0, "INSTRUCTIONS": 1}, "took longer than -1 seconds: ask for less time"),
+    ],
+)
+async def test_a_query_that_asks_for_too_much_is_the_callers_to_mend(
+    admin: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch, bounds: dict[str, Any], said: str
+) -> None:
+    for name, value in bounds.items():
+        monkeypatch.setattr(f"flexgate.server.ledger.usage.{name}", value)
+    with pytest.raises(openai.BadRequestError, match=said) as error:
+        await admin.usage.completions(start_time=START, end_time=START + 3 * DAY)
+    assert error.value.code == "query_too_large"
+
+
 @pytest.mark.parametrize(("key", "status"), [("sk-t", 403), ("sk-auditor", 200)])
 async def test_auditors_read_usage_and_tenants_do_not(make_client: Any, key: str, status: int) -> None:
     client: httpx.AsyncClient = make_client(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,29 @@ async def test_a_stream_whose_tokens_cannot_be_recorded_ends_with_the_reason(
     monkeypatch.undo()
     (row,) = await ended(ledger)
     assert (row["outcome"], row["completion_tokens"] >= len(handler.sent)) == ("ledger_unavailable", True)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+async def test_a_ledger_that_hangs_ends_requests_after_the_deadline_and_readiness_at_once(
+    client: httpx.AsyncClient, generating: Any, ledger: Journal, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    monkeypatch.setattr("flexgate.server.ledger.journal.ANSWER_SECONDS", 0.2)
+    assert (await client.get("/ready")).status_code == 200
+    generating(Generating(3, streamed=streamed))
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        async with asyncio.timeout(10):
+            for _ in range(2):
+                response = await client.post(PATH, json={"prompt": "x", "stream": streamed})
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "ledger_unavailable")
+        assert (await client.get("/ready")).status_code == 503
+    async with asyncio.timeout(10):
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.01)
+    generating(Generating(3, streamed=streamed))
+    assert (await client.post(PATH, json={"prompt": "x", "stream": streamed})).status_code == 200
+    found = await ended(ledger, 2)
+    assert sorted(row["outcome"] for row in found) == ["completed", "ledger_unavailable"]
 
 
 async def test_a_request_that_is_refused_before_the_engine_is_not_in_the_ledger(

@@ -156,10 +156,11 @@ async def test_a_client_that_leaves_while_its_mark_is_written_keeps_nobody_from_
 async def test_a_full_disk_refuses_registrations_and_marks_and_keeps_ends_until_there_is_room(
     journal: Journal, path: Path
 ) -> None:
-    running = journal.register(registration("running"))
+    large = {name: Registration(**{**fields(registration(name)), "model": "x" * 100_000}) for name in ("a", "b")}
+    running = journal.register(large["a"])
     await running.cover(11, lambda: used(10, 1))
     full(journal)
-    refused = journal.register(Registration(**{**fields(registration("refused")), "model": "x" * 100_000}))
+    refused = journal.register(large["b"])
     with pytest.raises(LedgerError, match="full; free space or check its disk") as error:
         await refused.registered()
     assert str(path) in str(error.value)
@@ -171,12 +172,15 @@ async def test_a_full_disk_refuses_registrations_and_marks_and_keeps_ends_until_
     running.end(COMPLETED, used(10, 3))
     with pytest.raises(LedgerError, match="cannot be written"):
         journal.register(registration("meanwhile"))
+    async with asyncio.timeout(5):
+        while not journal._owed:
+            await asyncio.sleep(0.001)
     assert rows(path) == []
     journal._connection.execute("PRAGMA max_page_count = 1000000")
     while journal._failing is not None:
         await asyncio.sleep(0.01)
     await journal.register(registration("later")).registered()
-    assert [(row["request"], row["completion_tokens"]) for row in rows(path)] == [("dec_running", 3)]
+    assert [(row["request"], row["completion_tokens"]) for row in rows(path)] == [("dec_a", 3)]
     assert [row["request"] for row in rows(path, "running")] == ["dec_later"]
 
 
@@ -257,12 +261,50 @@ async def test_a_clock_that_was_set_back_ends_nothing_before_it_began(path: Path
     assert [row["ended_at"] for row in rows(path)] == [50_000_000, 50_000_000]
 
 
+async def test_ends_follow_one_another_though_the_clock_is_set_back(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for times in ((50.0, 20.0), (30.0, 60.0)):
+        at = [times[0]]
+        journal = Journal(path, clock=lambda at=at: at[0])
+        for at[0] in times:
+            entry = journal.register(registration(str(at[0])))
+            entry.end(COMPLETED, used(1, 1))
+            await entry.registered()
+        journal.close()
+    assert [row["ended_at"] for row in rows(path)] == [50_000_000, 50_000_000, 50_000_000, 60_000_000]
+    assert "the clock is 20 seconds behind the ledger's newest end" in caplog.text
+
+
+async def test_no_more_ends_are_owed_than_requests_were_running(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [journal.register(registration(str(number))) for number in range(10)]
+    await asyncio.gather(*(entry.registered() for entry in entries))
+    monkeypatch.setattr(journal, "_insert", refused_by_the_disk)
+    for number, entry in enumerate(entries):
+        with pytest.raises(LedgerError):
+            await entry.cover(11, lambda: used(10, 1))
+        for name in range(20):
+            with pytest.raises(LedgerError):
+                await journal.register(registration(f"{number}-{name}")).registered()
+        entry.end("ledger_unavailable", used(10, 1))
+        entry.end("ledger_unavailable", used(10, 1))
+    journal.close()
+    assert len(journal._owed) == len(entries)
+
+
+def refused_by_the_disk(_batch: Any) -> None:
+    raise sqlite3.OperationalError("disk I/O error")
+
+
 def fields(one: Registration) -> dict[str, Any]:
     return {name: getattr(one, name) for name in Registration.__dataclass_fields__}
 
 
 def full(journal: Journal) -> None:
-    """Let the file not grow any more."""
+    """Let the file not grow any more, nor use again what was freed."""
+    journal._connection.execute("VACUUM")
     (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
     journal._connection.execute(f"PRAGMA max_page_count = {pages}")
 
