@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from flexgate.experts.io.strict_yaml import parse_yaml
+from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.store.gitops import parse_file
 from flexgate.server.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +62,21 @@ def test_a_command_that_is_shown_can_be_typed(page: str, words: str, monkeypatch
         if not hasattr(group, "get_command"):
             return
         name, *arguments = arguments
+
+
+def test_the_policy_guide_shows_a_file_that_is_one() -> None:
+    page = (ROOT / "docs" / "policy-guide.md").read_text()
+    shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert shown
+    for text in shown:
+        parse_file(parse_yaml(text.encode(), "policy-guide.md", ChangeRefused))
+
+
+def test_a_page_has_one_name() -> None:
+    names = re.findall(r"- ([^:\n]+): ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(names) >= 12
+    headings = {page: (ROOT / "docs" / page).read_text().partition("\n")[0] for _, page in names if page != "index.md"}
+    assert headings == {page: f"# {name}" for name, page in names if page != "index.md"}
 
 
 def test_the_operations_guide_explains_codes_and_log_lines_that_exist() -> None:
