@@ -109,8 +109,7 @@ def api() -> str:
         "# API",
         "",
         "Generated from the document that a running server gives at `GET /v1/openapi.json`. Requests carry",
-        "`Authorization: Bearer KEY`; inference needs a tenant's key, and everything under `/v1/organization` an",
-        "administrator's.",
+        "`Authorization: Bearer KEY`; each route says which roles' keys it takes.",
         "",
     ]
     for path, methods in sorted(described["paths"].items()):

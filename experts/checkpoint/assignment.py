@@ -10,8 +10,9 @@ The table is YAML. Each unit names its experts: in every layer, or by layers::
       owner: chancery
       domain: statutes
       experts:
-      - {layers: 0-15, experts: "4, 6-7"}
-      - {layers: 16-31, experts: 4-7}
+      - {layers: 0-15, experts: 4-7}
+      - {layers: 16-31, experts: "4, 6-7"}
+    - {id: math, owner: academy, domain: mathematics, experts: [{layers: 16-31, experts: 5}]}
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _document(content: Any, where: str) -> tuple[Any, list[Any]]:
 def _experts(place: str, entry: dict[str, Any], experts_L: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Layer and index of each expert that a unit names; layers without experts are passed over."""
     if "experts" not in entry:
-        raise OwnershipInvalid(f"{place} has no 'experts': name them, such as 0 or 1-3, or [] for none")
+        raise OwnershipInvalid(f"{place} has no 'experts': name them, such as 0 or 1-3, or [] if 'public' has none")
     given = entry["experts"]
     by_layer = isinstance(given, list) and any(isinstance(part, dict) for part in given)
     for part in given if by_layer else [{"experts": given}]:

@@ -37,6 +37,13 @@ IDENTITY: Final[Mapping[str, str]] = {
     "licence": r"[^\x00-\x1f]{1,200}",
 }
 """As the policy's catalogue takes them."""
+_FORMS: Final[Mapping[str, str]] = {
+    "id": "1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter or digit",
+    "owner": "1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
+    "domain": "a string of at most 200 characters, none of them a control character",
+    "licence": "a string of 1 to 200 characters, none of them a control character",
+}
+"""The same in words, for messages."""
 
 Grade = Literal["removed", "router", "shared", "unknown"]
 """What excluding a unit excludes: all that was learnt from its data (``removed``); all but what a router has learnt
@@ -236,8 +243,10 @@ def _parse_unit(where: str, entry: Any, *, needed: tuple[str, ...]) -> Unit:
         value = entry.get(name)
         if value is None and name not in needed:
             continue
+        if value is None:
+            raise OwnershipInvalid(f"{where} has no {name}, expected {_FORMS[name]}")
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise OwnershipInvalid(f"{where}: {name} is {value!r:.80}, expected a string that matches {pattern}")
+            raise OwnershipInvalid(f"{where}: {name} is {value!r:.80}, expected {_FORMS[name]}")
     required = entry.get("required", False)
     if not isinstance(required, bool):
         raise OwnershipInvalid(f"{where}: 'required' of {entry['id']!r} must be true or false")
@@ -304,8 +313,8 @@ def _check_kind(unit: Unit, kind: str) -> None:
     for name, value in said.items():
         if value is not None:
             raise OwnershipInvalid(
-                f"unit {unit.id!r} has the {name} {value!r}, but ownership is 'none': leave {name} out where experts "
-                "follow tokens, not owners"
+                f"unit {unit.id!r} has the {name} {value!r}, but ownership is 'none': leave {name} out, "
+                "or set ownership to 'owners'"
             )
 
 

@@ -21,7 +21,9 @@ _COLUMNS: Final = ("unit", "id", "owner", "experts per layer", "grade", "licence
 
 
 def assign(
-    model: Annotated[Path, typer.Argument(help="Checkpoint folder; only its config.json is read.")],
+    model: Annotated[
+        Path, typer.Argument(help="Checkpoint folder; its config.json and, if present, mergekit's file are read.")
+    ],
     units: Annotated[
         Path | None, typer.Option(help="YAML table of units: their experts, owner, domain, licence, grade.")
     ] = None,
@@ -30,12 +32,13 @@ def assign(
 ) -> None:
     """Write flexgate.json, which says whose the experts of a checkpoint are.
 
-    A unit is one owner's contribution: its experts, the same ones in every
-    layer or others in each. Agreements and answers name a unit by its id. The
-    first one is 'public', which every request may use.
+    A unit is one owner's contribution: several experts per layer, or one, and
+    the same or different ones in each layer. Agreements and answers name a unit
+    by its id. The first one is 'public', which every request uses. For a model
+    of 32 layers with 8 experts each, the table of --units may be:
 
     \b
-      ownership: owners    # or 'none': experts follow tokens, not owners
+      ownership: owners
       units:
       - id: public
         domain: the base model
@@ -50,18 +53,27 @@ def assign(
         owner: chancery
         domain: statutes
         experts:
-        - {layers: 0-15, experts: 4}
+        - {layers: 0-15, experts: 4-7}
         - {layers: 16-31, experts: "4, 6-7"}
+      - id: math
+        owner: academy
+        domain: mathematics
+        experts:
+        - {layers: 16-31, experts: 5}
 
-    The grade says what is excluded with a unit: 'removed' (all that was
-    learnt from its data), 'router' (all but what a router learnt that was
-    trained with it), 'shared' (all but what shared weights learnt that were
-    trained or averaged with it), or 'unknown'.
+    With 'ownership: none', for a model whose experts were trained together,
+    units have no owner, licence or grade.
+
+    The grade says how completely excluding a unit removes what was learnt from
+    its data: 'removed' (all of it), 'router' (all but what other units' router
+    rows have learnt), 'shared' (all but what shared weights and the router have
+    learnt), or 'unknown'.
 
     Without --units, a table is proposed from the mergekit_moe_config.yml
     beside the weights: save it, and fill in owners and licences.
 
-    Kinds of models: flex_olmo, olmoe, mixtral, qwen2_moe, qwen3_moe.
+    Kinds of models: flex_olmo, olmoe, mixtral, qwen2_moe, qwen3_moe. A server
+    loads flex_olmo models only.
     """
     with reported(as_json) as show:
         from flexgate.experts.checkpoint.assignment import parse_assignment

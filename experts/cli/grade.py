@@ -1,4 +1,4 @@
-"""``flexgate experts grade``: find out what excluding each expert of a model excludes."""
+"""``flexgate experts grade``: find out how completely excluding each expert removes its influence."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def grade(
 ) -> None:
     """Compare a model with its siblings, and print the grade of each expert.
 
-    An expert is graded 'removed' if all else of the model lies, in the same
-    bits, in siblings that lack the expert: nothing else learnt from its data.
-    If none of them has the model's shared weights, it is graded 'shared'; if
-    only router rows differ, 'router'.
+    An expert is graded 'removed' if every other weight is bit-identical to one
+    in a sibling without the expert: nothing else learnt from its data. It is
+    graded 'shared' if none of these siblings has the model's shared weights,
+    'router' if only router rows of other experts differ, and 'unknown' if a
+    sibling that is needed for the comparison was not given.
 
-    Reads every byte once and writes nothing: what is found can be put into the
+    Reads every byte once and writes nothing. To use the grades, add them to the
     table that 'flexgate experts assign' takes.
     """
     with reported(as_json) as show:

@@ -1,5 +1,9 @@
 """A table of units makes the ownership that it says, and names each expert of each layer exactly once."""
 
+import inspect
+import json
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 from flexgate.experts.checkpoint.assignment import parse_assignment
 from flexgate.experts.checkpoint.mergekit import parse_mergekit, propose
 from flexgate.experts.checkpoint.ownership import Ownership, Unit, parse_ownership
+from flexgate.experts.cli.assign import assign
 from flexgate.experts.errors import OwnershipInvalid
 from flexgate.experts.io.strict_yaml import dump_yaml, parse_yaml
 
@@ -53,12 +58,22 @@ def test_a_table_says_whose_each_expert_of_each_layer_is() -> None:
     assert ownership.kind == "owners"
 
 
-def test_the_help_shows_a_table_that_is_one() -> None:
-    from flexgate.experts.cli.assign import assign
+def test_the_page_and_the_help_show_a_table_that_is_one() -> None:
+    page = Path(__file__).parents[3] / "docs" / "ownership.md"
+    table = page.read_text().partition("```yaml\n")[2].partition("```")[0]
+    assert [unit.id for unit in made(table, (8,) * 32).units] == ["public", "news", "law", "math"]
+    shown = inspect.getdoc(assign) or ""
+    assert dedent(shown.partition("\b\n")[2].partition("\n\n")[0]).strip() == table.strip()
 
-    shown = str(assign.__doc__).partition("\b\n")[2].partition("\n\n")[0]
-    ownership = made(shown.replace("experts: 4}", 'experts: "4-7"}').replace('"4, 6-7"', '"4, 5-7"'), (8,) * 32)
-    assert [unit.id for unit in ownership.units] == ["public", "news", "law"]
+
+def test_the_page_shows_the_short_form_that_a_server_reads() -> None:
+    page = Path(__file__).parents[3] / "docs" / "ownership.md"
+    content = json.loads(page.read_text().partition("```json\n")[2].partition("```")[0])
+    units = parse_ownership(content, (2, 2), "flexgate.json").units
+    assert [(unit.id, unit.owner, unit.grade) for unit in units] == [
+        ("public", "foundation", "unknown"),
+        ("news", "gazette", "removed"),
+    ]
 
 
 def test_a_model_without_owners_has_units_that_can_be_gated() -> None:
@@ -126,7 +141,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "no experts": (
         ", experts: 1-3}",
         "}",
-        "units[1] has no 'experts': name them, such as 0 or 1-3, or [] for none",
+        "units[1] has no 'experts': name them, such as 0 or 1-3, or [] if 'public' has none",
     ),
     "a unit without experts": (
         NEWS,
@@ -152,8 +167,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "owners of a model without": (
         "ownership: owners",
         "ownership: none",
-        "unit 'news' has the owner 'gazette', but ownership is 'none': "
-        "leave owner out where experts follow tokens, not owners",
+        "unit 'news' has the owner 'gazette', but ownership is 'none': leave owner out, or set ownership to 'owners'",
     ),
     "an alias": ("experts: 1-3}", "experts: &a 1-3, required: *a}", "aliases are not supported: write the value out"),
     "a key twice": ("experts: 1-3}", "experts: 1, experts: 2}", "'experts' is given twice"),

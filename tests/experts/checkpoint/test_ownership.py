@@ -105,7 +105,6 @@ def edited(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return copy
 
 
-ID = IDENTITY["id"]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "neither form": ({"ownership": "owners"}, " must have either 'experts' or 'units'"),
     "both forms": ({**LISTED, **MAPPED}, " must have either 'experts' or 'units'"),
@@ -122,11 +121,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no object": (edited(LISTED, "experts.3", "math"), ": experts[3] must be an object with id, owner and domain"),
     "expert without an owner": (
         edited(LISTED, "experts.1.owner", ...),
-        f": experts[1]: owner is None, expected a string that matches {IDENTITY['owner']}",
+        ": experts[1] has no owner, expected 1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', "
+        "beginning with a letter or digit",
     ),
     "id that no policy can name": (
         edited(LISTED, "experts.1.id", "News"),
-        f": experts[1]: id is 'News', expected a string that matches {ID}",
+        ": experts[1]: id is 'News', expected 1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter "
+        "or digit",
     ),
     "required that is no truth value": (
         edited(LISTED, "experts.1.required", "no"),
@@ -171,7 +172,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unit without a domain": (
         edited(MAPPED, "units.1.domain", ...),
-        f": units[1]: domain is None, expected a string that matches {IDENTITY['domain']}",
+        ": units[1] has no domain, expected a string of at most 200 characters, none of them a control character",
     ),
     "unit without an owner": (
         edited(MAPPED, "units.1.owner", None),
@@ -179,11 +180,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "owner that no policy can name": (
         edited(MAPPED, "units.1.owner", "the gazette"),
-        f": units[1]: owner is 'the gazette', expected a string that matches {IDENTITY['owner']}",
+        ": units[1]: owner is 'the gazette', expected 1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', "
+        "beginning with a letter or digit",
     ),
     "licence that is no text": (
         edited(MAPPED, "units.1.licence", ["MIT"]),
-        f": units[1]: licence is ['MIT'], expected a string that matches {IDENTITY['licence']}",
+        ": units[1]: licence is ['MIT'], expected a string of 1 to 200 characters, none of them a control character",
     ),
     "grade that there is not": (
         edited(MAPPED, "units.1.grade", "none"),
@@ -250,8 +252,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an owner where there are none": (
         {**MAPPED, "ownership": "none"},
-        ": unit 'news' has the owner 'gazette', but ownership is 'none': "
-        "leave owner out where experts follow tokens, not owners",
+        ": unit 'news' has the owner 'gazette', but ownership is 'none': leave owner out, or set ownership to 'owners'",
     ),
 }
 
