@@ -141,7 +141,7 @@ def _named(snapshot: Snapshot, entitled: Entitlements, names: tuple[str, ...], p
         listed = {m for m in members if m in entitled.lost_at or m in entitled.refused}
         if not listed:
             raise UnknownExpert(
-                f"'{param}[{position}]' is no expert or set that this project can use or see. "
+                f"'{param}[{position}]' does not name an expert or set that is visible to this project. "
                 "GET /v1/experts lists its experts.",
                 param=f"{param}[{position}]",
             )
@@ -157,7 +157,7 @@ def _check_anchor(tenant: TenantRules, entitled: Entitlements, ignore: frozenset
     if PUBLIC in ignore and not tenant.anchor_optional:
         raise AnchorRequired(
             "'flexgate.experts.ignore' names 'public', which every request of this project uses. "
-            "Remove it there, or ask an administrator to set 'anchor_optional'.",
+            "Remove it from there, or ask an administrator to set 'anchor_optional'.",
             param=IGNORE,
         )
 
@@ -169,7 +169,7 @@ def _check_required(snapshot: Snapshot, entitled: Entitlements, ignore: frozense
     for expert in (id_ for id_ in snapshot.experts if id_ in snapshot.required and id_ != PUBLIC):
         if expert in ignore:
             raise ExpertRequired(
-                f"'{IGNORE}' names '{expert}', which every request to this server uses. Remove it there.",
+                f"'{IGNORE}' names '{expert}', which every request to this server uses. Remove it from there.",
                 param=IGNORE,
             )
         if expert not in entitled.lost_at:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 
 from flexgate.policies.agreements import AS_STORED, Document, PurposeField, RegionField, SetOf
 from flexgate.policies.errors import InvalidName
+from flexgate.policies.field_errors import first_field_error
 from flexgate.policies.ids import (
     PUBLIC,
     ExpertIdField,
@@ -27,7 +28,7 @@ from flexgate.policies.ids import (
 def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
     if PUBLIC in references:
         raise InvalidName(
-            "'public' belongs to every project and to no list: use 'anchor_optional' to let requests ignore it"
+            "'public' cannot be listed, because every project has it; to let requests ignore it, set 'anchor_optional'"
         )
     return references
 
@@ -45,7 +46,7 @@ def require_title(text: str) -> None:
     try:
         _TITLE.validate_python(text)
     except ValidationError as error:
-        raise InvalidName(f"name: {error.errors()[0]['msg']}") from None
+        raise InvalidName(first_field_error(error).about("'name'")) from None
 
 
 class Quota(Document):

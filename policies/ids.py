@@ -17,6 +17,7 @@ GroupId = NewType("GroupId", str)
 AgreementId = NewType("AgreementId", str)
 PUBLIC: Final = ExpertId("public")
 _EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_EXPERT_ID_FORM: Final = "1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter or digit"
 _NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 
@@ -24,14 +25,14 @@ def parse_expert_id(text: str) -> ExpertId:
     """`text` as an expert id; raises `InvalidName`."""
     if _EXPERT_ID.fullmatch(text):
         return ExpertId(text)
-    raise InvalidName(f"{text!r} is not an expert id: it must match [a-z0-9][a-z0-9-]{{0,62}}")
+    raise InvalidName(f"{text!r} is not an expert id; use {_EXPERT_ID_FORM}")
 
 
 def parse_set_id(text: str) -> SetId:
     """`text` as the name of a set of experts (`set:…`); raises `InvalidName`."""
     if text.startswith("set:") and _EXPERT_ID.fullmatch(text[4:]):
         return SetId(text)
-    raise InvalidName(f"{text!r} is not a set: it must match set:[a-z0-9][a-z0-9-]{{0,62}}")
+    raise InvalidName(f"{text!r} is not a set of experts; use 'set:' and {_EXPERT_ID_FORM}")
 
 
 def _parse_reference(text: str) -> str:
@@ -42,7 +43,7 @@ def _parse_assignee(text: str) -> str:
     kind, _, name = text.partition(":")
     if text == "everyone" or (kind in ("tenant", "group") and re.fullmatch(_NAME_PATTERN[1:-1], name)):
         return text
-    raise InvalidName(f"{text!r} is not an assignee: use 'everyone', 'tenant:ID' or 'group:ID'")
+    raise InvalidName(f"{text!r} is not an assignee; use 'everyone', 'tenant:ID' or 'group:ID'")
 
 
 ExpertIdField = Annotated[ExpertId, AfterValidator(parse_expert_id)]

@@ -163,7 +163,7 @@ def ignored(expert: ExpertId) -> Reason:
         expert,
         "ignored",
         "request/ignore",
-        f"'flexgate.experts.ignore' names expert '{expert}'. Remove it there to use it.",
+        f"'flexgate.experts.ignore' names expert '{expert}'. Remove it from there to use it.",
     )
 
 

@@ -56,7 +56,7 @@ def parse_purpose(text: str) -> Purpose:
     if word in _PURPOSE_PARENTS or _LOCAL_PURPOSE.fullmatch(word):
         return Purpose(word)
     known = ", ".join(sorted(_PURPOSE_PARENTS))
-    raise InvalidName(f"{text!r} is not a purpose: use one of {known}, or a local word 'x-…'")
+    raise InvalidName(f"{text!r} is not a purpose; use one of {known}, or a purpose of your own that starts with 'x-'")
 
 
 def parse_region(text: str) -> Region:
@@ -64,7 +64,7 @@ def parse_region(text: str) -> Region:
     if _is_known(text):
         return Region(text)
     raise InvalidName(
-        f"{text!r} is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'"
+        f"{text!r} is not a region; use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'"
     )
 
 
@@ -103,7 +103,7 @@ def parse_license_expression(text: str) -> str:
         else:
             return text
     raise InvalidName(
-        f"{text[:80]!r} is not an SPDX license expression ({reason}): use ids of the SPDX list, or 'LicenseRef-…'"
+        f"{text[:80]!r} is not an SPDX license expression ({reason}); use ids of the SPDX list, or 'LicenseRef-…'"
     )
 
 

@@ -17,6 +17,7 @@ from flexgate.experts.errors import LayoutError, ManifestInvalid
 from flexgate.experts.io.tensorfile import parse_json
 from flexgate.experts.package.files import MANIFEST_NAME
 from flexgate.policies.agreements import Document, Duty, LicenseExpression, ListOf, PurposeField, RegionField
+from flexgate.policies.field_errors import first_field_error, path_of
 from flexgate.policies.ids import PUBLIC, ExpertId, ExpertIdField, OwnerIdField
 
 MAX_MANIFEST: Final = 1 << 20
@@ -184,6 +185,6 @@ def _validated(kind: type[D], text: bytes, where: str) -> D:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:200]
-        raise ManifestInvalid(f"{where}: {place!a}: {first['msg'][:300]}") from error
+        found = first_field_error(error)
+        place = (path_of(found.place) or "the document")[:200]
+        raise ManifestInvalid(f"{where}: {found.about(f'{place!a}')[:500]}") from error

@@ -29,7 +29,7 @@ def check_put(connection: Connection, document: PolicyDocument, before: PolicyDo
             _owner(connection, f"set {document.id!r}", expert)
     else:
         for reference in _references(document):
-            _owners(connection, f"tenant {document.id!r}", reference)
+            _owners(connection, f"project {document.id!r}", reference)
 
 
 def check_vocabulary(document: PolicyDocument, before: PolicyDocument | None) -> None:
@@ -64,13 +64,14 @@ def _check_regions(regions: frozenset[str] | None, known: frozenset[str] | None)
 
 
 def _name_of(document: PolicyDocument) -> str:
-    return f"{type(document).__name__.lower()} {document.id!r}"
+    kind = "project" if isinstance(document, Tenant) else type(document).__name__.lower()
+    return f"{kind} {document.id!r}"
 
 
 def check_remove(connection: Connection, kind: type[Document], id_: str) -> None:
     """Raise `ChangeRefused` if something still names the document."""
     if kind is Tenant:
-        raise ChangeRefused("a tenant is archived, not removed")
+        raise ChangeRefused("a project is archived, not removed")
     if kind is Agreement:
         return
     if id_ == PUBLIC:
@@ -94,7 +95,7 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
             )
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
-        raise ChangeRefused(f"agreement {agreement.id!r} names the unknown tenant {name!r}: create it first")
+        raise ChangeRefused(f"agreement {agreement.id!r} names the unknown project {name!r}: create it first")
     stored = agreement_versions(connection, agreement.id)
     newest = max((one.version for one in stored), default=0)
     if any(one.version >= agreement.version and one != agreement for one in stored):
@@ -147,6 +148,6 @@ def unknown(who: str, what: str, name: str, there: Iterable[Expert | ExpertSet])
 def _users(connection: Connection, reference: str) -> list[str]:
     """The documents that name an expert or a set, in words."""
     agreements = [f"agreement {a.id!r}" for a in read_all(connection, Agreement) if reference in a.experts]
-    tenants = [f"tenant {t.id!r}" for t in read_all(connection, Tenant) if reference in _references(t)]
+    tenants = [f"project {t.id!r}" for t in read_all(connection, Tenant) if reference in _references(t)]
     sets = [f"set {s.id!r}" for s in read_all(connection, ExpertSet) if reference in s.experts]
     return agreements + tenants + sets

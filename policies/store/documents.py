@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Table, select
 from flexgate.policies.agreements import STORED, Agreement, Document
 from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import ChangeRefused, StoreDamaged
+from flexgate.policies.field_errors import first_field_error
 from flexgate.policies.store import schema
 from flexgate.policies.store.database import PUT_BACK
 
@@ -65,10 +66,8 @@ def changed(before: D, fields: dict[str, Any]) -> D:
 
 
 def first_mistake(error: ValidationError, whole: str) -> str:
-    """The first error and its place; `whole` is the place of errors of no single field."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or whole
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    """The first error with its path; `whole` is what has an error of no single field."""
+    return first_field_error(error).sentence(whole)
 
 
 def read_all(connection: Connection, kind: type[D]) -> list[D]:

@@ -35,7 +35,7 @@ def list_(target: Target, as_json: AsJson = False) -> None:
         print_json(found)
         return
     rows = [(key["id"], key["name"], key["owner"]["role"], key["owner"]["id"], key["redacted_value"]) for key in found]
-    print_table(("id", "name", "role", "of", "key"), rows, empty="no keys")
+    print_table(("id", "name", "role", "belongs to", "key"), rows, empty="no keys")
 
 
 @administers(app)

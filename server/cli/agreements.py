@@ -28,7 +28,7 @@ AgreementFile = Annotated[Path, typer.Argument(help="JSON file with the agreemen
 
 @administers(app, "list", roles="admin, auditor or owner")
 def list_(target: Target, as_json: AsJson = False) -> None:
-    """List agreements in force, oldest first."""
+    """List agreements that were not terminated, oldest first, also those whose time has not come or is over."""
     found = target.agreements()
     if as_json:
         print_json(found)
@@ -55,7 +55,7 @@ def create(target: Target, file: AgreementFile) -> None:
 
 @administers(app, roles="admin or owner")
 def revise(target: Target, agreement: Agreement, file: AgreementFile) -> None:
-    """Replace a whole agreement by that of a JSON file and print its new version."""
+    """Replace an agreement as a whole with the one in a JSON file, and print its new version."""
     typer.echo(target.put_agreement(agreement, _read(file))["version"])
 
 

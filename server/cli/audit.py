@@ -30,7 +30,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 @administers(app, roles=READER)
 def head(target: Target) -> None:
-    """Print the newest entries of changes and of denied requests, as lines of JSON to keep on another machine."""
+    """Print the newest entry of each part of the audit log, as lines of JSON to keep on another machine.
+
+    The parts are the changes and the denied requests; each has a hash chain of its own.
+    """
     for found in target.audit_heads():
         if found.sequence or found.log != REQUESTS:
             typer.echo(json.dumps(found._asdict()))

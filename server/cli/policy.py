@@ -73,7 +73,7 @@ def apply(
 def rollback(
     target: Target,
     version: Annotated[int, typer.Argument(min=0, help="The policy version to go back to.")],
-    confirm: Annotated[int | None, typer.Option(help="Confirm the rollback: the current policy version.")] = None,
+    confirm: Annotated[int | None, typer.Option(help="The current policy version; needed to make the change.")] = None,
 ) -> None:
     """Roll the policy back to an earlier version. Without --confirm: show the changes and exit with status 1."""
     typer.echo(target.roll_back(version, confirm))

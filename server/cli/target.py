@@ -99,7 +99,7 @@ class Target(PolicyTarget, Protocol):
         """Change the given limits; None removes one."""
 
     def agreements(self) -> list[Json]:
-        """Agreements in force, oldest first."""
+        """Agreements that were not terminated, oldest first."""
 
     def put_agreement(self, agreement_id: str | None, fields: Json) -> Json:
         """Make an agreement, or replace one."""

@@ -100,7 +100,7 @@ def limits(target: Target, project: Project, as_json: AsJson = False) -> None:
         return
     names = list(found["project"])
     rows = [[scope, *("none" if limit is None else str(limit) for limit in of.values())] for scope, of in found.items()]
-    print_table(["of", *(name.replace("_", " ") for name in names)], rows, empty="no limits")
+    print_table(["scope", *(name.replace("_", " ") for name in names)], rows, empty="no limits")
 
 
 @administers(app)

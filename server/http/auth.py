@@ -192,9 +192,9 @@ def recognise(snapshot: Snapshot, digest: bytes, now: float, roles: Collection[R
     if found is None or not equal or found.role not in roles or _archived(snapshot, found):
         raise KeyWrong(WRONG_KEY)
     if found.revoked is not None:  # whatever the time: the process that revoked it may have another clock
-        raise KeyRevoked("The API key was revoked. Use another key of the project.")
+        raise KeyRevoked("The API key was revoked. Use another key.")
     if found.expires is not None and found.expires <= now:
-        raise KeyExpired("The API key has expired. Use another key of the project.")
+        raise KeyExpired("The API key has expired. Use another key.")
     return Principal(found.key_id, found.role, found.tenant_id, found.owner_id, digest, found.expires)
 
 

@@ -18,15 +18,18 @@ Errors of other packages are turned into these in `flexgate.server.http.refusals
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
 from pydantic import ValidationError
 
+from flexgate.policies.field_errors import NO_SUCH_FIELD, first_field_error, path_of
+
 CONTEXT_LENGTH_EXCEEDED: Final = "context_length_exceeded"
 PROMPT_TOO_LONG: Final = "The prompt is too long"
 """How its messages begin: openai 3 shows no code in an error's text, and LangChain looks for these words in it."""
+UNKNOWN_FIELD: Final = "is not a field of this request"
 INVALID_REQUEST: Final = "invalid_request_error"
 FORBIDDEN: Final = "request_forbidden"
 SERVER_ERROR: Final = "server_error"
@@ -146,8 +149,8 @@ class Unavailable(ApiError):
 
     usual_status = HTTPStatus.SERVICE_UNAVAILABLE
 
-    def __init__(self, message: str, *, code: str, retry_after: int = 1) -> None:
-        super().__init__(message, code=code, headers={"retry-after": str(retry_after)})
+    def __init__(self, message: str, *, code: str, retry_after: int = 1, param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param, headers={"retry-after": str(retry_after)})
 
 
 def is_server_fault(status: int) -> bool:
@@ -172,20 +175,11 @@ def error_type(status: int) -> str:
     return FORBIDDEN if status == HTTPStatus.FORBIDDEN else INVALID_REQUEST
 
 
-def from_validation(error: ValidationError, *under: str) -> Invalid:
-    """The first thing that is wrong with a body or query, by its path below `under`."""
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    param = path_of((*under, *(step for step in first["loc"] if step != "[key]")))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return Invalid(f"'{param}' is not a field of this request.", param=param, code="unknown_parameter")
-    where = "The request" if param is None else f"'{param}'"
-    return Invalid(f"{where}: {message}.", param=param, code="invalid_value")
-
-
-def path_of(place: Sequence[str | int]) -> str | None:
-    """`("a", 0, "b")` as clients read it: `a[0].b`."""
-    text = ""
-    for step in place:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
-    return text or None
+def from_validation(error: ValidationError, *under: str, unknown: str = UNKNOWN_FIELD) -> Invalid:
+    """The first thing that is wrong with a body or query, by its path below `under`; `unknown` says what it has not."""
+    found = first_field_error(error)
+    param = path_of((*under, *found.place))
+    if found.kind == NO_SUCH_FIELD:
+        return Invalid(f"'{param}' {unknown}.", param=param, code="unknown_parameter")
+    what = "The request" if param is None else f"'{param}'"
+    return Invalid(f"{found.about(what)}.", param=param, code="invalid_value")

@@ -17,6 +17,7 @@ from flexgate.server.http.errors import Invalid, from_validation
 from flexgate.server.http.long_requests import identify_again
 
 M = TypeVar("M", bound=BaseModel)
+_UNKNOWN: Final = "is not a query parameter of this route"
 _KEY: Final = re.compile(r"([a-z_]{1,40})(?:\[([a-z]{0,10})\])?")
 
 
@@ -36,10 +37,10 @@ async def read_body(request: Request, services: Bodies, model: type[M]) -> M:
     return await services.offload.run(validated, model, raw)
 
 
-def validated(model: type[M], values: Any, *, strict: bool | None = None) -> M:
+def validated(model: type[M], values: Any) -> M:
     """`values` as `model`; raises `Invalid` naming the field at fault."""
     try:
-        return model.model_validate(values, strict=strict)
+        return model.model_validate(values)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -49,13 +50,16 @@ def parse_query(pairs: Iterable[tuple[str, str]], model: type[M]) -> M:
     values: dict[str, Any] = {}
     for key, value in pairs:
         _put(values, key, value)
-    return validated(model, values, strict=False)  # strings are the only type that a query has
+    try:
+        return model.model_validate(values, strict=False)  # strings are the only type that a query has
+    except ValidationError as error:
+        raise from_validation(error, unknown=_UNKNOWN) from None
 
 
 def _put(values: dict[str, Any], key: str, value: str) -> None:
     parts = _KEY.fullmatch(key)
     if parts is None:
-        raise Invalid("A query parameter is unknown.", param=None, code="unknown_parameter")
+        raise Invalid(f"{_shown(key)} {_UNKNOWN}.", param=None, code="unknown_parameter")
     name, inner = parts.groups()
     if not value.isprintable():
         raise Invalid(f"'{name}' has characters that do not print.", param=name, code="invalid_value")
@@ -72,3 +76,8 @@ def _put(values: dict[str, Any], key: str, value: str) -> None:
             values[name][inner] = value
     if not fits:
         raise Invalid(f"'{name}' is given twice. Give it once.", param=name, code="invalid_value")
+
+
+def _shown(key: str) -> str:
+    """A name that a client made up, in ASCII and cut off."""
+    return ascii(key if len(key) <= 80 else key[:77] + "...")

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 CACHE_SALT: Final = "cache_salt"
 MAX_GATES: Final = 4_096
 """Sets of experts whose slots are remembered."""
+MAX_SHOWN: Final = 256
+"""Characters of an unknown model's name that a refusal repeats it with."""
 Body = dict[str, Any]
 Handler = Callable[[Any], Awaitable[Any]]
 """Gives vLLM's response to a request of its type, or its stream."""
@@ -158,6 +160,7 @@ class TenantRequest:
                 f"'flexgate.min_policy_version' asks for policy version {least_version}, and this server has "
                 f"version {error.current}. Try again, or ask for a lower version.",
                 code="policy_version_not_reached",
+                param="flexgate.min_policy_version",
             ) from error
         except PolicyError as error:
             raise from_policy(error) from error
@@ -280,8 +283,9 @@ def check_model(body: Body, services: InferenceServices) -> None:
     """Refuse a model that is none of this server's names."""
     model = body.get("model")
     if model is not None and model not in services.model_names:
+        name = f" '{model}'" if isinstance(model, str) and len(model) <= MAX_SHOWN and model.isprintable() else ""
         raise NotFound(
-            f"The model does not exist. This server has: {', '.join(services.model_names)}.",
+            f"The model{name} does not exist. This server has: {', '.join(services.model_names)}.",
             code="model_not_found",
             param="model",
         )

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_origin
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from flexgate.policies.field_errors import first_field_error
 from flexgate.server.inference.request.limits import Limits
 
 _PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
@@ -288,13 +289,12 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     try:
         return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        raise SettingsError(message)
-    name = str(first["loc"][0])
+        found = first_field_error(error)
+    if not found.place:
+        raise SettingsError(found.says)
+    name = str(found.place[0])
     written = f"--{name.replace('_', '-')}" if given.get(name) is not None else f"FLEXGATE_{name.upper()}"
-    raise SettingsError(f"{written}: {message}")
+    raise SettingsError(found.about(written))
 
 
 def _require_database(url: str) -> None:

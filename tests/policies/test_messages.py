@@ -123,7 +123,7 @@ def test_ignored(world):
     assert _news(world, [world.agreement()], ignore=("news",)) == (
         "ignored",
         "request/ignore",
-        "'flexgate.experts.ignore' names expert 'news'. Remove it there to use it.",
+        "'flexgate.experts.ignore' names expert 'news'. Remove it from there to use it.",
     )
 
 
@@ -146,7 +146,7 @@ REFUSALS = [
         {},
         {"only": ("public", "nonsense")},
         "flexgate.experts.only[1]",
-        "'flexgate.experts.only[1]' is no expert or set that this project can use or see. "
+        "'flexgate.experts.only[1]' does not name an expert or set that is visible to this project. "
         "GET /v1/experts lists its experts.",
     ),
     (
@@ -154,7 +154,7 @@ REFUSALS = [
         {"ignore": ("public",)},
         "flexgate.experts.ignore",
         "'flexgate.experts.ignore' names 'public', which every request of this project uses. "
-        "Remove it there, or ask an administrator to set 'anchor_optional'.",
+        "Remove it from there, or ask an administrator to set 'anchor_optional'.",
     ),
     (
         {"anchor_optional": True},
@@ -180,13 +180,14 @@ REFUSALS = [
         {},
         {"purpose": "fun"},
         "flexgate.purpose",
-        "'fun' is not a purpose: use one of ai-all, ai-index, ai-input, ai-train, all, search, or a local word 'x-…'.",
+        "'fun' is not a purpose; use one of ai-all, ai-index, ai-input, ai-train, all, search, or a purpose of your "
+        "own that starts with 'x-'.",
     ),
     (
         {},
         {"region": "UK"},
         "flexgate.region",
-        "'UK' is not a region: use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'.",
+        "'UK' is not a region; use an ISO 3166 country ('DE'), a subdivision ('DE-BY'), 'EU' or 'EEA'.",
     ),
     ({"archived": True}, {}, None, "Project 'acme' is archived. Use a key of another project."),
 ]

@@ -38,7 +38,7 @@ def _withheld(call: Call[Any, Any]) -> Withholding:
 
 @router.operation("GET", _ALL, roles=_READ)
 def list_(call: Call[Nothing, Page]) -> AgreementPage:
-    """List agreements, oldest first."""
+    """List agreements that were not terminated, oldest first."""
     found = agreements.list_agreements(call.store, owner_id=call.principal.owner_id)
     chosen, more = page_of(found, call.query, lambda agreement: agreement.id)
     names = _names(call)
@@ -55,7 +55,7 @@ def create(call: Call[AgreementBody, Written]) -> AgreementObject:
 
 @router.operation("GET", _ONE, roles=_READ)
 def retrieve(call: Call[Nothing, Nothing]) -> AgreementObject:
-    """Show an agreement as it is in force."""
+    """Show the newest version of an agreement that was not terminated."""
     agreement_id, owner_id = call.path["agreement_id"], call.principal.owner_id
     return agreement_object(agreements.get_agreement(call.store, agreement_id, owner_id=owner_id), _names(call))
 

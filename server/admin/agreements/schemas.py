@@ -22,7 +22,7 @@ class AgreementBody(Agreement):
 
 
 class AgreementObject(Identified):
-    """An agreement as it is in force. An owner reads pseudonyms of tenants."""
+    """The newest version of an agreement. An owner reads pseudonyms of tenants."""
 
     object: Literal["agreement"] = "agreement"
     version: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticKnownError
 
 from flexgate.policies.documents import KeyRecord, Title
 from flexgate.policies.ids import OwnerIdField
@@ -20,7 +21,7 @@ Seconds = Annotated[int, Field(ge=1, le=10 * 365 * 86_400)]
 
 def _boolean(value: Any) -> Any:
     if not isinstance(value, bool):  # to a Literal, 0 is False
-        raise ValueError("Input should be a valid boolean")
+        raise PydanticKnownError("bool_type")
     return value
 
 

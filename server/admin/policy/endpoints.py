@@ -8,6 +8,7 @@ from flexgate.policies import explain as explaining
 from flexgate.policies import simulate as simulating
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Role
+from flexgate.policies.errors import ContextRefused
 from flexgate.policies.ids import TenantId
 from flexgate.policies.simulate import with_standard
 from flexgate.policies.store import decision_samples, gitops, history
@@ -46,7 +47,10 @@ def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
     """Explain for every listed expert why a project may use it, or why not and what to do."""
     project_id = _project(call)
     request = DecisionRequest(decision_id="explain", purpose=call.query.purpose, region=call.query.region)
-    found = explaining.explain(call.snapshot, project_id, request, call.now)
+    try:
+        found = explaining.explain(call.snapshot, project_id, request, call.now)
+    except ContextRefused as error:  # a query has no 'flexgate' around its parameters
+        raise ContextRefused(str(error), param=(error.param or "").removeprefix("flexgate.")) from None
     hidden = None
     if call.principal.tenant_id is None:
         concealed = call.snapshot.hidden_from(call.snapshot.tenants[TenantId(project_id)])
@@ -122,7 +126,7 @@ def _project(call: Call[Nothing, Explain]) -> str:
     own = call.principal.tenant_id
     requested = call.query.project_id if call.query.project_id is not None else own
     if requested is None:
-        raise Invalid("'project_id': say which project.", param="project_id", code="missing_parameter")
+        raise Invalid("'project_id' is required with this key.", param="project_id", code="missing_parameter")
     if own not in (None, requested):
         raise not_found()
     return requested

@@ -40,7 +40,8 @@ class Models:
         await identify(request, self._services)
         name = request.path_params["model"]
         if name not in self._services.model_names:
-            raise NotFound("The model does not exist.", code="model_not_found", param="model")
+            has = ", ".join(self._services.model_names)
+            raise NotFound(f"The model does not exist. This server has: {has}.", code="model_not_found", param="model")
         return JSONResponse(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:

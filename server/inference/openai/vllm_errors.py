@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from flexgate.policies.field_errors import first_field_error, path_of
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import (
     CONSTRAINT_BUSY,
@@ -38,7 +39,6 @@ from flexgate.server.http.errors import (
     is_absent,
     is_server_fault,
     is_unavailable,
-    path_of,
 )
 
 _End = tuple[type[ApiError], str, str]
@@ -67,12 +67,12 @@ _ENDED: Final[dict[str, _End]] = {
     KEY_REVOKED: (
         Unauthorized,
         INVALID_API_KEY,
-        "The request was ended because its API key was revoked. Use another key of the project.",
+        "The request was ended because its API key was revoked. Use another key.",
     ),
     KEY_EXPIRED: (
         Unauthorized,
         INVALID_API_KEY,
-        "The request was ended because its API key has expired. Use another key of the project.",
+        "The request was ended because its API key has expired. Use another key.",
     ),
     PROJECT_ARCHIVED: (
         Unauthorized,
@@ -191,11 +191,12 @@ def _from_vllm_validation(error: VLLMValidationError, body: Mapping[str, Any]) -
 
 
 def _from_validation(error: ValidationError, body: dict[str, Any]) -> ApiError:
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    param = path_of(_known_place(first["loc"], body))
-    message = first["msg"].removeprefix("Value error, ")
-    text = f"'{param}': {message}." if param else message
-    return Invalid(text, param=param, code="invalid_value")
+    found = first_field_error(error)
+    param = path_of(_known_place(found.place, body))
+    if param is None and found.whole:  # vLLM's own sentence
+        return Invalid(found.says, param=None, code="invalid_value")
+    what = f"'{param}'" if param else "The request"
+    return Invalid(f"{found.about(what)}.", param=param, code="invalid_value")
 
 
 def _known_place(place: Sequence[str | int], body: Any) -> list[str | int]:

@@ -27,9 +27,10 @@ def _refuse(names: str, why: str, *neutral: Any) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), Rule(Fate.REFUSED, neutral, why))
 
 
-_ENGINE: Final = "it could bypass the control of experts"
+_ENGINE: Final = "it could bypass the check of which experts may be used"
 _TEXT_ONLY: Final = "only text is served"
 _OTHER_SERVER: Final = "this server does not have that feature"
+_WHOLE: Final = "send the whole conversation in 'input'"
 _RESOURCES: Final = "clients cannot change the scheduling"
 
 _COMMON: Final[Table] = {
@@ -60,7 +61,7 @@ _GENERATION: Final[Table] = {
     **_honour("prompt_logprobs logprob_token_ids logprobs allowed_token_ids bad_words"),
     **_honour("add_special_tokens response_format"),
     **_honour("return_tokens_as_token_ids return_token_ids"),
-    **_refuse("use_beam_search", "beam search is not served; use 'n'", False),
+    **_refuse("use_beam_search", "use 'n' for several answers", False),
     **_refuse("length_penalty", "it is for beam search, which is not served", 1.0, 1),
     **_refuse("early_stopping", "it is for beam search, which is not served", False),
     **_refuse("thinking_token_budget", "the model does not reason before it answers"),
@@ -92,7 +93,7 @@ COMPLETION: Final[Table] = MappingProxyType(
         **_GENERATION,
         **_honour("prompt"),
         **_refuse("prompt_embeds", _ENGINE),
-        **_refuse("suffix", "the model was not trained to fill in", ""),
+        **_refuse("suffix", "the model was not trained to fill in a gap before a suffix", ""),
         **_refuse("best_of", "use 'n'", 1),
     }
 )
@@ -105,12 +106,12 @@ RESPONSES: Final[Table] = MappingProxyType(
         **_honour("tool_choice tools top_logprobs include truncation"),
         **_refuse("include_reasoning", "the model does not reason before it answers", True),
         **_refuse("background", "responses are not stored", False),
-        **_refuse("previous_response_id conversation", "responses are not stored; send the input"),
+        **_refuse("previous_response_id conversation", f"responses are not stored; {_WHOLE}"),
         **_refuse("background_options context_management", "responses are not stored"),
         **_refuse("max_tool_calls", "there are no built-in tools"),
         **_refuse("prompt", "there are no stored prompts"),
         **_refuse("enable_response_messages", _OTHER_SERVER, False),
-        **_refuse("previous_input_messages", "send the conversation as 'input'"),
+        **_refuse("previous_input_messages", _WHOLE),
         **_refuse("chat_template_kwargs", "templates come from the operator", {}),
         **_refuse("image", _TEXT_ONLY),
         **_refuse("access_programs", _OTHER_SERVER),

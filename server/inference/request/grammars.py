@@ -33,6 +33,8 @@ def check_constraint(value: Any, *, longest: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         invalid(f"'{name}' must be an object.", name)
     kept = keep_honoured(value, fields.STRUCTURED_OUTPUTS, under=(name,))
+    if len(kept) != 1:
+        invalid(f"'{name}' must have exactly one of 'json', 'regex', 'choice', 'grammar' and 'json_object'.", name)
     for key, item in kept.items():
         param = f"{name}.{key}"
         if key == "json":
@@ -134,7 +136,8 @@ def _too_large(param: str, longest: int) -> str:
 
 def _check_repeats(repeats: float, param: str) -> None:
     if repeats > MAX_REPEATS:
-        too_much(f"'{param}' has too many repetitions: all its counts together may be at most {MAX_REPEATS}.", param)
+        counts = "the counts ({1,5}, 'maxItems', …)"
+        too_much(f"'{param}' has too many repetitions: {counts} may add up to at most {MAX_REPEATS}.", param)
 
 
 def _repeats_of_text(text: str) -> float:
@@ -167,7 +170,7 @@ def _nodes(schema: Any, param: str, *, longest: int) -> list[dict[str, Any]]:
         if not isinstance(item, dict | list):
             continue
         if depth > MAX_DEPTH:
-            too_much(f"'{param}' may be nested at most {MAX_DEPTH} deep.", param)
+            too_much(f"'{param}' may be nested at most {MAX_DEPTH} levels deep.", param)
         members += len(item)
         if members > longest:
             too_much(_too_large(param, longest), param)

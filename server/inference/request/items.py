@@ -65,7 +65,7 @@ def _item(item: Any, place: Place) -> Object:
         texts(call, ("call_id", "name", "arguments"), place)
         return call
     if kind != "function_call_output":
-        unsupported("only messages and function calls are served", (*place, "type"))
+        unsupported("must be one of function_call, function_call_output, message", (*place, "type"))
     output = object_of(item, fields.ITEM_OUTPUT, place)
     texts(output, ("call_id",), place)
     return output | {"output": _text(output.get("output"), (*place, "output"))}

@@ -96,6 +96,8 @@ def check_generation(body: Body, limits: Limits) -> None:
     options = body.get("stream_options")
     if isinstance(options, Mapping):
         body["stream_options"] = _stream_options(options)
+        if options and not body.get("stream"):
+            invalid("'stream_options' needs 'stream': true.", "stream_options")
 
 
 def _stream_options(options: Mapping[str, Any]) -> Body:

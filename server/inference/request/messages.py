@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from flexgate.server.http.errors import CONTEXT_LENGTH_EXCEEDED, PROMPT_TOO_LONG, Invalid, path_of
+from flexgate.policies.field_errors import path_of
+from flexgate.server.http.errors import CONTEXT_LENGTH_EXCEEDED, PROMPT_TOO_LONG, Invalid
 from flexgate.server.inference.request import fields
 from flexgate.server.inference.request.grammars import as_text, check_enforced, check_schema
 from flexgate.server.inference.request.values import Table, characters, invalid, keep_honoured, too_much
@@ -53,7 +54,7 @@ def _check_functions(tools: Any, *, flat: bool) -> None:
     for position, tool in enumerate(tools):
         place: Place = ("tools", position)
         if not isinstance(tool, dict) or tool.get("type") != "function":
-            unsupported("only tools of the type 'function' are served", (*place, "type"))
+            unsupported("must be 'function': no other tools are served", (*place, "type"))
         function, at = (tool, place) if flat else (tool.get("function"), (*place, "function"))
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             bad("must have a name", at)
@@ -137,7 +138,7 @@ def _check_forced(body: Mapping[str, Any], choice: Any) -> None:
         invalid("'tool_choice.type' must be 'function'.", "tool_choice.type")
     for name in ("stop", "stop_token_ids"):
         if body.get(name):
-            invalid(f"'{name}' cannot be combined with a forced 'tool_choice': leave it out.", name)
+            invalid(f"'{name}' cannot be combined with a forced 'tool_choice': leave '{name}' out.", name)
 
 
 def forces_a_call(body: Mapping[str, Any]) -> bool:
@@ -150,7 +151,8 @@ def require_few(items: list[Any], param: str) -> None:
     """Refuse more than `MAX_PIECES` messages or items, their parts and calls included."""
     pieces = len(items) if len(items) > MAX_PIECES else sum(map(_pieces, items))
     if pieces > MAX_PIECES:
-        too_much(f"'{param}' may have at most {MAX_PIECES} entries, parts and calls together, not {pieces}.", param)
+        what = f"{'items' if param == 'input' else param}, content parts and tool calls"
+        too_much(f"A request may have at most {MAX_PIECES} {what} in total, not {pieces}.", param)
 
 
 def _pieces(item: Any) -> int:
@@ -195,7 +197,7 @@ def read_content(value: Any, place: Place, *, text_type: str) -> str | list[Obje
 def _part(part: Any, place: Place, text_type: str) -> Object:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in _PARTS:
-        unsupported("only text parts are served", (*place, "type"))
+        unsupported(f"must be one of {', '.join(sorted(_PARTS))}: only text is served", (*place, "type"))
     table, name = _PARTS[kind]
     kept = object_of(part, table, place)
     texts(kept, (name,), place)
@@ -230,7 +232,7 @@ def bad(what: str, place: Sequence[str | int]) -> NoReturn:
     invalid(f"'{param}' {what}.", param)
 
 
-def unsupported(why: str, place: Sequence[str | int]) -> NoReturn:
-    """Refuse what is not served at a place."""
+def unsupported(what: str, place: Sequence[str | int]) -> NoReturn:
+    """Refuse the value at a place, which is not served; `what` ends the sentence."""
     param = path_of(place)
-    raise Invalid(f"'{param}' is not supported: {why}.", param=param, code="unsupported_parameter")
+    raise Invalid(f"'{param}' {what}.", param=param, code="unsupported_value")

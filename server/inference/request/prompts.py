@@ -9,7 +9,7 @@ from flexgate.server.inference.request.limits import Body, Limits, check_generat
 from flexgate.server.inference.request.messages import bad, check_length, cuts
 from flexgate.server.inference.request.values import integer, invalid, too_much
 
-_PROMPT: Final = "a text, a list of texts, a list of token ids (whole numbers), or a list of such lists"
+_PROMPT: Final = "a string, a list of strings, a list of token ids (integers), or a list of such lists"
 
 
 def check_completion(body: Body, limits: Limits) -> None:
@@ -19,7 +19,7 @@ def check_completion(body: Body, limits: Limits) -> None:
     integer(body, "logprobs", 0, limits.logprobs)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) > limits.prompts and isinstance(prompt[0], str | list):
-        too_much(f"'prompt' may have at most {limits.prompts} prompts, not {len(prompt)}.", "prompt")
+        too_much(f"A request may have at most {limits.prompts} prompts, not {len(prompt)}.", "prompt")
     body["prompt"] = read_prompts(prompt)
     for one in body["prompt"]:
         if isinstance(one, list):
@@ -30,7 +30,9 @@ def check_completion(body: Body, limits: Limits) -> None:
 
 def read_prompts(prompt: Any) -> list[str | list[int]]:
     """The prompts of a completion, each a text or token ids; a list of ids is one prompt."""
-    if prompt is None or prompt in ("", []):
+    if prompt is None:
+        invalid("'prompt' is required.", "prompt")
+    if prompt in ("", []):
         invalid("'prompt' must not be empty.", "prompt")
     if isinstance(prompt, str) or _are_ids(prompt):
         return [prompt]
@@ -38,7 +40,7 @@ def read_prompts(prompt: Any) -> list[str | list[int]]:
         invalid(f"'prompt' must be {_PROMPT}.", "prompt")
     for position, one in enumerate(prompt):
         if not (isinstance(one, str) or _are_ids(one)):
-            bad("must be a text or a list of token ids", ("prompt", position))
+            bad("must be a string or a list of token ids", ("prompt", position))
     return prompt
 
 

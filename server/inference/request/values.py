@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flexgate.server.http.errors import Invalid, path_of
+from flexgate.policies.field_errors import path_of
+from flexgate.server.http.errors import UNKNOWN_FIELD, Invalid
 
 
 def invalid(message: str, param: str) -> NoReturn:
@@ -28,9 +29,9 @@ def integer(body: Mapping[str, Any], name: str, low: int, high: int | None = Non
     if type(value) is not int:
         invalid(f"'{name}' must be an integer.", name)
     if value < low:
-        invalid(f"'{name}' must be at least {low}, not {_number(value)}.", name)
+        invalid(f"'{name}' must be at least {low}{_number(value)}.", name)
     if high is not None and value > high:
-        too_much(f"'{name}' must be at most {high}, not {_number(value)}.", name)
+        too_much(f"'{name}' must be at most {high}{_number(value)}.", name)
     return value
 
 
@@ -76,7 +77,8 @@ def characters(value: Any) -> int:
 
 
 def _number(value: int) -> str:
-    return str(value) if abs(value) < 10**12 else "a number of more than 12 digits"
+    """What was given instead, unless it is too long to repeat."""
+    return f", not {value}" if abs(value) < 10**12 else ""
 
 
 class Fate(enum.StrEnum):
@@ -138,7 +140,7 @@ def keep_honoured(body: Mapping[str, Any], table: Table, *, under: Sequence[str 
 def _refuse_field(rule: Rule | None, param: str) -> NoReturn:
     if rule is None:
         param = _shown(param)
-        raise Invalid(f"'{param}' is not a field of this endpoint.", param=param, code="unknown_parameter")
+        raise Invalid(f"'{param}' {UNKNOWN_FIELD}.", param=param, code="unknown_parameter")
     raise Invalid(f"'{param}' is not supported: {rule.why}.", param=param, code="unsupported_parameter")
 
 

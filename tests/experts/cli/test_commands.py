@@ -93,7 +93,7 @@ def test_errors_are_one_sentence_and_status_one(pair: Path) -> None:
     assert "is not a package folder" in refusal("inspect", pair / "nowhere")
     (pair / "law.json").write_text("{}")
     assert re.search(
-        r"law.json: '(id|owner)': Field required",
+        r"law.json: '(id|owner)' is required",
         refusal("extract", pair / "pair", "1", pair / "x", "--statement", pair / "law.json"),
     )
     broken = RUNNER.invoke(app, ["inspect", str(pair / "nowhere"), "--json"])

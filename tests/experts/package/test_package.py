@@ -238,7 +238,7 @@ def test_a_tensor_that_is_large_throughout_is_refused(package: Path, stock: Path
     [
         (lambda t: t.pop("layers.1.up_proj.weight"), r"lacks 'layers.1.up_proj.weight'|by the manifest"),
         (lambda t: t.update({"layers.2.router.weight": torch.ones(16)}), r"unknown tensor 'layers.2.router.weight'"),
-        (lambda t: t.update({"../../etc/passwd": torch.ones(1)}), r"'weights.tensors.../../etc/passwd.\[key\]'"),
+        (lambda t: t.update({"../../etc/passwd": torch.ones(1)}), r"'weights.tensors.../../etc/passwd'"),
         (lambda t: t.update({"layers.0.router.bias": torch.zeros(1)}), r"lacks 'layers.1.router.bias'"),
         (lambda t: t.update({"layers.0.router.weight": torch.ones(17)}), r"has shape \[17\], expected \[16\]"),
         (lambda t: t.update({"layers.0.router.weight": torch.ones(1, 16)}), r"has shape \[1, 16\], expected \[16\]"),
@@ -280,9 +280,9 @@ def test_a_negative_bias_is_read_with_its_layer(stock: Path, opened: Open, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(surprise=1), "'surprise': Extra inputs are not permitted"),
-        (lambda m: m.pop("training"), "'training': Field required"),
-        (lambda m: m.update(format="flexgate-expert/2"), "'format': Input should be 'flexgate-expert/1'"),
+        (lambda m: m.update(surprise=1), "'surprise' is not a known field"),
+        (lambda m: m.pop("training"), "'training' is required"),
+        (lambda m: m.update(format="flexgate-expert/2"), "'format' must be 'flexgate-expert/1'"),
         (lambda m: m.update(id="public"), "'public' is the anchor"),
         (lambda m: m.update(id="../news"), "is not an expert id"),
         (lambda m: m.update(domain="news\x1b[2J"), "control characters"),
@@ -292,7 +292,7 @@ def test_a_negative_bias_is_read_with_its_layer(stock: Path, opened: Open, tmp_p
         (lambda m: m["base"]["tensors"].pop("lm_head.weight"), "see 'lm_head.weight'"),
         (lambda m: m["training"].update(router="mine"), "'training.router'"),
         (lambda m: m.update(licence={"purposes": ["world-domination"]}), "is not a purpose"),
-        (lambda m: m.update(licence={"duties": [{"kind": "pay"}]}), "licence.duties.0"),
+        (lambda m: m.update(licence={"duties": [{"kind": "pay"}]}), r"licence.duties\[0\]"),
     ],
 )
 def test_a_manifest_outside_the_format_is_refused_with_its_place(

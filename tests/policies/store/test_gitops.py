@@ -72,10 +72,10 @@ BAD = [
     ({}, "format"),
     ({"format": "v0"}, "format"),
     ({"rules": []}, "rules"),
-    ({"tenants": [{"id": "acme"}]}, "tenants.0.name"),
-    ({"tenants": [{"id": "a", "name": "A", "mode": "all"}]}, "tenants.0.mode"),
-    ({"agreements": [{**CONTENT["agreements"][0], "purposes": ["fun"]}]}, "agreements.0.purposes"),
-    ({"tenants": [CONTENT["tenants"][0]] * 2}, "tenants: .*twice"),
+    ({"tenants": [{"id": "acme"}]}, r"'tenants\[0\].name' is required"),
+    ({"tenants": [{"id": "a", "name": "A", "mode": "all"}]}, r"'tenants\[0\].mode'"),
+    ({"agreements": [{**CONTENT["agreements"][0], "purposes": ["fun"]}]}, r"'agreements\[0\].purposes\[0\]'"),
+    ({"tenants": [CONTENT["tenants"][0]] * 2}, "'tenants': .*twice"),
 ]
 
 

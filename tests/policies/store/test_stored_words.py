@@ -119,9 +119,12 @@ def test_what_is_stored_can_be_taken_away_and_brought_back(aged):
 NEW = {
     "region of a tenant": (
         {"tenants": [{"id": "acme", "name": "Acme", "regions": ["FR-ZZ"]}]},
-        "tenant 'acme': 'FR-ZZ'",
+        "project 'acme': 'FR-ZZ'",
     ),
-    "name": ({"tenants": [{"id": "acme", "name": "A\nB"}]}, "tenant 'acme': name: String should match"),
+    "name": (
+        {"tenants": [{"id": "acme", "name": "A\nB"}]},
+        "project 'acme': 'name' must not contain control",
+    ),
     "region": ({"agreements": [{**TERMS, "version": 2, "regions": ["FR-ZZ"]}]}, "agreement 'a': 'FR-ZZ'"),
     "license": ({"agreements": [{**TERMS, "version": 2, "license_expression": "Mine"}]}, "agreement 'a': 'Mine'"),
     "duties": (
@@ -142,7 +145,7 @@ def test_a_word_that_is_new_must_be_in_todays_lists(aged, new):
 
 
 def test_no_door_writes_a_word_that_is_unknown(aged):
-    with pytest.raises(ChangeRefused, match="tenant 'acme': 'FR-ZZ'"):
+    with pytest.raises(ChangeRefused, match="project 'acme': 'FR-ZZ'"):
         update_project(aged, "acme", {"regions": ["FR-ZZ"]}, **ADMIN)
     with pytest.raises(ChangeRefused, match="'DE-ZZ' is not a region"):
         revise_agreement(aged, "a", {**TERMS, "regions": ["DE-ZZ"]}, **ADMIN)

@@ -90,8 +90,7 @@ _ADDED = "INSERT INTO weights_epochs VALUES (2, 1.0, 'test', 'added', 'extra', 5
 DAMAGED: dict[str, tuple[Break, str]] = {
     "document": (
         _damaging('UPDATE tenants SET document = \'{"id": "acme", "name": 1}\' WHERE id = \'acme\''),
-        "the stored tenant 'acme' does not parse (name: Input should be a valid string): restore a backup of the "
-        "database",
+        "the stored tenant 'acme' does not parse ('name' must be a string): restore a backup of the database",
     ),
     "no JSON": (
         _damaging("UPDATE tenants SET document = '{\"id\": ' WHERE id = 'acme'"),
@@ -99,24 +98,23 @@ DAMAGED: dict[str, tuple[Break, str]] = {
     ),
     "key": (
         _damaging("UPDATE api_keys SET role = 'god'"),
-        "' does not parse (role: Input should be 'tenant', 'admin', 'auditor' or 'owner'): restore a backup of the "
-        "database",
+        "' does not parse ('role' must be 'tenant', 'admin', 'auditor' or 'owner'): restore a backup of the database",
     ),
     "time of a revision": (
         _damaging("UPDATE policy_revisions SET at = 'x'"),
-        " does not parse (at: Input should be a valid number): restore a backup of the database",
+        " does not parse ('at' must be a number): restore a backup of the database",
     ),
     "time that is no date": (
         _damaging("UPDATE policy_revisions SET at = 1e300"),
-        " does not parse (at: Input should be less than or equal to 253402300799): restore a backup of the database",
+        " does not parse ('at' must be at most 253402300799): restore a backup of the database",
     ),
     "change of weights without a version": (
         _damaging(_ADDED.format("{}")),
-        "the stored change of weights 2 does not parse (version: Field required): restore a backup of the database",
+        "the stored change of weights 2 does not parse ('version' is required): restore a backup of the database",
     ),
     "version that is no number": (
         _damaging(_ADDED.format('{"version": "1", "weights_digest": "", "base_digest": ""}')),
-        "the stored change of weights 2 does not parse (version: Input should be a valid integer): restore a backup of "
+        "the stored change of weights 2 does not parse ('version' must be an integer): restore a backup of "
         "the database",
     ),
     "what does not fit": (

@@ -43,7 +43,7 @@ def _agreement(said: str, answered: str | None = None, **terms: Any) -> Bad:
 DOCUMENTS = {
     "agreement twice": Bad(
         {"agreements": [MATH, {**MATH, "effect": "prohibit"}]},
-        "agreements: 'n' is given twice",
+        "'agreements': 'n' is given twice",
         (AGREEMENTS, {**MATH, "id": "a-math", "effect": "prohibit"}),
         "The id 'a-math' is taken: choose another one.",
     ),
@@ -64,17 +64,17 @@ DOCUMENTS = {
         "agreement 'n' names the unknown set 'set:zzz': there is none yet", experts=["set:zzz"]
     ),
     "agreement for an unknown tenant": _agreement(
-        "agreement 'n' names the unknown tenant 'zzz': create it first", assignee="tenant:zzz"
+        "agreement 'n' names the unknown project 'zzz': create it first", assignee="tenant:zzz"
     ),
     "an end before the start": _agreement(
-        "agreements.0: not_after must be later than not_before",
+        "'agreements[0]': not_after must be later than not_before",
         "The request: not_after must be later than not_before.",
         not_before="2027-01-01T00:00:00Z",
         not_after="2026-01-01T00:00:00Z",
     ),
     "tenant with an unknown expert": Bad(
         {"tenants": [{**T, "expert_ids": ["zzz"]}]},
-        f"tenant 't' names the unknown expert 'zzz': {THERE_ARE}",
+        f"project 't' names the unknown expert 'zzz': {THERE_ARE}",
         (PERMISSIONS, {"mode": "deny_list", "expert_ids": ["zzz"]}),
     ),
     "set with an unknown expert": Bad(

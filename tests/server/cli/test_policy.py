@@ -122,21 +122,27 @@ def test_the_schema_is_json_schema_of_what_is_accepted(flexgate: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "the file: Input should be a valid dictionary"),
+        ("", "the file must be an object"),
         ("format: [", "while parsing"),
-        ("format: flexgate-policy/v2", "format: Input should be 'flexgate-policy/v1'"),
-        (FORMAT + "tenant: []", "tenant: Extra inputs are not permitted"),
+        ("format: flexgate-policy/v2", "'format' must be 'flexgate-policy/v1'"),
+        (FORMAT + "tenant: []", "'tenant' is not a known field"),
         (FORMAT + "tenants: []\ntenants: []", "'tenants' is given twice"),
         (FORMAT + "tenants: &a []\nagreements: *a", "aliases are not supported: write the value out"),
-        (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "tenants: 'x' is given twice"),
-        (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "tenant 'x' names the unknown expert 'zzz'"),
+        (FORMAT + "tenants: [{id: x, name: x}, {id: x, name: y}]", "'tenants': 'x' is given twice"),
+        (FORMAT + "tenants: [{id: x, name: x, expert_ids: [zzz]}]", "project 'x' names the unknown expert 'zzz'"),
         (FORMAT + "tenants: !!python/object:os.system {}", "could not determine a constructor"),
-        (FORMAT + "tenants: [{id: x, name: x, regions: [XX]}]", "tenant 'x': 'XX' is not a region"),
-        (FORMAT + "tenants: [{id: x, name: x, regions: [DE-XX]}]", "tenant 'x': 'DE-XX' is not a region"),
-        (FORMAT + "tenants: [{id: x, name: x, archived: yes}]", "tenants.0.archived: Input should be a valid boolean"),
-        (FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1:30}}]", "Input should be a valid integer"),
-        (FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1_000}}]", "Input should be a valid integer"),
-        (FORMAT + "tenants: [{id: x, name: 2026-01-01, <<: {archived: true}}]", "tenants.0.<<: Extra inputs"),
+        (FORMAT + "tenants: [{id: x, name: x, regions: [XX]}]", "project 'x': 'XX' is not a region"),
+        (FORMAT + "tenants: [{id: x, name: x, regions: [DE-XX]}]", "project 'x': 'DE-XX' is not a region"),
+        (FORMAT + "tenants: [{id: x, name: x, archived: yes}]", "'tenants[0].archived' must be true or false"),
+        (
+            FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1:30}}]",
+            "quota.total_tokens' must be an integer",
+        ),
+        (
+            FORMAT + "tenants: [{id: x, name: x, quota: {total_tokens: 1_000}}]",
+            "quota.total_tokens' must be an integer",
+        ),
+        (FORMAT + "tenants: [{id: x, name: 2026-01-01, <<: {archived: true}}]", "'tenants[0].<<' is not a known field"),
         (FORMAT + "tenants: [{id: x, name: !!timestamp 2026-01-01}]", "could not determine a constructor"),
         (FORMAT + "? [a]\n: b", "a key must be a string"),
         (FORMAT + "required_experts: [zzz]", "required_experts names the unknown expert 'zzz'"),
@@ -171,7 +177,7 @@ def test_a_prohibition_is_not_ended_by_a_word_that_is_no_time(
     terms = f"{FORMAT}agreements: [{{{ban}, not_after: %s}}]"
     found = flexgate("policy", "apply", policy_file(terms % ends))
     assert (found.exit_code, real_store.version()) == (1, version)
-    assert "agreements.0.not_after: " in found.stderr
+    assert "'agreements[0].not_after': " in found.stderr
     assert "is not a time: write it as '2026-11-23T00:00:00Z'" in found.stderr
     assert flexgate("policy", "apply", policy_file(terms % "2027-12-31T00:00:00Z")).exit_code == 0
     assert real_store.snapshot().agreements["everyone"].limited["news"][-1].ends == 1830211200.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, Final
@@ -12,6 +13,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 from pydantic import BaseModel, ValidationError
 
 from flexgate.experts.package.manifest import Manifest
+from flexgate.policies.field_errors import NOT_SUPPORTED, NOT_WRITTEN, PATTERNS, first_field_error
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.experts.schemas import AddBody, UploadBody
@@ -139,6 +141,9 @@ VALUES: Final[tuple[Any, ...]] = (
     {"id": "x"},
 )
 
+UNTOLD: Final = {NOT_SUPPORTED, NOT_WRITTEN}
+"""What is said of an error without a sentence of its own."""
+
 formats: Final = FormatChecker(())
 
 
@@ -184,6 +189,29 @@ def test_nothing_is_accepted_that_the_schema_refuses(name: str) -> None:
             tried += 1
             assert schema.is_valid(changed), (path, value)
     assert tried
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_wrong_is_said_in_words_of_ours(name: str) -> None:
+    """Of every kind of error that a wrong value makes: no sentence of pydantic's, which names Python's types."""
+    model, document = MODELS[name], WRITTEN[name]
+    told = set()
+    for path in _places(document):
+        for value in (*VALUES, "\n", -1, "x" * 3000, ["x"] * 400) if path else ():
+            try:
+                model.model_validate(_with(document, path, value))
+            except ValidationError as error:
+                found, theirs = first_field_error(error), error.errors()[0]
+                told.add(found.kind)
+                assert found.whole == (found.kind == "value_error"), theirs
+                assert found.whole or theirs["msg"].lower() not in found.sentence("it").lower()
+                assert found.says not in UNTOLD, theirs
+    assert told
+
+
+def test_every_pattern_of_a_field_has_words() -> None:
+    schemas = json.dumps([model.model_json_schema() for model in MODELS.values()])
+    assert {json.loads(text) for text in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schemas)} <= PATTERNS.keys()
 
 
 @pytest.mark.parametrize("field", ["not_before", "not_after"])

@@ -16,7 +16,7 @@ OPEN = {"/health", "/ready"}
 
 
 def manifest() -> list[list[str]]:
-    """Method, path, who may ask, and whether it reaches the engine."""
+    """Method, path, the roles of keys that it takes, and whether it reaches the engine."""
     lines = MANIFEST.read_text().splitlines()
     return [line.split() for line in lines if line and not line.startswith("#")]
 

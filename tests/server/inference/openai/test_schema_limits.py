@@ -59,7 +59,7 @@ def test_tools_that_are_too_large_together_are_refused_before_one_is_understood(
 @pytest.mark.parametrize("shape", ["[", "{"])
 @pytest.mark.parametrize("keyword", ["enum", "default", "properties", "x"])
 def test_a_schema_that_is_nested_too_deeply_is_refused(keyword: str, shape: str) -> None:
-    with pytest.raises(Invalid, match=f"at most {MAX_DEPTH} deep") as refused:
+    with pytest.raises(Invalid, match=f"at most {MAX_DEPTH} levels deep") as refused:
         check_enforced({keyword: nested(DEEP, shape)}, "p", longest=LONGEST)
     assert refused.value.param == "p"
     schema = {keyword: nested(DEEP, shape)}
