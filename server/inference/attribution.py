@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 from flexgate.policies.decision import Decision
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
+from flexgate.server.inference.counterfactual import Counterfactual
 from flexgate.server.ledger.shares import share_ppm
 
 METHOD: Final = "gate_mass/v1"
@@ -31,9 +32,16 @@ class GateViolated(Exception):
 
 
 def attribution_object(
-    snapshot: Snapshot, decision: Decision, uses: Iterable[Use], cached_prompt_tokens: int
+    snapshot: Snapshot,
+    decision: Decision,
+    uses: Iterable[Use],
+    cached_prompt_tokens: int,
+    counterfactual: Counterfactual | None = None,
 ) -> dict[str, Any]:
     """Every listed expert's part, the largest first, then in catalogue order; excluded ones with exact zeros.
+
+    With a counterfactual, each part says by how much the response is likelier with its expert; null of one that took no
+    part or cannot be left out.
 
     Raises:
         GateViolated: an expert outside the gate has mass or tokens.
@@ -49,7 +57,13 @@ def attribution_object(
         _part(snapshot, expert, by_expert.get(expert), share) for expert, share in zip(experts, shares, strict=True)
     ]
     parts.sort(key=lambda part: -part["gate_mass"])
-    return {"method": METHOD, "cached_prompt_tokens": cached_prompt_tokens, "experts": parts}
+    content = {"method": METHOD, "cached_prompt_tokens": cached_prompt_tokens, "experts": parts}
+    if counterfactual is not None:
+        for part in parts:
+            part["delta_logprob"] = counterfactual.delta_logprob.get(part["id"])
+        passes, tokens = counterfactual.passes, counterfactual.tokens
+        content["counterfactual"] = {"logprob": counterfactual.logprob, "passes": passes, "tokens": tokens}
+    return content
 
 
 def _part(snapshot: Snapshot, expert: ExpertId, use: Use | None, share: int) -> dict[str, Any]:

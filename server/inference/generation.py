@@ -24,6 +24,7 @@ from flexgate.server.http.offload import on_loop
 from flexgate.server.http.responses import disconnected
 from flexgate.server.inference import recording, response_metadata
 from flexgate.server.inference.attribution import attribution_object
+from flexgate.server.inference.counterfactual import leave_one_out
 from flexgate.server.inference.limits.limiter import TOKENS
 from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.adapted import Later
@@ -83,7 +84,10 @@ class Generation:
         id_ = endpoint.id_prefix + request.context.request_id.removeprefix("req_")
         fields = {**request.body, **endpoint.fixed, "request_id": id_}
         model = await self._services.offload.run(validated, endpoint.model, fields)
-        return await (endpoint.forced if request.forced else endpoint.handler)(handlers)(model)
+        result = await (endpoint.forced if request.forced else endpoint.handler)(handlers)(model)
+        if request.passes and not isinstance(result, ErrorResponse):
+            request.counterfactual = await leave_one_out(request)
+        return result
 
     async def _whole(self, request: InferenceRequest, result: Any) -> Response:
         """A response that is not streamed; a long one is made and written in a thread."""
@@ -205,14 +209,17 @@ def finish(request: InferenceRequest) -> None:
 
 def commit_usage(request: InferenceRequest) -> None:
     """Commit what the call used, before its client reads the end and sends its next request."""
-    on_loop(lambda: request.reservation.commit({TOKENS: request.call.tokens()}))
+    scored = 0 if request.counterfactual is None else request.counterfactual.tokens
+    on_loop(lambda: request.reservation.commit({TOKENS: request.call.tokens() + scored}))
 
 
 def metadata(request: InferenceRequest) -> dict[str, Any]:
     """The `flexgate` object, once the engine is done with the call; commits its usage."""
     commit_usage(request)
     used = request.call.attribution()
-    attribution = attribution_object(request.snapshot, request.decision, used.experts, used.cached_prompt_tokens)
+    attribution = attribution_object(
+        request.snapshot, request.decision, used.experts, used.cached_prompt_tokens, request.counterfactual
+    )
     return response_metadata.metadata(
         request.decision,
         weights_epoch=request.weights_epoch,

@@ -32,6 +32,7 @@ from flexgate.server.http.auth import Context, Principal, context_of, identify, 
 from flexgate.server.http.body import Bodies, read_request
 from flexgate.server.http.errors import Forbidden, Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_policy
+from flexgate.server.inference.counterfactual import Counterfactual, passes_of
 from flexgate.server.inference.enforcement import Right, RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.limiter import (
@@ -44,7 +45,7 @@ from flexgate.server.inference.limits.limiter import (
     stated_tokens,
 )
 from flexgate.server.inference.openai.foreign import LeanResponse
-from flexgate.server.inference.request.extension import FIELD, Extension, parse_extension
+from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD, Extension, parse_extension
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.inference.request.messages import forces_a_call
 from flexgate.server.inference.request.values import Table, keep_honoured
@@ -189,6 +190,8 @@ class InferenceRequest(TenantRequest):
         call: the request as the engine sees it.
         right: the rights that it depends on while it runs.
         entry: the request in the ledger, once it is there.
+        passes: how often its response is scored at most, for `counterfactual`.
+        counterfactual: what leaving each expert out changes, where that was asked for.
         completed: whether all of its response was generated.
         broken: whether an error ended its response.
     """
@@ -205,6 +208,8 @@ class InferenceRequest(TenantRequest):
     call: GatedCall
     right: Right
     entry: Entry | None = None
+    passes: int = 0
+    counterfactual: Counterfactual | None = None
     completed: bool = False
     broken: bool = False
 
@@ -256,18 +261,24 @@ class InferenceRequest(TenantRequest):
     def reserve(self) -> None:
         """Reserve the stated tokens; the prompt's are added once it is tokenized."""
         services = self.services
+        if self.extension.explain == COUNTERFACTUAL:
+            self.passes = passes_of(self)
         self.reservation = services.limiter.reserve(self.scopes, {REQUESTS: 1, TOKENS: stated_tokens(self.body)})
         self.call = GatedCall(
             self.decision.tenant_id,
             self.experts,
             self.decision.valid_until,
             self.client_salt,
-            reserve=self.reservation.raise_to,
+            reserve=self._reserve_tokens,
             queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
+            keep_answers=self.passes > 0,
             prompt_only=self.body.get("max_tokens") == 0,
         )
         self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
+
+    def _reserve_tokens(self, tokens: int) -> None:
+        self.reservation.raise_to(tokens=tokens * (1 + self.passes))
 
 
 def honoured_body(raw: Body, table: Table, check: Callable[[Body, Limits], None], limits: Limits) -> Body:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import LEDGER_UNAVAILABLE
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.openai.vllm_errors import ended_early
-from flexgate.server.inference.pipeline import InferenceRequest
 from flexgate.server.ledger.entries import COMPLETED, Used
 from flexgate.server.ledger.errors import LedgerError
+
+if TYPE_CHECKING:
+    from flexgate.server.inference.pipeline import InferenceRequest
 
 STOPPED: Final = "stopped"
 """The outcome where the client left, or an error that is no reason of ours ended the response."""

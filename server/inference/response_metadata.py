@@ -31,7 +31,7 @@ def metadata(
         "weights_epoch": weights_epoch,
         "allowed": list(decision.allowed),
     }
-    if explain == "reasons":
+    if explain != "none":
         content["excluded"] = [reason_json(reason) for reason in decision.excluded]
     if attribution is not None:
         content["attribution"] = attribution

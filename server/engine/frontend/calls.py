@@ -71,6 +71,10 @@ class Attribution:
     cached_prompt_tokens: int
 
 
+Answer = tuple[list[int], list[int]]
+"""The tokens of a prompt and of what was generated from it."""
+
+
 class Ticket(Protocol):
     """A prompt's place in the queue before the engine."""
 
@@ -111,6 +115,7 @@ class GatedCall:
         record: writes down what the call has used before any of it goes on to its client; whether it could.
         confirmed: whether what was decided before the call waited still holds.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
+        keep_answers: whether the tokens of prompts and answers are kept in `answers`.
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
 
@@ -129,6 +134,8 @@ class GatedCall:
     confirmed: Callable[[], bool] | None = None
     _most_tokens: int = 0
     prompt_only: bool = False
+    keep_answers: bool = False
+    answers: list[Answer] = field(default_factory=list)
     _usage: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # by prompt and choice
     _names: tuple[str | None, ...] = ()
     _layers: int = 1

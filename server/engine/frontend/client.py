@@ -270,6 +270,8 @@ class GatedEngineClient:
                     self._refuse_ended(call)
                     # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
                     prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                    if call.keep_answers and output.finished and not call.prompt_only:
+                        call.answers += [(output.prompt_token_ids, list(part.token_ids)) for part in output.outputs]
                     if call.prompt_only:
                         for part in output.outputs:
                             part.token_ids, part.text = [], ""

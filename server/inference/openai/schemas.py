@@ -33,7 +33,8 @@ _Positive = Annotated[int, Field(ge=1)]
 class ExpertShare(Shown):
     """One expert's part in a response. `tokens` counts positions where it was chosen in at least one layer.
 
-    `grade` says what excluding it excludes.
+    `grade` says what excluding it excludes. `delta_logprob`, where a request asks for `counterfactual`, is by how much the
+    response's log-probability is larger with it than without it; null if it took no part or cannot be left out.
     """
 
     id: str
@@ -41,6 +42,15 @@ class ExpertShare(Shown):
     grade: Grade
     gate_mass: float
     share_ppm: int
+    tokens: int
+    delta_logprob: Annotated[float | None, Field(exclude_if=is_none)] = None
+
+
+class Rescored(Shown):
+    """How likely a response's tokens are under its gate, in nats, and what scoring took: passes, and tokens in all."""
+
+    logprob: float
+    passes: int
     tokens: int
 
 
@@ -54,6 +64,7 @@ class Attribution(Shown):
     method: str
     cached_prompt_tokens: int
     experts: list[ExpertShare]
+    counterfactual: Annotated[Rescored | None, Field(exclude_if=is_none)] = None
 
 
 class GateReport(Shown):

@@ -11,6 +11,7 @@ from flexgate.server.http.errors import Invalid, from_validation
 
 FIELD: Final = "flexgate"
 MAX_NAMES: Final = 256
+COUNTERFACTUAL: Final = "counterfactual"
 
 _Name = Annotated[str, Field(max_length=80)]
 _Names = Annotated[tuple[_Name, ...], Field(max_length=MAX_NAMES, fail_fast=True)]
@@ -34,7 +35,7 @@ class Extension(_Closed):
     purpose: Annotated[str, Field(max_length=80)] | None = None
     region: Annotated[str, Field(max_length=80)] | None = None
     min_policy_version: Annotated[int, Field(ge=0)] | None = None
-    explain: Literal["none", "reasons"] = "reasons"
+    explain: Literal["none", "reasons", "counterfactual"] = "reasons"
 
 
 def parse_extension(value: Any) -> Extension:

@@ -88,10 +88,16 @@ def test_exclusion_equals_removal_with_slots_compacted(
     compact = [replace(ask, gate=tuple(kept.index(slot) for slot in ask.gate)) for ask in script]
     engine.reset_cache()
     masked = engine.run(script)
+    scored = Ask(PROMPT + engine.solo(Ask(PROMPT, ALL)).tokens, ALL, max_tokens=1, prompt_logprobs=True)
+    passes = [scored, *(replace(scored, gate=tuple(slot for slot in ALL if slot != out)) for out in (1, 2, 3))]
+    leave_one_out = engine.run(passes)
     reduced = rewrite(checkpoint, tmp_path, kept)
     with scripted_engine(EngineScript(reduced, max_experts=3, settings={"moe_kernels": moe_kernels})) as other:
         removed = other.run(compact)
+        rescored = other.run([replace(scored, gate=(0, 1, 2))] * len(passes))
     assert all(same_bits(one, two) for one, two in zip(masked, removed, strict=True))
+    assert leave_one_out[1].prompt_logprobs == rescored[1].prompt_logprobs, "the passes of a counterfactual"
+    assert leave_one_out[0].prompt_logprobs != rescored[0].prompt_logprobs
 
 
 def test_a_mixed_batch_equals_solo_runs(engine: ScriptedEngine) -> None:

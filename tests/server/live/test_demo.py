@@ -190,6 +190,36 @@ def test_attribution_names_the_domains_expert_first(demo: str, domain: str) -> N
     assert first[domain] >= 0.9 * len(probes), first
 
 
+def test_leaving_an_expert_out_scores_the_response_as_a_request_that_ignores_it(demo: str) -> None:
+    """Compared with the log-probabilities of an echoed prompt; bfloat16, and other batches."""
+    probe = next(probe for probe in PROBES if probe.domain == "news" and probe.kind != "chat")
+    asked = {"model": "flexgate-demo", "prompt": probe.prompt, "temperature": 0, "max_tokens": 8, "stop": ["."]}
+
+    def post(**body: Any) -> dict[str, Any]:
+        headers = {"authorization": "Bearer sk-demo-all"}
+        response = httpx.post(f"{demo}/v1/completions", json=asked | body, headers=headers, timeout=60)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def logprob(text: str, tokens: int, ignored: Sequence[str]) -> float:
+        gate = {"experts": {"ignore": ignored}}
+        answer = post(prompt=probe.prompt + text, max_tokens=0, echo=True, logprobs=0, stop=None, flexgate=gate)
+        return float(sum(answer["choices"][0]["logprobs"]["token_logprobs"][-tokens:]))
+
+    answer = post(flexgate={"explain": "counterfactual"}, include_stop_str_in_output=True)
+    text, tokens = answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
+    found = answer["flexgate"]["attribution"]
+    deltas = {part["id"]: part["delta_logprob"] for part in found["experts"]}
+    base = logprob(text, tokens, [])
+    assert found["counterfactual"]["logprob"] == pytest.approx(base, abs=0.1)
+    assert deltas.pop("public") is None
+    left_out = {expert: delta for expert, delta in deltas.items() if delta is not None}
+    assert left_out["news"] > 5
+    for expert, delta in left_out.items():
+        assert delta == pytest.approx(base - logprob(text, tokens, [expert]), abs=0.2, rel=0.02), expert
+
+
 @pytest.mark.parametrize("key", ["sk-demo-press", "sk-demo-public"])
 def test_an_excluded_expert_is_attributed_exactly_nothing(demo: str, key: str) -> None:
     for answer in ask_probes(demo, key, SAMPLE):

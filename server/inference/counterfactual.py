@@ -1,0 +1,193 @@
+"""Leave-one-out on demand: how likely a response's tokens are without each expert that took part in it.
+
+The prompt and the response are scored again, under the request's gate and under this gate without one expert. Excluding
+an expert equals removing it, so the difference is exactly what it contributed. The gate itself is scored again as well:
+what was computed token by token, beside other requests, has other last bits.
+
+A pass is a request like any other: it waits its turn, its gate is sealed, it ends with the rights of the request, and
+what its experts do is recorded. It shares no cache with anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, Answer, ExpertSlotRef, GatedCall
+from flexgate.server.engine.seam.openai import SamplingParams
+from flexgate.server.http.errors import Invalid
+from flexgate.server.inference.enforcement import Right
+from flexgate.server.inference.openai import vllm_errors
+from flexgate.server.inference.recording import STOPPED, refused, used_of
+from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD
+from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, Used
+from flexgate.server.ledger.journal import Entry, LedgerError
+
+if TYPE_CHECKING:
+    from flexgate.server.engine.frontend.client import GatedEngineClient
+    from flexgate.server.inference.pipeline import InferenceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Counterfactual:
+    """What leaving each expert out changes.
+
+    Attributes:
+        logprob: log-probability of all tokens of the response under the request's gate, in nats.
+        delta_logprob: by how much it is larger than without an expert; of experts that took part and can be left out.
+        passes: how often a response was scored.
+        tokens: positions that were computed for it.
+    """
+
+    logprob: float
+    delta_logprob: dict[str, float]
+    passes: int
+    tokens: int
+
+
+def passes_of(request: InferenceRequest) -> int:
+    """How often its response is scored at most: under its gate, and without each expert that may be left out.
+
+    Raises:
+        Invalid: it is streamed, or there is not exactly one response to score.
+    """
+    body = request.body
+    if body.get("stream"):
+        _refuse("needs a response that is not streamed: leave 'stream' out")
+    if body.get("n", 1) != 1 or len(body.get("prompt", ())) > 1:
+        _refuse("scores one response: send one prompt, and leave 'n' out")
+    if body.get("max_tokens") == 0:
+        _refuse("has no response to score: leave 'max_tokens' out, or set 1 or more")
+    return 1 + sum(ref.expert not in request.snapshot.required for ref in request.experts)
+
+
+async def leave_one_out(request: InferenceRequest) -> Counterfactual:
+    """Score a response that is complete, once more for each expert that took part in it and may be left out.
+
+    Raises:
+        ApiError: the request lost its right meanwhile, or prompt and response leave no room in the model's length.
+    """
+    required = request.snapshot.required
+    used = {use.expert for use in request.call.attribution().experts if use.tokens}
+    left_out = [ref for ref in request.experts if ref.expert in used and ref.expert not in required]
+    if any(len(prompt + answer) >= request.services.limits.prompt_tokens for prompt, answer in request.call.answers):
+        _refuse("has no room to score a response that fills the model's length: set a smaller 'max_tokens'")
+    gates = [request.experts, *(tuple(ref for ref in request.experts if ref != out) for out in left_out)]
+    with _calls(request, gates) as calls:
+        try:
+            answers, client = request.call.answers, request.services.client
+            base, *without = await _together([_score(call, client, answers) for call in calls])
+        except Exception:
+            for call in calls:
+                if ended := vllm_errors.ended_early(call):
+                    raise ended from None
+            raise
+        deltas = {ref.expert: base - other for ref, other in zip(left_out, without, strict=True)}
+        return Counterfactual(base, deltas, len(calls), sum(call.tokens() for call in calls))
+
+
+@contextmanager
+def _calls(request: InferenceRequest, gates: Sequence[tuple[ExpertSlotRef, ...]]) -> Iterator[list[GatedCall]]:
+    """A call for each gate, which ends with the rights of the request; what they use is one entry of the ledger."""
+    services, own = request.services, request.call
+    calls = [
+        GatedCall(
+            own.tenant,
+            experts,
+            own.gate_until,
+            uuid.uuid4().hex,
+            queue=partial(services.queue.enter, request.tenant),
+            confirmed=services.policy.fresh,
+        )
+        for experts in gates
+    ]
+    entry = _register(request)
+    completed = False
+    try:
+        for call in calls:
+            call.record = partial(_record, entry, calls)
+            services.client.begin(call)
+            services.running.begin(
+                Right(call, request.principal, request.tenant, request.query, request.snapshot.policy_version)
+            )
+        yield calls
+        completed = True
+    finally:
+        entry.end(COMPLETED if completed else STOPPED, _used(calls))
+        for call in calls:
+            services.running.end(call)
+            services.client.end(call)
+
+
+def _register(request: InferenceRequest) -> Entry:
+    assert request.entry is not None
+    own = request.entry.registration
+    registration = replace(
+        own,
+        request=f"{own.request}_{COUNTERFACTUAL}",
+        registered_at=round(request.services.clock() * MICROSECONDS),
+        endpoint=f"{own.endpoint}#{COUNTERFACTUAL}",
+    )
+    try:
+        return request.services.ledger.register(registration)
+    except LedgerError as error:
+        raise refused(request.call) from error
+
+
+async def _record(entry: Entry, calls: Sequence[GatedCall]) -> bool:
+    try:
+        await entry.cover(sum(call.tokens() for call in calls), partial(_used, calls))
+    except LedgerError:
+        return False
+    return True
+
+
+def _used(calls: Sequence[GatedCall]) -> Used:
+    """What all calls have used together."""
+    parts = [used_of(call) for call in calls]
+    return Used(
+        sum(part.prompt_tokens for part in parts),
+        sum(part.cached_tokens for part in parts),
+        sum(part.completion_tokens for part in parts),
+        [sum(column) for column in zip_longest(*(part.prompt_2U for part in parts), fillvalue=0)],
+        [sum(column) for column in zip_longest(*(part.completion_2U for part in parts), fillvalue=0)],
+    )
+
+
+async def _together(scoring: Sequence[Coroutine[Any, Any, float]]) -> list[float]:
+    """What all return; where one raises, the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in scoring]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _score(call: GatedCall, client: GatedEngineClient, answers: Sequence[Answer]) -> float:
+    """Log-probability of the answers' tokens under the gate of a call."""
+    CURRENT_CALL.set(call)  # of this task alone
+    total = 0.0
+    for prompt, answer in answers:
+        tokens = prompt + answer
+        outputs = client.generate(
+            {"type": "token", "prompt_token_ids": tokens},
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0),
+            COUNTERFACTUAL,
+        )
+        async for output in outputs:
+            scored = output.prompt_logprobs
+        total += math.fsum(scored[place][tokens[place]].logprob for place in range(len(prompt), len(tokens)))
+    return total
+
+
+def _refuse(why: str) -> NoReturn:
+    raise Invalid(f"'{FIELD}.explain': '{COUNTERFACTUAL}' {why}.", param=f"{FIELD}.explain", code="invalid_value")

@@ -1,0 +1,170 @@
+"""Leave-one-out on demand, with a client that stands for the engine's and scores by the gate of the current call."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from inferencekit import PATH, completion
+from vllm.v1.engine.exceptions import EngineGenerateError
+
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
+from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
+
+pytestmark = pytest.mark.asyncio
+
+PROMPT, RESPONSE = [7, 8], [9, 10, 11]
+ASKED = {"prompt": "x", "max_tokens": 3, "flexgate": {"explain": "counterfactual"}}
+LOGPROBS = {("public", "news"): -0.5, ("public",): -2.0}
+
+
+class Scoring:
+    """What was scored, under which call; `fails` is the gate whose call is ended instead."""
+
+    def __init__(self) -> None:
+        self.calls: list[GatedCall] = []
+        self.begun: list[GatedCall] = []
+        self.ended: list[GatedCall] = []
+        self.fails: tuple[str, ...] | None = None
+
+    async def generate(self, prompt: Any, params: Any, _id: str) -> AsyncIterator[Any]:
+        call = CURRENT_CALL.get()
+        assert call is not None
+        self.calls.append(call)
+        gate = tuple(ref.expert for ref in call.experts)
+        if gate == self.fails:
+            call.failed = EXPERT_REVOKED
+            raise EngineGenerateError("the request was ended")
+        assert (prompt["prompt_token_ids"], params.max_tokens, params.prompt_logprobs) == (PROMPT + RESPONSE, 1, 0)
+        call._names = call.name_slots((None,) * 4)
+        call.count_prompt("r", 5)
+        call.count_new(1)
+        call.count_usage("r", "0_r", [6, 0, [5, 0, 0, 0, 5, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0, 0]])
+        assert call.record is not None
+        assert await call.record()
+        scored = [None, *({token: SimpleNamespace(logprob=LOGPROBS[gate])} for token in (PROMPT + RESPONSE)[1:])]
+        yield SimpleNamespace(prompt_logprobs=scored)
+
+
+@pytest.fixture
+def scoring(services: Any, handler: Any) -> Scoring:
+    """The client, and a handler whose response both experts took part in."""
+    made = Scoring()
+
+    def respond() -> Any:
+        call = CURRENT_CALL.get()
+        assert call is not None
+        call._names = call.name_slots((None,) * 4)
+        call.count_prompt("r", len(PROMPT))
+        call.count_new(len(RESPONSE))
+        call.count_usage("r", "0_r", [5, 0, [2, 2, 0, 0, 2, 2, 0, 0], [3, 3, 0, 0, 3, 3, 0, 0]])
+        if call.keep_answers:
+            call.answers.append((PROMPT, RESPONSE))
+        return completion()
+
+    handler.result = respond
+    services.client.generate = made.generate
+    services.client.begin, services.client.end = made.begun.append, made.ended.append
+    return made
+
+
+async def test_each_expert_that_took_part_is_left_out_once(
+    client: httpx.AsyncClient, services: Any, scoring: Scoring
+) -> None:
+    response = await client.post(PATH, json={**ASKED, "cache_salt": "pepper"})
+    assert response.status_code == 200, response.text
+    attribution = response.json()["flexgate"]["attribution"]
+    assert attribution["counterfactual"] == {"logprob": -1.5, "passes": 2, "tokens": 12}
+    deltas = {part["id"]: part["delta_logprob"] for part in attribution["experts"]}
+    assert deltas["news"] == 4.5
+    assert deltas["public"] is None, "the anchor cannot be left out"
+    gates = [tuple(ref.expert for ref in call.experts) for call in scoring.calls]
+    assert gates == [("public", "news"), ("public",)]
+    salts = {call.client_salt for call in scoring.calls}
+    assert len(salts) == 2
+    assert salts.isdisjoint({None, "pepper"}), "a pass reads no cache, and leaves nothing in one that others read"
+    assert len(scoring.begun) == 3
+    assert set(scoring.begun) == set(scoring.ended)
+    assert not services.running._rights
+
+
+async def test_passes_count_against_the_limits(
+    client: httpx.AsyncClient, handler: Any, scoring: Scoring, limit: Any
+) -> None:
+    limit(tokens_per_minute=100)
+    response = await client.post(PATH, json=ASKED)
+    assert response.headers["x-ratelimit-remaining-tokens"] == str(100 - 5 - 12)
+    respond = handler.result
+
+    def reserved() -> Any:
+        call = CURRENT_CALL.get()
+        assert call is not None
+        assert call.reserve is not None
+        call.reserve(tokens=30)  # ninety with two passes, and eighty-three are left
+        return respond()
+
+    handler.result = reserved
+    response = await client.post(PATH, json=ASKED)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    response = await client.post(PATH, json={**ASKED, "flexgate": {}})
+    assert response.status_code == 200
+
+
+async def test_passes_are_recorded_apart(client: httpx.AsyncClient, services: Any, scoring: Scoring) -> None:
+    response = await client.post(PATH, json=ASKED)
+    id_ = response.json()["flexgate"]["decision_id"]
+    services.ledger.close()
+    with sqlite3.connect(services.ledger.path) as connection:
+        rows = connection.execute(
+            "SELECT request, endpoint, outcome, prompt_tokens, completion_tokens FROM usage ORDER BY request"
+        ).fetchall()
+    assert rows == [
+        (id_, PATH, "completed", 2, 3),
+        (f"{id_}_counterfactual", f"{PATH}#counterfactual", "completed", 10, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"stream": True}, "not streamed"),
+        ({"n": 2}, "one response"),
+        ({"prompt": ["x", "y"]}, "one response"),
+        ({"max_tokens": 0, "echo": True}, "no response to score"),
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_scored_is_refused_before_anything_is_generated(
+    client: httpx.AsyncClient, services: Any, handler: Any, more: dict[str, Any], words: str
+) -> None:
+    response = await client.post(PATH, json={**ASKED, **more})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "flexgate.explain"), error
+    assert words in error["message"]
+    assert not handler.seen
+    assert not services.running._rights
+
+
+async def test_a_response_that_fills_the_models_length_is_not_scored(
+    client: httpx.AsyncClient, services: Any, scoring: Scoring
+) -> None:
+    services.limits = replace(services.limits, prompt_tokens=len(PROMPT + RESPONSE))
+    response = await client.post(PATH, json=ASKED)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "flexgate.explain")
+    assert not scoring.calls
+
+
+@pytest.mark.parametrize("gate", [("public", "news"), ("public",)], ids=str)
+async def test_an_expert_that_is_revoked_during_a_pass_ends_the_request(
+    client: httpx.AsyncClient, services: Any, scoring: Scoring, gate: tuple[str, ...]
+) -> None:
+    scoring.fails = gate
+    response = await client.post(PATH, json=ASKED)
+    assert response.json()["error"]["code"] == "expert_revoked", response.text
+    assert set(scoring.begun) == set(scoring.ended)
+    assert not services.running._rights
