@@ -33,7 +33,7 @@ _Positive = Annotated[int, Field(ge=1)]
 class ExpertShare(Shown):
     """One expert's part in a response. `tokens` counts positions where it was chosen in at least one layer.
 
-    `grade` says what excluding it excludes. `delta_logprob`, where a request asks for `counterfactual`, is by how much the
+    `grade` says what excluding it excludes. `delta_logprob`, where `counterfactual` was asked for, is by how much the
     response's log-probability is larger with it than without it; null if it took no part or cannot be left out.
     """
 
