@@ -28,7 +28,8 @@ from flexgate.server.inference.openai import vllm_errors
 from flexgate.server.inference.recording import STOPPED, refused, used_of
 from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD
 from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, Used
-from flexgate.server.ledger.journal import Entry, LedgerError
+from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.journal import Entry
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
