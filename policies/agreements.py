@@ -31,6 +31,7 @@ from flexgate.policies.ids import PUBLIC, AgreementIdField, Assignee, ExpertRefe
 from flexgate.policies.vocabulary import (
     Purpose,
     Region,
+    parse_currency,
     parse_license_expression,
     parse_purpose,
     parse_region,
@@ -79,6 +80,14 @@ def _region(text: str, info: ValidationInfo) -> Region:
     return parse_stored_region(text) if info.context == STORED else parse_region(text)
 
 
+Line = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""A line of text that people read."""
+
+
+def _currency(text: str, info: ValidationInfo) -> str:
+    return text if info.context == STORED else parse_currency(text)
+
+
 def _unless_stored(value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
     return value if info.context == STORED and isinstance(value, str) else check(value)
 
@@ -100,9 +109,10 @@ class Document(BaseModel):
 
 
 class Attribute(Document):
-    """The answer names the expert's owner."""
+    """A response that the expert took part in names its owner, and has the owner's `credit` line if there is one."""
 
     kind: Literal["attribute"]
+    credit: Line | None = None
 
 
 class Report(Document):
@@ -112,30 +122,50 @@ class Report(Document):
     period: Literal["day", "month"]
 
 
+Unit = Literal[
+    "request",
+    "thousand_tokens",
+    "thousand_share_weighted_tokens",
+    "million_tokens",
+    "million_share_weighted_tokens",
+]
+
+
 class Compensate(Document):
-    """Use is paid: `rate` of `currency` per `unit`."""
+    """Use is paid: `rate` of `currency` per `unit`.
+
+    Of an expert, a request counts in which it took part, and as tokens the positions in which it did. Share-weighted
+    tokens are all tokens of the request, times the expert's share.
+    """
 
     kind: Literal["compensate"]
     rate: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9, strict=False)]
-    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
-    unit: Literal["request", "million_tokens", "million_share_weighted_tokens"]
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$"), AfterValidator(_currency)]
+    unit: Unit
 
 
 Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
 
 
-def require_executed(duties: tuple[Duty, ...]) -> None:
-    """Raise `InvalidName` for duties: a new agreement cannot have any."""
-    if duties:
-        raise InvalidName("'duties' are not supported yet: leave them out")
+def require_executed(duties: tuple[Duty, ...], effect: str = "permit") -> None:
+    """Raise `InvalidName` unless all duties of an agreement of this effect can be executed, together."""
+    if duties and effect == "prohibit":
+        raise InvalidName("a prohibition has no duties, because nothing is used under it: leave 'duties' out")
+    kinds = [f"'{duty.kind}' per '{duty.unit}'" if duty.kind == "compensate" else f"'{duty.kind}'" for duty in duties]
+    twice = [kind for kind in kinds if kinds.count(kind) > 1]
+    if twice:
+        raise InvalidName(f"'duties' has {twice[0]} twice: leave one of them out")
+    currencies = sorted({duty.currency for duty in duties if duty.kind == "compensate"})
+    if len(currencies) > 1:
+        raise InvalidName(f"'duties' pays in {' and '.join(currencies)}: use one currency in an agreement")
 
 
 class Agreement(Document):
     """What an owner permits or prohibits to tenants.
 
     `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
-    could be read either way. Duties are not supported: a new agreement has none, and a stored permission with
-    duties permits nothing.
+    could be read either way. Duties are executed for every use that counts under the agreement. A prohibition has none;
+    a stored permission with one that cannot be executed permits nothing.
     """
 
     id: AgreementIdField
@@ -157,7 +187,7 @@ class Agreement(Document):
     @classmethod
     def _are_executed(cls, duties: tuple[Duty, ...], info: ValidationInfo) -> tuple[Duty, ...]:
         if info.context != STORED:
-            require_executed(duties)
+            require_executed(duties, info.data.get("effect", "permit"))
         return duties
 
     @model_validator(mode="after")
@@ -165,6 +195,15 @@ class Agreement(Document):
         if self.starts >= self.ends:
             raise InvalidName("not_after must be later than not_before")
         return self
+
+    @property
+    def executed(self) -> bool:
+        """Whether all of its duties can be executed."""
+        try:
+            require_executed(self.duties)
+        except InvalidName:
+            return False
+        return True
 
     @property
     def starts(self) -> float:

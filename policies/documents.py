@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from flexgate.policies.agreements import AS_STORED, Document, PurposeField, RegionField, SetOf
+from flexgate.policies.agreements import AS_STORED, Document, Line, PurposeField, RegionField, SetOf
 from flexgate.policies.errors import InvalidName
 from flexgate.policies.field_errors import first_field_error
 from flexgate.policies.ids import (
@@ -33,8 +33,7 @@ def _leaves_public_alone(references: frozenset[str]) -> frozenset[str]:
     return references
 
 
-Title = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
-_TITLE: Final = TypeAdapter(Title)
+_TITLE: Final = TypeAdapter(Line)
 References = Annotated[SetOf[ExpertReference], AfterValidator(_leaves_public_alone)]
 
 
@@ -71,7 +70,7 @@ class Tenant(Document):
     """
 
     id: TenantIdField
-    name: Annotated[Title, AS_STORED]
+    name: Annotated[Line, AS_STORED]
     mode: Literal["allow_list", "deny_list"] = "allow_list"
     expert_ids: References = frozenset()
     hidden: References = frozenset()

@@ -8,12 +8,12 @@ words start with `x-`:
         └─ x-…
 
 Regions are ISO 3166 countries (`DE`) and subdivisions (`DE-BY`) under the groups `EU` and `EEA`.
-Licenses are SPDX expressions (`CC-BY-4.0`); they are labels and decide nothing.
+Licenses are SPDX expressions (`CC-BY-4.0`); they are labels and decide nothing. Currencies are those of ISO 4217.
 A request that declares nothing stands for the top of the tree: a limited permission does not
 reach it, and every prohibition does.
 
-The lists of regions and licenses come with libraries and change. New documents are checked against them; stored
-ones are read as they are.
+The lists of regions, licenses and currencies come with libraries and change. New documents are checked against them;
+stored ones are read as they are.
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ _COUNTRIES: Final = frozenset(country.alpha_2 for country in pycountry.countries
 _SUBDIVISIONS: Final = frozenset(subdivision.code for subdivision in pycountry.subdivisions)
 _REGION: Final = re.compile(r"EEA|[A-Z]{2}(-[A-Z0-9]{1,3})?")
 _LONGEST_LICENSE: Final = 200
+_NO_MONEY: Final = frozenset("XAG XAU XBA XBB XBC XBD XDR XPD XPT XSU XTS XUA XXX".split())
+_CURRENCIES: Final = frozenset(currency.alpha_3 for currency in pycountry.currencies) - _NO_MONEY
+_MINOR_DIGITS: Final = {
+    **dict.fromkeys("BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF".split(), 0),
+    **dict.fromkeys("BHD IQD JOD KWD LYD OMR TND".split(), 3),
+    **dict.fromkeys("CLF UYW".split(), 4),
+}
 
 
 def parse_purpose(text: str) -> Purpose:
@@ -105,6 +112,18 @@ def parse_license_expression(text: str) -> str:
     raise InvalidName(
         f"{text[:80]!r} is not an SPDX license expression ({reason}); use ids of the SPDX list, or 'LicenseRef-…'"
     )
+
+
+def parse_currency(text: str) -> str:
+    """`text` as a currency that amounts can be paid in; raises `InvalidName`."""
+    if text in _CURRENCIES:
+        return text
+    raise InvalidName(f"{text!r} is not a currency: use a code of ISO 4217, such as 'EUR'")
+
+
+def minor_digits(currency: str) -> int:
+    """Decimal digits of a currency's smallest unit, by ISO 4217: 2 of EUR, 0 of JPY."""
+    return _MINOR_DIGITS.get(currency, 2)
 
 
 @lru_cache(maxsize=4096)

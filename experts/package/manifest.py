@@ -16,7 +16,15 @@ from flexgate.experts.checkpoint.base import BaseArchitecture, BaseIdentity
 from flexgate.experts.errors import LayoutError, ManifestInvalid
 from flexgate.experts.io.tensorfile import parse_json
 from flexgate.experts.package.files import MANIFEST_NAME
-from flexgate.policies.agreements import Document, Duty, LicenseExpression, ListOf, PurposeField, RegionField
+from flexgate.policies.agreements import (
+    Document,
+    Duty,
+    LicenseExpression,
+    ListOf,
+    PurposeField,
+    RegionField,
+    require_executed,
+)
 from flexgate.policies.field_errors import first_field_error, path_of
 from flexgate.policies.ids import PUBLIC, ExpertId, ExpertIdField, OwnerIdField
 
@@ -37,6 +45,11 @@ def _closed(expert: ExpertId) -> ExpertId:
     if expert == PUBLIC:
         raise ValueError("'public' is the anchor, not an expert")
     return expert
+
+
+def _executed(duties: tuple[Duty, ...]) -> tuple[Duty, ...]:
+    require_executed(duties)
+    return duties
 
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -110,14 +123,17 @@ class Training(Document):
 
 
 class Licence(Document):
-    """The terms on which the owner offers the expert; words and types are those of agreements."""
+    """The terms on which the owner offers the expert; words and types are those of agreements.
+
+    Duties that no agreement could have are refused here, too. What is owed is what an agreement says, not a package.
+    """
 
     license_expression: LicenseExpression | None = None
     terms_uri: Annotated[str, StringConstraints(pattern=r"^https://\S{1,2000}$")] | None = None
     terms_sha256: Sha256 | None = None
     purposes: Annotated[ListOf[PurposeField], Field(min_length=1, max_length=64)] | None = None
     regions: Annotated[ListOf[RegionField], Field(min_length=1, max_length=300)] | None = None
-    duties: Annotated[ListOf[Duty], Field(max_length=16)] = ()
+    duties: Annotated[ListOf[Duty], Field(max_length=16), AfterValidator(_executed)] = ()
 
 
 class Figure(Document):

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
-from flexgate.policies.agreements import Agreement
-from flexgate.policies.ids import PUBLIC, ExpertId
+from flexgate.policies.agreements import Agreement, Duty
+from flexgate.policies.ids import PUBLIC, ExpertId, OwnerId
 from flexgate.policies.vocabulary import prohibited_regions, purpose_and_above, region_and_above
 
 Precedence = tuple[int, bool, bool, float, str]
@@ -18,7 +18,8 @@ _ASSIGNEES: Final = ("tenant", "group", "everyone")
 @dataclass(frozen=True, slots=True)
 class CompiledAgreement:
     """An agreement as the decision reads it. `*_above` hold its words and all that cover them;
-    `whatever` says that it permits for any purpose, anywhere. Of several that permit the same use, it counts under the
+    `whatever` says that it permits for any purpose, anywhere, and `credit` is the line that responses must have.
+    Of several that permit the same use, it counts under the
     one of least `precedence`.
     """
 
@@ -31,6 +32,9 @@ class CompiledAgreement:
     regions_above: frozenset[str]
     starts: float
     ends: float
+    owner: OwnerId
+    duties: tuple[Duty, ...]
+    credit: str | None
     whatever: bool
     precedence: Precedence
 
@@ -115,6 +119,9 @@ def compile_agreement(agreement: Agreement) -> CompiledAgreement:
         regions_above=frozenset().union(*(region_and_above(r) for r in regions or ())),
         starts=agreement.starts,
         ends=agreement.ends,
+        owner=agreement.owner,
+        duties=agreement.duties,
+        credit=next((duty.credit or agreement.owner for duty in agreement.duties if duty.kind == "attribute"), None),
         whatever=permits and purposes is None and regions is None,
         precedence=_precedence(agreement, purposes is None, regions is None),
     )

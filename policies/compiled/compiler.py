@@ -79,8 +79,8 @@ class Compiler:
         return {assignee: AssigneeAgreements.of(found) for assignee, found in compiled.items() if found}
 
     def compile(self, agreement: Agreement) -> Iterable[tuple[ExpertId, CompiledAgreement]]:
-        """Compile one agreement for each of its experts; none if it permits with duties, which are not supported."""
-        if agreement.duties and agreement.effect == "permit":
+        """Compile one agreement for each of its experts; none if it permits with duties that are not executed."""
+        if agreement.effect == "permit" and not agreement.executed:
             return
         compiled = compile_agreement(agreement)
         for expert in self._expand(f"agreement {agreement.id}", agreement.experts):

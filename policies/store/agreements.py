@@ -7,6 +7,8 @@ owner's is as unknown as one that does not exist.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from flexgate.policies.agreements import Agreement
@@ -14,7 +16,8 @@ from flexgate.policies.documents import Expert, ExpertSet
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import reading
-from flexgate.policies.store.documents import checked, read_all
+from flexgate.policies.store.documents import checked, from_json, read_all
+from flexgate.policies.store.revisions import agreement_versions, read_between
 from flexgate.policies.store.store import Store
 
 
@@ -31,6 +34,35 @@ def get_agreement(store: Store, agreement_id: str, *, owner_id: str | None = Non
         if agreement.id == agreement_id:
             return agreement
     raise _unknown(agreement_id)
+
+
+def read_versions(store: Store, names: Collection[tuple[str, int]]) -> dict[tuple[str, int], Agreement]:
+    """Versions of agreements by id and version, in force or not; one that never was is left out."""
+    ids = {id_ for id_, _ in names}
+    with reading(store.engine) as connection:
+        found = [agreement for id_ in sorted(ids) for agreement in agreement_versions(connection, id_)]
+    return {(one.id, one.version): one for one in found if (one.id, one.version) in names}
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementChange:
+    """An agreement before and after a change, None where there was or is none; `at` is Unix seconds."""
+
+    at: float
+    before: Agreement | None
+    after: Agreement | None
+
+
+def changes_between(store: Store, owner_id: str, since: float, until: float) -> list[AgreementChange]:
+    """How an owner's agreements changed in a time, in order."""
+
+    def parsed(values: dict[str, Any] | None) -> Agreement | None:
+        return None if values is None else from_json(Agreement, values)
+
+    with reading(store.engine) as connection:
+        found = read_between(connection, "agreement", since, until)
+    changes = [AgreementChange(at, parsed(change.before), parsed(change.after)) for at, change in found]
+    return [one for one in changes if owner_id in (one.before and one.before.owner, one.after and one.after.owner)]
 
 
 def create_agreement(

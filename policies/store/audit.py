@@ -5,7 +5,7 @@ Alone the oldest denied requests may be trimmed, in the transaction that records
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, Final
@@ -106,6 +106,21 @@ def search(engine: Engine, sought: Sought, *, limit: int, oldest: bool = False) 
         rows = connection.execute(query.execution_options(yield_per=200))
         found = (Entry(**row._mapping) for row in rows)
         return list(islice((entry for entry in found if sought.matches(entry)), limit))
+
+
+def count_denied(engine: Engine, since: float, until: float, experts: Collection[str]) -> dict[tuple[str, str], int]:
+    """How many requests were denied because of these experts, by expert and code of the reason.
+
+    Of entries that are kept, that began at `since <= at < until`, and that name their reasons.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    with reading(engine) as connection:
+        query = _query(Sought(log=REQUESTS, since=since, until=until)).with_only_columns(audit_log.c.detail)
+        for row in connection.execute(query.execution_options(yield_per=1000)):
+            for expert, code, _ in row.detail.get("rules", ()):
+                if expert in experts:
+                    counts[expert, code] = counts.get((expert, code), 0) + row.detail["requests"]
+    return counts
 
 
 def _query(sought: Sought) -> Select[Any]:

@@ -55,7 +55,7 @@ def _check_new_agreement(agreement: Agreement, before: Agreement | None) -> None
     if license_ is not None and (before is None or license_ != before.license_expression):
         parse_license_expression(license_)
     if before is None or agreement.duties != before.duties:
-        require_executed(agreement.duties)
+        require_executed(agreement.duties, agreement.effect)
 
 
 def _check_regions(regions: frozenset[str] | None, known: frozenset[str] | None) -> None:

@@ -92,6 +92,18 @@ def read_object(connection: Connection, kind: str, ids: Iterable[str]) -> list[t
     return [(row[0], ObjectChange(*row[1:])) for row in connection.execute(query)]
 
 
+def read_between(connection: Connection, kind: str, since: float, until: float) -> list[tuple[float, ObjectChange]]:
+    """Changes of one kind by revisions of a time, in order, each with the time of its revision (Unix seconds)."""
+    table, revisions = policy_changes, policy_revisions
+    query = (
+        select(revisions.c.at, table.c.kind, table.c.object_id, table.c.before, table.c.after)
+        .join(revisions, revisions.c.version == table.c.version)
+        .where(table.c.kind == kind, revisions.c.at >= since, revisions.c.at < until)
+        .order_by(table.c.version, table.c.ordinal)
+    )
+    return [(row[0], ObjectChange(*row[1:])) for row in connection.execute(query)]
+
+
 def agreement_versions(connection: Connection, id_: str) -> list[Agreement]:
     """Every version of an agreement that was ever stored, terminated ones too."""
     table = policy_changes

@@ -66,6 +66,16 @@ def attribution_object(
     return content
 
 
+def credits_of(decision: Decision, uses: Iterable[Use]) -> list[dict[str, Any]]:
+    """The credit lines that agreements demand for the experts that took part, in the order of the catalogue."""
+    used = {use.expert for use in uses if use.mass or use.tokens}
+    experts: dict[tuple[str, str], list[str]] = {}
+    for expert, agreement in zip(decision.allowed, decision.agreements, strict=True):
+        if agreement is not None and agreement.credit is not None and expert in used:
+            experts.setdefault((agreement.owner, agreement.credit), []).append(expert)
+    return [{"owner": owner, "credit": credit, "experts": names} for (owner, credit), names in experts.items()]
+
+
 def _part(snapshot: Snapshot, expert: ExpertId, use: Use | None, share: int) -> dict[str, Any]:
     document = snapshot.experts[expert]
     return {

@@ -23,7 +23,7 @@ from flexgate.server.http.errors import ApiError, Unavailable
 from flexgate.server.http.offload import on_loop
 from flexgate.server.http.responses import disconnected
 from flexgate.server.inference import recording, response_metadata
-from flexgate.server.inference.attribution import attribution_object
+from flexgate.server.inference.attribution import attribution_object, credits_of
 from flexgate.server.inference.counterfactual import leave_one_out
 from flexgate.server.inference.limits.limiter import TOKENS
 from flexgate.server.inference.openai import sse, vllm_errors
@@ -154,7 +154,7 @@ def register(request: InferenceRequest) -> None:
     """Write down a request that may go to the engine, and have its engine requests wait for their marks.
 
     Raises:
-        ApiError: the ledger cannot be written, or the server is stopping.
+        ApiError: the ledger cannot be written, and the request may not go unrecorded; or the server is stopping.
     """
     call, decision, experts, services = request.call, request.decision, request.snapshot.experts, request.services
     registration = Registration(
@@ -179,7 +179,8 @@ def register(request: InferenceRequest) -> None:
     try:
         request.entry = services.ledger.register(registration)
     except LedgerError as error:
-        raise recording.refused(call) from error
+        recording.require_unrecorded(request, error)
+        return
     call.record = partial(recording.record, request)
 
 
@@ -225,6 +226,7 @@ def metadata(request: InferenceRequest) -> dict[str, Any]:
         weights_epoch=request.weights_epoch,
         explain=request.extension.explain,
         attribution=attribution,
+        credits=credits_of(request.decision, used.experts),
     )
 
 

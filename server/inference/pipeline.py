@@ -49,6 +49,7 @@ from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD, E
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.inference.request.messages import forces_a_call
 from flexgate.server.inference.request.values import Table, keep_honoured
+from flexgate.server.ledger.errors import LedgerFailure
 from flexgate.server.ledger.journal import Entry, Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
 
@@ -83,6 +84,8 @@ class InferenceServices(Bodies, Protocol):
     def limiter(self) -> Limiter: ...
     @property
     def ledger(self) -> Journal: ...
+    @property
+    def ledger_failure(self) -> LedgerFailure: ...
     @property
     def running(self) -> RunningRequests: ...
     @property

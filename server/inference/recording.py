@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import LEDGER_UNAVAILABLE
-from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.openai.vllm_errors import ended_early
 from flexgate.server.ledger.entries import COMPLETED, Used
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerClosed, LedgerError
 
 if TYPE_CHECKING:
     from flexgate.server.inference.pipeline import InferenceRequest
@@ -20,12 +19,13 @@ STOPPED: Final = "stopped"
 
 
 async def require_registered(request: InferenceRequest) -> None:
-    """Wait until the request is on disk; raises `ApiError` where it cannot be."""
-    assert request.entry is not None
+    """Wait until the request is on disk; raises `ApiError` where it must be and cannot."""
+    if request.entry is None:
+        return
     try:
         await request.entry.registered()
     except LedgerError as error:
-        raise refused(request.call) from error
+        require_unrecorded(request, error)
 
 
 def end(request: InferenceRequest) -> None:
@@ -46,14 +46,22 @@ async def record(request: InferenceRequest) -> bool:
     assert request.entry is not None
     try:
         await request.entry.cover(request.call.tokens(), partial(used_of, request.call))
-    except LedgerError:
-        return False
+    except LedgerError as error:
+        return _may_go_unrecorded(request, error)
     return True
 
 
-def refused(call: GatedCall) -> ApiError:
-    """The error of a request that the ledger does not take."""
-    call.failed = LEDGER_UNAVAILABLE
-    error = ended_early(call)
-    assert error is not None
-    return error
+def _may_go_unrecorded(request: InferenceRequest, error: LedgerError) -> bool:
+    """Whether the operator lets requests without duties be served while the ledger fails."""
+    if request.services.ledger_failure == "refuse" or isinstance(error, LedgerClosed):
+        return False
+    return not any(agreement is not None and agreement.duties for agreement in request.decision.agreements)
+
+
+def require_unrecorded(request: InferenceRequest, error: LedgerError) -> None:
+    """Raise the `ApiError` of a request that may not go unrecorded."""
+    if not _may_go_unrecorded(request, error):
+        request.call.failed = LEDGER_UNAVAILABLE
+        refusal = ended_early(request.call)
+        assert refusal is not None
+        raise refusal from error

@@ -36,7 +36,7 @@ from flexgate.server.ledger.entries import (
     encode_registration,
     microseconds,
 )
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerClosed, LedgerError
 from flexgate.server.ledger.schema import VERSION, bring_up_to_date
 
 NAME: Final = "ledger.db"
@@ -147,7 +147,7 @@ class Journal:
     def _add(self, add: Callable[[Batch], None]) -> None:
         with self._lock:
             if self._closing:
-                raise LedgerError("the ledger is closed: the server is stopping")
+                raise LedgerClosed("the ledger is closed: the server is stopping")
             add(self._next)
             self._lock.notify()
 
@@ -202,7 +202,7 @@ class Journal:
     def _note(self, error: LedgerError | None) -> None:
         """Refuse requests from now on, or no longer."""
         if error is not None and self._failing is None:
-            logger.error("no request is served: %s", error)
+            logger.error("%s", error)
         if error is None and self._failing is not None:
             logger.warning("the ledger %s is written again", self.path)
         self._failing = error

@@ -17,6 +17,7 @@ from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.inference.request.limits import Limits
+from flexgate.server.ledger.errors import LedgerFailure
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.denial_log import Denials
@@ -56,6 +57,7 @@ class Services:
     draining: bool = False
     revoked_keys: RevokedKeys = "end"
     audit_denials_days: int = 90
+    ledger_failure: LedgerFailure = "refuse"
     denials: Denials = field(init=False)
     samples: DecisionSamples = field(init=False)
     budget_usage: BudgetUsage = field(init=False)

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from flexgate.policies.field_errors import first_field_error
 from flexgate.server.inference.request.limits import Limits
+from flexgate.server.ledger.errors import LedgerFailure
 
 _PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
 """Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
@@ -188,6 +189,13 @@ class Settings(StoreSettings):
         int,
         Field(ge=1, description="Days to keep audit entries of denied requests. Entries of changes are kept forever."),
     ] = 90
+    ledger_failure: Annotated[
+        LedgerFailure,
+        Field(
+            description="While the ledger cannot be written: refuse all requests with 503, or serve those whose "
+            "agreements have no duties, unrecorded."
+        ),
+    ] = "refuse"
     keep_alive_seconds: Annotated[
         int,
         Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
 import pytest
 from pydantic import ValidationError
 
-from flexgate.policies.agreements import Agreement
+from flexgate.policies.agreements import STORED, Agreement
 from flexgate.policies.documents import Expert, ExpertSet, Tenant
 from flexgate.policies.errors import InvalidName
 from flexgate.policies.ids import parse_expert_id, parse_set_id
 
+PAID = {"kind": "compensate", "rate": "0.000000001", "currency": "EUR", "unit": "request"}
 REFUSED = [
     ("unknown field", {"colour": "red"}),
     ("unknown effect", {"effect": "allow"}),
@@ -52,12 +54,14 @@ REFUSED = [
         "negative rate",
         {"duties": [{"kind": "compensate", "rate": "-1", "currency": "EUR", "unit": "request"}]},
     ),
-    ("attribute", {"duties": [{"kind": "attribute"}]}),
-    ("report", {"duties": [{"kind": "report", "period": "month"}]}),
-    (
-        "compensate",
-        {"duties": [{"kind": "compensate", "rate": "0.5", "currency": "EUR", "unit": "million_tokens"}]},
-    ),
+    ("rate of ten decimals", {"duties": [{**PAID, "rate": "0.0000000001"}]}),
+    ("rate of 19 digits", {"duties": [{**PAID, "rate": "1234567890123456789"}]}),
+    ("infinite rate", {"duties": [{**PAID, "rate": "Infinity"}]}),
+    ("no currency", {"duties": [{**PAID, "currency": "EUX"}]}),
+    ("gold", {"duties": [{**PAID, "currency": "XAU"}]}),
+    ("unknown unit", {"duties": [{**PAID, "unit": "token"}]}),
+    ("unknown period", {"duties": [{"kind": "report", "period": "year"}]}),
+    ("credit of two lines", {"duties": [{"kind": "attribute", "credit": "a\nb"}]}),
     ("plain http", {"terms_uri": "http://example.org/terms"}),
     ("short digest", {"terms_sha256": "ab"}),
 ]
@@ -86,9 +90,36 @@ def test_full_agreement_is_accepted(world):
     assert (agreement.starts, agreement.ends) == (1767225600.0, math.inf)
 
 
-def test_a_duty_is_refused_in_words(world):
-    with pytest.raises(ValidationError, match="'duties' are not supported yet"):
-        Agreement.model_validate(world.agreement(duties=[{"kind": "attribute"}], effect="prohibit"))
+def test_an_agreement_with_duties_that_are_executed_is_accepted(world):
+    duties = [{"kind": "attribute", "credit": "News by Wire"}, PAID, {**PAID, "unit": "thousand_tokens", "rate": 3}]
+    agreement = Agreement.model_validate(world.agreement(duties=duties))
+    assert [duty.kind for duty in agreement.duties] == ["attribute", "compensate", "compensate"]
+    assert agreement.duties[1].rate == Decimal("0.000000001")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"duties": [PAID, PAID]}, "'duties' has 'compensate' per 'request' twice: leave one of them out"),
+        ({"duties": [{"kind": "attribute"}] * 2}, "'duties' has 'attribute' twice: leave one of them out"),
+        (
+            {"duties": [PAID, {**PAID, "currency": "USD", "unit": "thousand_tokens"}]},
+            "'duties' pays in EUR and USD: use one currency in an agreement",
+        ),
+        ({"duties": [PAID], "effect": "prohibit"}, "a prohibition has no duties, because nothing is used under it"),
+    ],
+)
+def test_a_duty_that_cannot_be_executed_is_refused_in_words(world, fields, said):
+    with pytest.raises(ValidationError) as error:
+        Agreement.model_validate(world.agreement(**fields))
+    assert said in str(error.value)
+
+
+def test_a_currency_that_has_gone_from_the_list_is_read_where_it_is_stored(world):
+    stored = world.agreement(duties=[{**PAID, "currency": "DEM"}])
+    assert Agreement.model_validate(stored, context=STORED).executed
+    with pytest.raises(ValidationError, match="'DEM' is not a currency: use a code of ISO 4217"):
+        Agreement.model_validate(stored)
 
 
 def test_documents_are_frozen(world):

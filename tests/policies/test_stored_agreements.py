@@ -6,7 +6,7 @@ import pytest
 
 from flexgate.policies.agreements import STORED, Agreement
 
-REPORT = [{"kind": "report", "period": "day"}]
+PAID = [{"kind": "compensate", "rate": "1", "currency": currency, "unit": "request"} for currency in ("EUR", "USD")]
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,19 @@ def test_a_prohibition_for_a_region_that_is_unknown_reaches_its_country_or_every
     assert [region for region in asked if "news" not in world.ask(snapshot, region=region).allowed] == reached
 
 
-def test_a_permission_with_duties_permits_nothing(world):
-    permission = Agreement.model_validate(world.agreement(duties=REPORT), context=STORED)
+def test_a_permission_with_duties_that_cannot_be_executed_permits_nothing(world):
+    permission = Agreement.model_validate(world.agreement(duties=PAID), context=STORED)
     assert "news" not in world.ask(world.build([permission], [world.tenant(mode="deny_list")])).allowed
 
 
+def test_a_permission_with_duties_permits_and_the_decision_has_them(world):
+    permission = Agreement.model_validate(world.agreement(duties=PAID[:1]), context=STORED)
+    decision = world.ask(world.build([permission], [world.tenant(mode="deny_list")]))
+    assert decision.allowed == ("public", "news")
+    assert decision.agreements[1].duties == permission.duties
+
+
 def test_a_prohibition_with_duties_prohibits(world):
-    ban = Agreement.model_validate(world.agreement("ban", effect="prohibit", duties=REPORT), context=STORED)
+    ban = Agreement.model_validate(world.agreement("ban", effect="prohibit", duties=PAID), context=STORED)
     snapshot = world.build([world.agreement(), ban], [world.tenant(mode="deny_list")])
     assert "news" not in world.ask(snapshot).allowed

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticKnownError
 
-from flexgate.policies.documents import KeyRecord, Title
+from flexgate.policies.agreements import Line
+from flexgate.policies.documents import KeyRecord
 from flexgate.policies.ids import OwnerIdField
 from flexgate.policies.store.accounts import ServiceAccount
 from flexgate.policies.store.keys import MintedKey
@@ -28,7 +29,7 @@ def _boolean(value: Any) -> Any:
 class CreateServiceAccount(Closed):
     """A new account comes with its one key."""
 
-    name: Title
+    name: Line
     expires_in_seconds: Seconds | None = None
     create_service_account_only: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
 
@@ -36,7 +37,7 @@ class CreateServiceAccount(Closed):
 class CreateAdminKey(Closed):
     """A name, and the key's role; the role `owner` needs `owner_id`."""
 
-    name: Title
+    name: Line
     expires_in_seconds: Seconds | None = None
     role: Literal["admin", "auditor", "owner"] = "admin"
     owner_id: OwnerIdField | None = None

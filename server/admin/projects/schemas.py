@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from flexgate.policies.agreements import PurposeField, RegionField, SetOf
+from flexgate.policies.agreements import Line, PurposeField, RegionField, SetOf
 from flexgate.policies.compiled.compiler import TenantRules
-from flexgate.policies.documents import References, Tenant, Title
+from flexgate.policies.documents import References, Tenant
 from flexgate.policies.ids import ExpertReference, GroupIdField, SetId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store.projects import Times
@@ -36,14 +36,14 @@ class OwnFields(Closed):
 class CreateProject(Closed):
     """A new project gets `public` and nothing else."""
 
-    name: Title
+    name: Line
     flexgate: OwnFields = OwnFields()
 
 
 class UpdateProject(Closed):
     """Omitted fields stay as they are."""
 
-    name: Title | None = None
+    name: Line | None = None
     flexgate: OwnFields = OwnFields()
 
     def fields(self) -> dict[str, Any]:

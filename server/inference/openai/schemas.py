@@ -67,13 +67,25 @@ class Attribution(Shown):
     counterfactual: Annotated[Rescored | None, Field(exclude_if=is_none)] = None
 
 
+class Credit(Shown):
+    """What an agreement with an owner demands to be said of a response that these experts of its took part in."""
+
+    owner: str
+    credit: str
+    experts: list[str]
+
+
 class GateReport(Shown):
-    """The gate of a response: which experts could take part, which could not and why, and which did."""
+    """The gate of a response: which experts could take part, which could not and why, and which did.
+
+    `credits` is there where an agreement demands a credit.
+    """
 
     decision_id: str
     policy_version: int
     weights_epoch: int
     allowed: list[str]
+    credits: Annotated[list[Credit] | None, Field(exclude_if=is_none)] = None
     excluded: Annotated[list[Reason] | None, Field(exclude_if=is_none)] = None
     attribution: Annotated[Attribution | None, Field(exclude_if=is_none)] = None
 

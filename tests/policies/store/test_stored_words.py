@@ -24,7 +24,7 @@ OLD_TENANT = {"name": "Ac\tme", "regions": ["DE", "DE-BY", "DE-ZZ", "FR"]}
 OLD_TERMS = {
     "regions": ["DE-ZZ"],
     "license_expression": "Proprietary",
-    "duties": [{"kind": "report", "period": "day"}],
+    "duties": [{"kind": "attribute"}, {"kind": "attribute"}],
 }
 ADMIN = {"actor": "t", "at": 9.0}
 
@@ -128,8 +128,8 @@ NEW = {
     "region": ({"agreements": [{**TERMS, "version": 2, "regions": ["FR-ZZ"]}]}, "agreement 'a': 'FR-ZZ'"),
     "license": ({"agreements": [{**TERMS, "version": 2, "license_expression": "Mine"}]}, "agreement 'a': 'Mine'"),
     "duties": (
-        {"agreements": [{**TERMS, "version": 2, "duties": [{"kind": "attribute"}]}]},
-        "agreement 'a': 'duties' are not supported yet",
+        {"agreements": [{**TERMS, "version": 2, "duties": [{"kind": "attribute", "credit": "A"}] * 2}]},
+        "agreement 'a': 'duties' has 'attribute' twice",
     ),
     "in another agreement": ({"agreements": [{**TERMS, **OLD_TERMS, "id": "b"}]}, "agreement 'b': 'DE-ZZ'"),
 }

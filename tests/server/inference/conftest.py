@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
+from generating import Generating
 
 from flexgate.policies.documents import Quota
 
@@ -25,3 +26,14 @@ def limit(store: Any, services: Any) -> Any:
         services.budget_usage.refresh()
 
     return set_
+
+
+@pytest.fixture
+def generating(services: Any) -> Any:
+    """Install a handler for completions, and return it."""
+
+    def answer(handler: Generating) -> Generating:
+        services.handlers.completion = SimpleNamespace(create_completion=handler)
+        return handler
+
+    return answer
