@@ -22,6 +22,7 @@ from speed import (
     packages,
     serving,
     startup,
+    statement,
     versions,
 )
 from speed.plot import draw
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "loop": loop.run,
     "fairness": fairness.run,
     "ledger": ledger.run,
+    "statement": statement.run,
     "versions": versions.run,
 }
 

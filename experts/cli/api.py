@@ -30,14 +30,13 @@ class Api:
     ) -> None:
         self.http.close()
 
+    def text(self, method: str, path: str, **options: Any) -> str:
+        """The response's text; raises ``ServerRefused``."""
+        return self._answer(method, path, **options).text
+
     def ask(self, method: str, path: str, **options: Any) -> Json:
         """The response's JSON object; raises ``ServerRefused``."""
-        try:
-            response = self.http.request(method, path, **options)
-        except httpx.TransportError as error:
-            raise ServerRefused(f"{self.http.base_url} does not answer: {error}") from error
-        if response.is_error:
-            raise refused(response)
+        response = self._answer(method, path, **options)
         try:
             answer = response.json()
         except ValueError:
@@ -45,6 +44,15 @@ class Api:
         if not isinstance(answer, dict):
             raise ServerRefused(f"{self.http.base_url} is not a flexgate server: its response is not a JSON object")
         return answer
+
+    def _answer(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self.http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise ServerRefused(f"{self.http.base_url} does not answer: {error}") from error
+        if response.is_error:
+            raise refused(response)
+        return response
 
     def pages(self, path: str, **query: Any) -> Iterator[Json]:
         """Every object of a list, page after page."""

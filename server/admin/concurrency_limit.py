@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from flexgate.policies.documents import Role
 from flexgate.server.http.auth import Principal
 from flexgate.server.http.errors import ApiError, TooMany
-from flexgate.server.policy.executors import CHANGES, OTHERS_CHANGES, OTHERS_READS, READS, USAGE, run_in
+from flexgate.server.policy.executors import CHANGES, OTHERS_CHANGES, OTHERS_READS, READS, STATEMENTS, USAGE, run_in
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +27,7 @@ MOST_OF_ONE: Final = 64
 """Reads, and changes, of one project or owner that are in the threads at once, and those with what waits for them."""
 MOST_SUMS_OF_ONE: Final = 8
 """Sums over the ledger for one key, those that wait included."""
+_SUMS: Final = (USAGE, STATEMENTS)
 _OPERATORS: Final = frozenset({Role.ADMIN, Role.AUDITOR})
 _under_way: Final[Counter[tuple[str, ThreadPoolExecutor]]] = Counter()
 _lanes: Final[WeakValueDictionary[tuple[str, ThreadPoolExecutor], asyncio.Semaphore]] = WeakValueDictionary()
@@ -43,10 +44,10 @@ async def in_turn(
     principal: Principal, threads: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **options: P.kwargs
 ) -> T:
     """Blocking work for a caller, in its turn; raises `ApiError` (429) when too much of the same waits."""
-    if principal.role in _OPERATORS and threads is not USAGE:
+    if principal.role in _OPERATORS and threads not in _SUMS:
         return await run_in(threads, work, *arguments, **options)
     key = principal.limited_with, threads
-    at_once, most = (1, MOST_SUMS_OF_ONE) if threads is USAGE else (AT_ONCE_OF_ONE, MOST_OF_ONE)
+    at_once, most = (1, MOST_SUMS_OF_ONE) if threads in _SUMS else (AT_ONCE_OF_ONE, MOST_OF_ONE)
     if _under_way[key] >= most:
         raise _too_many(principal, most)
     _under_way[key] += 1

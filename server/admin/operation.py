@@ -1,8 +1,8 @@
 """One administrative operation: who may do it, what it takes, and the function that does it.
 
-An operation's function is plain: it gets a `Call` and returns the response's model, in a thread, because the store
-blocks; or it is a coroutine, for what happens on the event loop. Roles are checked before anything is looked up, so
-that a key of another role learns nothing about what exists.
+An operation's function is plain: it gets a `Call` and returns the response's model, or a whole response, in a thread,
+because the store blocks; or it is a coroutine, for what happens on the event loop. Roles are checked before anything is
+looked up, so that a key of another role learns nothing about what exists.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, Field
 from starlette.requests import Request
+from starlette.responses import Response
 
 from flexgate.policies.documents import Role
 from flexgate.policies.snapshot import Snapshot
@@ -149,7 +150,7 @@ class Operation(Generic[B, Q]):
     @property
     def response(self) -> Any:
         """The response's model."""
-        kinds = [kind for kind in self._kinds if kind is not EventStream]
+        kinds = [kind for kind in self._kinds if not (isinstance(kind, type) and issubclass(kind, Response))]
         return functools.reduce(operator.or_, kinds)
 
     @property

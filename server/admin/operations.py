@@ -6,15 +6,17 @@ from typing import Any, Final
 
 from flexgate.server.admin.agreements.endpoints import router as agreements
 from flexgate.server.admin.audit.endpoints import router as audit
+from flexgate.server.admin.costs.endpoints import router as costs
 from flexgate.server.admin.keys.endpoints import router as keys
 from flexgate.server.admin.operation import Operation
 from flexgate.server.admin.policy.endpoints import router as policy
 from flexgate.server.admin.projects.endpoints import router as projects
 from flexgate.server.admin.quotas.endpoints import router as quotas
+from flexgate.server.admin.statements.endpoints import router as statements
 from flexgate.server.admin.usage.endpoints import router as usage
 from flexgate.server.experts.changes import router as expert_changes
 from flexgate.server.experts.endpoints import router as experts
 
-_ROUTERS: Final = (projects, keys, quotas, agreements, policy, audit, usage, experts, expert_changes)
+_ROUTERS: Final = (projects, keys, quotas, agreements, policy, audit, usage, costs, statements, experts, expert_changes)
 ROUTES: Final = tuple(route for router in _ROUTERS for route in router.declared())
 OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = tuple(route.operation for route in ROUTES)

@@ -171,7 +171,7 @@ async def respond(call: Annotated[Call[Any, Any], Depends(called)]) -> Response:
     return Response(content, operation.status, headers, media_type=_JSON)
 
 
-def _work(operation: Operation[Any, Any], call: Call[Any, Any]) -> tuple[bytes, Snapshot]:
+def _work(operation: Operation[Any, Any], call: Call[Any, Any]) -> tuple[bytes | Response, Snapshot]:
     """The response's body, and the snapshot that it is from: a changed one, once this process enforces it. Blocks.
 
     The key is judged once more: it may have been revoked while the call waited for its thread.
@@ -179,7 +179,8 @@ def _work(operation: Operation[Any, Any], call: Call[Any, Any]) -> tuple[bytes, 
     policy = call.services.policy
     newest = policy.without_withheld(policy.stored or call.snapshot)
     recognise(newest, call.principal.digest, call.services.clock(), context_of(call.request).roles)
-    content = to_json(operation.work(call))
+    result = operation.work(call)
+    content = result if isinstance(result, Response) else to_json(result)
     if not operation.writes:
         return content, call.snapshot
     try:

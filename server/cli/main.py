@@ -27,6 +27,7 @@ SUBCOMMANDS: Final = {
         "Create and revoke keys of admins, auditors and owners.",
     ),
     "agreements": ("flexgate.server.cli.agreements", "Create, show, revise and terminate agreements."),
+    "statements": ("flexgate.server.cli.statements", "Show what an owner's experts did in a period, and what is owed."),
     "policy": ("flexgate.server.cli.policy", "Manage the policy as a file, explain it, and simulate changes."),
     "audit": ("flexgate.server.cli.audit", "Verify, export and trim the audit log."),
 }

@@ -24,6 +24,7 @@ from flexgate.policies.errors import (
     UnknownTenant,
 )
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
+from flexgate.server.ledger.errors import LedgerError
 
 UNKNOWN_EXPERT = "expert_not_found"
 _DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
@@ -55,12 +56,17 @@ def from_change(error: PolicyError) -> ApiError:
     return from_policy(error)
 
 
+def from_ledger(error: LedgerError) -> ApiError:
+    """The administration's response where the ledger cannot be read, or not be summed."""
+    return Unavailable(_sentence(error), code="ledger_unavailable")
+
+
 def not_found() -> NotFound:
     """The one response for what does not exist and for what is not the caller's."""
     return NotFound("No object of this id is visible to this key. Check the id and the key.", code="not_found")
 
 
-def _sentence(error: PolicyError) -> str:
+def _sentence(error: Exception) -> str:
     text = str(error)
     return f"{text[:1].upper()}{text[1:]}."
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
+from flexgate.server.ledger.errors import LedgerError
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
 MOST_SECONDS: Final = 5.0
 MOST_SUMS: Final = 20_000
 INSTRUCTIONS: Final = 10_000
 """Of SQLite's machine, between two looks at the clock."""
-_COLUMNS: Final[Mapping[Group, str]] = {
+COLUMNS: Final[Mapping[Group, str]] = {
     "project_id": "usage.tenant",
     "api_key_id": "usage.key_id",
     "model": "usage.model",
@@ -42,6 +42,11 @@ class Sought:
     models: Sequence[str] | None = None
     groups: Sequence[Group] = ()
 
+    @property
+    def bucket(self) -> str:
+        """When the bucket of a request starts, in SQL."""
+        return f"ended_at / {self.width * MICROSECONDS} * {self.width}"
+
 
 @dataclass(frozen=True, slots=True)
 class Sum:
@@ -62,39 +67,53 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
     """The sums of every bucket that has any, by time and group. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read.
-        TooMuchAsked: there are too many sums, or they take too long.
+        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
     """
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            deadline = time.monotonic() + MOST_SECONDS
-            connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
-            found = list(islice(_sums(connection, sought), MOST_SUMS + 1))
-    except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
-            raise TooMuchAsked(f"the sums took longer than {MOST_SECONDS:g} seconds: ask for less time") from error
-        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
-    if len(found) > MOST_SUMS:
-        raise TooMuchAsked(f"there are more than {MOST_SUMS:,} sums: ask for less time, or group by less")
-    return found
-
-
-def _sums(connection: sqlite3.Connection, sought: Sought) -> Iterator[Sum]:
     of_parts = bool({"expert_id", "owner_id"} & set(sought.groups))
-    wide = sought.width * MICROSECONDS
+    where, values = conditions(sought)
+    columns = [COLUMNS[group] for group in sought.groups]
+    grouped = ", ".join(["bucket", *columns])
+    rows = read(
+        path,
+        f"SELECT {sought.bucket} AS bucket, {''.join(f'{name}, ' for name in columns)}"
+        f"{_OF_PARTS if of_parts else _OF_REQUESTS} FROM usage{' JOIN parts USING (sequence)' if of_parts else ''} "
+        f"WHERE {where} GROUP BY {grouped} ORDER BY {grouped}",
+        values,
+    )
+    return [
+        Sum(start, dict(zip(sought.groups, names, strict=True)), prompt, cached, completion, requests)
+        for start, *names, prompt, cached, completion, requests in rows
+    ]
+
+
+def conditions(sought: Sought) -> tuple[str, list[object]]:
+    """What is sought as conditions of a query, with their values."""
     where = ["ended_at >= ?", "ended_at < ?"]
-    asked: list[object] = [sought.start * MICROSECONDS, sought.end * MICROSECONDS]
+    values: list[object] = [sought.start * MICROSECONDS, sought.end * MICROSECONDS]
     for column, names in (("tenant", sought.projects), ("key_id", sought.keys), ("model", sought.models)):
         if names is not None:
             where.append(f"usage.{column} IN ({', '.join('?' * len(names))})")
-            asked += names
-    columns = [_COLUMNS[group] for group in sought.groups]
-    grouped = ", ".join(["bucket", *columns])
-    rows = connection.execute(
-        f"SELECT ended_at / {wide} * {sought.width} AS bucket, {''.join(f'{name}, ' for name in columns)}"
-        f"{_OF_PARTS if of_parts else _OF_REQUESTS} FROM usage{' JOIN parts USING (sequence)' if of_parts else ''} "
-        f"WHERE {' AND '.join(where)} GROUP BY {grouped} ORDER BY {grouped}",
-        asked,
-    )
-    for start, *names, prompt, cached, completion, requests in rows:
-        yield Sum(start, dict(zip(sought.groups, names, strict=True)), prompt, cached, completion, requests)
+            values += names
+    return " AND ".join(where), values
+
+
+def read(
+    path: Path, query: str, values: Sequence[object], *, seconds: float = MOST_SECONDS, most: int = MOST_SUMS
+) -> list[Any]:
+    """The rows of a query that sums, in bounded time. Blocks.
+
+    Raises:
+        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            deadline = time.monotonic() + seconds
+            connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
+            found = list(islice(connection.execute(query, values), most + 1))
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+            raise LedgerError(f"the sums took longer than {seconds:g} seconds: ask for less time") from error
+        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
+    if len(found) > most:
+        raise LedgerError(f"there are more than {most:,} sums: ask for less time, or group by less")
+    return found

@@ -24,6 +24,8 @@ OTHERS_CHANGES: Final = ThreadPoolExecutor(2, "others-changes")
 OTHERS_READS: Final = ThreadPoolExecutor(2, "others-reads")
 UPLOADS: Final = ThreadPoolExecutor(2, "uploads")
 """What reads and writes files of uploads: a disk that halts must not halt what waits for the store."""
+STATEMENTS: Final = ThreadPoolExecutor(2, "statements")
+"""What sums a whole period, which takes seconds; one owner fills one of them."""
 REMOVALS: Final = ThreadPoolExecutor(1, "removals")
 """What removes uploads, which takes the disk seconds where they are large."""
 

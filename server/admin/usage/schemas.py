@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from flexgate.server.admin.buckets import UnixSeconds
 from flexgate.server.http.schemas import Shown, is_none
 from flexgate.server.http.validation import Closed
 from flexgate.server.ledger.usage import Group, Sum
@@ -14,14 +15,13 @@ Width = Literal["1m", "1h", "1d"]
 SECONDS: Final[dict[Width, int]] = {"1m": 60, "1h": 3600, "1d": 86_400}
 BUCKETS: Final[dict[Width, tuple[int, int]]] = {"1m": (60, 1440), "1h": (24, 168), "1d": (7, 31)}
 """Of each width, how many buckets a page has by default, and at most."""
-_Seconds = Annotated[int, Field(ge=0, le=10**11)]
 
 
 class ListUsage(Closed):
     """OpenAI's parameters, and `expert_id` and `owner_id` to group by. `start_time` and `end_time` are Unix seconds."""
 
-    start_time: _Seconds
-    end_time: _Seconds | None = None
+    start_time: UnixSeconds
+    end_time: UnixSeconds | None = None
     bucket_width: Width = "1d"
     project_ids: Annotated[list[str] | None, Field(max_length=100)] = None
     api_key_ids: Annotated[list[str] | None, Field(max_length=100)] = None

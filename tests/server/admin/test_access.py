@@ -27,7 +27,8 @@ def same(left: httpx.Response, right: httpx.Response) -> bool:
 
 def path_of(operation: Any, project: str, other: str = "x") -> str:
     path = operation.path.replace("{project_id}", project)
-    for name in ("service_account_id", "key_id", "rate_limit_id", "agreement_id", "expert", "job", "upload", "file"):
+    names = "service_account_id key_id rate_limit_id agreement_id expert job upload file period"
+    for name in names.split():
         path = path.replace(f"{{{name}}}", other)
     return path
 

@@ -110,6 +110,9 @@ def cases(ids: dict[str, str]) -> list[Case]:
         (admin, "GET", "/v1/organization/audit_logs?limit=100", None),
         (admin, "POST", "/v1/organization/audit_logs/trim", {"older_than_days": 1}),
         (admin, "GET", "/v1/organization/usage/completions?start_time=0&group_by[]=expert_id", None),
+        (admin, "GET", "/v1/organization/costs?start_time=0&group_by[]=line_item", None),
+        ("sk-owner", "GET", "/v1/statements/2025-01", None),
+        (admin, "GET", "/v1/statements/2025-01-31?owner_id=gazette", None),
         (admin, "GET", "/v1/experts", None),
         ("sk-t", "GET", "/v1/experts", None),
         ("sk-t", "GET", "/v1/experts/math", None),
@@ -160,7 +163,8 @@ async def test_a_body_is_refused_where_none_is_taken_unless_it_is_empty(
     call: Any, real_store: Any, operation: Any
 ) -> None:
     path, version = operation.path.replace("{", "").replace("}", ""), real_store.version()
-    needed = {"/v1/policy/diff": "?old=1&new=1", "/v1/organization/usage/completions": "?start_time=0"}
+    summed = ("/v1/organization/usage/completions", "/v1/organization/costs")
+    needed = {"/v1/policy/diff": "?old=1&new=1", **dict.fromkeys(summed, "?start_time=0")}
     path += needed.get(path, "")
     refused = await call("sk-admin", operation.method, path, json={"drain_seconds": 5})
     error = refused.json()["error"]

@@ -1,0 +1,54 @@
+"""Sums over the ledger by the agreement that uses count under: what is owed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from flexgate.server.ledger.amounts import Uses
+from flexgate.server.ledger.usage import COLUMNS, Group, Sought, conditions, read
+
+USES: Final = (
+    "count(*), sum(prompt_positions + completion_positions), sum(share_ppm * (prompt_tokens + completion_tokens))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementUses:
+    """What one group used in one bucket of time under one version of an agreement."""
+
+    start: int
+    group: Mapping[Group, str | None]
+    agreement: str
+    version: int
+    uses: Uses
+
+
+def uses_by_agreement(path: Path, sought: Sought) -> list[AgreementUses]:
+    """The sums of every bucket that has any, by time, group and agreement. Blocks.
+
+    Raises:
+        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
+    """
+    where, values = conditions(sought)
+    columns = [*(COLUMNS[group] for group in sought.groups), "agreement", "agreement_version"]
+    grouped = ", ".join(["bucket", *columns])
+    rows = read(
+        path,
+        f"SELECT {sought.bucket} AS bucket, {', '.join(columns)}, {USES} FROM usage JOIN parts USING (sequence) "
+        f"WHERE {where} AND agreement IS NOT NULL GROUP BY {grouped} ORDER BY {grouped}",
+        values,
+    )
+    return list(_named(rows, sought))
+
+
+def _named(rows: list[tuple[int, ...]], sought: Sought) -> Iterator[AgreementUses]:
+    for start, *names, agreement, version, requests, tokens, weighted in rows:
+        group = dict(zip(sought.groups, map(_text, names), strict=True))
+        yield AgreementUses(start, group, str(agreement), version, Uses(requests, tokens, weighted))
+
+
+def _text(name: object) -> str | None:
+    return None if name is None else str(name)

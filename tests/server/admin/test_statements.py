@@ -1,0 +1,165 @@
+"""Statements at the wire: what an owner reads of its experts, and of no other owner's."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from typer.testing import CliRunner
+
+from flexgate.policies.audit import DENIED, Event
+from flexgate.policies.store import Store
+from flexgate.policies.store.agreements import revise_agreement, terminate_agreement
+from flexgate.server.cli.main import app
+from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
+from flexgate.server.ledger.journal import Journal
+
+pytestmark = pytest.mark.asyncio
+
+DAY = 86_400
+START = 1_793_491_200  # 2026-11-01
+MONTH = "/v1/statements/2026-11"
+NEWS = RegisteredExpert(0, "news", "gazette", "a-news", 2)
+MATH = RegisteredExpert(1, "math", "academy", "a-math", 1)
+PAID = [
+    {"kind": "compensate", "rate": "0.1", "currency": "EUR", "unit": "request"},
+    {"kind": "report", "period": "month"},
+]
+
+
+def registration(name: str, tenant: str = "t") -> Registration:
+    return Registration(name, 1, tenant, "k", "/v1/x", "tiny", 1, 1, (NEWS, MATH))
+
+
+@pytest_asyncio.fixture
+async def recorded(ledger: Journal, real_store: Store, services: Any) -> Journal:
+    """Three requests with news, one of them also with math, in two days of November 2026; then news' agreement ends."""
+    terms = {"experts": ["news"], "assignee": "everyone", "effect": "permit", "duties": PAID}
+    revise_agreement(real_store, "a-news", terms, actor="test", at=START + 5.0)
+    at, ledger._clock = [0.0], lambda: at[0]
+    for number, (tenant, day) in enumerate((("t", 0), ("u", 0), ("t", 2))):
+        at[0] = START + DAY * day + 60.0 + number
+        math = 10 * (number == 1)
+        entry = ledger.register(registration(f"dec_{number}", tenant))
+        entry.end(COMPLETED, Used(10, 4, 2, [30, math, 10, math], [0] * 4))
+        await entry.registered()
+    await ledger.register(registration("last")).registered()
+    terminate_agreement(real_store, "a-news", actor="test", at=START + 3.0 * DAY)
+    rules = [["news", "prohibited", "agreement/b@1"], ["math", "no_agreement", "default_deny"]]
+    for requests in (2, 5):
+        detail = {"tenant_id": "t", "route": "/", "status": 403, "code": "expert_policy_denied", "param": None}
+        denied = {**detail, "rules": rules, "requests": requests, "request_ids": [], "last": START + 9.0}
+        real_store.record([Event(at=START + 9.0, actor="key_1", action=DENIED, detail=denied)])
+    services.clock = lambda: START + 4.0 * DAY
+    return ledger
+
+
+async def test_an_owner_reads_what_its_experts_did_and_what_is_owed(call: Any, recorded: Journal) -> None:
+    response = await call("sk-owner", "GET", MONTH)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert (found["owner_id"], found["period"], found["open"]) == ("gazette", "month", True)
+    assert (found["start_time"], found["end_time"]) == (START, START + 30 * DAY)
+    assert (found["requests"], found["tokens"], found["share_weighted_tokens"]) == (3, 30, "33")
+    (line,) = found["lines"]
+    assert {name: line[name] for name in ("expert_id", "agreement_id", "agreement_version", "currency", "amount")} == {
+        "expert_id": "news",
+        "agreement_id": "a-news",
+        "agreement_version": 2,
+        "currency": "EUR",
+        "amount": "0.30",
+    }
+    assert found["totals"] == [{"currency": "EUR", "amount": "0.30"}]
+    assert [(day["start_time"], day["requests"]) for day in found["days"]] == [(START, 2), (START + 2 * DAY, 1)]
+    assert found["denials"] == [{"expert_id": "news", "code": "prohibited", "requests": 7}]
+
+
+async def test_tenants_are_pseudonyms_and_no_other_owner_is_named(call: Any, recorded: Journal) -> None:
+    own = await call("sk-owner", "GET", MONTH)
+    tenants = {one["tenant"]: one["requests"] for one in own.json()["tenants"]}
+    assert sorted(tenants.values()) == [1, 2]
+    assert all(name.startswith("anon-") for name in tenants)
+    assert "math" not in own.text
+    assert "academy" not in own.text
+    others = await call("sk-admin", "GET", f"{MONTH}?owner_id=academy")
+    assert {one["tenant"] for one in others.json()["tenants"]}.isdisjoint(tenants)
+
+
+async def test_rights_that_were_given_and_taken_away_are_listed_with_their_times(call: Any, recorded: Journal) -> None:
+    changes = (await call("sk-owner", "GET", MONTH)).json()["changes"]
+    given, taken = START + 5.0, START + 3.0 * DAY
+    names = ("kind", "id", "version", "requested_at", "effective_at", "last_used_at")
+    assert [tuple(change[name] for name in names) for change in changes] == [
+        ("agreement.revised", "a-news", 2, given, given, None),
+        ("agreement.terminated", "a-news", 2, taken, taken, START + 2.0 * DAY + 62.0),
+    ]
+
+
+async def test_a_period_that_has_ended_is_not_open_and_has_its_own_requests_alone(call: Any, recorded: Journal) -> None:
+    found = (await call("sk-admin", "GET", "/v1/statements/2026-11-01?owner_id=gazette")).json()
+    assert (found["period"], found["open"], found["requests"]) == ("day", False, 2)
+    assert found["totals"] == [{"currency": "EUR", "amount": "0.20"}]
+
+
+async def test_a_statement_is_also_a_table_and_a_page(call: Any, recorded: Journal) -> None:
+    table = await call("sk-owner", "GET", f"{MONTH}?format=csv")
+    assert table.headers["content-type"].startswith("text/csv")
+    (row,) = csv.DictReader(io.StringIO(table.text))
+    wanted = {"owner_id": "gazette", "id": "2026-11", "open": "True", "expert_id": "news", "amount": "0.30"}
+    assert {name: row[name] for name in wanted} == wanted
+    page = await call("sk-owner", "GET", f"{MONTH}?format=html")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for said in ("0.30 EUR", "still open", "a-news, version 2", "<rect", "agreement.terminated"):
+        assert said in page.text
+    assert "<script" not in page.text
+
+
+async def test_an_owner_reads_no_statement_of_another(call: Any, recorded: Journal) -> None:
+    refused = await call("sk-owner", "GET", f"{MONTH}?owner_id=academy")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "not_found")
+    assert (await call("sk-owner", "GET", f"{MONTH}?owner_id=gazette")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "said"),
+    [
+        ("sk-owner", "/v1/statements/2026-13", "The period is a day or a month"),
+        ("sk-owner", "/v1/statements/2026-12", "The period '2026-12' has not begun"),
+        ("sk-admin", MONTH, "Name the owner in 'owner_id'"),
+        ("sk-admin", f"{MONTH}?owner_id=nobody", "No expert of this server has the owner 'nobody'"),
+        ("sk-owner", f"{MONTH}?format=pdf", "format"),
+    ],
+)
+async def test_a_statement_that_there_is_none_of_is_refused(
+    call: Any, recorded: Journal, key: str, path: str, said: str
+) -> None:
+    refused = await call(key, "GET", path)
+    assert refused.status_code == 400
+    assert said in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("key", "status"), [("sk-t", 403), ("sk-auditor", 200)])
+async def test_auditors_read_statements_and_tenants_do_not(call: Any, recorded: Journal, key: str, status: int) -> None:
+    assert (await call(key, "GET", f"{MONTH}?owner_id=gazette")).status_code == status
+
+
+async def test_the_command_prints_a_statement(urls: tuple[str, str], recorded: Journal) -> None:
+    async def run(*arguments: str) -> Any:
+        asked = ["statements", "show", *arguments, "--url", urls[1]]
+        return await asyncio.to_thread(CliRunner().invoke, app, asked)
+
+    shown = await run("2026-11", "--key", "sk-owner")
+    assert shown.exit_code == 0, shown.output
+    first, _, line, total = shown.output.splitlines()
+    assert first == "gazette, 2026-11, still open: 3 requests, 30 tokens"
+    assert line.split() == ["a-news@2", "news", "3", "30", "33", "0.30", "EUR"]
+    assert total == "total 0.30 EUR"
+    table = await run("2026-11", "--key", "sk-admin", "--owner", "gazette", "--format", "csv")
+    assert table.output.startswith("owner_id,period,id,open,")
+    refused = await run("2026-13", "--key", "sk-owner")
+    assert (refused.exit_code, "The period is a day or a month" in refused.output) == (1, True)
