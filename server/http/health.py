@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from flexgate.policies.documents import Role
 from flexgate.server.http import metrics
 from flexgate.server.http.auth import Callers, identify
+from flexgate.server.ledger.errors import LedgerFailure
 
 
 class Engine(Protocol):
@@ -48,6 +49,8 @@ class Probed(Callers, Protocol):
     @property
     def ledger(self) -> Ledger: ...
     @property
+    def ledger_failure(self) -> LedgerFailure: ...
+    @property
     def draining(self) -> bool: ...
 
 
@@ -77,5 +80,6 @@ class Operations:
 
     def _is_ready(self) -> bool:
         services = self._services
-        usable = services.client.ready() and services.policy.fresh() and not services.ledger.failing
+        recorded = not services.ledger.failing or services.ledger_failure == "serve"
+        usable = services.client.ready() and services.policy.fresh() and recorded
         return usable and not services.draining

@@ -24,7 +24,7 @@ from flexgate.policies.errors import (
     UnknownTenant,
 )
 from flexgate.server.http.errors import ApiError, Invalid, NotFound, Unavailable
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 
 UNKNOWN_EXPERT = "expert_not_found"
 _DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
@@ -58,6 +58,8 @@ def from_change(error: PolicyError) -> ApiError:
 
 def from_ledger(error: LedgerError) -> ApiError:
     """The administration's response where the ledger cannot be read, or not be summed."""
+    if isinstance(error, TooMuchAsked):
+        return Invalid(_sentence(error), param="start_time", code="query_too_large")
     return Unavailable(_sentence(error), code="ledger_unavailable")
 
 

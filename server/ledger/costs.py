@@ -30,7 +30,8 @@ def uses_by_agreement(path: Path, sought: Sought) -> list[AgreementUses]:
     """The sums of every bucket that has any, by time, group and agreement. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
+        LedgerError: the file cannot be read.
+        TooMuchAsked: there are too many sums, or they take too long.
     """
     where, values = conditions(sought)
     columns = [*(COLUMNS[group] for group in sought.groups), "agreement", "agreement_version"]

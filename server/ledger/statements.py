@@ -146,7 +146,8 @@ def owner_uses(path: Path, owner: str, period: Period) -> OwnerUses:
     """The sums of an owner's uses in a period. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read, or there is too much to sum.
+        LedgerError: the file cannot be read.
+        TooMuchAsked: there is too much to sum.
     """
     values = (period.start * MICROSECONDS, period.end * MICROSECONDS, owner)
     rows = read(path, _USES, values, seconds=MOST_SECONDS, most=MOST_ROWS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
 MOST_SECONDS: Final = 5.0
@@ -67,7 +67,8 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
     """The sums of every bucket that has any, by time and group. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
+        LedgerError: the file cannot be read.
+        TooMuchAsked: there are too many sums, or they take too long.
     """
     of_parts = bool({"expert_id", "owner_id"} & set(sought.groups))
     where, values = conditions(sought)
@@ -98,13 +99,15 @@ def conditions(sought: Sought) -> tuple[str, list[object]]:
 
 
 def read(
-    path: Path, query: str, values: Sequence[object], *, seconds: float = MOST_SECONDS, most: int = MOST_SUMS
+    path: Path, query: str, values: Sequence[object], *, seconds: float | None = None, most: int | None = None
 ) -> list[Any]:
-    """The rows of a query that sums, in bounded time. Blocks.
+    """The rows of a query that sums, in bounded time and number, by default those of any query. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read, or there is more to sum than a query may ask for.
+        LedgerError: the file cannot be read.
+        TooMuchAsked: there are too many sums, or they take too long.
     """
+    seconds, most = MOST_SECONDS if seconds is None else seconds, MOST_SUMS if most is None else most
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             deadline = time.monotonic() + seconds
@@ -112,8 +115,8 @@ def read(
             found = list(islice(connection.execute(query, values), most + 1))
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
-            raise LedgerError(f"the sums took longer than {seconds:g} seconds: ask for less time") from error
+            raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds: ask for less time") from error
         raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
     if len(found) > most:
-        raise LedgerError(f"there are more than {most:,} sums: ask for less time, or group by less")
+        raise TooMuchAsked(f"there are more than {most:,} sums: ask for less time, or group by less")
     return found

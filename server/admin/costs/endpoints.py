@@ -29,6 +29,7 @@ from flexgate.server.ledger.costs import AgreementUses, uses_by_agreement
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.terms import duties_of
 from flexgate.server.ledger.usage import Sought
+from flexgate.server.policy.executors import USAGE
 
 router: Final = OperationRouter()
 
@@ -42,7 +43,7 @@ class _Cost(NamedTuple):
     currency: str
 
 
-@router.operation("GET", "/v1/organization/costs", roles=(Role.ADMIN, Role.AUDITOR))
+@router.operation("GET", "/v1/organization/costs", roles=(Role.ADMIN, Role.AUDITOR), threads=USAGE)
 def costs(call: Call[Nothing, ListCosts]) -> CostPage:
     """Sum what is owed to owners under their agreements, per day in UTC, by what `group_by` names."""
     query, groups = call.query, tuple(call.query.group_by or ())

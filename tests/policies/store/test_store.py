@@ -233,7 +233,7 @@ def test_stored_terms_with_duties_that_cannot_be_executed_permit_nothing_and_sti
         connection.execute(sa.update(schema.agreements).values(document=stored))
     snapshot = store.snapshot()
     assert "news" in snapshot.agreements["everyone"].limited if limited else "everyone" not in snapshot.agreements
-    with pytest.raises(ChangeRefused, match=r"duties: (a prohibition has no duties|'duties' has 'attribute' twice)"):
+    with pytest.raises(ChangeRefused, match=r"'duties': (a prohibition has no duties|'duties' has 'attribute' twice)"):
         revise_agreement(store, "a", {**terms, "duties": stored["duties"]}, actor="t", at=9.0)
 
 

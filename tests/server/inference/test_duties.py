@@ -132,6 +132,7 @@ async def test_without_a_ledger_other_requests_are_served_where_the_operator_cho
         response = await client.post(PATH, json={"prompt": "x", "stream": streamed})
         assert (response.status_code, "ledger_unavailable" in response.text) == (200, False)
         assert '"finish_reason":"length"' in response.text.replace(" ", "")
+        assert (await client.get("/ready")).status_code == 200
     assert len(handler.sent) == (18 if streamed else 0)
     monkeypatch.undo()
     response = await client.post(PATH, json={"prompt": "x"})
