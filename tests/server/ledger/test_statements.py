@@ -61,7 +61,7 @@ def random_requests(rng: random.Random, count: int) -> list[Request]:
         ended = rng.choice([NOVEMBER.start, NOVEMBER.end, rng.randrange(start, end), rng.randrange(start, end)])
         tokens = rng.randrange(1, 10 ** rng.randint(1, 6))
         found.append(Request(f"dec_{number}", f"t{rng.randrange(4)}", ended - rng.choice([0, 1e-6]), tokens, parts))
-    return found
+    return sorted(found, key=lambda one: one.ended_at)  # as their ends are written
 
 
 def written(path: Path, requests: list[Request]) -> Path:
