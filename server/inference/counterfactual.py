@@ -128,7 +128,8 @@ def _calls(request: InferenceRequest, gates: Sequence[tuple[ExpertSlotRef, ...]]
 
 
 def _register(request: InferenceRequest) -> Entry:
-    assert request.entry is not None
+    if request.entry is None:  # the ledger failed when it began, and what this would use is not recorded either
+        raise refused(request.call)
     own = request.entry.registration
     registration = replace(
         own,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import LEDGER_UNAVAILABLE
+from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.openai.vllm_errors import ended_early
 from flexgate.server.ledger.entries import COMPLETED, Used
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
@@ -61,7 +62,12 @@ def _may_go_unrecorded(request: InferenceRequest, error: LedgerError) -> bool:
 def require_unrecorded(request: InferenceRequest, error: LedgerError) -> None:
     """Raise the `ApiError` of a request that may not go unrecorded."""
     if not _may_go_unrecorded(request, error):
-        request.call.failed = LEDGER_UNAVAILABLE
-        refusal = ended_early(request.call)
-        assert refusal is not None
-        raise refusal from error
+        raise refused(request.call) from error
+
+
+def refused(call: GatedCall) -> ApiError:
+    """The error of a request that the ledger does not take."""
+    call.failed = LEDGER_UNAVAILABLE
+    error = ended_early(call)
+    assert error is not None
+    return error
