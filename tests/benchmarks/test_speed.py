@@ -11,6 +11,7 @@ from speed import (
     admission,
     changes,
     compare,
+    counterfactual,
     decisions,
     emergency,
     enforcement,
@@ -170,6 +171,16 @@ def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(asked: Run) 
     serving.run(asked)
     draw(asked.results)
     assert "transformers" in (asked.results / "speed.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
+def test_the_counterfactual_benchmark_compares_with_as_many_scoring_passes(asked: Run) -> None:
+    counterfactual.run(asked)
+    report = json.loads((asked.results / "counterfactual.json").read_text())
+    assert 2 <= report["passes"] <= 4
+    assert report["ratio"]["median"] > 0
 
 
 def made_round(others: float, *, loaded: float = 0.04) -> fairness.Round:
