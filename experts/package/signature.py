@@ -31,6 +31,7 @@ from flexgate.experts.io.output import require_absent, write_new
 SIGNATURE_BYTES: Final = 64
 MAX_KEY_FILE: Final = 1 << 16
 _OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_FORM: Final = "1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 _PUBLIC_KEYS: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\s*", re.DOTALL)
 
 
@@ -75,7 +76,7 @@ def generate(owner: str, directory: Path) -> tuple[Path, Path]:
 def write_keys(owner: str, directory: Path, key: Ed25519PrivateKey) -> tuple[Path, Path]:
     """Write a pair as ``OWNER.key`` (mode 0600) and ``OWNER.pem``; never over existing files."""
     if not _OWNER.fullmatch(owner):
-        raise KeyInvalid(f"{owner!r} is not an owner id: it must match {_OWNER.pattern}")
+        raise KeyInvalid(f"{owner!r} is not an owner id; use {_FORM}")
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     paths = directory / f"{owner}.key", directory / f"{owner}.pem"
@@ -118,7 +119,7 @@ def read_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
 
 def _owner(path: Path) -> str:
     if not _OWNER.fullmatch(path.stem):
-        raise KeyInvalid(f"{path}: {path.stem!r} is not an owner id: it must match {_OWNER.pattern}")
+        raise KeyInvalid(f"{path}: {path.stem!r} is not an owner id; use {_FORM}")
     return path.stem
 
 
