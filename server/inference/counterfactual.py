@@ -25,9 +25,9 @@ from flexgate.server.engine.seam.openai import SamplingParams
 from flexgate.server.http.errors import Invalid
 from flexgate.server.inference.enforcement import Right
 from flexgate.server.inference.openai import vllm_errors
-from flexgate.server.inference.recording import STOPPED, refused, used_of
+from flexgate.server.inference.recording import processed, refused, used_of
 from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD
-from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, Used
+from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, STOPPED, Used
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.journal import Entry
 
@@ -145,7 +145,7 @@ def _register(request: InferenceRequest) -> Entry:
 
 async def _record(entry: Entry, calls: Sequence[GatedCall]) -> bool:
     try:
-        await entry.cover(sum(call.tokens() for call in calls), partial(_used, calls))
+        await entry.cover(sum(map(processed, calls)), partial(_used, calls))
     except LedgerError:
         return False
     return True

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import LEDGER_UNAVAILABLE
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.openai.vllm_errors import ended_early
-from flexgate.server.ledger.entries import COMPLETED, Used
+from flexgate.server.ledger.entries import COMPLETED, STOPPED, Used
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
 
 if TYPE_CHECKING:
     from flexgate.server.inference.pipeline import InferenceRequest
-
-STOPPED: Final = "stopped"
-"""The outcome where the client left, or an error that is no reason of ours ended the response."""
 
 
 async def require_registered(request: InferenceRequest) -> None:
@@ -37,16 +34,22 @@ def end(request: InferenceRequest) -> None:
 
 
 def used_of(call: GatedCall) -> Used:
-    """What a call has used so far."""
+    """What a call has used so far; of its prompts what the engine has processed: experts had no part in the rest."""
     cached, prompt_2U, completion_2U = call.usage()
-    return Used(call.prompt_tokens(), cached, call.new_tokens(), prompt_2U, completion_2U)
+    return Used(call.prompt_positions(), cached, call.new_tokens(), prompt_2U, completion_2U)
+
+
+def processed(call: GatedCall) -> int:
+    """How many tokens the engine has processed or generated for a call."""
+    return call.prompt_positions() + call.new_tokens()
 
 
 async def record(request: InferenceRequest) -> bool:
     """Whether all that was used so far is written down, once it is tried."""
     assert request.entry is not None
+    call = request.call
     try:
-        await request.entry.cover(request.call.tokens(), partial(used_of, request.call))
+        await request.entry.cover(processed(call), partial(used_of, call))
     except LedgerError as error:
         return _may_go_unrecorded(request, error)
     return True

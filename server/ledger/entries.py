@@ -19,6 +19,8 @@ MICROSECONDS: Final = 1_000_000
 COMPLETED: Final = "completed"
 INTERRUPTED: Final = "interrupted"
 """The outcome of a request that was running when its server ended."""
+STOPPED: Final = "stopped"
+"""The outcome where the client left, or an error that is no reason of ours ended the response."""
 
 
 class RegisteredExpert(NamedTuple):
@@ -76,7 +78,8 @@ class Used:
     """What a request has used so far, as the engine reports it.
 
     Attributes:
-        prompt_tokens, completion_tokens: each prompt once, all choices.
+        prompt_tokens: those that the engine has processed, each prompt once for all its choices.
+        completion_tokens: of all choices.
         cached_tokens: those of the prompts that were read from the cache.
         prompt_2U, completion_2U: masses of each slot, then positions of each slot; empty before the first report.
     """

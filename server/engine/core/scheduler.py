@@ -72,7 +72,7 @@ class _Gated(_Base):
         self._held: dict[str, _Held] = {}
         self._constrained: dict[str, Request] = {}
         self._next_deadline = math.inf
-        self._ended: list[tuple[Request, str]] = []
+        self._ended: list[tuple[Request, str, list[Any] | None]] = []  # why, and what it has used
         self._hashes: dict[int, set[BlockHash]] = defaultdict(set)
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -134,9 +134,9 @@ class _Gated(_Base):
         self._end_unmasked()  # before what was sampled without a mask, or against it, is taken for an answer
         usage = getattr(model_runner_output, USAGE_ATTRIBUTE, None)
         if usage is not None:
-            self._ledger.add(usage)
-            if usage.overflowed:
+            if usage.overflowed:  # without what this step has routed by numbers that are none
                 self._end_overflowed(usage.overflowed)
+            self._ledger.add(usage)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
             for output in batch.outputs:
@@ -200,8 +200,9 @@ class _Gated(_Base):
             evict_cached(self, one.request.block_hashes)
 
     def _end(self, request_ids: list[str], reason: str) -> None:
+        used = {name: total.to_wire() for name in request_ids if (total := self._ledger.totals.get(name)) is not None}
         finished = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
-        self._ended += [(request, reason) for request in finished]
+        self._ended += [(request, reason, used.get(request.request_id)) for request in finished]
 
     def _forget(self, request_id: str) -> None:
         self._ledger.close(request_id)
@@ -231,7 +232,7 @@ class _Gated(_Base):
 
     def _report_ended(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         by_client: dict[int, list[EngineCoreOutput]] = defaultdict(list)
-        for request, reason in self._ended:
+        for request, reason, used in self._ended:
             logger.info("ended request %s: %s", request.request_id, reason)
             by_client[request.client_index].append(
                 EngineCoreOutput(
@@ -239,6 +240,7 @@ class _Gated(_Base):
                     new_token_ids=[],
                     finish_reason=FinishReason.ERROR,
                     stop_reason=reason,
+                    kv_transfer_params=None if used is None else {USAGE_KEY: used},
                 )
             )
         self._ended = []

@@ -174,6 +174,10 @@ class GatedCall:
         """Generated tokens of all choices so far."""
         return self._new_tokens
 
+    def prompt_positions(self) -> int:
+        """Prompt tokens that the engine has computed or read from its cache, each prompt once for all its choices."""
+        return sum(max(usage[0] for usage in choices.values()) for choices in self._usage.values())
+
     def end_at(self, valid_until: float, reason: str) -> None:
         """Give no more tokens from a time on; an earlier end that is set already stays."""
         if valid_until < min(self.valid_until, self.gate_until):

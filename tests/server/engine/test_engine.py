@@ -117,6 +117,34 @@ def test_attribution_is_the_routing_that_transformers_computes(engine: ScriptedE
         assert_usage_is_transformers(model, ask, answer)
 
 
+def test_all_choices_of_a_request_are_attributed_and_their_prompt_once(
+    engine: ScriptedEngine, checkpoint: Path
+) -> None:
+    engine.reset_cache()
+    ask = Ask(PROMPT, (0, 1, 3), max_tokens=12, choices=4)
+    answer = engine.solo(ask)
+    assert len(set(answer.choices)) > 1
+    assert [len(choice) for choice in answer.choices] == [12] * 4
+    assert answer.prompt_positions == len(PROMPT)
+    assert_usage_is_transformers(reference(checkpoint), ask, answer)
+
+
+def test_an_aborted_request_is_attributed_what_it_had_got(engine: ScriptedEngine, checkpoint: Path) -> None:
+    engine.reset_cache()
+    asks = [
+        Ask(PROMPT, ALL, max_tokens=400, abort_at_step=9),
+        Ask(LONG, (0, 2), max_tokens=20),
+        Ask(PROMPT, (1, 3), max_tokens=400, choices=3, at_step=2, abort_at_step=14),
+        Ask(LONG, ALL, max_tokens=400, at_step=3, abort_at_step=3),
+    ]
+    answers = engine.run(asks)
+    assert [0 < len(answer.tokens) < 400 for answer in answers] == [True, True, True, False]
+    assert [answer.finish_reason for answer in answers] == [None, "length", None, None]
+    for ask, answer in zip(asks, answers, strict=True):
+        assert answer.prompt_positions == (len(ask.prompt) if answer.tokens else 0)
+        assert_usage_is_transformers(reference(checkpoint), ask, answer)
+
+
 @pytest.mark.parametrize("gate", [(0,), (0, 2), (1, 3), (0, 1, 3)], ids=str)
 def test_an_excluded_expert_is_attributed_exactly_nothing(engine: ScriptedEngine, gate: tuple[int, ...]) -> None:
     answer = engine.solo(Ask(PROMPT, gate, client_salt=f"attribution-{gate}"))

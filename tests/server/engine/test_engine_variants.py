@@ -102,6 +102,41 @@ def assert_shared_prefixes_count_once(tight: ScriptedEngine, checkpoint: Path) -
         assert_usage_is_transformers(model, ask, answer)
 
 
+def assert_choices_and_aborts_count_once(tight: ScriptedEngine, checkpoint: Path) -> None:
+    """Choices that read one another's prompt, that are preempted, and that are aborted on the way."""
+    prefix, before = tuple(2 + (13 * t) % 400 for t in range(100)), tight.call("preemptions")
+    asks = [
+        Ask(
+            (*prefix, *range(20 + i, 30 + 3 * i)),
+            SHARED_GATES[i % 3],
+            max_tokens=25 + i,
+            at_step=2 * i,
+            choices=1 + i % 3,
+            abort_at_step=(None, 2 * i + 3, None, 2 * i + 20)[i % 4],
+        )
+        for i in range(10)
+    ]
+    tight.reset_cache()
+    answers = tight.run(asks)
+    assert tight.call("preemptions") > before
+    model = reference(checkpoint)
+    for ask, answer in zip(asks, answers, strict=True):
+        assert answer.prompt_positions == (len(ask.prompt) if answer.tokens else 0)
+        assert_usage_is_transformers(model, ask, answer)
+    assert tight.call("leftovers") == (0, 0)
+
+
+def assert_what_ends_in_its_prompt_has_parts(tight: ScriptedEngine, checkpoint: Path) -> None:
+    """A request that the engine ends before its first output is told what was computed of its prompt."""
+    tight.reset_cache()
+    ask = Ask(tuple(2 + (17 * t) % 400 for t in range(220)), (0, 1))
+    (answer,) = tight.run([ask], [SlotChange(2, "close", 1)])
+    tight.change(SlotChange(0, "open", 1, 1))
+    assert (answer.tokens, answer.stop_reason) == ((), "expert_revoked")
+    assert 0 < answer.prompt_positions < len(ask.prompt)
+    assert_usage_is_transformers(reference(checkpoint), ask, answer)
+
+
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
     engine: ScriptedEngine, moe_kernels: str, checkpoint: Path, asynchronous: bool
@@ -110,6 +145,8 @@ def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
     with scripted_engine(script) as tight:
         assert_crowd_equals_solo(tight, engine)
         assert_shared_prefixes_count_once(tight, checkpoint)
+        assert_choices_and_aborts_count_once(tight, checkpoint)
+        assert_what_ends_in_its_prompt_has_parts(tight, checkpoint)
 
 
 SHAPES = {

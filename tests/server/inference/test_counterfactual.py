@@ -44,7 +44,7 @@ class Scoring:
         call._names = call.name_slots((None,) * 4)
         call.count_prompt("r", 5)
         call.count_new(1)
-        call.count_usage("r", "0_r", [6, 0, [5, 0, 0, 0, 5, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0, 0]])
+        call.count_usage("r", "0_r", [5, 0, [5, 0, 0, 0, 5, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0, 0]])
         assert call.record is not None
         assert await call.record()
         scored = [None, *({token: SimpleNamespace(logprob=LOGPROBS[gate])} for token in (PROMPT + RESPONSE)[1:])]
@@ -62,7 +62,7 @@ def scoring(services: Any, handler: Any) -> Scoring:
         call._names = call.name_slots((None,) * 4)
         call.count_prompt("r", len(PROMPT))
         call.count_new(len(RESPONSE))
-        call.count_usage("r", "0_r", [5, 0, [2, 2, 0, 0, 2, 2, 0, 0], [3, 3, 0, 0, 3, 3, 0, 0]])
+        call.count_usage("r", "0_r", [2, 0, [2, 2, 0, 0, 2, 2, 0, 0], [3, 3, 0, 0, 3, 3, 0, 0]])
         if call.keep_answers:
             call.answers.append((PROMPT, RESPONSE))
         return completion()

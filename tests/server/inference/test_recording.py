@@ -132,6 +132,26 @@ async def test_a_request_that_fails_is_recorded_as_stopped(
     assert (row["outcome"], row["completion_tokens"]) == ("stopped", 0)
 
 
+async def test_tokens_of_a_prompt_that_the_engine_has_not_come_to_are_not_recorded(
+    client: httpx.AsyncClient, generating: Any, ledger: Journal
+) -> None:
+    class Ended(Generating):
+        """The engine ends the request in the middle of its prompt."""
+
+        async def _output(self, call: GatedCall, tokens: int) -> None:
+            call.count_usage("r", "0_r", [3, 2, [3, 0, 0, 0, 3, 0, 0, 0], [0] * 8])
+            call.failed = "expert_revoked"
+            raise EngineGenerateError("the request was ended: expert_revoked")
+
+    generating(Ended(3))
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "expert_revoked")
+    (row,) = await ended(ledger)
+    found = {name: row[name] for name in ("outcome", "prompt_tokens", "cached_tokens", "completion_tokens")}
+    assert found == {"outcome": "expert_revoked", "prompt_tokens": 3, "cached_tokens": 2, "completion_tokens": 0}
+    assert [(part["expert"], part["prompt_positions"]) for part in rows(ledger, "parts")] == [("public", 3)]
+
+
 async def test_a_stopping_server_takes_no_request(client: httpx.AsyncClient, handler: Any, ledger: Journal) -> None:
     ledger.close()
     response = await client.post(PATH, json={"prompt": "x"})

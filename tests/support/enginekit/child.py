@@ -1,5 +1,6 @@
 """The engine inside a child process: what :class:`enginekit.scripted.ScriptedEngine` calls by name."""
 
+import math
 import os
 from typing import Any
 
@@ -39,10 +40,14 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         from flexgate.server.engine.seam.engine import validate_no_grammar_here
+        from flexgate.server.engine.seam.requests import take_output_extras
 
         validate_no_grammar_here()
         config = launch.engine_config(planned, **script.tuning)
         self.engine = LLMEngine.from_vllm_config(config)
+        self.calls: dict[str, Any] = {}  # as the API process keeps them
+        self.seen: dict[str, dict[int, Any]] = {}
+        take_output_extras(self.engine, self._take)
         self.table = planned.table
         self.model = script.model
         self.count = 0
@@ -58,18 +63,31 @@ class Engine:
 
     def run(self, script: list[Ask], changes: list[SlotChange]) -> list[Answer]:
         ids: dict[int, str] = {}
-        finished: dict[str, tuple[Any, int]] = {}
+        finished: dict[str, int] = {}
         step = 0
         while len(finished) < len(script):
             self.change([change for change in changes if change.at_step == step])
             for index, ask in enumerate(script):
                 if ask.at_step == step:
                     ids[index] = self._submit(ask)
+                if ask.abort_at_step == step and ids[index] not in finished:
+                    self.engine.abort_request([ids[index]])
+                    finished[ids[index]] = step
             for output in self.engine.step() if self.engine.has_unfinished_requests() else []:
+                self._see(output)
                 if output.finished:
-                    finished[output.request_id] = output, step
+                    finished[output.request_id] = step
             step += 1
-        return [self._answer(*finished[ids[index]]) for index in range(len(script))]
+        return [self._answer(ids[index], finished[ids[index]]) for index in range(len(script))]
+
+    def _see(self, output: Any) -> None:
+        """Keep the newest of each choice."""
+        self.seen[output.request_id] |= {completion.index: (completion, output) for completion in output.outputs}
+
+    def _take(self, output: Any, request_id: str | None) -> None:
+        extras, output.kv_transfer_params = output.kv_transfer_params, None
+        if extras is not None and request_id in self.calls:
+            self.calls[request_id].count_usage(request_id, output.request_id, extras["flexgate"])
 
     def run_beside_a_late_mask(self, late: Ask, beside: Ask, sent: int) -> tuple[Answer, Answer, list[tuple[int, int]]]:
         """Send a signal to what follows ``late`` once that has begun, and run ``beside`` meanwhile.
@@ -80,13 +98,14 @@ class Engine:
         """
         import signal
 
-        first, tokens, finished = self._submit(late), dict[str, int](), dict[str, Any]()
+        first, tokens, finished = self._submit(late), dict[str, int](), set[str]()
 
         def step() -> None:
             for output in self.engine.step():
+                self._see(output)
                 tokens[output.request_id] = len(output.outputs[0].token_ids)
                 if output.finished:
-                    finished[output.request_id] = output
+                    finished.add(output.request_id)
 
         while tokens.get(first, 0) < 3:
             step()
@@ -98,7 +117,7 @@ class Engine:
         self._signal_followers(signal.SIGCONT)
         while first not in finished:
             step()
-        return self._answer(finished[second], 0), self._answer(finished[first], 0), counts
+        return self._answer(second, 0), self._answer(first, 0), counts
 
     def followed(self) -> int:
         """Requests that processes follow a constraint for."""
@@ -259,8 +278,12 @@ class Engine:
     def _add(self, request_id: str, ask: Ask, sealed: Any) -> None:
         from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+        from flexgate.server.engine.frontend.calls import GatedCall
+
         params = SamplingParams(
-            temperature=0.0,
+            n=ask.choices,
+            temperature=0.0 if ask.choices == 1 else 1.0,
+            seed=None if ask.choices == 1 else 1,
             max_tokens=ask.max_tokens,
             logprobs=ANY_BITS,
             prompt_logprobs=ANY_BITS if ask.prompt_logprobs else None,
@@ -273,6 +296,9 @@ class Engine:
 
             constraint = seal_constraint(ask.tenant, "regex", ask.regex, self.key)
             params.structured_outputs = StructuredOutputsParams(grammar=constraint)
+        self.calls[request_id] = call = GatedCall(ask.tenant, (), math.inf)
+        call._names = (None,) * self.table.total
+        self.seen[request_id] = {}
         self.engine.add_request(request_id, {"prompt_token_ids": list(ask.prompt)}, params, priority=ask.priority)
 
     def _gate(self, ask: Ask, request_id: str) -> Any:
@@ -296,19 +322,22 @@ class Engine:
         self.count += 1
         return f"request-{self.count}"
 
-    def _answer(self, output: Any, step: int) -> Answer:
-        completion = output.outputs[0]
-        _, cached, *parts = (output.kv_transfer_params or {}).get("flexgate", [0, 0, [], []])
+    def _answer(self, request_id: str, step: int) -> Answer:
+        seen, call = self.seen.pop(request_id), self.calls.pop(request_id)
+        completion, output = seen.get(0, (None, None))
+        cached, *parts = call.usage()
         used = [sum(values) for values in zip(*parts, strict=True)]
         return Answer(
-            tokens=tuple(completion.token_ids),
-            logprobs=_exact(completion.logprobs),
-            prompt_logprobs=_exact(output.prompt_logprobs),
+            tokens=tuple(getattr(completion, "token_ids", ())),
+            logprobs=_exact(getattr(completion, "logprobs", None)),
+            prompt_logprobs=_exact(getattr(output, "prompt_logprobs", None)),
             cached=cached,
+            prompt_positions=call.prompt_positions(),
             mass=tuple(used[: len(used) // 2]),
             chosen=tuple(used[len(used) // 2 :]),
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_reason,
+            choices=tuple(tuple(completion.token_ids) for _, (completion, _) in sorted(seen.items())),
+            finish_reason=getattr(completion, "finish_reason", None),
+            stop_reason=getattr(completion, "stop_reason", None),
             step=step,
         )
 

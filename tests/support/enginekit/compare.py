@@ -74,18 +74,33 @@ def _route(
 def assert_usage_is_transformers(model: FlexOlmoForCausalLM, ask: Ask, answer: Answer) -> None:
     """Compare an answer's usage with the routing that transformers computes for its tokens under its gate.
 
-    Every position counts once, those read from the cache included; the last token is generated and not read.
+    Every position counts once, those read from the cache included, and the prompt once for all choices; the last token
+    of a choice is generated and not read.
     """
-    ids = torch.tensor([ask.prompt + answer.tokens[:-1]])
-    mass = torch.zeros(len(answer.mass), dtype=torch.float64)
-    chosen = torch.zeros(ids.shape[1], len(answer.mass), dtype=torch.bool)
+    slots, first, prompt = len(answer.mass), answer.prompt_positions, len(ask.prompt)
+    mass_U, chosen_U = torch.zeros(slots, dtype=torch.float64), torch.zeros(slots, dtype=torch.int64)
+    for number, choice in enumerate(answer.choices or ((),)):
+        mass_PU, chosen_PU = _routed(model, ask, choice, slots)
+        counted = [*range(first if number == 0 else 0), *range(prompt, len(mass_PU))]
+        mass_U += mass_PU[counted].sum(0)
+        chosen_U += chosen_PU[counted].sum(0)
+    assert list(answer.chosen) == chosen_U.tolist()
+    assert [part / MASS_SCALE for part in answer.mass] == pytest.approx(mass_U.tolist(), rel=1e-4)
+
+
+def _routed(
+    model: FlexOlmoForCausalLM, ask: Ask, choice: Sequence[int], slots: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each position its weights, summed over layers, and whether it chose a slot in any; both [P, U]."""
+    ids = torch.tensor([[*ask.prompt, *choice[:-1]]])
+    mass_PU = torch.zeros(ids.shape[1], slots, dtype=torch.float64)
+    chosen_PU = torch.zeros(ids.shape[1], slots, dtype=torch.bool)
     for logits_PE in gated_router_logits(model, ids, ask.gate):
         k = min(model.config.num_experts_per_tok, len(ask.gate))
         weights_PK, picks_PK = torch.softmax(logits_PE.float(), dim=-1).topk(k, dim=-1)
-        mass.scatter_add_(0, picks_PK.flatten(), weights_PK.double().flatten())
-        chosen.scatter_(1, picks_PK, True)
-    assert list(answer.chosen) == chosen.sum(0).tolist()
-    assert [part / MASS_SCALE for part in answer.mass] == pytest.approx(mass.tolist(), rel=1e-4)
+        mass_PU.scatter_add_(1, picks_PK, weights_PK.double())
+        chosen_PU.scatter_(1, picks_PK, True)
+    return mass_PU, chosen_PU
 
 
 def gated_router_logits(model: FlexOlmoForCausalLM, ids: torch.Tensor, gate: Sequence[int]) -> tuple[torch.Tensor, ...]:

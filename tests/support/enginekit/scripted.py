@@ -35,18 +35,22 @@ class Ask:
     epochs: dict[int, int] | None = None  # other than the live ones
     priority: int = 0
     regex: str | None = None  # which the answer has to match
+    choices: int = 1  # more than one are sampled
+    abort_at_step: int | None = None  # just before it, as where a client left
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: exact token ids and exact log-probabilities."""
+    """What came back: exact token ids and log-probabilities of the first choice, and what all used."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[tuple[tuple[int, float], ...], ...]
     prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...]
     cached: int
+    prompt_positions: int
     mass: tuple[int, ...]
     chosen: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]  # the tokens of each
     finish_reason: str | None
     stop_reason: Any
     step: int = field(compare=False)  # after which it was complete

@@ -56,3 +56,12 @@ def test_each_prompt_of_a_call_counts(call: GatedCall) -> None:
     assert parts(call) == {"public": (18, 18), "news": (6, 6)}
     assert call.attribution().cached_prompt_tokens == 3
     assert call.used_slots() == {0, 1}
+
+
+def test_a_prompt_counts_as_far_as_the_engine_has_come(call: GatedCall) -> None:
+    call.count_prompt("a", 20)
+    call.count_prompt("b", 5)
+    assert (call.prompt_tokens(), call.prompt_positions()) == (25, 0)
+    call.count_usage("a", "0_a", usage(4, 0, (4, 1), (0, 0)))
+    call.count_usage("a", "1_a", usage(10, 4, (10, 4), (2, 0)))
+    assert (call.prompt_tokens(), call.prompt_positions()) == (25, 10)
