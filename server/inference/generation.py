@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -74,8 +74,7 @@ class Generation:
         if isinstance(result, ErrorResponse):
             raise cause(request, vllm_errors.from_response(result))
         if hasattr(result, "__aiter__"):
-            await recording.require_registered(request)
-            return EventStream(self._events(request, result), headers=headers(request))
+            return await self._streamed(request, result)
         return await self._whole(request, result)
 
     async def _start(self, request: InferenceRequest) -> Any:
@@ -111,19 +110,50 @@ class Generation:
         content = {**self._endpoint.content(request, made), "flexgate": about}
         return self._endpoint.response(content, headers=counted)
 
-    async def _events(self, request: InferenceRequest, result: Any) -> AsyncIterator[str]:
-        CURRENT_CALL.set(request.call)
-        events = self._endpoint.stream(request, result)
-        made = in_pieces(events, self._services.offload, request.tenant, partial(response_bytes, request))
+    async def _streamed(self, request: InferenceRequest, result: Any) -> Response:
+        """A stream. The engine works while the request is registered; nothing is sent before it is."""
+        stream = _Stream(self._services, self._endpoint, request, result)
         try:
-            async for event in sse.with_comments(made):
+            await recording.require_registered(request)
+            return EventStream(stream, headers=headers(request))
+        except BaseException:
+            await stream.aclose()
+            raise
+
+
+class _Stream:
+    """The events of a response, which are being made from the start; `aclose` must follow."""
+
+    def __init__(self, services: InferenceServices, endpoint: Endpoint, request: InferenceRequest, result: Any) -> None:
+        self._request = request
+        self._result = result
+        self._read: AsyncGenerator[str, None] | None = None
+        events, about = endpoint.stream(request, result), partial(response_bytes, request)
+        token = CURRENT_CALL.set(request.call)
+        try:
+            self._begun = sse.Begun(in_pieces(events, services.offload, request.tenant, about))
+        finally:
+            CURRENT_CALL.reset(token)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        self._read = self._events()
+        return self._read
+
+    async def _events(self) -> AsyncGenerator[str, None]:
+        CURRENT_CALL.set(self._request.call)
+        try:
+            async for event in self._begun.with_comments():
                 yield event
-            request.completed = not request.broken
+            self._request.completed = not self._request.broken
         finally:
             CURRENT_CALL.set(None)
-            with CancelScope(shield=True):  # where a client left, whatever waits is cancelled again and again
-                async with aclosing(result):
-                    await made.aclose()
+
+    async def aclose(self) -> None:
+        """Close all of it."""
+        with CancelScope(shield=True):  # where a client left, whatever waits is cancelled again and again
+            async with aclosing(self._result), aclosing(self._begun):
+                if self._read is not None:
+                    await self._read.aclose()
 
 
 class Delivery(Response):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from http import HTTPStatus
@@ -26,6 +27,7 @@ class Generating:
     def __init__(self, tokens: int, *, streamed: bool = False) -> None:
         self.tokens = tokens
         self.streamed = streamed
+        self.begun = asyncio.Event()
         self.sent: list[int] = []
 
     async def __call__(self, *_: Any) -> Any:
@@ -40,6 +42,7 @@ class Generating:
         return CompletionResponse(model="tiny", choices=[choice], usage=UsageInfo())
 
     async def _output(self, call: GatedCall, tokens: int) -> None:
+        self.begun.set()
         call.count_new(tokens)
         completion = [tokens, tokens, 0, 0] * 2
         call.count_usage("r", "0_r", [5, 2, [5, 0, 0, 0, 5, 0, 0, 0], completion])

@@ -55,23 +55,32 @@ async def with_report(
             yield without_nulls(event)
 
 
-async def with_comments(events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """`events`, and a comment every `SILENT_SECONDS` until the first: proxies close connections that say nothing."""
-    first = asyncio.ensure_future(anext(events, None))
-    try:
-        while not (await asyncio.wait({first}, timeout=SILENT_SECONDS))[0]:
+class Begun:
+    """A stream whose first event is being made from now on, in the context of now, whether or not it is read yet."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        self._events = events
+        self._first = asyncio.ensure_future(anext(events, None))
+
+    async def with_comments(self) -> AsyncGenerator[str, None]:
+        """Its events, and comments until the first: proxies close connections that say nothing."""
+        while not (await asyncio.wait({self._first}, timeout=SILENT_SECONDS))[0]:
             yield COMMENT
-    finally:
-        if not first.done():
-            first.cancel()
-            with CancelScope(shield=True):
-                await asyncio.wait({first})
-    event = first.result()
-    if event is None:
-        return
-    yield event
-    async for event in events:
+        event = self._first.result()
+        if event is None:
+            return
         yield event
+        async for event in self._events:
+            yield event
+
+    async def aclose(self) -> None:
+        """Close it, wherever it is."""
+        with CancelScope(shield=True):  # where a client left, whatever waits is cancelled again and again
+            self._first.cancel()
+            await asyncio.wait({self._first})
+            if not self._first.cancelled():
+                self._first.exception()  # seen, whether or not it was read
+            await self._events.aclose()
 
 
 class _Position:

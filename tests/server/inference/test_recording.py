@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from generating import PATH, Generating, refuse
+from vllm.v1.engine.exceptions import EngineGenerateError
 
+from flexgate.server.engine.frontend.calls import GatedCall
+from flexgate.server.http.connections import EventStream
 from flexgate.server.ledger.entries import Registration
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.journal import Journal
@@ -72,6 +75,37 @@ async def test_without_a_ledger_no_response_begins(
     response = await client.post(PATH, json={"prompt": "x", "stream": streamed})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "ledger_unavailable")
     assert handler.sent == []
+
+
+async def test_the_engine_works_while_a_stream_is_registered_and_nothing_is_sent_before(
+    client: httpx.AsyncClient, generating: Any, ledger: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(EventStream, "stream_response", seen(EventStream.stream_response, sent))
+    handler = generating(Generating(3, streamed=True))
+    with closing(sqlite3.connect(ledger.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        asked = asyncio.create_task(client.post(PATH, json={"prompt": "x", "stream": True}))
+        async with asyncio.timeout(4):
+            await handler.begun.wait()
+        await asyncio.sleep(0.05)
+        assert (sent, handler.sent, asked.done()) == ([], [], False)
+    response = await asked
+    assert (response.status_code, handler.sent) == (200, [0, 1, 2])
+    assert sent[0] == "http.response.start"
+
+
+def seen(stream_response: Any, sent: list[str]) -> Any:
+    """`stream_response` of a response, which notes what it sends."""
+
+    async def respond(response: Any, send: Any) -> None:
+        async def note(message: Any) -> None:
+            sent.append(message["type"])
+            await send(message)
+
+        await stream_response(response, note)
+
+    return respond
 
 
 async def test_a_stream_whose_tokens_cannot_be_recorded_ends_with_the_reason(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgate.server.inference.openai import sse
-from flexgate.server.inference.openai.sse import COMMENT, DONE, encode, encode_named, with_comments, with_report
+from flexgate.server.inference.openai.sse import COMMENT, DONE, Begun, encode, encode_named, with_report
 
 REPORT = {"decision_id": "d"}
 
@@ -137,7 +138,7 @@ async def test_a_stream_that_waits_says_so_until_its_first_event(monkeypatch: py
         yield chunk()
         yield DONE
 
-    stream = with_comments(events())
+    stream = Begun(events()).with_comments()
     assert [await anext(stream), await anext(stream)] == [COMMENT, COMMENT]
     begin.set()
     left = [event async for event in stream]
@@ -157,8 +158,9 @@ async def test_a_stream_that_is_left_while_it_waits_is_closed() -> None:
             closed.set()
 
     async def read() -> None:
-        async for _ in with_comments(events()):
-            pass
+        async with aclosing(Begun(events())) as begun:
+            async for _ in begun.with_comments():
+                pass
 
     reading = asyncio.create_task(read())
     await waiting.wait()
@@ -173,4 +175,4 @@ async def test_a_stream_without_events_ends() -> None:
         return
         yield
 
-    assert [event async for event in with_comments(events())] == []
+    assert [event async for event in Begun(events()).with_comments()] == []
