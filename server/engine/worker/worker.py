@@ -27,6 +27,7 @@ from flexgate.server.engine.seam.engine import (
     current_platform,
 )
 from flexgate.server.engine.seam.worker import Worker as _Worker
+from flexgate.server.engine.seam.worker import rewind_generators
 from flexgate.server.engine.worker.gate_buffers import GateState, PendingUsage
 from flexgate.server.engine.worker.slot_writer import SlotWriter
 
@@ -101,7 +102,10 @@ class GatedWorker(_Worker):
             allow_amx_tiles()
         super().init_device()
         if not self.use_v2_model_runner:
-            self.model_runner.__class__ = gated_runner(type(self.model_runner))
+            runner = type(self.model_runner)
+            self.model_runner.__class__ = gated_runner(
+                rewind_generators(runner) if current_platform.is_cpu() else runner
+            )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache, and what is remembered of each of its positions."""

@@ -121,7 +121,7 @@ def test_all_choices_of_a_request_are_attributed_and_their_prompt_once(
     engine: ScriptedEngine, checkpoint: Path
 ) -> None:
     engine.reset_cache()
-    ask = Ask(PROMPT, (0, 1, 3), max_tokens=12, choices=4)
+    ask = Ask(PROMPT, (0, 1, 3), max_tokens=12, choices=4, seed=1)
     answer = engine.solo(ask)
     assert len(set(answer.choices)) > 1
     assert [len(choice) for choice in answer.choices] == [12] * 4
@@ -134,7 +134,7 @@ def test_an_aborted_request_is_attributed_what_it_had_got(engine: ScriptedEngine
     asks = [
         Ask(PROMPT, ALL, max_tokens=400, abort_at_step=9),
         Ask(LONG, (0, 2), max_tokens=20),
-        Ask(PROMPT, (1, 3), max_tokens=400, choices=3, at_step=2, abort_at_step=14),
+        Ask(PROMPT, (1, 3), max_tokens=400, choices=3, seed=2, at_step=2, abort_at_step=14),
         Ask(LONG, ALL, max_tokens=400, at_step=3, abort_at_step=3),
     ]
     answers = engine.run(asks)

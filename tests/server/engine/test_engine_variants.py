@@ -112,6 +112,7 @@ def assert_choices_and_aborts_count_once(tight: ScriptedEngine, checkpoint: Path
             max_tokens=25 + i,
             at_step=2 * i,
             choices=1 + i % 3,
+            seed=(None, 5, 6)[i % 3],
             abort_at_step=(None, 2 * i + 3, None, 2 * i + 20)[i % 4],
         )
         for i in range(10)
@@ -124,6 +125,13 @@ def assert_choices_and_aborts_count_once(tight: ScriptedEngine, checkpoint: Path
         assert answer.prompt_positions == (len(ask.prompt) if answer.tokens else 0)
         assert_usage_is_transformers(model, ask, answer)
     assert tight.call("leftovers") == (0, 0)
+
+
+def assert_seeded_prompts_may_be_computed_in_parts(tight: ScriptedEngine, roomy: ScriptedEngine) -> None:
+    asks = [Ask(tuple(2 + (19 * t + i) % 400 for t in range(200)), (0, 1, 3), seed=i, at_step=i) for i in range(3)]
+    for ask, answer in zip(asks, tight.run(asks), strict=True):
+        roomy.reset_cache()
+        assert roomy.solo(replace(ask, at_step=0)).tokens == answer.tokens
 
 
 def assert_what_ends_in_its_prompt_has_parts(tight: ScriptedEngine, checkpoint: Path) -> None:
@@ -145,6 +153,7 @@ def test_preempted_and_chunked_requests_equal_solo_runs_and_count_once(
     with scripted_engine(script) as tight:
         assert_crowd_equals_solo(tight, engine)
         assert_shared_prefixes_count_once(tight, checkpoint)
+        assert_seeded_prompts_may_be_computed_in_parts(tight, engine)
         assert_choices_and_aborts_count_once(tight, checkpoint)
         assert_what_ends_in_its_prompt_has_parts(tight, checkpoint)
 

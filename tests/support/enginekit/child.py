@@ -282,8 +282,8 @@ class Engine:
 
         params = SamplingParams(
             n=ask.choices,
-            temperature=0.0 if ask.choices == 1 else 1.0,
-            seed=None if ask.choices == 1 else 1,
+            temperature=0.0 if ask.seed is None else 1.0,
+            seed=ask.seed,
             max_tokens=ask.max_tokens,
             logprobs=ANY_BITS,
             prompt_logprobs=ANY_BITS if ask.prompt_logprobs else None,

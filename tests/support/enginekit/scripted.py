@@ -35,7 +35,8 @@ class Ask:
     epochs: dict[int, int] | None = None  # other than the live ones
     priority: int = 0
     regex: str | None = None  # which the answer has to match
-    choices: int = 1  # more than one are sampled
+    choices: int = 1
+    seed: int | None = None  # sampled by it, not the likeliest
     abort_at_step: int | None = None  # just before it, as where a client left
 
 
