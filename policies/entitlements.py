@@ -75,9 +75,9 @@ ANYTHING: Final = Context.of(None, None)
 class Entitlements(NamedTuple):
     """`lost_at` says for each allowed expert when it stops being allowed (`math.inf`: never).
 
-    `agreements` has the agreement that each allowed expert's use counts under, where it needs one.
-    `refused` has one reason for each listed expert that is not allowed. All are in catalogue
-    order; an expert hidden from the tenant is in none.
+    `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
+    order; an expert hidden from the tenant is in neither. `agreements` has, in any order, the agreement that each
+    allowed expert's use counts under, where it needs one, and what others would count under.
     """
 
     lost_at: Mapping[ExpertId, float]
@@ -103,18 +103,18 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     for id_, live, standard in snapshot.catalogue:
         if hidden and id_ in hidden:
             continue
-        until, reason, agreement = forever, None, None
+        until, reason = forever, None
         if id_ in limited:
             agreements = limited[id_]
             first = agreements[0]
             if len(agreements) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
-                until, agreement = first.ends, first
+                until, counted[id_] = first.ends, first
             else:
                 until, reason, agreement = _judge(snapshot.experts[id_], preferred.get(id_), agreements, context, now)
+                if agreement is not None:
+                    counted[id_] = agreement
         elif id_ not in always:
             reason = standard.no_agreement
-        else:
-            agreement = preferred.get(id_)
         if reason is not None:
             refused[id_] = reason
         elif (id_ in named) == deny_list:
@@ -123,10 +123,8 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
             refused[id_] = standard.not_live
         else:
             lost_at[id_] = until
-            if agreement is not None:
-                counted[id_] = agreement
     since, until = _time_slot(found, now)
-    return Entitlements(lost_at, counted, refused, since, until)
+    return Entitlements(lost_at, {**preferred, **counted} if counted else preferred, refused, since, until)
 
 
 def _together(

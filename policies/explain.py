@@ -9,7 +9,7 @@ from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.documents import Grade
-from flexgate.policies.entitlements import Context, entitlements
+from flexgate.policies.entitlements import Context, Entitlements, entitlements
 from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.snapshot import Snapshot
 
@@ -42,7 +42,7 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
         Explanation(
             expert,
             _permitting(snapshot, tenant, context, expert, now) if expert in entitled.lost_at else (),
-            entitled.agreements[expert].rule if expert in entitled.agreements else None,
+            _counted(entitled, expert),
             entitled.lost_at.get(expert),
             entitled.refused.get(expert),
             document.grade,
@@ -50,6 +50,11 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
         for expert, document in snapshot.experts.items()
         if expert not in hidden
     )
+
+
+def _counted(entitled: Entitlements, expert: ExpertId) -> str | None:
+    agreement = entitled.agreements.get(expert)
+    return agreement.rule if agreement is not None and expert in entitled.lost_at else None
 
 
 def _permitting(

@@ -44,6 +44,7 @@ KILLERS = [
     "test_snapshot.py",
     "test_cache.py",
     "test_oracle.py",
+    "test_precedence.py",
     "test_properties.py",
     "test_incremental.py",
     "test_stored_agreements.py",
