@@ -16,6 +16,12 @@ _WEIGHTS_EPOCH: Final = Gauge("flexgate_weights_epoch", "Epoch of the experts be
 _WAITING: Final = Gauge("flexgate_waiting_prompts", "Prompts waiting for the engine.", registry=REGISTRY)
 _PROJECTS: Final = Gauge("flexgate_waiting_projects", "Projects whose prompts wait for the engine.", registry=REGISTRY)
 _FREE: Final = Gauge("flexgate_free_seats", "Free places in the engine's batch.", registry=REGISTRY)
+_EVENTS: Final = Counter(
+    "flexgate_usage_events",
+    "Usage events that a sink took (sent) or will never take (refused).",
+    ["outcome"],
+    registry=REGISTRY,
+)
 QUEUE_SECONDS: Final = Histogram(
     "flexgate_queue_seconds",
     "How long a prompt waited for the engine.",
@@ -50,6 +56,11 @@ def queue(waiting: int, projects: int, free: int) -> None:
     _WAITING.set(waiting)
     _PROJECTS.set(projects)
     _FREE.set(free)
+
+
+def count_events(outcome: str, events: int) -> None:
+    """Count usage events that were sent or refused."""
+    _EVENTS.labels(outcome=outcome).inc(events)
 
 
 def render() -> bytes:

@@ -58,6 +58,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _alone(settings.directory()) as directory,
         _store(settings) as store,
         _ledger(settings, clock) as ledger,
+        _events(settings, ledger.path),
     ):
         _migrate(store, settings.database())
         rollback_guard = _rollback_guard(settings)
@@ -156,6 +157,25 @@ def _ledger(settings: Settings, clock: Callable[[], float]) -> Iterator[Journal]
         yield journal
     finally:
         journal.close()
+
+
+@contextmanager
+def _events(settings: Settings, ledger: Path) -> Iterator[None]:
+    """What sends the ledger's requests on, where the operator asks for it."""
+    if settings.usage_events is None:
+        yield
+        return
+    from flexgate.server.http import metrics
+    from flexgate.server.ledger.events import Exporter, sink_of
+
+    token = settings.usage_events_token
+    sink = sink_of(settings.usage_events, None if token is None else token.read_text().strip())
+    exporter = Exporter(ledger, sink, settings.directory(), count=metrics.count_events)
+    exporter.start()
+    try:
+        yield
+    finally:
+        exporter.stop()
 
 
 def _migrate(store: Store, url: str) -> None:

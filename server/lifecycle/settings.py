@@ -21,6 +21,7 @@ from flexgate.server.ledger.errors import LedgerFailure
 _PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
 """Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
 _DATABASES: Final = "give sqlite:////FOLDER/flexgate.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+_WEB: Final = re.compile(r"https?://[^/?#\s@]+([/?#]\S*)?", re.IGNORECASE)
 _ORIGIN: Final = re.compile(r"https?://[^/?#\s@]+")
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -196,6 +197,13 @@ class Settings(StoreSettings):
             "agreements have no duties, unrecorded."
         ),
     ] = "refuse"
+    usage_events: Annotated[
+        str | None,
+        Field(description="Send each ended request as a CloudEvent to this http(s) URL, or append it to this file."),
+    ] = None
+    usage_events_token: Annotated[
+        Path | None, Field(description="File with the bearer token that --usage-events is sent with.")
+    ] = None
     keep_alive_seconds: Annotated[
         int,
         Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),
@@ -227,6 +235,24 @@ class Settings(StoreSettings):
             if path is None or path.is_file():
                 return path
         raise ValueError(f"{str(path)[:80]} is not a file")
+
+    @field_validator("usage_events")
+    @classmethod
+    def _a_sink(cls, sink: str | None) -> str | None:
+        if sink is None or _WEB.fullmatch(sink):
+            return sink
+        if "://" in sink:
+            raise ValueError("not an http(s) URL without a user name; --usage-events-token names a file with a token")
+        if Path(sink).is_dir() or not Path(sink).absolute().parent.is_dir():
+            raise ValueError(f"{sink[:80]!r} is neither an http(s) URL nor a file in a folder that exists")
+        return sink
+
+    @field_validator("usage_events_token")
+    @classmethod
+    def _a_token(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError(f"'{path}' is no file")
+        return path
 
     @field_validator("experts_dir")
     @classmethod
