@@ -25,7 +25,7 @@ from flexgate.policies.audit import (
     verify,
 )
 from flexgate.policies.store.database import reading, writing
-from flexgate.policies.store.schema import audit_log
+from flexgate.policies.store.schema import audit_log, policy_revisions
 
 MOST_TRIMMED: Final = 5_000
 
@@ -88,6 +88,19 @@ def trim(engine: Engine, *, before: float, actor: str, at: float, spare: float =
         connection.execute(delete(audit_log).where(table.log == REQUESTS, table.sequence <= through.sequence))
         append(connection, [trimming(at, actor, before=before, entries=len(old), through=through)])
         return len(old)
+
+
+def policy_digest(engine: Engine, version: int) -> str | None:
+    """What a policy version is known by outside: the hash of its last entry, which names all entries before it.
+
+    None where no entry of that version is there.
+    """
+    table = audit_log.c
+    with reading(engine) as connection:
+        made = connection.scalar(select(policy_revisions.c.at).where(policy_revisions.c.version == version))
+        query = select(table.hash, table.detail).where(table.log == CHANGES, table.at == made)
+        rows = connection.execute(query.order_by(table.sequence.desc()).execution_options(yield_per=10))
+        return next((row.hash for row in rows if row.detail.get("policy_version") == version), None)
 
 
 def read_log(engine: Engine, *, after: int = 0, limit: int = 100) -> list[Entry]:

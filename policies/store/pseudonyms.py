@@ -37,9 +37,14 @@ class Pseudonyms:
 
 def read_pseudonyms(engine: Engine, owner_id: str) -> Pseudonyms:
     """The names for one owner."""
+    return Pseudonyms(read_pseudonym_key(engine), owner_id)
+
+
+def read_pseudonym_key(engine: Engine) -> bytes:
+    """What the names for all owners are made with; it never changes."""
     query = select(installation.c.value).where(installation.c.name == "pseudonym_key")
     with reading(engine) as connection:
         key = connection.scalar(query)
     if key is None:
         raise StoreDamaged("the policy database has no pseudonym key: restore a backup")
-    return Pseudonyms(bytes(key), owner_id)
+    return bytes(key)

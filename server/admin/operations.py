@@ -12,11 +12,25 @@ from flexgate.server.admin.operation import Operation
 from flexgate.server.admin.policy.endpoints import router as policy
 from flexgate.server.admin.projects.endpoints import router as projects
 from flexgate.server.admin.quotas.endpoints import router as quotas
+from flexgate.server.admin.receipts.endpoints import router as receipts
 from flexgate.server.admin.statements.endpoints import router as statements
 from flexgate.server.admin.usage.endpoints import router as usage
 from flexgate.server.experts.changes import router as expert_changes
 from flexgate.server.experts.endpoints import router as experts
 
-_ROUTERS: Final = (projects, keys, quotas, agreements, policy, audit, usage, costs, statements, experts, expert_changes)
+_ROUTERS: Final = (
+    projects,
+    keys,
+    quotas,
+    agreements,
+    policy,
+    audit,
+    usage,
+    costs,
+    statements,
+    receipts,
+    experts,
+    expert_changes,
+)
 ROUTES: Final = tuple(route for router in _ROUTERS for route in router.declared())
 OPERATIONS: Final[tuple[Operation[Any, Any], ...]] = tuple(route.operation for route in ROUTES)

@@ -166,7 +166,8 @@ class Loader:
             await asyncio.to_thread(self._confirm)
         present = pool.find(manifest.id)  # a revocation may have begun to drain it
         live = present is None or present.live
-        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, slot_epoch, live=live)
+        digest = manifest.weights.digest
+        info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, slot, slot_epoch, live=live, package=digest)
         pool.client.publish((*pool.others(manifest.id), info), slot_epoch)
         pool.claim(slot)
         logger.info("expert %s version %d is live in slot %d", manifest.id, manifest.version, slot)

@@ -105,7 +105,15 @@ class ExpertService:
             ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype)
             await pool.fill(entry.slot, ticket, lambda *_: None)
             await pool.slots.open(entry.slot, entry.slot_epoch)
-            info = ExpertInfo(manifest.id, manifest.owner, manifest.domain, entry.slot, entry.slot_epoch, live=True)
+            info = ExpertInfo(
+                manifest.id,
+                manifest.owner,
+                manifest.domain,
+                entry.slot,
+                entry.slot_epoch,
+                live=True,
+                package=entry.weights_digest,
+            )
             pool.client.publish((*pool.others(entry.expert), info), pool.client.weights_epoch)
 
     async def follow(self, revoked: Callable[[str, int], bool]) -> None:

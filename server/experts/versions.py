@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from flexgate.experts.checkpoint.reader import read_json
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.package.provenance import MODEL_MANIFEST, read_record
+from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import UNRECORDED, Added
 
@@ -23,6 +25,14 @@ def merged_versions(model: Path, experts: Iterable[str]) -> Merged:
     listed = read_json(path).get("experts", ()) if path.is_file() else ()
     entries = {entry["id"]: entry for entry in listed}
     return {expert: _version(model, entries.get(expert, {"id": expert})) for expert in experts}
+
+
+def with_packages(model: Path, loaded: Iterable[ExpertInfo]) -> tuple[ExpertInfo, ...]:
+    """Experts of a checkpoint, each with the digest of the weights in its package, where that is kept."""
+    records = ((info, read_record(model, info.id)) for info in loaded)
+    return tuple(
+        info if record is None else replace(info, package=record.manifest.weights.digest) for info, record in records
+    )
 
 
 def is_set_aside(package: Added, merged: Merged) -> bool:

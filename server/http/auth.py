@@ -102,6 +102,7 @@ class Context:
 
     Attributes:
         roles: the roles whose keys are valid at the address where the request came in.
+        body_sha256: of its body, once that is read.
         elsewhere: why it is denied, for a valid key that was refused because it belongs at the other address.
         error: what the response says, if it is an error.
         disconnected: whether the client left before the response began.
@@ -112,6 +113,7 @@ class Context:
     principal: Principal | None = None
     decision_id: str | None = None
     policy_version: int | None = None
+    body_sha256: str | None = None
     elsewhere: str | None = None
     error: ApiError | None = None
     disconnected: bool = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, NoReturn, Protocol
 from weakref import WeakValueDictionary
@@ -14,7 +16,7 @@ from starlette.requests import Request
 
 from flexgate.policies.documents import Role
 from flexgate.policies.strict_json import repeated_key
-from flexgate.server.http.auth import Callers, context_of
+from flexgate.server.http.auth import Callers, Context, context_of
 from flexgate.server.http.errors import ApiError, Invalid, TooLarge
 from flexgate.server.http.offload import OPERATORS, Offload
 
@@ -48,11 +50,12 @@ class Bodies(Callers, Protocol):
 
 
 async def read_request(request: Request, services: Bodies, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON body of an authenticated request; see `read_json`.
+    """The JSON body of an authenticated request; see `read_json`. Its digest becomes the context's.
 
     Reading may take long: check the key again before acting on the body.
     """
-    principal = context_of(request).principal
+    context = context_of(request)
+    principal = context.principal
     if principal is None:
         raise RuntimeError("a body is read of a request whose key was not looked at")
     return await read_json(
@@ -64,6 +67,7 @@ async def read_request(request: Request, services: Bodies, *, optional: bool = F
         offload=services.offload,
         owner=OPERATORS if principal.role is Role.ADMIN else principal.limited_with,
         optional=optional,
+        parse=partial(_parse_body, context),
     )
 
 
@@ -82,6 +86,7 @@ async def read_json(
     offload: Offload,
     owner: str,
     optional: bool = False,
+    parse: Callable[[bytes], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The body as a JSON object.
 
@@ -94,6 +99,7 @@ async def read_json(
         offload: parses it; learns its size and owner.
         owner: large bodies of one owner are parsed one at a time.
         optional: an empty body is an object without fields.
+        parse: reads it, by default `parse_object`.
 
     Raises:
         Invalid: not JSON, not UTF-8, not an object, compressed or of another media type.
@@ -118,7 +124,12 @@ async def read_json(
                 return {}
             _check_headers(headers, limit)
         offload.arrived(len(raw), owner)
-        return await offload.run(parse_object, raw)
+        return await offload.run(parse or parse_object, raw)
+
+
+def _parse_body(context: Context, raw: bytes) -> dict[str, Any]:
+    context.body_sha256 = hashlib.sha256(raw).hexdigest()
+    return parse_object(raw)
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class Generation:
         self, request: InferenceRequest, made: Any, about: dict[str, Any], counted: Mapping[str, str]
     ) -> Response:
         content = {**self._endpoint.content(request, made), "flexgate": about}
-        return self._endpoint.response(content, headers=counted)
+        response = self._endpoint.response(content, headers=counted)
+        request.answer.update(response.body)
+        return response
 
     async def _streamed(self, request: InferenceRequest, result: Any) -> Response:
         """A stream. The engine works while the request is registered; nothing is sent before it is."""
@@ -125,9 +127,10 @@ class _Stream:
     """The events of a response, which are being made from the start; `aclose` must follow."""
 
     def __init__(self, services: InferenceServices, endpoint: Endpoint, request: InferenceRequest, result: Any) -> None:
+        self._services = services
         self._request = request
         self._result = result
-        self._read: AsyncGenerator[str, None] | None = None
+        self._read: AsyncGenerator[bytes, None] | None = None
         events, about = endpoint.stream(request, result), partial(response_bytes, request)
         token = CURRENT_CALL.set(request.call)
         try:
@@ -135,18 +138,27 @@ class _Stream:
         finally:
             CURRENT_CALL.reset(token)
 
-    def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
         self._read = self._events()
         return self._read
 
-    async def _events(self) -> AsyncGenerator[str, None]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         CURRENT_CALL.set(self._request.call)
         try:
             async for event in self._begun.with_comments():
-                yield event
+                sent = event.encode()
+                await self._digest(sent)
+                yield sent
             self._request.completed = not self._request.broken
         finally:
             CURRENT_CALL.set(None)
+
+    async def _digest(self, sent: bytes) -> None:
+        offload, update = self._services.offload, self._request.answer.update
+        if offload.holds_up(len(sent)):
+            await offload.run_for(self._request.tenant, partial(update, sent))
+        else:
+            update(sent)
 
     async def aclose(self) -> None:
         """Close all of it."""
@@ -201,10 +213,13 @@ def register(request: InferenceRequest) -> None:
                 ref.slot,
                 ref.expert,
                 experts[ExpertId(ref.expert)].owner,
-                *(() if agreement is None else (agreement.agreement_id, agreement.version)),
+                agreement=None if agreement is None else agreement.agreement_id,
+                agreement_version=None if agreement is None else agreement.version,
+                package=ref.package,
             )
             for ref, agreement in zip(call.experts, decision.agreements, strict=True)
         ),
+        prompt_sha256=request.context.body_sha256,
     )
     try:
         request.entry = services.ledger.register(registration)

@@ -12,6 +12,7 @@ before its step, so that none can be left out. What follows is in `flexgate.serv
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -195,6 +196,7 @@ class InferenceRequest(TenantRequest):
         entry: the request in the ledger, once it is there.
         passes: how often its response is scored at most, for `counterfactual`.
         counterfactual: what leaving each expert out changes, where that was asked for.
+        answer: SHA-256 of the response's body, as far as it was sent.
         completed: whether all of its response was generated.
         broken: whether an error ended its response.
     """
@@ -219,6 +221,7 @@ class InferenceRequest(TenantRequest):
     def __init__(self, http: Request, services: InferenceServices, endpoint: Endpoint) -> None:
         super().__init__(http, services)
         self.endpoint = endpoint
+        self.answer = hashlib.sha256()
 
     async def prepare(self) -> None:
         """Take the five steps."""

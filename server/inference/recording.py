@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def end(request: InferenceRequest) -> None:
     """Write down what the request used in all."""
     if request.entry is not None:
         outcome = request.call.failed or (COMPLETED if request.completed else STOPPED)
-        request.entry.end(outcome, used_of(request.call))
+        request.entry.end(outcome, replace(used_of(request.call), answer_sha256=request.answer.hexdigest()))
 
 
 def used_of(call: GatedCall) -> Used:

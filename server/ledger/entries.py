@@ -26,7 +26,8 @@ STOPPED: Final = "stopped"
 class RegisteredExpert(NamedTuple):
     """An expert of a request's gate, with the agreement that its use counts under, None where it needs none.
 
-    `owner` is None for the common expert, and for all experts of a model whose experts have no owners.
+    `owner` is None for the common expert, and for all experts of a model whose experts have no owners. `package` is the
+    digest of the weights in its package, None where the checkpoint names none.
     """
 
     slot: int
@@ -34,6 +35,7 @@ class RegisteredExpert(NamedTuple):
     owner: str | None
     agreement: str | None = None
     agreement_version: int | None = None
+    package: str | None = None
 
 
 class Part(NamedTuple):
@@ -50,6 +52,7 @@ class Part(NamedTuple):
     completion_positions: int
     agreement: str | None
     agreement_version: int | None
+    package: str | None
     share_ppm: int
 
 
@@ -60,6 +63,7 @@ class Registration:
     Attributes:
         request: the id of its decision, which is in its response.
         experts: those of its gate, in the order of the catalogue, by which equal shares are rounded.
+        prompt_sha256: of the request's body.
     """
 
     request: str
@@ -71,6 +75,7 @@ class Registration:
     policy_version: int
     weights_epoch: int
     experts: tuple[RegisteredExpert, ...]
+    prompt_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Used:
         completion_tokens: of all choices.
         cached_tokens: those of the prompts that were read from the cache.
         prompt_2U, completion_2U: masses of each slot, then positions of each slot; empty before the first report.
+        answer_sha256: of the response's body, as far as it was sent; None before the end.
     """
 
     prompt_tokens: int
@@ -89,6 +95,7 @@ class Used:
     completion_tokens: int
     prompt_2U: Sequence[int]
     completion_2U: Sequence[int]
+    answer_sha256: str | None = None
 
     def parts(self, registration: Registration) -> list[Part]:
         """The part of each expert of the gate that took part."""
@@ -100,7 +107,8 @@ class Used:
             mass, positions = one.slot, slots + one.slot
             numbers = prompt_2U[mass], prompt_2U[positions], completion_2U[mass], completion_2U[positions]
             if any(numbers):
-                found.append(Part(one.expert, one.owner, *numbers, one.agreement, one.agreement_version, share))
+                agreement = one.agreement, one.agreement_version
+                found.append(Part(one.expert, one.owner, *numbers, *agreement, one.package, share))
         return found
 
     def encode(self) -> bytes:

@@ -43,7 +43,7 @@ NAME: Final = "ledger.db"
 RETRY_SECONDS: Final = 1.0
 INSERT_PART: Final = (
     "INSERT INTO parts (sequence, expert, owner, prompt_mass, prompt_positions, completion_mass, completion_positions, "
-    "agreement, agreement_version, share_ppm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "agreement, agreement_version, package, share_ppm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 ANSWER_SECONDS: Final = 5.0
 """How long a commit may take before what waits for it is refused."""
@@ -252,9 +252,9 @@ class Journal:
         row = (a.request, a.registered_at, at, outcome, a.tenant, a.key_id, a.endpoint, a.model)
         row_id = self._connection.execute(
             "INSERT INTO usage (request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, "
-            "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens) "
-            "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (request) DO NOTHING RETURNING sequence",
-            (*row, a.policy_version, a.weights_epoch, *tokens),
+            "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, "
+            "answer_sha256) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (request) DO NOTHING RETURNING sequence",
+            (*row, a.policy_version, a.weights_epoch, *tokens, a.prompt_sha256, used.answer_sha256),
         ).fetchone()
         if row_id is not None:
             self._connection.executemany(INSERT_PART, [(*row_id, *part) for part in used.parts(a)])

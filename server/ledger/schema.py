@@ -78,7 +78,13 @@ def _agreements_and_shares(connection: sqlite3.Connection) -> None:
             )
 
 
-STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_first, _agreements_and_shares)
+def _digests(connection: sqlite3.Connection) -> None:
+    """Digests of bodies and of experts' packages, for receipts; unknown of earlier requests."""
+    for table, column in (("usage", "prompt_sha256"), ("usage", "answer_sha256"), ("parts", "package")):
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
+
+
+STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_first, _agreements_and_shares, _digests)
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)
 

@@ -17,6 +17,7 @@ from flexgate.server.http.auth import EVERY_ROLE
 from flexgate.server.http.cors import TenantCors
 from flexgate.server.http.errors import ApiError
 from flexgate.server.http.health import Operations
+from flexgate.server.http.keys import JwkSet, KeySet
 from flexgate.server.http.middleware import Middleware
 from flexgate.server.http.responses import of_error, of_http_error
 from flexgate.server.http.routes import ANYONE, PlainRoute, Route, require_declared
@@ -184,6 +185,14 @@ def _probes(services: Services) -> Iterator[Route]:
         response_model=dict[str, Any],
         operation_id="openapi",
         summary="Give this document.",
+    )
+    yield get(
+        "/.well-known/jwks.json",
+        KeySet(services).respond,
+        roles=ANYONE,
+        response_model=JwkSet,
+        operation_id="receipt_keys",
+        summary="Give the public keys that receipts are signed with.",
     )
     yield get(
         "/health",

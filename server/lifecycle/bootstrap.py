@@ -25,10 +25,11 @@ from flexgate.server.engine.frontend.checkpoint import require_unchanged
 from flexgate.server.engine.frontend.launch import EngineSettings, launch, plan
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.experts.restore import AtStart, at_start
-from flexgate.server.experts.versions import merged_versions
+from flexgate.server.experts.versions import merged_versions, with_packages
 from flexgate.server.ledger.journal import NAME, Journal
 from flexgate.server.lifecycle import seed
 from flexgate.server.lifecycle.console import Started
+from flexgate.server.lifecycle.receipts import kept_receipts
 from flexgate.server.lifecycle.settings import Settings, SettingsError
 from flexgate.server.policy.rollback_guard import RollbackGuard, require_clock
 
@@ -57,6 +58,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _bound_admin(settings) as admin,
         _alone(settings.directory()) as directory,
         _store(settings) as store,
+        kept_receipts(settings, store, clock) as receipts,
         _ledger(settings, clock) as ledger,
         _events(settings, ledger.path),
     ):
@@ -80,13 +82,15 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                 from flexgate.server.lifecycle.serve import run
 
                 services = build_services(
-                    settings, model, engine, store, ledger, rollback_guard, directory, merged, keys, clock
+                    settings, model, engine, store, ledger, receipts, rollback_guard, directory, merged, keys, clock
                 )
+                engine.client.publish(with_packages(model, engine.client.experts()), engine.client.weights_epoch)
                 require_unchanged(checkpoint)
                 await services.experts.restore(stage)
             secret = None if settings.demo else seed.first_admin_key(store, at=clock())
             services.policy.confirm()
             services.budget_usage.refresh()
+            receipts.maker.start()
             _settle_heap()
             admin_url = None if admin is None else _url(admin)
             hint = _hint(_url(sock)) if settings.demo else None

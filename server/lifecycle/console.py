@@ -134,11 +134,13 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.experts.errors import ExpertError
     from flexgate.server.inference.errors import HandlersRefused
     from flexgate.server.ledger.errors import LedgerError
+    from flexgate.server.ledger.receipts.book import BookError
     from flexgate.server.lifecycle.seed import DemoKeysFound, ManifestRefused
     from flexgate.server.lifecycle.settings import SettingsError
     from flexgate.server.policy.rollback_guard import ClockBehind
 
     return (
+        BookError,
         CheckpointError,
         ClockBehind,
         DemoKeysFound,

@@ -32,6 +32,7 @@ from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.handlers import build_handlers
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.lifecycle.serve import DEMO_TOOL_PARSER
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
@@ -48,6 +49,7 @@ def build_services(
     engine: RunningEngine,
     store: Store,
     ledger: Journal,
+    receipts: Receipts,
     rollback_guard: RollbackGuard,
     directory: FileIdentity,
     merged: Merged,
@@ -90,6 +92,7 @@ def build_services(
         policy=policy,
         store=store,
         ledger=ledger,
+        receipts=receipts,
         experts=_expert_service(settings, model, engine, store, policy, merged, keys, clock),
         uploads=Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time),
         experts_dir=settings.experts_dir,

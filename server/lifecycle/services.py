@@ -19,6 +19,7 @@ from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.errors import LedgerFailure
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.denial_log import Denials
 from flexgate.server.policy.retention import Retention
@@ -41,6 +42,7 @@ class Services:
     policy: PolicySource
     store: Store
     ledger: Journal
+    receipts: Receipts
     experts: ExpertService
     uploads: Uploads
     queue: FairQueue

@@ -204,6 +204,20 @@ class Settings(StoreSettings):
     usage_events_token: Annotated[
         Path | None, Field(description="File with the bearer token that --usage-events is sent with.")
     ] = None
+    receipt_key: Annotated[
+        Path | None,
+        Field(
+            description="PEM file with the Ed25519 key that signs receipts; by default receipts.pem in the state "
+            "directory, made at the first start."
+        ),
+    ] = None
+    receipt_signer: Annotated[
+        str | None,
+        Field(
+            description="Command that signs receipts instead: it reads a message and prints the signature in "
+            "hexadecimal. --receipt-key is its public key then."
+        ),
+    ] = None
     keep_alive_seconds: Annotated[
         int,
         Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),
@@ -281,6 +295,8 @@ class Settings(StoreSettings):
             )
         if self.demo and not is_loopback(self.host):
             raise ValueError(f"--demo listens on loopback only, not on {self.host}")
+        if self.receipt_signer is not None and self.receipt_key is None:
+            raise ValueError("--receipt-signer is given without --receipt-key: name the PEM file with its public key")
         if self.admin_port == self.port != 0:
             raise ValueError(f"--admin-port and --port are both {self.port}; give administration a port of its own")
         if not is_loopback(self.host) and not self.allow_remote:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,10 @@ from flexgate.policies.documents import Expert, KeyRecord, Role, Tenant
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
+from flexgate.policies.store.audit import policy_digest
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.service import Receipts, kept
+from flexgate.server.ledger.receipts.signing import KeyFile
 
 EXPERTS = {"public": "commons", "news": "gazette", "math": "academy", "secret": "vault"}
 GRADES: dict[str, Any] = {"news": "removed", "math": "router"}
@@ -182,7 +185,19 @@ def ledger(tmp_path: Path) -> Iterator[Journal]:
 
 
 @pytest.fixture
-def services(store: FakeStore, real_store: Store, handler: Handler, ledger: Journal, tmp_path: Path) -> Any:
+def receipts(real_store: Store, tmp_path: Path) -> Iterator[Receipts]:
+    """Receipts of the test's own, whose maker is not started: `receipts.maker.work()` makes them."""
+    signer, pseudonym = KeyFile(tmp_path / "receipts.pem"), lambda owner, tenant: f"anon-{owner}-{tenant}"
+    digest = partial(policy_digest, real_store.engine)
+    ledger = tmp_path / "ledger.db"
+    with kept(tmp_path, ledger, signer, clock=time.time, policy_digest=digest, pseudonym=pseudonym) as made:
+        yield made
+
+
+@pytest.fixture
+def services(
+    store: FakeStore, real_store: Store, handler: Handler, ledger: Journal, receipts: Receipts, tmp_path: Path
+) -> Any:
     """The application's parts around a client without an engine."""
     from flexgate.server.engine.frontend.calls import ExpertInfo
     from flexgate.server.engine.protocol.slots import SlotMap
@@ -223,6 +238,7 @@ def services(store: FakeStore, real_store: Store, handler: Handler, ledger: Jour
         policy=policy,
         store=real_store,
         ledger=ledger,
+        receipts=receipts,
         experts=_expert_service(client, real_store, tmp_path),
         uploads=Uploads(tmp_path / "uploads", most_bytes=1 << 20, clock=time.time),
         queue=FairQueue(64, share=0.5, most_queued=1024, seconds=300),

@@ -16,11 +16,12 @@ from flexgate.server.engine.protocol.gates import Gate, SealKey, SlotRef, cache_
 
 @dataclass(frozen=True, slots=True)
 class ExpertSlotRef:
-    """One assignment of a slot to a named expert."""
+    """One assignment of a slot to a named expert. `package` is the digest of its weights, where that is known."""
 
     expert: str
     slot: int
     slot_epoch: int
+    package: str | None = field(default=None, compare=False)
 
 
 def bitmask_of(refs: Iterable[ExpertSlotRef]) -> int:
@@ -38,11 +39,12 @@ class ExpertInfo:
     slot: int
     slot_epoch: int
     live: bool
+    package: str | None = None
 
     @property
     def ref(self) -> ExpertSlotRef:
         """What a gate names of it."""
-        return ExpertSlotRef(self.id, self.slot, self.slot_epoch)
+        return ExpertSlotRef(self.id, self.slot, self.slot_epoch, self.package)
 
 
 @dataclass(frozen=True, slots=True)

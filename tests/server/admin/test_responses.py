@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from flexgate.server.admin.agreements.schemas import AgreementDeleted
 from flexgate.server.admin.operation import Nothing
 from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.experts.revoke import Revocation
+from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
+from flexgate.server.ledger.journal import Journal
 
 AGREEMENT = {"experts": ["math"], "assignee": "tenant:t", "effect": "permit", "owner": "academy"}
 FILE = {"format": "flexgate-policy/v1", "tenants": [{"id": "t", "name": "t", "expert_ids": ["math"]}]}
@@ -60,7 +63,25 @@ def ids(services: Any, real_store: Store) -> dict[str, str]:
         "version": str(real_store.version()),
         "job": services.experts.jobs.open("news", "key_admin").id,
         "upload": services.uploads.open(by_role[Role.ADMIN], files).id,
+        "receipt": _with_receipt(services),
     }
+
+
+def _with_receipt(services: Any) -> str:
+    """The id of a request that has a receipt."""
+
+    async def record() -> str:
+        journal = Journal(services.ledger.path, clock=lambda: 1.0)
+        experts = (RegisteredExpert(0, "news", "gazette", "a-news", 1),)
+        entry = journal.register(Registration(f"dec_{1:032x}", 5, "t", "key", "/v1", "tiny", 1, 3, experts))
+        entry.end(COMPLETED, Used(2, 0, 3, [6, 2], [3, 3]))
+        await entry.registered()
+        journal.close()
+        return entry.registration.request
+
+    name = asyncio.run(record())
+    services.receipts.maker.work()
+    return name
 
 
 def cases(ids: dict[str, str]) -> list[Case]:
@@ -113,6 +134,10 @@ def cases(ids: dict[str, str]) -> list[Case]:
         (admin, "GET", "/v1/organization/costs?start_time=0&group_by[]=line_item", None),
         ("sk-owner", "GET", "/v1/statements/2025-01", None),
         (admin, "GET", "/v1/statements/2025-01-31?owner_id=gazette", None),
+        (admin, "GET", f"/v1/receipts/{ids['receipt']}", None),
+        ("sk-t", "GET", f"/v1/receipts/{ids['receipt']}", None),
+        ("sk-owner", "GET", f"/v1/receipts/{ids['receipt']}", None),
+        (admin, "GET", "/v1/receipt_batches", None),
         (admin, "GET", "/v1/experts", None),
         ("sk-t", "GET", "/v1/experts", None),
         ("sk-t", "GET", "/v1/experts/math", None),

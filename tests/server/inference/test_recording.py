@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -193,3 +195,24 @@ async def test_a_stopping_server_takes_no_request(client: httpx.AsyncClient, han
     assert not handler.seen
     with pytest.raises(LedgerError):
         ledger.register(Registration("other", 1, "t", "k", PATH, "m", 1, 1, ()))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+async def test_digests_are_those_of_both_bodies_byte_for_byte(
+    client: httpx.AsyncClient, generating: Any, ledger: Journal, streamed: bool
+) -> None:
+    generating(Generating(3, streamed=streamed))
+    response = await client.post(PATH, json={"prompt": "x", "stream": streamed, "metadata": {"é": "😀"}})
+    (row,) = await ended(ledger)
+    assert row["prompt_sha256"] == hashlib.sha256(response.request.content).hexdigest()
+    assert row["answer_sha256"] == hashlib.sha256(response.content).hexdigest()
+
+
+async def test_parts_name_the_packages_that_were_served(
+    client: httpx.AsyncClient, services: Any, generating: Any, ledger: Journal
+) -> None:
+    services.client.refs = {name: replace(ref, package="a" * 64) for name, ref in services.client.refs.items()}
+    generating(Generating(3))
+    await client.post(PATH, json={"prompt": "x"})
+    await ended(ledger)
+    assert {part["package"] for part in rows(ledger, "parts")} == {"a" * 64}

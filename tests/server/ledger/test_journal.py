@@ -71,6 +71,8 @@ async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Jo
         "prompt_tokens": 10,
         "cached_tokens": 1,
         "completion_tokens": 4,
+        "prompt_sha256": None,
+        "answer_sha256": None,
     }
     names = (
         "sequence",
@@ -83,10 +85,11 @@ async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Jo
         "agreement",
         "agreement_version",
         "share_ppm",
+        "package",
     )
     assert rows(path, "parts") == [
-        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263), strict=True)),
-        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4, None, None, 894_737), strict=True)),
+        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263, None), strict=True)),
+        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4, None, None, 894_737, None), strict=True)),
     ]
     assert rows(path, "running") == []
 

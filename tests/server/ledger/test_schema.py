@@ -39,7 +39,11 @@ def opened(path: Path) -> Path:
     return path
 
 
-def test_an_older_ledger_has_the_tables_of_a_new_one(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", range(1, schema.VERSION))
+def test_an_older_ledger_has_the_tables_of_a_new_one(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((VERSIONS / f"{version}.sql").read_text())
     assert columns(opened(path)) == columns(opened(tmp_path / "new.db"))
     assert read(path, "PRAGMA user_version") == [(schema.VERSION,)]
 
@@ -77,3 +81,13 @@ def test_what_cannot_be_brought_up_to_date_stays_as_it_was(path: Path, monkeypat
     assert (columns(path), read(path, "PRAGMA user_version")) == (before, [(1,)])
     monkeypatch.undo()
     opened(path)
+
+
+def test_a_request_of_version_2_keeps_its_agreement_and_has_no_digests(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((VERSIONS / "2.sql").read_text())
+    opened(path)
+    found = "SELECT agreement, agreement_version, package FROM parts WHERE expert = 'news' ORDER BY sequence"
+    assert read(path, found) == [("a-news", 4, None)] * 2
+    assert read(path, "SELECT DISTINCT prompt_sha256, answer_sha256 FROM usage") == [(None, None)]

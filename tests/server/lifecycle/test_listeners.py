@@ -17,6 +17,7 @@ from flexgate.server.lifecycle.app import build_app, document
 from flexgate.server.policy.denial_log import ANONYMOUS
 
 SHARED = {
+    ("GET", "/.well-known/jwks.json"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/v1/experts"),
@@ -26,6 +27,7 @@ SHARED = {
     ("GET", "/v1/organization/projects/{project_id}/expert_permissions"),
     ("GET", "/v1/organization/projects/{project_id}/rate_limits"),
     ("GET", "/v1/policy/explain"),
+    ("GET", "/v1/receipts/{receipt_id}"),
 }
 INFERENCE = {
     ("GET", "/v1/models"),

@@ -12,7 +12,7 @@ import pytest
 from flexgate.server.lifecycle.app import build_app
 
 MANIFEST = Path(__file__).parents[1] / "golden" / "routes.txt"
-OPEN = {"/health", "/ready"}
+OPEN = {"/.well-known/jwks.json", "/health", "/ready"}
 
 
 def manifest() -> list[list[str]]:
@@ -32,7 +32,7 @@ def test_the_application_has_exactly_the_reviewed_routes(services: Any) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("line", manifest(), ids=lambda line: " ".join(line[:2]))
-async def test_only_health_and_readiness_answer_without_a_key(
+async def test_only_probes_and_public_keys_answer_without_a_key(
     make_client: Callable[..., httpx.AsyncClient], handler: Any, line: list[str]
 ) -> None:
     method, path, who, _ = line

@@ -53,8 +53,8 @@ def test_the_routers_of_the_administration_have_operations_alone() -> None:
         router.declared()
 
 
-def test_open_routes_are_health_and_readiness(services: Any) -> None:
+def test_open_routes_are_probes_and_public_keys(services: Any) -> None:
     routes: list[Any] = build_app(services).routes
-    assert {route.path for route in routes if route.roles == ANYONE} == {"/health", "/ready"}
+    assert {route.path for route in routes if route.roles == ANYONE} == {"/.well-known/jwks.json", "/health", "/ready"}
     assert all(isinstance(route, OperationRoute) for route in ROUTES)
     assert len(OPERATIONS) == len(ROUTES) == len({(o.method, o.path) for o in OPERATIONS})

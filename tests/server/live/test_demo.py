@@ -304,3 +304,29 @@ def test_the_quickstarts_revoke_and_add_run_as_they_are_written(demo: str, run: 
     added = run("bash", "-c", f"{export}; {extract} && {add}")
     assert added.returncode == 0, added.stderr
     assert answer() == (probe.answer, everyone)
+
+
+RECEIPTS = QUICKSTART.with_name("receipts.md")
+
+
+def test_a_day_with_receipts_runs_as_it_is_written(run: Run, tmp_path: Path) -> None:
+    """Word for word, but for the port: a tenant and an owner verify their copies of one receipt from files alone."""
+    section = RECEIPTS.read_text().split("\n## A day with the demo\n")[1].split("\n## ")[0]
+    said = []
+    for _, text in re.findall(r"```(console)\n(.*?)```", section, re.DOTALL):
+        for command, _ in commands(text):
+            done = run("bash", "-c", f"set -euo pipefail; {command}")
+            assert (done.returncode, done.stderr) == (0, ""), command
+            said.append(done.stdout.strip())
+    assert [line for line in said if line] == [said[3], said[5]]
+    assert re.fullmatch(
+        r"receipt\.json: OK: a copy of the receipt 'dec_[0-9a-f]{32}', number \d+ of srv_[0-9a-f]{32}, "
+        r"with the request; its prompt is the given one; its answer is the given one",
+        said[3],
+    )
+    assert re.fullmatch(r"owner\.json: OK: receipt dec_[0-9a-f]{32}, number \d+", said[5])
+    (leaf,) = json.loads((tmp_path / "owner.json").read_text())["leaves"]
+    (expert,) = leaf["content"]["experts"]
+    assert (expert["expert"], expert["agreement"]) == ("news", "demo-tarnholm-gazette")
+    assert re.fullmatch("[0-9a-f]{64}", expert["package"])
+    assert 0 < expert["share_ppm"] < 1_000_000

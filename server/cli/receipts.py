@@ -1,0 +1,218 @@
+"""`flexgate receipts`: show receipts, verify them from files alone, and rotate the key that signs them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import httpx
+import rfc8785
+import typer
+
+from flexgate.experts.cli.api import Api
+from flexgate.experts.errors import UsageInvalid
+from flexgate.policies.strict_json import no_key_twice
+from flexgate.server.cli.options import place_option
+from flexgate.server.cli.store import FAILED, failing
+from flexgate.server.ledger.receipts import verify as verifying
+from flexgate.server.ledger.receipts.verify import ReceiptInvalid, SignedBatch
+
+_HELP: Final = (
+    "Show receipts, verify them from files alone, and rotate the key that signs them.\n\n"
+    "Exit status: 0 success; 1 a receipt is not valid, or cannot be read, with one sentence; 2 wrong usage."
+)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
+
+Url = Annotated[str, typer.Option(help="The running server.", envvar="FLEXGATE_URL")]
+Key = Annotated[
+    str, typer.Option(help="API key of the tenant, owner, auditor or administrator that asks.", envvar="FLEXGATE_KEY")
+]
+PENDING: Final = "receipt_pending"
+LOOK_SECONDS: Final = 0.1
+_LOG: Final = "receipts"
+_PAGE: Final = 1000
+
+
+@app.command()
+def show(
+    receipt: Annotated[str, typer.Argument(help="The decision's id, which is in the response.")],
+    url: Url,
+    key: Key,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a receipt that is not made yet.")] = 5.0,
+) -> None:
+    """Print a receipt, as far as it concerns the key's tenant or owner; 'verify' checks what is printed."""
+    path, until = f"/v1/receipts/{_quoted(receipt)}", time.monotonic() + wait
+    with failing(), Api(url, key) as api:
+        while time.monotonic() < until and _is_pending(api, path):
+            time.sleep(LOOK_SECONDS)
+        sys.stdout.write(_canonical(api.ask("GET", path)))
+
+
+@app.command()
+def keys(url: Url) -> None:
+    """Print the public keys that the server's receipts are signed with, for 'verify'."""
+    with failing(), Api(url, "none") as api:
+        sys.stdout.write(_canonical(api.ask("GET", "/.well-known/jwks.json")))
+
+
+@app.command()
+def chain(
+    url: Url, key: Key, after: Annotated[int, typer.Option(min=0, help="Print only batches after this number.")] = 0
+) -> None:
+    """Print the signed headers of all batches as JSON Lines, for 'verify'."""
+    with failing(), Api(url, key) as api:
+        for batch in _batches(api, after):
+            sys.stdout.write(_canonical(batch))
+
+
+@app.command()
+def head(url: Url, key: Key) -> None:
+    """Print the newest batch as a line of JSON, to keep on another machine; 'verify --heads' compares it."""
+    with failing(), Api(url, key) as api:
+        newest = None
+        for batch in _batches(api, 0):
+            newest = batch["header"]
+        if newest is not None:
+            hash_ = hashlib.sha256(rfc8785.dumps(newest)).hexdigest()
+            line = {"log": _LOG, "server": newest["server"], "sequence": int(newest["number"]), "hash": hash_}
+            sys.stdout.write(json.dumps(line) + "\n")
+
+
+@app.command()
+def verify(
+    files: Annotated[list[Path], typer.Argument(help="Receipts as 'show' prints them, or chains as 'chain' does.")],
+    jwks: Annotated[Path, typer.Option(help="File with the server's public keys; 'keys' prints them.")],
+    heads: Annotated[Path | None, typer.Option(help="File with heads that were kept elsewhere.")] = None,
+    prompt: Annotated[Path | None, typer.Option(help="The request's body, byte for byte, of one receipt.")] = None,
+    answer: Annotated[Path | None, typer.Option(help="The response's body, byte for byte, of one receipt.")] = None,
+) -> None:
+    """Check receipts and chains, and that they follow from each other; no server is asked."""
+    with failing():
+        with _about(jwks):
+            public = verifying.parse_keys(jwks.read_bytes())
+        if (prompt or answer) and len(files) != 1:
+            raise UsageInvalid("--prompt and --answer are the bodies of one request: give one receipt")
+        noted = [] if heads is None else _heads(heads)
+        batches: list[SignedBatch] = []
+        ends: dict[str, int] = {}
+        for file in files:
+            with _about(file):
+                sentence = _verify_file(file, public, batches, ends, {"prompt": prompt, "answer": answer})
+            typer.echo(f"{file}: OK: {sentence}")
+        with _about(heads or files[0]):
+            verifying.verify_order(batches)
+            compared = verifying.verify_heads(batches, noted, ends)
+        if heads is not None:
+            typer.echo(f"{heads}: OK: {compared} of {len(noted)} heads are of the batches that were given")
+
+
+@app.command()
+def rotate_key(
+    demo: place_option("demo", "Act on the demo's state directory.") = None,  # type: ignore[valid-type]
+    state_dir: place_option("state_dir", "Act on this state directory.") = None,  # type: ignore[valid-type]
+    database_url: place_option("database_url", "Act on the state of the server of this database.") = None,  # type: ignore[valid-type]
+    receipt_key: Annotated[
+        Path | None, typer.Option(help="As 'flexgate serve' has it.", envvar="FLEXGATE_RECEIPT_KEY")
+    ] = None,
+    receipt_signer: Annotated[
+        str | None, typer.Option(help="As 'flexgate serve' has it.", envvar="FLEXGATE_RECEIPT_SIGNER")
+    ] = None,
+) -> None:
+    """Sign receipts with another key from now on, and print its id; a running server follows.
+
+    A key file that is in use is replaced by a new one, and kept beside it as NAME.retired-ID. Where the file or the
+    signer has another key already, that one is taken. Receipts that were signed before stay verifiable.
+    """
+    from flexgate.server.lifecycle.receipts import rotate
+
+    with failing():
+        typer.echo(rotate(demo, state_dir, database_url, receipt_key, receipt_signer))
+
+
+def _is_pending(api: Api, path: str) -> bool:
+    try:
+        return bool(api.http.get(path).json()["error"]["code"] == PENDING)
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return False  # asking again says what is wrong
+
+
+def _verify_file(
+    file: Path,
+    keys_: verifying.Keys,
+    batches: list[SignedBatch],
+    ends: dict[str, int],
+    bodies: dict[str, Path | None],
+) -> str:
+    """Verify a file, and note its batches; returns what it is."""
+    text = file.read_bytes()
+    if text.startswith(b'{"header":'):
+        chained = [verifying.verify_batch(verifying.parse(line), keys_) for line in text.splitlines()]
+        verifying.verify_chain(chained)
+        batches += chained
+        ends |= {batch.server: batch.number for batch in chained}
+        return f"a chain of {len(chained)} batches, with {sum(b.last - b.first + 1 for b in chained)} receipts"
+    found = verifying.verify_receipt(text, keys_)
+    batches.append(found.batch)
+    opened = [name for name, path in bodies.items() if path is not None]
+    for name in opened:
+        path = bodies[name]
+        assert path is not None
+        verifying.verify_opening(found, name, path.read_bytes())
+    kinds = ", ".join(_said(leaf) for leaf in found.leaves if leaf["kind"] != "none")
+    whole = "the whole receipt" if found.complete else "a copy of the receipt"
+    matching = "".join(f"; its {name} is the given one" for name in opened)
+    return f"{whole} '{found.receipt}', number {found.number} of {found.batch.server}, with {kinds}{matching}"
+
+
+def _said(leaf: dict[str, Any]) -> str:
+    return "the request" if leaf["kind"] == "request" else f"what experts of '{leaf.get('owner')}' did"
+
+
+def _heads(path: Path) -> list[verifying.Head]:
+    """The heads of receipts in a file, which may hold those of audit logs, too."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line, object_pairs_hook=no_key_twice)
+            if values.get("log") == _LOG:
+                found.append(verifying.Head(str(values["server"]), int(values["sequence"]), str(values["hash"])))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageInvalid(f"{path}: this line is no head: {line[:80]!r}") from None
+    if not found:
+        raise UsageInvalid(f"{path} contains no head of receipts")
+    return found
+
+
+def _batches(api: Api, after: int) -> Iterator[dict[str, Any]]:
+    while True:
+        page = api.ask("GET", "/v1/receipt_batches", params={"after": after, "limit": _PAGE})
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = int(page["data"][-1]["header"]["number"])
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the file that is not valid."""
+    try:
+        yield
+    except ReceiptInvalid as error:
+        typer.secho(f"flexgate: {path} is not valid: {error}", err=True, fg=typer.colors.RED)
+        raise typer.Exit(FAILED) from None
+
+
+def _canonical(value: Any) -> str:
+    return rfc8785.dumps(value).decode() + "\n"
+
+
+def _quoted(id_: str) -> str:
+    from urllib.parse import quote
+
+    return quote(id_, safe="")

@@ -1,0 +1,155 @@
+"""Receipts as they are shown: to each party its leaves, made again of the ledger's row and compared with the root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from flexgate.server.ledger.receipts import merkle, rows
+from flexgate.server.ledger.receipts.batches import FORMAT, parsed
+from flexgate.server.ledger.receipts.book import Batch, Book, opened
+from flexgate.server.ledger.receipts.leaves import Leaf, Leaves, Recorded, grow
+from flexgate.server.ledger.receipts.maker import Maker
+from flexgate.server.ledger.receipts.signing import Signer
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who asks: a tenant, an owner, or with neither an auditor or administrator, who sees every leaf."""
+
+    tenant: str | None = None
+    owner: str | None = None
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether it sees every leaf."""
+        return self.tenant is None and self.owner is None
+
+    def may_see(self, tenant: str, owners: list[str]) -> bool:
+        """Whether a request concerns it, by the request's tenant and the owners of what took part."""
+        return self.is_operator or tenant == self.tenant or self.owner in owners
+
+    def sees(self, leaf: Leaf) -> bool:
+        """Whether its copy shows a leaf."""
+        if self.tenant is not None:
+            return leaf.kind == "request"
+        return self.is_operator or (leaf.kind == "owner" and leaf.owner == self.owner)
+
+
+class NoReceipt(Exception):
+    """There is none of this id that the reader may see."""
+
+
+class ReceiptPending(Exception):
+    """The request is recorded, and its receipt is not made yet; the message says why, if there is a reason."""
+
+
+class ReceiptDamaged(Exception):
+    """The ledger's row does not lead to the root that was signed: one of the two was changed."""
+
+
+class Receipts:
+    """The receipts of a server."""
+
+    def __init__(self, ledger: Path, book: Path, maker: Maker, pseudonym: Callable[[str, str], str]) -> None:
+        self.maker = maker
+        self._ledger = ledger
+        self._book = book
+        self._pseudonym = pseudonym
+
+    @property
+    def jwks(self) -> bytes:
+        """The public keys, as canonical JSON."""
+        return self.maker.jwks
+
+    def show(self, receipt: str, reader: Reader) -> Json:
+        """A reader's copy, whose members are in the order of their names. Blocks.
+
+        Raises:
+            NoReceipt, ReceiptPending, ReceiptDamaged: there is nothing to show.
+            LedgerError, BookError: a file cannot be read.
+        """
+        with rows.reading(self._ledger) as connection:
+            recorded = rows.read_one(connection, receipt)
+            running = rows.read_running(connection, receipt) if recorded is None else None
+        if running is not None and reader.owner is None and reader.may_see(running.tenant, []):
+            raise ReceiptPending("the request has not ended")
+        if recorded is None or not reader.may_see(recorded.tenant, recorded.owners):
+            raise NoReceipt
+        with opened(self._book) as book:
+            found = book.find(recorded.sequence)
+            if found is None:
+                raise ReceiptPending(self.maker.waiting or "it is made within a second")
+            leaves = self._grown(recorded, book)
+        batch, place = found
+        if leaves.root != batch.roots[place]:
+            raise ReceiptDamaged(
+                f"the ledger's row {recorded.sequence} (receipt '{receipt}') does not lead to the root that was "
+                "signed: it or the receipts' file was changed since"
+            )
+        return copy_of(batch, place, leaves, reader)
+
+    def chain(self, after: int, limit: int) -> list[Json]:
+        """The signed headers of batches after a number, in their order. Blocks; raises `BookError`."""
+        with opened(self._book) as book:
+            return [
+                {"header": parsed(header), "signature": signature.hex()}
+                for header, signature in book.chain(after, limit)
+            ]
+
+    def _grown(self, recorded: Recorded, book: Book) -> Leaves:
+        digest = book.policy(recorded.policy_version)
+        return grow(recorded, secret=book.secret, policy_digest=digest, pseudonym=self._pseudonym)
+
+
+def copy_of(batch: Batch, place: int, leaves: Leaves, reader: Reader) -> Json:
+    """The receipt at a place of its batch, with the leaves that a reader sees."""
+    shown = [
+        {"content": parsed(leaf.content), "index": index, "salt": leaf.salt.hex()}
+        for index, leaf in enumerate(leaves.leaves)
+        if reader.sees(leaf)
+    ]
+    above = merkle.levels([merkle.leaf_hash(root) for root in batch.roots])
+    return {
+        "batch": {
+            "header": parsed(batch.header),
+            "path": [hash_.hex() for hash_ in merkle.path(above, place)],
+            "signature": batch.signature.hex(),
+        },
+        "format": FORMAT,
+        "hashes": [hash_.hex() for hash_ in leaves.hashes],
+        "leaves": shown,
+        "number": str(batch.first + place),
+        **({"opening": leaves.opening.hex()} if reader.tenant is not None else {}),
+    }
+
+
+@contextmanager
+def kept(
+    directory: Path,
+    ledger: Path,
+    signer: Signer,
+    *,
+    clock: Callable[[], float],
+    policy_digest: Callable[[int], str | None],
+    pseudonym: Callable[[str, str], str],
+) -> Iterator[Receipts]:
+    """The receipts of a state directory; `receipts.maker.start` begins to make them. Arguments as `Maker` takes them.
+
+    Raises:
+        BookError: their file cannot be opened.
+    """
+    path = directory / NAME
+    maker = Maker(ledger, Book(path), signer, clock=clock, policy_digest=policy_digest, pseudonym=pseudonym)
+    try:
+        yield Receipts(ledger, path, maker, pseudonym)
+    finally:
+        maker.close()
+
+
+NAME: Final = "receipts.db"
