@@ -1,9 +1,13 @@
 """The audit log's hash chains: every entry names the hash of the one before it in its log. Pure.
 
-    hash = SHA-256(canonical JSON of [sequence, at, actor, action, detail, previous hash])
+    hash = SHA-256(RFC 8785 form of {action, actor, at, detail, format, log, previous, sequence})
+
+`at` is a string of whole microseconds, `format` is `flexgate-audit/2`, and in `detail` a whole number beyond ±(2⁵³ − 1)
+is a string, so that every language makes the same hash. Earlier entries have the hash of version 1, which only Python
+makes; they stay valid.
 
 There are two logs, numbered together: `changes`, of which nothing is ever removed, and `requests`, the denied requests,
-whose oldest entries may be trimmed; the hash of those ends with the log's name. Each trimming is an entry of `changes`
+whose oldest entries may be trimmed. Each trimming is an entry of `changes`
 that says how many entries went, and the hash that the rest goes on from.
 
 A `Head` that was kept outside the database betrays any edit, deletion, reordering or truncation of what came before it
@@ -14,14 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple
+
+import rfc8785
 
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.strict_json import no_key_twice
 
 _NOTHING_BEFORE: Final = "0" * 64
+FORMAT: Final = "flexgate-audit/2"
+MICROSECONDS: Final = 1_000_000
+SAFE: Final = 2**53 - 1
 CHANGES: Final = "changes"
 REQUESTS: Final = "requests"
 LOGS: Final = (CHANGES, REQUESTS)
@@ -90,6 +100,7 @@ class Verified(NamedTuple):
 def chain(head: Head, event: Event, *, newest: int | None = None) -> Entry:
     """The entry that continues a log after `head`; `newest` is the number of the newest entry of either log."""
     sequence = (head.sequence if newest is None else newest) + 1
+    event = replace(event, at=_microseconds(event.at) / MICROSECONDS)
     return Entry(
         at=event.at,
         actor=event.actor,
@@ -97,7 +108,7 @@ def chain(head: Head, event: Event, *, newest: int | None = None) -> Entry:
         detail=event.detail,
         sequence=sequence,
         previous=head.hash,
-        hash=_hash(sequence, event, head.hash, head.log),
+        hash=_new_hash(sequence, event, head),
         log=head.log,
     )
 
@@ -146,6 +157,7 @@ class _Walk:
     gap: tuple[int, int] = (0, 0)  # the last of them lies between these entries
     resumed: str = _NOTHING_BEFORE  # the hash that the requests go on from
     trims: list[_Trim] = field(default_factory=list)
+    versions: list[Callable[[int, Event, str, str], str | None]] = field(default_factory=lambda: [_hash, _hash_1])
 
     def step(self, entry: Entry) -> None:
         if entry.sequence <= self.newest or entry.log not in self.heads:
@@ -160,7 +172,7 @@ class _Walk:
             if entry.sequence > self.newest + 1:
                 raise AuditBroken(f"entry {entry.sequence} follows entry {self.newest}")
             raise AuditBroken(f"entry {entry.sequence} does not follow from the one before it")
-        if entry.hash != _hash(entry.sequence, entry, entry.previous, entry.log):
+        if not self._fits(entry):
             raise AuditBroken(f"entry {entry.sequence} was changed after it was written")
         if entry.action == TRIMMED:
             self.trims.append(_Trim.of(entry))
@@ -168,6 +180,15 @@ class _Walk:
         self.missing.discard(self.heads[entry.log])
         self.newest = entry.sequence
         self.entries += 1
+
+    def _fits(self, entry: Entry) -> bool:
+        """Whether an entry has its hash, of the version of the one before it, or of another one."""
+        for version in self.versions:
+            if entry.hash == version(entry.sequence, entry, entry.previous, entry.log):
+                self.versions.remove(version)
+                self.versions.insert(0, version)
+                return True
+        return False
 
     def end(self) -> Verified:
         last = self.trims[-1].through if self.trims else STARTS[REQUESTS]
@@ -201,9 +222,50 @@ def from_line(line: str) -> Entry:
         raise AuditBroken(f"not an audit entry: {line[:80]!r}") from error
 
 
-def _hash(sequence: int, event: Event, previous: str, log: str) -> str:
+def _hash(sequence: int, event: Event, previous: str, log: str) -> str | None:
+    """Of version 2; None for a time that is not of whole microseconds."""
+    at = _microseconds(event.at)
+    if at / MICROSECONDS != event.at:
+        return None
+    content = {
+        "action": event.action,
+        "actor": event.actor,
+        "at": str(at),
+        "detail": event.detail,
+        "format": FORMAT,
+        "log": log,
+        "previous": previous,
+        "sequence": sequence,
+    }
+    return hashlib.sha256(rfc8785.dumps(_portable(content))).hexdigest()
+
+
+def _new_hash(sequence: int, event: Event, head: Head) -> str:
+    hash_ = _hash(sequence, event, head.hash, head.log)
+    if hash_ is None:
+        raise AuditBroken(f"the time {event.at} of entry {sequence} is not of whole microseconds")
+    return hash_
+
+
+def _hash_1(sequence: int, event: Event, previous: str, log: str) -> str:
     content = [sequence, event.at, event.actor, event.action, event.detail, previous]
     if log != CHANGES:
         content.append(log)
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _microseconds(seconds: float) -> int:
+    return round(seconds * MICROSECONDS)
+
+
+def _portable(value: Any) -> Any:
+    """JSON that every language reads alike: as strings what are no numbers there, and unpaired surrogates escaped."""
+    if isinstance(value, dict):
+        return {_portable(str(name)): _portable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(one) for one in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    beyond = type(value) is int and abs(value) > SAFE
+    return str(value) if beyond or (isinstance(value, float) and not math.isfinite(value)) else value

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Select, delete, func, insert, select
+from sqlalchemy import Connection, Engine, Select, delete, false, func, insert, select
 
 from flexgate.policies.audit import (
     CHANGES,
@@ -98,7 +98,8 @@ def policy_digest(engine: Engine, version: int) -> str | None:
     table = audit_log.c
     with reading(engine) as connection:
         made = connection.scalar(select(policy_revisions.c.at).where(policy_revisions.c.version == version))
-        query = select(table.hash, table.detail).where(table.log == CHANGES, table.at == made)
+        at = table.at.between(made - 1e-6, made + 1e-6) if made is not None else false()
+        query = select(table.hash, table.detail).where(table.log == CHANGES, at)
         rows = connection.execute(query.order_by(table.sequence.desc()).execution_options(yield_per=10))
         return next((row.hash for row in rows if row.detail.get("policy_version") == version), None)
 

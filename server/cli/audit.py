@@ -18,6 +18,7 @@ from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli.store import failing
 from flexgate.server.cli.target import READER, Target, administers, typed_options, with_target_options
 from flexgate.server.cli.target import target as target_of
+from flexgate.server.ledger.receipts.heads import LOG as RECEIPTS
 
 _HELP: Final = (
     "Verify, export and trim the audit log.\n\n"
@@ -101,10 +102,19 @@ def _refuse_targets(context: typer.Context) -> None:
 
 
 def _heads(path: Path) -> list[Head]:
-    heads = [_head(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    heads = [_head(line) for line in lines if not _is_of_receipts(line)]
     if not any(head.sequence for head in heads):
         raise AuditBroken(f"{path} contains no head: give a file with the output of 'flexgate audit head'")
     return heads
+
+
+def _is_of_receipts(line: str) -> bool:
+    """Whether a line is a head for 'flexgate receipts verify', which a server appends to the same file."""
+    try:
+        return bool(json.loads(line, object_pairs_hook=no_key_twice)["log"] == RECEIPTS)
+    except (TypeError, ValueError, LookupError):
+        return False
 
 
 def _head(line: str) -> Head:

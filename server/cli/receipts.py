@@ -21,6 +21,7 @@ from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli.options import place_option
 from flexgate.server.cli.store import FAILED, failing
 from flexgate.server.ledger.receipts import verify as verifying
+from flexgate.server.ledger.receipts.heads import LOG
 from flexgate.server.ledger.receipts.verify import ReceiptInvalid, SignedBatch
 
 _HELP: Final = (
@@ -35,7 +36,6 @@ Key = Annotated[
 ]
 PENDING: Final = "receipt_pending"
 LOOK_SECONDS: Final = 0.1
-_LOG: Final = "receipts"
 _PAGE: Final = 1000
 
 
@@ -80,7 +80,7 @@ def head(url: Url, key: Key) -> None:
             newest = batch["header"]
         if newest is not None:
             hash_ = hashlib.sha256(rfc8785.dumps(newest)).hexdigest()
-            line = {"log": _LOG, "server": newest["server"], "sequence": int(newest["number"]), "hash": hash_}
+            line = {"log": LOG, "server": newest["server"], "sequence": int(newest["number"]), "hash": hash_}
             sys.stdout.write(json.dumps(line) + "\n")
 
 
@@ -180,7 +180,7 @@ def _heads(path: Path) -> list[verifying.Head]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line, object_pairs_hook=no_key_twice)
-            if values.get("log") == _LOG:
+            if values.get("log") == LOG:
                 found.append(verifying.Head(str(values["server"]), int(values["sequence"]), str(values["hash"])))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageInvalid(f"{path}: this line is no head: {line[:80]!r}") from None

@@ -32,6 +32,7 @@ from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.handlers import build_handlers
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.heads import Heads
 from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.lifecycle.serve import DEMO_TOOL_PARSER
 from flexgate.server.lifecycle.services import Services
@@ -93,6 +94,9 @@ def build_services(
         store=store,
         ledger=ledger,
         receipts=receipts,
+        heads=None
+        if settings.heads_file is None
+        else Heads(store, receipts.book, settings.heads_file, seconds=settings.heads_seconds),
         experts=_expert_service(settings, model, engine, store, policy, merged, keys, clock),
         uploads=Uploads(settings.directory() / "uploads", most_bytes=settings.max_package_bytes, clock=time.time),
         experts_dir=settings.experts_dir,

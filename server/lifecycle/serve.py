@@ -60,6 +60,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.retention.run(),
         services.experts.follow(services.policy.revoked),
         _stop_with_engine(server, services.client),
+        *(() if services.heads is None else (services.heads.run(),)),
     )
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:

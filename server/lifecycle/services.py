@@ -19,6 +19,7 @@ from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.errors import LedgerFailure
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.heads import Heads
 from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.denial_log import Denials
@@ -56,6 +57,7 @@ class Services:
     offload: Offload = field(default_factory=Offload)
     decisions: DecisionCache = field(default_factory=DecisionCache)
     clock: Callable[[], float] = field(default_factory=Clock)
+    heads: Heads | None = None
     draining: bool = False
     revoked_keys: RevokedKeys = "end"
     audit_denials_days: int = 90

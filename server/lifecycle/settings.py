@@ -218,6 +218,14 @@ class Settings(StoreSettings):
             "hexadecimal. --receipt-key is its public key then."
         ),
     ] = None
+    heads_file: Annotated[
+        Path | None,
+        Field(
+            description="File to which the newest heads of the audit log and of the receipts are appended; best on "
+            "another machine's disk."
+        ),
+    ] = None
+    heads_seconds: Annotated[float, Field(gt=0, description="Interval of appending heads to --heads-file.")] = 3600.0
     keep_alive_seconds: Annotated[
         int,
         Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),

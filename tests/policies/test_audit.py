@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexgate.policies.audit import (
     START,
@@ -19,6 +26,13 @@ from flexgate.policies.audit import (
     verify,
 )
 from flexgate.policies.errors import AuditBroken
+
+NODE = shutil.which("node")
+VERIFIER = Path(__file__).parents[2] / "docs" / "examples" / "verify-audit-log.mjs"
+
+
+def _nested(children: Any) -> Any:
+    return st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3)
 
 
 def _log(length: int) -> list[Entry]:
@@ -156,3 +170,62 @@ def test_export_round_trip():
     for bad in ("", "[]", "{}", '{"sequence": 1}'):
         with pytest.raises(AuditBroken):
             from_line(bad)
+
+
+def test_a_log_that_was_begun_under_version_1_goes_on_under_version_2() -> None:
+    old = json.loads((Path(__file__).parent / "audit-version-1.json").read_text())
+    entries = [from_line(line) for line in old]
+    head = Head(entries[-1].sequence, entries[-1].hash)
+    entries.append(chain(head, Event(at=2000.123456789, actor="key_a", action="tenant.updated", detail={"id": "a"})))
+    verified = verify(entries)
+    assert verified.entries == len(old) + 1
+    assert entries[-1].at == 2000.123457
+    for place, entry in enumerate(entries):
+        changed = [*entries[:place], replace(entry, actor="other"), *entries[place + 1 :]]
+        with pytest.raises(AuditBroken, match="was changed after it was written"):
+            verify(changed)
+
+
+def test_a_time_within_a_microsecond_is_no_other_time() -> None:
+    log = _log(2)
+    with pytest.raises(AuditBroken, match="was changed"):
+        verify([replace(log[0], at=log[0].at + 2e-7), log[1]])
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), _nested))
+def test_every_detail_has_a_hash_that_an_export_keeps(value: Any) -> None:
+    entry = chain(START, Event(at=1.5, actor="a", action="x.y", detail={"value": value}))
+    assert verify([from_line(to_line(entry))]).entries == 1
+
+
+@pytest.mark.skipif(NODE is None, reason="needs Node")
+def test_the_verifier_in_javascript_finds_what_is_changed(tmp_path: Path) -> None:
+    old = json.loads((Path(__file__).parent / "audit-version-1.json").read_text())
+    head = from_line(old[-1])
+    new = [chain(Head(head.sequence, head.hash), Event(at=5.25, actor="é", action="a.b", detail={"x": 1e-7}))]
+    for number in range(3):
+        detail = {"n": [0.1 * number, '\u2028"', None, True, {"😀": 2**53 - 1}]}
+        new.append(chain(Head(new[-1].sequence, new[-1].hash), Event(at=6.1, actor="b", action="a.b", detail=detail)))
+    lines = [*old, *map(to_line, new)]
+    assert _javascript(tmp_path, lines) == (
+        0,
+        f"OK: {len(lines)} entries follow from each other; of the first {len(old)} only the links were checked\n",
+    )
+    rng = random.Random(3)
+    for place in range(len(old), len(lines)):
+        line = lines[place].encode()
+        for _ in range(6):
+            at = rng.randrange(len(line))
+            changed = bytearray(line)
+            changed[at] ^= 1
+            text = bytes(changed).decode(errors="replace")
+            status, _ = _javascript(tmp_path, [*lines[:place], text, *lines[place + 1 :]])
+            assert status == 1, (place, text)
+    assert _javascript(tmp_path, [*lines[:-2], lines[-1]])[0] == 1
+
+
+def _javascript(folder: Path, lines: list[str]) -> tuple[int, str]:
+    path = folder / "export.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = subprocess.run([str(NODE), VERIFIER, path], capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout

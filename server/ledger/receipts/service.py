@@ -54,12 +54,12 @@ class ReceiptDamaged(Exception):
 
 
 class Receipts:
-    """The receipts of a server."""
+    """The receipts of a server. `book` is the file of their batches."""
 
     def __init__(self, ledger: Path, book: Path, maker: Maker, pseudonym: Callable[[str, str], str]) -> None:
         self.maker = maker
         self._ledger = ledger
-        self._book = book
+        self.book = book
         self._pseudonym = pseudonym
 
     @property
@@ -81,7 +81,7 @@ class Receipts:
             raise ReceiptPending("the request has not ended")
         if recorded is None or not reader.may_see(recorded.tenant, recorded.owners):
             raise NoReceipt
-        with opened(self._book) as book:
+        with opened(self.book) as book:
             found = book.find(recorded.sequence)
             if found is None:
                 raise ReceiptPending(self.maker.waiting or "it is made within a second")
@@ -96,7 +96,7 @@ class Receipts:
 
     def chain(self, after: int, limit: int) -> list[Json]:
         """The signed headers of batches after a number, in their order. Blocks; raises `BookError`."""
-        with opened(self._book) as book:
+        with opened(self.book) as book:
             return [
                 {"header": parsed(header), "signature": signature.hex()}
                 for header, signature in book.chain(after, limit)
