@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,19 @@ def allowed(followers: Followers, grammar: FollowedGrammar) -> set[str]:
     return {TOKENIZER.decoded_vocab[token].decode("latin-1") for token in bits[0].nonzero().flatten().tolist()}
 
 
+def forker_of(followers: Followers) -> psutil.Process:
+    """The process that forks the others, which the first request begins."""
+    if followers._forker is None:
+        allowed(followers, follow(followers, "first"))
+    assert followers._forker is not None
+    return psutil.Process(followers._forker.pid)
+
+
+def children_of(process: psutil.Process) -> set[int]:
+    """Its children, without a walk over all processes, which takes so long that the youngest have gone on."""
+    return {int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()}
+
+
 def process_of(grammar: FollowedGrammar, followers: Followers) -> psutil.Process:
     """The youngest process, which a new grammar is followed in."""
     assert followers._forker is not None
@@ -56,3 +71,32 @@ def process_of(grammar: FollowedGrammar, followers: Followers) -> psutil.Process
 def started(process: psutil.Process) -> int:
     """When it began, in clock ticks: psutil's seconds lie around a time of boot that is rounded anew at each call."""
     return int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def begun_process(followers: Followers, regex: str, tenant: str) -> tuple[FollowedGrammar, psutil.Process]:
+    """A request whose constraint is still compiled, in a process that does not go on."""
+    forker = forker_of(followers)
+    before = children_of(forker)
+    grammar = follow(followers, regex, tenant)
+    deadline = time.monotonic() + SECONDS
+    while not (begun := children_of(forker) - before):
+        assert time.monotonic() < deadline
+    (pid,) = begun
+    os.kill(pid, signal.SIGSTOP)
+    followers.collect((), 0.0)
+    assert not grammar._follower.compiled
+    return grammar, psutil.Process(pid)
+
+
+def free_descriptors(process: psutil.Process) -> list[int]:
+    """Descriptors that it may open, the next one first."""
+    return sorted(set(range(1000)) - {int(name) for name in os.listdir(f"/proc/{process.pid}/fd")})
+
+
+def at_rest(forker: psutil.Process, *, compiling: int) -> bool:
+    """Whether it has descriptors for its children alone, and none of those that have just ended or compiled."""
+    folder = f"/proc/{forker.pid}/fd"
+    kinds = [os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if int(name) > 2]
+    children = len(children_of(forker))
+    counted = [sum(kind in link for link in kinds) for kind in ("pidfd", "pipe:", "socket:")]
+    return counted == [children, compiling, children + 1]

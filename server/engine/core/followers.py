@@ -4,8 +4,10 @@ A process that is late ends, and its own requests with it; others go on.
 """
 
 import json
+import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +46,8 @@ MAX_PACKETS: Final = 256
 """Taken at once from one process: about as many as its socket holds, however fast it sends more."""
 HUNG_SECONDS: Final = 30
 """On the clock, for a process that the machine gives no processor time."""
+UNCOMPILED_SECONDS: Final = 150
+"""On the clock, for a constraint to have its turn and be compiled."""
 
 
 class TenantBusy(Exception):
@@ -77,7 +81,8 @@ class Follower:
         self._ended_by = CONSTRAINT_UNAVAILABLE
         self.followed: dict[int, ref[Followed]] = {}
         self._asked: dict[int, float] = {}
-        self._compiled_at = 0.0
+        self._unsent: OrderedDict[int, bytes] = OrderedDict()  # by request, which has one question at a time
+        self._heard = 0.0
         self._numbers = count(1)
 
     @property
@@ -86,7 +91,7 @@ class Follower:
         return self.alive and bool(self._asked)
 
     def open(self, grammar: Followed, stops: Iterable[int]) -> int:
-        """Have it follow for one more request; returns the request's number."""
+        """Have it follow for one more request, from the next `send`; returns the request's number."""
         number = next(self._numbers)
         self.followed[number] = ref(grammar)
         self._ask(OPEN, number, stops)
@@ -95,13 +100,31 @@ class Follower:
     def advance(self, number: int, tokens: Iterable[int]) -> None:
         """Tell it what was sampled."""
         self._ask(ADVANCE, number, tokens)
+        self.send()
 
     def close(self, number: int) -> None:
-        """Have it forget a request."""
+        """Have it forget a request, from the next `send`."""
         self.followed.pop(number, None)
         self._asked.pop(number, None)
-        if self.alive:
-            self._send(pack(CLOSE, number))
+        unopened = not self.compiled and self._unsent.pop(number, None) is not None
+        if self.alive and not unopened:
+            self._unsent[number] = pack(CLOSE, number)
+
+    def send(self) -> None:
+        """Send what it has room for: nothing before it has compiled, when it does not read. Of one thread alone."""
+        while self._unsent and self.compiled and self.alive:
+            try:
+                number, packet = self._unsent.popitem(last=False)
+            except KeyError:
+                return
+            try:
+                self.link.send(packet)
+            except ConnectionError:  # it has ended, and may have said why
+                self.receive()
+            except OSError:  # its socket is full
+                self._unsent.setdefault(number, packet)
+                self._unsent.move_to_end(number, last=False)
+                return
 
     def receive(self) -> None:
         """Take what it has sent; end it if that is malformed."""
@@ -112,18 +135,21 @@ class Follower:
                 packet = self.link.recv(MAX_PACKET)
             except BlockingIOError:
                 break
+            except ConnectionResetError:  # reported once, where it ended with unread packets; what it sent comes next
+                continue
             except OSError:
                 packet = b""
             try:
                 self._take(*unpack(packet))
+                self._heard = time.monotonic()
             except (ValueError, IndexError):  # of no whole number of integers, or too few: nothing, where it has ended
                 self.end()
 
     def end_if_hung(self) -> None:
-        """End it if a reply is overdue."""
+        """End it if a reply is overdue: nothing was heard for too long, of its masks or of its being compiled."""
         asked = list(self._asked.values())
-        # For the masks alone: how long compiling took does not count.
-        if self.compiled and asked and time.monotonic() - max(min(asked), self._compiled_at) > HUNG_SECONDS:
+        seconds = HUNG_SECONDS if self.compiled else UNCOMPILED_SECONDS
+        if asked and time.monotonic() - max(min(asked), self._heard) > seconds:
             self.end()
 
     def end(self) -> None:
@@ -135,17 +161,9 @@ class Follower:
                 grammar.failed(self._ended_by)
 
     def _ask(self, what: int, number: int, values: Iterable[int]) -> None:
+        self._unsent[number] = pack(what, number, values)
         self._asked[number] = time.monotonic()
-        if self.alive:
-            self._send(pack(what, number, values))
-        else:
-            self.end()
-
-    def _send(self, packet: bytes) -> None:
-        try:
-            self.link.send(packet)
-        except OSError:  # it ended, or it reads nothing for so long that what it was sent fills the socket
-            self.receive()  # it may be said why
+        if not self.alive:
             self.end()
 
     def _take(self, what: int, number: int, values: Any) -> None:
@@ -154,7 +172,7 @@ class Follower:
             self.end()
             return
         if what == COMPILED:
-            self.kib, self._compiled_at = values[0], time.monotonic()
+            self.kib = values[0]
             self.compiled = True
             return
         if what == MASK and len(values) != self._mask_words:
@@ -173,46 +191,46 @@ class Follower:
 
 
 class Followers:
-    """All processes of an engine core, by constraint; begin them with :meth:`start`."""
+    """All processes of an engine core, by constraint; the first one begins them, after :meth:`start`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokenizer = ""
         self._mask_words = 0
-        self._forker: subprocess.Popen[str] | None = None
+        self._forker: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._untaken, self._taken_at = 0, 0.0  # jobs sent and not taken yet, and since when none was taken
         self._all: OrderedDict[str, Follower] = OrderedDict()
         self._listed: tuple[Follower, ...] = ()  # for the steps, which wait for no lock
         self._left = False
 
     def start(self, tokenizer: str, vocabulary: int) -> None:
-        """Begin the process that forks the others.
+        """Prepare for constraints over a tokenizer.
 
         Args:
             tokenizer: xgrammar's serialised `TokenizerInfo`.
             vocabulary: tokens that it has, and a mask has bits for.
         """
         self._tokenizer, self._mask_words = tokenizer, (vocabulary + 31) // 32
-        self._begin_forker()
 
     def _begin_forker(self) -> None:
-        self._control, theirs = socket.socketpair()
-        with theirs:
+        control, theirs = socket.socketpair()
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", HUNG_SECONDS, 0))
+        with theirs, os.fdopen(os.memfd_create("tokenizer"), "w+") as tokenizer:
+            tokenizer.write(self._tokenizer)
+            tokenizer.seek(0)
             self._forker = subprocess.Popen(
                 [sys.executable, "-m", "flexgate.server.engine.grammars.follow", str(theirs.fileno())],
-                stdin=subprocess.PIPE,
-                text=True,
+                stdin=tokenizer,
                 env=environment(),
                 pass_fds=[theirs.fileno()],
             )
-        if self._forker.stdin is not None:
-            threading.Thread(target=_write, args=(self._forker.stdin, self._tokenizer), daemon=True).start()
+        self._control, self._untaken = control, 0
 
     def stop(self) -> None:
         """End them."""
         if self._forker is not None:
-            self._forker.kill()
-            self._forker.wait()
+            self._kill_forker(self._forker)
         if self._control is not None:
             self._control.close()
         for follower in self._listed:
@@ -226,6 +244,7 @@ class Followers:
 
         Raises:
             TenantBusy: it needs a new one, and too many of its tenant's wait to be compiled.
+            OSError: it needs a new one, and no descriptor or process is left for it.
         """
         with self._lock:
             follower = self._all.get(name)
@@ -243,11 +262,14 @@ class Followers:
         """Take what was sent, and wait so long until every grammar of ``wanted`` is ready; returns the wait."""
         self._tidy_up()
         began, waited = time.monotonic(), 0.0
+        for follower in self._listed:
+            follower.send()
         while True:
             owing = [follower for follower in self._listed if follower.owes]
             left = 0.0 if all(grammar.ready for grammar in wanted) else max(0.0, seconds - waited)
             for follower in _readable(owing, left):
                 follower.receive()
+                follower.send()
             waited = time.monotonic() - began
             if left == 0.0:
                 break
@@ -275,15 +297,43 @@ class Followers:
         tenant = job["tenant"]
         if sum(one.tenant == tenant and one.alive and not one.compiled for one in self._all.values()) >= MAX_WAITING:
             raise TenantBusy
-        if self._forker is None or self._forker.poll() is not None:
+        if not self._forker_works():
             self._begin_forker()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        message = json.dumps(job).encode()
-        with theirs, suppress(OSError):  # where it has just ended, so has what it was given
-            socket.send_fds(self._control, [LENGTH.pack(len(message))], [theirs.fileno()])  # type: ignore[arg-type]
-            self._control.sendall(message)  # type: ignore[union-attr]
+        with theirs:
+            self._send_job(json.dumps(job).encode(), theirs)
         return Follower(tenant, ours, self._mask_words)
+
+    def _forker_works(self) -> bool:
+        """Whether the process that forks is alive and takes jobs; one that has taken none for too long is killed."""
+        if self._forker is None or self._control is None or self._forker.poll() is not None:
+            return False
+        now = time.monotonic()
+        with suppress(OSError):
+            if taken := len(self._control.recv(MAX_PACKET, socket.MSG_DONTWAIT)):
+                self._untaken, self._taken_at = self._untaken - taken, now
+        if self._untaken > 0 and now - self._taken_at > HUNG_SECONDS:
+            self._kill_forker(self._forker)
+            return False
+        return True
+
+    def _kill_forker(self, forker: "subprocess.Popen[bytes]") -> None:
+        forker.kill()  # and with it its children, and what it was given
+        forker.wait()
+
+    def _send_job(self, message: bytes, link: socket.socket) -> None:
+        """Give the process that forks a job; one that does not take it whole is killed."""
+        if self._control is None or self._forker is None:
+            return
+        if self._untaken == 0:
+            self._taken_at = time.monotonic()
+        self._untaken += 1
+        try:
+            socket.send_fds(self._control, [LENGTH.pack(len(message))], [link.fileno()])
+            self._control.sendall(message)
+        except OSError:
+            self._kill_forker(self._forker)
 
     def _end_unneeded(self) -> None:
         """End what no request needs and is not compiled, or is more than is kept, or in the way of what waits."""
@@ -322,8 +372,3 @@ def _readable(owing: list[Follower], seconds: float) -> list[Follower]:
     for descriptor in links:
         poll.register(descriptor, select.POLLIN)
     return [links[descriptor] for descriptor, _ in poll.poll(seconds * 1000)] if links else []
-
-
-def _write(stream: Any, text: str) -> None:
-    with suppress(BrokenPipeError), stream:
-        stream.write(text)

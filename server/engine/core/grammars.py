@@ -3,6 +3,7 @@
 No step waits for a mask that is late: the request is left out of it, until the mask is there or its process has ended.
 """
 
+import logging
 from array import array
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from flexgate.server.engine.seam.engine import (
     use_grammar_backend,
     xgrammar,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_PATIENCE: Final = 0.005
 """Seconds that steps wait for masks, of one request and of all; once used up, they come back slowly."""
@@ -47,7 +50,7 @@ def take_sealed_constraints(key: SealKey) -> Followers:
         def compile_grammar(
             self, _request_type: Any, grammar_spec: str, stop_token_ids: set[int] | None = None
         ) -> "FollowedGrammar":
-            """Have a sealed constraint followed; raises `GrammarError`."""
+            """Have a constraint followed; raises `GrammarError` for one that is not sealed."""
             tenant, kind, text = open_constraint(grammar_spec, key)
             job = {"tenant": tenant, "kind": kind, "text": text}
             return FollowedGrammar(followers, grammar_spec, job, sorted(stop_token_ids or ()))
@@ -82,6 +85,9 @@ class FollowedGrammar(StructuredOutputGrammar):
             self._follower, self._number = followers.follow(self, name, job, stops)
         except TenantBusy:
             self.failed(CONSTRAINT_BUSY)
+        except Exception:  # of no process or descriptor, for example: no fault of the request's
+            logger.exception("cannot begin a process for a constraint")
+            self.failed(CONSTRAINT_UNAVAILABLE)
 
     def check(self, token: int) -> None:
         """Fail if ``token`` is not in the mask that it was sampled under; from an empty mask, any token is sampled."""

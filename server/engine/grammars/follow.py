@@ -28,6 +28,7 @@ from flexgate.server.engine.grammars.native import (
     OUT_OF_MEMORY,
     beyond_limits,
     compile_constraint,
+    fork,
     is_out_of_memory,
     limit_memory,
     limit_process,
@@ -70,7 +71,8 @@ class Child:
 class Forker:
     """Jobs from ``control``, each with the socket by which the engine core reaches the child that it is for.
 
-    What can be had for no job, a descriptor or a process, ends that job alone: its socket is closed.
+    A byte is sent back for each job that is taken. A job that no descriptor or process is left for ends alone: its
+    socket is closed. A socket that the engine core closes ends its job or its child.
     """
 
     def __init__(self, control: socket.socket, bindings: Any, tokenizer: Any) -> None:
@@ -79,23 +81,27 @@ class Forker:
         self._waiting: dict[str, dict[int, tuple[dict[str, str], socket.socket]]] = {}
         self._compiling: dict[int, tuple[Child, float]] = {}
         self._children: dict[int, Child] = {}
+        self._untold: dict[int, socket.socket] = {}
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
 
     def run(self) -> None:
         """Work until the engine core is gone."""
         while True:
-            for source, _ in self._poll.poll(1000 if self._compiling else None):
-                if source in self._compiling:
+            for source, _ in self._poll.poll(1000 if self._compiling else None):  # `control` first, which was first
+                if source == self._control.fileno():
+                    if not self._take_job():
+                        return
+                elif source in self._compiling:
                     self._poll.unregister(source)
                     os.close(source)
                     del self._compiling[source]
                 elif source in self._children:
                     self._bury(source)
-                elif source != self._control.fileno():
-                    self._drop(source)
-                elif not self._take_job():
-                    return
+                elif source in self._untold:
+                    self._tell(source)
+                else:
+                    self._leave(source)
             self._end_hung()
             self._begin_next()
 
@@ -108,16 +114,27 @@ class Forker:
         for descriptor in descriptors:  # none, where this process may have no more
             self._poll.register(descriptor, 0)  # which tells when the engine core closes its end
             self._waiting.setdefault(job["tenant"], {})[descriptor] = job, socket.socket(fileno=descriptor)
+        self._control.send(b"\0")
         return True
 
-    def _drop(self, descriptor: int) -> None:
-        """Forget a job whose requests are all gone."""
-        tenant = next(tenant for tenant, jobs in self._waiting.items() if descriptor in jobs)
-        self._take(tenant, descriptor)[1].close()
+    def _leave(self, descriptor: int) -> None:
+        """End the job or the child whose requests are all gone."""
+        for tenant, jobs in self._waiting.items():
+            if descriptor in jobs:
+                self._close(self._take(tenant, descriptor)[1])
+                return
+        for child in self._children.values():
+            if child.link.fileno() == descriptor:
+                self._poll.unregister(descriptor)
+                os.kill(child.pid, signal.SIGKILL)
+
+    def _close(self, link: socket.socket) -> None:
+        with suppress(KeyError):
+            self._poll.unregister(link)
+        link.close()
 
     def _take(self, tenant: str, descriptor: int) -> tuple[dict[str, str], socket.socket]:
         """Take a job from those that wait, and put its tenant behind all others."""
-        self._poll.unregister(descriptor)
         jobs = self._waiting.pop(tenant)
         taken = jobs.pop(descriptor)
         if jobs:
@@ -134,7 +151,7 @@ class Forker:
             try:
                 self._fork(job, link)
             except OSError:
-                link.close()
+                self._close(link)
 
     def _may_begin(self, tenant: str) -> bool:
         if any(child.tenant == tenant for child, _ in self._compiling.values()):
@@ -142,30 +159,39 @@ class Forker:
         return sum(child.tenant == tenant for child in self._children.values()) < MAX_OF_TENANT
 
     def _fork(self, job: dict[str, str], link: socket.socket) -> None:
-        """Fork a child, with a pipe that it closes once it has compiled, and one that is open as long as it lives."""
+        """Fork a child, with a pipe that it closes once it has compiled; raises `OSError`, and there is none then."""
         with ExitStack() as opened:
-            compiled, compiles = _pipe(opened)
-            ended, lives = _pipe(opened)
-            pid = os.fork()
+            compiled, compiles = os.pipe()
+            opened.callback(os.close, compiled)
+            opened.callback(os.close, compiles)
+            pid, ended = fork()
             if pid == 0:
                 self._follow(job, link, compiles)
             opened.pop_all()
         os.close(compiles)
-        os.close(lives)
         child = self._children[ended] = Child(pid, job["tenant"], link)
         self._compiling[compiled] = child, time.monotonic() + HUNG_SECONDS
         for descriptor in (compiled, ended):
             self._poll.register(descriptor, select.POLLIN)
 
     def _bury(self, ended: int) -> None:
-        """Tell the engine core of a child that ended at a limit; of any other it finds the socket closed."""
+        """Close the socket of a child that has ended; where it was at a limit, the engine core is told before."""
         child = self._children.pop(ended)
         self._poll.unregister(ended)
         os.close(ended)
         _, status = os.waitpid(child.pid, 0)
-        with child.link, suppress(OSError):  # which may be full, or closed at the other end
-            if beyond_limits(status) is not None:
-                child.link.send(pack(BEYOND_LIMITS, 0), socket.MSG_DONTWAIT)
+        if beyond_limits(status) is None:
+            self._close(child.link)
+        else:  # the socket may be full of masks
+            self._untold[child.link.fileno()] = child.link
+            self._poll.register(child.link, select.POLLOUT)
+
+    def _tell(self, descriptor: int) -> None:
+        """Tell the engine core that a child ended at a limit, now that its socket has room."""
+        link = self._untold.pop(descriptor)
+        with suppress(OSError):  # the engine core may have closed it
+            link.send(pack(BEYOND_LIMITS, 0), socket.MSG_DONTWAIT)
+        self._close(link)
 
     def _end_hung(self) -> None:
         now = time.monotonic()
@@ -179,7 +205,7 @@ class Forker:
         try:
             limit_process()
             waiting = [other for jobs in self._waiting.values() for _, other in jobs.values()]
-            for other in (*waiting, *(child.link for child in self._children.values())):
+            for other in (*waiting, *self._untold.values(), *(child.link for child in self._children.values())):
                 other.close()  # whose end the engine core would not see while it is open here
             self._control.close()
             compiled = compile_constraint(self._bindings, self._tokenizer, job["kind"], job["text"])
@@ -192,14 +218,6 @@ class Forker:
             status = OUT_OF_MEMORY if is_out_of_memory(error) else 1
         finally:
             os._exit(status)
-
-
-def _pipe(opened: ExitStack) -> tuple[int, int]:
-    """A pipe, which ``opened`` closes."""
-    ends = os.pipe()
-    for end in ends:
-        opened.callback(os.close, end)
-    return ends
 
 
 class Follower:

@@ -67,6 +67,26 @@ def limit_process() -> None:
     limit_time(MAX_SECONDS)
 
 
+def fork() -> tuple[int, int]:
+    """Fork this process.
+
+    Returns:
+        In the parent the child's id and a descriptor that is readable once it has ended, in the child 0 and -1.
+
+    Raises:
+        OSError: no process or no descriptor is left; there is no child then.
+    """
+    pid = os.fork()
+    if pid == 0:
+        return 0, -1
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
 def beyond_limits(status: int) -> str | None:
     """Which limit a process ended at, by its wait status: ``time``, ``memory``, or None if at none."""
     if os.WIFEXITED(status):

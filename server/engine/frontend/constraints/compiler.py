@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
+import logging
 import time
 from collections import OrderedDict, defaultdict
-from contextlib import suppress
 from hashlib import sha256
 from typing import Any, Final, TypeVar
 
 from flexgate.server.engine.frontend.constraints.errors import ConstraintError
 from flexgate.server.engine.frontend.constraints.made import Constraint
-from flexgate.server.engine.frontend.constraints.worker import LENGTH
-from flexgate.server.engine.grammars.native import environment
+from flexgate.server.engine.frontend.constraints.trials import Trials
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MAX_AT_ONCE: Final = 2
@@ -33,12 +32,9 @@ class Compiler:
     """Compiles constraints in a process of their own, to see that they can be; begin it with :meth:`start`."""
 
     def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self._trials: Trials | None = None
         self._starting = asyncio.Lock()
         self._tokenizer = ""
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._next = 0
         self._all = asyncio.Semaphore(MAX_AT_ONCE)
         self._of_tenant: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         self._running: dict[str, dict[bytes, asyncio.Task[None]]] = defaultdict(dict)
@@ -48,16 +44,12 @@ class Compiler:
     async def start(self, tokenizer: str) -> None:
         """Begin the process; ``tokenizer`` is xgrammar's serialised `TokenizerInfo`."""
         self._tokenizer = tokenizer
-        await self._begin()
+        self._trials = await Trials.begin(tokenizer)
 
     async def stop(self) -> None:
         """End the process."""
-        if self._listening is not None:
-            self._listening.cancel()
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+        if self._trials is not None:
+            await self._trials.stop()
 
     async def check(self, tenant: str, constraint: Constraint) -> None:
         """Let the process compile a constraint, unless it did for this tenant.
@@ -93,6 +85,7 @@ class Compiler:
         async with self._of_tenant[tenant], self._all:
             answer = await self._ask({"kind": constraint.kind, "text": constraint.text})
         if "busy" in answer:
+            logger.warning("a constraint could not be tried: %s", answer["busy"])
             raise CompilerBusy(answer["busy"])
         if "refused" in answer:
             raise ConstraintError(answer["refused"])
@@ -106,43 +99,13 @@ class Compiler:
 
     async def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None:
-                await self._begin()
-        self._next += 1
-        answer = self._waiting[self._next] = asyncio.get_running_loop().create_future()
-        self._send({"id": self._next, **job})
-        return await answer
-
-    async def _begin(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "flexgate.server.engine.frontend.constraints.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment(),
-        )
-        self._send({"tokenizer": self._tokenizer})
-        self._listening = asyncio.create_task(self._listen(self._process))
-
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            written = json.dumps(message).encode()
-            self._process.stdin.write(LENGTH.pack(len(written)) + written)
-
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        try:
-            while process.stdout is not None:
-                (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
-                answer = json.loads(await process.stdout.readexactly(length))
-                waiting = self._waiting.pop(answer["id"], None)  # none, where an earlier process took it along
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(answer)
-        except asyncio.IncompleteReadError:
-            await process.wait()
-        finally:
-            for left in self._waiting.values():
-                if not left.done():
-                    left.set_result({"busy": "the process that compiles constraints ended"})
-            self._waiting.clear()
+            if self._trials is None or not self._trials.alive:
+                try:
+                    self._trials = await Trials.begin(self._tokenizer)
+                except OSError as error:
+                    return {"busy": f"the process that compiles constraints cannot be started: {error}"}
+            trials = self._trials
+        return await trials.ask(job)
 
 
 def _remember(found: OrderedDict[bytes, T], name: bytes, value: T) -> None:

@@ -14,8 +14,8 @@ import select
 import signal
 import struct
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from flexgate.server.engine.frontend.constraints.errors import compiler_message
@@ -26,6 +26,7 @@ from flexgate.server.engine.grammars.native import (
     OUT_OF_MEMORY,
     beyond_limits,
     compile_constraint,
+    fork,
     is_out_of_memory,
     limit_process,
     limit_time,
@@ -45,13 +46,13 @@ _CHUNK: Final = 1 << 20
 
 @dataclass(slots=True)
 class _Child:
-    """A constraint that is being compiled."""
+    """A constraint that is being compiled, and the pipe that the answer is written to."""
 
     job: int
     pid: int
+    pipe: int
     deadline: float
     hung: bool = False
-    output: bytearray = field(default_factory=bytearray)
 
 
 def probe(bindings: Any, compiled: Any, vocabulary: int, seed: int) -> str | None:
@@ -119,7 +120,7 @@ class Worker:
             ready, _, _ = select.select([self._source, *self._children], [], [], 0.1 if self._children else None)
             for source in ready:
                 if source != self._source:
-                    self._hear(source)
+                    self._finish(source)
                 elif not self._take_jobs():
                     return
             self._end_late()
@@ -146,40 +147,45 @@ class Worker:
         return bool(chunk)
 
     def _begin(self, job: dict[str, Any]) -> None:
-        hears, tells = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(hears)
-            self._compile(job, tells)
+        try:
+            self._fork(job)
+        except OSError as error:
+            self._answer(job["id"], {"busy": f"nothing is left to begin a process with: {error}"})
+
+    def _fork(self, job: dict[str, Any]) -> None:
+        with ExitStack() as opened:
+            pipe, tells = os.pipe()
+            opened.callback(os.close, pipe)
+            opened.callback(os.close, tells)
+            pid, ended = fork()
+            if pid == 0:
+                self._compile(job, tells)
+            opened.pop_all()
         os.close(tells)
-        self._children[hears] = _Child(job["id"], pid, time.monotonic() + HUNG_SECONDS)
+        self._children[ended] = _Child(job["id"], pid, pipe, time.monotonic() + HUNG_SECONDS)
 
     def _compile(self, job: dict[str, Any], tells: int) -> NoReturn:
         """What a child does."""
         status = 1
         try:
             limit_process()
+            os.close(self._source)
+            os.close(self._sink)
             answer = json.dumps(answer_job(self._bindings, self._tokenizer, job)).encode()
-            with open(tells, "wb") as pipe:
-                pipe.write(answer)
+            os.write(tells, answer)
             status = 0
         except Exception as error:
             status = OUT_OF_MEMORY if is_out_of_memory(error) else 1
         finally:
             os._exit(status)
 
-    def _hear(self, source: int) -> None:
-        child = self._children[source]
-        chunk = os.read(source, _CHUNK)
-        if chunk:
-            child.output += chunk
-            return
-        self._finish(source, child)
-
-    def _finish(self, source: int, child: _Child) -> None:
-        del self._children[source]
-        os.close(source)
+    def _finish(self, ended: int) -> None:
+        """Answer for a child that has ended, which left its own answer in the pipe, if it has one."""
+        child = self._children.pop(ended)
         _, status = os.waitpid(child.pid, 0)
+        output = os.read(child.pipe, _CHUNK)
+        os.close(child.pipe)
+        os.close(ended)
         limit = beyond_limits(status)
         answer = (
             {"busy": "the process that compiled a constraint ended"} if limit is None else {"refused": _REFUSED[limit]}
@@ -187,8 +193,11 @@ class Worker:
         if child.hung:
             answer = {"busy": f"a constraint was not compiled within {HUNG_SECONDS} s"}
         with suppress(ValueError):
-            answer = json.loads(child.output)
-        message = json.dumps({"id": child.job, **answer}).encode()
+            answer = json.loads(output)
+        self._answer(child.job, answer)
+
+    def _answer(self, job: int, answer: dict[str, Any]) -> None:
+        message = json.dumps({**answer, "id": job}).encode()
         with open(self._sink, "wb", closefd=False) as sink:
             sink.write(LENGTH.pack(len(message)) + message)
 

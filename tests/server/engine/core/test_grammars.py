@@ -168,5 +168,4 @@ def test_a_process_without_processor_time_is_given_up(followers: Followers, monk
     hung.accept_tokens("r", [ord("i")])
     until(followers, lambda: hung.failure is not None)
     assert hung.failure == CONSTRAINT_UNAVAILABLE
-    os.kill(process.pid, signal.SIGCONT)
     process.wait(SECONDS)

@@ -12,11 +12,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-from maskkit import SECONDS, TOKENIZER, VOCABULARY, allowed, follow, process_of, until
+from maskkit import (
+    SECONDS,
+    TOKENIZER,
+    VOCABULARY,
+    allowed,
+    at_rest,
+    begun_process,
+    children_of,
+    follow,
+    forker_of,
+    free_descriptors,
+    process_of,
+    until,
+)
 
 from flexgate.server.engine.core import followers as core_followers
 from flexgate.server.engine.core.followers import Follower, Followers
-from flexgate.server.engine.core.grammars import FollowedGrammar
 from flexgate.server.engine.grammars.follow import MAX_OF_TENANT, MAX_PROCESSES, Child, Forker
 from flexgate.server.engine.grammars.native import OUT_OF_MEMORY, beyond_limits
 from flexgate.server.engine.protocol.endings import CONSTRAINT_BUSY, CONSTRAINT_UNAVAILABLE
@@ -35,25 +47,6 @@ def followed_and_gone(followers: Followers, regex: str, tenant: str = "t") -> Fo
     gc.collect()
     assert not follower.followed
     return follower
-
-
-def begun_process(followers: Followers, regex: str, tenant: str) -> tuple[FollowedGrammar, psutil.Process]:
-    """A request whose constraint is still compiled, in a process that does not go on."""
-    assert followers._forker is not None
-    forker = psutil.Process(followers._forker.pid)
-    before = set(forker.children())
-    grammar = follow(followers, regex, tenant)
-    until(followers, lambda: set(forker.children()) - before)
-    (process,) = set(forker.children()) - before
-    process.suspend()
-    followers.collect((), 0.0)
-    assert not grammar._follower.compiled
-    return grammar, process
-
-
-def free_descriptors(process: psutil.Process) -> list[int]:
-    """Descriptors that it may open, the next one first."""
-    return sorted(set(range(1000)) - {int(name) for name in os.listdir(f"/proc/{process.pid}/fd")})
 
 
 def test_a_request_that_is_gone_is_forgotten_and_unneeded_processes_are_few(
@@ -97,10 +90,10 @@ def test_the_forking_process_is_begun_again_when_it_was_killed(followers: Follow
 
 
 def test_a_request_that_is_gone_before_its_turn_to_be_compiled_is_dropped_everywhere(followers: Followers) -> None:
-    assert followers._forker is not None
-    forker = psutil.Process(followers._forker.pid)
+    forker = forker_of(followers)
     first, compiling = begun_process(followers, ".{1,890}y.{1,900}", "leaver")
     try:
+        until(followers, lambda: at_rest(forker, compiling=1))
         before = forker.num_fds()
         leaving = [follow(followers, f"g{number}", "leaver") for number in range(20)]
         links = [grammar._follower for grammar in leaving]
@@ -114,23 +107,27 @@ def test_a_request_that_is_gone_before_its_turn_to_be_compiled_is_dropped_everyw
     until(followers, lambda: first.ready)
 
 
-def test_a_job_that_no_process_or_descriptor_is_left_for_ends_alone(followers: Followers) -> None:
-    assert followers._forker is not None
-    forker = psutil.Process(followers._forker.pid)
-    beside = follow(followers, "pq", "beside")
+@pytest.mark.parametrize("left", [2, 3], ids=["none for the pipe", "none to watch the child"])
+def test_a_job_that_no_process_or_descriptor_is_left_for_ends_alone(followers: Followers, left: int) -> None:
+    forker = forker_of(followers)
+    beside = follow(followers, f"pq{{{left}}}", "beside")
     assert allowed(followers, beside) == {"p"}
-    first, compiling = begun_process(followers, ".{1,891}y.{1,900}", "flooder")
+    first, compiling = begun_process(followers, f".{{1,{890 + left}}}y.{{1,900}}", "flooder")
     limits = forker.rlimit(psutil.RLIMIT_NOFILE)
+    until(followers, lambda: at_rest(forker, compiling=1))
     try:
-        forker.rlimit(psutil.RLIMIT_NOFILE, (free_descriptors(forker)[2], limits[1]))
-        no_process = follow(followers, "rs", "other")  # it has a descriptor, and none for the pipe
+        forker.rlimit(psutil.RLIMIT_NOFILE, (free_descriptors(forker)[left], limits[1]))
+        before = children_of(forker)
+        no_process = follow(followers, f"rs{{{left}}}", "other")  # it has a descriptor
         until(followers, lambda: no_process.failure is not None)
-        flood = [follow(followers, f"h{number}", "flooder") for number in range(8)]
-        until(followers, lambda: sum(grammar.failure is not None for grammar in flood) >= 6)
+        assert no_process.failure == CONSTRAINT_UNAVAILABLE
+        assert children_of(forker) == before
+        flood = [follow(followers, f"h{left}{number}", "flooder") for number in range(8)]
+        until(followers, lambda: sum(grammar.failure is not None for grammar in flood) >= 8 - left)
     finally:
         forker.rlimit(psutil.RLIMIT_NOFILE, limits)
         compiling.resume()
-    assert allowed(followers, follow(followers, "rs", "other")) == {"r"}
+    assert allowed(followers, follow(followers, f"rs{{{left}}}", "other")) == {"r"}
     beside.accept_tokens("r", [ord("p")])
     assert allowed(followers, beside) == {"q"}
     until(followers, lambda: first.ready)
@@ -185,8 +182,7 @@ def test_a_tenant_has_so_many_processes_and_waits_for_itself(followers: Follower
 
 
 def test_there_are_so_many_processes_in_all_and_unneeded_ones_make_room(followers: Followers) -> None:
-    assert followers._forker is not None
-    forker = psutil.Process(followers._forker.pid)
+    forker = forker_of(followers)
     kept = followed_and_gone(followers, "qr", "before")
     all_of_them = [follow(followers, f"m{number}", f"tenant {number % 5}") for number in range(MAX_PROCESSES + 3)]
     until(followers, lambda: sum(grammar.ready for grammar in all_of_them) == MAX_PROCESSES)
