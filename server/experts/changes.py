@@ -17,7 +17,7 @@ from flexgate.policies.snapshot import Snapshot
 from flexgate.server.admin.operation import Call, Nothing, Unread
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored
-from flexgate.server.experts.jobs import Job
+from flexgate.server.experts.jobs import MOST_WATCHED, Job
 from flexgate.server.experts.schemas import (
     AddBody,
     ExpertJob,
@@ -32,7 +32,7 @@ from flexgate.server.experts.schemas import (
 from flexgate.server.experts.uploads import Upload
 from flexgate.server.http.auth import Principal
 from flexgate.server.http.connections import EventStream
-from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, Unavailable
+from flexgate.server.http.errors import ApiError, Conflict, Invalid, NotFound, TooMany, Unavailable
 from flexgate.server.http.long_requests import while_identified
 from flexgate.server.http.refusals import UNKNOWN_EXPERT
 from flexgate.server.http.responses import ACCEPTED, CREATED
@@ -52,12 +52,8 @@ router: Final = OperationRouter()
 async def add(call: Call[AddBody, Nothing]) -> ExpertJob:
     """Add an expert to the running engine, as a job."""
     jobs, principal, body = call.services.experts.jobs, call.principal, call.body
-    actor = principal.key_id
-    if jobs.running(actor) >= MOST_JOBS:
-        raise Conflict(
-            f"{MOST_JOBS} jobs of this key are running. Wait for one of them.",
-            code="too_many_jobs",
-        )
+    if jobs.running(principal.limited_with) >= MOST_JOBS:
+        raise Conflict(f"{MOST_JOBS} jobs are running already. Wait for one of them.", code="too_many_jobs")
     if body.upload is None and principal.role is not Role.ADMIN:
         raise Invalid("An owner's key adds packages by upload.", param="package", code="upload_required")
     job = await asyncio.shield(_start(call))  # a client that leaves leaves no upload that is taken and in no job
@@ -66,22 +62,36 @@ async def add(call: Call[AddBody, Nothing]) -> ExpertJob:
 
 
 async def _start(call: Call[AddBody, Nothing]) -> Job:
-    service, actor, upload = call.services.experts, call.principal.key_id, call.body.upload
-    with service.jobs.opening(actor):
+    service, principal, upload = call.services.experts, call.principal, call.body.upload
+    with service.jobs.opening(principal.limited_with):
         source = await run_in(UPLOADS, _source, call)
-    name, owner = upload or source.name, call.principal.owner_id
-    return service.start_add(source, name=name, actor=actor, owner=owner, move=upload is not None)
+    return service.start_add(
+        source,
+        name=upload or source.name,
+        actor=principal.key_id,
+        limited_with=principal.limited_with,
+        owner=principal.owner_id,
+        move=upload is not None,
+    )
 
 
 @router.operation("GET", "/v1/expert_jobs/{job}", roles=(*_CHANGES, Role.AUDITOR))
 async def job(call: Call[Nothing, JobQuery]) -> ExpertJob | EventStream:
     """Show a job's progress; with ?stream=true, stream its states as events."""
-    principal, found = call.principal, call.services.experts.jobs.get(call.path["job"])
-    if found is None or (principal.role not in _READ_ALL and found.actor != principal.key_id):
+    principal, jobs = call.principal, call.services.experts.jobs
+    found = jobs.get(call.path["job"])
+    if found is None or (principal.role not in _READ_ALL and found.limited_with != principal.limited_with):
         raise NotFound("There is no such job. The newest hundred are kept until a restart.", code="job_not_found")
     if call.query.stream:
-        states = while_identified(call.request, call.services, found.watch())
-        return EventStream(_events(states))
+        states = jobs.watch(found, principal.limited_with)
+        if states is None:
+            raise TooMany(
+                f"{MOST_WATCHED} streams of jobs are open already. Close one of them, or ask without 'stream'.",
+                code="rate_limit_exceeded",
+                type_="requests",
+                headers={"retry-after": "1"},
+            )
+        return EventStream(_events(while_identified(call.request, call.services, states)))
     return found.shown()
 
 
@@ -103,7 +113,7 @@ async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
 @router.operation("POST", _UPLOADS, roles=_CHANGES, status=CREATED, threads=UPLOADS)
 def open_upload(call: Call[UploadBody, Nothing]) -> ExpertUpload:
     """Begin the upload of a package."""
-    return call.services.uploads.open(call.principal.key_id, call.body.files).shown()
+    return call.services.uploads.open(call.principal.limited_with, call.body.files).shown()
 
 
 @router.operation("GET", f"{_UPLOADS}/{{upload}}", roles=_CHANGES, threads=UPLOADS)
@@ -131,7 +141,7 @@ def drop_upload(call: Call[Nothing, Nothing]) -> UploadDeleted:
 
 def _upload(call: Call[Any, Any]) -> Upload:
     """The upload of the path, if it is the caller's own."""
-    return call.services.uploads.get(call.path["upload"], call.principal.key_id)
+    return call.services.uploads.get(call.path["upload"], call.principal.limited_with)
 
 
 def _source(call: Call[AddBody, Nothing]) -> Path:
@@ -139,7 +149,7 @@ def _source(call: Call[AddBody, Nothing]) -> Path:
     uploads, body = call.services.uploads, call.body
     if body.upload is None:
         return _under(call.services.experts_dir, body.package or "")
-    return uploads.take(uploads.get(body.upload, call.principal.key_id))
+    return uploads.take(uploads.get(body.upload, call.principal.limited_with))
 
 
 def _under(directory: Path | None, name: str) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+from weakref import WeakSet
 
 from flexgate.server.experts.schemas import ExpertJob, JobError, JobProgress, JobResult
 
@@ -16,6 +17,8 @@ STAGES: Final = ("received", "copied", "verified", "loaded", "agreed", "canary",
 """In this order. The copy comes before the check, so that what is checked is what is used; `dark` is
 committed and not permitted yet, `live` may be named by gates that an agreement allows."""
 KEPT: Final = 100
+MOST_WATCHED: Final = 16
+"""Streams of jobs that one caller has open."""
 
 State = Literal["running", "succeeded", "failed"]
 
@@ -24,12 +27,14 @@ State = Literal["running", "succeeded", "failed"]
 class Job:
     """A job that adds one expert. Times are Unix seconds; `done` of `total` is in `unit`.
 
+    `actor` is the key that began it, `limited_with` what it counts for and who may see it; see `Principal`.
     `committed` says that a restart will load it, whatever happens now; None where the store did not say.
     """
 
     id: str
     package: str
     actor: str
+    limited_with: str
     created: float
     expert: str | None = None
     version: int | None = None
@@ -101,35 +106,46 @@ class Jobs:
         self._clock = clock
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._opening: Counter[str] = Counter()
+        self._watched: defaultdict[str, WeakSet[AsyncIterator[ExpertJob]]] = defaultdict(WeakSet)
 
     @contextmanager
-    def opening(self, actor: str) -> Iterator[None]:
-        """Count a job of a key as running while its package is looked for."""
-        self._opening[actor] += 1
+    def opening(self, limited_with: str) -> Iterator[None]:
+        """Count a job as running while its package is looked for."""
+        self._opening[limited_with] += 1
         try:
             yield
         finally:
-            self._opening[actor] -= 1
-            if not self._opening[actor]:
-                del self._opening[actor]
+            self._opening[limited_with] -= 1
+            if not self._opening[limited_with]:
+                del self._opening[limited_with]
 
-    def open(self, package: str, actor: str) -> Job:
+    def open(self, package: str, actor: str, limited_with: str) -> Job:
         """A new job; the oldest ended one is forgotten when there are many."""
-        job = Job(id=f"job_{secrets.token_hex(8)}", package=package, actor=actor, created=self._clock())
+        id_ = f"job_{secrets.token_hex(8)}"
+        job = Job(id=id_, package=package, actor=actor, limited_with=limited_with, created=self._clock())
         self._jobs[job.id] = job
         ended = [id_ for id_, known in self._jobs.items() if known.state != "running"]
         for id_ in ended[: max(0, len(self._jobs) - KEPT)]:
             del self._jobs[id_]
         return job
 
-    def running(self, actor: str) -> int:
-        """How many jobs of a key have not ended."""
-        running = sum(job.state == "running" and job.actor == actor for job in self._jobs.values())
-        return running + self._opening[actor]
+    def running(self, limited_with: str) -> int:
+        """How many jobs of a caller, whichever key began them, have not ended."""
+        running = sum(job.state == "running" and job.limited_with == limited_with for job in self._jobs.values())
+        return running + self._opening[limited_with]
 
     def bring(self, expert: str) -> bool:
         """Whether a job that has not ended is known to bring an expert."""
         return any(job.state == "running" and job.expert == expert for job in self._jobs.values())
+
+    def watch(self, job: Job, limited_with: str) -> AsyncIterator[ExpertJob] | None:
+        """The states of a job, as `Job.watch`; None while a caller has `MOST_WATCHED` such streams."""
+        watched = self._watched[limited_with]
+        if len(watched) >= MOST_WATCHED:
+            return None
+        states = job.watch()
+        watched.add(states)
+        return states
 
     def get(self, id_: str) -> Job | None:
         """A job by its id."""

@@ -171,7 +171,7 @@ class Revoker:
         return await self._finish(done, actor)
 
     async def _finish(self, done: Revocation, actor: str) -> dict[str, Any]:
-        """Once nothing of the expert is left: confirm the policy, remove its copy, keep the record."""
+        """Once the engine has nothing of the expert: confirm the policy, keep the record, have its copy removed."""
         await self._tidy(self._pool.forget_copies(), run_in(CHANGES, self._confirm))
         record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
         await self._tidy(run_in(CHANGES, self._record, actor, "weights.cleared", record))

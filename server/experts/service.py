@@ -58,15 +58,26 @@ class ExpertService:
         self._unstored: dict[str, str] = {}  # who revoked what the store could not be told
         self._store_again_at = 0.0
 
-    def start_add(self, source: Path, *, name: str, actor: str, owner: str | None = None, move: bool = False) -> Job:
+    def start_add(
+        self,
+        source: Path,
+        *,
+        name: str,
+        actor: str,
+        limited_with: str,
+        owner: str | None = None,
+        move: bool = False,
+    ) -> Job:
         """Begin to add the package at `source`.
 
         Args:
             name: how the caller called it.
+            actor: the caller's key.
+            limited_with: what the job counts for; see `Principal`.
             owner: the only owner whose package may come this way; None for any.
             move: remove `source` in the end, for uploads.
         """
-        job = self.jobs.open(name, actor)
+        job = self.jobs.open(name, actor, limited_with)
         self._begin(self._run(job, source, owner, move))
         return job
 
@@ -90,7 +101,7 @@ class ExpertService:
         """
         pool = self._pool
         added = await asyncio.to_thread(pool.repository.added)
-        await pool.forget_copies()
+        await (await pool.forget_copies())
         for entry in added:
             if is_set_aside(entry, pool.merged):
                 continue

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 from flexgate.experts.checkpoint.base import BaseIdentity
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.weights import WeightsTicket
+from flexgate.policies.errors import PolicyError
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.experts.errors import ChangeConflict, EngineFailed
 from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.versions import Merged
-from flexgate.server.policy.executors import CHANGES, run_in
+from flexgate.server.policy.executors import CHANGES, REMOVALS, run_in
 
 Progress = Callable[[int, int, int], None]
 
@@ -99,6 +100,7 @@ class SlotPool:
         self._held: dict[str, int] = {}
         self._reserved: dict[int, str] = {}  # slots that are being filled, and the owners of what comes into them
         self._base: BaseIdentity | None = None
+        self._removing: set[asyncio.Task[None]] = set()
 
     def find(self, expert: str) -> ExpertInfo | None:
         """A loaded expert."""
@@ -193,16 +195,30 @@ class SlotPool:
             return False
         return True
 
-    async def forget_copies(self) -> None:
-        """Remove private copies of packages that are not loaded, and free slots that were held for one of them."""
-        held = set(self._held)
-        await run_in(CHANGES, self._forget_copies)
-        if held:
+    async def forget_copies(self) -> asyncio.Task[None]:
+        """Free slots that were held for packages that the store does not name any more, and remove private copies.
+
+        Returns:
+            The removal, which goes on in the background: large files take the disk seconds.
+        """
+        removal = asyncio.create_task(self._remove_copies())
+        self._removing.add(removal)
+        removal.add_done_callback(self._removing.discard)
+        if held := set(self._held):
             for package in held - {entry.package for entry in await run_in(CHANGES, self.repository.added)}:
                 self.release_package(package)
+        return removal
+
+    async def _remove_copies(self) -> None:
+        try:
+            await run_in(REMOVALS, self._forget_copies)
+        except (PolicyError, OSError) as error:  # the next removal takes these with it
+            logger.error("private copies of packages are not removed yet: %s", error)
 
     def _forget_copies(self) -> None:
-        """The order matters: a copy stops to arrive only after it was committed, so whoever no longer
+        """Remove private copies of packages that are not loaded.
+
+        The order matters: a copy stops to arrive only after it was committed, so whoever no longer
         arrives is in the store by the time that the store is read, or never will be.
         """
         if not self.places.private.is_dir():

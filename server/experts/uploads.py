@@ -27,7 +27,7 @@ from flexgate.server.policy.executors import REMOVALS, UPLOADS, run_in
 
 META: Final = "upload.json"
 MOST_UPLOADS: Final = 4
-"""Of one key."""
+"""Of one owner, or one key of an operator."""
 FREE_BYTES: Final = 1 << 30
 """What packages must leave free on the disk, which the policy database may be on too."""
 KEPT_SECONDS: Final = 24 * 3600.0
@@ -56,7 +56,7 @@ class Upload:
 
 
 class Uploads:
-    """All uploads of one server. Only the key that opened an upload sees it.
+    """All uploads of one server. Only its own keys see an upload: `caller` is `Principal.limited_with`.
 
     All methods but `write` block, and are safe from any thread. What takes or removes an upload removes its
     `upload.json` first, and is the only one to do so.
@@ -69,25 +69,25 @@ class Uploads:
         self._lock = threading.Lock()  # between whether an upload is idle, or has room, and what is done with it
         self._writing: set[str] = set()
 
-    def open(self, actor: str, sizes: Mapping[str, int]) -> Upload:
+    def open(self, caller: str, sizes: Mapping[str, int]) -> Upload:
         """Begin an upload; raises `ApiError` for files that are no package, or too much."""
         self._check(sizes)
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._lock:
             self._forget_stale()
-            self._require_place(actor)
+            self._require_place(caller)
             self._require_room(2 * sum(sizes.values()))
             id_ = f"upload_{secrets.token_hex(12)}"
             directory = self._root / id_
             directory.mkdir(mode=0o700)
-            (directory / META).write_text(json.dumps({"actor": actor, "sizes": dict(sizes)}))
+            (directory / META).write_text(json.dumps({"caller": caller, "sizes": dict(sizes)}))
             return Upload(id_, directory, dict(sizes))
 
-    def get(self, id_: str, actor: str) -> Upload:
-        """An upload of this key; raises `NotFound`."""
+    def get(self, id_: str, caller: str) -> Upload:
+        """An upload of this caller; raises `NotFound`."""
         path = self._root / id_ / META
         meta = _read(path) if _ID.fullmatch(id_) else None
-        if meta is None or meta["actor"] != actor:
+        if meta is None or meta["caller"] != caller:
             raise _no_upload()
         return Upload(id_, path.parent, meta["sizes"])
 
@@ -158,12 +158,11 @@ class Uploads:
         if upload.id in self._writing:
             raise Conflict("Another request is writing to this upload. Wait until it has ended.", code="upload_busy")
 
-    def _require_place(self, actor: str) -> None:
+    def _require_place(self, caller: str) -> None:
         announced = [meta for path in self._root.glob(f"*/{META}") if (meta := _read(path)) is not None]
-        if sum(meta["actor"] == actor for meta in announced) >= MOST_UPLOADS:
+        if sum(meta["caller"] == caller for meta in announced) >= MOST_UPLOADS:
             raise Conflict(
-                f"{MOST_UPLOADS} uploads of this key are open. Finish or delete one of them.",
-                code="too_many_uploads",
+                f"{MOST_UPLOADS} uploads are open already. Finish or delete one of them.", code="too_many_uploads"
             )
 
     def _require_room(self, needed: int) -> None:
@@ -277,7 +276,7 @@ async def _arriving(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _no_upload() -> NotFound:
-    return NotFound("There is no such upload of this key.", code="upload_not_found")
+    return NotFound("There is no such upload.", code="upload_not_found")
 
 
 def _read(meta: Path) -> dict[str, Any] | None:

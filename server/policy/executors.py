@@ -27,7 +27,7 @@ UPLOADS: Final = ThreadPoolExecutor(2, "uploads")
 STATEMENTS: Final = ThreadPoolExecutor(2, "statements")
 """What sums a whole period, which takes seconds; one owner fills one of them."""
 REMOVALS: Final = ThreadPoolExecutor(1, "removals")
-"""What removes uploads, which takes the disk seconds where they are large."""
+"""What removes uploads and private copies, which takes the disk seconds where they are large."""
 
 
 async def run_in(threads: ThreadPoolExecutor, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

@@ -66,8 +66,8 @@ async def test_only_administrators_and_owners_change_experts(
 
 @pytest.mark.parametrize("stream", ["", "?stream=true"])
 async def test_an_owner_reads_its_own_jobs_and_another_is_like_none(ask: Any, services: Any, stream: str) -> None:
-    mine = services.experts.jobs.open("mine", "key_sk-owner")
-    theirs = services.experts.jobs.open("theirs", "key_of_another_owner")
+    mine = services.experts.jobs.open("mine", "an_earlier_key", "owner gazette")
+    theirs = services.experts.jobs.open("theirs", "key_sk-owner", "owner other")
     for job in (mine, theirs):
         await job.fail("package_refused", "no", 1.0)
     assert (await ask("sk-owner", "GET", f"/v1/expert_jobs/{mine.id}{stream}")).status_code == 200
@@ -96,8 +96,8 @@ async def test_the_operations_themselves_refuse_a_key_that_passed_the_check_of_r
     (tmp_path / "packages" / "news").mkdir(parents=True)
     services.experts_dir = tmp_path / "packages"
     monkeypatch.setattr(services.experts, "start_add", lambda *_, **__: pytest.fail("it was added"))
-    theirs = services.experts.jobs.open("theirs", "key_of_another_owner")
-    upload = services.uploads.open("key_of_another_owner", {"manifest.json": 1, "expert.safetensors": 1})
+    theirs = services.experts.jobs.open("theirs", "key_of_another_owner", "owner other")
+    upload = services.uploads.open("owner other", {"manifest.json": 1, "expert.safetensors": 1})
     snapshot = services.policy.stored
     principal = authenticate(snapshot, "Bearer sk-t", 2.0)
     path = {"expert": "news", "job": theirs.id, "upload": upload.id, "file": "manifest.json"}
@@ -131,7 +131,7 @@ async def test_an_owner_adds_no_package_of_the_servers_folder(
 
     def start_add(source: Path, **more: Any) -> Any:
         begun.append((source.name, more["owner"]))
-        return services.experts.jobs.open(source.name, more["actor"])
+        return services.experts.jobs.open(source.name, more["actor"], more["limited_with"])
 
     monkeypatch.setattr(services.experts, "start_add", start_add)
     answers = [await ask("sk-owner", "POST", "/v1/experts", {"package": name}) for name in ("news", "nonsense")]
@@ -149,7 +149,7 @@ async def test_what_an_owner_uploads_is_added_as_a_package_of_that_owner_alone(
 
     def start_add(source: Path, **more: Any) -> Any:
         begun.append(more["owner"])
-        return services.experts.jobs.open(source.name, more["actor"])
+        return services.experts.jobs.open(source.name, more["actor"], more["limited_with"])
 
     monkeypatch.setattr(services.experts, "start_add", start_add)
     monkeypatch.setattr(services.uploads, "get", lambda id_, actor: (id_, actor))

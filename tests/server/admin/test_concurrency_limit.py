@@ -6,10 +6,12 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexgate.policies.documents import Role
 from flexgate.policies.store import Store, accounts
 from flexgate.policies.store.agreements import list_agreements
 from flexgate.server.admin.agreements import endpoints as agreements
@@ -18,6 +20,7 @@ from flexgate.server.admin.operations import OPERATIONS
 from flexgate.server.admin.projects import endpoints as projects
 from flexgate.server.admin.usage import endpoints as usage
 from flexgate.server.experts import uploads
+from flexgate.server.experts.changes import MOST_JOBS
 from flexgate.server.policy.executors import OTHERS_CHANGES, OTHERS_READS
 
 pytestmark = pytest.mark.asyncio
@@ -203,3 +206,27 @@ async def test_large_uploads_are_removed_while_everybody_else_is_answered(
     finally:
         removing.set()
     assert [task.status_code for task in await asyncio.gather(*removed)] == [200] * 3
+
+
+async def test_the_keys_of_an_owner_share_its_jobs_and_uploads_and_their_bounds(
+    call: Any, services: Any, real_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = accounts.create_admin_key(
+        real_store, "second", role=Role.OWNER, owner_id="gazette", actor="test", at=2.0
+    ).secret
+    services.policy.confirm()
+    files = {"files": {"manifest.json": 1, "expert.safetensors": 1}}
+    opened = [await call(key, "POST", UPLOADS, json=files) for key in ("sk-owner", second) * 2]
+    for key in ("sk-owner", second):
+        refused = await call(key, "POST", UPLOADS, json=files)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_uploads")
+        for answer in opened:
+            assert (await call(key, "GET", f"{UPLOADS}/{answer.json()['id']}")).status_code == 200
+    assert (await call("sk-admin", "POST", UPLOADS, json=files)).status_code == 201
+
+    for _ in range(MOST_JOBS):
+        services.experts.jobs.open("news", "key_sk-owner", "owner gazette")
+    monkeypatch.setattr(services.uploads, "get", lambda id_, caller: (id_, caller))
+    monkeypatch.setattr(services.uploads, "take", lambda upload: tmp_path)
+    refused = await call(second, "POST", "/v1/experts", json={"upload": "up_x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_jobs")

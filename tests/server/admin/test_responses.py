@@ -42,9 +42,8 @@ def services(services: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         return {"object": "expert.revocation", **asdict(done), "effective_at": 2.0}
 
     monkeypatch.setattr(services.experts, "revoke", revoke)
-    monkeypatch.setattr(
-        services.experts, "start_add", lambda source, **more: services.experts.jobs.open(source.name, more["actor"])
-    )
+    opened = services.experts.jobs.open
+    monkeypatch.setattr(services.experts, "start_add", lambda source, **more: opened(source.name, more["actor"], "x"))
     return services
 
 
@@ -61,7 +60,7 @@ def ids(services: Any, real_store: Store) -> dict[str, str]:
         "key": spare[1].record.key_id,
         "admin_key": by_role[Role.AUDITOR],
         "version": str(real_store.version()),
-        "job": services.experts.jobs.open("news", "key_admin").id,
+        "job": services.experts.jobs.open("news", "key_admin", "key_admin").id,
         "upload": services.uploads.open(by_role[Role.ADMIN], files).id,
         "receipt": _with_receipt(services),
     }

@@ -168,5 +168,5 @@ async def test_tidying_up_leaves_what_is_arriving_and_what_has_just_been_committ
         return (*added(), Added("math", 1, 2, 2, "job_2", "", ""))
 
     pool.repository.added = commits_meanwhile  # type: ignore[method-assign]
-    await pool.forget_copies()
+    await (await pool.forget_copies())
     assert sorted(path.name for path in private.iterdir()) == [".job_1.abc.partial", "job_1", "job_2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ async def test_what_only_a_start_would_load_can_be_revoked(
     record = await again.service.revoke("math", actor="key_owner", drain_seconds=1.0)
     assert (record["slot"], record["slot_epoch"], record["weights_epoch"], record["digests"]) == (2, 2, 3, [])
     assert again.recorded == [("key_owner", "weights.cleared", record)]
+    await asyncio.gather(*again.service._pool._removing)
     assert list((tmp_path / "experts").glob("job*")) == []
     assert at_start(store, CHECKPOINT, MERGED).resident == CHECKPOINT
     with pytest.raises(NotLoaded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,34 @@ async def test_a_revoked_expert_is_gone_from_slot_disk_and_catalogue(here: Local
     assert record["digests"] == here.slots.digests(2) == zeros(here)
     assert record["weights_epoch"] == 3
     assert here.client.published[-1] == ("public", "news")
+    await asyncio.gather(*here.service._pool._removing)
     assert not list((tmp_path / "experts").iterdir())
     assert not here.store.snapshot().experts["math"].live  # type: ignore[index]
     assert here.store.weights().revoked == {"math"}
     assert [action for _, action, _ in here.recorded] == ["weights.cleared"]
+
+
+async def test_a_revocation_does_not_wait_until_the_disk_has_removed_large_copies(
+    here: Local, tmp_path: Path, anchor: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed, threads = threading.Event(), []
+
+    def slow(_path: Path, **_: Any) -> None:
+        threads.append(threading.current_thread().name)
+        removed.wait(20)
+
+    await here.add(package(tmp_path, anchor))
+    await here.add(package(tmp_path, anchor, expert="code"))
+    monkeypatch.setattr("flexgate.server.experts.slot_pool.shutil.rmtree", slow)
+    try:
+        async with asyncio.timeout(10):
+            for expert in ("math", "code"):
+                await here.service.revoke(expert, actor="key_admin")
+        assert not here.service._pool.changing.locked()
+    finally:
+        removed.set()
+    await asyncio.gather(*here.service._pool._removing)
+    assert {name.partition("_")[0] for name in threads} == {"removals"}
 
 
 async def test_an_expert_is_gone_at_once_though_the_store_cannot_be_told_and_stored_once_it_can(

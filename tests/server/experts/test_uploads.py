@@ -1,4 +1,4 @@
-"""Packages on their way in: one writer, the announced bytes, each key's own."""
+"""Packages on their way in: one writer, the announced bytes, each caller's own."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ async def test_a_complete_upload_becomes_a_folder_with_the_package_alone(uploads
 
 def test_an_upload_is_nobody_elses(uploads: Uploads) -> None:
     upload = uploads.open("key_a", SIZES)
-    for id_, actor in ((upload.id, "key_b"), ("upload_" + "0" * 24, "key_a"), ("../" + upload.id, "key_a")):
+    for id_, caller in ((upload.id, "key_b"), ("upload_" + "0" * 24, "key_a"), ("../" + upload.id, "key_a")):
         with pytest.raises(NotFound) as refused:
-            uploads.get(id_, actor)
-        assert str(refused.value) == "There is no such upload of this key."
+            uploads.get(id_, caller)
+        assert str(refused.value) == "There is no such upload."
 
 
 @pytest.mark.asyncio
@@ -191,7 +191,7 @@ async def test_a_part_that_the_disk_has_no_room_for_is_refused_and_what_fits_is_
     assert await uploads.write(upload, "manifest.json", 2, chunks(b"34")) == 4
 
 
-def test_one_key_cannot_take_every_place(uploads: Uploads) -> None:
+def test_one_caller_cannot_take_every_place(uploads: Uploads) -> None:
     for _ in range(MOST_UPLOADS):
         uploads.open("key_a", SIZES)
     with pytest.raises(ApiError) as refused:

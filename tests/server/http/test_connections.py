@@ -246,7 +246,7 @@ async def test_a_stream_of_a_job_whose_client_has_gone_is_closed(
     urls: tuple[str, str], services: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "PROBE_SECONDS", 0.05)
-    job = services.experts.jobs.open("package", "key_sk-admin")
+    job = services.experts.jobs.open("package", "key_sk-admin", "key_sk-admin")
     ask = f"GET /v1/expert_jobs/{job.id}?stream=true HTTP/1.1\r\nhost: x\r\nauthorization: Bearer sk-admin\r\n\r\n"
     async with connected(urls[1]) as (reader, writer), asyncio.timeout(10):
         writer.write(ask.encode())

@@ -83,7 +83,7 @@ async def test_a_body_that_comes_slowly_does_nothing_with_a_key_that_was_revoked
 async def test_an_upload_ends_with_its_key_though_its_client_is_silent(
     make_client: Callable[..., httpx.AsyncClient], services: Any, revoke: Callable[[str], None]
 ) -> None:
-    upload = services.uploads.open("key_sk-owner", FILES)
+    upload = services.uploads.open("owner gazette", FILES)
 
     async def content() -> AsyncIterator[bytes]:
         yield b"12345"
@@ -101,7 +101,7 @@ async def test_an_upload_ends_with_its_key_though_its_client_is_silent(
 async def test_a_stream_of_a_job_ends_with_its_key(
     make_client: Callable[..., httpx.AsyncClient], services: Any, revoke: Callable[[str], None], key: str
 ) -> None:
-    job = services.experts.jobs.open("package", f"key_{key}")
+    job = services.experts.jobs.open("package", f"key_{key}", "owner gazette" if key == "sk-owner" else f"key_{key}")
     async with make_client(key) as http, asyncio.timeout(10):
         asking = asyncio.create_task(http.get(f"/v1/expert_jobs/{job.id}?stream=true"))
         while not job._changed._waiters:  # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ class Local:
 
     async def add(self, package: Path, **options: Any) -> Any:
         """Add and wait; the ended job."""
-        job = self.service.start_add(package, name=package.name, actor="key_admin", **options)
+        job = self.service.start_add(package, name=package.name, actor="key_admin", limited_with="key_admin", **options)
         async for _ in job.watch():
             pass
         return job
