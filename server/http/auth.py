@@ -26,6 +26,7 @@ from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.http.errors import ApiError, Forbidden, Unauthorized
+from flexgate.server.http.in_progress import InProgress
 from flexgate.server.http.refusals import from_policy
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ STATE: Final = "flexgate"
 CHANGE_PATIENCE_S: Final = 10.0
 """How long a change of the policy or a revocation waits for a confirmed policy, on a busy machine."""
 NO_KEY: Final = bytes(32)
+_COUNTED: Final = frozenset({Role.TENANT, Role.OWNER})
 T = TypeVar("T")
 
 
@@ -102,6 +104,7 @@ class Context:
 
     Attributes:
         roles: the roles whose keys are valid at the address where the request came in.
+        counted: for which caller `in_progress` counts it; for none before its key is known, and for no operator.
         body_sha256: of its body, once that is read.
         elsewhere: why it is denied, for a valid key that was refused because it belongs at the other address.
         error: what the response says, if it is an error.
@@ -110,6 +113,8 @@ class Context:
 
     request_id: str
     roles: Collection[Role] = EVERY_ROLE
+    in_progress: InProgress = field(default_factory=InProgress)
+    counted: str | None = None
     principal: Principal | None = None
     decision_id: str | None = None
     policy_version: int | None = None
@@ -117,6 +122,18 @@ class Context:
     elsewhere: str | None = None
     error: ApiError | None = None
     disconnected: bool = False
+
+    def count(self) -> None:
+        """Count a tenant's or an owner's request until `leave`; raises `ApiError` (429) if it has too many."""
+        if self.principal is not None and self.principal.role in _COUNTED and self.counted is None:
+            self.in_progress.enter(self.principal.limited_with)
+            self.counted = self.principal.limited_with
+
+    def leave(self) -> None:
+        """The request is over."""
+        if self.counted is not None:
+            self.in_progress.leave(self.counted)
+            self.counted = None
 
     @property
     def code(self) -> str | None:
@@ -164,6 +181,7 @@ async def identify(
     header = request.headers.get("authorization")
     context.principal = authenticate(snapshot, header, services.clock(), context.roles)
     require_role(context.principal, *roles)
+    context.count()
     return context.principal, snapshot
 
 

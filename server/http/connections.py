@@ -1,13 +1,16 @@
-"""Close connections whose clients do not finish a request's head.
+"""Close connections whose clients do not finish a request's head, or do not read its response.
 
 uvicorn reads a head of any length, for as long as it takes, before anything else sees the request: its timer for idle
-connections starts with the first response (uvicorn/protocols/http/httptools_impl.py).
+connections starts with the first response (uvicorn/protocols/http/httptools_impl.py). It has no bound on connections,
+and none on how long a client may leave a response unread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+import resource
 from http import HTTPStatus
 from typing import Final
 
@@ -20,6 +23,10 @@ from flexgate.server.http.errors import ApiError
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS = 30.0
 PROBE_SECONDS = 1.0
+UNREAD_SECONDS = 60.0
+"""How long a client may read nothing of what waits to be sent to it."""
+MOST_IDLE: Final = 4096
+"""Connections without a request, where the process may have many descriptors; a quarter of them elsewhere."""
 EVENT_STREAM: Final = "flexgate.event_stream"
 """The scope's key of a response whose body is server-sent events."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -42,25 +49,52 @@ class EventStream(StreamingResponse):
                 await close()
 
 
+class Idle:
+    """A server's connections without a request, the longest idle first. Where there are too many, it is closed."""
+
+    def __init__(self) -> None:
+        self._most = min(MOST_IDLE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._connections: dict[BoundedProtocol, None] = {}
+
+    def add(self, connection: BoundedProtocol) -> None:
+        """Count a connection as idle from now on."""
+        self._connections[connection] = None
+        while len(self._connections) > self._most:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.transport.close()
+
+    def discard(self, connection: BoundedProtocol) -> None:
+        """Count a connection as idle no more, if it was."""
+        self._connections.pop(connection, None)
+
+
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with limits on the size and time of a head.
+    """uvicorn's protocol, with limits on the size and time of a head, and on the time of a response.
 
     A head, the trailers of a body, and whatever else is neither a head nor a part of a body may have ``MAX_HEAD_BYTES``
     and what came in the same read. While no response is under way, a whole head has to come within ``HEAD_SECONDS``.
+    A client that reads nothing for ``UNREAD_SECONDS`` is cut off.
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+    _idle: Idle
     _pending = 0  # bytes since the last head, or the last part of a body
     _got_on = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first head."""
         super().connection_made(transport)
+        self._idle = self.server_state.__dict__.setdefault("idle", Idle())
         self._await_head()
+        self._idle.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
         self._stop_waiting()
+        self._idle.discard(self)
+        self._stop_awaiting_reading()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -103,12 +137,45 @@ class BoundedProtocol(HttpToolsProtocol):
         """A head is whole."""
         self._got_on = True
         self._stop_waiting()
+        self._idle.discard(self)
+        self._stop_awaiting_reading()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, and for the client to read what is left."""
+        super().on_response_complete()
+        if self._is_idle():
+            self._idle.add(self)
+        self._await_reading()
+
+    def pause_writing(self) -> None:
+        """Much waits to be sent."""
+        super().pause_writing()
+        self._await_reading()
+
+    def resume_writing(self) -> None:
+        """Most of it was read."""
+        self._stop_awaiting_reading()
+        super().resume_writing()
 
     def on_body(self, body: bytes) -> None:
         """A part of a body came."""
         self._got_on = True
         super().on_body(body)
+
+    def _await_reading(self, before: float = math.inf) -> None:
+        """Cut off a client that reads nothing of what waits to be sent: ``before`` bytes, at the last look."""
+        self._stop_awaiting_reading()
+        waits = self.transport.get_write_buffer_size()
+        if waits >= before:
+            self.transport.abort()
+        elif waits:
+            self._unread = self.loop.call_later(UNREAD_SECONDS, self._await_reading, waits)
+
+    def _stop_awaiting_reading(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

@@ -19,6 +19,7 @@ from flexgate.policies.errors import PolicyError
 from flexgate.server.http import metrics
 from flexgate.server.http.auth import EVERY_ROLE, STATE, Callers, Context, authenticate
 from flexgate.server.http.errors import INTERNAL_MESSAGE, ApiError, Invalid
+from flexgate.server.http.in_progress import InProgress
 from flexgate.server.http.logs import FIELDS
 from flexgate.server.http.refusals import is_denial
 from flexgate.server.policy.denial_log import ANONYMOUS, Denial, Denials
@@ -57,6 +58,7 @@ class Middleware:
         self._services = services
         self._roles = roles
         self._hosts = None if hosts is None else frozenset(hosts)
+        self._in_progress = InProgress()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -68,7 +70,7 @@ class Middleware:
             await send({"type": "websocket.close", "code": 1000})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = scope[STATE] = Context(f"req_{uuid.uuid4().hex}", self._roles)
+        context = scope[STATE] = Context(f"req_{uuid.uuid4().hex}", self._roles, self._in_progress)
         exchange = _Exchange(scope, context, send)
         try:
             _check_headers(scope)
@@ -84,6 +86,7 @@ class Middleware:
             failure = ApiError(INTERNAL_MESSAGE, code="internal_error")
             await exchange.fail(failure, receive)
         finally:
+            context.leave()
             try:
                 await self._note_stranger(scope, context)
             finally:
