@@ -51,12 +51,15 @@ def require_title(text: str) -> None:
 class Quota(Document):
     """Limits of a project or of one of its keys; None is no limit.
 
-    `total_tokens` is a lifetime budget: raise it to allow more.
+    `total_tokens` is a lifetime budget: raise it to allow more. Days and months are those of UTC, and what a request
+    used counts in the one in which it ended.
     """
 
     requests_per_minute: Amount = None
     tokens_per_minute: Amount = None
     concurrent_requests: Amount = None
+    tokens_per_day: Amount = None
+    tokens_per_month: Amount = None
     total_tokens: Amount = None
 
 

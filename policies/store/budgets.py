@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
 from flexgate.policies.store.database import reading, writing
 from flexgate.policies.store.schema import token_use, use_batches
 
 FORGOTTEN_AFTER_S: Final = 7 * 86400.0
+_IN: Final = "@"
+
+
+def in_period(scope: str, period: str) -> str:
+    """What a limit scope's tokens of one day or month are counted under."""
+    return f"{scope}{_IN}{period}"
 
 
 class Batch(NamedTuple):
@@ -32,7 +38,17 @@ def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) ->
         for scope, tokens in sorted(used.items()):
             more = update(table).where(table.c.limit_scope == scope).values(tokens=table.c.tokens + tokens)
             if connection.execute(more).rowcount == 0:
+                _forget_earlier(connection, scope)
                 connection.execute(insert(table).values(limit_scope=scope, tokens=tokens))
+
+
+def _forget_earlier(connection: Connection, scope: str) -> None:
+    """Remove the earlier periods of a scope that counts in periods; their names are as long, and sort before it."""
+    owner, found, _ = scope.partition(_IN)
+    if found:
+        name = token_use.c.limit_scope
+        same = name.startswith(owner + _IN, autoescape=True), func.length(name) == len(scope)
+        connection.execute(delete(token_use).where(*same, name < scope))
 
 
 def read_use(engine: Engine) -> dict[str, int]:

@@ -51,8 +51,15 @@ LIMITS: Final = tuple(Quota.model_fields)
 """Names of limits, as :class:`Quota` has them."""
 _WIRE: Final = dict(
     zip(
-        ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "total_tokens"),
-        ("max_requests_per_1_minute", "max_tokens_per_1_minute", "max_concurrent_requests", "max_total_tokens"),
+        LIMITS,
+        (
+            "max_requests_per_1_minute",
+            "max_tokens_per_1_minute",
+            "max_concurrent_requests",
+            "max_tokens_per_1_day",
+            "max_tokens_per_1_month",
+            "max_total_tokens",
+        ),
         strict=True,
     )
 )

@@ -113,6 +113,8 @@ def set_limits(
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
     concurrent_requests: Limit = None,
+    tokens_per_day: Limit = None,
+    tokens_per_month: Limit = None,
     total_tokens: Limit = None,
 ) -> None:
     """Set the given limits of a tenant or of one of its keys; others keep their values."""
@@ -120,6 +122,8 @@ def set_limits(
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "concurrent_requests": concurrent_requests,
+        "tokens_per_day": tokens_per_day,
+        "tokens_per_month": tokens_per_month,
         "total_tokens": total_tokens,
     }
     chosen = {name: None if value == -1 else value for name, value in given.items() if value is not None}

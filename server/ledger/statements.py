@@ -22,6 +22,7 @@ from flexgate.server.ledger.usage import read
 MOST_SECONDS: Final = 60.0
 MOST_ROWS: Final = 200_000
 DAY: Final = 86_400
+PeriodKind = Literal["day", "month"]
 _NAME: Final = re.compile(r"(?P<year>\d{4})-(?P<month>\d\d)(-(?P<day>\d\d))?", re.ASCII)
 _OF_OWNER: Final = "FROM usage JOIN parts USING (sequence) WHERE ended_at >= ? AND ended_at < ? AND owner = ?"
 _USES: Final = (
@@ -39,9 +40,16 @@ class Period:
     """A day or a month in UTC, named as `2026-11-30` or `2026-11`; Unix seconds, the end not inside."""
 
     name: str
-    kind: Literal["day", "month"]
+    kind: PeriodKind
     start: int
     end: int
+
+    @classmethod
+    def at(cls, kind: PeriodKind, seconds: float) -> Self:
+        """The day or month of a moment, in Unix seconds."""
+        found = cls.of(datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d" if kind == "day" else "%Y-%m"))
+        assert found is not None
+        return found
 
     @classmethod
     def of(cls, name: str) -> Self | None:

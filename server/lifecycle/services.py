@@ -75,7 +75,7 @@ class Services:
         self.samples = DecisionSamples(self.store)
         self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
         self.budget_usage = BudgetUsage(self.store, clock=self.clock)
-        self.limiter = Limiter(self.budget_usage)
+        self.limiter = Limiter(self.budget_usage, wall_clock=self.clock)
         self.running = RunningRequests(
             self.client, clock=self.clock, policy=self.policy, revoked_keys=self.revoked_keys
         )

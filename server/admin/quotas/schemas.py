@@ -20,6 +20,8 @@ _FIELDS: Final = {
     "max_requests_per_1_minute": "requests_per_minute",
     "max_tokens_per_1_minute": "tokens_per_minute",
     "max_concurrent_requests": "concurrent_requests",
+    "max_tokens_per_1_day": "tokens_per_day",
+    "max_tokens_per_1_month": "tokens_per_month",
     "max_total_tokens": "total_tokens",
 }
 
@@ -30,6 +32,8 @@ class UpdateRateLimit(Closed):
     max_requests_per_1_minute: Amount = None
     max_tokens_per_1_minute: Amount = None
     max_concurrent_requests: Amount = None
+    max_tokens_per_1_day: Amount = None
+    max_tokens_per_1_month: Amount = None
     max_total_tokens: Amount = None
 
     def fields(self) -> dict[str, Any]:
@@ -51,6 +55,8 @@ class RateLimitObject(Identified):
     max_requests_per_1_minute: int
     max_tokens_per_1_minute: int
     max_concurrent_requests: int | None
+    max_tokens_per_1_day: int | None
+    max_tokens_per_1_month: int | None
     max_total_tokens: int | None
 
 
@@ -66,6 +72,8 @@ def rate_limit_object(id_: str, quota: Quota, model: str) -> RateLimitObject:
         max_requests_per_1_minute=_or_unlimited(quota.requests_per_minute),
         max_tokens_per_1_minute=_or_unlimited(quota.tokens_per_minute),
         max_concurrent_requests=quota.concurrent_requests,
+        max_tokens_per_1_day=quota.tokens_per_day,
+        max_tokens_per_1_month=quota.tokens_per_month,
         max_total_tokens=quota.total_tokens,
     )
 

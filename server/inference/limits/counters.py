@@ -1,18 +1,21 @@
 """What one limit has in use, in constant time and memory: a sliding window, requests in flight, a budget.
 
 Every counter has the same five methods, so that a limit over another time, in another unit, or on a share
-leased from a store that several replicas use is one more counter and nothing else. A counter never reads a clock:
-`now` is given, in seconds of a clock that never goes back.
+leased from a store that several replicas use is one more counter and nothing else. `now` is given, in seconds of a
+clock that never goes back.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from flexgate.policies.store.budgets import in_period
 from flexgate.server.http.errors import Unavailable
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.ledger.statements import Period, PeriodKind
 
 MINUTE_S: Final = 60.0
 BUCKETS: Final = 120
@@ -144,16 +147,17 @@ class InFlight:
 class Budget:
     """A total for good: what the store knows to be used, and what running requests have reserved."""
 
-    __slots__ = ("_reserved", "_scope", "_usage")
+    __slots__ = ("_reserved", "_usage", "scope")
 
     def __init__(self, usage: BudgetUsage, scope: str) -> None:
+        """`scope` is what usage is counted under."""
         self._usage = usage
-        self._scope = scope
+        self.scope = scope
         self._reserved = 0
 
     def used(self, now: float) -> int:  # noqa: ARG002 - the protocol's
         """What is used or reserved; raises `Unavailable` before the store was read."""
-        committed = self._usage.committed(self._scope)
+        committed = self._usage.committed(self.scope)
         if committed is None:
             raise Unavailable(
                 "The used tokens have not been read from the database yet. Try again.", code="budget_unknown"
@@ -177,4 +181,55 @@ class Budget:
         """Take what was used for good, and give the rest back."""
         self._reserved -= part
         if used:
-            self._usage.add(self._scope, used)
+            self._usage.add(self.scope, used)
+
+
+class PeriodBudget:
+    """A budget of each day or month in UTC, which begins anew with the next. Only it reads a clock of the world's time.
+
+    What runs while a period ends is reserved in the next as well, and counts where it ends.
+    """
+
+    __slots__ = ("_budget", "_clock", "_kind", "_period", "_scope")
+
+    def __init__(self, usage: BudgetUsage, scope: str, kind: PeriodKind, clock: Callable[[], float]) -> None:
+        """`clock` gives Unix seconds."""
+        self._budget = Budget(usage, scope)
+        self._scope = scope
+        self._kind: PeriodKind = kind
+        self._clock = clock
+        self._period = Period("", kind, 0, 0)
+
+    def _left(self) -> float:
+        """Seconds until the period ends that is now."""
+        now = self._clock()
+        if not self._period.start <= now < self._period.end:
+            self._period = Period.at(self._kind, now)
+            self._budget.scope = in_period(self._scope, self._period.name)
+        return self._period.end - now
+
+    def used(self, now: float) -> int:
+        """What is used in this period, or reserved."""
+        self._left()
+        return self._budget.used(now)
+
+    def wait(self, limit: int, amount: int, now: float) -> float:
+        """Seconds until the next period begins, if `amount` could ever fit."""
+        left = self._left()
+        if amount > limit:
+            return math.inf
+        return left if self._budget.wait(limit, amount, now) else 0.0
+
+    def reset(self, now: float) -> float:
+        """Seconds until the next period begins, if anything is in use."""
+        left = self._left()
+        return left if self._budget.used(now) else 0.0
+
+    def reserve(self, amount: int, now: float) -> int:
+        """Keep `amount` of what is left."""
+        return self._budget.reserve(amount, now)
+
+    def commit(self, part: int, used: int, now: float) -> None:
+        """Count what was used in the period that is now."""
+        self._left()
+        self._budget.commit(part, used, now)

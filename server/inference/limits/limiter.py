@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from flexgate.policies.compiled.compiler import TenantRules
@@ -21,8 +22,9 @@ from flexgate.policies.documents import Quota
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits import refusals
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
-from flexgate.server.inference.limits.counters import Budget, Counter, InFlight, SlidingWindow
+from flexgate.server.inference.limits.counters import Budget, Counter, InFlight, PeriodBudget, SlidingWindow
 from flexgate.server.inference.limits.refusals import Refused, Standing
+from flexgate.server.ledger.statements import PeriodKind
 
 UNLIMITED: Final = Quota()
 REQUESTS: Final = "requests"
@@ -53,10 +55,22 @@ class Rule:
     shown: bool = True
 
 
-def default_rules(usage: BudgetUsage) -> tuple[Rule, ...]:
-    """The limits that a quota has, in the order in which they refuse."""
+def default_rules(usage: BudgetUsage, wall_clock: Callable[[], float]) -> tuple[Rule, ...]:
+    """The limits that a quota has, in the order in which they refuse; `wall_clock` gives Unix seconds."""
+
+    def each(kind: PeriodKind) -> Rule:
+        return Rule(
+            f"tokens_per_{kind}",
+            TOKENS,
+            lambda scope: PeriodBudget(usage, scope, kind, wall_clock),
+            partial(refusals.over_period, kind),
+            shown=False,
+        )
+
     return (
         Rule("total_tokens", TOKENS, lambda scope: Budget(usage, scope), refusals.over_budget, shown=False),
+        each("month"),
+        each("day"),
         Rule("concurrent_requests", REQUESTS, lambda _: InFlight(), refusals.too_many_at_once, shown=False),
         Rule("requests_per_minute", REQUESTS, lambda _: SlidingWindow(), refusals.too_many_requests),
         Rule("tokens_per_minute", TOKENS, lambda _: SlidingWindow(), refusals.too_many_tokens),
@@ -135,10 +149,11 @@ class Limiter:
         usage: BudgetUsage,
         *,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
         rules: Sequence[Rule] | None = None,
     ) -> None:
         self._clock = clock
-        self._rules = default_rules(usage) if rules is None else tuple(rules)
+        self._rules = default_rules(usage, wall_clock) if rules is None else tuple(rules)
         self._counters: dict[tuple[str, str], Counter] = {}
 
     def reserve(self, scopes: Iterable[LimitScope], amounts: Amounts) -> Reservation:

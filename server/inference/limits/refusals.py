@@ -95,6 +95,16 @@ def over_budget(refused: Refused) -> ApiError:
     return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
 
 
+def over_period(kind: str, refused: Refused) -> ApiError:
+    again = f"A new {kind} begins, in UTC, in {duration(refused.wait_s)}. " if refused.wait_s < math.inf else ""
+    message = (
+        f"{refused.kind} would exceed its budget of {refused.limit} tokens per {kind}: {refused.used} are used or "
+        f"reserved, and this request needs {refused.amount}. {again}Lower 'max_tokens', or ask an administrator to "
+        "raise the budget."
+    )
+    return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
+
+
 def _again(wait_s: float) -> int:
     """Seconds until a queue has moved on, by what the last prompt has waited in it."""
     return min(60, max(1, math.ceil(wait_s)))

@@ -205,6 +205,8 @@ def test_numbers_are_read_as_yaml_1_2_reads_them(flexgate: Run, policy_file: Run
         "requests_per_minute": 17,
         "tokens_per_minute": 15,
         "concurrent_requests": 31,
+        "tokens_per_day": None,
+        "tokens_per_month": None,
         "total_tokens": None,
     }
 

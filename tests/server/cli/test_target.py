@@ -74,13 +74,22 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     ok(run("tenants", "set-limits", project, "--requests-per-minute", "5", "--total-tokens", "900"))
     ok(run("tenants", "set-limits", project, "--of-key", key["id"], "--concurrent-requests", "2"))
     ok(run("tenants", "set-limits", project, "--total-tokens", "-1"))
-    nothing = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "concurrent_requests", "total_tokens"))
+    nothing = dict.fromkeys(
+        [
+            "requests_per_minute",
+            "tokens_per_minute",
+            "concurrent_requests",
+            "tokens_per_day",
+            "tokens_per_month",
+            "total_tokens",
+        ]
+    )
     assert json.loads(ok(run("tenants", "limits", project, "--json"))) == {
         "project": nothing | {"requests_per_minute": 5},
         key["id"]: nothing | {"concurrent_requests": 2},
     }
     shown = [line.split() for line in ok(run("tenants", "limits", project)).splitlines()]
-    assert shown[1:] == [["project", "5", "none", "none", "none"], [key["id"], "none", "none", "2", "none"]]
+    assert shown[1:] == [["project", "5", *["none"] * 5], [key["id"], "none", "none", "2", *["none"] * 3]]
 
     assert ok(run("agreements", "create", "-", stdin=json.dumps(TERMS))) == "a-new\n"
     (folder / "terms.json").write_text(json.dumps(TERMS | {"experts": ["math", "set:none"]}))

@@ -34,7 +34,14 @@ AGREEMENT: Final[dict[str, Any]] = {
     "terms_uri": "https://example.org/terms",
     "terms_sha256": DIGEST,
 }
-QUOTA: Final = {"requests_per_minute": 1, "tokens_per_minute": 2, "concurrent_requests": 3, "total_tokens": None}
+QUOTA: Final = {
+    "requests_per_minute": 1,
+    "tokens_per_minute": 2,
+    "concurrent_requests": 3,
+    "tokens_per_day": 9,
+    "tokens_per_month": 9,
+    "total_tokens": None,
+}
 OWN_FIELDS: Final[dict[str, Any]] = {
     "groups": ["press"],
     "purposes": ["search"],
@@ -95,6 +102,8 @@ LIMITS: Final = {
     "max_requests_per_1_minute": 1,
     "max_tokens_per_1_minute": 2,
     "max_concurrent_requests": 3,
+    "max_tokens_per_1_day": 5,
+    "max_tokens_per_1_month": 6,
     "max_total_tokens": 4,
 }
 WRITTEN: Final[dict[str, Any]] = {

@@ -26,7 +26,7 @@ def usage(real_store: Store) -> BudgetUsage:
 
 @pytest.fixture
 def limiter(usage: BudgetUsage, clock: Clock) -> Limiter:
-    return Limiter(usage, clock=clock)
+    return Limiter(usage, clock=clock, wall_clock=clock)
 
 
 def scope(id_: str = "t", **quota: int) -> LimitScope:
@@ -150,6 +150,49 @@ def test_a_budget_is_for_good(limiter: Limiter, usage: BudgetUsage, clock: Clock
     reserve(limiter, t, tokens=30).commit({TOKENS: 30})
     assert refused(limiter, t).code == "insufficient_quota"
     reserve(limiter, scope(total_tokens=101), tokens=1).commit({TOKENS: 1})
+
+
+LAST_MINUTE = 1_793_491_200.0 - 60  # of October 2026, in UTC
+
+
+@pytest.mark.parametrize(("field", "said"), [("tokens_per_day", "per day"), ("tokens_per_month", "per month")])
+def test_a_budget_of_a_day_or_month_begins_anew_with_the_next_in_utc(
+    limiter: Limiter, usage: BudgetUsage, clock: Clock, real_store: Store, field: str, said: str
+) -> None:
+    clock.now, t = LAST_MINUTE, scope(**{field: 100})
+    reserve(limiter, t, tokens=60).commit({TOKENS: 70})
+    error = refused(limiter, t, tokens=50)
+    assert (error.status, error.code) == (429, "insufficient_quota")
+    assert f"budget of 100 tokens {said}: 70 are used or reserved" in str(error)
+    assert "in UTC, in 1m0s" in str(error)
+    assert "begins" not in str(refused(limiter, t, tokens=101))
+    clock.now += 60
+    reserve(limiter, t, tokens=100).commit({TOKENS: 30})
+    assert refused(limiter, t, tokens=71).code == "insufficient_quota"
+    usage.refresh()
+    name = "t@2026-11-01" if field == "tokens_per_day" else "t@2026-11"
+    assert budgets.read_use(real_store.engine)[name] == 30
+
+
+def test_what_runs_while_a_day_ends_counts_in_the_next(limiter: Limiter, clock: Clock) -> None:
+    clock.now, t = LAST_MINUTE, scope(tokens_per_day=100)
+    running = reserve(limiter, t, tokens=60)
+    clock.now += 60
+    assert refused(limiter, t, tokens=50).status == 429
+    running.commit({TOKENS: 10})
+    reserve(limiter, t, tokens=90)
+    assert refused(limiter, t, tokens=1).status == 429
+
+
+def test_a_shorter_period_and_the_budget_for_good_hold_together(limiter: Limiter, clock: Clock) -> None:
+    clock.now, t = LAST_MINUTE, scope(tokens_per_day=100, tokens_per_month=150, total_tokens=400)
+    reserve(limiter, t, tokens=100).commit({TOKENS: 100})
+    clock.now += 60
+    reserve(limiter, t, tokens=100).commit({TOKENS: 100})
+    clock.now += 86_400
+    assert "per month" in str(refused(limiter, t, tokens=60))
+    reserve(limiter, t, tokens=50).commit({TOKENS: 50})
+    assert "tokens per month: 150 are used" in str(refused(limiter, t, tokens=1))
 
 
 def test_budgets_are_shared_by_processes_and_survive_restarts(real_store: Store) -> None:
