@@ -111,6 +111,11 @@ def _ledger(report: dict[str, Any]) -> Iterable[str]:
     shown = f"{rate:,}" if rate >= least else f"**{rate:,}**"
     yield f"| requests recorded per second, each on disk before its response | {shown} | ≥ {least:,} |"
     yield f"| processor time of recording a request | {_most(f'{cpu:.0f} µs', cpu, most)} | ≤ {most} µs |"
+    if "cpu_us_per_receipt" in report:
+        receipt, both = report["cpu_us_per_receipt"], report["cpu_us_per_request_with_receipt"]
+        shown = f"{receipt:.0f} µs, {_most(f'{both:.0f} µs', both, most)}"
+        yield f"| processor time of its receipt, and of both | {shown} | ≤ {most} µs |"
+        yield f"| receipts made per second, from a queue | {report['receipts_per_second']:,} | |"
     streams = report["streams"]
     what = "a token of one of 64 streams: processor time, and wait for its mark at the median"
     yield f"| {what} | {streams['cpu_us_per_token']:.0f} µs, {streams['wait_ms']['p50']:.1f} ms | |"

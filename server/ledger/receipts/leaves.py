@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -68,19 +66,14 @@ class Recorded(NamedTuple):
         return sorted({part[1] for part in self.parts} - {None})
 
 
-class Leaf(NamedTuple):
-    """A leaf in its place: `owner` for an owner's, and its content as canonical JSON."""
-
-    kind: str
-    owner: str | None
-    content: bytes
-    salt: bytes
+Content = tuple[str, str | None, bytes]
+"""A leaf's kind, its owner if it is an owner's, and what it says as canonical JSON."""
 
 
 class Leaves(NamedTuple):
-    """The leaves of a receipt by their places, their hashes, and what opens the digests of the two bodies."""
+    """The leaves of a receipt by place, each behind its salt; their hashes; what opens the digests of both bodies."""
 
-    leaves: Sequence[Leaf]
+    leaves: Sequence[tuple[bytes, Content]]
     hashes: Sequence[bytes]
     opening: bytes
 
@@ -88,11 +81,6 @@ class Leaves(NamedTuple):
     def root(self) -> bytes:
         """What stands for the receipt in its batch."""
         return hashlib.sha256(ROOT + b"".join(self.hashes)).digest()
-
-
-Content = tuple[str, str | None, bytes]
-_OWNER: Final = itemgetter(1)
-_EXPERT: Final = itemgetter(2)
 
 
 def grow(
@@ -110,9 +98,8 @@ def grow(
     opening, *salts = [stream[start : start + SALT_BYTES] for start in range(0, len(stream), SALT_BYTES)]
     contents: list[Content] = [("request", None, _of_request(recorded, policy_digest, opening)), *owned]
     contents += [("none", None, f'{{"kind":"none","receipt":{_text(receipt)}}}'.encode())] * (size - len(contents))
-    placed = sorted(zip(salts, contents, strict=True))
-    leaves = [Leaf(kind, owner, content, salt) for salt, (kind, owner, content) in placed]
-    return Leaves(leaves, [leaf_hash(salt + content) for _, _, content, salt in leaves], opening)
+    leaves = sorted(zip(salts, contents, strict=True))
+    return Leaves(leaves, [leaf_hash(salt + content) for salt, (_, _, content) in leaves], opening)
 
 
 def commitment(opening: bytes, sha256: str | None) -> str | None:
@@ -123,7 +110,7 @@ def commitment(opening: bytes, sha256: str | None) -> str | None:
 def _of_request(recorded: Recorded, policy_digest: str | None, opening: bytes) -> bytes:
     _, receipt, registered_at, ended_at, outcome, tenant, key, endpoint, model, version, epoch, *rest = recorded.usage
     prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256 = rest
-    shares = [_share(part[2], part[1]) % part[6] for part in sorted(recorded.parts, key=_EXPERT)]
+    shares = [_share(part[2], part[1]) % part[6] for part in recorded.parts]
     return (
         f'{{"answer_digest":{_text(commitment(opening, answer_sha256))},"cached_tokens":"{cached_tokens:d}",'
         f'"completion_tokens":"{completion_tokens:d}","ended_at":"{ended_at:d}","endpoint":{_word(endpoint)},'
@@ -142,11 +129,15 @@ def _owned(recorded: Recorded, pseudonym: Callable[[str, str], str]) -> Iterator
     before = f'{{"completion_tokens":"{completion_tokens:d}","ended_at":"{ended_at:d}","experts":['
     between = f'],"kind":"owner","outcome":{_word(outcome)},"owner":'
     behind = f',"prompt_tokens":"{prompt_tokens:d}","receipt":{_text(receipt)},"tenant":'
-    for owner, parts in groupby(recorded.parts, key=_OWNER):
-        if owner is not None:
-            experts = ",".join([_part(*part[2:6]) % _numbers(part) for part in parts])
-            content = f"{before}{experts}{between}{_word(owner)}{behind}{_word(pseudonym(owner, tenant))}}}"
-            yield "owner", owner, content.encode()
+    experts: list[str] = []
+    for number, part in enumerate(recorded.parts, start=1):
+        owner = part[1]
+        experts.append(_part(*part[2:6]) % _numbers(part))
+        if number == len(recorded.parts) or recorded.parts[number][1] != owner:
+            if owner is not None:
+                named = f"{_word(owner)}{behind}{_word(pseudonym(owner, tenant))}}}"
+                yield "owner", owner, f"{before}{','.join(experts)}{between}{named}".encode()
+            experts = []
 
 
 def _numbers(part: Sequence[Any]) -> tuple[int, ...]:

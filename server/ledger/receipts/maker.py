@@ -21,7 +21,7 @@ from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.batches import MOST, Header
 from flexgate.server.ledger.receipts.book import Batch, Book, BookError, End
-from flexgate.server.ledger.receipts.leaves import Leaves, Recorded, grow
+from flexgate.server.ledger.receipts.leaves import Recorded, grow
 from flexgate.server.ledger.receipts.signing import KeyFile, Signer, SignerUnavailable, is_signed, jwk, thumbprint
 
 SECONDS: Final = 0.25
@@ -127,7 +127,7 @@ class Maker:
         if not found:
             return False
         public = self._current_key()
-        roots = [leaves.root for leaves in self._grown(found)]
+        roots = self._roots(found)
         header = Header(
             at=str(microseconds(self._clock())),
             first=str(end.last + 1),
@@ -145,15 +145,15 @@ class Maker:
         self._book.append(Batch(end.number + 1, end.last + 1, sequences, roots, header, signature))
         return len(found) == MOST
 
-    def _grown(self, found: list[Recorded]) -> list[Leaves]:
-        secret, pseudonym, grown = self._book.secret, self._pseudonym, []
+    def _roots(self, found: list[Recorded]) -> list[bytes]:
+        secret, pseudonym, roots = self._book.secret, self._pseudonym, []
         self._digests = {version: self._policy(version) for version in {one.policy_version for one in found}}
         for place, one in enumerate(found, start=1):
             digest = self._digests[one.policy_version]
-            grown.append(grow(one, secret=secret, policy_digest=digest, pseudonym=pseudonym))
+            roots.append(grow(one, secret=secret, policy_digest=digest, pseudonym=pseudonym).root)
             if place % PIECE == 0:
                 time.sleep(REST_SECONDS)
-        return grown
+        return roots
 
     def _policy(self, version: int) -> str | None:
         if version in self._digests:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.batches import FORMAT, parsed
 from flexgate.server.ledger.receipts.book import Batch, Book, opened
-from flexgate.server.ledger.receipts.leaves import Leaf, Leaves, Recorded, grow
+from flexgate.server.ledger.receipts.leaves import Leaves, Recorded, grow
 from flexgate.server.ledger.receipts.maker import Maker
 from flexgate.server.ledger.receipts.signing import Signer
 
@@ -34,11 +34,11 @@ class Reader:
         """Whether a request concerns it, by the request's tenant and the owners of what took part."""
         return self.is_operator or tenant == self.tenant or self.owner in owners
 
-    def sees(self, leaf: Leaf) -> bool:
-        """Whether its copy shows a leaf."""
+    def sees(self, kind: str, owner: str | None) -> bool:
+        """Whether its copy shows a leaf of a kind, and of an owner."""
         if self.tenant is not None:
-            return leaf.kind == "request"
-        return self.is_operator or (leaf.kind == "owner" and leaf.owner == self.owner)
+            return kind == "request"
+        return self.is_operator or (kind == "owner" and owner == self.owner)
 
 
 class NoReceipt(Exception):
@@ -110,9 +110,9 @@ class Receipts:
 def copy_of(batch: Batch, place: int, leaves: Leaves, reader: Reader) -> Json:
     """The receipt at a place of its batch, with the leaves that a reader sees."""
     shown = [
-        {"content": parsed(leaf.content), "index": index, "salt": leaf.salt.hex()}
-        for index, leaf in enumerate(leaves.leaves)
-        if reader.sees(leaf)
+        {"content": parsed(content), "index": index, "salt": salt.hex()}
+        for index, (salt, (kind, owner, content)) in enumerate(leaves.leaves)
+        if reader.sees(kind, owner)
     ]
     above = merkle.levels([merkle.leaf_hash(root) for root in batch.roots])
     return {
