@@ -13,6 +13,7 @@ from typing import Any
 
 from flexgate.policies.agreements import Agreement
 from flexgate.server.admin.statements.schemas import statement_of
+from flexgate.server.ledger.entries import Part
 from flexgate.server.ledger.journal import INSERT_PART, Journal
 from flexgate.server.ledger.statements import Period, owner_uses
 from speed.record import Run
@@ -62,9 +63,19 @@ def _written(path: Path, requests: int) -> Path:
 def _parts(requests: int) -> Iterator[tuple[Any, ...]]:
     for number in range(requests):
         for expert in range(EXPERTS):
-            version = 1 + number % AGREEMENTS
-            counts = 900 << 36, 900, 100 << 36, 100
-            yield number + 1, f"expert-{expert}", f"owner-{expert}", *counts, f"agreement-{expert}", version, 250_000
+            part = Part(
+                expert=f"expert-{expert}",
+                owner=f"owner-{expert}",
+                prompt_mass=900 << 36,
+                prompt_positions=900,
+                completion_mass=100 << 36,
+                completion_positions=100,
+                agreement=f"agreement-{expert}",
+                agreement_version=1 + number % AGREEMENTS,
+                package=None,
+                share_ppm=250_000,
+            )
+            yield number + 1, *part
 
 
 def _measured(path: Path) -> dict[str, Any]:
