@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,21 +124,33 @@ async def test_an_upload_that_is_being_written_is_neither_removed_nor_taken(uplo
 async def test_a_client_that_leaves_while_its_part_is_written_leaves_the_upload_idle(
     uploads: Uploads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go = threading.Event(), threading.Event()
+    begun, go, closing, closed = (threading.Event() for _ in range(4))
+    close = uploads_module._Writer.close
 
     def halt(descriptor: int, data: bytes) -> None:
         begun.set()
         assert go.wait(20)
         os.write(descriptor, data)  # to a file that is still open
 
+    def told(writer: Any) -> bool:
+        closing.set()
+        had = close(writer)
+        closed.set()
+        return had
+
     upload = uploads.open("key_a", SIZES)
     with monkeypatch.context() as patched:
         patched.setattr(uploads_module, "_write_all", halt)
+        patched.setattr(uploads_module._Writer, "close", told)
         writing = asyncio.create_task(uploads.write(upload, "manifest.json", 0, chunks(b"12")))
         async with asyncio.timeout(10):
             while not begun.is_set():
                 await asyncio.sleep(0.001)
         writing.cancel()
+        async with asyncio.timeout(10):
+            while not closing.is_set():
+                await asyncio.sleep(0.001)
+        assert not closed.wait(0.1)
         with pytest.raises(ApiError):
             uploads.remove(upload)
         go.set()
