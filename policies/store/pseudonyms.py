@@ -28,11 +28,9 @@ class Pseudonyms:
         message = f"{len(self._owner_id)}:{self._owner_id}:{tenant_id}".encode()
         return _PREFIX + hmac.new(self._key, message, hashlib.sha256).hexdigest()[:20]
 
-    def resolve(self, name: str, tenant_ids: Iterable[str]) -> str:
-        """The tenant behind a name; any other text is returned as it is."""
-        if not name.startswith(_PREFIX):
-            return name
-        return next((id_ for id_ in tenant_ids if self.of(id_) == name), name)
+    def resolve(self, name: str, tenant_ids: Iterable[str]) -> str | None:
+        """The tenant of that pseudonym. A tenant's own id is none, so that nobody learns by guessing whose one is."""
+        return next((id_ for id_ in tenant_ids if self.of(id_) == name), None)
 
 
 def read_pseudonyms(engine: Engine, owner_id: str) -> Pseudonyms:

@@ -47,7 +47,7 @@ def list_(call: Call[Nothing, Page]) -> AgreementPage:
 
 @router.operation("POST", _ALL, roles=_WRITE)
 def create(call: Call[AgreementBody, Written]) -> AgreementObject:
-    """Create an agreement. Unknown fields and duties are refused, because they would not be enforced."""
+    """Create an agreement. Unknown fields, and duties that cannot be executed together, are refused."""
     names = _names(call)
     fields = agreement_fields(call.body, names, call.snapshot.tenants)
     return agreement_object(agreements.create_agreement(call.store, fields, **_attributed(call)), names)

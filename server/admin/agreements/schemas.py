@@ -1,4 +1,4 @@
-"""Agreements at the wire. To an owner, tenants other than by its own word are pseudonyms."""
+"""Agreements at the wire. An owner reads and writes pseudonyms of tenants."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from flexgate.policies.ids import AgreementIdField, OwnerIdField
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.pseudonyms import Pseudonyms
 from flexgate.server.admin.pages import Deleted, Identified, PageOf
+from flexgate.server.http.errors import Invalid
 
 _TENANT: Final = "tenant:"
 
@@ -59,9 +60,20 @@ def agreement_object(agreement: Agreement, names: Pseudonyms | None) -> Agreemen
 
 
 def agreement_fields(written: Agreement, names: Pseudonyms | None, tenant_ids: Any) -> dict[str, Any]:
-    """What a body says, without what it leaves out, and with an owner's names resolved."""
+    """What a body says, without what it leaves out, and with an owner's names resolved; raises `Invalid`."""
     values = written.model_dump(exclude_unset=True)
     values = {name: value for name, value in values.items() if value is not None}
     if names is not None and written.assignee.startswith(_TENANT):
-        values["assignee"] = _TENANT + names.resolve(written.assignee.removeprefix(_TENANT), tenant_ids)
+        values["assignee"] = _TENANT + _resolved(written.assignee.removeprefix(_TENANT), names, tenant_ids)
     return values
+
+
+def _resolved(name: str, names: Pseudonyms, tenant_ids: Any) -> str:
+    tenant = names.resolve(name, tenant_ids)
+    if tenant is None:
+        raise Invalid(
+            f"There is no project that you know as '{name}': name it as your statements and agreements do.",
+            param="assignee",
+            code="invalid_value",
+        )
+    return tenant

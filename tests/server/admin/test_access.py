@@ -132,6 +132,18 @@ async def test_an_owner_knows_tenants_by_pseudonyms_alone(call: Any) -> None:
     assert (await call("sk-admin", "GET", "/v1/agreements/ban")).json()["assignee"] == "tenant:t"
 
 
+async def test_an_owner_cannot_tell_a_tenants_id_from_nonsense(call: Any) -> None:
+    """Otherwise the pseudonym in the response would say which tenant the owner guessed."""
+    answers = []
+    for name in ("t", "u", "nonsense", "anon-0123456789abcdef0123"):
+        body = {"experts": ["news"], "assignee": f"tenant:{name}", "effect": "permit"}
+        for path in ("/v1/agreements", "/v1/agreements/a-news"):
+            answer = await call("sk-owner", "POST", path, json=body)
+            answers.append((answer.status_code, answer.text.replace(f"'{name}'", "X")))
+    assert answers[0][0] == 400
+    assert len(set(answers)) == 1, answers
+
+
 async def test_hidden_experts_show_nowhere_to_a_tenant(call: Any, services: Any) -> None:
     """`secret` is hidden from t, which has it on its allow list all the same, and in its default set."""
     default_experts = {"flexgate": {"default_experts": ["news", "secret"]}}
