@@ -13,7 +13,7 @@ from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
 from flexgate.policies.store.revisions import agreement_versions
-from flexgate.policies.vocabulary import parse_license_expression, parse_region
+from flexgate.policies.vocabulary import parse_currency, parse_license_expression, parse_region
 
 _MOST_NAMED: Final = 20
 
@@ -56,6 +56,12 @@ def _check_new_agreement(agreement: Agreement, before: Agreement | None) -> None
         parse_license_expression(license_)
     if before is None or agreement.duties != before.duties:
         require_executed(agreement.duties, agreement.effect)
+    for currency in sorted(_currencies(agreement) - (_currencies(before) if before else set())):
+        parse_currency(currency)
+
+
+def _currencies(agreement: Agreement) -> set[str]:
+    return {duty.currency for duty in agreement.duties if duty.kind == "compensate"}
 
 
 def _check_regions(regions: frozenset[str] | None, known: frozenset[str] | None) -> None:

@@ -26,6 +26,7 @@ OLD_TERMS = {
     "license_expression": "Proprietary",
     "duties": [{"kind": "attribute"}, {"kind": "attribute"}],
 }
+PAID = {"kind": "compensate", "rate": "1", "unit": "request"}
 ADMIN = {"actor": "t", "at": 9.0}
 
 
@@ -117,6 +118,14 @@ def test_what_is_stored_can_be_taken_away_and_brought_back(aged):
 
 
 NEW = {
+    "currency": (
+        {
+            "agreements": [
+                {**TERMS, "version": 2, "duties": [{**PAID, "currency": "EUX"}]},
+            ]
+        },
+        "agreement 'a': 'EUX' is not a currency",
+    ),
     "region of a tenant": (
         {"tenants": [{"id": "acme", "name": "Acme", "regions": ["FR-ZZ"]}]},
         "project 'acme': 'FR-ZZ'",
