@@ -84,7 +84,14 @@ def _measured(path: Path) -> dict[str, Any]:
     found = owner_uses(path, OWNER, PERIOD)
     account = found.account({name: _terms(*name) for name in found.names})
     made = statement_of(
-        PERIOD, OWNER, account, now=float(PERIOD.end), name_of=lambda tenant: f"anon-{tenant}", denials={}, changes=[]
+        PERIOD,
+        OWNER,
+        account,
+        now=float(PERIOD.end),
+        written_down=True,
+        name_of=lambda tenant: f"anon-{tenant}",
+        denials={},
+        changes=[],
     )
     text = made.model_dump_json()
     return {

@@ -75,6 +75,7 @@ class Journal:
         self._owed: list[End] = []  # those that could not be written yet: no more than were running when writes failed
         self._running: set[str] = set()  # requests that were registered and have not ended
         self._newest = 0  # of the ends, in microseconds
+        self._behind = False  # whether the clock is behind it
         self._failing: LedgerError | None = None
         self._closing = False
         self._file = FileIdentity(path, "the ledger")
@@ -92,6 +93,13 @@ class Journal:
     def failing(self) -> bool:
         """Whether the last write failed, or takes too long."""
         return self._failing is not None
+
+    def has_written(self, before: float) -> bool:
+        """Whether the file has all ends before a time that is over, in Unix seconds."""
+        with self._lock:
+            writing = [] if self._writing is None else self._writing[0].ended
+            earliest = min((at for _, _, at, _ in (*self._owed, *writing, *self._next.ended)), default=None)
+        return earliest is None or earliest >= microseconds(before)
 
     def register(self, registration: Registration) -> Entry:
         """Write down a request before anything of its response leaves.
@@ -124,7 +132,9 @@ class Journal:
 
         Nothing is written of a request that was not registered. An end is never earlier than those before it.
         """
-        at = self._newest = max(microseconds(self._clock()), registration.registered_at, self._newest)
+        now = microseconds(self._clock())
+        self._note_clock(now)
+        at = self._newest = max(now, registration.registered_at, self._newest)
         try:
             self._add(lambda batch: batch.ended.append((registration, outcome, at, used)))
         except LedgerError:
@@ -207,6 +217,13 @@ class Journal:
             logger.warning("the ledger %s is written again", self.path)
         self._failing = error
 
+    def _note_clock(self, now: int) -> None:
+        """Log, once until the clock has caught up, that it is behind the newest end."""
+        behind = (self._newest - now) // MICROSECONDS
+        if behind > 0 and not self._behind:
+            logger.error("the clock is %d seconds behind the ledger's newest end: usage gets that one's time", behind)
+        self._behind = behind > 0
+
     def _watch(self) -> None:
         """Refuse what waits for a commit that takes too long; ends wait on."""
         while not self._closed.wait(LOOK_SECONDS):
@@ -265,9 +282,7 @@ class Journal:
         found = self._connection.execute("SELECT registration, mark FROM running ORDER BY request").fetchall()
         (newest,) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchone()
         now, self._newest = microseconds(self._clock()), newest or 0
-        if self._newest - now > MICROSECONDS:
-            behind = (self._newest - now) // MICROSECONDS
-            logger.error("the clock is %d seconds behind the ledger's newest end: usage gets that one's time", behind)
+        self._note_clock(now)
         with self._transaction():
             for text, mark in found:
                 registration = decode_registration(text)

@@ -17,7 +17,7 @@ from flexgate.policies.agreements import Agreement
 from flexgate.server.ledger.amounts import NO_USES, Uses, owed, rounded
 from flexgate.server.ledger.costs import USES
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.usage import read
+from flexgate.server.ledger.usage import Reading
 
 MOST_SECONDS: Final = 60.0
 MOST_ROWS: Final = 200_000
@@ -72,7 +72,7 @@ class Line:
 
     Attributes:
         agreement: with its version; None of uses that no agreement is recorded of.
-        amount: rounded, in the smallest unit of its currency; None where the agreement lets nothing be paid.
+        amount: exact, with its currency; None where the agreement lets nothing be paid.
         last_used_at: microseconds of Unix time at which the last request ended.
     """
 
@@ -112,11 +112,11 @@ class Account:
 
     @property
     def totals(self) -> dict[str, Fraction]:
-        """The sum of all lines' amounts, by currency."""
+        """The sum of all lines' amounts, by currency, rounded once in its smallest unit."""
         totals: dict[str, Fraction] = {}
         for value, currency in sorted((line.amount for line in self.lines if line.amount), key=lambda one: one[1]):
             totals[currency] = totals.get(currency, Fraction()) + value
-        return totals
+        return {currency: rounded(value, currency) for currency, value in totals.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class OwnerUses:
             by_tenant[tenant] = by_tenant.get(tenant, NO_USES) + uses
         return Account(
             tuple(
-                Line(name, expert, uses, None if name is None else _amount(terms[name], uses), last)
+                Line(name, expert, uses, None if name is None else owed(terms[name].duties, uses), last)
                 for (name, expert), (uses, last) in by_line.items()
             ),
             by_tenant,
@@ -151,18 +151,13 @@ class OwnerUses:
 
 
 def owner_uses(path: Path, owner: str, period: Period) -> OwnerUses:
-    """The sums of an owner's uses in a period. Blocks.
+    """The sums of an owner's uses in a period, all of one moment. Blocks.
 
     Raises:
         LedgerError: the file cannot be read.
         TooMuchAsked: there is too much to sum.
     """
     values = (period.start * MICROSECONDS, period.end * MICROSECONDS, owner)
-    rows = read(path, _USES, values, seconds=MOST_SECONDS, most=MOST_ROWS)
-    days = read(path, _DAYS, values, seconds=MOST_SECONDS, most=MOST_ROWS)
+    with Reading(path, seconds=MOST_SECONDS, most=MOST_ROWS) as reading:
+        rows, days = reading.rows(_USES, values), reading.rows(_DAYS, values)
     return OwnerUses(rows, tuple(Day(start, requests, Uses(*counts)) for start, requests, *counts in days))
-
-
-def _amount(agreement: Agreement, uses: Uses) -> tuple[Fraction, str] | None:
-    exactly = owed(agreement.duties, uses)
-    return None if exactly is None else (rounded(*exactly), exactly[1])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
@@ -98,25 +98,54 @@ def conditions(sought: Sought) -> tuple[str, list[object]]:
     return " AND ".join(where), values
 
 
-def read(
-    path: Path, query: str, values: Sequence[object], *, seconds: float | None = None, most: int | None = None
-) -> list[Any]:
-    """The rows of a query that sums, in bounded time and number, by default those of any query. Blocks.
+def read(path: Path, query: str, values: Sequence[object]) -> list[Any]:
+    """The rows of a query that sums, in the time and number of :class:`Reading`. Blocks, and raises as it does."""
+    with Reading(path) as reading:
+        return reading.rows(query, values)
+
+
+class Reading:
+    """One moment of the ledger, for sums in bounded time and number. Blocks.
 
     Raises:
         LedgerError: the file cannot be read.
-        TooMuchAsked: there are too many sums, or they take too long.
+        TooMuchAsked: there are too many sums, or all of them together take too long.
     """
-    seconds, most = MOST_SECONDS if seconds is None else seconds, MOST_SUMS if most is None else most
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            deadline = time.monotonic() + seconds
-            connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
-            found = list(islice(connection.execute(query, values), most + 1))
-    except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
-            raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds: ask for less time") from error
-        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
-    if len(found) > most:
-        raise TooMuchAsked(f"there are more than {most:,} sums: ask for less time, or group by less")
-    return found
+
+    def __init__(self, path: Path, *, seconds: float | None = None, most: int | None = None) -> None:
+        self._path = path
+        self._seconds = MOST_SECONDS if seconds is None else seconds
+        self._most = MOST_SUMS if most is None else most
+
+    def __enter__(self) -> Self:
+        with self._failing():
+            self._connection = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
+            )
+        deadline = time.monotonic() + self._seconds
+        self._connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def rows(self, query: str, values: Sequence[object]) -> list[Any]:
+        """The rows of a query that sums."""
+        with self._failing():
+            if not self._connection.in_transaction:
+                self._connection.execute("BEGIN")
+            found = list(islice(self._connection.execute(query, values), self._most + 1))
+        if len(found) > self._most:
+            raise TooMuchAsked(f"there are more than {self._most:,} sums: ask for less time, or group by less")
+        return found
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
+                raise TooMuchAsked(f"the sums took longer than {self._seconds:g} seconds: ask for less time") from error
+            raise LedgerError(
+                f"the ledger {self._path} cannot be read: {error}; check the file and its disk"
+            ) from error

@@ -49,9 +49,10 @@ def _owner(call: Call[Any, ShowStatement]) -> str:
 
 
 def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
-    store = call.store
+    store, ledger = call.store, call.services.ledger
+    written_down = ledger.has_written(period.end)  # asked before the ledger is read
     try:
-        found = owner_uses(call.services.ledger.path, owner, period)
+        found = owner_uses(ledger.path, owner, period)
         account = found.account(terms_of(store, found.names))
     except LedgerError as error:
         raise from_ledger(error) from error
@@ -64,6 +65,7 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
         owner,
         account,
         now=call.now,
+        written_down=written_down,
         name_of=read_pseudonyms(store.engine, owner).of,
         denials=count_denied(store.engine, period.start, period.end, experts),
         changes=changes_of(store, owner, experts, period, account),

@@ -25,7 +25,12 @@ class ShowStatement(Closed):
 
 
 class Used(Shown):
-    """Uses: requests, each once for every expert that took part; positions; and tokens times shares."""
+    """Uses: requests, each once for every expert that took part.
+
+    Attributes:
+        tokens: positions, each once for every expert that took part in it.
+        share_weighted_tokens: all tokens of each request, times the experts' shares.
+    """
 
     requests: int
     tokens: int
@@ -33,7 +38,7 @@ class Used(Shown):
 
 
 class StatementLine(Used):
-    """What one expert did under one version of an agreement; `amount` is rounded, half to even.
+    """What one expert did under one version of an agreement; `amount` is the exact decimal number.
 
     Without an agreement are uses from before the ledger recorded it. Without an amount, nothing is to be paid.
     """
@@ -47,7 +52,7 @@ class StatementLine(Used):
 
 
 class StatementTotal(Shown):
-    """The sum of all lines in one currency."""
+    """The sum of all lines in one currency, rounded once to its smallest unit, half to even."""
 
     currency: str
     amount: str
@@ -92,7 +97,8 @@ class StatementChange(Shown):
 class Statement(Shown):
     """What an owner's experts did on this server in a day or month in UTC, and what is owed for it.
 
-    A request belongs to the period in which it ended. Of a period that is `open`, it is what has ended so far.
+    A request belongs to the period in which it ended. While a period is `open`, its statement can grow: until it is
+    over, and the ledger has written all of it.
     """
 
     object: Literal["statement"] = "statement"
@@ -120,11 +126,17 @@ def statement_of(
     account: Account,
     *,
     now: float,
+    written_down: bool,
     name_of: Callable[[str], str],
     denials: dict[tuple[str, str], int],
     changes: list[StatementChange],
 ) -> Statement:
-    """A statement made at `now`; `name_of` gives the owner's name for a project."""
+    """A statement made at `now`.
+
+    Args:
+        written_down: whether the ledger had written all ends of the period before it was read.
+        name_of: gives the owner's name for a project.
+    """
     uses = account.uses
     return Statement(
         id=period.name,
@@ -133,7 +145,7 @@ def statement_of(
         start_time=period.start,
         end_time=period.end,
         made_at=now,
-        open=now < period.end,
+        open=now < period.end or not written_down,
         requests=account.requests,
         tokens=uses.tokens,
         share_weighted_tokens=_weighted(uses),
@@ -163,7 +175,7 @@ def _line(line: Line) -> StatementLine:
         agreement_version=version,
         **_used(line.uses),
         currency=currency,
-        amount=None if value is None or currency is None else written(value, currency),
+        amount=None if value is None else exact(value),
         last_used_at=line.last_used_at / MICROSECONDS,
     )
 

@@ -71,7 +71,7 @@ async def test_an_owner_reads_what_its_experts_did_and_what_is_owed(call: Any, r
         "agreement_id": "a-news",
         "agreement_version": 2,
         "currency": "EUR",
-        "amount": "0.30",
+        "amount": "0.3",
     }
     assert found["totals"] == [{"currency": "EUR", "amount": "0.30"}]
     assert [(day["start_time"], day["requests"]) for day in found["days"]] == [(START, 2), (START + 2 * DAY, 1)]
@@ -105,11 +105,31 @@ async def test_a_period_that_has_ended_is_not_open_and_has_its_own_requests_alon
     assert found["totals"] == [{"currency": "EUR", "amount": "0.20"}]
 
 
+async def test_a_period_is_open_until_its_ends_are_on_disk(
+    call: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = recorded.register(registration("late"))
+    await late.registered()
+
+    def refused(_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(recorded, "_insert", refused)
+        late.end(COMPLETED, Used(1, 0, 1, [], []))  # on the third
+        days = ("2026-11-02", "2026-11-03")
+        opened = [(await call("sk-owner", "GET", f"/v1/statements/{day}")).json()["open"] for day in days]
+        assert opened == [False, True]
+    while not recorded.has_written(START + 3 * DAY):
+        await asyncio.sleep(0.01)
+    assert (await call("sk-owner", "GET", "/v1/statements/2026-11-03")).json()["open"] is False
+
+
 async def test_a_statement_is_also_a_table_and_a_page(call: Any, recorded: Journal) -> None:
     table = await call("sk-owner", "GET", f"{MONTH}?format=csv")
     assert table.headers["content-type"].startswith("text/csv")
     (row,) = csv.DictReader(io.StringIO(table.text))
-    wanted = {"owner_id": "gazette", "id": "2026-11", "open": "True", "expert_id": "news", "amount": "0.30"}
+    wanted = {"owner_id": "gazette", "id": "2026-11", "open": "True", "expert_id": "news", "amount": "0.3"}
     assert {name: row[name] for name in wanted} == wanted
     page = await call("sk-owner", "GET", f"{MONTH}?format=html")
     assert page.headers["content-type"].startswith("text/html")
@@ -157,7 +177,7 @@ async def test_the_command_prints_a_statement(urls: tuple[str, str], recorded: J
     assert shown.exit_code == 0, shown.output
     first, _, line, total = shown.output.splitlines()
     assert first == "gazette, 2026-11, still open: 3 requests, 30 tokens"
-    assert line.split() == ["a-news@2", "news", "3", "30", "33", "0.30", "EUR"]
+    assert line.split() == ["a-news@2", "news", "3", "30", "33", "0.3", "EUR"]
     assert total == "total 0.30 EUR"
     table = await run("2026-11", "--key", "sk-admin", "--owner", "gazette", "--format", "csv")
     assert table.output.startswith("owner_id,period,id,open,")

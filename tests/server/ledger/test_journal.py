@@ -279,6 +279,18 @@ async def test_ends_follow_one_another_though_the_clock_is_set_back(
     assert "the clock is 20 seconds behind the ledger's newest end" in caplog.text
 
 
+async def test_a_clock_that_is_set_back_is_logged_once_while_the_server_runs(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = [0.0]
+    journal = Journal(path, clock=lambda: at[0])
+    for at[0] in (50.0, 49.5, 20.0, 30.0, 50.0, 10.0):
+        journal.register(registration(str(at[0]))).end(COMPLETED, used(1, 1))
+    journal.close()
+    logged = [record.getMessage() for record in caplog.records if "behind" in record.getMessage()]
+    assert [text.partition(" seconds")[0] for text in logged] == ["the clock is 30", "the clock is 40"]
+
+
 async def test_no_more_ends_are_owed_than_requests_were_running(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from flexgate.policies.agreements import Agreement
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.ledger.statements import Account, Period, owner_uses
+from flexgate.server.ledger.usage import Reading
 
 NOVEMBER = Period.of("2026-11")
 EXPERTS = {"base": None, "news": "gazette", "sport": "gazette", "law": "chancery", "maths": "academy"}
@@ -115,7 +116,7 @@ def account_of(path: Path, owner: str, period: Period = NOVEMBER) -> Account:
 
 
 def recounted(requests: list[Request], owner: str) -> dict[tuple[tuple[str, int] | None, str], Fraction | None]:
-    """The amount of each line, request by request, in decimal arithmetic, rounded once."""
+    """The exact amount of each line, request by request, in decimal arithmetic."""
     amounts: dict[Any, Any] = {}
     with localcontext(prec=200):
         for one in requests:
@@ -131,10 +132,7 @@ def recounted(requests: list[Request], owner: str) -> dict[tuple[tuple[str, int]
                         before = amounts.get((name, expert)) or (Decimal(0), duty.currency)
                         amounts[name, expert] = before[0] + duty.rate * count / PER[kind], duty.currency
                 amounts.setdefault((name, expert), None)
-        return {
-            line: found and Fraction(found[0].quantize(Decimal(MINOR[found[1]]), ROUND_HALF_EVEN))
-            for line, found in amounts.items()
-        }
+        return {line: found and Fraction(found[0]) for line, found in amounts.items()}
 
 
 def test_amounts_are_those_of_a_recount_to_the_last_minor_unit(tmp_path: Path) -> None:
@@ -147,8 +145,26 @@ def test_amounts_are_those_of_a_recount_to_the_last_minor_unit(tmp_path: Path) -
         assert found == recounted(requests, owner)
         paid.update(line.amount[1] for line in account.lines if line.amount)
         for currency, total in account.totals.items():
-            assert total == sum(line.amount[0] for line in account.lines if line.amount and line.amount[1] == currency)
+            exact = sum(line.amount[0] for line in account.lines if line.amount and line.amount[1] == currency)
+            with localcontext(prec=200):
+                scaled = Decimal(exact.numerator) / Decimal(exact.denominator)
+                assert total == Fraction(scaled.quantize(Decimal(MINOR[currency]), ROUND_HALF_EVEN))
     assert min(paid[currency] for currency in MINOR) > 0
+
+
+def test_who_revises_an_agreement_after_each_request_is_owed_no_more(tmp_path: Path) -> None:
+    """A rate of 0.005001 would be 0.01 for each version."""
+    requests = [
+        Request(f"dec_{n}", "t", NOVEMBER.start + n, 10, {"news": (("gazette-0", n + 1), 5, 5)}) for n in range(1000)
+    ]
+    found = owner_uses(written(tmp_path / "ledger.db", requests), "gazette", NOVEMBER)
+    duty = {"kind": "compensate", "rate": "0.005001", "currency": "EUR", "unit": "request"}
+    fields = {"id": "gazette-0", "owner": "gazette", "experts": ["news"], "assignee": "everyone", "effect": "permit"}
+    terms = Agreement.model_validate({**fields, "duties": [duty]})
+    account = found.account(dict.fromkeys(found.names, terms))
+    assert len(account.lines) == 1000
+    assert {line.amount for line in account.lines} == {(Fraction("0.005001"), "EUR")}
+    assert account.totals == {"EUR": Fraction(5)}
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -184,6 +200,16 @@ def test_a_request_counts_once_however_many_experts_of_the_owner_took_part(tmp_p
     account = account_of(written(tmp_path / "ledger.db", requests), "gazette")
     assert (account.requests, account.uses.requests) == (3, 6)
     assert [(day.start - NOVEMBER.start, day.requests) for day in account.days] == [(86_400 * n, 1) for n in range(3)]
+
+
+def test_all_sums_of_a_reading_are_of_one_moment(tmp_path: Path) -> None:
+    path = written(tmp_path / "ledger.db", random_requests(random.Random(1), 5))
+    with Reading(path) as reading, closing(sqlite3.connect(path)) as other:
+        before = reading.rows("SELECT count(*) FROM usage", ())
+        with other:
+            other.execute("DELETE FROM parts")
+            other.execute("DELETE FROM usage")
+        assert reading.rows("SELECT count(*) FROM usage", ()) == before == [(5,)]
 
 
 @pytest.mark.parametrize(
