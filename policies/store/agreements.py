@@ -61,8 +61,11 @@ def changes_between(store: Store, owner_id: str, since: float, until: float) -> 
 
     with reading(store.engine) as connection:
         found = read_between(connection, "agreement", since, until)
-    changes = [AgreementChange(at, parsed(change.before), parsed(change.after)) for at, change in found]
-    return [one for one in changes if owner_id in (one.before and one.before.owner, one.after and one.after.owner)]
+    return [
+        AgreementChange(at, parsed(change.before), parsed(change.after))
+        for at, change in found
+        if owner_id in [values["owner"] for values in (change.before, change.after) if values is not None]
+    ]
 
 
 def create_agreement(

@@ -5,7 +5,7 @@ Alone the oldest denied requests may be trimmed, in the transaction that records
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any, Final
@@ -122,17 +122,22 @@ def search(engine: Engine, sought: Sought, *, limit: int, oldest: bool = False) 
         return list(islice((entry for entry in found if sought.matches(entry)), limit))
 
 
-def count_denied(engine: Engine, since: float, until: float, experts: Collection[str]) -> dict[tuple[str, str], int]:
-    """How many requests were denied because of these experts, by expert and code of the reason.
+def count_denied(
+    engine: Engine, since: float, until: float, concerns: Callable[[str, float, float], bool]
+) -> dict[tuple[str, str], int]:
+    """How many requests were denied because of an expert, by expert and code of the reason.
 
-    Of entries that are kept, that began at `since <= at < until`, and that name their reasons.
+    Of entries that are kept, that began at `since <= at < until`, and that name their reasons; each stands for requests
+    from its first to its last, and `concerns` says of an expert and these times whether it counts.
     """
     counts: dict[tuple[str, str], int] = {}
     with reading(engine) as connection:
-        query = _query(Sought(log=REQUESTS, since=since, until=until)).with_only_columns(audit_log.c.detail)
+        query = _query(Sought(log=REQUESTS, since=since, until=until)).with_only_columns(
+            audit_log.c.at, audit_log.c.detail
+        )
         for row in connection.execute(query.execution_options(yield_per=1000)):
             for expert, code, _ in row.detail.get("rules", ()):
-                if expert in experts:
+                if concerns(expert, row.at, max(row.at, row.detail["last"])):
                     counts[expert, code] = counts.get((expert, code), 0) + row.detail["requests"]
     return counts
 

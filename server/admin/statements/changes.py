@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.audit import CHANGES, Entry
 from flexgate.policies.store.agreements import AgreementChange, changes_between
 from flexgate.policies.store.audit import Sought, search
+from flexgate.policies.store.ownership import Ownership
 from flexgate.policies.store.store import Store
 from flexgate.server.admin.statements.schemas import StatementChange
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.statements import Account, Period
+from flexgate.server.ledger.statements import DAY, Account, Period
 
 MOST: Final = 10_000
 _WEIGHTS: Final = {"weights.added": "expert.added", "weights.revoked": "expert.revoked"}
@@ -20,12 +21,12 @@ _CLEARED: Final = "weights.cleared"
 
 
 def changes_of(
-    store: Store, owner: str, experts: Collection[str], period: Period, account: Account
+    store: Store, owner: str, ownership: Ownership, period: Period, account: Account
 ) -> list[StatementChange]:
     """All of them, in the order in which they were requested. Blocks."""
     agreements, weights = _last_uses(account)
     found = [_of_agreement(one, agreements) for one in changes_between(store, owner, period.start, period.end)]
-    found += _of_weights(store, experts, period, weights)
+    found += _of_weights(store, ownership, period, weights)
     return sorted(found, key=lambda one: one.requested_at)
 
 
@@ -54,7 +55,7 @@ def _of_agreement(change: AgreementChange, last_uses: Mapping[tuple[str, int], f
         id=agreement.id,
         version=agreement.version,
         requested_at=change.at,
-        effective_at=change.at if made is None else max(change.at, made.starts),
+        effective_at=None if made is None else max(change.at, made.starts),
         last_used_at=None if ended is None else _last_use(ended, last_uses),
     )
 
@@ -64,12 +65,14 @@ def _last_use(agreement: Agreement, last_uses: Mapping[tuple[str, int], float]) 
 
 
 def _of_weights(
-    store: Store, experts: Collection[str], period: Period, last_uses: Mapping[str, float]
+    store: Store, ownership: Ownership, period: Period, last_uses: Mapping[str, float]
 ) -> Iterator[StatementChange]:
     def concerns(entry: Entry) -> bool:
-        return entry.action in (*_WEIGHTS, _CLEARED) and _expert(entry.detail) in experts
+        in_time = entry.at < period.end or entry.action == _CLEARED
+        expert = _expert(entry.detail)
+        return in_time and entry.action in (*_WEIGHTS, _CLEARED) and ownership.had(expert, entry.at, entry.at)
 
-    sought = Sought(since=period.start, until=period.end, log=CHANGES, matches=concerns)
+    sought = Sought(since=period.start, until=period.end + DAY, log=CHANGES, matches=concerns)
     entries = search(store.engine, sought, limit=MOST, oldest=True)
     cleared = {e.detail["weights_epoch"]: e.detail["effective_at"] for e in entries if e.action == _CLEARED}
     for entry in entries:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from flexgate.policies.documents import Role
 from flexgate.policies.store.audit import count_denied
+from flexgate.policies.store.ownership import read_ownership
 from flexgate.policies.store.pseudonyms import read_pseudonyms
 from flexgate.server.admin.operation import Call, Nothing
 from flexgate.server.admin.router import OperationRouter
@@ -56,9 +57,8 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
         account = found.account(terms_of(store, found.names))
     except LedgerError as error:
         raise from_ledger(error) from error
-    experts: set[str] = {id_ for id_, expert in call.snapshot.experts.items() if expert.owner == owner}
-    experts |= {line.expert for line in account.lines}
-    if not experts and call.principal.owner_id is None:
+    ownership = read_ownership(store, owner)
+    if not (ownership.times or account.lines) and call.principal.owner_id is None:
         raise Invalid(f"No expert of this server has the owner '{owner}'.", param="owner_id", code=_INVALID)
     return statement_of(
         period,
@@ -67,6 +67,6 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
         now=call.now,
         written_down=written_down,
         name_of=read_pseudonyms(store.engine, owner).of,
-        denials=count_denied(store.engine, period.start, period.end, experts),
-        changes=changes_of(store, owner, experts, period, account),
+        denials=count_denied(store.engine, period.start, period.end, ownership.had),
+        changes=changes_of(store, owner, ownership, period, account),
     )

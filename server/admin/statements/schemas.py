@@ -98,7 +98,8 @@ class Statement(Shown):
     """What an owner's experts did on this server in a day or month in UTC, and what is owed for it.
 
     A request belongs to the period in which it ended. While a period is `open`, its statement can grow: until it is
-    over, and the ledger has written all of it.
+    over, and the ledger has written all of it. Uses and amounts are this server's; denials and changes are those of all
+    servers that share its policy database.
     """
 
     object: Literal["statement"] = "statement"

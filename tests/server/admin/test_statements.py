@@ -12,6 +12,7 @@ import pytest_asyncio
 from typer.testing import CliRunner
 
 from flexgate.policies.audit import DENIED, Event
+from flexgate.policies.documents import Expert, Tenant
 from flexgate.policies.store import Store
 from flexgate.policies.store.agreements import revise_agreement, terminate_agreement
 from flexgate.server.cli.main import app
@@ -95,7 +96,7 @@ async def test_rights_that_were_given_and_taken_away_are_listed_with_their_times
     names = ("kind", "id", "version", "requested_at", "effective_at", "last_used_at")
     assert [tuple(change[name] for name in names) for change in changes] == [
         ("agreement.revised", "a-news", 2, given, given, None),
-        ("agreement.terminated", "a-news", 2, taken, taken, START + 2.0 * DAY + 62.0),
+        ("agreement.terminated", "a-news", 2, taken, None, START + 2.0 * DAY + 62.0),
     ]
 
 
@@ -123,6 +124,36 @@ async def test_a_period_is_open_until_its_ends_are_on_disk(
     while not recorded.has_written(START + 3 * DAY):
         await asyncio.sleep(0.01)
     assert (await call("sk-owner", "GET", "/v1/statements/2026-11-03")).json()["open"] is False
+
+
+async def test_whose_expert_it_was_then_reads_its_denials_and_weights(
+    call: Any, recorded: Journal, real_store: Store
+) -> None:
+    """news goes from gazette to academy, so that neither reads what was of the other's time."""
+    with real_store.change(actor="test", at=START + 10.0) as change:
+        change.add_weights("news", slot=1, package="p", detail={})
+    with real_store.change(actor="test", at=START + 3.5 * DAY) as change:
+        for tenant in change.all(Tenant):
+            change.put(tenant.model_copy(update={"expert_ids": frozenset(), "default_experts": None}))
+        news = change.get(Expert, "news")
+        assert news is not None
+        change.put(news.model_copy(update={"owner": "academy"}))
+    at = START + 3.75 * DAY
+    with real_store.change(actor="test", at=at) as change:
+        change.revoke_weights("news", slot=1, detail={})
+    detail = {"tenant_id": "t", "route": "/", "status": 403, "code": "expert_policy_denied", "param": None}
+    denied = {**detail, "rules": [["news", "no_agreement", "x"]], "requests": 3, "request_ids": [], "last": at}
+    real_store.record([Event(at=at, actor="key_1", action=DENIED, detail=denied)])
+    former = (await call("sk-owner", "GET", MONTH)).json()
+    present = (await call("sk-admin", "GET", f"{MONTH}?owner_id=academy")).json()
+    weights = [
+        [one["kind"] for one in statement["changes"] if one["kind"].startswith("expert")]
+        for statement in (former, present)
+    ]
+    assert weights == [["expert.added"], ["expert.revoked"]]
+    assert [(one["code"], one["requests"]) for one in former["denials"]] == [("prohibited", 7)]
+    of_news = [one for one in present["denials"] if one["expert_id"] == "news"]
+    assert [(one["code"], one["requests"]) for one in of_news] == [("no_agreement", 3)]
 
 
 async def test_a_statement_is_also_a_table_and_a_page(call: Any, recorded: Journal) -> None:
