@@ -107,7 +107,7 @@ class Copy:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        for name in (*FOLDERS, "benchmarks", "tests"):
+        for name in (*FOLDERS, "benchmarks", "tests", "docs/examples"):
             shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "Makefile", "Dockerfile"):
             shutil.copy(ROOT / name, place / name)
