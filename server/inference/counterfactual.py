@@ -24,7 +24,6 @@ from flexgate.server.engine.frontend.calls import CURRENT_CALL, Answer, ExpertSl
 from flexgate.server.engine.seam.openai import SamplingParams
 from flexgate.server.http.errors import Invalid
 from flexgate.server.inference.enforcement import Right
-from flexgate.server.inference.openai import vllm_errors
 from flexgate.server.inference.recording import processed, refused, used_of
 from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD
 from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, STOPPED, Used
@@ -86,9 +85,7 @@ async def leave_one_out(request: InferenceRequest) -> Counterfactual:
             answers, client = request.call.answers, request.services.client
             base, *without = await _together([_score(call, client, answers) for call in calls])
         except Exception:
-            for call in calls:
-                if ended := vllm_errors.ended_early(call):
-                    raise ended from None
+            request.call.failed = request.call.failed or _failed(calls)
             raise
         deltas = {ref.expert: base - other for ref, other in zip(left_out, without, strict=True)}
         return Counterfactual(base, deltas, len(calls), sum(call.tokens() for call in calls))
@@ -109,7 +106,7 @@ def _calls(request: InferenceRequest, gates: Sequence[tuple[ExpertSlotRef, ...]]
         )
         for experts in gates
     ]
-    entry = _register(request)
+    entry, request.scoring = _register(request), calls
     completed = False
     try:
         for call in calls:
@@ -121,10 +118,15 @@ def _calls(request: InferenceRequest, gates: Sequence[tuple[ExpertSlotRef, ...]]
         yield calls
         completed = True
     finally:
-        entry.end(COMPLETED if completed else STOPPED, _used(calls))
+        entry.end(COMPLETED if completed else _failed(calls) or STOPPED, _used(calls))
         for call in calls:
             services.running.end(call)
             services.client.end(call)
+
+
+def _failed(calls: Sequence[GatedCall]) -> str | None:
+    """Why one of them was ended early."""
+    return next((call.failed for call in calls if call.failed is not None), None)
 
 
 def _register(request: InferenceRequest) -> Entry:
@@ -187,7 +189,7 @@ async def _score(call: GatedCall, client: GatedEngineClient, answers: Sequence[A
         )
         async for output in outputs:
             scored = output.prompt_logprobs
-        total += math.fsum(scored[place][tokens[place]].logprob for place in range(len(prompt), len(tokens)))
+        total += math.fsum(scored.of_prompt()[len(prompt) - 1 :])
     return total
 
 

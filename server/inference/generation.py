@@ -255,8 +255,8 @@ def finish(request: InferenceRequest) -> None:
 
 def commit_usage(request: InferenceRequest) -> None:
     """Commit what the call used, before its client reads the end and sends its next request."""
-    scored = 0 if request.counterfactual is None else request.counterfactual.tokens
-    on_loop(lambda: request.reservation.commit({TOKENS: request.call.tokens() + scored}))
+    calls = (request.call, *request.scoring)
+    on_loop(lambda: request.reservation.commit({TOKENS: sum(call.tokens() for call in calls)}))
 
 
 def metadata(request: InferenceRequest) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -195,6 +195,7 @@ class InferenceRequest(TenantRequest):
         right: the rights that it depends on while it runs.
         entry: the request in the ledger, once it is there.
         passes: how often its response is scored at most, for `counterfactual`.
+        scoring: the calls of these passes.
         counterfactual: what leaving each expert out changes, where that was asked for.
         answer: SHA-256 of the response's body, as far as it was sent.
         completed: whether all of its response was generated.
@@ -214,6 +215,7 @@ class InferenceRequest(TenantRequest):
     right: Right
     entry: Entry | None = None
     passes: int = 0
+    scoring: Sequence[GatedCall] = ()
     counterfactual: Counterfactual | None = None
     completed: bool = False
     broken: bool = False

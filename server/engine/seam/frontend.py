@@ -47,6 +47,10 @@ class PromptLogprobs(Sequence[Any]):
         self._parts.append(part)
         self._positions += len(part.logprobs)
 
+    def of_prompt(self) -> list[float]:
+        """The log-probability of each token of the prompt but the first; to be read before anything else is."""
+        return [value for part in self._parts for value in part.logprobs[:, 0].tolist()]
+
     def made(self) -> list[Any]:
         """vLLM's own list."""
         parts, self._parts = self._parts, []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -47,8 +49,8 @@ class Scoring:
         call.count_usage("r", "0_r", [5, 0, [5, 0, 0, 0, 5, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0, 0]])
         assert call.record is not None
         assert await call.record()
-        scored = [None, *({token: SimpleNamespace(logprob=LOGPROBS[gate])} for token in (PROMPT + RESPONSE)[1:])]
-        yield SimpleNamespace(prompt_logprobs=scored)
+        scored = [LOGPROBS[gate] if place >= len(PROMPT) else -9.0 for place in range(1, len(PROMPT + RESPONSE))]
+        yield SimpleNamespace(prompt_logprobs=SimpleNamespace(of_prompt=lambda: scored))
 
 
 @pytest.fixture
@@ -115,6 +117,28 @@ async def test_passes_count_against_the_limits(
     assert response.status_code == 200
 
 
+async def test_passes_of_a_client_that_left_count_for_what_they_computed(
+    services: Any, scoring: Scoring, handler: Any, limit: Any, make_client: Any
+) -> None:
+    limit(tokens_per_minute=100)
+    one = scoring.generate
+
+    async def hang(prompt: Any, params: Any, id_: str) -> AsyncIterator[Any]:
+        async for output in one(prompt, params, id_):
+            if len(scoring.calls) == 2:
+                asking.cancel()
+                await asyncio.Event().wait()
+            yield output
+
+    services.client.generate = hang
+    async with make_client() as http:
+        asking = asyncio.ensure_future(http.post(PATH, json=ASKED))
+        with suppress(asyncio.CancelledError):
+            await asking
+        response = await http.post(PATH, json={"prompt": "x", "max_tokens": 3})
+    assert response.headers["x-ratelimit-remaining-tokens"] == str(100 - 5 - 12 - 5)
+
+
 async def test_passes_are_recorded_apart(client: httpx.AsyncClient, services: Any, scoring: Scoring) -> None:
     response = await client.post(PATH, json=ASKED)
     id_ = response.json()["flexgate"]["decision_id"]
@@ -166,5 +190,8 @@ async def test_an_expert_that_is_revoked_during_a_pass_ends_the_request(
     scoring.fails = gate
     response = await client.post(PATH, json=ASKED)
     assert response.json()["error"]["code"] == "expert_revoked", response.text
+    services.ledger.close()
+    with sqlite3.connect(services.ledger.path) as connection:
+        assert {outcome for (outcome,) in connection.execute("SELECT outcome FROM usage")} == {"expert_revoked"}
     assert set(scoring.begun) == set(scoring.ended)
     assert not services.running._rights
