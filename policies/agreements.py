@@ -6,10 +6,13 @@ Times are half-open, `not_before <= now < not_after`, in whole seconds with a ti
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
@@ -158,6 +161,13 @@ def require_executed(duties: tuple[Duty, ...], effect: str = "permit") -> None:
     currencies = sorted({duty.currency for duty in duties if duty.kind == "compensate"})
     if len(currencies) > 1:
         raise InvalidName(f"'duties' pays in {' and '.join(currencies)}: use one currency in an agreement")
+
+
+@lru_cache(maxsize=1024)
+def duties_sha256(duties: tuple[Duty, ...]) -> str:
+    """A digest of what uses are worth. It stays the same when a field with a default is added to a duty."""
+    said = [duty.model_dump(mode="json", exclude_defaults=True) for duty in duties]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 class Agreement(Document):

@@ -74,6 +74,7 @@ def _parts(requests: int) -> Iterator[tuple[Any, ...]]:
                 agreement_version=1 + number % AGREEMENTS,
                 package=None,
                 share_ppm=250_000,
+                duties_sha256=None,
             )
             yield number + 1, *part
 
@@ -82,7 +83,7 @@ def _measured(path: Path) -> dict[str, Any]:
     assert PERIOD is not None
     began, cpu = time.perf_counter(), time.process_time()
     found = owner_uses(path, OWNER, PERIOD)
-    account = found.account({name: _terms(*name) for name in found.names})
+    account = found.account({terms.version: _terms(*terms.version) for terms in found.counted_under})
     made = statement_of(
         PERIOD,
         OWNER,

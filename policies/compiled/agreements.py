@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
-from flexgate.policies.agreements import Agreement, Duty
+from flexgate.policies.agreements import Agreement, Duty, duties_sha256
 from flexgate.policies.ids import PUBLIC, ExpertId, OwnerId
 from flexgate.policies.vocabulary import prohibited_regions, purpose_and_above, region_and_above
 
@@ -34,6 +34,7 @@ class CompiledAgreement:
     ends: float
     owner: OwnerId
     duties: tuple[Duty, ...]
+    duties_sha256: str
     credit: str | None
     whatever: bool
     precedence: Precedence
@@ -121,6 +122,7 @@ def compile_agreement(agreement: Agreement) -> CompiledAgreement:
         ends=agreement.ends,
         owner=agreement.owner,
         duties=agreement.duties,
+        duties_sha256=duties_sha256(agreement.duties),
         credit=next((duty.credit or agreement.owner for duty in agreement.duties if duty.kind == "attribute"), None),
         whatever=permits and purposes is None and regions is None,
         precedence=_precedence(agreement, purposes is None, regions is None),

@@ -216,6 +216,7 @@ def register(request: InferenceRequest) -> None:
                 agreement=None if agreement is None else agreement.agreement_id,
                 agreement_version=None if agreement is None else agreement.version,
                 package=ref.package,
+                duties_sha256=None if agreement is None else agreement.duties_sha256,
             )
             for ref, agreement in zip(call.experts, decision.agreements, strict=True)
         ),

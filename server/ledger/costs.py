@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from flexgate.server.ledger.amounts import Uses
+from flexgate.server.ledger.terms import Terms
 from flexgate.server.ledger.usage import COLUMNS, Group, Sought, conditions, read
 
 USES: Final = (
@@ -21,8 +22,7 @@ class AgreementUses:
 
     start: int
     group: Mapping[Group, str | None]
-    agreement: str
-    version: int
+    terms: Terms
     uses: Uses
 
 
@@ -34,7 +34,7 @@ def uses_by_agreement(path: Path, sought: Sought) -> list[AgreementUses]:
         TooMuchAsked: there are too many sums, or they take too long.
     """
     where, values = conditions(sought)
-    columns = [*(COLUMNS[group] for group in sought.groups), "agreement", "agreement_version"]
+    columns = [*(COLUMNS[group] for group in sought.groups), "agreement", "agreement_version", "duties_sha256"]
     grouped = ", ".join(["bucket", *columns])
     rows = read(
         path,
@@ -46,9 +46,10 @@ def uses_by_agreement(path: Path, sought: Sought) -> list[AgreementUses]:
 
 
 def _named(rows: list[tuple[int, ...]], sought: Sought) -> Iterator[AgreementUses]:
-    for start, *names, agreement, version, requests, tokens, weighted in rows:
+    for start, *names, agreement, version, duties, requests, tokens, weighted in rows:
         group = dict(zip(sought.groups, map(_text, names), strict=True))
-        yield AgreementUses(start, group, str(agreement), version, Uses(requests, tokens, weighted))
+        terms = Terms((str(agreement), version), _text(duties))
+        yield AgreementUses(start, group, terms, Uses(requests, tokens, weighted))
 
 
 def _text(name: object) -> str | None:

@@ -27,7 +27,8 @@ class RegisteredExpert(NamedTuple):
     """An expert of a request's gate, with the agreement that its use counts under, None where it needs none.
 
     `owner` is None for the common expert, and for all experts of a model whose experts have no owners. `package` is the
-    digest of the weights in its package, None where the checkpoint names none.
+    digest of the weights in its package, None where the checkpoint names none; `duties_sha256` is that of the
+    agreement's duties.
     """
 
     slot: int
@@ -36,6 +37,7 @@ class RegisteredExpert(NamedTuple):
     agreement: str | None = None
     agreement_version: int | None = None
     package: str | None = None
+    duties_sha256: str | None = None
 
 
 class Part(NamedTuple):
@@ -54,6 +56,7 @@ class Part(NamedTuple):
     agreement_version: int | None
     package: str | None
     share_ppm: int
+    duties_sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Used:
             numbers = prompt_2U[mass], prompt_2U[positions], completion_2U[mass], completion_2U[positions]
             if any(numbers):
                 agreement = one.agreement, one.agreement_version
-                found.append(Part(one.expert, one.owner, *numbers, *agreement, one.package, share))
+                found.append(Part(one.expert, one.owner, *numbers, *agreement, one.package, share, one.duties_sha256))
         return found
 
     def encode(self) -> bytes:

@@ -43,7 +43,7 @@ NAME: Final = "ledger.db"
 RETRY_SECONDS: Final = 1.0
 INSERT_PART: Final = (
     "INSERT INTO parts (sequence, expert, owner, prompt_mass, prompt_positions, completion_mass, completion_positions, "
-    "agreement, agreement_version, package, share_ppm) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "agreement, agreement_version, package, share_ppm, duties_sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 ANSWER_SECONDS: Final = 5.0
 """How long a commit may take before what waits for it is refused."""

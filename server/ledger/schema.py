@@ -84,7 +84,12 @@ def _digests(connection: sqlite3.Connection) -> None:
         connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
 
 
-STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_first, _agreements_and_shares, _digests)
+def _duties(connection: sqlite3.Connection) -> None:
+    """A digest of the duties that each use counts under, unknown of earlier ones."""
+    connection.execute("ALTER TABLE parts ADD COLUMN duties_sha256 TEXT")
+
+
+STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_first, _agreements_and_shares, _digests, _duties)
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)
 

@@ -17,6 +17,7 @@ from flexgate.policies.agreements import Agreement
 from flexgate.server.ledger.amounts import NO_USES, Uses, owed, rounded
 from flexgate.server.ledger.costs import USES
 from flexgate.server.ledger.entries import MICROSECONDS
+from flexgate.server.ledger.terms import Terms
 from flexgate.server.ledger.usage import Reading
 
 MOST_SECONDS: Final = 60.0
@@ -26,8 +27,9 @@ PeriodKind = Literal["day", "month"]
 _NAME: Final = re.compile(r"(?P<year>\d{4})-(?P<month>\d\d)(-(?P<day>\d\d))?", re.ASCII)
 _OF_OWNER: Final = "FROM usage JOIN parts USING (sequence) WHERE ended_at >= ? AND ended_at < ? AND owner = ?"
 _USES: Final = (
-    f"SELECT agreement, agreement_version, expert, tenant, {USES}, max(ended_at) {_OF_OWNER} "
-    "GROUP BY agreement, agreement_version, expert, tenant ORDER BY agreement, agreement_version, expert, tenant"
+    f"SELECT agreement, agreement_version, duties_sha256, expert, tenant, {USES}, max(ended_at) {_OF_OWNER} "
+    "GROUP BY agreement, agreement_version, duties_sha256, expert, tenant "
+    "ORDER BY agreement, agreement_version, duties_sha256, expert, tenant"
 )
 _DAYS: Final = (
     f"SELECT ended_at / {DAY * MICROSECONDS} * {DAY} AS day, count(DISTINCT usage.sequence), {USES} {_OF_OWNER} "
@@ -121,21 +123,21 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class OwnerUses:
-    """The sums that an account is made of; `names` are the versions of agreements that it needs."""
+    """The sums that an account is made of; `counted_under` are the versions of agreements that it needs."""
 
     rows: Sequence[tuple[Any, ...]]
     days: tuple[Day, ...]
 
     @property
-    def names(self) -> set[tuple[str, int]]:
+    def counted_under(self) -> set[Terms]:
         """Agreements with their versions."""
-        return {(row[0], row[1]) for row in self.rows if row[0] is not None}
+        return {Terms((row[0], row[1]), row[2]) for row in self.rows if row[0] is not None}
 
     def account(self, terms: Mapping[tuple[str, int], Agreement]) -> Account:
-        """What is owed by `terms`, which have all `names`."""
+        """What is owed by `terms`, which have all of `counted_under`."""
         by_line: dict[tuple[tuple[str, int] | None, str], tuple[Uses, int]] = {}
         by_tenant: dict[str, Uses] = {}
-        for agreement, version, expert, tenant, *counts, last in self.rows:
+        for agreement, version, _, expert, tenant, *counts, last in self.rows:
             uses, name = Uses(*counts), None if agreement is None else (agreement, version)
             before, earlier = by_line.get((name, expert), (NO_USES, 0))
             by_line[name, expert] = before + uses, max(earlier, last)

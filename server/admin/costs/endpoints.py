@@ -52,7 +52,7 @@ def costs(call: Call[Nothing, ListCosts]) -> CostPage:
     sought = Sought(page.since, page.until, DAY, query.project_ids, query.api_key_ids, None, grouped)
     try:
         found = uses_by_agreement(call.services.ledger.path, sought)
-        duties = duties_of(call.store, {(one.agreement, one.version) for one in found})
+        duties = duties_of(call.store, {one.terms for one in found})
     except LedgerError as error:
         raise from_ledger(error) from error
     results: dict[int, list[CostResult]] = {}
@@ -68,10 +68,11 @@ def _costs(
     """What each duty makes of the uses, with their number of its units."""
     for one in found:
         group: list[tuple[CostGroup, str | None]] = list(one.group.items())
-        for duty in duties[one.agreement, one.version]:
+        agreement, version = one.terms.version
+        for duty in duties[agreement, version]:
             line: list[tuple[CostGroup, str | None]] = []
             if by_line:
-                line = [("line_item", f"{one.agreement}@{one.version}, {duty.unit}")]
+                line = [("line_item", f"{agreement}@{version}, {duty.unit}")]
             cost = _Cost(one.start, (*group, *line), UNITS[duty.unit] if by_line else None, duty.currency)
             yield cost, amount(duty, one.uses), quantity(duty.unit, one.uses)
 

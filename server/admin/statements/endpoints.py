@@ -54,7 +54,7 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
     written_down = ledger.has_written(period.end)  # asked before the ledger is read
     try:
         found = owner_uses(ledger.path, owner, period)
-        account = found.account(terms_of(store, found.names))
+        account = found.account(terms_of(store, found.counted_under))
     except LedgerError as error:
         raise from_ledger(error) from error
     ownership = read_ownership(store, owner)

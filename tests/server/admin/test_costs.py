@@ -9,6 +9,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from flexgate.policies.agreements import Agreement, duties_sha256
 from flexgate.policies.store import Store
 from flexgate.policies.store.agreements import revise_agreement, terminate_agreement
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
@@ -93,6 +94,24 @@ async def test_uses_of_an_agreement_that_the_policy_database_never_had_have_no_p
     await ledger.register(Registration("dec_end", 1, "t", "key_1", "/v1/x", "tiny", 1, 1, experts)).registered()
     with pytest.raises(openai.InternalServerError, match="version 99 of agreement 'a-news', which this policy"):
         await admin.usage.costs(start_time=START, end_time=START + 2 * DAY)
+
+
+async def test_uses_under_other_duties_than_the_policy_database_has_have_no_price(
+    admin: Any, ledger: Journal, recorded: Journal, agreements: dict[int, list[dict[str, Any]]]
+) -> None:
+    """An older copy of the policy database was restored, and the version's number given once more."""
+    for number, said in ((2, agreements[2]), (3, agreements[2])):
+        duties = Agreement.model_validate({**TERMS, "id": "a", "owner": "gazette", "duties": said}).duties
+        experts = (RegisteredExpert(1, "news", "gazette", "a-news", number, None, duties_sha256(duties)),)
+        entry = ledger.register(Registration(f"dec_v{number}", 1, "t", "key_1", "/v1/x", "tiny", 1, 1, experts))
+        entry.end(COMPLETED, Used(1, 0, 1, [0, 1, 0, 1], [0, 1, 0, 1]))
+        await entry.registered()
+        if number == 2:
+            await admin.usage.costs(start_time=START, end_time=START + 2 * DAY)
+    await ledger.register(Registration("dec_end", 1, "t", "key_1", "/v1/x", "tiny", 1, 1, experts)).registered()
+    with pytest.raises(openai.InternalServerError, match="version 3 of agreement 'a-news'") as refused:
+        await admin.usage.costs(start_time=START, end_time=START + 2 * DAY)
+    assert "which this policy database has with other duties" in str(refused.value)
 
 
 @pytest.mark.parametrize(

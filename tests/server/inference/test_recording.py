@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import operator
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from generating import PATH, Generating, refuse
 from vllm.v1.engine.exceptions import EngineGenerateError
 
+from flexgate.policies.agreements import duties_sha256
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.http.connections import EventStream
 from flexgate.server.ledger.entries import Registration
@@ -63,7 +65,8 @@ async def test_a_response_is_recorded_with_what_each_expert_did(
     news, public = sorted(rows(ledger, "parts"), key=lambda part: part["expert"])
     assert (news["owner"], news["prompt_positions"], news["completion_positions"] > 0) == ("gazette", 0, True)
     assert (public["owner"], public["prompt_mass"], public["prompt_positions"]) == ("commons", 5, 5)
-    assert [(part["agreement"], part["agreement_version"]) for part in (news, public)] == [("a-news", 1), (None, None)]
+    agreement = operator.itemgetter("agreement", "agreement_version", "duties_sha256")
+    assert (agreement(news), agreement(public)) == (("a-news", 1, duties_sha256(())), (None, None, None))
     assert news["share_ppm"] + public["share_ppm"] == 1_000_000
     assert rows(ledger, "running") == []
 

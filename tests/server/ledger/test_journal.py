@@ -86,10 +86,11 @@ async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Jo
         "agreement_version",
         "share_ppm",
         "package",
+        "duties_sha256",
     )
     assert rows(path, "parts") == [
-        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263, None), strict=True)),
-        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4, None, None, 894_737, None), strict=True)),
+        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263, None, None), strict=True)),
+        dict(zip(names, (1, "public", "commons", 30, 10, 4, 4, None, None, 894_737, None, None), strict=True)),
     ]
     assert rows(path, "running") == []
 

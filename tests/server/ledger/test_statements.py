@@ -112,7 +112,7 @@ def terms_of(name: tuple[str, int]) -> Agreement:
 
 def account_of(path: Path, owner: str, period: Period = NOVEMBER) -> Account:
     found = owner_uses(path, owner, period)
-    return found.account({name: terms_of(name) for name in found.names})
+    return found.account({terms.version: terms_of(terms.version) for terms in found.counted_under})
 
 
 def recounted(requests: list[Request], owner: str) -> dict[tuple[tuple[str, int] | None, str], Fraction | None]:
@@ -161,7 +161,7 @@ def test_who_revises_an_agreement_after_each_request_is_owed_no_more(tmp_path: P
     duty = {"kind": "compensate", "rate": "0.005001", "currency": "EUR", "unit": "request"}
     fields = {"id": "gazette-0", "owner": "gazette", "experts": ["news"], "assignee": "everyone", "effect": "permit"}
     terms = Agreement.model_validate({**fields, "duties": [duty]})
-    account = found.account(dict.fromkeys(found.names, terms))
+    account = found.account(dict.fromkeys((one.version for one in found.counted_under), terms))
     assert len(account.lines) == 1000
     assert {line.amount for line in account.lines} == {(Fraction("0.005001"), "EUR")}
     assert account.totals == {"EUR": Fraction(5)}
