@@ -23,7 +23,7 @@ COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 # What chooses the cases of heavy tests: each commit tests others.
 SEED ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo none)
 
-.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills ledger-kills demo-model defects mutants repeat-engine-tests test-clients test-client docs verify lock clean
+.PHONY: help serve test test-slow lint bench bench-kernels evaluation expert-kills server-kills ledger-kills usage-kills demo-model defects mutants repeat-engine-tests test-clients test-client docs verify lock clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts
 
 ledger-kills: $(VENV)/.dev ## Kill the process that writes a ledger 1,000 times; fail if a token was delivered and not recorded.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json
+
+usage-kills: $(VENV)/.dev ## Kill a server or its engine 30 times under load; fail if a count of its clients and its engine finds other usage.
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.usage --kills 30 --report docs/results/usage-kills.json
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

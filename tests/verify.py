@@ -34,6 +34,7 @@ STEPS = {
     "expert-kills": f"{PYTHON} -m kills.experts --kills 1000 --report {{folder}}/expert-kills.json",
     "server-kills": f"{PYTHON} -m kills.servers --kills 50 --report {{folder}}/server-kills.json",
     "ledger-kills": f"{PYTHON} -m kills.ledger --kills 1000 --report {{folder}}/ledger-kills.json",
+    "usage-kills": f"{PYTHON} -m kills.usage --kills 30 --report {{folder}}/usage-kills.json",
     "repeat-engine-tests": "make --no-print-directory repeat-engine-tests",
     "clients": "make --no-print-directory test-clients",
 }
