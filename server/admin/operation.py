@@ -31,6 +31,7 @@ from flexgate.server.http.connections import EventStream
 from flexgate.server.http.responses import OK
 from flexgate.server.http.validation import Closed
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.reading import Source
 from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.policy.decision_samples import DecisionSamples
 from flexgate.server.policy.source import PolicySource
@@ -67,9 +68,11 @@ class AdminServices(Bodies, Protocol):
     @property
     def experts_dir(self) -> Path | None: ...
     @property
-    def ledger(self) -> Journal: ...
-    @property
     def receipts(self) -> Receipts: ...
+    @property
+    def usage(self) -> Source: ...
+    @property
+    def ledger(self) -> Journal: ...
 
 
 class Nothing(Closed):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from flexgate.server.ledger.amounts import Uses
+from flexgate.server.ledger.reading import Source
 from flexgate.server.ledger.terms import Terms
 from flexgate.server.ledger.usage import COLUMNS, Group, Sought, conditions, read
 
@@ -26,18 +26,18 @@ class AgreementUses:
     uses: Uses
 
 
-def uses_by_agreement(path: Path, sought: Sought) -> list[AgreementUses]:
+def uses_by_agreement(source: Source, sought: Sought) -> list[AgreementUses]:
     """The sums of every bucket that has any, by time, group and agreement. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read.
+        LedgerError: usage cannot be read.
         TooMuchAsked: there are too many sums, or they take too long.
     """
     where, values = conditions(sought)
     columns = [*(COLUMNS[group] for group in sought.groups), "agreement", "agreement_version", "duties_sha256"]
     grouped = ", ".join(["bucket", *columns])
     rows = read(
-        path,
+        source,
         f"SELECT {sought.bucket} AS bucket, {', '.join(columns)}, {USES} FROM usage JOIN parts USING (sequence) "
         f"WHERE {where} AND agreement IS NOT NULL GROUP BY {grouped} ORDER BY {grouped}",
         values,

@@ -37,6 +37,7 @@ from flexgate.server.ledger.entries import (
     microseconds,
 )
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
+from flexgate.server.ledger.retention import Retention
 from flexgate.server.ledger.schema import VERSION, bring_up_to_date
 
 NAME: Final = "ledger.db"
@@ -81,6 +82,7 @@ class Journal:
         self._file = FileIdentity(path, "the ledger")
         self._file.take()
         self._reserve = Reserve(path, "the ends of running requests")
+        self.retention = Retention(lambda: self._clock())
         with _told(path):
             self._end_running()
         self._reserve.keep()
@@ -166,15 +168,18 @@ class Journal:
         while not closing:
             with self._lock:
                 if not self._next and not self._closing:
-                    self._lock.wait(RETRY_SECONDS if self._failing is not None else None)
+                    self._lock.wait(RETRY_SECONDS if self._failing is not None else self.retention.seconds())
                 batch, self._next = self._next, Batch()
                 self._writing = batch, time.monotonic()
                 closing = self._closing
             error = self._write(batch)
             with self._lock:
-                self._writing = None
                 self._note(error)
             answer(batch.waiting, error)
+            if error is None and self.retention.seconds() == 0:
+                self._trim()
+            with self._lock:
+                self._writing = None
 
     def _write(self, batch: Batch) -> LedgerError | None:
         """Commit a batch with the ends that are owed; returns why not, if its ends are owed and all else is refused."""
@@ -197,6 +202,15 @@ class Journal:
         self._reserve.keep()
         self._running = (self._running | registered) - {end[0].request for end in batch.ended}
         return full
+
+    def _trim(self) -> None:
+        """Delete a little of what is too old."""
+        try:
+            with self._transaction():
+                self.retention.trim(self._connection)
+        except sqlite3.Error as error:
+            logger.error("usage that is too old is not deleted: %s", error)
+            self.retention.later()
 
     def _full(self) -> LedgerError | None:
         """Why nothing but ends is written, if the disk has room for no more."""

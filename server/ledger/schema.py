@@ -6,6 +6,7 @@ A new file takes every step, an older one those that it has not taken, all in on
 from __future__ import annotations
 
 import sqlite3
+import uuid
 from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
@@ -89,7 +90,19 @@ def _duties(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE parts ADD COLUMN duties_sha256 TEXT")
 
 
-STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_first, _agreements_and_shares, _digests, _duties)
+def _identity(connection: sqlite3.Connection) -> None:
+    """An id of the ledger, for copies of it, and since when (in microseconds) no usage is missing that was deleted."""
+    connection.execute("CREATE TABLE ledger (id TEXT NOT NULL, whole_since INTEGER NOT NULL)")
+    connection.execute("INSERT INTO ledger VALUES (?, 0)", (uuid.uuid4().hex,))
+
+
+STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
+    _first,
+    _agreements_and_shares,
+    _digests,
+    _duties,
+    _identity,
+)
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)
 

@@ -13,12 +13,11 @@ from typing import Any, Final, Literal, Self
 
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
+from flexgate.server.ledger.reading import INSTRUCTIONS, Source
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
 MOST_SECONDS: Final = 5.0
 MOST_SUMS: Final = 20_000
-INSTRUCTIONS: Final = 10_000
-"""Of SQLite's machine, between two looks at the clock."""
 COLUMNS: Final[Mapping[Group, str]] = {
     "project_id": "usage.tenant",
     "api_key_id": "usage.key_id",
@@ -63,11 +62,11 @@ class Sum:
     requests: int
 
 
-def sums(path: Path, sought: Sought) -> list[Sum]:
+def sums(source: Source, sought: Sought) -> list[Sum]:
     """The sums of every bucket that has any, by time and group. Blocks.
 
     Raises:
-        LedgerError: the file cannot be read.
+        LedgerError: usage cannot be read.
         TooMuchAsked: there are too many sums, or they take too long.
     """
     of_parts = bool({"expert_id", "owner_id"} & set(sought.groups))
@@ -75,7 +74,7 @@ def sums(path: Path, sought: Sought) -> list[Sum]:
     columns = [COLUMNS[group] for group in sought.groups]
     grouped = ", ".join(["bucket", *columns])
     rows = read(
-        path,
+        source,
         f"SELECT {sought.bucket} AS bucket, {''.join(f'{name}, ' for name in columns)}"
         f"{_OF_PARTS if of_parts else _OF_REQUESTS} FROM usage{' JOIN parts USING (sequence)' if of_parts else ''} "
         f"WHERE {where} GROUP BY {grouped} ORDER BY {grouped}",
@@ -98,10 +97,20 @@ def conditions(sought: Sought) -> tuple[str, list[object]]:
     return " AND ".join(where), values
 
 
-def read(path: Path, query: str, values: Sequence[object]) -> list[Any]:
-    """The rows of a query that sums, in the time and number of :class:`Reading`. Blocks, and raises as it does."""
-    with Reading(path) as reading:
-        return reading.rows(query, values)
+def read(
+    source: Source, query: str, values: Sequence[object], *, seconds: float | None = None, most: int | None = None
+) -> list[Any]:
+    """The rows of a query that sums, in bounded time and number, by default those of any query. Blocks.
+
+    Raises:
+        LedgerError: usage cannot be read.
+        TooMuchAsked: there are too many sums, or they take too long.
+    """
+    seconds, most = MOST_SECONDS if seconds is None else seconds, MOST_SUMS if most is None else most
+    found = source.read(query, values, seconds=seconds, most=most + 1)
+    if len(found) > most:
+        raise TooMuchAsked(f"there are more than {most:,} sums: ask for less time, or group by less")
+    return found
 
 
 class Reading:

@@ -60,7 +60,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _store(settings) as store,
         kept_receipts(settings, store, clock) as receipts,
         _ledger(settings, clock) as ledger,
-        _events(settings, ledger.path),
+        _events(settings, ledger),
     ):
         _migrate(store, settings.database())
         rollback_guard = _rollback_guard(settings)
@@ -164,7 +164,7 @@ def _ledger(settings: Settings, clock: Callable[[], float]) -> Iterator[Journal]
 
 
 @contextmanager
-def _events(settings: Settings, ledger: Path) -> Iterator[None]:
+def _events(settings: Settings, ledger: Journal) -> Iterator[None]:
     """What sends the ledger's requests on, where the operator asks for it."""
     if settings.usage_events is None:
         yield
@@ -174,7 +174,8 @@ def _events(settings: Settings, ledger: Path) -> Iterator[None]:
 
     token = settings.usage_events_token
     sink = sink_of(settings.usage_events, None if token is None else token.read_text().strip())
-    exporter = Exporter(ledger, sink, settings.directory(), count=metrics.count_events)
+    exporter = Exporter(ledger.path, sink, settings.directory(), count=metrics.count_events)
+    ledger.retention.until(lambda: exporter.sent)
     exporter.start()
     try:
         yield

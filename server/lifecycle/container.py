@@ -106,6 +106,7 @@ def build_services(
         revoked_keys=settings.revoked_keys,
         audit_denials_days=settings.audit_denials_days,
         ledger_failure=settings.ledger_failure,
+        usage_days=settings.usage_days,
         queue=queue,
         limits=_limits(settings, client, queue.alone, has_tool_parser=tool_parser is not None),
         body_bytes=settings.max_body_bytes,

@@ -58,6 +58,7 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         services.budget_usage.run(),
         services.unstored.run(),
         services.retention.run(),
+        *(() if services.copies is None else (services.copies.run(),)),
         services.experts.follow(services.policy.revoked),
         _stop_with_engine(server, services.client),
         *(() if services.heads is None else (services.heads.run(),)),

@@ -17,8 +17,10 @@ from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.limiter import Limiter
 from flexgate.server.inference.request.limits import Limits
+from flexgate.server.ledger.copies import Copies
 from flexgate.server.ledger.errors import LedgerFailure
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.reading import Local, Source
 from flexgate.server.ledger.receipts.heads import Heads
 from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.policy.decision_samples import DecisionSamples
@@ -62,6 +64,7 @@ class Services:
     revoked_keys: RevokedKeys = "end"
     audit_denials_days: int = 90
     ledger_failure: LedgerFailure = "refuse"
+    usage_days: int = 400
     denials: Denials = field(init=False)
     samples: DecisionSamples = field(init=False)
     budget_usage: BudgetUsage = field(init=False)
@@ -69,11 +72,19 @@ class Services:
     running: RunningRequests = field(init=False)
     unstored: Unstored = field(init=False)
     retention: Retention = field(init=False)
+    copies: Copies | None = field(init=False)
+    usage: Source = field(init=False)
 
     def __post_init__(self) -> None:
         self.denials = Denials(self.store, clock=self.clock)
         self.samples = DecisionSamples(self.store)
         self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
+        self.copies = Copies.of(self.ledger, self.store.engine)
+        self.usage = Local(self.ledger.path) if self.copies is None else self.copies.shared
+        self.ledger.retention.until(lambda: self.receipts.maker.signed)
+        if (copies := self.copies) is not None:
+            self.ledger.retention.until(lambda: copies.sequence)
+        self.ledger.retention.keep(self.usage_days)
         self.budget_usage = BudgetUsage(self.store, clock=self.clock)
         self.limiter = Limiter(self.budget_usage, wall_clock=self.clock)
         self.running = RunningRequests(

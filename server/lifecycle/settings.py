@@ -226,6 +226,10 @@ class Settings(StoreSettings):
         ),
     ] = None
     heads_seconds: Annotated[float, Field(gt=0, description="Interval of appending heads to --heads-file.")] = 3600.0
+    usage_days: Annotated[
+        int,
+        Field(ge=32, description="Days to keep usage of requests, for statements, disputes and sums."),
+    ] = 400
     keep_alive_seconds: Annotated[
         int,
         Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),

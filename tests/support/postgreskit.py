@@ -68,10 +68,10 @@ class PostgresServer:
 
 
 @contextmanager
-def running() -> Iterator[PostgresServer]:
-    """A server while the block runs."""
+def running(*, durable: bool = False) -> Iterator[PostgresServer]:
+    """A server while the block runs; in memory, or on a disk with every commit written to it."""
     user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
-    place = MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM else None
+    place = MEMORY if not durable and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM else None
     with tempfile.TemporaryDirectory(prefix="pg", dir=place, ignore_cleanup_errors=True) as folder:
         if user:
             shutil.chown(folder, **user)
@@ -89,7 +89,7 @@ def running() -> Iterator[PostgresServer]:
         ]
         subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **user)
         options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={folder}"]
-        command = [str(find("postgres")), "-D", f"{folder}/data", "-F", *options]
+        command = [str(find("postgres")), "-D", f"{folder}/data", *([] if durable else ["-F"]), *options]
         process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, **user)
         server = PostgresServer(folder, process)
         try:

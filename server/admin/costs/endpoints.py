@@ -51,7 +51,8 @@ def costs(call: Call[Nothing, ListCosts]) -> CostPage:
     grouped = tuple(group for group in groups if group != "line_item")
     sought = Sought(page.since, page.until, DAY, query.project_ids, query.api_key_ids, None, grouped)
     try:
-        found = uses_by_agreement(call.services.ledger.path, sought)
+        found = uses_by_agreement(call.services.usage, sought)
+        whole = call.services.usage.whole_since()
         duties = duties_of(call.store, {one.terms for one in found})
     except LedgerError as error:
         raise from_ledger(error) from error
@@ -59,7 +60,12 @@ def costs(call: Call[Nothing, ListCosts]) -> CostPage:
     for cost, value, count in _summed(_costs(found, duties, by_line="line_item" in groups)):
         results.setdefault(cost.start, []).append(_result(cost, value, count))
     buckets = [CostBucket(start_time=at, end_time=at + DAY, results=results.get(at, [])) for at in page.starts]
-    return CostPage(data=buckets, has_more=page.next_page is not None, next_page=page.next_page)
+    return CostPage(
+        data=buckets,
+        has_more=page.next_page is not None,
+        next_page=page.next_page,
+        incomplete_before=whole if page.since < whole else None,
+    )
 
 
 def _costs(

@@ -80,12 +80,16 @@ class CostBucket(Shown):
 
 
 class CostPage(Shown):
-    """Buckets, the earliest first; `next_page` is the `page` of those that follow."""
+    """Buckets, the earliest first; `next_page` is the `page` of those that follow.
+
+    `incomplete_before` is there where usage of earlier times, which the query asks for, was deleted.
+    """
 
     object: Literal["page"] = "page"
     data: list[CostBucket]
     has_more: bool
     next_page: str | None
+    incomplete_before: Annotated[int | None, Field(exclude_if=is_none)] = None
 
 
 def amount_of(value: Fraction, currency: str) -> CostAmount:

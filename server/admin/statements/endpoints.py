@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from flexgate.policies.documents import Role
@@ -16,6 +17,7 @@ from flexgate.server.admin.statements.schemas import ShowStatement, Statement, s
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.refusals import from_ledger, not_found
 from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.statements import Period, owner_uses
 from flexgate.server.ledger.terms import terms_of
 from flexgate.server.policy.executors import STATEMENTS
@@ -53,6 +55,11 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
     store, ledger = call.store, call.services.ledger
     written_down = ledger.has_written(period.end)  # asked before the ledger is read
     try:
+        whole = Local(ledger.path).whole_since()
+        if period.start < whole:
+            since = datetime.fromtimestamp(whole, UTC).date()
+            message = f"Usage of the period '{period.name}' was deleted (--usage-days): it is whole since {since}."
+            raise Invalid(message, param="period", code="usage_deleted")
         found = owner_uses(ledger.path, owner, period)
         account = found.account(terms_of(store, found.counted_under))
     except LedgerError as error:

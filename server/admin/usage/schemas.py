@@ -68,12 +68,16 @@ class UsageBucket(Shown):
 
 
 class UsagePage(Shown):
-    """Buckets, the earliest first; `next_page` is the `page` of those that follow."""
+    """Buckets, the earliest first; `next_page` is the `page` of those that follow.
+
+    `incomplete_before` is there where usage of earlier times, which the query asks for, was deleted.
+    """
 
     object: Literal["page"] = "page"
     data: list[UsageBucket]
     has_more: bool
     next_page: str | None
+    incomplete_before: Annotated[int | None, Field(exclude_if=is_none)] = None
 
 
 def result_of(one: Sum) -> UsageResult:

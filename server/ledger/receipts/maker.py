@@ -40,6 +40,7 @@ class Maker:
     Attributes:
         waiting: why no receipts are made now, a sentence; None while they are.
         jwks: the public keys, as they are served.
+        signed: the sequence in the ledger up to which requests have receipts, as far as it is known.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Maker:
         self._pseudonym = lru_cache(maxsize=10_000)(pseudonym)
         self._digests: dict[int, str | None] = {}  # of the batch that is made
         self._checked = False
+        self.signed = 0
         self._closing = threading.Event()
         self._prepare_key()
         self._thread = threading.Thread(target=self._run, name="flexgate-receipts", daemon=True)
@@ -124,6 +126,7 @@ class Maker:
             if not self._checked:
                 self._require_same_ledger(end, rows.newest(connection))
             found = rows.read_after(connection, end.sequence, MOST)
+        self.signed = end.sequence
         if not found:
             return False
         public = self._current_key()
@@ -143,6 +146,7 @@ class Maker:
             raise SignerUnavailable("the receipt signer has given a signature with another key: " + _ROTATE)
         sequences = [recorded.sequence for recorded in found]
         self._book.append(Batch(end.number + 1, end.last + 1, sequences, roots, header, signature))
+        self.signed = sequences[-1]
         return len(found) == MOST
 
     def _roots(self, found: list[Recorded]) -> list[bytes]:

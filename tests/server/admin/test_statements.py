@@ -156,6 +156,18 @@ async def test_whose_expert_it_was_then_reads_its_denials_and_weights(
     assert [(one["code"], one["requests"]) for one in of_news] == [("no_agreement", 3)]
 
 
+async def test_a_period_whose_usage_was_deleted_has_no_statement(
+    call: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexgate.server.ledger.reading.Local.whole_since", lambda _: START + DAY)
+    response = await call("sk-owner", "GET", MONTH)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "usage_deleted")
+    assert "it is whole since 2026-11-02" in response.json()["error"]["message"]
+    assert (await call("sk-owner", "GET", "/v1/statements/2026-11-02")).status_code == 200
+    costs = f"/v1/organization/costs?start_time={START}&end_time={START + DAY}"
+    assert (await call("sk-admin", "GET", costs)).json()["incomplete_before"] == START + DAY
+
+
 async def test_a_statement_is_also_a_table_and_a_page(call: Any, recorded: Journal) -> None:
     table = await call("sk-owner", "GET", f"{MONTH}?format=csv")
     assert table.headers["content-type"].startswith("text/csv")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ import pytest_asyncio
 
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.service import Receipts
 
 pytestmark = pytest.mark.asyncio
 
@@ -100,18 +103,39 @@ async def test_a_query_that_makes_no_sense_is_refused(admin: Any, query: dict[st
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        ({"MOST_SUMS": 1}, "more than 1 sums: ask for less time, or group by less"),
-        ({"MOST_SECONDS": -1.0, "INSTRUCTIONS": 1}, "took longer than -1 seconds: ask for less time"),
+        ({"usage.MOST_SUMS": 1}, "more than 1 sums: ask for less time, or group by less"),
+        ({"usage.MOST_SECONDS": -1.0, "reading.INSTRUCTIONS": 1}, "took longer than -1 seconds: ask for less time"),
     ],
 )
 async def test_a_query_that_asks_for_too_much_is_the_callers_to_mend(
     admin: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch, bounds: dict[str, Any], said: str
 ) -> None:
     for name, value in bounds.items():
-        monkeypatch.setattr(f"flexgate.server.ledger.usage.{name}", value)
+        monkeypatch.setattr(f"flexgate.server.ledger.{name}", value)
     with pytest.raises(openai.BadRequestError, match=said) as error:
         await admin.usage.completions(start_time=START, end_time=START + 3 * DAY)
     assert error.value.code == "query_too_large"
+
+
+async def test_a_page_says_before_which_time_usage_was_deleted(
+    admin: Any, recorded: Journal, receipts: Receipts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipts.maker.work()
+    monkeypatch.setattr("flexgate.server.ledger.retention.LOOK_SECONDS", 0.0)
+    recorded._clock = lambda: float(START + 34 * DAY)
+    recorded.retention.keep(33)
+    async with asyncio.timeout(10):
+        while True:
+            page = await admin.usage.completions(start_time=START, end_time=START + 3 * DAY)
+            if page.model_extra:
+                break
+            await recorded.register(
+                Registration(f"dec_{time.monotonic()}", 1, "t", "key_1", "/v1/completions", "tiny", 1, 1, ())
+            ).registered()
+    assert page.incomplete_before == START + DAY
+    assert [totals(bucket.results) for bucket in page.data] == [[], [(10, 4, 2, 1)], []]
+    page = await admin.usage.completions(start_time=START + DAY, end_time=START + 3 * DAY)
+    assert not page.model_extra
 
 
 @pytest.mark.parametrize(("key", "status"), [("sk-t", 403), ("sk-auditor", 200)])
