@@ -23,6 +23,10 @@ from flexgate.server.engine.frontend.calls import ExpertInfo
 from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts.book import Book
+from flexgate.server.ledger.receipts.maker import Maker
+from flexgate.server.ledger.receipts.service import Receipts
+from flexgate.server.ledger.receipts.signing import KeyFile
 from flexgate.server.lifecycle.serve import run
 from flexgate.server.lifecycle.services import Services
 from flexgate.server.lifecycle.settings import Settings
@@ -32,6 +36,10 @@ from flexgate.server.policy.source import PolicySource
 
 async def _complete(request: Any, raw_request: Any = None) -> Any:
     return CompletionResponse(model="tiny", choices=[CompletionResponseChoice(index=0, text="x")], usage=UsageInfo())
+
+
+def _pseudonym(owner: str, tenant: str) -> str:
+    return f"{owner}-{tenant}"
 
 
 async def _follow(*_: Any) -> None:
@@ -65,13 +73,23 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
     )
     policy.confirm()
     nothing: Any = SimpleNamespace(follow=_follow)
+    folder = Path(tempfile.mkdtemp())
+    maker = Maker(
+        folder / "ledger.db",
+        Book(folder / "receipts.db"),
+        KeyFile(folder / "receipts.pem"),
+        clock=time.time,
+        policy_digest=lambda _: "0" * 64,
+        pseudonym=_pseudonym,
+    )
     return Services(
         queue=FairQueue(64, share=0.5, most_queued=1024, seconds=300),
         client=client,
         handlers=handlers,
         policy=policy,
         store=store,
-        ledger=Journal(Path(tempfile.mkdtemp()) / "ledger.db", clock=time.time),
+        ledger=Journal(folder / "ledger.db", clock=time.time),
+        receipts=Receipts(folder / "ledger.db", folder / "receipts.db", maker, _pseudonym),
         experts=nothing,
         uploads=nothing,
         model_names=("tiny",),
