@@ -38,10 +38,12 @@ def get_agreement(store: Store, agreement_id: str, *, owner_id: str | None = Non
 
 def read_versions(store: Store, names: Collection[tuple[str, int]]) -> dict[tuple[str, int], Agreement]:
     """Versions of agreements by id and version, in force or not; one that never was is left out."""
-    ids = {id_ for id_, _ in names}
+    sought: dict[str, set[int]] = {}
+    for id_, version in names:
+        sought.setdefault(id_, set()).add(version)
     with reading(store.engine) as connection:
-        found = [agreement for id_ in sorted(ids) for agreement in agreement_versions(connection, id_)]
-    return {(one.id, one.version): one for one in found if (one.id, one.version) in names}
+        found = [one for id_, only in sought.items() for one in agreement_versions(connection, id_, only=only)]
+    return {(one.id, one.version): one for one in found}
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,17 @@ def from_change(error: PolicyError) -> ApiError:
     return from_policy(error)
 
 
-def from_ledger(error: LedgerError) -> ApiError:
-    """The administration's response where the ledger cannot be read, or not be summed."""
+def from_ledger(
+    error: LedgerError, *, param: str = "start_time", advice: str = "ask for less time, or group by less"
+) -> ApiError:
+    """The administration's response where the ledger cannot be read, or not be summed.
+
+    Args:
+        param: names what asked for too much.
+        advice: how to ask for less.
+    """
     if isinstance(error, TooMuchAsked):
-        return Invalid(_sentence(error), param="start_time", code="query_too_large")
+        return Invalid(f"{_sentence(error)[:-1]}: {advice}.", param=param, code="query_too_large")
     return Unavailable(_sentence(error), code="ledger_unavailable")
 
 

@@ -11,6 +11,9 @@ from flexgate.server.ledger.reading import Source
 from flexgate.server.ledger.terms import Terms
 from flexgate.server.ledger.usage import COLUMNS, Group, Sought, conditions, read
 
+MOST_SECONDS: Final = 60.0
+MOST_ROWS: Final = 200_000
+"""More than of other sums: there is one for each version of an agreement, and owners make the versions."""
 USES: Final = (
     "count(*), sum(prompt_positions + completion_positions), sum(share_ppm * (prompt_tokens + completion_tokens))"
 )
@@ -41,6 +44,8 @@ def uses_by_agreement(source: Source, sought: Sought) -> list[AgreementUses]:
         f"SELECT {sought.bucket} AS bucket, {', '.join(columns)}, {USES} FROM usage JOIN parts USING (sequence) "
         f"WHERE {where} AND agreement IS NOT NULL GROUP BY {grouped} ORDER BY {grouped}",
         values,
+        seconds=MOST_SECONDS,
+        most=MOST_ROWS,
     )
     return list(_named(rows, sought))
 

@@ -47,7 +47,7 @@ class Local:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
                     raise
-                raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds: ask for less time") from error
+                raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds") from error
 
     def whole_since(self) -> int:
         """As `Source`."""

@@ -94,7 +94,7 @@ class Shared:
                     connection.execute(SQL("SET LOCAL statement_timeout = {}").format(Literal(round(seconds * 1000))))
                     yield connection
         except psycopg.errors.QueryCanceled as error:
-            raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds: ask for less time") from error
+            raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds") from error
         except (psycopg.Error, SQLAlchemyError) as error:
             raise LedgerError(f"the database that usage is copied to cannot be used: {error}") from error
 

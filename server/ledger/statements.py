@@ -15,13 +15,11 @@ from typing import Any, Final, Literal, Self
 
 from flexgate.policies.agreements import Agreement
 from flexgate.server.ledger.amounts import NO_USES, Uses, owed, rounded
-from flexgate.server.ledger.costs import USES
+from flexgate.server.ledger.costs import MOST_ROWS, MOST_SECONDS, USES
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.terms import Terms
 from flexgate.server.ledger.usage import Reading
 
-MOST_SECONDS: Final = 60.0
-MOST_ROWS: Final = 200_000
 DAY: Final = 86_400
 PeriodKind = Literal["day", "month"]
 _NAME: Final = re.compile(r"(?P<year>\d{4})-(?P<month>\d\d)(-(?P<day>\d\d))?", re.ASCII)

@@ -109,7 +109,7 @@ def read(
     seconds, most = MOST_SECONDS if seconds is None else seconds, MOST_SUMS if most is None else most
     found = source.read(query, values, seconds=seconds, most=most + 1)
     if len(found) > most:
-        raise TooMuchAsked(f"there are more than {most:,} sums: ask for less time, or group by less")
+        raise TooMuchAsked(f"there are more than {most:,} sums")
     return found
 
 
@@ -145,7 +145,7 @@ class Reading:
                 self._connection.execute("BEGIN")
             found = list(islice(self._connection.execute(query, values), self._most + 1))
         if len(found) > self._most:
-            raise TooMuchAsked(f"there are more than {self._most:,} sums: ask for less time, or group by less")
+            raise TooMuchAsked(f"there are more than {self._most:,} sums")
         return found
 
     @contextmanager
@@ -154,7 +154,7 @@ class Reading:
             yield
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
-                raise TooMuchAsked(f"the sums took longer than {self._seconds:g} seconds: ask for less time") from error
+                raise TooMuchAsked(f"the sums took longer than {self._seconds:g} seconds") from error
             raise LedgerError(
                 f"the ledger {self._path} cannot be read: {error}; check the file and its disk"
             ) from error

@@ -25,7 +25,7 @@ OTHERS_READS: Final = ThreadPoolExecutor(2, "others-reads")
 UPLOADS: Final = ThreadPoolExecutor(2, "uploads")
 """What reads and writes files of uploads: a disk that halts must not halt what waits for the store."""
 STATEMENTS: Final = ThreadPoolExecutor(2, "statements")
-"""What sums a whole period, which takes seconds; one owner fills one of them."""
+"""Statements and costs, which take up to a minute; one key fills one of them."""
 REMOVALS: Final = ThreadPoolExecutor(1, "removals")
 """What removes uploads and private copies, which takes the disk seconds where they are large."""
 

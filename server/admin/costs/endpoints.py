@@ -26,10 +26,10 @@ from flexgate.server.admin.router import OperationRouter
 from flexgate.server.http.refusals import from_ledger
 from flexgate.server.ledger.amounts import amount, quantity
 from flexgate.server.ledger.costs import AgreementUses, uses_by_agreement
-from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 from flexgate.server.ledger.terms import duties_of
-from flexgate.server.ledger.usage import Sought
-from flexgate.server.policy.executors import USAGE
+from flexgate.server.ledger.usage import MOST_SUMS, Sought
+from flexgate.server.policy.executors import STATEMENTS
 
 router: Final = OperationRouter()
 
@@ -43,7 +43,7 @@ class _Cost(NamedTuple):
     currency: str
 
 
-@router.operation("GET", "/v1/organization/costs", roles=(Role.ADMIN, Role.AUDITOR), threads=USAGE)
+@router.operation("GET", "/v1/organization/costs", roles=(Role.ADMIN, Role.AUDITOR), threads=STATEMENTS)
 def costs(call: Call[Nothing, ListCosts]) -> CostPage:
     """Sum what is owed to owners under their agreements, per day in UTC, by what `group_by` names."""
     query, groups = call.query, tuple(call.query.group_by or ())
@@ -54,10 +54,13 @@ def costs(call: Call[Nothing, ListCosts]) -> CostPage:
         found = uses_by_agreement(call.services.usage, sought)
         whole = call.services.usage.whole_since()
         duties = duties_of(call.store, {one.terms for one in found})
+        summed = _summed(_costs(found, duties, by_line="line_item" in groups))
+        if len(summed) > MOST_SUMS:
+            raise TooMuchAsked(f"there are more than {MOST_SUMS:,} sums")
     except LedgerError as error:
         raise from_ledger(error) from error
     results: dict[int, list[CostResult]] = {}
-    for cost, value, count in _summed(_costs(found, duties, by_line="line_item" in groups)):
+    for cost, (value, count) in summed.items():
         results.setdefault(cost.start, []).append(_result(cost, value, count))
     buckets = [CostBucket(start_time=at, end_time=at + DAY, results=results.get(at, [])) for at in page.starts]
     return CostPage(
@@ -83,13 +86,12 @@ def _costs(
             yield cost, amount(duty, one.uses), quantity(duty.unit, one.uses)
 
 
-def _summed(costs: Iterable[tuple[_Cost, Fraction, Fraction]]) -> Iterator[tuple[_Cost, Fraction, Fraction]]:
+def _summed(costs: Iterable[tuple[_Cost, Fraction, Fraction]]) -> dict[_Cost, tuple[Fraction, Fraction]]:
     sums: dict[_Cost, tuple[Fraction, Fraction]] = {}
     for cost, value, count in costs:
         before, counted = sums.get(cost, (Fraction(), Fraction()))
         sums[cost] = before + value, counted + count
-    for cost, (value, count) in sums.items():
-        yield cost, value, count
+    return sums
 
 
 def _result(cost: _Cost, value: Fraction, count: Fraction) -> CostResult:

@@ -55,15 +55,16 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
     store, ledger = call.store, call.services.ledger
     written_down = ledger.has_written(period.end)  # asked before the ledger is read
     try:
-        whole = Local(ledger.path).whole_since()
+        found = owner_uses(ledger.path, owner, period)
+        whole = Local(ledger.path).whole_since()  # asked after it was read
         if period.start < whole:
             since = datetime.fromtimestamp(whole, UTC).date()
             message = f"Usage of the period '{period.name}' was deleted (--usage-days): it is whole since {since}."
             raise Invalid(message, param="period", code="usage_deleted")
-        found = owner_uses(ledger.path, owner, period)
         account = found.account(terms_of(store, found.counted_under))
     except LedgerError as error:
-        raise from_ledger(error) from error
+        advice = "ask for its days" if period.kind == "month" else "ask an administrator for its costs"
+        raise from_ledger(error, param="period", advice=advice) from error
     ownership = read_ownership(store, owner)
     if not (ownership.times or account.lines) and call.principal.owner_id is None:
         raise Invalid(f"No expert of this server has the owner '{owner}'.", param="owner_id", code=_INVALID)

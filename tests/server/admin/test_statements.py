@@ -182,6 +182,18 @@ async def test_a_statement_is_also_a_table_and_a_page(call: Any, recorded: Journ
     assert "<script" not in page.text
 
 
+@pytest.mark.parametrize("period", ["2026-11", "2026-11-01"])
+async def test_a_statement_of_too_much_says_what_to_ask_for_instead(
+    call: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch, period: str
+) -> None:
+    monkeypatch.setattr("flexgate.server.ledger.statements.MOST_ROWS", 0)
+    refused = await call("sk-owner", "GET", f"/v1/statements/{period}")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "period", "query_too_large")
+    advice = "ask an administrator for its costs" if len(period) > 7 else "ask for its days"
+    assert advice in error["message"]
+
+
 async def test_an_owner_reads_no_statement_of_another(call: Any, recorded: Journal) -> None:
     refused = await call("sk-owner", "GET", f"{MONTH}?owner_id=academy")
     assert (refused.status_code, refused.json()["error"]["code"]) == (404, "not_found")
