@@ -1,7 +1,6 @@
 """What a statement over a million requests costs: seconds and memory of a process that makes it and nothing else."""
 
 import multiprocessing
-import resource
 import sqlite3
 import tempfile
 import time
@@ -41,7 +40,7 @@ def run(asked: Run) -> bool:
         size = path.stat().st_size
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             found = process.submit(_measured, path).result()
-    bound = {"seconds": MOST_SECONDS, "peak_mb": MOST_MB}
+    bound = {"statement_seconds": MOST_SECONDS, "peak_mb": MOST_MB}
     measured = {"what": WHAT, "requests": requests, "ledger_mb": round(size / 1e6), **found, "bound": bound}
     asked.write("statement", measured, shape={"experts": EXPERTS})
     return found["requests_in_statement"] == requests and all(found[name] <= most for name, most in bound.items())
@@ -96,12 +95,18 @@ def _measured(path: Path) -> dict[str, Any]:
     )
     text = made.model_dump_json()
     return {
-        "seconds": round(time.perf_counter() - began, 2),
+        "statement_seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb": _peak_mb(),
         "requests_in_statement": made.requests,
         "statement_kb": round(len(text) / 1000, 1),
     }
+
+
+def _peak_mb() -> int:
+    """The most that this program held; `getrusage` would also count what the process held before it ran it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return round(int(line.split()[1]) / 1024)
 
 
 def _terms(agreement: str, version: int) -> Agreement:
