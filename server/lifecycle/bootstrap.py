@@ -62,6 +62,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _ledger(settings, clock) as ledger,
         _events(settings, ledger),
     ):
+        ledger.retention.until(lambda: receipts.maker.sequence)
         _migrate(store, settings.database())
         rollback_guard = _rollback_guard(settings)
         rollback_guard.require(store)

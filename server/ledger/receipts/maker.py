@@ -40,6 +40,7 @@ class Maker:
     Attributes:
         waiting: why no receipts are made now, a sentence; None while they are.
         jwks: the public keys, as they are served.
+        sequence: the number of the ledger's last request that has a receipt.
         signed: the sequence in the ledger up to which requests have receipts, as far as it is known.
     """
 
@@ -65,6 +66,7 @@ class Maker:
         self._pseudonym = lru_cache(maxsize=10_000)(pseudonym)
         self._digests: dict[int, str | None] = {}  # of the batch that is made
         self._checked = False
+        self.sequence = book.end().sequence
         self.signed = 0
         self._closing = threading.Event()
         self._prepare_key()
@@ -146,6 +148,7 @@ class Maker:
             raise SignerUnavailable("the receipt signer has given a signature with another key: " + _ROTATE)
         sequences = [recorded.sequence for recorded in found]
         self._book.append(Batch(end.number + 1, end.last + 1, sequences, roots, header, signature))
+        self.sequence = sequences[-1]
         self.signed = sequences[-1]
         return len(found) == MOST
 

@@ -22,6 +22,7 @@ from flexgate.server.ledger.receipts import verify
 from flexgate.server.ledger.receipts.book import BookError, opened
 from flexgate.server.ledger.receipts.service import ReceiptPending
 from flexgate.server.ledger.receipts.signing import KeyFile, Program, SignerUnavailable, thumbprint
+from flexgate.server.ledger.retention import Retention
 
 Text = Callable[..., bytes]
 
@@ -156,6 +157,22 @@ def test_a_ledger_that_is_older_than_its_receipts_gets_none(kit: Any) -> None:
     again = kit.maker()
     again.work()
     assert "it is older than its receipts; restore the newer ledger" in again.waiting
+
+
+def test_usage_without_a_receipt_is_kept_though_it_is_old(kit: Any) -> None:
+    receipts = kit.made(1)
+    kit.record(2)
+    retention = Retention(lambda: 1e9)
+    retention.until(lambda: receipts.maker.sequence)
+    retention.keep(1)
+    connection = sqlite3.connect(kit.ledger)
+    retention.trim(connection)
+    connection.commit()
+    connection.close()
+    assert recorded(kit) == [2]
+    receipts.maker.work()
+    assert receipts.maker.sequence == 2
+    assert sequences(kit) == [1, 2]
 
 
 def test_two_makers_sign_nothing_twice(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
