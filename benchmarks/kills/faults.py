@@ -213,9 +213,9 @@ class Trial:
             self.wrong.append(f"{op} raised {error!r}")
             return "raised"
         finally:
-            for error in await asyncio.gather(
-                *here.service._tasks, *here.service._pool._removing, return_exceptions=True
-            ):
+            ended = await asyncio.gather(*here.service._tasks, return_exceptions=True)
+            ended += await asyncio.gather(*here.service._pool._removing, return_exceptions=True)  # which those begin
+            for error in ended:
                 if isinstance(error, BaseException) and not isinstance(error, ExpertError):
                     self.wrong.append(f"{op} ended with {error!r}")
         return None
