@@ -43,12 +43,17 @@ def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) ->
 
 
 def _forget_earlier(connection: Connection, scope: str) -> None:
-    """Remove the earlier periods of a scope that counts in periods; their names are as long, and sort before it."""
+    """Remove periods of a scope before the one before this, which a clock that is behind may still be in.
+
+    Names of a scope's periods are equally long and sort by time.
+    """
     owner, found, _ = scope.partition(_IN)
     if found:
         name = token_use.c.limit_scope
         same = name.startswith(owner + _IN, autoescape=True), func.length(name) == len(scope)
-        connection.execute(delete(token_use).where(*same, name < scope))
+        last = connection.scalar(select(func.max(name)).where(*same, name < scope))
+        if last is not None:
+            connection.execute(delete(token_use).where(*same, name < last))
 
 
 def read_use(engine: Engine) -> dict[str, int]:

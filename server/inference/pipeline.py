@@ -286,7 +286,7 @@ class InferenceRequest(TenantRequest):
         self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
 
     def _reserve_tokens(self, tokens: int) -> None:
-        self.reservation.raise_to(tokens=tokens * (1 + self.passes))
+        self.reservation.raise_to(tokens=tokens * (1 + self.passes) + self.passes)
 
 
 def honoured_body(raw: Body, table: Table, check: Callable[[Body, Limits], None], limits: Limits) -> Body:

@@ -6,6 +6,7 @@ may come again, with the same id, and none is left out.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, BinaryIO, Final, Protocol
 
 import httpx
 
@@ -28,6 +29,7 @@ TYPE: Final = "flexgate.request.ended"
 SOURCE: Final = "/flexgate/ledger"
 BATCH: Final = 100
 """Events in one request to a sink."""
+LONGEST_LINE: Final = 1 << 20
 LOOK_EVERY_SECONDS: Final = 1.0
 LONGEST_WAIT_SECONDS: Final = 60.0
 TIMEOUT_SECONDS: Final = 10.0
@@ -96,19 +98,22 @@ class FileSink:
 
     def send(self, events: Sequence[Event]) -> None:
         """Append them, and wait for the disk; raises `Unreachable`."""
-        lines = b"".join(_encoded(event) + b"\n" for event in events)
+        lines = memoryview(b"".join(_encoded(event) + b"\n" for event in events))
         try:
-            with self._path.open("ab") as file:
-                before = file.tell()
+            self._path.touch()
+            with self._path.open("r+b", buffering=0) as file:
+                end = _end_of_lines(file)
+                file.truncate(end)  # what was cut off is sent again
+                file.seek(end)
                 try:
-                    file.write(lines)
-                    file.flush()
+                    while lines:
+                        lines = lines[file.write(lines) :]
                     os.fsync(file.fileno())
                 except OSError:
-                    os.truncate(self._path, before)  # no half of a line
+                    file.truncate(end)
                     raise
         except OSError as error:
-            raise Unreachable(f"{self._path} cannot be written: {error.strerror}") from error
+            raise Unreachable(f"{self._path} cannot be written: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Nothing is held."""
@@ -140,6 +145,16 @@ class HttpSink:
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends; raises `OSError` where there is none among many bytes."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - LONGEST_LINE))
+    found = file.read().rfind(b"\n")
+    if found < 0 and size > LONGEST_LINE:
+        raise OSError(errno.EINVAL, "it is no file of events")
+    return max(0, size - LONGEST_LINE) + found + 1
 
 
 def sink_of(place: str, token: str | None) -> Sink:
@@ -178,10 +193,13 @@ class Exporter:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send no more; what is left is sent after the next start. Blocks for what is being sent."""
+        """Send no more; what is left is sent after the next start. Blocks for what is being sent, for some seconds."""
         self._stop.set()
-        self._thread.join()
-        self._sink.close()
+        self._thread.join(TIMEOUT_SECONDS)
+        if self._thread.is_alive():
+            logger.warning("%s does not answer; what it was sent last is sent again", self._sink.name)
+        else:
+            self._sink.close()
 
     @property
     def sent(self) -> int:
@@ -211,9 +229,13 @@ class Exporter:
             self._sink.send([event for _, event in found])
             self._count("sent", len(found))
         except Refused:
-            for _, event in found:  # each alone: which it is, and the others arrive
+            for sequence, event in found:  # each alone: which it is, and the others arrive
+                if self._stop.is_set():
+                    return False
                 self._send_one(event)
-        self._keep_place(found[-1][0])
+                self._keep_place(sequence)
+        else:
+            self._keep_place(found[-1][0])
         return True
 
     def _send_one(self, event: Event) -> None:

@@ -10,6 +10,7 @@ A kind of limit is one `Rule`: the quota's field, the unit it counts, its counte
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ class _Line:
 
     def check(self, more: int, now: float) -> None:
         """Raise the limit's refusal where `more` does not fit. Nothing fits once a limit is used up."""
-        wait = self.counter.wait(self.limit, max(more, 1), now)
+        fits = self.amount + more <= self.limit  # some time, where nothing else is reserved
+        wait = self.counter.wait(self.limit, max(more, 1), now) if fits else math.inf
         if wait:
             used = self.counter.used(now)
             raise self.rule.refuse(Refused(self.scope.kind, self.limit, used, self.amount + more, wait))

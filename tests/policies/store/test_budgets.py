@@ -24,7 +24,7 @@ def test_processes_that_wrote_long_ago_are_forgotten(store):
     assert read_use(store.engine) == {"t": 2}
 
 
-def test_earlier_periods_of_a_scope_are_forgotten_with_the_first_use_of_a_new_one(store):
+def test_the_present_period_of_a_scope_and_the_one_before_are_kept(store):
     names = ("2026-10", "2026-10-30", "2026-10-31")
     for number, used in enumerate(
         [
@@ -35,4 +35,5 @@ def test_earlier_periods_of_a_scope_are_forgotten_with_the_first_use_of_a_new_on
         start=1,
     ):
         add_use(store.engine, used, Batch("here", number), 1.0)
-    assert read_use(store.engine) == {"t": 1, "t@2026-11-01": 2, "t@2026-11": 1, "t_2@2026-10-31": 1}
+    kept = {"t": 1, "t@2026-10": 1, "t@2026-10-31": 1, "t@2026-11-01": 2, "t@2026-11": 1, "t_2@2026-10-31": 1}
+    assert read_use(store.engine) == kept

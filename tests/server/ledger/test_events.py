@@ -201,6 +201,31 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_line(ledger: Path, tmp_path: Pa
     assert ids == [f"dec_{number}" for number in range(REQUESTS)]
 
 
+def test_a_line_that_was_cut_off_is_written_again(ledger: Path, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    exporter = Exporter(ledger, FileSink(path), tmp_path)
+    assert exporter._send_next()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"specversion":"1.0","id":"dec_100"')
+    while exporter._send_next():
+        pass
+    assert path.read_bytes().startswith(whole)
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [f"dec_{n}" for n in range(REQUESTS)]
+
+
+def test_a_stop_waits_for_one_event_and_not_for_all_of_a_batch(
+    ledger: Path, consumer: Consumer, tmp_path: Path
+) -> None:
+    consumer.never = frozenset(f"dec_{number}" for number in range(REQUESTS))
+    exporter = Exporter(ledger, HttpSink(consumer.url), tmp_path, count=lambda *_: exporter._stop.set())
+    exporter.start()
+    until(lambda: not exporter._thread.is_alive())
+    assert exporter.sent == 1
+    with exporting(ledger, consumer.url, tmp_path) as again:
+        until(lambda: again.sent == REQUESTS)
+    assert len(again.refused.read_text().splitlines()) == REQUESTS
+
+
 def test_a_place_that_cannot_be_read_is_said_before_anything_is_sent(ledger: Path, tmp_path: Path) -> None:
     sink = FileSink(tmp_path / "events.jsonl")
     for content in ("", "{}", '{"sent": -1}', '{"sent": "1"}'):

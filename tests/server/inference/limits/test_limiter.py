@@ -104,6 +104,13 @@ def test_a_request_that_never_fits_is_not_told_to_try_again(limiter: Limiter) ->
     assert "retry-after" not in refused(limiter, scope(requests_per_minute=0)).headers
 
 
+def test_a_request_that_never_fits_with_what_it_has_reserved_is_not_told_to_try_again(limiter: Limiter) -> None:
+    running = reserve(limiter, scope(tokens_per_minute=100), tokens=90)
+    with pytest.raises(ApiError) as caught:
+        running.raise_to(tokens=110)
+    assert "retry-after" not in caught.value.headers
+
+
 def test_requests_at_once(limiter: Limiter) -> None:
     t = scope(concurrent_requests=1)
     running = reserve(limiter, t, tokens=0)
