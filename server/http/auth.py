@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import resource
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
@@ -25,8 +27,7 @@ from flexgate.policies.documents import KeyRecord, Role
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
-from flexgate.server.http.errors import ApiError, Forbidden, Unauthorized
-from flexgate.server.http.in_progress import InProgress
+from flexgate.server.http.errors import ApiError, Forbidden, TooMany, Unauthorized
 from flexgate.server.http.refusals import from_policy
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ STATE: Final = "flexgate"
 CHANGE_PATIENCE_S: Final = 10.0
 """How long a change of the policy or a revocation waits for a confirmed policy, on a busy machine."""
 NO_KEY: Final = bytes(32)
+MOST_IN_PROGRESS: Final = 1024
+"""Requests of one project or owner; a quarter of the process's descriptors where these are few."""
 _COUNTED: Final = frozenset({Role.TENANT, Role.OWNER})
 T = TypeVar("T")
 
@@ -74,6 +77,36 @@ class WrongRole(Forbidden):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="wrong_key_role")
+
+
+class InProgress:
+    """How many requests of each caller are in progress, by `Principal.limited_with`: others have connections left."""
+
+    def __init__(self) -> None:
+        self._most = min(MOST_IN_PROGRESS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._of: Counter[str] = Counter()
+
+    def enter(self, caller: str) -> None:
+        """Count one more request; `leave` must follow. Raises `ApiError` (429) if the caller has as many as it may."""
+        if self._of[caller] >= self._most:
+            raise _too_many(self._most)
+        self._of[caller] += 1
+
+    def leave(self, caller: str) -> None:
+        """Count one request less."""
+        self._of[caller] -= 1
+        if not self._of[caller]:
+            del self._of[caller]
+
+
+def _too_many(most: int) -> ApiError:
+    return TooMany(
+        f"{most} requests of this project or owner are in progress, which is the limit. "
+        "Try again when one has finished.",
+        code="rate_limit_exceeded",
+        type_="requests",
+        headers={"retry-after": "1"},
+    )
 
 
 @dataclass(frozen=True, slots=True)

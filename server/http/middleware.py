@@ -17,9 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flexgate.policies.documents import Role
 from flexgate.policies.errors import PolicyError
 from flexgate.server.http import metrics
-from flexgate.server.http.auth import EVERY_ROLE, STATE, Callers, Context, authenticate
+from flexgate.server.http.auth import EVERY_ROLE, STATE, Callers, Context, InProgress, authenticate
 from flexgate.server.http.errors import INTERNAL_MESSAGE, ApiError, Invalid
-from flexgate.server.http.in_progress import InProgress
 from flexgate.server.http.logs import FIELDS
 from flexgate.server.http.refusals import is_denial
 from flexgate.server.policy.denial_log import ANONYMOUS, Denial, Denials

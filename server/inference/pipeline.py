@@ -277,7 +277,7 @@ class InferenceRequest(TenantRequest):
             self.experts,
             self.decision.valid_until,
             self.client_salt,
-            reserve=self._reserve_tokens,
+            reserve=self._reserve_passes if self.passes else self.reservation.raise_to,
             queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
             keep_answers=self.passes > 0,
@@ -285,7 +285,7 @@ class InferenceRequest(TenantRequest):
         )
         self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
 
-    def _reserve_tokens(self, tokens: int) -> None:
+    def _reserve_passes(self, tokens: int) -> None:
         self.reservation.raise_to(tokens=tokens * (1 + self.passes) + self.passes)
 
 

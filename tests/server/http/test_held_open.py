@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flexgate.server.experts import jobs
-from flexgate.server.http import connections, in_progress
+from flexgate.server.http import auth, connections
 
 pytestmark = pytest.mark.asyncio
 
@@ -50,7 +50,7 @@ async def asked(connection: Connection, request: bytes) -> tuple[int, bytes]:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Low bounds; before `urls`, whose server reads them."""
     monkeypatch.setattr(connections, "MOST_IDLE", 8)
-    monkeypatch.setattr(in_progress, "MOST_OF_ONE", 4)
+    monkeypatch.setattr(auth, "MOST_IN_PROGRESS", 4)
 
 
 class Waiting:
