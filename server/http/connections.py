@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import resource
+import socket
+import sys
 from http import HTTPStatus
 from typing import Final
 
@@ -24,7 +25,7 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_SECONDS = 30.0
 PROBE_SECONDS = 1.0
 UNREAD_SECONDS = 60.0
-"""How long a client may read nothing of what waits to be sent to it."""
+"""How long a client may take nothing of what waits to be sent to it; it is cut off within twice as long."""
 MOST_IDLE: Final = 4096
 """Connections without a request, where the process may have many descriptors; a quarter of them elsewhere."""
 EVENT_STREAM: Final = "flexgate.event_stream"
@@ -50,7 +51,10 @@ class EventStream(StreamingResponse):
 
 
 class Idle:
-    """A server's connections without a request, the longest idle first. Where there are too many, it is closed."""
+    """A server's connections without a request, the longest idle first. Where there are too many, it is aborted.
+
+    One whose response has not been read is among them, so it is not closed: that would keep it until the client reads.
+    """
 
     def __init__(self) -> None:
         self._most = min(MOST_IDLE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
@@ -62,7 +66,7 @@ class Idle:
         while len(self._connections) > self._most:
             oldest = next(iter(self._connections))
             del self._connections[oldest]
-            oldest.transport.close()
+            oldest.transport.abort()
 
     def discard(self, connection: BoundedProtocol) -> None:
         """Count a connection as idle no more, if it was."""
@@ -74,7 +78,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     A head, the trailers of a body, and whatever else is neither a head nor a part of a body may have ``MAX_HEAD_BYTES``
     and what came in the same read. While no response is under way, a whole head has to come within ``HEAD_SECONDS``.
-    A client that reads nothing for ``UNREAD_SECONDS`` is cut off.
+    A client that takes nothing for ``UNREAD_SECONDS`` while bytes wait for it is cut off, whatever it sends.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -89,12 +93,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._idle = self.server_state.__dict__.setdefault("idle", Idle())
         self._await_head()
         self._idle.add(self)
+        self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
         self._stop_waiting()
         self._idle.discard(self)
-        self._stop_awaiting_reading()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -138,44 +144,26 @@ class BoundedProtocol(HttpToolsProtocol):
         self._got_on = True
         self._stop_waiting()
         self._idle.discard(self)
-        self._stop_awaiting_reading()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, and for the client to read what is left."""
+        """Wait for the next request."""
         super().on_response_complete()
         if self._is_idle():
             self._idle.add(self)
-        self._await_reading()
-
-    def pause_writing(self) -> None:
-        """Much waits to be sent."""
-        super().pause_writing()
-        self._await_reading()
-
-    def resume_writing(self) -> None:
-        """Most of it was read."""
-        self._stop_awaiting_reading()
-        super().resume_writing()
 
     def on_body(self, body: bytes) -> None:
         """A part of a body came."""
         self._got_on = True
         super().on_body(body)
 
-    def _await_reading(self, before: float = math.inf) -> None:
-        """Cut off a client that reads nothing of what waits to be sent: ``before`` bytes, at the last look."""
-        self._stop_awaiting_reading()
-        waits = self.transport.get_write_buffer_size()
-        if waits >= before:
+    def _look(self, taken: int | None = None) -> None:
+        """Cut off a client that has taken nothing since the last look; ``taken`` is None if nothing waited then."""
+        now = _acknowledged(self.transport) if self.transport.get_write_buffer_size() else None
+        if now is not None and now == taken:
             self.transport.abort()
-        elif waits:
-            self._unread = self.loop.call_later(UNREAD_SECONDS, self._await_reading, waits)
-
-    def _stop_awaiting_reading(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+        else:
+            self._unread = self.loop.call_later(UNREAD_SECONDS, self._look, now)
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -199,3 +187,12 @@ class BoundedProtocol(HttpToolsProtocol):
             head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+def _acknowledged(transport: asyncio.Transport) -> int:
+    """How many bytes the other side has acknowledged: ``tcpi_bytes_acked`` (linux/tcp.h).
+
+    The buffers of this side do not tell: the kernel takes more only once a third of its own, of megabytes, is free.
+    """
+    info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    return int.from_bytes(info[120:128], sys.byteorder)
