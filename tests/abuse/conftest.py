@@ -25,6 +25,7 @@ seeded_database = _shared.seeded_database
 real_store = _shared.real_store
 handler = _shared.handler
 ledger = _shared.ledger
+receipts = _shared.receipts
 services = _shared.services
 make_client = _shared.make_client
 client = _shared.client
