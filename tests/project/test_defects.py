@@ -110,6 +110,7 @@ def small_project(root: Path) -> None:
     (root / "server/a.py").write_text(MODULE)
     for name in ("pyproject.toml", "README.md", "Makefile", "Dockerfile"):
         (root / name).touch()
+    (root / "docs/examples").mkdir(parents=True)
     shutil.copytree(ROOT / "tests/support", root / "tests/support", ignore=lambda _, names: {*names} - {"anchors.py"})
     (root / "tests/defects").mkdir()
     shutil.copy(ROOT / "tests/defects/run.py", root / "tests/defects/run.py")
