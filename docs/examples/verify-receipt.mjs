@@ -1,60 +1,50 @@
 // Verifies receipts of flexgate (docs/receipts.md) with nothing but Web Crypto: in Node 20 or later, and in browsers.
-//
 //   node verify-receipt.mjs --jwks jwks.json receipt.json …
-//   import { parseKeys, verifyReceipt } from "./verify-receipt.mjs"
-const HASH = /^[0-9a-f]{64}$/, NUMBER = /^(0|[1-9][0-9]{0,18})$/, POSITIVE = /^[1-9][0-9]{0,18}$/;
+//   import { parseKeys, verifyReceipt, verifyCopies } from "./verify-receipt.mjs"
+const HASH = /^[0-9a-f]{64}$/, NUMBER = /^(0|[1-9][0-9]{0,18})$/, POSITIVE = /^[1-9][0-9]{0,18}$/, ZEROS = /^0{64}$/;
 const RECEIPT = /^dec_[0-9a-f]{32}$/, ID = /^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$/, SIGNATURE = /^[0-9a-f]{128}$/;
 const FORMAT = /^flexgate-receipt\/1$/, BATCH = /^flexgate-receipt-batch\/1$/, SERVER = /^srv_[0-9a-f]{32}$/;
 const HEADER = { at: NUMBER, first: POSITIVE, format: BATCH, kid: ID, last: POSITIVE, number: POSITIVE, previous: HASH,
   root: HASH, server: SERVER };
 const JWK = { alg: /^EdDSA$/, crv: /^Ed25519$/, kid: ID, kty: /^OKP$/, use: /^sig$/, x: ID };
+const FACTS = ["completion_tokens", "ended_at", "outcome", "prompt_tokens"];
 const utf8 = (text) => new TextEncoder().encode(text);
 const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
 const unbase64 = (text) => Uint8Array.from(atob(text.replace(/-/g, "+").replace(/_/g, "/")), (c) => c.charCodeAt(0));
 const join = (...parts) => Uint8Array.from(parts.flatMap((part) => [...part]));
 const sha256 = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-const leafHash = (data) => sha256(join([0], data));
-const nodeHash = (left, right) => sha256(join([1], left, right));
+const leafHash = (data) => sha256(join([0], data)), nodeHash = (left, right) => sha256(join([1], left, right));
 const check = (holds, message) => { if (!holds) throw new Error(message); };
-
+const must = (value, holds, message) => (check(holds, message), value);
 /** JSON by RFC 8785, of whole numbers only; nested no deeper than `depth`. */
 export function canonical(value, depth = 8) {
   check(depth >= 0, "it is nested too deeply");
-  if (typeof value === "number") check(Number.isSafeInteger(value), "it has a number that readers read differently");
-  if (typeof value === "string") check(!/\p{Surrogate}/u.test(value), "it has an unpaired surrogate");
+  const isText = typeof value !== "string" || !/\p{Surrogate}/u.test(value);
+  check(isText && (typeof value !== "number" || Number.isSafeInteger(value)), "it has what readers read differently");
   if (value === null || typeof value !== "object") return JSON.stringify(value);
   if (Array.isArray(value)) return `[${value.map((one) => canonical(one, depth - 1)).join(",")}]`;
   const names = Object.keys(value).sort();
   return `{${names.map((name) => `${canonical(name, 0)}:${canonical(value[name], depth - 1)}`).join(",")}}`;
 }
-
 /** The value of bytes that are canonical JSON, with at most one line break after it. */
 export function parse(bytes) {
   const end = bytes.at(-1) === 10 ? bytes.length - 1 : bytes.length;
   check(end <= 1 << 20, "it has more than 1048576 bytes");
   const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes.subarray(0, end));
-  const value = JSON.parse(text);
-  check(canonical(value) === text, "it is not canonical JSON");
-  return value;
+  return must(JSON.parse(text), canonical(JSON.parse(text)) === text, "it is not canonical JSON");
 }
-function members(value, what, names) {
-  check(isObject(value), `${what} is no object`);
-  check(canonical(Object.keys(value).sort()) === canonical([...names].sort()), `${what} must have ${names}`);
-  return value;
-}
+const sorted = (value, names) => isObject(value) && canonical(Object.keys(value).sort()) === canonical([...names].sort());
+const members = (value, what, names) => must(value, sorted(value, names), `${what} must have ${names}, and nothing else`);
 function texts(value, what, patterns) {
   const own = (name) => (Object.hasOwn(value, name) && typeof value[name] === "string" ? value[name] : "");
   for (const name of Object.keys(patterns)) check(patterns[name].test(own(name)), `'${name}' of ${what} is wrong`);
   return value;
 }
-function listOf(value, what, holds, least = 1) {
-  check(Array.isArray(value) && value.length >= least && value.every(holds), `${what} is not the list that it must be`);
-  return value;
-}
+const listOf = (value, what, holds, least = 1) =>
+  must(value, Array.isArray(value) && value.length >= least && value.every(holds), `${what} is not a list as it must be`);
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 const hashes = (value) => listOf(value, "a path", (one) => typeof one === "string" && HASH.test(one), 0).map(unhex);
-
 /** The root that a path leads to from a leaf's hash, in a tree of `size` leaves (RFC 9162, 2.1.3.2). */
 async function rootFrom(hash, index, size, path) {
   check(index >= 0n && index < size, "it has no place in its batch");
@@ -67,81 +57,94 @@ async function rootFrom(hash, index, size, path) {
   check(!rest.length, "a path is too long");
   return hex(hash);
 }
-
 /** The keys of a JWK set, by their thumbprints (RFC 7638). */
 export async function parseKeys(bytes) {
   const keys = new Map();
   for (const entry of listOf(members(parse(bytes), "the key set", ["keys"]).keys, "'keys'", isObject)) {
     const { kid, x } = texts(members(entry, "a key", Object.keys(JWK)), "a key", JWK);
     const thumbprint = await sha256(utf8(`{"crv":"Ed25519","kty":"OKP","x":"${x}"}`));
-    check(hex(unbase64(kid)) === hex(thumbprint), `the key id ${kid} is not its key's thumbprint`);
-    check(!keys.has(kid), `the key ${kid} is there twice`);
+    check(!keys.has(kid) && hex(unbase64(kid)) === hex(thumbprint), `${kid} is there twice, or no thumbprint of its key`);
     keys.set(kid, await crypto.subtle.importKey("raw", unbase64(x), { name: "Ed25519" }, false, ["verify"]));
   }
   return keys;
 }
-
 /** Verifies a copy of a receipt; returns what it says, and throws an Error that says what is wrong. */
 export async function verifyReceipt(bytes, keys) {
-  const receipt = parse(bytes), opened = receipt !== null && Object.hasOwn(receipt, "opening");
-  members(receipt, "the receipt", ["batch", "format", "hashes", "leaves", "number", ...(opened ? ["opening"] : [])]);
-  texts(receipt, "the receipt", { format: FORMAT, number: NUMBER, ...(opened ? { opening: HASH } : {}) });
-  const { header, path, signature } = members(receipt.batch, "'batch'", ["header", "path", "signature"]);
+  const value = parse(bytes), opened = value !== null && Object.hasOwn(value, "opening");
+  members(value, "the receipt", ["batch", "format", "hashes", "leaves", "number", ...(opened ? ["opening"] : [])]);
+  texts(value, "the receipt", { format: FORMAT, number: NUMBER, ...(opened ? { opening: HASH } : {}) });
+  const { header, path, signature } = members(value.batch, "'batch'", ["header", "path", "signature"]);
   texts(members(header, "the header", Object.keys(HEADER)), "the header", HEADER);
-  texts(receipt.batch, "the batch", { signature: SIGNATURE });
+  texts(value.batch, "the batch", { signature: SIGNATURE });
   check(keys.has(header.kid), `it is signed with the key ${header.kid}, which is not in the key set`);
   const signed = await crypto.subtle.verify("Ed25519", keys.get(header.kid), unhex(signature), utf8(canonical(header)));
   check(signed, "its signature is wrong");
   const first = BigInt(header.first), size = BigInt(header.last) - first + 1n;
-  check(size >= 1n && size <= 65536n, "the size of its batch is wrong");
-  const known = hashes(receipt.hashes), contents = [];
-  let before = -1;
-  for (const entry of listOf(receipt.leaves, "'leaves'", isObject)) {
+  const begins = header.number !== "1" || (first === 1n && ZEROS.test(header.previous));
+  check(begins && first >= BigInt(header.number) && size >= 1n && size <= 65536n, "its batch has the wrong numbers");
+  const known = hashes(value.hashes), leaves = new Map();
+  for (const entry of listOf(value.leaves, "'leaves'", isObject)) {
     const { content, index, salt } = members(entry, "a leaf", ["content", "index", "salt"]);
-    texts(entry, "a leaf", { salt: HASH });
-    const isNext = Number.isInteger(index) && index > before && index < known.length;
+    const isNext = Number.isInteger(index) && index > ([...leaves.keys()].at(-1) ?? -1) && index < known.length;
     check(isNext && isObject(content), "the places of its leaves are wrong");
     texts(content, "a leaf", { kind: /^(request|owner|none)$/, receipt: RECEIPT });
-    const hash = await leafHash(join(unhex(salt), utf8(canonical(content))));
+    const hash = await leafHash(join(unhex(texts(entry, "a leaf", { salt: HASH }).salt), utf8(canonical(content))));
     check(hex(hash) === hex(known[index]), "a leaf is not the one that its receipt has in its place");
-    contents.push(content);
-    before = index;
+    leaves.set(index, content);
   }
-  check(new Set(contents.map((one) => one.receipt)).size === 1, "its leaves are of several receipts");
-  const above = await leafHash(await sha256(join([2], ...known)));
-  const root = await rootFrom(above, BigInt(receipt.number) - first, size, hashes(path));
+  const contents = [...leaves.values()], [receipt, ...others] = new Set(contents.map((one) => one.receipt));
+  check(!others.length, "its leaves are of several receipts");
+  const leaf = await leafHash(await sha256(join([2], ...known)));
+  const root = await rootFrom(leaf, BigInt(value.number) - first, size, hashes(path));
   check(root === header.root, "its leaves do not lead to the root that was signed");
-  if (opened) {
-    const digests = contents.filter((one) => one.kind === "request").map((one) => one.opening_digest);
-    const digest = hex(await sha256(unhex(receipt.opening)));
-    check(digests.length === 1 && digests[0] === digest, "its opening is not the one of its request");
+  const digest = opened && hex(await sha256(unhex(value.opening)));
+  const opens = contents.some((one) => one.kind === "request" && one.opening_digest === digest);
+  check(opens || !opened, "its opening is not the one of its request");
+  requireConsistent(contents, leaves.size === known.length);
+  return { receipt, number: value.number, batch: header, leaves, size: known.length };
+}
+/** Verifies that copies tell one history: a request has one receipt, and what copies of it show fits together. */
+export function verifyCopies(found) {
+  const known = new Map(), joined = new Map();
+  for (const { receipt, number, batch, leaves, size } of found) {
+    const place = `number ${number} of ${batch.server}`, fork = `batch ${batch.number} of ${batch.server}`;
+    for (const [key, said] of [[receipt, place], [place, receipt], [fork, canonical(batch)], [`${place}'s batch`, fork]])
+      check(known.set(key, known.get(key) ?? said).get(key) === said, `there are two of ${key}`);
+    joined.set(place, new Map([...(joined.get(place) ?? []), ...leaves]));
+    requireConsistent([...joined.get(place).values()], joined.get(place).size === size);
   }
-  const complete = contents.length === known.length;
-  if (complete) requireConsistent(contents);
-  return { receipt: contents[0].receipt, number: receipt.number, batch: header, leaves: contents, complete };
 }
-
-/** Of a whole receipt: one request, and of each owner one leaf, with the shares that the request's leaf says. */
-function requireConsistent(contents) {
-  const of = (kind) => contents.filter((one) => one.kind === kind);
-  const row = (one, owner) => canonical([one.expert ?? null, owner ?? null, one.share_ppm ?? null]);
-  const experts = (one) => listOf(one.experts, "'experts'", isObject, 0);
-  const owned = of("owner").flatMap((one) => experts(one).map((expert) => row(expert, one.owner)));
-  const named = of("request").flatMap(experts).filter((expert) => (expert.owner ?? null) !== null);
-  const said = named.map((expert) => row(expert, expert.owner));
-  const owners = new Set(of("owner").map((one) => canonical(one.owner ?? null)));
-  const fits = owned.sort().join() === said.sort().join() && owners.size === of("owner").length;
-  check(of("request").length === 1 && fits, "its owners' leaves are not those that its request names");
+/** Of one receipt: one request, and of each owner one leaf that says what the request says; all, if it is complete. */
+function requireConsistent(leaves, complete) {
+  const [requests, owners] = ["request", "owner"].map((kind) => leaves.filter((leaf) => leaf.kind === kind));
+  for (const { experts, kind } of [...requests, ...owners]) {
+    const share = ({ share_ppm: ppm }) => (Number.isInteger(ppm) && ppm >= 0 ? ppm : NaN);
+    const total = listOf(experts, "'experts'", isObject, 0).reduce((sum, expert) => sum + share(expert), 0);
+    check(total === 1e6 || (kind === "owner" ? total < 1e6 : total === 0), `its shares sum to ${total} millionths`);
+  }
+  const rows = (experts) => experts.map((one) => canonical([one.expert ?? null, one.share_ppm])).sort();
+  const says = (leaf, experts) => canonical([FACTS.map((fact) => leaf[fact] ?? null), rows(experts)]);
+  const owner = ({ owner: name }) => must(name, typeof name === "string", "an owner has no name");
+  const said = new Map(owners.map((leaf) => [owner(leaf), says(leaf, leaf.experts)]));
+  check(requests.length <= 1 && requests.length >= complete && said.size === owners.length, "it lacks a leaf, or has two");
+  for (const request of requests) {
+    const owned = request.experts.filter((expert) => (expert.owner ?? null) !== null);
+    const names = new Set(owned.map(owner)), of = (name) => says(request, owned.filter((expert) => expert.owner === name));
+    const fits = [...said].every(([name, text]) => names.has(name) && of(name) === text);
+    check(fits && (!complete || names.size === said.size), "its owners' leaves are not what its request says");
+  }
 }
-
 if (globalThis.process?.argv[1]?.endsWith("verify-receipt.mjs")) {
   const { readFileSync } = await import("node:fs");
   const [option, jwks, ...files] = process.argv.slice(2);
   if (option !== "--jwks" || !files.length) throw new Error("usage: node verify-receipt.mjs --jwks JWKS RECEIPT …");
-  const keys = await parseKeys(readFileSync(jwks));
+  const keys = await parseKeys(readFileSync(jwks)), found = [];
+  const wrong = (error) => must(`not valid: ${error.message}`, (process.exitCode = 1));
+  const said = ({ receipt, number, leaves, size }) => `OK: ${leaves.size === size ? "the whole" : "a copy of"} receipt `
+    + `${receipt}, number ${number}: ${[...leaves.values()].map((leaf) => leaf.owner ?? leaf.kind).join(", ")}`;
   for (const file of files) {
-    const { error, receipt, number } = await verifyReceipt(readFileSync(file), keys).catch((error) => ({ error }));
-    console.log(error ? `${file}: not valid: ${error.message}` : `${file}: OK: receipt ${receipt}, number ${number}`);
-    process.exitCode ||= error ? 1 : 0;
+    const verified = verifyReceipt(readFileSync(file), keys).then((one) => (found.push(one), said(one)));
+    console.log(`${file}: ${await verified.catch(wrong)}`);
   }
+  try { verifyCopies(found); } catch (error) { console.log(`together: ${wrong(error)}`); }
 }

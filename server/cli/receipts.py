@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -99,15 +100,13 @@ def verify(
         if (prompt or answer) and len(files) != 1:
             raise UsageInvalid("--prompt and --answer are the bodies of one request: give one receipt")
         noted = [] if heads is None else _heads(heads)
-        batches: list[SignedBatch] = []
-        ends: dict[str, int] = {}
+        given = _Given()
         for file in files:
             with _about(file):
-                sentence = _verify_file(file, public, batches, ends, {"prompt": prompt, "answer": answer})
+                sentence = given.verify(file, public, {"prompt": prompt, "answer": answer})
             typer.echo(f"{file}: OK: {sentence}")
         with _about(heads or files[0]):
-            verifying.verify_order(batches)
-            compared = verifying.verify_heads(batches, noted, ends)
+            compared = given.compare(noted)
         if heads is not None:
             typer.echo(f"{heads}: OK: {compared} of {len(noted)} heads are of the batches that were given")
 
@@ -142,32 +141,41 @@ def _is_pending(api: Api, path: str) -> bool:
         return False  # asking again says what is wrong
 
 
-def _verify_file(
-    file: Path,
-    keys_: verifying.Keys,
-    batches: list[SignedBatch],
-    ends: dict[str, int],
-    bodies: dict[str, Path | None],
-) -> str:
-    """Verify a file, and note its batches; returns what it is."""
-    text = file.read_bytes()
-    if text.startswith(b'{"header":'):
-        chained = [verifying.verify_batch(verifying.parse(line), keys_) for line in text.splitlines()]
-        verifying.verify_chain(chained)
-        batches += chained
-        ends |= {batch.server: batch.number for batch in chained}
-        return f"a chain of {len(chained)} batches, with {sum(b.last - b.first + 1 for b in chained)} receipts"
-    found = verifying.verify_receipt(text, keys_)
-    batches.append(found.batch)
-    opened = [name for name, path in bodies.items() if path is not None]
-    for name in opened:
-        path = bodies[name]
-        assert path is not None
-        verifying.verify_opening(found, name, path.read_bytes())
-    kinds = ", ".join(_said(leaf) for leaf in found.leaves if leaf["kind"] != "none")
-    whole = "the whole receipt" if found.complete else "a copy of the receipt"
-    matching = "".join(f"; its {name} is the given one" for name in opened)
-    return f"{whole} '{found.receipt}', number {found.number} of {found.batch.server}, with {kinds}{matching}"
+@dataclass
+class _Given:
+    """What was given to verify, as far as it is valid."""
+
+    copies: list[verifying.Verified] = field(default_factory=list)
+    chain: list[SignedBatch] = field(default_factory=list)
+
+    def verify(self, file: Path, keys_: verifying.Keys, bodies: dict[str, Path | None]) -> str:
+        """Verify a file by itself; returns what it is."""
+        text, opened = file.read_bytes(), {name: path for name, path in bodies.items() if path is not None}
+        if text.startswith(b'{"header":'):
+            if opened:
+                raise UsageInvalid(f"--prompt and --answer are the bodies of a request, and {file} is a chain")
+            chained = [verifying.verify_batch(verifying.parse(line), keys_) for line in text.splitlines()]
+            verifying.verify_chain(chained)
+            self.chain += chained
+            receipts = sum(batch.last - batch.first + 1 for batch in chained)
+            return f"a chain of {len(chained)} batches from batch {chained[0].number} on, with {receipts} receipts"
+        found = verifying.verify_receipt(text, keys_)
+        self.copies.append(found)
+        for name, path in opened.items():
+            verifying.verify_opening(found, name, path.read_bytes())
+        kinds = ", ".join(_said(leaf) for leaf in found.leaves if leaf["kind"] != "none")
+        whole = "the whole receipt" if found.complete else "a copy of the receipt"
+        matching = "".join(f"; its {name} is the given one" for name in opened)
+        return f"{whole} '{found.receipt}', number {found.number} of {found.batch.server}, with {kinds}{matching}"
+
+    def compare(self, heads: list[verifying.Head]) -> int:
+        """Verify that all of it tells one history; returns how many heads are of it."""
+        batches = [one.batch for one in self.copies]
+        verifying.verify_order([*self.chain, *batches])
+        verifying.verify_copies(self.copies)
+        if self.chain:
+            verifying.verify_contained(self.chain, batches, heads)
+        return verifying.verify_heads([*self.chain, *batches], heads) if heads else 0
 
 
 def _said(leaf: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +27,9 @@ MOST_DEPTH: Final = 8
 MOST_OF_A_BATCH: Final = 65_536
 ROOT: Final = b"\x02"
 SAFE: Final = 2**53 - 1
+MILLION: Final = 1_000_000
+FACTS: Final = ("completion_tokens", "ended_at", "outcome", "prompt_tokens")
+"""What an owner's leaf says of the request as the request's own does."""
 NOTHING_BEFORE: Final = "0" * 64
 Json = dict[str, Any]
 Keys = Mapping[str, Ed25519PublicKey]
@@ -81,14 +85,20 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A valid receipt: its batch, the contents of its leaves, and whether these are all that it has."""
+    """A valid receipt: its batch, the contents of the leaves that are shown, their places, and how many it has."""
 
     receipt: str
     number: int
     batch: SignedBatch
     leaves: tuple[Json, ...]
-    complete: bool
+    places: tuple[int, ...]
+    size: int
     opening: bytes | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it shows all leaves of the receipt."""
+        return len(self.leaves) == self.size
 
 
 def parse(text: bytes) -> Any:
@@ -138,9 +148,9 @@ def verify_receipt(text: bytes, keys: Keys) -> Verified:
     (named,) = {content["receipt"] for content in contents}
     opening = _opening(receipt, contents)
     complete = len(contents) == len(hashes)
-    if complete:
-        _require_consistent(contents)
-    return Verified(named, int(receipt["number"]), signed, tuple(contents), complete, opening)
+    _require_consistent(contents, complete=complete)
+    places = tuple(leaf["index"] for leaf in receipt["leaves"])
+    return Verified(named, int(receipt["number"]), signed, tuple(contents), places, len(hashes), opening)
 
 
 def verify_batch(entry: Any, keys: Keys) -> SignedBatch:
@@ -159,8 +169,11 @@ def verify_batch(entry: Any, keys: Keys) -> SignedBatch:
     first, last = int(header["first"]), int(header["last"])
     if not first <= last < first + MOST_OF_A_BATCH:
         raise ReceiptInvalid(f"its batch goes from receipt {first} to {last}")
+    number, previous = int(header["number"]), header["previous"]
+    if first < number or (number == 1 and (first != 1 or previous != NOTHING_BEFORE)):
+        raise ReceiptInvalid(f"its batch {number} cannot begin with receipt {first} after {previous}")
     hash_ = hashlib.sha256(message).hexdigest()
-    return SignedBatch(header["server"], int(header["number"]), first, last, header["previous"], hash_)
+    return SignedBatch(header["server"], number, first, last, previous, hash_)
 
 
 def verify_chain(batches: Sequence[SignedBatch]) -> None:
@@ -184,28 +197,53 @@ def verify_order(batches: Iterable[SignedBatch]) -> None:
             continue
         next_one = after.number == before.number + 1
         follows = after.previous == before.hash and after.first == before.last + 1
-        if (next_one and not follows) or after.first <= before.last:
+        skipped, between = after.first - before.last - 1, after.number - before.number - 1
+        if (next_one and not follows) or skipped < between:
             raise ReceiptInvalid(f"batch {after.number} of {after.server} does not follow from batch {before.number}")
 
 
-def verify_heads(batches: Iterable[SignedBatch], heads: Iterable[Head], ends: Mapping[str, int]) -> int:
-    """Batches must be those of heads that were kept elsewhere; returns how many heads could be compared.
+def verify_copies(found: Iterable[Verified]) -> None:
+    """Copies must tell one history: a request has one receipt, and what copies of it show fits together."""
+    numbers: dict[str, tuple[str, int]] = {}
+    copies: dict[tuple[str, int], list[Verified]] = defaultdict(list)
+    for one in found:
+        place = one.batch.server, one.number
+        if numbers.setdefault(one.receipt, place) != place:
+            raise ReceiptInvalid(f"'{one.receipt}' has two receipts: {numbers[one.receipt]} and {place}")
+        copies[place].append(one)
+    for same in copies.values():
+        leaves = {index: leaf for one in same for index, leaf in zip(one.places, one.leaves, strict=True)}
+        if len({one.receipt for one in same}) > 1:
+            raise ReceiptInvalid(f"number {same[0].number} is of two receipts")
+        _require_consistent(leaves.values(), complete=len(leaves) == same[0].size)
 
-    Args:
-        ends: where the chains end that are there, by server: a head of a later batch was cut off.
-    """
+
+def verify_contained(chain: Sequence[SignedBatch], batches: Iterable[SignedBatch], heads: Iterable[Head]) -> None:
+    """Receipts' batches and heads must be in a chain, unless they are from before its first batch."""
+    known = {(batch.server, batch.number): batch.hash for batch in chain}
+    starts: dict[str, int] = {}
+    for batch in chain:
+        starts[batch.server] = min(batch.number, starts.get(batch.server, batch.number))
+    for one in (*(Head(batch.server, batch.number, batch.hash) for batch in batches), *heads):
+        if one.number >= starts.get(one.server, 0) and known.get((one.server, one.number)) != one.hash:
+            last = max((number for server, number in known if server == one.server), default=0)
+            raise ReceiptInvalid(
+                f"the chain of {one.server} ends at batch {last}, and a head or receipt of batch {one.number} that is "
+                "not in it was kept elsewhere: it was cut off or written anew, or is older, or another server's"
+            )
+
+
+def verify_heads(batches: Iterable[SignedBatch], heads: Iterable[Head]) -> int:
+    """Batches must be those of heads that were kept elsewhere; returns how many heads could be compared, at least 1."""
     known = {(batch.server, batch.number): batch.hash for batch in batches}
     compared = 0
     for head in heads:
-        hash_ = known.get((head.server, head.number))
-        if hash_ is not None and hash_ != head.hash:
+        hash_ = known.get((head.server, head.number), head.hash)
+        if hash_ != head.hash:
             raise ReceiptInvalid(f"batch {head.number} of {head.server} is not the one whose head was kept elsewhere")
-        compared += hash_ is not None
-        if head.number > ends.get(head.server, head.number):
-            raise ReceiptInvalid(
-                f"the chain of {head.server} ends at batch {ends[head.server]}, and the head of batch {head.number} "
-                "was kept elsewhere: it was cut off or written anew"
-            )
+        compared += (head.server, head.number) in known
+    if not compared:
+        raise ReceiptInvalid("no head is of a batch that was given: give the chain from 'flexgate receipts chain'")
     return compared
 
 
@@ -215,7 +253,7 @@ def verify_opening(verified: Verified, name: str, body: bytes) -> None:
         raise ReceiptInvalid("it has no opening: only the tenant's copy opens the digests of its bodies")
     digest = hashlib.sha256(verified.opening + hashlib.sha256(body).digest()).hexdigest()
     (request,) = (leaf for leaf in verified.leaves if leaf["kind"] == "request")
-    if request[f"{name}_digest"] != digest:
+    if request.get(f"{name}_digest") != digest:
         raise ReceiptInvalid(f"the {name} is not the one of this receipt: give the whole body, byte for byte")
 
 
@@ -250,32 +288,51 @@ def _opening(receipt: Json, contents: list[Json]) -> bytes | None:
     return opening
 
 
-def _require_consistent(contents: list[Json]) -> None:
-    """Of a whole receipt: one request, and of each owner one leaf, with the shares that the request's leaf says."""
-    requests = [content for content in contents if content["kind"] == "request"]
-    owned = [
-        [expert.get("expert"), content.get("owner"), expert.get("share_ppm")]
-        for content in contents
-        if content["kind"] == "owner"
-        for expert in _objects(content.get("experts"))
-    ]
-    owners = [content.get("owner") for content in contents if content["kind"] == "owner"]
-    said = [
-        [share.get("expert"), share.get("owner"), share.get("share_ppm")]
-        for request in requests
-        for share in _objects(request.get("experts"))
-        if share.get("owner") is not None
-    ]
-    if (
-        len(requests) != 1
-        or len({json.dumps(owner) for owner in owners}) != len(owners)
-        or _sorted(owned) != _sorted(said)
-    ):
-        raise ReceiptInvalid("its owners' leaves are not those that its request names")
+def _require_consistent(leaves: Iterable[Json], *, complete: bool) -> None:
+    """Of one receipt: at most one request, and of each owner at most one leaf, which says what the request says.
+
+    Args:
+        complete: whether these are all leaves, so that neither the request nor an owner may be missing.
+    """
+    leaves = [leaf for leaf in leaves if leaf["kind"] != "none"]
+    for leaf in leaves:
+        _require_shares(leaf)
+    requests = [leaf for leaf in leaves if leaf["kind"] == "request"]
+    owned = [leaf for leaf in leaves if leaf["kind"] == "owner"]
+    said = {_owner(leaf): _said(leaf, leaf["experts"]) for leaf in owned}
+    if len(requests) > 1 or len(said) != len(owned) or (complete and not requests):
+        raise ReceiptInvalid("it must have one request, and of each owner one leaf")
+    for request in requests:
+        named: dict[str, list[Json]] = defaultdict(list)
+        for share in request["experts"]:
+            if share.get("owner") is not None:
+                named[_owner(share)].append(share)
+        wanted = {owner: _said(request, shares) for owner, shares in named.items()}
+        if any(wanted.get(owner) != one for owner, one in said.items()) or (complete and wanted != said):
+            raise ReceiptInvalid("its owners' leaves are not what its request says")
 
 
-def _sorted(rows: list[list[Any]]) -> list[str]:
-    return sorted(json.dumps(row) for row in rows)
+def _require_shares(leaf: Json) -> None:
+    """Shares are whole millionths: of a request, all of it or none."""
+    shares: list[Any] = [expert.get("share_ppm") for expert in _objects(leaf.get("experts"))]
+    if not all(type(share) is int and 0 <= share <= MILLION for share in shares):
+        raise ReceiptInvalid("a share is no number of millionths")
+    total = sum(shares)
+    if total > MILLION or (leaf["kind"] == "request" and total not in (0, MILLION)):
+        raise ReceiptInvalid(f"its shares sum to {total} millionths")
+
+
+def _said(leaf: Json, shares: list[Json]) -> str:
+    """What a request says of an owner's experts, or that owner's leaf of them."""
+    rows = sorted(json.dumps([share.get("expert"), share["share_ppm"]]) for share in shares)
+    return json.dumps([*(leaf.get(fact) for fact in FACTS), rows])
+
+
+def _owner(value: Json) -> str:
+    owner = value.get("owner")
+    if not isinstance(owner, str):
+        raise ReceiptInvalid("an owner has no name")
+    return owner
 
 
 def _objects(value: Any) -> list[Json]:

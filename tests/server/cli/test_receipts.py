@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ async def test_what_a_server_shows_is_verified_from_files_alone(files: Callable[
     assert said[0].endswith("with the request")
     assert said[1].endswith("with what experts of 'gazette' did")
     assert "OK: the whole receipt" in said[2]
-    assert said[3].endswith("OK: a chain of 3 batches, with 3 receipts")
+    assert said[3].endswith("OK: a chain of 3 batches from batch 1 on, with 3 receipts")
     assert said[4].endswith("OK: 1 of 1 heads are of the batches that were given")
 
 
@@ -99,13 +100,47 @@ async def test_a_chain_that_was_written_anew_or_cut_off_is_found_with_a_head(fil
     chain.write_text("".join(lines[:2]))
     cut = verify(chain, jwks=files("jwks.json"), heads=heads)
     assert cut.exit_code == 1
-    assert "ends at batch 2, and the head of batch 3 was kept elsewhere: it was cut off or written anew" in cut.stderr
+    assert "ends at batch 2, and a head or receipt of batch 3 that is not in it was kept elsewhere" in cut.stderr
     chain.write_text("".join(lines))
     heads.write_text(heads.read_text().replace('"hash": "', '"hash": "0').replace('"}', '0"}'))
     anew = verify(chain, jwks=files("jwks.json"), heads=heads)
     assert anew.exit_code == 1
-    assert "batch 3 of srv_" in anew.stderr
-    assert "is not the one whose head was kept elsewhere" in anew.stderr
+    assert "head or receipt of batch 3 that is not in it" in anew.stderr
+    without = verify(files("whole.json"), jwks=files("jwks.json"), heads=heads)
+    assert without.exit_code == 1
+    assert "is not the one whose head was kept elsewhere" in without.stderr
+
+
+@pytest.mark.asyncio
+async def test_a_chain_is_compared_with_all_that_was_given(files: Callable[[str], Path]) -> None:
+    """The chain of three batches, the tenant's receipt in batch 1, the owner's in 2, the whole one in 3, head 3."""
+    chain, heads, other = files("chain.jsonl"), files("heads.jsonl"), files("other.jsonl")
+    lines = chain.read_text().splitlines(keepends=True)
+    server = f"srv_{'f' * 32}"
+    other.write_text(json.dumps({**json.loads(heads.read_text()), "server": server}))
+    of_another_server = verify(chain, jwks=files("jwks.json"), heads=other)
+    assert of_another_server.exit_code == 1
+    assert f"the chain of {server} ends at batch 0" in of_another_server.stderr
+    nothing_compared = verify(files("tenant.json"), jwks=files("jwks.json"), heads=heads)
+    assert nothing_compared.exit_code == 1
+    assert "no head is of a batch that was given" in nothing_compared.stderr
+    chain.write_text("".join(lines[:2]))
+    assert verify(chain, files("owner.json"), jwks=files("jwks.json")).exit_code == 0
+    cut_off = verify(chain, files("whole.json"), jwks=files("jwks.json"))
+    assert cut_off.exit_code == 1
+    assert "of batch 3 that is not in it" in cut_off.stderr
+    other.write_text("".join(lines[:1]))
+    assert verify(chain, other, jwks=files("jwks.json")).exit_code == 0
+    assert verify(chain, other, jwks=files("jwks.json"), heads=heads).exit_code == 1
+    chain.write_text("".join(lines[1:]))  # what was before is not said
+    assert verify(chain, files("tenant.json"), jwks=files("jwks.json"), heads=heads).exit_code == 0
+
+
+@pytest.mark.asyncio
+async def test_bodies_are_not_those_of_a_chain(files: Callable[[str], Path]) -> None:
+    found = verify(files("chain.jsonl"), jwks=files("jwks.json"), prompt=files("tenant.json"))
+    assert found.exit_code == 2
+    assert "is a chain" in found.stderr
 
 
 @pytest.mark.asyncio

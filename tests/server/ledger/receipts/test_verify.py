@@ -160,8 +160,10 @@ def canonical(content: Any) -> bytes:
 
 ID = "dec_" + "0" * 32
 SHARE = {"expert": "news", "owner": "gazette", "share_ppm": 1_000_000}
-REQUEST = {"experts": [SHARE], "kind": "request", "receipt": ID}
-OWNER = {"experts": [{"expert": "news", "share_ppm": 1_000_000}], "kind": "owner", "owner": "gazette", "receipt": ID}
+FACTS = {"completion_tokens": "9", "ended_at": "5", "outcome": "completed", "prompt_tokens": "3"}
+REQUEST = {**FACTS, "experts": [SHARE], "kind": "request", "receipt": ID}
+PART = {"expert": "news", "share_ppm": 1_000_000}
+OWNER = {**FACTS, "experts": [PART], "kind": "owner", "owner": "gazette", "receipt": ID}
 EMPTY = {"kind": "none", "receipt": ID}
 
 
@@ -207,6 +209,100 @@ def test_whatever_a_trusted_server_signs_both_verifiers_judge_alike() -> None:
         Forger().receipt(REQUEST, OWNER),
     ]
     assert both(forger.jwks, *valid, *invalid) == [True] * len(valid) + [False] * len(invalid)
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_an_owner_is_told_what_the_tenant_is_told(fact: str) -> None:
+    forger = Forger()
+    lies = [forger.receipt(REQUEST, {**OWNER, fact: "8"}), forger.receipt({**REQUEST, fact: None}, OWNER)]
+    assert both(forger.jwks, forger.receipt(REQUEST, OWNER), *lies) == [True, False, False]
+
+
+def test_shares_sum_to_a_million_or_nothing() -> None:
+    forger = Forger()
+    halves = [{**SHARE, "share_ppm": 500_000}, {"expert": "public", "owner": None, "share_ppm": 500_000}]
+    half = {**OWNER, "experts": [{**PART, "share_ppm": 500_000}]}
+    none = {**SHARE, "share_ppm": 0}
+    valid = [
+        forger.receipt({**REQUEST, "experts": halves}, half),
+        forger.receipt({**REQUEST, "experts": [none]}, {**OWNER, "experts": [{**PART, "share_ppm": 0}]}),
+        forger.receipt({**REQUEST, "experts": []}),
+        shown(forger.receipt(half, EMPTY), 0),
+    ]
+    wrong = [True, "1000000", None, -1, 999_999, 1_000_001, [1_000_000]]
+    invalid = [
+        *(forger.receipt({**REQUEST, "experts": [{**SHARE, "share_ppm": one}]}, EMPTY) for one in wrong),
+        *(
+            forger.receipt({**REQUEST, "experts": [SHARE, {**none, "owner": None, "share_ppm": one}]})
+            for one in (1, -1)
+        ),
+        forger.receipt({**REQUEST, "experts": halves[:1]}, half),
+        forger.receipt({**OWNER, "experts": [PART, {**PART, "share_ppm": 1}]}),
+        forger.receipt({**OWNER, "owner": None}),
+        forger.receipt(REQUEST, OWNER, {**OWNER, "owner": "academy", "experts": []}),
+    ]
+    alone = []
+    for receipt in invalid[: len(wrong)]:  # the tenant's copy
+        value = json.loads(receipt)
+        alone.append(rfc8785.dumps({**value, "leaves": value["leaves"][:1]}))
+    checked = both(forger.jwks, *valid, *invalid, *alone)
+    assert checked == [True] * len(valid) + [False] * (len(invalid) + len(alone))
+
+
+def test_the_first_batch_begins_a_history() -> None:
+    forger, one = Forger(), "1" * 64
+    first_ones = [{"previous": one}, {"first": "5", "last": "5"}, {"first": "1", "number": "2", "previous": one}]
+    receipts = [
+        forger.receipt(REQUEST, OWNER, header=header, number=header.get("first", "1").encode()) for header in first_ones
+    ]
+    later = forger.receipt(
+        REQUEST, OWNER, header={"first": "2", "last": "2", "number": "2", "previous": one}, number=b"2"
+    )
+    assert both(forger.jwks, later, *receipts) == [True, False, False, False]
+
+
+def shown(receipt: bytes, *indices: int) -> bytes:
+    """A copy that shows these leaves alone."""
+    value = json.loads(receipt)
+    return rfc8785.dumps({**value, "leaves": [value["leaves"][index] for index in indices]})
+
+
+def verify_together(found: list[verify.Verified]) -> None:
+    verify.verify_order([one.batch for one in found])
+    verify.verify_copies(found)
+
+
+def test_copies_that_tell_two_histories_are_valid_alone_and_not_together() -> None:
+    forger = Forger()
+    later = {"first": "2", "last": "2", "number": "2", "previous": "1" * 64}
+    again = forger.receipt(REQUEST, OWNER, header=later, number=b"2")
+    one = forger.receipt(REQUEST, OWNER, EMPTY, EMPTY)
+    lie = forger.receipt(REQUEST, {**OWNER, "completion_tokens": "8"}, EMPTY, EMPTY)
+    other = forger.receipt({**REQUEST, "receipt": "dec_" + "1" * 32}, {**OWNER, "receipt": "dec_" + "1" * 32})
+    tenant, owner = shown(one, 0), shown(one, 1)
+    pairs = {
+        "copies of one receipt": (tenant, owner, one, one),
+        "two numbers": (tenant, shown(again, 1)),
+        "an owner told another figure": (shown(lie, 0), shown(lie, 1)),
+        "a fork": (tenant, other),
+        "two leaves of an owner": (
+            shown(forger.receipt(REQUEST, OWNER, OWNER, EMPTY), 1),
+            shown(forger.receipt(REQUEST, OWNER, OWNER, EMPTY), 2),
+        ),
+        "another server's": (tenant, shown(forger.receipt(REQUEST, OWNER, header={"server": f"srv_{'1' * 32}"}), 1)),
+    }
+    keys = verify.parse_keys(forger.jwks)
+    for name, texts in pairs.items():
+        assert both(forger.jwks, *texts) == [True] * len(texts), name
+        together = javascript_says(forger.jwks, [b"\n".join(texts)])
+        fits = name == "copies of one receipt"
+        assert (together == [""]) == fits, (name, together)
+        found = [verify.verify_receipt(text, keys) for text in texts]
+        if fits:
+            verify_together(found)
+        else:
+            with pytest.raises(ReceiptInvalid):
+                verify_together(found)
 
 
 def test_what_is_no_leaf_passes_for_none() -> None:
