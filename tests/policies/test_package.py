@@ -12,7 +12,7 @@ import flexgate.policies.decide
 from flexgate.policies import errors, store
 
 ROOT = Path(flexgate.policies.decide.__file__).parent
-CORE = {"pydantic", "packaging", "pycountry", "flexgate"}
+CORE = {"pydantic", "packaging", "pycountry", "rfc8785", "flexgate"}
 STORE = CORE | {"sqlalchemy", "alembic"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
