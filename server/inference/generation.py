@@ -101,7 +101,7 @@ class Generation:
         counted = headers(request)  # by the limiter, which is the loop's alone
         response = await offload.run(self._write, request, made, about, counted)
         raise_if_ended(request)  # while it was made
-        request.completed = True
+        request.answered = request.completed = True
         return response
 
     def _write(
@@ -155,6 +155,7 @@ class _Stream:
 
     async def _digest(self, sent: bytes) -> None:
         offload, update = self._services.offload, self._request.answer.update
+        self._request.answered = True
         if offload.holds_up(len(sent)):
             await offload.run_for(self._request.tenant, partial(update, sent))
         else:

@@ -198,6 +198,7 @@ class InferenceRequest(TenantRequest):
         scoring: the calls of these passes.
         counterfactual: what leaving each expert out changes, where that was asked for.
         answer: SHA-256 of the response's body, as far as it was sent.
+        answered: whether any of it was given to be sent; an error that is sent instead is no answer.
         completed: whether all of its response was generated.
         broken: whether an error ended its response.
     """
@@ -217,6 +218,7 @@ class InferenceRequest(TenantRequest):
     passes: int = 0
     scoring: Sequence[GatedCall] = ()
     counterfactual: Counterfactual | None = None
+    answered: bool = False
     completed: bool = False
     broken: bool = False
 

@@ -31,7 +31,8 @@ def end(request: InferenceRequest) -> None:
     """Write down what the request used in all."""
     if request.entry is not None:
         outcome = request.call.failed or (COMPLETED if request.completed else STOPPED)
-        request.entry.end(outcome, replace(used_of(request.call), answer_sha256=request.answer.hexdigest()))
+        answer = request.answer.hexdigest() if request.answered else None
+        request.entry.end(outcome, replace(used_of(request.call), answer_sha256=answer))
 
 
 def used_of(call: GatedCall) -> Used:

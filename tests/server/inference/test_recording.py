@@ -18,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from flexgate.policies.agreements import duties_sha256
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.http.connections import EventStream
+from flexgate.server.inference import generation
 from flexgate.server.ledger.entries import Registration
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.journal import Journal
@@ -168,7 +169,7 @@ async def test_a_request_that_fails_is_recorded_as_stopped(
     response = await client.post(PATH, json={"prompt": "x"})
     assert response.status_code == 500
     (row,) = await ended(ledger)
-    assert (row["outcome"], row["completion_tokens"]) == ("stopped", 0)
+    assert (row["outcome"], row["completion_tokens"], row["answer_sha256"]) == ("stopped", 0, None)
 
 
 async def test_tokens_of_a_prompt_that_the_engine_has_not_come_to_are_not_recorded(
@@ -209,6 +210,23 @@ async def test_digests_are_those_of_both_bodies_byte_for_byte(
     (row,) = await ended(ledger)
     assert row["prompt_sha256"] == hashlib.sha256(response.request.content).hexdigest()
     assert row["answer_sha256"] == hashlib.sha256(response.content).hexdigest()
+
+
+async def test_an_answer_that_an_error_replaced_has_no_digest(
+    client: httpx.AsyncClient, generating: Any, ledger: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = generation.headers
+
+    def revoked_meanwhile(request: Any) -> Any:
+        request.call.failed = "expert_revoked"
+        return made(request)
+
+    monkeypatch.setattr(generation, "headers", revoked_meanwhile)
+    generating(Generating(3))
+    response = await client.post(PATH, json={"prompt": "x"})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "expert_revoked")
+    (row,) = await ended(ledger)
+    assert (row["outcome"], row["answer_sha256"]) == ("expert_revoked", None)
 
 
 async def test_parts_name_the_packages_that_were_served(
