@@ -182,11 +182,10 @@ class _Walk:
         self.entries += 1
 
     def _fits(self, entry: Entry) -> bool:
-        """Whether an entry has its hash, of the version of the one before it, or of another one."""
+        """Whether an entry has its hash, of version 1 only where no entry of version 2 was before it."""
         for version in self.versions:
             if entry.hash == version(entry.sequence, entry, entry.previous, entry.log):
-                self.versions.remove(version)
-                self.versions.insert(0, version)
+                self.versions = [_hash] if version is _hash else [_hash_1, _hash]
                 return True
         return False
 

@@ -25,6 +25,11 @@ async function hashOf({ sequence, at, actor, action, detail, previous, log }) {
   return hex(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(canonical(content))));
 }
 
+/** How many keys a line of JSON has, and how many are left of them once it is read. */
+const keysIn = (line) => [...line.matchAll(/"(?:[^"\\]|\\.)*"\s*(:?)/g)].filter((found) => found[1]).length;
+const keysOf = (value) => value === null || typeof value !== "object" ? 0
+  : Object.values(value).reduce((sum, one) => sum + keysOf(one), Array.isArray(value) ? 0 : Object.keys(value).length);
+
 /** Verifies the lines of a log from its first entry on; throws an Error that names the entry. */
 export async function verifyLog(text) {
   const heads = { changes: ZEROS, requests: null }, trims = [];
@@ -33,6 +38,7 @@ export async function verifyLog(text) {
     const entry = JSON.parse(line), { sequence, log } = entry, where = `entry ${sequence}`;
     const names = ["action", "actor", "at", "detail", "hash", "log", "previous", "sequence"];
     check(Object.keys(entry).sort().join() === names.join() && Number.isSafeInteger(sequence), `${where} is no entry`);
+    check(keysIn(line) === keysOf(entry), `${where} has a key twice`);
     check(sequence > newest && Object.hasOwn(heads, log), `${where} follows entry ${newest}`);
     if (sequence > newest + 1) [absent, gapEnd] = [absent + sequence - newest - 1, sequence];
     if (log === "requests" && heads.requests === null) resumed = entry.previous;
@@ -40,7 +46,11 @@ export async function verifyLog(text) {
     const fits = (await hashOf(entry).catch((error) => check(false, `${where} ${error.message}`))) === entry.hash;
     check(fits || old === entries, `${where} was changed after it was written`);
     old += fits ? 0 : 1;
-    if (entry.action === "audit.trimmed") trims.push(entry.detail);
+    if (entry.action === "audit.trimmed") {
+      const isTrim = [entry.detail.entries, entry.detail.through + 1].every((one) => Number.isSafeInteger(one) && one >= 1);
+      check(isTrim && typeof entry.detail.hash === "string", `${where} does not name what was trimmed`);
+      trims.push(entry.detail);
+    }
     [heads[log], newest, entries] = [entry.hash, sequence, entries + 1];
   }
   const trimmed = trims.reduce((sum, one) => sum + one.entries, 0), last = trims.at(-1) ?? { through: 0, hash: ZEROS };

@@ -20,6 +20,7 @@ from flexgate.policies.audit import (
     Entry,
     Event,
     Head,
+    _hash_1,
     chain,
     from_line,
     to_line,
@@ -186,6 +187,15 @@ def test_a_log_that_was_begun_under_version_1_goes_on_under_version_2() -> None:
             verify(changed)
 
 
+def test_no_entry_of_version_1_follows_one_of_version_2() -> None:
+    first = chain(START, Event(at=1.0, actor="a", action="x.y", detail={}))
+    second = chain(Head(first.sequence, first.hash), Event(at=2.0, actor="a", action="x.y", detail={}))
+    older = replace(second, hash=_hash_1(second.sequence, second, second.previous, second.log))
+    assert verify([first, second]).entries == 2
+    with pytest.raises(AuditBroken, match="entry 2 was changed after it was written"):
+        verify([first, older])
+
+
 def test_a_time_within_a_microsecond_is_no_other_time() -> None:
     log = _log(2)
     with pytest.raises(AuditBroken, match="was changed"):
@@ -229,3 +239,18 @@ def _javascript(folder: Path, lines: list[str]) -> tuple[int, str]:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = subprocess.run([str(NODE), VERIFIER, path], capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stdout
+
+
+def test_the_javascript_finds_keys_that_are_there_twice_and_trims_of_nothing(tmp_path: Path) -> None:
+    lines = [to_line(entry) for entry in _log(3)]
+    assert _javascript(tmp_path, lines)[0] == 0
+    twice = lines[1].replace('{"action":', '{"action":"other","action":', 1)
+    assert _javascript(tmp_path, [lines[0], twice, lines[2]])[0] == 1
+    nested = [
+        to_line(chain(START, Event(at=1.0, actor='a":"', action="x.y", detail={'b\\":': [{"c": '"d":'}], "e": {}})))
+    ]
+    assert _javascript(tmp_path, nested)[0] == 0
+    for entries in (0, -1, "1", None):
+        detail = {"entries": entries, "through": 0, "hash": START.hash}
+        trim = to_line(chain(START, Event(at=1.0, actor="a", action="audit.trimmed", detail=detail)))
+        assert _javascript(tmp_path, [trim])[0] == 1
