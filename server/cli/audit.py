@@ -15,6 +15,7 @@ from flexgate.policies.audit import LOGS, REQUESTS, Head, from_line, to_line
 from flexgate.policies.audit import verify as verify_entries
 from flexgate.policies.errors import AuditBroken
 from flexgate.policies.strict_json import no_key_twice
+from flexgate.server.cli.heads import lines_of
 from flexgate.server.cli.store import failing
 from flexgate.server.cli.target import READER, Target, administers, typed_options, with_target_options
 from flexgate.server.cli.target import target as target_of
@@ -102,7 +103,7 @@ def _refuse_targets(context: typer.Context) -> None:
 
 
 def _heads(path: Path) -> list[Head]:
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = lines_of(path)
     heads = [_head(line) for line in lines if not _is_of_receipts(line)]
     if not any(head.sequence for head in heads):
         raise AuditBroken(f"{path} contains no head: give a file with the output of 'flexgate audit head'")

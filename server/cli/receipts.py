@@ -19,6 +19,7 @@ import typer
 from flexgate.experts.cli.api import Api
 from flexgate.experts.errors import UsageInvalid
 from flexgate.policies.strict_json import no_key_twice
+from flexgate.server.cli.heads import lines_of
 from flexgate.server.cli.options import place_option
 from flexgate.server.cli.store import FAILED, failing
 from flexgate.server.ledger.receipts import verify as verifying
@@ -185,7 +186,7 @@ def _said(leaf: dict[str, Any]) -> str:
 def _heads(path: Path) -> list[verifying.Head]:
     """The heads of receipts in a file, which may hold those of audit logs, too."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path):
         try:
             values = json.loads(line, object_pairs_hook=no_key_twice)
             if values.get("log") == LOG:

@@ -24,6 +24,21 @@ LOG: Final = "receipts"
 logger = logging.getLogger(__name__)
 
 
+def whole_lines(path: Path) -> tuple[list[str], int]:
+    """The lines of a file of heads, and how many more were written in part, and are no JSON."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    whole = [line for line in lines if not _is_torn(line)]
+    return whole, len(lines) - len(whole)
+
+
+def _is_torn(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return line.startswith("{")
+    return False
+
+
 class Heads:
     """Appends what is new every so many seconds."""
 
@@ -47,8 +62,10 @@ class Heads:
             found = list(self._found())
             new = [head for head in found if head not in self._written]
             if new:
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(head) + "\n" for head in new)
+                with self._file.open("a+b") as file:
+                    if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                        file.write(b"\n")  # the line before was written in part
+                    file.writelines(json.dumps(head).encode() + b"\n" for head in new)
                     file.flush()
                     os.fsync(file.fileno())
             self._written, self._failing = found, False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -26,9 +27,12 @@ from flexgate.server.ledger.receipts.signing import KeyFile, Signer, SignerUnava
 
 SECONDS: Final = 0.25
 """Between two looks for new rows, which are signed together."""
+MOST_SECONDS: Final = 30.0
+"""The same while none can be made: it doubles from one look to the next."""
 PIECE: Final = 16
 REST_SECONDS: Final = 0.001
 """After each `PIECE` receipts, so that the event loop gets on beside a long queue."""
+FAILED: Final = "the server failed to make receipts; its log names the cause"
 EXPECTED: Final = (BookError, LedgerError, PolicyError, SignerUnavailable)
 
 logger = logging.getLogger(__name__)
@@ -65,7 +69,7 @@ class Maker:
         self._policy_digest = policy_digest
         self._pseudonym = lru_cache(maxsize=10_000)(pseudonym)
         self._digests: dict[int, str | None] = {}  # of the batch that is made
-        self._checked = False
+        self._refused: str | None = None  # empty where the ledger was found to be the one of the receipts
         self.sequence = book.end().sequence
         self.signed = 0
         self._closing = threading.Event()
@@ -93,12 +97,15 @@ class Maker:
         except EXPECTED as error:
             self._note(str(error))
         except Exception as error:
-            logger.error("receipts cannot be made", exc_info=error)
-            self._note("the server failed to make receipts; its log names the cause")
+            if self.waiting != FAILED:
+                logger.error("receipts cannot be made", exc_info=error)
+            self._note(FAILED)
 
     def _run(self) -> None:
-        while not self._closing.wait(SECONDS):
+        seconds = SECONDS
+        while not self._closing.wait(seconds):
             self.work()
+            seconds = SECONDS if self.waiting is None else min(2 * seconds, MOST_SECONDS)
 
     def _note(self, waiting: str | None) -> None:
         if waiting != self.waiting and waiting is not None:
@@ -125,8 +132,7 @@ class Maker:
         """Sign what follows the last batch; whether there may be more."""
         end = self._book.end()
         with rows.reading(self._ledger) as connection:
-            if not self._checked:
-                self._require_same_ledger(end, rows.newest(connection))
+            self._require_same_ledger(end, connection)
             found = rows.read_after(connection, end.sequence, MOST)
         self.signed = end.sequence
         if not found:
@@ -184,14 +190,32 @@ class Maker:
             )
         return public
 
-    def _require_same_ledger(self, end: End, newest: int) -> None:
-        """Refuse a ledger that is older than its receipts: its numbers will name other requests."""
-        if newest < end.sequence:
-            raise LedgerError(
-                f"the ledger {self._ledger} ends at number {newest}, and {self._book.path} has receipts up to number "
-                f"{end.sequence}: it is older than its receipts; restore the newer ledger"
+    def _require_same_ledger(self, end: End, connection: sqlite3.Connection) -> None:
+        """Refuse a ledger that is older than its receipts, until the next start: its numbers name other requests."""
+        if self._refused is None:
+            self._refused = (
+                ""
+                if self._is_same_ledger(end, connection)
+                else (
+                    f"the ledger {self._ledger} does not have the request of the last receipt in {self._book.path} at "
+                    f"number {end.sequence}: it is older than its receipts, or was changed; "
+                    "restore the newer ledger, and start again"
+                )
             )
-        self._checked = True
+        if self._refused:
+            raise LedgerError(self._refused)
+
+    def _is_same_ledger(self, end: End, connection: sqlite3.Connection) -> bool:
+        """Whether the row of the last receipt leads to its root; one that retention has deleted cannot be compared."""
+        if end.number == 0:
+            return True
+        if rows.newest(connection) < end.sequence:
+            return False
+        found, last = rows.read_after(connection, end.sequence - 1, 1), self._book.find(end.sequence)
+        if not found or found[0].sequence != end.sequence or last is None:
+            return True
+        batch, place = last
+        return self._roots(found) == [batch.roots[place]]
 
 
 _ROTATE: Final = (

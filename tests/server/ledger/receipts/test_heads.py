@@ -55,6 +55,27 @@ def test_a_file_that_takes_nothing_is_tried_again(heads: Heads, file: Path, capl
     assert len(lines(file)) == 2
 
 
+def test_a_line_that_was_written_in_part_costs_no_other(
+    heads: Heads, kit: Any, real_store: Store, file: Path, tmp_path: Path
+) -> None:
+    torn = '{"log": "receipts", "server": "srv_'
+    file.write_text(torn)
+    heads.append()
+    assert file.read_text().splitlines()[0] == torn
+    assert file.read_text().count("\n") == 3
+    place = ["--database-url", real_store.engine.url.render_as_string()]
+    found = CliRunner().invoke(app, ["audit", "verify", "--heads", str(file), *place])
+    assert "it contains 1 of 1 given heads" in found.output
+    assert "1 line is broken off and was left out" in found.stderr
+    receipts = kit.receipts(kit.maker())
+    chain, jwks = tmp_path / "chain.jsonl", tmp_path / "jwks.json"
+    chain.write_text("".join(json.dumps(one, separators=(",", ":")) + "\n" for one in receipts.chain(0, 10)))
+    jwks.write_bytes(receipts.jwks)
+    found = CliRunner().invoke(app, ["receipts", "verify", str(chain), "--jwks", str(jwks), "--heads", str(file)])
+    assert "1 of 1 heads are of the batches that were given" in found.output
+    assert "1 line is broken off and was left out" in found.stderr
+
+
 def test_the_file_is_what_both_verifications_take(
     heads: Heads, kit: Any, real_store: Store, file: Path, tmp_path: Path
 ) -> None:

@@ -156,7 +156,29 @@ def test_a_ledger_that_is_older_than_its_receipts_gets_none(kit: Any) -> None:
     kit.record(3)
     again = kit.maker()
     again.work()
-    assert "it is older than its receipts; restore the newer ledger" in again.waiting
+    assert "it is older than its receipts" in again.waiting
+    kit.record(*range(4, 8))
+    again.work()
+    assert "it is older than its receipts" in again.waiting
+    restarted = kit.maker()
+    restarted.work()
+    assert "it is older than its receipts" in restarted.waiting
+    assert sequences(kit) == [1, 2]
+
+
+def test_looks_become_rare_while_nothing_can_be_made_and_the_cause_is_logged_once(
+    kit: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    maker, waits = kit.maker(), []
+    monkeypatch.setattr(maker._closing, "wait", lambda seconds: waits.append(seconds) or len(waits) > 10)
+    monkeypatch.setattr(maker._book, "end", lambda: 1 / 0)
+    maker._run()
+    assert waits == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0, 30.0]
+    assert caplog.text.count("Traceback") == 1
+    monkeypatch.undo()
+    kit.record(1)
+    maker.work()
+    assert maker.waiting is None
 
 
 def test_usage_without_a_receipt_is_kept_though_it_is_old(kit: Any) -> None:
