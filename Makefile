@@ -92,7 +92,7 @@ CLIENT_PYTHON = $(if $(NEEDS_$(CLIENT)),$(BIN),$(ONE)/bin)/python
 NEEDS_node := $(CLIENTS)/.node
 NEEDS_inspect := $(CLIENTS)/inspect/.installed
 NEEDS_vllm_bench := $(VENV)/.dev
-# guidellm and lm-eval need transformers, and torch with networkx and sympy: the one that is pinned for CPUs, not 3 GB of CUDA.
+# guidellm and lm-eval need transformers, and torch with networkx, sympy and jinja2: the one that is pinned for CPUs, not 3 GB of CUDA.
 TORCH := -r locks/torch-cpu.txt
 with_torch = $(if $(filter guidellm lm_eval,$*),$(1))
 
@@ -104,7 +104,7 @@ $(CLIENTS)/inspect/.installed: locks/inspect.txt
 
 $(CLIENTS)/one/%/.installed: locks/clients.txt locks/torch-cpu.txt tests/clients/test_%.py
 	mkdir -p $(@D)
-	$(PYTHON) tests/clients/closure.py locks/clients.txt pytest pytest-asyncio $(call with_torch,networkx sympy transformers) \
+	$(PYTHON) tests/clients/closure.py locks/clients.txt pytest pytest-asyncio $(call with_torch,jinja2 networkx sympy transformers) \
 	  "$$(sed -n 's/^CLIENT, PACKAGE = .*, "\(.*\)"$$/\1/p' tests/clients/test_$*.py)" > $(@D)/lock.txt
 	$(call install,$(@D),-r $(@D)/lock.txt $(call with_torch,$(TORCH)))
 

@@ -21,6 +21,7 @@ BOUND = 1.3
 PROMPT, RESPONSE = 192, 64
 REQUESTS = 4  # of each block
 ALLOWED = 0.1  # BOUND is that far from 1
+LEAST = 1e-6  # seconds that are added, where a round of small blocks measured less than none
 WHAT = (
     f"seconds of blocks of {REQUESTS} requests, one after another, each of {PROMPT} new tokens answered by {RESPONSE}: "
     "without and with a counterfactual, and the same prompts and answers scored in an echoed prompt, twice; `ratio` is "
@@ -40,7 +41,7 @@ def run(asked: Run) -> bool:
                     journal.add(f"start {start}", _start(server.url, rounds, shape.vocab))
     found = [journal[f"start {start}"] for start in range(starts)]
     added = [
-        [(with_ - without) / passes for without, with_, passes in zip(*(one[k] for k in KINDS), strict=True)]
+        [max(LEAST, with_ - without) / passes for without, with_, passes in zip(*(one[k] for k in KINDS), strict=True)]
         for one in found
     ]
     ratio = paired(added, [one["scored"] for one in found])

@@ -324,7 +324,7 @@ def test_a_day_with_receipts_runs_as_it_is_written(run: Run, tmp_path: Path) -> 
         r"with the request; its prompt is the given one; its answer is the given one",
         said[3],
     )
-    assert re.fullmatch(r"owner\.json: OK: receipt dec_[0-9a-f]{32}, number \d+", said[5])
+    assert re.fullmatch(r"owner\.json: OK: a copy of receipt dec_[0-9a-f]{32}, number \d+: tarnholm-gazette", said[5])
     (leaf,) = json.loads((tmp_path / "owner.json").read_text())["leaves"]
     (expert,) = leaf["content"]["experts"]
     assert (expert["expert"], expert["agreement"]) == ("news", "demo-tarnholm-gazette")
