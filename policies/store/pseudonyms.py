@@ -29,7 +29,7 @@ class Pseudonyms:
         return _PREFIX + hmac.new(self._key, message, hashlib.sha256).hexdigest()[:20]
 
     def resolve(self, name: str, tenant_ids: Iterable[str]) -> str | None:
-        """The tenant of that pseudonym. A tenant's own id is none, so that nobody learns by guessing whose one is."""
+        """The tenant of that pseudonym. A tenant's own id is refused, so that guessing ids reveals none."""
         return next((id_ for id_ in tenant_ids if self.of(id_) == name), None)
 
 

@@ -2,7 +2,7 @@
 
 Changes of administrators have threads of their own, and so has what administrators and auditors read. What tenants and
 owners read or change has others, and of one project or owner only so much may be waiting. Sums over the ledger have
-threads of their own, too, of which one key, whoever has it, takes one at a time.
+threads of their own, too, of which each key takes one at a time.
 """
 
 from __future__ import annotations

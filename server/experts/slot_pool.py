@@ -218,7 +218,7 @@ class SlotPool:
     def _forget_copies(self) -> None:
         """Remove private copies of packages that are not loaded.
 
-        The order matters: a copy stops to arrive only after it was committed, so whoever no longer
+        The order matters: a copy stops to arrive only after it was committed, so a caller that no longer
         arrives is in the store by the time that the store is read, or never will be.
         """
         if not self.places.private.is_dir():

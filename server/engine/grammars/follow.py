@@ -175,7 +175,7 @@ class Forker:
             self._poll.register(descriptor, select.POLLIN)
 
     def _bury(self, ended: int) -> None:
-        """Close the socket of a child that has ended; where it was at a limit, the engine core is told before."""
+        """Close the socket of a child that has ended. If it ended at a limit, report that to the engine core first."""
         child = self._children.pop(ended)
         self._poll.unregister(ended)
         os.close(ended)

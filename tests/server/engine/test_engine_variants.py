@@ -135,7 +135,7 @@ def assert_seeded_prompts_may_be_computed_in_parts(tight: ScriptedEngine, roomy:
 
 
 def assert_what_ends_in_its_prompt_has_parts(tight: ScriptedEngine, checkpoint: Path) -> None:
-    """A request that the engine ends before its first output is told what was computed of its prompt."""
+    """A request that the engine ends before its first output reports what was computed of its prompt."""
     tight.reset_cache()
     ask = Ask(tuple(2 + (17 * t) % 400 for t in range(220)), (0, 1))
     (answer,) = tight.run([ask], [SlotChange(2, "close", 1)])

@@ -1,4 +1,4 @@
-"""What goes wrong around the processes that follow constraints is told as whose fault it is, and holds up nothing."""
+"""A fault around the processes that follow constraints is blamed on its cause, and holds up nothing."""
 
 from __future__ import annotations
 
