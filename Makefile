@@ -31,10 +31,10 @@ help: ## Show this list.
 serve: $(VENV)/.runtime ## Serve the demo model on 127.0.0.1:$(PORT) with three demo tenants.
 	$(BIN)/flexgate serve --demo --port $(PORT)
 
-test: $(VENV)/.dev ## Run the test suite.
-	$(PYTEST) $(SPREAD) -m "not slow"
+test: $(VENV)/.dev ## Run the test suite (SLOW=1 with the slow tests, as CI does).
+	$(PYTEST) $(SPREAD) $(if $(SLOW),--slice=$(SEED) --durations=30,-m "not slow")
 
-test-slow: $(VENV)/.dev ## Run the slow tests as CI does; of the heaviest only a slice, chosen by the commit or SEED=….
+test-slow: $(VENV)/.dev ## Run the slow tests alone; of the heaviest only a slice, chosen by the commit or SEED=….
 	$(PYTEST) $(SPREAD) --slice=$(SEED) -m slow
 
 lint: $(VENV)/.dev ## Ruff, mypy --strict, import contracts.

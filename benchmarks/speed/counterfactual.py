@@ -19,13 +19,14 @@ from speed.statistics import paired
 
 BOUND = 1.3
 PROMPT, RESPONSE = 192, 64
-REQUESTS = 4  # of each block
+REQUESTS = 2  # of each block
+PASSES = 8  # of a request, one for each expert of the model: a block of scoring has as many
 ALLOWED = 0.1  # BOUND is that far from 1
 LEAST = 1e-6  # seconds that are added, where a round of small blocks measured less than none
 WHAT = (
     f"seconds of blocks of {REQUESTS} requests, one after another, each of {PROMPT} new tokens answered by {RESPONSE}: "
-    "without and with a counterfactual, and the same prompts and answers scored in an echoed prompt, twice; `ratio` is "
-    "what a counterfactual adds to a request against its number of passes times a scoring pass"
+    f"without and with a counterfactual, and {PASSES} times as many prompts as long as both scored in an echoed "
+    "prompt, twice; `ratio` is what a counterfactual adds to a request against as many scoring passes as it makes"
 )
 
 
@@ -41,7 +42,10 @@ def run(asked: Run) -> bool:
                     journal.add(f"start {start}", _start(server.url, rounds, shape.vocab))
     found = [journal[f"start {start}"] for start in range(starts)]
     added = [
-        [max(LEAST, with_ - without) / passes for without, with_, passes in zip(*(one[k] for k in KINDS), strict=True)]
+        [
+            max(LEAST, with_ - without) * PASSES / passes
+            for without, with_, passes in zip(*(one[kind] for kind in KINDS), strict=True)
+        ]
         for one in found
     ]
     ratio = paired(added, [one["scored"] for one in found])
@@ -72,8 +76,8 @@ def _start(url: str, rounds: int, vocabulary: int) -> dict[str, list[float]]:
     passes: list[float] = []
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=300) as client:
 
-        def prompts(tokens: int) -> Sequence[list[int]]:
-            return [[drawn.randrange(10, vocabulary) for _ in range(tokens)] for _ in range(REQUESTS)]
+        def prompts(tokens: int, count: int) -> Sequence[list[int]]:
+            return [[drawn.randrange(10, vocabulary) for _ in range(tokens)] for _ in range(count)]
 
         def ask(prompt: list[int], **more: Any) -> dict[str, Any]:
             fields = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": RESPONSE, "ignore_eos": True}
@@ -82,9 +86,9 @@ def _start(url: str, rounds: int, vocabulary: int) -> dict[str, list[float]]:
             answer: dict[str, Any] = response.json()
             return answer
 
-        def block(tokens: int, **more: Any) -> float:
-            began = time.perf_counter()
-            answers = [ask(prompt, **more) for prompt in prompts(tokens)]
+        def block(tokens: int, count: int = REQUESTS, **more: Any) -> float:
+            asked, began = prompts(tokens, count), time.perf_counter()
+            answers = [ask(prompt, **more) for prompt in asked]
             seconds = time.perf_counter() - began
             if "flexgate" in more:
                 made = [answer["flexgate"]["attribution"]["counterfactual"]["passes"] for answer in answers]
@@ -95,8 +99,8 @@ def _start(url: str, rounds: int, vocabulary: int) -> dict[str, list[float]]:
         contenders = {
             "without": lambda: block(PROMPT),
             "with": lambda: block(PROMPT, flexgate={"explain": "counterfactual"}),
-            "scored": lambda: block(PROMPT + RESPONSE, **scoring),
-            "scored again": lambda: block(PROMPT + RESPONSE, **scoring),
+            "scored": lambda: block(PROMPT + RESPONSE, REQUESTS * PASSES, **scoring),
+            "scored again": lambda: block(PROMPT + RESPONSE, REQUESTS * PASSES, **scoring),
         }
         take_turns(contenders, 1)
         passes.clear()
