@@ -218,13 +218,13 @@ class SlotPool:
     def _forget_copies(self) -> None:
         """Remove private copies of packages that are not loaded.
 
-        The order matters: a copy stops to arrive only after it was committed, so a caller that no longer
-        arrives is in the store by the time that the store is read, or never will be.
+        The order matters: a copy is made while it arrives, and stops to arrive only after it was committed. So one that
+        is found, and then does not arrive, is in the store by the time that the store is read, or never will be.
         """
         if not self.places.private.is_dir():
             return
-        for path in self.places.private.iterdir():
-            if any(name in path.name for name in tuple(self.arriving)):
-                continue
-            if path.name not in {entry.package for entry in self.repository.added()}:
+        found, arriving = list(self.places.private.iterdir()), tuple(self.arriving)
+        stored = {entry.package for entry in self.repository.added()}
+        for path in found:
+            if path.name not in stored and not any(name in path.name for name in arriving):
                 shutil.rmtree(path, ignore_errors=True)

@@ -158,15 +158,15 @@ async def test_tidying_up_leaves_what_is_arriving_and_what_has_just_been_committ
 ) -> None:
     pool = here.service._pool
     private = tmp_path / "experts"
-    for name in ("job_1", ".job_1.abc.partial", "job_2", "left-over"):
+    for name in ("job_1", ".job_1.abc.partial", "job_2", "job_3", "left-over"):
         (private / name).mkdir(parents=True)
-    pool.arriving |= {"job_1", "job_2"}
+    pool.arriving |= {"job_1", "job_2", "job_3"}
     added = pool.repository.added
 
-    def commits_meanwhile() -> tuple[Added, ...]:
-        pool.arriving.discard("job_2")
+    def two_are_committed_before_and_after_it_reads() -> tuple[Added, ...]:
+        pool.arriving -= {"job_2", "job_3"}
         return (*added(), Added("math", 1, 2, 2, "job_2", "", ""))
 
-    pool.repository.added = commits_meanwhile  # type: ignore[method-assign]
+    pool.repository.added = two_are_committed_before_and_after_it_reads  # type: ignore[method-assign]
     await (await pool.forget_copies())
-    assert sorted(path.name for path in private.iterdir()) == [".job_1.abc.partial", "job_1", "job_2"]
+    assert sorted(path.name for path in private.iterdir()) == [".job_1.abc.partial", "job_1", "job_2", "job_3"]
