@@ -56,7 +56,7 @@ def rotate(
     if not path.is_file():
         raise SettingsError(f"there are no receipts at '{path}': start the server once, or name its --state-dir")
     try:
-        with opened(path) as book:
+        with opened(path, read_only=False) as book:
             used = [thumbprint(public) for public in book.keys()]
             if isinstance(signer, KeyFile) and (not signer.path.exists() or _is_used(signer, used)):
                 _replace(signer)

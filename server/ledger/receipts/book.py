@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from flexgate.policies.store.identity import FileIdentity
 from flexgate.server.ledger.receipts.batches import NOTHING_BEFORE, hash_of
 
 APPLICATION: Final = 0x464C4752  # "FLGR", in the file's header
@@ -80,12 +81,17 @@ class End:
 class Book:
     """An open book. Its methods block, and one thread uses it at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open or create the file; raises `BookError`."""
         self.path = path
+        self._file = FileIdentity(path, "the file of receipts")
+        place = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
         with self._told("opened"):
-            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+            self._connection = sqlite3.connect(
+                place, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
+            )
             try:
+                self._file.take()
                 self._prepare()
                 self.server, self.secret = self._connection.execute("SELECT id, secret FROM server").fetchone()
             except BaseException:
@@ -188,10 +194,12 @@ class Book:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        """Raises `StoreReplaced` where the path names another file: a start would find nothing of what is written."""
         with self._told("written"):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._file.require()
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
@@ -209,9 +217,9 @@ class Book:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Book]:
-    """A book for one piece of work."""
-    with closing(Book(path)) as book:
+def opened(path: Path, *, read_only: bool = True) -> Iterator[Book]:
+    """A book for one piece of work, which has to be there if it is only read."""
+    with closing(Book(path, read_only=read_only)) as book:
         yield book
 
 

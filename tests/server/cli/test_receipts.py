@@ -156,7 +156,7 @@ async def test_a_receipt_left_out_of_its_batch_is_found_by_its_holder(
     files: Callable[[str], Path], services: Any, run: Run, tmp_path: Path
 ) -> None:
     """The holder of a receipt of batch 2 detects a chain that the server has signed anew without it."""
-    with opened(services.receipts.book) as book:
+    with opened(services.receipts.book, read_only=False) as book:
         book._connection.execute("DELETE FROM batches WHERE number > 1")
     services.ledger._connection.execute("DELETE FROM parts WHERE sequence = 2")
     services.ledger._connection.execute("DELETE FROM usage WHERE sequence = 2")

@@ -115,7 +115,7 @@ def test_another_key_signs_nothing_until_it_is_asked_for(kit: Any, text: Text) -
     kit.record(2)
     receipts.maker.work()
     assert "run 'flexgate receipts rotate-key'" in receipts.maker.waiting
-    with opened(kit.path) as book:
+    with opened(kit.path, read_only=False) as book:
         book.add_key(thumbprint(kit.key.public_key()), kit.key.public_key())
     receipts.maker.work()
     assert receipts.maker.waiting is None
@@ -327,6 +327,31 @@ def test_a_maker_that_is_killed_again_and_again_leaves_no_gap_and_nothing_twice(
     assert sequences(kit) == recorded(kit)
     batches = chain(kit)
     assert (batches[0].first, batches[-1].last) == (1, 480)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["gone", "replaced"])
+def test_no_receipts_are_made_while_their_file_is_another_one(kit: Any, text: Text, replaced: bool) -> None:
+    receipts, away = kit.made(1), kit.path.with_suffix(".away")
+    kit.path.rename(away)
+    if replaced:
+        kit.path.write_bytes(b"")
+    kit.record(2)
+    receipts.maker.work()
+    assert "was replaced or deleted while it was in use" in (receipts.maker.waiting or "")
+    away.rename(kit.path)
+    receipts.maker.work()
+    assert receipts.maker.waiting is None
+    assert sequences(kit) == [1, 2]
+
+
+def test_who_asks_for_a_receipt_makes_no_file_of_receipts(kit: Any, text: Text) -> None:
+    receipts = kit.made(1)
+    kit.path.rename(kit.path.with_suffix(".away"))
+    with pytest.raises(BookError, match="cannot be opened"):
+        text(receipts, 1)
+    with pytest.raises(BookError, match="cannot be opened"):
+        receipts.chain(0, 10)
+    assert not kit.path.exists()
 
 
 def test_a_file_that_holds_something_else_is_refused(kit: Any) -> None:
