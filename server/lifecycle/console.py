@@ -104,7 +104,8 @@ def summary(started: Started) -> list[tuple[str, str]]:
     planned, client = started.plan, started.client
     slots, a = planned.slots, planned.checkpoint.architecture
     held = f"{slots.held} of {human(slots.expert_bytes)} = {human(slots.held * slots.expert_bytes)}"
-    memory = f"on each rank {held}, KV cache {human(slots.kv_bytes)}, in all {human(slots.total_bytes)}"
+    cache = f"KV cache {human(slots.kv_bytes)}, its attribution {human(slots.attribution_bytes)}"
+    memory = f"on each rank {held}, {cache}, in all {human(slots.total_bytes)}"
     return [
         ("model", f"{shortened(planned.checkpoint.path)} ({a.num_hidden_layers} layers, {planned.dtype})"),
         ("experts", ", ".join(f"{e.id} ({e.owner or 'no owner'})" for e in client.experts())),

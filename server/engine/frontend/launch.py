@@ -133,6 +133,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         least=settings.least_slots,
         ranks=settings.tensor_parallel_size,
         expert_parallel=settings.enable_expert_parallel,
+        prefix_caching=settings.enable_prefix_caching,
     )
     return LaunchPlan(settings, checkpoint, slots, dtype)
 

@@ -10,6 +10,7 @@ from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointErr
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 CPU_KV_BLOCK_TOKENS = 128  # vLLM's block on CPU; a request holds whole blocks
+ATTRIBUTION_BYTES = 8  # of a position of the KV cache: routed mass of each slot, and once which slots were chosen
 SPARE_SLOTS = 2  # free slots that a default start leaves for experts to be added
 
 
@@ -23,6 +24,7 @@ class SlotPlan:
         expert_bytes: one expert over all layers, as far as one rank holds it.
         other_bytes: everything that is not an expert (attention, embeddings, norms, head).
         kv_bytes: KV cache.
+        attribution_bytes: what the experts did for each position of the KV cache, for requests that read it from there.
     """
 
     slots: int
@@ -30,11 +32,12 @@ class SlotPlan:
     expert_bytes: int
     other_bytes: int
     kv_bytes: int
+    attribution_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """Weights, slots and KV cache together."""
-        return self.held * self.expert_bytes + self.other_bytes + self.kv_bytes
+        return self.held * self.expert_bytes + self.other_bytes + self.kv_bytes + self.attribution_bytes
 
 
 def plan_slots(
@@ -47,6 +50,7 @@ def plan_slots(
     least: int = 0,
     ranks: int = 1,
     expert_parallel: bool = False,
+    prefix_caching: bool = True,
 ) -> SlotPlan:
     """Choose the number of slots, or say with the arithmetic why the model does not fit.
 
@@ -58,6 +62,7 @@ def plan_slots(
         available_bytes: of one rank.
         ranks: tensor-parallel ranks that share every expert.
         expert_parallel: ranks hold whole experts, dealt out in turn, and one of zeros each.
+        prefix_caching: requests read positions of the KV cache from it, and what experts did for them.
 
     Raises:
         CheckpointError: fewer slots asked for than the checkpoint has units, more than
@@ -73,7 +78,12 @@ def plan_slots(
     other_bytes = other * width // ranks
     reserved = 1 if dealing > 1 else 0
     shared = a.num_experts - units  # experts that the checkpoint has in a layer beyond one of each unit
-    room = ((available_bytes - other_bytes - kv_bytes) // expert_bytes - reserved) * dealing - shared
+    positions = kv_bytes // _kv_bytes_of_one_token(checkpoint, dtype, ranks) if prefix_caching else 0
+
+    def with_slots(slots: int) -> SlotPlan:
+        held = -(-(slots + shared) // dealing) + reserved
+        return SlotPlan(slots, held, expert_bytes, other_bytes, kv_bytes, positions * ATTRIBUTION_BYTES * (slots + 1))
+
     taken, most = max(units, least), min(MAX_UNITS, MAX_EXPERTS - shared)
     wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, most)
     if not taken <= wanted <= most:
@@ -81,24 +91,27 @@ def plan_slots(
             f"--max-experts {wanted}: the checkpoint has {units} experts, {taken} slots are taken, "
             f"and flexgate serves at most {most}"
         )
-    slots = wanted if max_experts is not None else max(min(wanted, room), taken)
-    held = -(-(slots + shared) // dealing) + reserved
-    if slots > room:
-        needed = held * expert_bytes + other_bytes + kv_bytes
+    plan = with_slots(wanted)
+    while max_experts is None and plan.total_bytes > available_bytes and plan.slots > taken:
+        plan = with_slots(plan.slots - 1)
+    if plan.total_bytes > available_bytes:
         raise CheckpointError(
-            f"{held} experts of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
-            f"+ {human(kv_bytes)} of KV cache = {human(needed)} do not fit into "
-            f"{human(available_bytes)}"
+            f"{plan.held} experts of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
+            f"+ {human(kv_bytes)} of KV cache + {human(plan.attribution_bytes)} of its attribution "
+            f"= {human(plan.total_bytes)} do not fit into {human(available_bytes)}"
         )
-    return SlotPlan(slots, held, expert_bytes, other_bytes, kv_bytes)
+    return plan
 
 
 def kv_bytes_of_one_request(checkpoint: Checkpoint, tokens: int, *, dtype: str, ranks: int = 1) -> int:
     """KV cache that a request of ``tokens`` tokens holds on one rank, on CPU."""
-    a = checkpoint.architecture
     blocks = -(-tokens // CPU_KV_BLOCK_TOKENS) + 1  # vLLM keeps one block empty
-    token_bytes = 2 * a.num_hidden_layers * a.sizes["K"] // ranks * DTYPE_BYTES[dtype]
-    return blocks * CPU_KV_BLOCK_TOKENS * token_bytes
+    return blocks * CPU_KV_BLOCK_TOKENS * _kv_bytes_of_one_token(checkpoint, dtype, ranks)
+
+
+def _kv_bytes_of_one_token(checkpoint: Checkpoint, dtype: str, ranks: int) -> int:
+    a = checkpoint.architecture
+    return 2 * a.num_hidden_layers * a.sizes["K"] // ranks * DTYPE_BYTES[dtype]
 
 
 def human(size: float) -> str:

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from flexgate.policies.store.demo import DEMO_KEYS
+from flexgate.server.engine.frontend.memory import SlotPlan
 from flexgate.server.lifecycle.bootstrap import _hint
 from flexgate.server.lifecycle.console import Progress, Started, shortened
 
@@ -29,7 +30,7 @@ def test_the_demo_names_its_keys_and_a_request_that_can_be_typed() -> None:
 
 def shown(terminal: bool, *, model: Path = Path("/models/olmo"), owner: str | None = "gazette", **more: Any) -> str:
     """What a start prints, on a terminal or elsewhere, 80 columns wide."""
-    slots = SimpleNamespace(slots=7, held=7, expert_bytes=787_500, kv_bytes=1 << 30, total_bytes=(1 << 30) + 5_512_500)
+    slots = SlotPlan(7, 7, expert_bytes=787_500, other_bytes=0, kv_bytes=1 << 30, attribution_bytes=33_600_000)
     checkpoint = SimpleNamespace(path=model, architecture=SimpleNamespace(num_hidden_layers=4))
     experts = [SimpleNamespace(id=f"expert-{number}", owner=owner) for number in range(9)]
     client = SimpleNamespace(experts=lambda: experts, kernels="vllm")
@@ -54,7 +55,8 @@ def test_where_there_is_no_terminal_every_line_is_whole() -> None:
     assert lines[2] == "model      /models/olmo (4 layers, bfloat16)"
     assert lines[3] == "experts    " + ", ".join(f"expert-{number} (gazette)" for number in range(9))
     assert lines[4] == f"set aside  a: {'y' * 200}"
-    assert lines[5] == "slots      7, on each rank 7 of 787.5 kB = 5.5 MB, KV cache 1.1 GB, in all 1.1 GB"
+    memory = "7 of 787.5 kB = 5.5 MB, KV cache 1.1 GB, its attribution 33.6 MB, in all 1.1 GB"
+    assert lines[5] == f"slots      7, on each rank {memory}"
     assert lines[6:8] == ["kernels    vllm", "address    http://127.0.0.1:8000"]
     assert lines[8:] == ["first admin key, shown only now: sk-1", hint]
 

@@ -82,7 +82,7 @@ def test_a_start_prints_what_is_served_and_what_to_try(demo: str, demo_folder: P
         "model    … (4 layers, bfloat16)",
         "experts  public (public), news (tarnholm-gazette), math (orrin-institute), code (quillkit-maintainers), "
         "legal (veldmark-chancery)",
-        "slots    7, on each rank 7 of 787.5 kB = 5.5 MB, KV cache 134.2 MB, in all 142.0 MB",
+        "slots    7, on each rank 7 of 787.5 kB = 5.5 MB, KV cache 134.2 MB, its attribution 4.2 MB, in all 146.2 MB",
         "kernels  …",
         "address  http://127.0.0.1:PORT",
     ]

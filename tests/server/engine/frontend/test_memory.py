@@ -3,11 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flexgate.experts.checkpoint.layout import Architecture
 from flexgate.experts.checkpoint.ownership import Ownership, Unit, unnamed
 from flexgate.server.engine.frontend.checkpoint import Checkpoint, CheckpointError
 from flexgate.server.engine.frontend.memory import SlotPlan, plan_slots
+from flexgate.server.engine.worker.cache_usage import Remembered
 
 ARCHITECTURE = Architecture(
     vocab_size=1000,
@@ -21,7 +23,13 @@ ARCHITECTURE = Architecture(
 )
 SLOT = 2 * (3 * 64 * 128 + 64) * 2  # layers, FFN and router row, bytes of a bfloat16
 OTHER = (2 * 4 * 64 * 64 + 2 * 1000 * 64) * 2
-KV = 1000
+TOKEN = 2 * 2 * 64 * 2  # keys and values, layers, bytes of a bfloat16
+KV = 100 * TOKEN
+
+
+def attribution(slots: int) -> int:
+    """Of the hundred positions that the KV cache has."""
+    return 100 * 8 * (slots + 1)
 
 
 def planned(available: int, **options: Any) -> SlotPlan:
@@ -32,19 +40,22 @@ def planned(available: int, **options: Any) -> SlotPlan:
 def test_two_slots_are_kept_free_where_there_is_room() -> None:
     plan = planned(1 << 30)
     assert (plan.slots, plan.held, plan.expert_bytes) == (6, 6, SLOT)
-    assert plan.total_bytes == 6 * SLOT + OTHER + KV
+    assert plan.total_bytes == 6 * SLOT + OTHER + KV + attribution(6)
 
 
 @pytest.mark.parametrize(("fitting", "slots"), [(6, 6), (5, 5), (4, 4)])
 def test_free_slots_give_way_to_the_kv_cache(fitting: int, slots: int) -> None:
-    assert planned(OTHER + KV + fitting * SLOT).slots == slots
+    room = OTHER + KV + fitting * SLOT + attribution(fitting)
+    assert planned(room).slots == slots
+    assert fitting == 4 or planned(room - 1).slots == slots - 1
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(CheckpointError) as refused:
-        planned(OTHER + KV + 3 * SLOT)
+        planned(OTHER + KV + 3 * SLOT + attribution(3))
     assert str(refused.value) == (
-        "4 experts of 98.6 kB + 321.5 kB of shared weights + 1.0 kB of KV cache = 716.8 kB do not fit into 618.2 kB"
+        "4 experts of 98.6 kB + 321.5 kB of shared weights + 51.2 kB of KV cache + 4.0 kB of its attribution "
+        "= 771.0 kB do not fit into 671.6 kB"
     )
 
 
@@ -54,9 +65,17 @@ def test_fewer_slots_than_experts_and_more_than_a_gate_names_are_refused(slots: 
         planned(1 << 30, max_experts=slots)
 
 
+@pytest.mark.parametrize("slots", [6, 64])
+def test_what_is_remembered_of_cached_positions_is_counted_as_it_is_allocated(slots: int) -> None:
+    memory = Remembered.of(25, 4, slots, torch.device("cpu"))
+    allocated = memory.mass_PU.nbytes + memory.chosen_P.nbytes
+    assert planned(1 << 30, max_experts=slots).attribution_bytes == allocated
+    assert planned(1 << 30, max_experts=slots, prefix_caching=False).attribution_bytes == 0
+
+
 def test_slots_asked_for_are_not_reduced() -> None:
     with pytest.raises(CheckpointError, match="8 experts of"):
-        planned(OTHER + KV + 7 * SLOT, max_experts=8)
+        planned(OTHER + KV + 8 * SLOT + attribution(8) - 1, max_experts=8)
 
 
 def test_tensor_parallel_ranks_hold_a_part_of_every_slot() -> None:
@@ -67,10 +86,11 @@ def test_tensor_parallel_ranks_hold_a_part_of_every_slot() -> None:
 @pytest.mark.parametrize(("slots", "held"), [(4, 3), (6, 4), (7, 5)])
 def test_expert_parallel_ranks_hold_their_share_and_a_zero_slot(slots: int, held: int) -> None:
     options = {"max_experts": slots, "ranks": 2, "expert_parallel": True}
-    plan = planned(OTHER // 2 + KV + held * SLOT, **options)
+    room = OTHER // 2 + KV + held * SLOT + 2 * attribution(slots)
+    plan = planned(room, **options)
     assert (plan.slots, plan.held, plan.expert_bytes) == (slots, held, SLOT)
     with pytest.raises(CheckpointError, match=f"{held} experts of"):
-        planned(OTHER // 2 + KV + held * SLOT - 1, **options)
+        planned(room - 1, **options)
 
 
 def owned(unit_LE: tuple[bytes, ...], units: int, **architecture: int) -> Checkpoint:
@@ -91,7 +111,8 @@ def test_a_free_slot_costs_an_expert_of_every_layer(unit_LE: tuple[bytes, ...], 
     checkpoint, options = owned(unit_LE, units), {"dtype": "bfloat16", "kv_bytes": KV}
     plan = plan_slots(checkpoint, available_bytes=1 << 30, **options)  # type: ignore[arg-type]
     assert (plan.slots, plan.held) == (units + 2, held)
-    fitting = plan_slots(checkpoint, available_bytes=OTHER + KV + (held - 1) * SLOT, **options)  # type: ignore[arg-type]
+    room = OTHER + KV + (held - 1) * SLOT + attribution(units + 1)
+    fitting = plan_slots(checkpoint, available_bytes=room, **options)  # type: ignore[arg-type]
     assert (fitting.slots, fitting.held) == (units + 1, held - 1)
 
 
