@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import Expert, ExpertSet
@@ -19,6 +19,11 @@ from flexgate.policies.store.database import reading
 from flexgate.policies.store.documents import checked, from_json, read_all
 from flexgate.policies.store.revisions import agreement_versions, read_between
 from flexgate.policies.store.store import Store
+
+MOST_OF_OWNER: Final = 10_000
+"""Agreements that an owner makes itself: all processes hold them, and lists are made of all."""
+MOST_WITH_ONE: Final = 1_000
+"""Of these, with one assignee: a decision reads all that are about an expert."""
 
 
 def list_agreements(store: Store, *, owner_id: str | None = None) -> list[Agreement]:
@@ -146,11 +151,27 @@ def _check_own(change: Change, agreement: Agreement, owner_id: str) -> None:
     """Refuse what is not the owner's. Others' experts are refused like names that do not exist."""
     if agreement.owner != owner_id:
         raise ChangeRefused("an owner makes agreements in its own name only")
+    before = change.get(Agreement, agreement.id)
+    if before is None or before.assignee != agreement.assignee:
+        _check_number(change, owner_id, agreement.assignee)
     own = {expert.id for expert in change.all(Expert) if expert.owner == owner_id}
     sets = {s.id for s in change.all(ExpertSet) if s.experts <= own}
     for reference in sorted(agreement.experts):
         if reference not in own and reference not in sets:
             raise ChangeRefused(f"{reference!r} is no expert of {owner_id!r}, and no set of such")
+
+
+def _check_number(change: Change, owner_id: str, assignee: str) -> None:
+    """Refuse one more agreement with an assignee, whose name an owner does not know."""
+    found = change.agreements_by_assignee(owner_id)
+    for number, most, which in (
+        (found.get(assignee, 0), MOST_WITH_ONE, " with this assignee"),
+        (sum(found.values()), MOST_OF_OWNER, ""),
+    ):
+        if number >= most:
+            raise ChangeRefused(
+                f"an owner may have {most} agreements{which}, and {owner_id!r} has {number}: revise or terminate one"
+            )
 
 
 def _own(change: Change, agreement_id: str, owner_id: str | None) -> Agreement:

@@ -60,6 +60,13 @@ class Change:
         versions = agreement_versions(self._connection, id_)
         return 1 + max((agreement.version for agreement in versions), default=0)
 
+    def agreements_by_assignee(self, owner: str) -> dict[str, int]:
+        """How many agreements of an owner there are with each assignee."""
+        document = schema.agreements.c.document
+        assignee = document["assignee"].as_string()
+        query = select(assignee, func.count()).where(document["owner"].as_string() == owner).group_by(assignee)
+        return {row[0]: row[1] for row in self._connection.execute(query)}
+
     def put(self, document: PolicyDocument, *, restored: bool = False) -> None:
         """Store a document, new or instead of the one with its id.
 

@@ -189,6 +189,28 @@ def test_owner_sees_and_changes_its_own_agreements_only(store):
     assert agreements.get_agreement(store, "a2") == code
 
 
+@pytest.mark.parametrize(("bound", "which"), [("MOST_WITH_ONE", " with this assignee"), ("MOST_OF_OWNER", "")])
+def test_an_owner_makes_so_many_agreements_and_may_revise_and_terminate_them(store, monkeypatch, bound, which):
+    monkeypatch.setattr(agreements, bound, 2)
+    fields = {"experts": ["news"], "assignee": "group:a", "effect": "permit"}
+    by_wire = {"actor": "wire", "at": 2.0, "owner_id": "wire"}
+    first, _ = (agreements.create_agreement(store, fields, **by_wire) for _ in range(2))
+    sentence = f"^an owner may have 2 agreements{which}, and 'wire' has 2: revise or terminate one$"
+    with pytest.raises(ChangeRefused, match=sentence):
+        agreements.create_agreement(store, fields, **by_wire)
+    other = fields | {"assignee": "group:b"}
+    if which:
+        elsewhere = agreements.create_agreement(store, other, **by_wire)
+        with pytest.raises(ChangeRefused, match=sentence):
+            agreements.revise_agreement(store, elsewhere.id, fields, **by_wire)
+    assert agreements.revise_agreement(store, first.id, fields | {"effect": "prohibit"}, **by_wire).version == 2
+    code = {"experts": ["code"], "assignee": "group:a", "effect": "permit", "owner": "forge"}
+    agreements.create_agreement(store, code, actor="forge", at=2.0, owner_id="forge")
+    agreements.terminate_agreement(store, first.id, **by_wire)
+    agreements.create_agreement(store, fields, **by_wire)
+    agreements.create_agreement(store, fields | {"owner": "wire"}, **ADMIN)
+
+
 def test_changed_terms_need_a_higher_version(store):
     first = agreements.put_agreement(store, NEWS, **ADMIN)
     ban = NEWS.model_copy(update={"effect": "prohibit"})
