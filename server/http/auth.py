@@ -27,6 +27,7 @@ from flexgate.policies.documents import KeyRecord, Role
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
+from flexgate.server.http.connections import KNOWN
 from flexgate.server.http.errors import ApiError, Forbidden, TooMany, Unauthorized
 from flexgate.server.http.refusals import from_policy
 
@@ -215,6 +216,8 @@ async def identify(
     context.principal = authenticate(snapshot, header, services.clock(), context.roles)
     require_role(context.principal, *roles)
     context.count()
+    if (known := request.scope.get(KNOWN)) is not None:
+        known()
     return context.principal, snapshot
 
 

@@ -2,7 +2,8 @@
 
 uvicorn reads a head of any length, for as long as it takes, before anything else sees the request: its timer for idle
 connections starts with the first response (uvicorn/protocols/http/httptools_impl.py). It has no bound on connections,
-and none on how long a client may leave a response unread.
+none on how long a client may leave a response unread, and none on how many requests it may send before: it reads on
+after each response, however many requests still wait for theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import resource
 import socket
 import sys
+from collections import deque
 from http import HTTPStatus
 from typing import Final
 
@@ -28,6 +30,10 @@ UNREAD_SECONDS = 60.0
 """How long a client may take nothing of what waits to be sent to it; it is cut off within twice as long."""
 MOST_IDLE: Final = 4096
 """Connections without a request, where the process may have many descriptors; a quarter of them elsewhere."""
+MOST_PIPELINED: Final = 16
+"""Requests of one connection that wait until an earlier one has its response; a client that sends more is cut off."""
+KNOWN: Final = "flexgate.known"
+"""The scope's key of what is to be called once the caller is known, and its requests are counted."""
 EVENT_STREAM: Final = "flexgate.event_stream"
 """The scope's key of a response whose body is server-sent events."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -53,7 +59,8 @@ class EventStream(StreamingResponse):
 class Idle:
     """A server's connections without a request, the longest idle first. Where there are too many, it is aborted.
 
-    One whose response has not been read is among them, so it is not closed: that would keep it until the client reads.
+    One whose response has not been read is among them, and also before the response is written if its caller is not
+    known. So it is not closed: that would keep it until the client reads.
     """
 
     def __init__(self) -> None:
@@ -77,8 +84,9 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on the size and time of a head, and on the time of a response.
 
     A head, the trailers of a body, and whatever else is neither a head nor a part of a body may have ``MAX_HEAD_BYTES``
-    and what came in the same read. While no response is under way, a whole head has to come within ``HEAD_SECONDS``.
-    A client that takes nothing for ``UNREAD_SECONDS`` while bytes wait for it is cut off, whatever it sends.
+    and as much again. While no response is under way, a whole head has to come within ``HEAD_SECONDS``.
+    A client that takes nothing for ``UNREAD_SECONDS`` while bytes wait for it is cut off, whatever it sends, and so is
+    one that sends more than ``MOST_PIPELINED`` requests before it has the first response.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -86,11 +94,13 @@ class BoundedProtocol(HttpToolsProtocol):
     _idle: Idle
     _pending = 0  # bytes since the last head, or the last part of a body
     _got_on = False
+    _known = False  # whether the request whose response is under way is counted for its caller
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first head."""
         super().connection_made(transport)
         self._idle = self.server_state.__dict__.setdefault("idle", Idle())
+        self._cycles: deque[RequestResponseCycle] = deque()  # without a whole response, the one under way first
         self._await_head()
         self._idle.add(self)
         self._look()
@@ -101,6 +111,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._idle.discard(self)
         if self._unread is not None:
             self._unread.cancel()
+        for cycle in self._cycles:  # uvicorn tells the last one
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -128,28 +141,45 @@ class BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(PROBE_SECONDS, self._probe, cycle)
 
     def data_received(self, data: bytes) -> None:
-        """Parse it, and count what was neither a head nor a part of a body."""
-        self._got_on = False
-        super().data_received(data)
-        if self.transport.is_closing():
-            return
-        self._pending = 0 if self._got_on else self._pending + len(data)
-        if self._pending > MAX_HEAD_BYTES:
-            self._refuse()
-        elif self._is_idle():
-            self._await_head()
+        """Parse it piece by piece, and count what was neither a head nor a part of a body."""
+        for start in range(0, len(data), MAX_HEAD_BYTES):
+            piece = data[start : start + MAX_HEAD_BYTES]
+            self._got_on = False
+            super().data_received(piece)
+            if self.transport.is_closing():
+                return
+            self._pending = 0 if self._got_on else self._pending + len(piece)
+            if self._pending > MAX_HEAD_BYTES:
+                self._refuse()
+            elif self._is_idle():
+                self._await_head()
 
     def on_headers_complete(self) -> None:
         """A head is whole."""
+        if len(self.pipeline) >= MOST_PIPELINED:
+            self.transport.abort()
+        if self.transport.is_closing():
+            return
         self._got_on = True
         self._stop_waiting()
-        self._idle.discard(self)
+        if not self._cycles and not self.flow.write_paused:
+            self._idle.discard(self)
+        self.scope[KNOWN] = self._know  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+        self._cycles.append(self.cycle)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Wait for the next request, or for the client to read the responses before it."""
+        self._cycles.popleft()
+        self._known = False
         super().on_response_complete()
-        if self._is_idle():
+        if self._is_idle() or self.flow.write_paused:
+            self._idle.add(self)
+
+    def pause_writing(self) -> None:
+        """Count a connection as idle whose client does not read the response, unless its caller's are counted."""
+        super().pause_writing()
+        if not self._known:
             self._idle.add(self)
 
     def on_body(self, body: bytes) -> None:
@@ -165,8 +195,12 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._unread = self.loop.call_later(UNREAD_SECONDS, self._look, now)
 
+    def _know(self) -> None:
+        self._known = True
+        self._idle.discard(self)
+
     def _is_idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+        return not self._cycles
 
     def _await_head(self) -> None:
         if self._deadline is None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flexgate.server.http import connections
-from flexgate.server.http.connections import MAX_HEAD_BYTES
+from flexgate.server.http.connections import MAX_HEAD_BYTES, MOST_PIPELINED
 
 pytestmark = pytest.mark.asyncio
 
@@ -125,6 +125,22 @@ async def test_a_body_may_be_slower_and_longer_than_a_head(
 
 
 ASK = b'{"prompt": "x"}'
+
+
+@pytest.mark.parametrize("waiting", [MOST_PIPELINED, MOST_PIPELINED + 1])
+async def test_so_many_requests_may_wait_for_an_earlier_response(urls: tuple[str, str], waiting: int) -> None:
+    async with connected(urls[0]) as (reader, writer):
+        writer.write((HEALTH + b"\r\n") * waiting + HEALTH + b"connection: close\r\n\r\n")
+        said = await answers(reader)
+    assert said.count(b"HTTP/1.1 200 OK") == (waiting + 1 if waiting == MOST_PIPELINED else 0)
+
+
+async def test_requests_without_end_are_not_kept_until_they_are_answered(urls: tuple[str, str]) -> None:
+    async with connected(urls[0]) as (reader, writer):
+        writer.write((HEALTH + b"\r\n") * 2000)
+        assert (await answers(reader)).count(b"HTTP/1.1 200 OK") <= MOST_PIPELINED
+
+
 COMPLETION = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer sk-t\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(ASK), ASK)

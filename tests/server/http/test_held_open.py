@@ -125,6 +125,7 @@ class Endless:
 
     def __init__(self) -> None:
         self.closed = asyncio.Event()
+        self.made = 0
 
     async def __call__(self, *_: Any) -> Any:
         return self._events()
@@ -132,6 +133,7 @@ class Endless:
     async def _events(self) -> AsyncIterator[str]:
         try:
             while True:
+                self.made += 1
                 yield EVENT.decode()
                 await asyncio.sleep(0)
         finally:
@@ -153,6 +155,16 @@ async def test_a_client_that_reads_nothing_any_more_is_cut_off(urls: tuple[str, 
         await endless.closed.wait()
 
 
+@pytest.mark.parametrize("next_request", [b"", HEALTH], ids=["alone", "before another request"])
+async def test_a_stream_ends_with_its_connection(urls: tuple[str, str], endless: Endless, next_request: bytes) -> None:
+    async with AsyncExitStack() as stack, asyncio.timeout(SECONDS):
+        reader, writer = await connected(stack, urls[0])
+        writer.write(completion("sk-t", {"prompt": "x", "stream": True}) + next_request)
+        await reader.readuntil(b'"text"')
+        writer.close()
+        await endless.closed.wait()
+
+
 async def test_a_client_that_reads_slowly_is_not_cut_off(urls: tuple[str, str], endless: Endless) -> None:
     async with AsyncExitStack() as stack, asyncio.timeout(SECONDS):
         reader, writer = await connected(stack, urls[0])
@@ -162,6 +174,24 @@ async def test_a_client_that_reads_slowly_is_not_cut_off(urls: tuple[str, str], 
             for _ in range(40):
                 await reader.readexactly(len(EVENT))
         assert not endless.closed.is_set()
+
+
+async def test_a_stream_that_its_client_leaves_unread_is_not_taken_for_idle(
+    few: None, urls: tuple[str, str], endless: Endless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", SECONDS * 10)
+    async with AsyncExitStack() as stack, asyncio.timeout(SECONDS):
+        reader, writer = await connected(stack, urls[0])
+        writer.write(completion("sk-t", {"prompt": "x", "stream": True}))
+        await reader.readuntil(b'"text"')
+        made = 0
+        while endless.made > made:  # until nothing more is taken from it
+            made = endless.made
+            await asyncio.sleep(0.1)
+        idle = [await connected(stack, urls[0]) for _ in range(20)]
+        assert await idle[0][0].read() == b""
+        for _ in range(made + 10):
+            await reader.readexactly(len(EVENT))
 
 
 async def test_a_caller_has_so_many_streams_of_jobs_and_another_caller_has_its_own(

@@ -14,7 +14,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from flexgate.server.http import connections
-from flexgate.server.http.connections import BoundedProtocol
+from flexgate.server.http.connections import KNOWN, BoundedProtocol
 
 SECONDS = 20
 LARGE = 8 << 20
@@ -30,8 +30,10 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runn
 
 
 async def respond(scope: Any, receive: Any, send: Any) -> None:
-    """As many bytes as the path says, at once; without end for ``/0``."""
+    """As many bytes as the path says, at once; without end for ``/0``; ``?known`` stands for a known caller's key."""
     size = int(scope["path"][1:])
+    if scope["query_string"]:
+        scope[KNOWN]()
     length = [(b"content-length", b"%d" % size)] if size else []
     await send({"type": "http.response.start", "status": 200, "headers": length})
     while not size and not scope["state"]["lost"].is_set():
@@ -92,9 +94,9 @@ def connected(server: Server, *, buffer: int = 4096) -> Iterator[socket.socket]:
         yield client
 
 
-def get(size: int, *, close: bool = False) -> bytes:
-    end = "connection: close\r\n" if close else ""
-    return f"GET /{size} HTTP/1.1\r\nhost: localhost\r\n{end}\r\n".encode()
+def get(size: int, *, close: bool = False, known: bool = False) -> bytes:
+    query, end = "?known" if known else "", "connection: close\r\n" if close else ""
+    return f"GET /{size}{query} HTTP/1.1\r\nhost: localhost\r\n{end}\r\n".encode()
 
 
 async def begun(server: Server, client: socket.socket, request: bytes) -> None:
@@ -162,5 +164,38 @@ def test_of_many_idle_connections_one_whose_response_is_unread_makes_room(
                 await begun(server, client, get(LARGE))
                 with connected(server):
                     await server.lost.wait()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("requests", "known"),
+    [
+        (get(0), False),
+        (get(LARGE, known=True) + get(0), False),
+        (get(0, known=True), True),
+        (get(LARGE) + get(0, known=True), True),
+    ],
+    ids=["no key", "no key after a key", "a key", "a key after no key"],
+)
+def test_of_many_idle_connections_one_that_leaves_a_response_without_a_key_unread_makes_room(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, requests: bytes, known: bool
+) -> None:
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", SECONDS * 10)
+    monkeypatch.setattr(connections, "MOST_IDLE", 1)
+
+    async def scenario() -> None:
+        async with served(small=True) as server:
+            with connected(server) as client:
+                await begun(server, client, requests)
+                held = server.protocol
+                while not held.flow.write_paused or len(held._cycles) > 1 or held._known != known:
+                    await asyncio.sleep(0.001)
+                client.send(get(1))
+                while len(held._cycles) < 2:
+                    await asyncio.sleep(0.001)
+                with connected(server), connected(server):
+                    await server.lost.wait()
+                    assert held.transport.is_closing() != known
 
     run(scenario())
