@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,11 +80,16 @@ def begun_process(followers: Followers, regex: str, tenant: str) -> tuple[Follow
     deadline = time.monotonic() + SECONDS
     while not (begun := children_of(forker) - before):
         assert time.monotonic() < deadline
-    (pid,) = begun
-    os.kill(pid, signal.SIGSTOP)
+    process = psutil.Process(*begun)
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
     followers.collect((), 0.0)
-    assert not grammar._follower.compiled
-    return grammar, psutil.Process(pid)
+    if grammar._follower.compiled:  # before it was stopped, on a busy machine
+        process.kill()
+        until(followers, lambda: grammar.failure is not None)
+        return begun_process(followers, regex, tenant)
+    return grammar, process
 
 
 def free_descriptors(process: psutil.Process) -> list[int]:
