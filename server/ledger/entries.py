@@ -103,15 +103,13 @@ class Used:
     def parts(self, registration: Registration) -> list[Part]:
         """The part of each expert of the gate that took part."""
         slots, prompt_2U, completion_2U = len(self.prompt_2U) // 2, self.prompt_2U, self.completion_2U
-        experts = [one for one in registration.experts if one.slot < slots]
-        shares = share_ppm([prompt_2U[one.slot] + completion_2U[one.slot] for one in experts])
+        experts = [one for one in registration.experts if one[0] < slots]
+        shares = share_ppm([prompt_2U[one[0]] + completion_2U[one[0]] for one in experts])
         found = []
-        for one, share in zip(experts, shares, strict=True):
-            mass, positions = one.slot, slots + one.slot
-            numbers = prompt_2U[mass], prompt_2U[positions], completion_2U[mass], completion_2U[positions]
+        for (slot, expert, owner, agreement, version, package, duties), share in zip(experts, shares, strict=True):
+            numbers = prompt_2U[slot], prompt_2U[slots + slot], completion_2U[slot], completion_2U[slots + slot]
             if any(numbers):
-                agreement = one.agreement, one.agreement_version
-                found.append(Part(one.expert, one.owner, *numbers, *agreement, one.package, share, one.duties_sha256))
+                found.append(Part(expert, owner, *numbers, agreement, version, package, share, duties))
         return found
 
     def encode(self) -> bytes:

@@ -14,6 +14,7 @@ are written, into space that is reserved for them.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import sqlite3
 import threading
@@ -74,7 +75,8 @@ class Journal:
         self._next = Batch()
         self._writing: tuple[Batch, float] | None = None  # and since when
         self._owed: list[End] = []  # those that could not be written yet: no more than were running when writes failed
-        self._running: set[str] = set()  # requests that were registered and have not ended
+        self._running: dict[str, int] = {}  # requests that were registered and have not ended, with their numbers
+        self._numbers = itertools.count(1)
         self._newest = 0  # of the ends, in microseconds
         self._behind = False  # whether the clock is behind it
         self._failing: LedgerError | None = None
@@ -186,21 +188,23 @@ class Journal:
         full = self._full()
         if full is not None:
             batch.refuse(full)
-        registered = {registration.request for registration, _ in batch.registered}
-        ended = [end for end in batch.ended if end[0].request in self._running | registered]
+        registered = {registration.request: next(self._numbers) for registration, _ in batch.registered}
+        ended = [end for end in batch.ended if end[0].request in self._running or end[0].request in registered]
         batch.ended, self._owed = self._owed + ended, []
         if not batch and (full is not None or self._failing is None):
             return full
         try:
             self._file.require()
             with self._transaction():
-                self._insert(batch)
+                self._insert(batch, registered)
             self._file.require()
         except Exception as error:
             self._owed = [end for end in batch.ended if end[0].request not in registered]
             return self._error(error)
         self._reserve.keep()
-        self._running = (self._running | registered) - {end[0].request for end in batch.ended}
+        self._running.update(registered)
+        for registration, _, _, _ in batch.ended:
+            self._running.pop(registration.request, None)
         return full
 
     def _trim(self) -> None:
@@ -264,17 +268,29 @@ class Journal:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _insert(self, batch: Batch) -> None:
+    def _insert(self, batch: Batch, registered: dict[str, int]) -> None:
+        """Write a batch; what ends in it needs no rows of running requests.
+
+        Args:
+            registered: the numbers of the requests that it registers.
+        """
         write = self._connection.executemany
         if not batch:  # whether the disk takes anything again
             self._connection.execute(f"PRAGMA user_version = {VERSION}")
-        write(
-            "INSERT INTO running (request, registration) VALUES (?, ?)",
-            [(registration.request, encode_registration(registration)) for registration, _ in batch.registered],
-        )
-        write("UPDATE running SET mark = ? WHERE request = ?", [(mark, id_) for id_, (mark, _) in batch.marks.items()])
         for registration, outcome, at, used in batch.ended:
             self._insert_usage(registration, outcome, at, used)
+        ended = {registration.request for registration, _, _, _ in batch.ended}
+        begun = [one for one, _ in batch.registered if one.request not in ended]
+        write(
+            "INSERT INTO running VALUES (?, ?, ?)",
+            [(registered[one.request], one.request, encode_registration(one)) for one in begun],
+        )
+        numbers = {**registered, **{id_: self._running[id_] for id_ in batch.marks if id_ in self._running}}
+        marks = [(id_, mark) for id_, (mark, _) in batch.marks.items() if id_ in numbers and id_ not in ended]
+        write("INSERT OR REPLACE INTO marks VALUES (?, ?)", [(numbers[id_], mark) for id_, mark in marks])
+        over = [(self._running[id_],) for id_ in ended if id_ in self._running]
+        for table in ("running", "marks"):
+            write(f"DELETE FROM {table} WHERE number = ?", over)
 
     def _insert_usage(self, registration: Registration, outcome: str, at: int, used: Used) -> None:
         """Once for each request: one that was written before the disk said that it was not stays as it is."""
@@ -289,11 +305,11 @@ class Journal:
         ).fetchone()
         if row_id is not None:
             self._connection.executemany(INSERT_PART, [(*row_id, *part) for part in used.parts(a)])
-        self._connection.execute("DELETE FROM running WHERE request = ?", (a.request,))
 
     def _end_running(self) -> None:
         """End the requests that were running when the file was last open, with their last marks."""
-        found = self._connection.execute("SELECT registration, mark FROM running ORDER BY request").fetchall()
+        query = "SELECT registration, mark FROM running LEFT JOIN marks USING (number) ORDER BY request"
+        found = self._connection.execute(query).fetchall()
         (newest,) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchone()
         now, self._newest = microseconds(self._clock()), newest or 0
         self._note_clock(now)
@@ -302,6 +318,8 @@ class Journal:
                 registration = decode_registration(text)
                 self._newest = max(now, self._newest, registration.registered_at)
                 self._insert_usage(registration, INTERRUPTED, self._newest, Used.decode(mark))
+            for table in ("running", "marks"):
+                self._connection.execute(f"DELETE FROM {table}")
         if found:
             logger.warning("%d requests were running when the server ended; their last marks count", len(found))
 

@@ -96,12 +96,26 @@ def _identity(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO ledger VALUES (?, 0)", (uuid.uuid4().hex,))
 
 
+def _running(connection: sqlite3.Connection) -> None:
+    """Running requests by number, their marks apart: neither is written again with the other, nor spills over pages."""
+    for statement in (
+        "ALTER TABLE running RENAME TO former",
+        "CREATE TABLE running (number INTEGER PRIMARY KEY, request TEXT NOT NULL, registration TEXT NOT NULL)",
+        "CREATE TABLE marks (number INTEGER PRIMARY KEY, mark BLOB NOT NULL)",
+        "INSERT INTO running (request, registration) SELECT request, registration FROM former ORDER BY request",
+        "INSERT INTO marks SELECT number, mark FROM running JOIN former USING (request) WHERE mark IS NOT NULL",
+        "DROP TABLE former",
+    ):
+        connection.execute(statement)
+
+
 STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _first,
     _agreements_and_shares,
     _digests,
     _duties,
     _identity,
+    _running,
 )
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)

@@ -16,13 +16,14 @@ def share_ppm(masses: Sequence[int]) -> list[int]:
     Raises:
         ValueError: a mass is negative.
     """
-    if any(mass < 0 for mass in masses):
+    if min(masses, default=0) < 0:
         raise ValueError("gate masses must not be negative")
     total = sum(masses)
     if not total:
         return [0] * len(masses)
     shares = [mass * PPM // total for mass in masses]
-    by_remainder = sorted(range(len(masses)), key=lambda i: -(masses[i] * PPM % total))
-    for i in by_remainder[: PPM - sum(shares)]:
-        shares[i] += 1
+    if left := PPM - sum(shares):
+        remainders = [mass * PPM % total for mass in masses]
+        for i in sorted(range(len(masses)), key=remainders.__getitem__, reverse=True)[:left]:
+            shares[i] += 1
     return shares

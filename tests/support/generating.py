@@ -69,10 +69,10 @@ def refuse(ledger: Journal, monkeypatch: pytest.MonkeyPatch, *, after: int) -> N
     """Let the journal write so many batches more."""
     real, left = ledger._insert, [None] * after
 
-    def insert(batch: Any) -> None:
+    def insert(*batch: Any) -> None:
         if not left:
             raise sqlite3.OperationalError("database or disk is full")
         left.pop()
-        real(batch)
+        real(*batch)
 
     monkeypatch.setattr(ledger, "_insert", insert)

@@ -112,7 +112,7 @@ async def test_a_period_is_open_until_its_ends_are_on_disk(
     late = recorded.register(registration("late"))
     await late.registered()
 
-    def refused(_: object) -> None:
+    def refused(*_: object) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as full:

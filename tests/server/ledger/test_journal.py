@@ -215,11 +215,11 @@ def refuse_next(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next write fail."""
     real, failing = journal._insert, [True]
 
-    def insert(batch: Any) -> None:
+    def insert(*batch: Any) -> None:
         if failing:
             failing.pop()
             raise sqlite3.OperationalError("disk I/O error")
-        real(batch)
+        real(*batch)
 
     monkeypatch.setattr(journal, "_insert", insert)
     monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
@@ -310,7 +310,7 @@ async def test_no_more_ends_are_owed_than_requests_were_running(
     assert len(journal._owed) == len(entries)
 
 
-def refused_by_the_disk(_batch: Any) -> None:
+def refused_by_the_disk(*_: Any) -> None:
     raise sqlite3.OperationalError("disk I/O error")
 
 
