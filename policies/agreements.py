@@ -55,7 +55,7 @@ SetOf = Annotated[frozenset[T], Field(strict=False, fail_fast=True)]
 
 def _without_public(references: frozenset[str]) -> frozenset[str]:
     if PUBLIC in references:
-        raise InvalidName("'public' is every model's anchor: no agreement permits or prohibits it")
+        raise InvalidName("'public' is every model's anchor: no agreement permits, prohibits or requires it")
     return references
 
 
@@ -152,8 +152,9 @@ Duty = Annotated[Attribute | Report | Compensate, Field(discriminator="kind")]
 
 def require_executed(duties: tuple[Duty, ...], effect: str = "permit") -> None:
     """Raise `InvalidName` unless all duties of an agreement of this effect can be executed, together."""
-    if duties and effect == "prohibit":
-        raise InvalidName("a prohibition has no duties, because nothing is used under it: leave 'duties' out")
+    if duties and effect != "permit":
+        kind = "prohibition" if effect == "prohibit" else "requirement"
+        raise InvalidName(f"a {kind} has no duties, because nothing is used under it: leave 'duties' out")
     kinds = [f"'{duty.kind}' per '{duty.unit}'" if duty.kind == "compensate" else f"'{duty.kind}'" for duty in duties]
     twice = [kind for kind in kinds if kinds.count(kind) > 1]
     if twice:
@@ -170,12 +171,16 @@ def duties_sha256(duties: tuple[Duty, ...]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+Effect = Literal["permit", "prohibit", "require"]
+"""A prohibition overrides permissions. What is required takes part in a request, or the request is refused."""
+
+
 class Agreement(Document):
-    """What an owner permits or prohibits to tenants.
+    """What an owner permits or prohibits to tenants, or what must take part in their requests.
 
     `purposes` or `regions` of None mean all of them; an empty collection is refused, because it
-    could be read either way. Duties are executed for every use that counts under the agreement. A prohibition has none;
-    a stored permission with one that cannot be executed permits nothing.
+    could be read either way. Duties are executed for every use that counts under the agreement. Only permissions have
+    any; a stored one with a duty that cannot be executed permits nothing. A requirement permits nothing either.
     """
 
     id: AgreementIdField
@@ -183,7 +188,7 @@ class Agreement(Document):
     owner: OwnerIdField
     experts: Annotated[SetOf[ExpertReference], Field(min_length=1), AfterValidator(_without_public)]
     assignee: Assignee
-    effect: Literal["permit", "prohibit"]
+    effect: Effect
     purposes: Annotated[SetOf[PurposeField], Field(min_length=1)] | None = None
     regions: Annotated[SetOf[RegionField], Field(min_length=1)] | None = None
     not_before: Moment | None = None

@@ -19,14 +19,24 @@ from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.decide import apply_filter, declared_context, find_tenant
 from flexgate.policies.decision import AllowedExperts, Decision, DecisionRequest, Reason
 from flexgate.policies.entitlements import entitlements
-from flexgate.policies.ids import TenantId
+from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region
 
 _Names = frozenset[str] | tuple[str, ...]
 _Question = tuple[str | None, str | None, _Names | None, _Names]
 _Agreements = tuple[CompiledAgreement | None, ...]
-_Outcome = tuple[TenantId, int, AllowedExperts, _Agreements, tuple[Reason, ...], float, Purpose | None, Region | None]
+_Outcome = tuple[
+    TenantId,
+    int,
+    AllowedExperts,
+    _Agreements,
+    tuple[Reason, ...],
+    frozenset[ExpertId],
+    float,
+    Purpose | None,
+    Region | None,
+]
 MAX_ENTRIES: Final = 65_536
 MAX_OF_ONE: Final = 256
 """Decisions of one tenant."""

@@ -3,12 +3,14 @@
     gate = (some agreement in force permits expert → tenant, and none prohibits)
            ∩ the tenant's mode ∩ the request filter ∩ live experts
 
-A request filter only takes away. A hidden expert is treated like a name that does not exist: both raise the
-same `UnknownExpert`. Repeated work can be spared with `flexgate.policies.cache.DecisionCache`.
+A request filter only takes away, and never what is required; where that cannot take part, the request is refused.
+A hidden expert is treated like a name that does not exist: both raise the same `UnknownExpert`. Repeated work can be
+spared with `flexgate.policies.cache.DecisionCache`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
@@ -18,7 +20,6 @@ from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Decision, DecisionRequest, Reason, allow
 from flexgate.policies.entitlements import ANYTHING, Context, Entitlements, entitlements
 from flexgate.policies.errors import (
-    AnchorRequired,
     ContextRefused,
     EmptyGate,
     ExpertDenied,
@@ -30,6 +31,7 @@ from flexgate.policies.errors import (
     UnknownTenant,
 )
 from flexgate.policies.ids import PUBLIC, ExpertId, SetId, TenantId
+from flexgate.policies.requirements import Required
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region, parse_purpose, parse_region
 
@@ -107,13 +109,13 @@ def apply_filter(
     """Apply the request filter to the entitlements; raises a `DecisionRefused`."""
     only = None if request.only is None else _named(snapshot, entitled, request.only, ONLY)
     ignore = _named(snapshot, entitled, request.ignore, IGNORE) if request.ignore else _NOTHING
-    _check_anchor(tenant, entitled, ignore)
-    _check_required(snapshot, entitled, ignore)
+    _check_required(snapshot, tenant, entitled, ignore)
+    required = entitled.required.experts - ignore
     if only:
         _check_allowed(entitled, only)
     kept, left_out = entitled.lost_at, _NO_REASONS
     if only is not None or tenant.default_experts is not None or ignore:
-        left_out = _left_out(entitled, only, tenant.default_experts, ignore, snapshot.required)
+        left_out = _left_out(entitled, only, tenant.default_experts, ignore, entitled.required.experts)
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
@@ -127,10 +129,17 @@ def apply_filter(
         allowed=allow(kept),
         agreements=tuple(map(entitled.agreements.get, kept)),
         excluded=_excluded(snapshot, entitled, left_out),
-        valid_until=min(kept.values()),
+        required=required,
+        valid_until=_valid_until(kept, entitled.required),
         purpose=context.purpose,
         region=context.region,
     )
+
+
+def _valid_until(kept: Mapping[ExpertId, float], required: Required) -> float:
+    """When the first expert of the gate stops being allowed, or one outside it begins to be required."""
+    coming = [at for expert, at in required.coming.items() if expert not in kept]
+    return min(min(kept.values()), min(coming, default=math.inf))
 
 
 def _named(snapshot: Snapshot, entitled: Entitlements, names: tuple[str, ...], param: str) -> frozenset[ExpertId]:
@@ -149,34 +158,37 @@ def _named(snapshot: Snapshot, entitled: Entitlements, names: tuple[str, ...], p
     return frozenset(found)
 
 
-def _check_anchor(tenant: TenantRules, entitled: Entitlements, ignore: frozenset[ExpertId]) -> None:
-    if PUBLIC not in entitled.lost_at and PUBLIC not in ignore:
-        raise AnchorRequired(
-            "Expert 'public', which every request uses, is not loaded on this server. Ask an administrator to load it."
-        )
-    if PUBLIC in ignore and not tenant.anchor_optional:
-        raise AnchorRequired(
-            "'flexgate.experts.ignore' names 'public', which every request of this project uses. "
-            "Remove it from there, or ask an administrator to set 'anchor_optional'.",
-            param=IGNORE,
-        )
-
-
-def _check_required(snapshot: Snapshot, entitled: Entitlements, ignore: frozenset[ExpertId]) -> None:
-    """Required experts take part, or nothing is answered; `_check_anchor` has judged `public`."""
-    if len(snapshot.required) == 1:
-        return
-    for expert in (id_ for id_ in snapshot.experts if id_ in snapshot.required and id_ != PUBLIC):
+def _check_required(
+    snapshot: Snapshot, tenant: TenantRules, entitled: Entitlements, ignore: frozenset[ExpertId]
+) -> None:
+    """What is required takes part, or nothing is answered."""
+    required = entitled.required.experts
+    for expert in required if len(required) == 1 else (id_ for id_ in snapshot.experts if id_ in required):
         if expert in ignore:
-            raise ExpertRequired(
-                f"'{IGNORE}' names '{expert}', which every request to this server uses. Remove it from there.",
-                param=IGNORE,
-            )
-        if expert not in entitled.lost_at:
+            if expert not in tenant.may_ignore:
+                raise ExpertRequired(
+                    f"'{IGNORE}' names '{expert}', which {_requirement(entitled, expert)}. {_instead(expert)}",
+                    param=IGNORE,
+                )
+        elif expert not in entitled.lost_at:
             raise RequiredExpertMissing(
-                f"Expert '{expert}', which every request to this server uses, is not available to this one. "
+                f"Expert '{expert}', which {_requirement(entitled, expert)}, is not available to this request. "
                 f"{entitled.refused[expert].message}"
             )
+
+
+def _requirement(entitled: Entitlements, expert: ExpertId) -> str:
+    """What requires an expert; the end of "which …"."""
+    found = entitled.required.by_agreement.get(expert)
+    if found is None:
+        return "every request to this server uses"
+    return f"{reasons.named(found.agreement)} requires"
+
+
+def _instead(expert: ExpertId) -> str:
+    if expert == PUBLIC:
+        return "Remove it from there, or ask an administrator to set 'anchor_optional'."
+    return "Remove it from there."
 
 
 def _check_allowed(entitled: Entitlements, only: frozenset[ExpertId]) -> None:

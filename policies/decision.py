@@ -60,9 +60,10 @@ class DecisionRequest:
 class Decision(NamedTuple):
     """The outcome for one request. `valid_until` is Unix seconds, or `math.inf`.
 
-    At `valid_until` the first allowed expert stops being allowed. `excluded` has one reason for
-    each listed expert outside the gate, in catalogue order; hidden experts are not in it. `agreements` has for each of
-    `allowed` the agreement that its use counts under, None where it needs none.
+    At `valid_until` the first allowed expert stops being allowed, or one outside the gate begins to be required.
+    `excluded` has one reason for each listed expert outside the gate, in catalogue order; hidden experts are not in it.
+    `agreements` has for each of `allowed` the agreement that its use counts under, None where it needs none. `required`
+    are those of `allowed` that no request of its kind may leave out.
     (A NamedTuple, because one is made per request, and a frozen dataclass costs three times that.)
     """
 
@@ -72,6 +73,7 @@ class Decision(NamedTuple):
     allowed: AllowedExperts
     agreements: tuple[CompiledAgreement | None, ...]
     excluded: tuple[Reason, ...]
+    required: frozenset[ExpertId]
     valid_until: float
     purpose: Purpose | None
     region: Region | None

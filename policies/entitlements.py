@@ -26,6 +26,7 @@ from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
 from flexgate.policies.errors import ClockInvalid
 from flexgate.policies.ids import ExpertId
+from flexgate.policies.requirements import Required, required_of
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.vocabulary import Purpose, Region, purpose_and_above, region_and_above
 
@@ -77,12 +78,14 @@ class Entitlements(NamedTuple):
 
     `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
     order; an expert hidden from the tenant is in neither. `agreements` has, in any order, the agreement that each
-    allowed expert's use counts under, where it needs one, and what others would count under.
+    allowed expert's use counts under, where it needs one, and what others would count under. `required` is what must
+    take part, allowed or not.
     """
 
     lost_at: Mapping[ExpertId, float]
     agreements: Mapping[ExpertId, CompiledAgreement]
     refused: Mapping[ExpertId, Reason]
+    required: Required
     since: float
     until: float
 
@@ -95,7 +98,8 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     one = found[0] if len(found) == 1 else None
     always, preferred, limited = _together(found) if one is None else (one.always, one.preferred, one.limited)
     hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
-    named = tenant.named - snapshot.required if deny_list else tenant.named | snapshot.required
+    required = required_of(snapshot.required, found, context, now)
+    named = tenant.named - required.experts if deny_list else tenant.named | required.experts
     forever = math.inf
     lost_at: dict[ExpertId, float] = {}
     counted: dict[ExpertId, CompiledAgreement] = {}
@@ -123,8 +127,12 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
             refused[id_] = standard.not_live
         else:
             lost_at[id_] = until
+    for id_, requirement in required.by_agreement.items():
+        if id_ in lost_at and id_ not in snapshot.required and (id_ in tenant.named) == deny_list:
+            lost_at[id_] = min(lost_at[id_], requirement.until)
     since, until = _time_slot(found, now)
-    return Entitlements(lost_at, {**preferred, **counted} if counted else preferred, refused, since, until)
+    counts_under = {**preferred, **counted} if counted else preferred
+    return Entitlements(lost_at, counts_under, refused, required, since, until)
 
 
 def _together(

@@ -13,7 +13,6 @@ PolicyError
 │   ├── ContextRefused     a purpose or region that the tenant may not declare
 │   ├── UnknownExpert      unknown and hidden alike, byte for byte
 │   ├── ExpertDenied       listed, but not allowed; carries `reasons`
-│   ├── AnchorRequired     `public` ignored by a tenant that may not
 │   ├── ExpertRequired     a required expert ignored
 │   ├── RequiredExpertMissing  a required expert is not served, or not permitted
 │   └── EmptyGate          nothing left; never widened
@@ -102,16 +101,12 @@ class ExpertDenied(DecisionRefused):
         self.reasons = tuple(reasons)
 
 
-class AnchorRequired(DecisionRefused):
-    """The request ignores `public`, and the tenant's policy does not allow that."""
-
-
 class ExpertRequired(DecisionRefused):
-    """The request ignores an expert that every request of this server uses."""
+    """The request ignores an expert that must take part in it."""
 
 
 class RequiredExpertMissing(DecisionRefused):
-    """An expert that every request of this server uses cannot take part in this one."""
+    """An expert that must take part in the request cannot."""
 
 
 class EmptyGate(DecisionRefused):

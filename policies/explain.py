@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexgate.policies.compiled.agreements import CompiledAgreement
+from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decide import declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.documents import Grade
 from flexgate.policies.entitlements import Context, Entitlements, entitlements
-from flexgate.policies.ids import PUBLIC, ExpertId
+from flexgate.policies.ids import PUBLIC, ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
 
@@ -18,7 +18,7 @@ from flexgate.policies.snapshot import Snapshot
 class Explanation:
     """One expert. Allowed: `permitted_by` names the agreements (for `public` `anchor`, without an owner `unowned`),
     `counts_under` the one of them that its use counts under, and `until` when it ends (Unix seconds or `math.inf`). Not
-    allowed: `refused` says why. `grade` is the expert's.
+    allowed: `refused` says why. `required_by` names what requires it, allowed or not. `grade` is the expert's.
     """
 
     expert: ExpertId
@@ -26,6 +26,7 @@ class Explanation:
     counts_under: str | None
     until: float | None
     refused: Reason | None
+    required_by: tuple[str, ...]
     grade: Grade
 
 
@@ -45,11 +46,25 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
             _counted(entitled, expert),
             entitled.lost_at.get(expert),
             entitled.refused.get(expert),
+            _requiring(snapshot, tenant, context, expert, now),
             document.grade,
         )
         for expert, document in snapshot.experts.items()
         if expert not in hidden
     )
+
+
+def needing(snapshot: Snapshot, expert: str, now: float) -> tuple[TenantId, ...]:
+    """The active tenants of whom an expert is required now, in all of their requests or in those of some purposes."""
+    active = (tenant for tenant in snapshot.tenants.values() if not tenant.archived)
+    if expert in snapshot.required:
+        return tuple(tenant.id for tenant in active)
+    assignees = {
+        assignee
+        for assignee, of_one in snapshot.agreements.items()
+        if any(one.starts <= now < one.ends for one in of_one.required.get(ExpertId(expert), ()))
+    }
+    return tuple(tenant.id for tenant in active if not assignees.isdisjoint(tenant.assignees))
 
 
 def _counted(entitled: Entitlements, expert: ExpertId) -> str | None:
@@ -65,7 +80,20 @@ def _permitting(
     if snapshot.experts[expert].owner is None:
         return ("unowned",)
     agreements: list[CompiledAgreement] = []
-    for of_one in (snapshot.agreements[name] for name in tenant.assignees if name in snapshot.agreements):
+    for of_one in _agreements(snapshot, tenant):
         agreements += (*of_one.unlimited.get(expert, ()), *of_one.limited.get(expert, ()))
     in_force = [one for one in agreements if one.permits and one.starts <= now < one.ends]
     return tuple(sorted(one.rule for one in in_force if context.covered_by(one)))
+
+
+def _requiring(
+    snapshot: Snapshot, tenant: TenantRules, context: Context, expert: ExpertId, now: float
+) -> tuple[str, ...]:
+    always = ("expert/required",) if expert in snapshot.required - tenant.may_ignore else ()
+    agreements = [one for of_one in _agreements(snapshot, tenant) for one in of_one.required.get(expert, ())]
+    in_force = [one for one in agreements if one.starts <= now < one.ends and context.touched_by(one)]
+    return (*always, *sorted(one.rule for one in in_force))
+
+
+def _agreements(snapshot: Snapshot, tenant: TenantRules) -> list[AssigneeAgreements]:
+    return [snapshot.agreements[name] for name in tenant.assignees if name in snapshot.agreements]

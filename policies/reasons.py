@@ -167,8 +167,13 @@ def ignored(expert: ExpertId) -> Reason:
     )
 
 
+def named(agreement: CompiledAgreement) -> str:
+    """An agreement within a sentence."""
+    return f"agreement '{agreement.agreement_id}' (version {agreement.version})"
+
+
 def _agreement(agreement: CompiledAgreement) -> str:
-    return f"Agreement '{agreement.agreement_id}' (version {agreement.version})"
+    return f"A{named(agreement)[1:]}"
 
 
 def _words(words: frozenset[str] | None) -> str:

@@ -95,10 +95,12 @@ class Snapshot:
         )
 
     def hidden_from(self, tenant: TenantRules) -> frozenset[ExpertId]:
-        """The experts that do not exist for a tenant; one that takes part in every answer is never among them."""
-        if not self.hidden:
-            return tenant.unlisted - self.required
-        return ((self.hidden - tenant.listed) | tenant.unlisted) - self.required
+        """The experts that do not exist for a tenant; one that may be required of it, at whatever time, is no such."""
+        hidden = (self.hidden - tenant.listed) | tenant.unlisted if self.hidden else tenant.unlisted
+        if not hidden:
+            return hidden
+        found = (of_one.required for name in tenant.assignees if (of_one := self.agreements.get(name)))
+        return hidden.difference(self.required, *found)
 
 
 def _by_id(kind: str, pairs: Iterable[tuple[_Id, _Document]]) -> dict[_Id, _Document]:

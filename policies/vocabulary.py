@@ -82,8 +82,8 @@ def parse_stored_region(text: str) -> Region:
     raise InvalidName(f"{text!r} is not written like a region")
 
 
-def prohibited_regions(regions: frozenset[Region]) -> frozenset[Region] | None:
-    """The regions that a prohibition covers; None is everywhere.
+def restricted_regions(regions: frozenset[Region]) -> frozenset[Region] | None:
+    """The regions that a prohibition or requirement is about; None is everywhere.
 
     A region that the lists do not have stands for its country, and without a known country for everywhere.
     """

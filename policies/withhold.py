@@ -33,7 +33,7 @@ def without_key(snapshot: Snapshot, key_id: str, *, tenant_id: str | None, now: 
 
 
 def without_agreement(snapshot: Snapshot, agreement_id: str, *, owner_id: str | None) -> Snapshot:
-    """As if the agreement permitted nothing; with an owner only if it is that owner's. What it prohibits stays."""
+    """As if the agreement permitted nothing; with an owner only if it is that owner's. What else it says stays."""
 
     def stays(expert: ExpertId, compiled: CompiledAgreement) -> bool:
         own = owner_id is None or snapshot.experts[expert].owner == owner_id

@@ -9,7 +9,7 @@ from typing import Final, Self
 
 from flexgate.policies.agreements import Agreement, Duty, duties_sha256
 from flexgate.policies.ids import PUBLIC, ExpertId, OwnerId
-from flexgate.policies.vocabulary import prohibited_regions, purpose_and_above, region_and_above
+from flexgate.policies.vocabulary import purpose_and_above, region_and_above, restricted_regions
 
 Precedence = tuple[int, bool, bool, float, str]
 _ASSIGNEES: Final = ("tenant", "group", "everyone")
@@ -18,6 +18,7 @@ _ASSIGNEES: Final = ("tenant", "group", "everyone")
 @dataclass(frozen=True, slots=True)
 class CompiledAgreement:
     """An agreement as the decision reads it. `*_above` hold its words and all that cover them;
+    `requires` says that it only names what must take part,
     `whatever` says that it permits for any purpose, anywhere, and `credit` is the line that responses must have.
     Of several that permit the same use, it counts under the
     one of least `precedence`.
@@ -26,6 +27,7 @@ class CompiledAgreement:
     agreement_id: str
     version: int
     permits: bool
+    requires: bool
     purposes: frozenset[str] | None
     purposes_above: frozenset[str]
     regions: frozenset[str] | None
@@ -68,14 +70,15 @@ class AssigneeAgreements:
     """All compiled agreements between one assignee and each expert, by start.
 
     `always` are the anchor and the experts of `unlimited`, which permits whatever a request
-    declares, and `preferred` the one of each that uses count under; `limited` are all others, and `dates` the moments
-    at which one of these starts or ends, in order.
+    declares, and `preferred` the one of each that uses count under; `required` are those that require it, `limited` all
+    others, and `dates` the moments at which one of these starts or ends, in order.
     """
 
     always: frozenset[ExpertId]
     preferred: Mapping[ExpertId, CompiledAgreement]
     unlimited: Row
     limited: Row
+    required: Row
     dates: tuple[float, ...]
 
     @classmethod
@@ -83,18 +86,19 @@ class AssigneeAgreements:
         """Sort compiled agreements, given in any order."""
         unlimited: dict[ExpertId, list[CompiledAgreement]] = {}
         limited: dict[ExpertId, list[CompiledAgreement]] = {}
+        required: dict[ExpertId, list[CompiledAgreement]] = {}
         edges: set[float] = set()
         for expert, agreement in sorted(compiled, key=lambda pair: by_start(pair[1])):
-            row = unlimited if agreement.unlimited else limited
+            row = required if agreement.requires else unlimited if agreement.unlimited else limited
             row.setdefault(expert, []).append(agreement)
             edges |= {agreement.starts, agreement.ends}
         dates = tuple(sorted(edges - {-math.inf, math.inf}))
         preferred = {expert: min(row, key=precedence_of) for expert, row in unlimited.items()}
-        return cls(ANCHOR.union(unlimited), preferred, _row(unlimited), _row(limited), dates)
+        return cls(ANCHOR.union(unlimited), preferred, _row(unlimited), _row(limited), _row(required), dates)
 
     def entries(self) -> Iterable[tuple[ExpertId, CompiledAgreement]]:
         """What it was compiled from."""
-        for row in (self.unlimited, self.limited):
+        for row in (self.unlimited, self.limited, self.required):
             for expert, compiled in row.items():
                 for agreement in compiled:
                     yield expert, agreement
@@ -109,11 +113,12 @@ def compile_agreement(agreement: Agreement) -> CompiledAgreement:
     purposes = None if agreement.purposes and "all" in agreement.purposes else agreement.purposes
     permits, regions = agreement.effect == "permit", agreement.regions
     if regions is not None and not permits:
-        regions = prohibited_regions(regions)
+        regions = restricted_regions(regions)
     return CompiledAgreement(
         agreement_id=agreement.id,
         version=agreement.version,
         permits=permits,
+        requires=agreement.effect == "require",
         purposes=purposes,
         purposes_above=frozenset().union(*(purpose_and_above(p) for p in purposes or ())),
         regions=regions,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from flexgate.policies.agreements import Agreement
-from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement, compile_agreement
+from flexgate.policies.compiled.agreements import ANCHOR, AssigneeAgreements, CompiledAgreement, compile_agreement
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.ids import ExpertId, SetId, TenantId
@@ -17,7 +17,8 @@ from flexgate.policies.ids import ExpertId, SetId, TenantId
 class TenantRules:
     """A tenant as the decision reads it: every set expanded.
 
-    `listed` and `unlisted` override the catalogue; `Snapshot.hidden_from` says what is hidden.
+    `listed` and `unlisted` override the catalogue; `Snapshot.hidden_from` says what is hidden. Of what is required
+    of its requests they may ignore `may_ignore`.
     """
 
     id: TenantId
@@ -27,7 +28,7 @@ class TenantRules:
     listed: frozenset[ExpertId]
     unlisted: frozenset[ExpertId]
     default_experts: frozenset[ExpertId] | None
-    anchor_optional: bool
+    may_ignore: frozenset[ExpertId]
     assignees: tuple[str, ...]
     purposes: frozenset[str]
     regions: frozenset[str]
@@ -58,7 +59,7 @@ class Compiler:
             listed=self._expand(where, tenant.listed),
             unlisted=self._expand(where, tenant.hidden),
             default_experts=None if tenant.default_experts is None else self._expand(where, tenant.default_experts),
-            anchor_optional=tenant.anchor_optional,
+            may_ignore=ANCHOR if tenant.anchor_optional else frozenset(),
             assignees=(
                 "everyone",
                 *(f"group:{group}" for group in sorted(tenant.groups)),

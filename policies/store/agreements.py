@@ -24,6 +24,9 @@ MOST_OF_OWNER: Final = 10_000
 """Agreements that an owner makes itself: all processes hold them, and lists are made of all."""
 MOST_WITH_ONE: Final = 1_000
 """Of these, with one assignee: a decision reads all that are about an expert."""
+_NOT_AN_OWNERS: Final = (
+    "what projects' requests must use is said by administrators: an owner can only permit and prohibit its experts"
+)
 
 
 def list_agreements(store: Store, *, owner_id: str | None = None) -> list[Agreement]:
@@ -84,8 +87,8 @@ def create_agreement(
     if owner_id is not None and "id" in fields:
         raise ChangeRefused("an owner's agreements get their ids from the server: leave 'id' out")
     id_ = fields.get("id") or f"agr_{secrets.token_hex(8)}"
-    prohibits = fields.get("effect") == "prohibit"
-    with store.change(actor=actor, note="create agreement", at=at, urgent=prohibits) as change:
+    restricts = fields.get("effect") != "permit"
+    with store.change(actor=actor, note="create agreement", at=at, urgent=restricts) as change:
         if change.get(Agreement, id_) is not None:
             raise ChangeRefused(f"the id {id_!r} is taken: choose another one")
         owner = fields.get("owner", owner_id)
@@ -152,6 +155,8 @@ def _check_own(change: Change, agreement: Agreement, owner_id: str) -> None:
     if agreement.owner != owner_id:
         raise ChangeRefused("an owner makes agreements in its own name only")
     before = change.get(Agreement, agreement.id)
+    if agreement.effect == "require" or (before is not None and before.effect == "require"):
+        raise ChangeRefused(_NOT_AN_OWNERS)
     if before is None or before.assignee != agreement.assignee:
         _check_number(change, owner_id, agreement.assignee)
     own = {expert.id for expert in change.all(Expert) if expert.owner == owner_id}
@@ -178,6 +183,8 @@ def _own(change: Change, agreement_id: str, owner_id: str | None) -> Agreement:
     agreement = change.get(Agreement, agreement_id)
     if agreement is None or owner_id not in (None, agreement.owner):
         raise _unknown(agreement_id)
+    if owner_id is not None and agreement.effect == "require":
+        raise ChangeRefused(_NOT_AN_OWNERS)
     return agreement
 
 

@@ -21,7 +21,7 @@ _MOST_NAMED: Final = 20
 def check_put(connection: Connection, document: PolicyDocument, before: PolicyDocument | None) -> None:
     """Raise `ChangeRefused` unless everything that the document names exists and fits."""
     if isinstance(document, Agreement):
-        _check_agreement(connection, document)
+        _check_agreement(connection, document, before)
     elif isinstance(document, Expert):
         _check_expert(connection, document, before)
     elif isinstance(document, ExpertSet):
@@ -86,7 +86,7 @@ def check_remove(connection: Connection, kind: type[Document], id_: str) -> None
         raise ChangeRefused(f"{user} still names {id_!r}: change it first")
 
 
-def _check_agreement(connection: Connection, agreement: Agreement) -> None:
+def _check_agreement(connection: Connection, agreement: Agreement, before: PolicyDocument | None) -> None:
     for reference in sorted(agreement.experts):
         owners = _owners(connection, f"agreement {agreement.id!r}", reference)
         if None in owners:
@@ -99,6 +99,8 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
                 f"agreement {agreement.id!r} of owner {agreement.owner!r} names {reference!r}, which belongs "
                 f"to {min(foreign)!r}: name the owner's own experts only"
             )
+    if agreement.effect == "require":
+        _check_loaded(connection, agreement, before)
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
         raise ChangeRefused(f"agreement {agreement.id!r} names the unknown project {name!r}: create it first")
@@ -111,11 +113,26 @@ def _check_agreement(connection: Connection, agreement: Agreement) -> None:
         )
 
 
+def _check_loaded(connection: Connection, agreement: Agreement, before: PolicyDocument | None) -> None:
+    """Refuse to begin to require what no server has; what was required and is revoked meanwhile stays required."""
+    known = before.experts if isinstance(before, Agreement) and before.effect == "require" else frozenset()
+    for reference in sorted(agreement.experts - known):
+        for id_ in sorted(_members(connection, f"agreement {agreement.id!r}", reference)):
+            expert = read_one(connection, Expert, id_)
+            if expert is not None and not expert.live:
+                raise ChangeRefused(
+                    f"agreement {agreement.id!r} requires {id_!r}, which is not loaded: the requests that it is about "
+                    "would be refused; load it first"
+                )
+
+
 def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None) -> None:
-    if expert.id == PUBLIC and expert.visibility == "hidden":
-        raise ChangeRefused("'public' is every model's anchor and cannot be hidden")
-    if expert.required and expert.visibility == "hidden":
+    if (expert.required or expert.id == PUBLIC) and expert.visibility == "hidden":
         raise ChangeRefused(f"{expert.id!r} is required in every answer and cannot be hidden")
+    if expert.required and not expert.live and not (isinstance(before, Expert) and before.required):
+        raise ChangeRefused(
+            f"{expert.id!r} is not loaded: if it were required, every request would be refused; load it first"
+        )
     if isinstance(before, Expert) and before.owner != expert.owner:
         for user in _users(connection, expert.id):
             raise ChangeRefused(f"{user} names {expert.id!r} with its present owner: change that first")
@@ -127,12 +144,17 @@ def _references(tenant: Tenant) -> list[str]:
 
 
 def _owners(connection: Connection, who: str, reference: str) -> set[str | None]:
+    return {_owner(connection, who, expert) for expert in _members(connection, who, reference)}
+
+
+def _members(connection: Connection, who: str, reference: str) -> Iterable[str]:
+    """The expert that a reference names, or those of the set."""
     if not reference.startswith("set:"):
-        return {_owner(connection, who, reference)}
+        return (reference,)
     members = read_one(connection, ExpertSet, reference)
     if members is None:
         raise unknown(who, "set", reference, read_all(connection, ExpertSet))
-    return {_owner(connection, who, expert) for expert in members.experts}
+    return members.experts
 
 
 def _owner(connection: Connection, who: str, expert_id: str) -> str | None:

@@ -135,11 +135,14 @@ def _change_row(change: Json) -> tuple[str, str, str, str]:
 
 def _row(explanation: Json) -> tuple[str, str, str, str]:
     expert, grade = explanation["expert"], explanation["grade"]
+    by = ", ".join(explanation["required_by"])
     if not explanation["allowed"]:
-        return expert, "excluded", grade, explanation["reason"]["message"]
+        needed = f" Required by {by}: no request is answered without it." if by else ""
+        return expert, "excluded", grade, explanation["reason"]["message"] + needed
     until = explanation["until"]
     ends = "" if until is None else f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
-    return expert, "allowed", grade, "by " + ", ".join(explanation["permitted_by"]) + ends
+    needed = f"; required by {by}" if by else ""
+    return expert, "allowed", grade, "by " + ", ".join(explanation["permitted_by"]) + ends + needed
 
 
 def _difference_rows(differences: list[Json], unfiltered: dict[str, int]) -> list[tuple[str, str, str, str]]:

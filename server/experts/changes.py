@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flexgate.policies.documents import Role
+from flexgate.policies.explain import needing
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.admin.operation import Call, Nothing, Unread
@@ -25,6 +26,7 @@ from flexgate.server.experts.schemas import (
     ExpertUpload,
     JobQuery,
     RevokeQuery,
+    UnservedProjects,
     UploadBody,
     UploadDeleted,
     WriteQuery,
@@ -40,6 +42,8 @@ from flexgate.server.inference.openai.sse import DONE
 from flexgate.server.policy.executors import REMOVALS, UPLOADS, run_in
 
 MOST_JOBS = 4
+MOST_UNSERVED: Final = 100
+"""Projects that a revocation names."""
 _READ_ALL: Final = (Role.ADMIN, Role.AUDITOR)
 
 
@@ -107,7 +111,8 @@ async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
         )
     except ExpertError as error:
         raise _answer(error) from error
-    return ExpertRevocation(**done)
+    unserved = await asyncio.to_thread(_unserved, call)
+    return ExpertRevocation(**done, unserved_projects=unserved)
 
 
 @router.operation("POST", _UPLOADS, roles=_CHANGES, status=CREATED, threads=UPLOADS)
@@ -170,6 +175,15 @@ def _may_revoke(principal: Principal, snapshot: Snapshot, expert: str) -> bool:
     if principal.role is Role.ADMIN:
         return True
     return known is not None and known.owner is not None and known.owner == principal.owner_id
+
+
+def _unserved(call: Call[Nothing, RevokeQuery]) -> UnservedProjects | None:
+    """Who is not served without the expert, by the policy as this process knows it once the expert is gone."""
+    if call.principal.role is not Role.ADMIN:
+        return None
+    snapshot = call.services.policy.stored or call.snapshot
+    projects = needing(snapshot, call.path["expert"], call.services.clock())
+    return UnservedProjects(total=len(projects), ids=list(projects[:MOST_UNSERVED]))
 
 
 def _unknown() -> NotFound:

@@ -127,8 +127,20 @@ class ExpertJob(Shown):
     result: JobResult | None
 
 
+class UnservedProjects(Shown):
+    """The projects whose requests must use the expert, and are refused until it is loaded again: how many, and the
+    first of them.
+    """
+
+    total: int
+    ids: list[str]
+
+
 class ExpertRevocation(Shown):
-    """What was ended and cleared when an expert was revoked. Times are Unix seconds; `digests` the cleared slot's."""
+    """What was ended and cleared when an expert was revoked. Times are Unix seconds; `digests` the cleared slot's.
+
+    `unserved_projects` is null for an owner's key.
+    """
 
     object: Literal["expert.revocation"] = "expert.revocation"
     expert: str
@@ -141,6 +153,7 @@ class ExpertRevocation(Shown):
     evicted_blocks: int
     undelivered_responses: int
     digests: list[str]
+    unserved_projects: UnservedProjects | None
 
 
 class UploadedFile(Shown):

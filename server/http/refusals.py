@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from flexgate.policies.decision import Reason
 from flexgate.policies.errors import (
-    AnchorRequired,
     ChangeRefused,
     ConfirmationRequired,
     ContextRefused,
@@ -28,7 +27,7 @@ from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 
 UNKNOWN_EXPERT = "expert_not_found"
 _DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS})
-_DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "anchor_required", "expert_required"})
+_DENIALS: Final = frozenset({UNKNOWN_EXPERT, "not_found", "context_refused", "expert_required"})
 
 
 def is_denial(error: ApiError) -> bool:
@@ -94,12 +93,9 @@ def _from_decision(error: DecisionRefused) -> ApiError:
         return NotFound(message, code=UNKNOWN_EXPERT, param=error.param)
     if isinstance(error, UnknownTenant | TenantArchived):
         return ApiError(message, status=HTTPStatus.FORBIDDEN, code="project_not_active")
-    if isinstance(error, AnchorRequired) and error.param is None:
-        return Unavailable(message, code="anchor_not_served")
     if isinstance(error, RequiredExpertMissing):
         return Unavailable(message, code="required_expert_missing")
     codes: dict[type[DecisionRefused], str] = {
-        AnchorRequired: "anchor_required",
         ContextRefused: "context_refused",
         EmptyGate: "empty_gate",
         ExpertRequired: "expert_required",

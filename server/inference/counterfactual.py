@@ -20,7 +20,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flexgate.server.engine.frontend.calls import CURRENT_CALL, Answer, ExpertSlotRef, GatedCall
+from flexgate.server.engine.frontend.calls import CURRENT_CALL, Answer, ExpertSlotRef, GatedCall, bitmask_of
 from flexgate.server.engine.seam.openai import SamplingParams
 from flexgate.server.http.errors import Invalid
 from flexgate.server.inference.enforcement import Right
@@ -65,7 +65,7 @@ def passes_of(request: InferenceRequest) -> int:
         _refuse("scores one response: send one prompt, and leave 'n' out")
     if body.get("max_tokens") == 0:
         _refuse("has no response to score: leave 'max_tokens' out, or set 1 or more")
-    return 1 + sum(ref.expert not in request.snapshot.required for ref in request.experts)
+    return 1 + sum(1 for _ in _optional(request))
 
 
 async def leave_one_out(request: InferenceRequest) -> Counterfactual:
@@ -74,9 +74,8 @@ async def leave_one_out(request: InferenceRequest) -> Counterfactual:
     Raises:
         ApiError: the request lost its right meanwhile, or prompt and response leave no room in the model's length.
     """
-    required = request.snapshot.required
     used = {use.expert for use in request.call.attribution().experts if use.tokens}
-    left_out = [ref for ref in request.experts if ref.expert in used and ref.expert not in required]
+    left_out = [ref for ref in _optional(request) if ref.expert in used]
     if any(len(prompt + answer) >= request.services.limits.prompt_tokens for prompt, answer in request.call.answers):
         _refuse("has no room to score a response that fills the model's length: set a smaller 'max_tokens'")
     gates = [request.experts, *(tuple(ref for ref in request.experts if ref != out) for out in left_out)]
@@ -89,6 +88,15 @@ async def leave_one_out(request: InferenceRequest) -> Counterfactual:
             raise
         deltas = {ref.expert: base - other for ref, other in zip(left_out, without, strict=True)}
         return Counterfactual(base, deltas, len(calls), sum(call.tokens() for call in calls))
+
+
+def _optional(request: InferenceRequest) -> Iterator[ExpertSlotRef]:
+    """The experts that can be left out: not required, and not the only ones that a layer has of the gate."""
+    covers = request.services.client.slot_map.covers
+    for out in request.experts:
+        rest = bitmask_of(ref for ref in request.experts if ref != out)
+        if out.expert not in request.decision.required and covers(rest):
+            yield out
 
 
 @contextmanager

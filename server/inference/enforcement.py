@@ -1,4 +1,5 @@
-"""End running requests whose right to run has gone: their key, their project, or the permission of an expert.
+"""End running requests whose right to run has gone: their key, their project, the permission of an expert, or the
+right to run without one.
 
 A newer policy is compared with every running request before this process says that it enforces it, so that `wait=all`
 covers the requests that began under an older one.
@@ -175,7 +176,8 @@ def _lost_permission(call: GatedCall, snapshot: Snapshot, decision: Decision | N
     allowed = frozenset[ExpertId]() if decision is None else decision.allowed
     lost = [ref.expert for ref in call.experts if ref.expert not in allowed]
     if not lost:
-        return None
+        without = decision is not None and decision.required.difference(ref.expert for ref in call.experts)
+        return PERMISSION_ENDED if without else None
     known = (snapshot.experts.get(ExpertId(expert)) for expert in lost)
     return EXPERT_REVOKED if any(e is not None and not e.live for e in known) else PERMISSION_ENDED
 

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from flexgate.policies.documents import Role
+from flexgate.policies.documents import Expert, Role
+from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import demo
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.store import Store
@@ -40,15 +41,23 @@ def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.
-        ChangeRefused: experts were added or revoked since the weights epoch `epoch`, at which `experts` was read.
+        ChangeRefused: experts were added or revoked since the weights epoch `epoch`, at which `experts` was read; or
+            every request requires one that is not among them, though nobody revoked it.
     """
     store.migrate()
     if demo.holds_demo_keys(store):
         raise DemoKeysFound(
             "the policy database contains the well-known demo keys; use another database, or start with --demo"
         )
+    revoked = store.weights().revoked
     with store.change(actor=_ACTOR, note="start", at=at) as change:
         put_catalogue(change, _manifest(experts), epoch=epoch)
+        for expert in change.all(Expert):
+            if expert.required and not expert.live and expert.id not in revoked:
+                raise ChangeRefused(
+                    f"every request requires expert {expert.id!r}, which this checkpoint does not have: serve one that "
+                    "has it, or take it out of 'required_experts' with 'flexgate policy apply'"
+                )
 
 
 def first_admin_key(store: Store, *, at: float) -> str | None:

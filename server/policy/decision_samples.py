@@ -15,7 +15,6 @@ from typing import Final
 
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import (
-    AnchorRequired,
     EmptyGate,
     ExpertDenied,
     ExpertRequired,
@@ -28,7 +27,7 @@ from flexgate.policies.store.store import Store
 
 MAX_WAITING_OF_ONE: Final = 50
 FLUSH_EVERY_S: Final = 5.0
-_ABOUT_LISTED: Final = (AnchorRequired, EmptyGate, ExpertDenied, ExpertRequired, RequiredExpertMissing)
+_ABOUT_LISTED: Final = (EmptyGate, ExpertDenied, ExpertRequired, RequiredExpertMissing)
 """Refusals of requests that name nothing but listed experts."""
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import ExpertSet
+from flexgate.policies.ids import ExpertId, SetId
+from flexgate.policies.snapshot import Snapshot
+
 _PATH = Path(__file__).parent.parent / "server" / "conftest.py"
 _NAME = "flexgate_tests_server_conftest"
 
@@ -19,7 +26,23 @@ def _server_conftest():  # type: ignore[no-untyped-def]
 
 
 _shared = _server_conftest()
-snapshot = _shared.snapshot
+
+
+@pytest.fixture
+def snapshot() -> Snapshot:
+    """The servers' snapshot, in which an agreement requires `news` of tenant `t`: nothing it sends leaves that out."""
+    known = _shared.build_snapshot()
+    terms = {"id": "r", "owner": "gazette", "experts": ["news"], "assignee": "tenant:t", "effect": "require"}
+    return Snapshot.build(
+        policy_version=known.policy_version,
+        experts=known.experts.values(),
+        tenants=_shared.TENANTS,
+        agreements=[*_shared.agreements(), Agreement.model_validate(terms)],
+        sets=[ExpertSet(id=SetId("set:press"), experts=frozenset({ExpertId("news")}))],
+        keys=known.keys.values(),
+    )
+
+
 store = _shared.store
 seeded_database = _shared.seeded_database
 real_store = _shared.real_store

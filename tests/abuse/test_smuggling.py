@@ -26,6 +26,10 @@ SEALED = "WyJyIl0.bWFj"
 WISHES: list[Any] = [
     {"flexgate": SEALED},
     {"flexgate": {"experts": {"only": ["math", "secret"]}}},
+    {"experts": {"only": []}},
+    {"experts": {"only": ["public"]}},
+    {"experts": {"ignore": ["news"]}},
+    {"experts": {"only": ["public"], "ignore": ["set:press"]}},
     {"extra_args": {"flexgate": SEALED}},
     {"cache_salt": "other-tenant"},
     {"tenant": "other", "allowed": ["math", "secret"]},
@@ -59,6 +63,7 @@ HEADERS = [
     "traceparent",
 ]
 ALLOWED = ["public", "news"]
+"""What `t` may use, and what it must."""
 TOP_LEVEL = [
     "extra_args",
     "sampling_params",
@@ -80,11 +85,9 @@ def corpus() -> Iterator[tuple[str, str, Any]]:
 
 
 def unchanged(handler: Any) -> None:
-    """Every call that reached a handler has the tenant's own gate, filtered at most."""
+    """Every call that reached a handler has the tenant's own gate, and all of it, since all is required."""
     for request, call in zip(handler.seen, handler.calls, strict=True):
-        experts = [ref.expert for ref in call.experts]
-        assert set(experts) <= set(ALLOWED)
-        assert experts
+        assert [ref.expert for ref in call.experts] == ALLOWED
         assert call.tenant == "t"
         for name in ("vllm_xargs", "kv_transfer_params", "ec_transfer_params", "cache_salt"):
             assert getattr(request, name, None) is None

@@ -39,8 +39,28 @@ def applies(terms, tenant, expert, sets):
     return mine and terms["assignee"] in to
 
 
-def hidden(expert, tenant, sets):
+def touching(terms, purpose, region):
+    """Whether a prohibition or requirement is about any part of what a request declares."""
+    asked_p = points(None if purpose is None else [purpose], PURPOSES, PURPOSES["all"])
+    asked_r = points(None if region is None else [region], REGIONS, WORLD)
+    p = points(terms["purposes"], PURPOSES, PURPOSES["all"])
+    return bool(asked_p & p) and bool(asked_r & points(terms["regions"], REGIONS, WORLD))
+
+
+def required(world, tenant, purpose, region, now):
+    """The experts that must take part in a request of the tenant: of `public` it may be excused."""
+    found = {e["id"] for e in world["experts"] if e["required"] or e["id"] == "public"}
+    for terms in world["agreements"]:
+        if terms["effect"] == "require" and terms["starts"] <= now < terms["ends"] and touching(terms, purpose, region):
+            found |= {e["id"] for e in world["experts"] if applies(terms, tenant, e, world["sets"])}
+    return found
+
+
+def hidden(expert, tenant, world):
+    sets = world["sets"]
     if expert["required"]:
+        return False
+    if any(t["effect"] == "require" and applies(t, tenant, expert, sets) for t in world["agreements"]):
         return False
     if expert["id"] in expand(tenant["hidden"], sets):
         return True
@@ -51,6 +71,7 @@ def entitled(world, tenant, purpose, region, now):
     """The experts that the tenant may use before the request filter."""
     asked_p = points(None if purpose is None else [purpose], PURPOSES, PURPOSES["all"])
     asked_r = points(None if region is None else [region], REGIONS, WORLD)
+    must = required(world, tenant, purpose, region, now)
     gate = set()
     for expert in world["experts"]:
         permits = forbids = False
@@ -59,13 +80,13 @@ def entitled(world, tenant, purpose, region, now):
                 p = points(terms["purposes"], PURPOSES, PURPOSES["all"])
                 r = points(terms["regions"], REGIONS, WORLD)
                 permits |= terms["effect"] == "permit" and asked_p <= p and asked_r <= r
-                forbids |= terms["effect"] == "prohibit" and bool(asked_p & p) and bool(asked_r & r)
+                forbids |= terms["effect"] == "prohibit" and touching(terms, purpose, region)
         named = expert["id"] in expand(tenant["expert_ids"], world["sets"])
-        listed = named == (tenant["mode"] == "allow_list") or expert["required"]
+        listed = named == (tenant["mode"] == "allow_list") or expert["id"] in must
         anchor = expert["id"] == "public"
         unowned = expert["owner"] is None
         licensed = anchor or ((unowned or (permits and not forbids)) and listed)
-        if licensed and expert["live"] and not hidden(expert, tenant, world["sets"]):
+        if licensed and expert["live"] and not hidden(expert, tenant, world):
             gate.add(expert["id"])
     return gate
 
@@ -80,19 +101,16 @@ def decide(world, tenant_id, request, now):
     for field, declared in (("purposes", request["purpose"]), ("regions", request["region"])):
         if declared is not None and declared not in tenant[field]:
             return "ContextRefused"
-    listed = {e["id"] for e in world["experts"] if not hidden(e, tenant, world["sets"])}
+    listed = {e["id"] for e in world["experts"] if not hidden(e, tenant, world)}
     for name in [*(request["only"] or []), *request["ignore"]]:
         if not expand([name], world["sets"]) & listed:
             return "UnknownExpert"
     may = entitled(world, tenant, request["purpose"], request["region"], now)
     ignore = expand(request["ignore"], world["sets"])
-    if "public" in ignore and not tenant["anchor_optional"]:
-        return "AnchorRequired"
-    if "public" not in may | ignore:
-        return "AnchorRequired"
-    required = {e["id"] for e in world["experts"] if e["required"]} - {"public"}
-    for expert in (e["id"] for e in world["experts"] if e["id"] in required):
-        if expert in ignore & listed:
+    must = required(world, tenant, request["purpose"], request["region"], now)
+    excused = {"public"} if tenant["anchor_optional"] else set()
+    for expert in (e["id"] for e in world["experts"] if e["id"] in must - (excused & ignore)):
+        if expert in ignore:
             return "ExpertRequired"
         if expert not in may:
             return "RequiredExpertMissing"
@@ -100,18 +118,20 @@ def decide(world, tenant_id, request, now):
     if only - may:
         return "ExpertDenied"
     wanted = tenant["default_experts"] if request["only"] is None else request["only"]
-    kept = may if wanted is None else may & (expand(wanted, world["sets"]) | {"public"} | required)
+    kept = may if wanted is None else may & (expand(wanted, world["sets"]) | must)
     kept = kept - ignore
     return (kept, listed - kept) if kept else "EmptyGate"
 
 
 def valid_until(world, tenant_id, request, now):
-    """The first later moment at which something allowed now is not permitted any more."""
+    """The first later moment at which something allowed now is not permitted, or something else is required."""
     tenant = next(t for t in world["tenants"] if t["id"] == tenant_id)
     allowed, _ = decide(world, tenant_id, request, now)
     edges = {t[edge] for t in world["agreements"] for edge in ("starts", "ends")}
     for moment in sorted(m for m in edges if now < m < math.inf):
-        if not allowed <= entitled(world, tenant, request["purpose"], request["region"], moment):
+        context = request["purpose"], request["region"], moment
+        excused = expand(request["ignore"], world["sets"]) & {"public"}
+        if not allowed <= entitled(world, tenant, *context) or required(world, tenant, *context) - allowed - excused:
             return moment
     return math.inf
 

@@ -8,9 +8,9 @@ import pytest
 
 from flexgate.policies.decision import AllowedExperts
 from flexgate.policies.errors import (
-    AnchorRequired,
     ContextRefused,
     ExpertDenied,
+    ExpertRequired,
     UnknownExpert,
 )
 
@@ -77,7 +77,7 @@ def test_ignore_filters_and_wins_over_only(world, open_world):
 
 
 def test_public_may_be_ignored_only_where_the_anchor_is_optional(world, open_world):
-    with pytest.raises(AnchorRequired):
+    with pytest.raises(ExpertRequired):
         world.ask(open_world, ignore=("public",))
     optional = world.build(world.all_permitted(), [world.tenant(mode="deny_list", anchor_optional=True)])
     decision = world.ask(optional, ignore=("public",))

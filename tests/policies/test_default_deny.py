@@ -8,9 +8,9 @@ import pytest
 
 from flexgate.policies.documents import Tenant
 from flexgate.policies.errors import (
-    AnchorRequired,
     ClockInvalid,
     EmptyGate,
+    RequiredExpertMissing,
     TenantArchived,
     UnknownTenant,
 )
@@ -106,7 +106,7 @@ def test_public_that_is_not_live_is_refused_not_replaced(world):
             [world.tenant(mode="deny_list", anchor_optional=optional)],
             experts,
         )
-        with pytest.raises(AnchorRequired):
+        with pytest.raises(RequiredExpertMissing):
             world.ask(snapshot)
 
 

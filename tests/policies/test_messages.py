@@ -153,7 +153,7 @@ REFUSALS = [
         {},
         {"ignore": ("public",)},
         "flexgate.experts.ignore",
-        "'flexgate.experts.ignore' names 'public', which every request of this project uses. "
+        "'flexgate.experts.ignore' names 'public', which every request to this server uses. "
         "Remove it from there, or ask an administrator to set 'anchor_optional'.",
     ),
     (
@@ -211,7 +211,8 @@ def test_anchor_that_is_not_live(world):
     with pytest.raises(DecisionRefused) as caught:
         world.ask(world.build(experts=experts))
     assert str(caught.value) == (
-        "Expert 'public', which every request uses, is not loaded on this server. Ask an administrator to load it."
+        "Expert 'public', which every request to this server uses, is not available to this request. "
+        "Expert 'public' is not loaded on this server. Ask an administrator to load it."
     )
 
 

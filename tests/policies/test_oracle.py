@@ -27,6 +27,7 @@ def _answer(make, *arguments):
     assert len(excluded) == len(set(excluded))
     ids = [agreement and agreement.agreement_id for agreement in decision.agreements]
     counts_under = dict(zip(decision.allowed, ids, strict=True))
+    assert decision.required <= set(decision.allowed)
     return (set(decision.allowed), set(excluded)), decision.valid_until, counts_under
 
 
@@ -66,7 +67,8 @@ def _check(oracle, worlds, seed, decisions, make_world=None):
         "ContextRefused",
         "UnknownExpert",
         "ExpertDenied",
-        "AnchorRequired",
+        "ExpertRequired",
+        "RequiredExpertMissing",
         "EmptyGate",
     ):
         assert outcomes[kind] > decisions / 2000, (kind, outcomes)

@@ -96,7 +96,7 @@ def test_without_agreements_nothing_but_public_is_allowed(case, allowed, seed):
 
 @in_many_worlds
 @seeds
-def test_prohibition_overrides_every_permission(case, allowed, seed):
+def test_prohibition_overrides_every_permission(case, allowed, oracle, seed):
     world, who, request, now, rng = case(seed)
     expert = rng.choice([e for e in world["experts"] if e["id"] != "public"])
     ban = {
@@ -109,7 +109,9 @@ def test_prohibition_overrides_every_permission(case, allowed, seed):
     }
     before = allowed({**world}, who, {**request, "only": None}, now)
     banned = {**world, "agreements": [*world["agreements"], ban]}
-    assert allowed(banned, who, {**request, "only": None}, now) == before - {expert["id"]}
+    required = oracle.required(world, world["tenants"][0], request["purpose"], request["region"], now)
+    left = set() if expert["id"] in required else before - {expert["id"]}
+    assert allowed(banned, who, {**request, "only": None}, now) == left
 
 
 @in_many_worlds
@@ -175,6 +177,8 @@ def test_limiting_a_permission_never_widens_and_limiting_a_prohibition_never_nar
     if not world["agreements"]:
         return
     terms = rng.choice(world["agreements"])
+    if terms["effect"] == "require":
+        return
     limit = rng.choice([{"purposes": ["x-lab"]}, {"regions": ["FR"]}, {"ends": 15}, {"starts": 45}])
     limited = {**terms, **limit}
     if limited["starts"] >= limited["ends"]:
@@ -192,19 +196,77 @@ def test_limiting_a_permission_never_widens_and_limiting_a_prohibition_never_nar
 
 @in_many_worlds
 @seeds
-def test_a_request_filter_only_takes_away(case, outcome, allowed, seed):
+def test_a_request_filter_only_takes_away(case, outcome, allowed, oracle, seed):
     world, who, request, now, rng = case(seed)
     free = {**request, "only": ["public"], "ignore": []}
     whole = {**request, "only": None, "ignore": []}
     world["tenants"][0]["default_experts"] = None
     widest = allowed(world, who, whole, now)
     assert allowed(world, who, request, now) <= widest
-    required = {expert["id"] for expert in world["experts"] if expert["required"]}
-    assert allowed(world, who, free, now) <= {"public"} | required
+    required = oracle.required(world, world["tenants"][0], request["purpose"], request["region"], now)
+    assert allowed(world, who, free, now) <= required
     more = {**request, "ignore": [*request["ignore"], rng.choice(["a", "b", "set:one"])]}
     result = outcome(world, who, request, now)
     if hasattr(result, "allowed"):
         assert allowed(world, who, more, now) <= set(result.allowed)
+
+
+def _require(rng, worlds, world, who):
+    """`world` with one more requirement of the tenant, about what no other is about."""
+    terms = {**worlds.agreement(rng, "must", world["experts"]), "assignee": f"tenant:{who}", "effect": "require"}
+    return {**world, "agreements": [*world["agreements"], terms]}
+
+
+@in_many_worlds
+@seeds
+def test_no_list_set_or_filter_leaves_out_what_is_required(case, outcome, oracle, worlds, seed):
+    world, who, request, now, rng = case(seed)
+    world = _require(rng, worlds, world, who)
+    other = worlds.tenant(rng, who)
+    doors = ("mode", "expert_ids", "hidden", "listed", "default_experts")
+    tenant = {**world["tenants"][0], **{name: other[name] for name in doors}}
+    world["tenants"][0] = tenant
+    result = outcome(world, who, {**request, **_filter(rng, worlds)}, now)
+    if hasattr(result, "allowed"):
+        required = oracle.required(world, tenant, request["purpose"], request["region"], now)
+        excused = {"public"} if tenant["anchor_optional"] else set()
+        assert required - excused <= set(result.allowed)
+        assert result.required == required & set(result.allowed)
+
+
+def _filter(rng, worlds):
+    """A filter of listed names, so that most are more than unknown."""
+    names = [*worlds.IDS, *worlds.SETS]
+    return {
+        "only": rng.choice([None, worlds.some(rng, names, 3)]),
+        "ignore": rng.choice([[], worlds.some(rng, names, 2)]),
+    }
+
+
+@in_many_worlds
+@seeds
+def test_a_requirement_permits_nothing(case, allowed, oracle, worlds, seed):
+    world, who, request, now, rng = case(seed)
+    wider = _require(rng, worlds, world, who)
+    request, context = {**request, "only": None}, (request["purpose"], request["region"], now)
+    open_list = {**world["tenants"][0], "mode": "deny_list", "expert_ids": [], "hidden": [], "listed": worlds.IDS[1:]}
+    most = oracle.entitled({**world, "tenants": [open_list]}, open_list, *context)
+    assert allowed(wider, who, request, now) <= most
+
+
+@in_many_worlds
+@seeds
+def test_nothing_is_answered_without_what_is_required(case, allowed, oracle, worlds, seed):
+    """Neither while it is not loaded, nor while its owner prohibits it."""
+    world, who, request, now, rng = case(seed)
+    world = _require(rng, worlds, world, who)
+    required = oracle.required(world, world["tenants"][0], request["purpose"], request["region"], now) - {"public"}
+    for expert in [one for one in world["experts"] if one["id"] in required]:
+        ban = {"id": "ban", "owner": expert["owner"], "experts": [expert["id"]], "assignee": "everyone"}
+        revoked = [{**one, "live": one["live"] and one is not expert} for one in world["experts"]]
+        forbidden = [*world["agreements"], {**ban, "effect": "prohibit", **EVERYTHING}]
+        assert allowed({**world, "experts": revoked}, who, request, now) == set()
+        assert allowed({**world, "agreements": forbidden}, who, request, now) == set()
 
 
 @in_many_worlds
@@ -245,7 +307,7 @@ def _without(world, gone):
 def test_hidden_experts_cannot_be_told_from_absent_ones(case, outcome, oracle, seed):
     world, who, request, now, _ = case(seed)
     tenant = world["tenants"][0]
-    gone = {e["id"] for e in world["experts"] if oracle.hidden(e, tenant, world["sets"])}
+    gone = {e["id"] for e in world["experts"] if oracle.hidden(e, tenant, world)}
     one = outcome(world, who, request, now)
     assert one == outcome(_without(world, gone), who, request, now)
     nonsense = {
@@ -262,7 +324,7 @@ def _mask(name, gone):
 
 @in_many_worlds
 @seeds
-def test_a_decision_holds_until_it_says(case, outcome, allowed, seed):
+def test_a_decision_holds_until_it_says(case, outcome, allowed, oracle, seed):
     world, who, request, now, _ = case(seed)
     result = outcome(world, who, request, now)
     if not hasattr(result, "allowed"):
@@ -272,8 +334,9 @@ def test_a_decision_holds_until_it_says(case, outcome, allowed, seed):
     for later in [edge for edge in (10, 20, 30, 40, 50, 1e9) if edge > now]:
         if later < result.valid_until:
             assert set(result.allowed) <= allowed(world, who, entitled, later)
-    if result.valid_until < float("inf"):
-        assert not set(result.allowed) <= allowed(world, who, entitled, result.valid_until)
+    if (end := result.valid_until) < float("inf"):
+        new = oracle.required(world, world["tenants"][0], request["purpose"], request["region"], end)
+        assert not set(result.allowed) <= allowed(world, who, entitled, end) or new - set(result.allowed)
 
 
 @in_many_worlds

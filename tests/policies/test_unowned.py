@@ -40,6 +40,15 @@ def test_no_agreement_touches_it(world, mode, effect):
     assert ("code" in with_them.allowed) == ("code" in without.allowed) == (mode == "deny_list")
 
 
+@pytest.mark.parametrize("mode", ["allow_list", "deny_list"])
+def test_no_agreement_requires_it(world, mode):
+    agreements = [world.agreement(owner="wire", experts=["code"], effect="require")]
+    tenants = [world.tenant(mode=mode)]
+    decision = world.ask(world.build(agreements, tenants, EXPERTS))
+    assert decision == world.ask(world.build([], tenants, EXPERTS))
+    assert decision.required == {"public"}
+
+
 def test_explanations_say_that_it_has_no_owner(world):
     snapshot = world.build(tenants=[world.tenant(mode="deny_list")], experts=EXPERTS)
     explained = {e.expert: e for e in explain(snapshot, "acme", DecisionRequest(decision_id="d"), world.now)}

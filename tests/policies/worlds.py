@@ -84,7 +84,7 @@ def agreement(rng: random.Random, id_: str, experts: list[dict[str, Any]]) -> di
         "owner": owner,
         "experts": rng.sample(pool, rng.randint(1, min(4, len(pool)))),
         "assignee": rng.choice(["everyone", "everyone", "tenant:t0", "tenant:t1", "group:red"]),
-        "effect": rng.choice(["permit"] * 5 + ["prohibit"]),
+        "effect": rng.choice(["permit"] * 10 + ["prohibit"] * 2 + ["require"]),
         "purposes": rng.sample(PURPOSES, rng.randint(1, 3)) if rng.random() < 0.3 else None,
         "regions": rng.sample(REGIONS, rng.randint(1, 3)) if rng.random() < 0.3 else None,
         "starts": starts,

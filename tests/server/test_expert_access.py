@@ -84,8 +84,11 @@ async def test_an_owner_revokes_its_own_experts_and_another_is_like_none(ask: An
     assert [answer.status_code for answer in answers] == [404, 404, 404]
     assert len({answer.content for answer in answers}) == 1
     assert revoked == []
-    assert (await ask("sk-owner", "DELETE", "/v1/experts/news")).status_code == 200
-    assert (await ask("sk-admin", "DELETE", "/v1/experts/math")).status_code == 200
+    by_owner = await ask("sk-owner", "DELETE", "/v1/experts/news")
+    by_admin = await ask("sk-admin", "DELETE", "/v1/experts/math")
+    assert (by_owner.status_code, by_admin.status_code) == (200, 200)
+    assert by_owner.json()["unserved_projects"] is None, "an owner learns of no project"
+    assert by_admin.json()["unserved_projects"] == {"total": 0, "ids": []}
     assert revoked == [("news", "key_sk-owner"), ("math", "key_sk-admin")]
 
 

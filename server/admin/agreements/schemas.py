@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from flexgate.policies.agreements import Agreement, Duty
+from flexgate.policies.agreements import Agreement, Duty, Effect
 from flexgate.policies.ids import AgreementIdField, OwnerIdField
 from flexgate.policies.store.documents import to_json
 from flexgate.policies.store.pseudonyms import Pseudonyms
@@ -30,7 +30,7 @@ class AgreementObject(Identified):
     owner: str
     experts: list[str]
     assignee: str
-    effect: Literal["permit", "prohibit"]
+    effect: Effect
     purposes: list[str] | None
     regions: list[str] | None
     not_before: str | None

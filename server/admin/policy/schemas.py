@@ -68,7 +68,8 @@ class RollBack(Closed):
 class ExplanationObject(Shown):
     """One expert. `counts_under` is the one of `permitted_by` that uses count under, null where none is needed.
 
-    `until` is in Unix seconds, and null where nothing ends it. `grade`: what excluding it excludes.
+    `until` is in Unix seconds, and null where nothing ends it. `required_by` names what requires it, allowed or not.
+    `grade`: what excluding it excludes.
     """
 
     expert: str
@@ -77,6 +78,7 @@ class ExplanationObject(Shown):
     permitted_by: list[str]
     counts_under: str | None
     until: int | None
+    required_by: list[str]
     reason: Reason | None
 
 
@@ -173,6 +175,7 @@ def explanation_object(explanation: Explanation) -> ExplanationObject:
         permitted_by=list(explanation.permitted_by),
         counts_under=explanation.counts_under,
         until=None if until is None or until == math.inf else int(until),
+        required_by=list(explanation.required_by),
         reason=None if explanation.refused is None else Reason(**reason_json(explanation.refused)),
     )
 

@@ -46,8 +46,8 @@ _CONSTRAINTS: Final = ("structured_outputs", "response_format", "text", "tools")
 _PERMISSION_ENDED: Final[_End] = (
     Forbidden,
     "expert_permission_ended",
-    "The request was ended because its permission to use an expert has ended. "
-    "Send it again to use the experts that are permitted now.",
+    "The request was ended because its permission to use an expert, or to leave one out, has ended. "
+    "Send it again to use the experts that are permitted and required now.",
 )
 _ENDED: Final[dict[str, _End]] = {
     EXPERT_REVOKED: (

@@ -211,6 +211,46 @@ def test_an_owner_makes_so_many_agreements_and_may_revise_and_terminate_them(sto
     agreements.create_agreement(store, fields | {"owner": "wire"}, **ADMIN)
 
 
+MUST = NEWS.model_copy(update={"id": "must", "effect": "require"})
+
+
+def test_an_owner_neither_requires_an_expert_nor_ends_what_an_administrator_requires(store):
+    """It would sell by force what it is paid for, or take a safety expert out of others' requests."""
+    refused = pytest.raises(ChangeRefused, match="what projects' requests must use is said by administrators")
+    fields = {"experts": ["news"], "assignee": "everyone", "effect": "require"}
+    with refused:
+        agreements.create_agreement(store, fields, owner_id="wire", **ADMIN)
+    with refused:
+        agreements.put_agreement(store, MUST, owner_id="wire", **ADMIN)
+    agreements.put_agreement(store, MUST, **ADMIN)
+    for effect in ("permit", "require"):
+        with refused:
+            agreements.revise_agreement(store, "must", {**fields, "effect": effect}, owner_id="wire", **ADMIN)
+    with refused:
+        agreements.put_agreement(
+            store, MUST.model_copy(update={"effect": "permit", "version": 2}), owner_id="wire", **ADMIN
+        )
+    with refused:
+        agreements.terminate_agreement(store, "must", owner_id="wire", **ADMIN)
+    assert agreements.list_agreements(store, owner_id="wire") == [MUST]
+    agreements.terminate_agreement(store, "must", **ADMIN)
+
+
+def test_what_is_not_loaded_cannot_begin_to_be_required(store):
+    agreements.put_agreement(store, MUST, **ADMIN)
+    news = store.snapshot().experts["news"]
+    with store.change(actor="a", at=3.0) as change:
+        change.put(news.model_copy(update={"live": False}))
+    with store.change(actor="a", at=3.0) as change:
+        change.put(MUST.model_copy(update={"version": 2, "purposes": frozenset({"search"})}))
+    for document, why in (
+        (MUST.model_copy(update={"id": "new"}), "agreement 'new' requires 'news', which is not loaded"),
+        (news.model_copy(update={"live": False, "required": True}), "'news' is not loaded: if it were required"),
+    ):
+        with pytest.raises(ChangeRefused, match=why), store.change(actor="a", at=3.0) as change:
+            change.put(document)
+
+
 def test_changed_terms_need_a_higher_version(store):
     first = agreements.put_agreement(store, NEWS, **ADMIN)
     ban = NEWS.model_copy(update={"effect": "prohibit"})

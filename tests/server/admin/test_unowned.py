@@ -31,7 +31,7 @@ async def test_the_list_says_that_it_has_no_owner(call: Any) -> None:
 
 
 @pytest.mark.parametrize("named", ["math", "set:numbers"])
-@pytest.mark.parametrize("effect", ["permit", "prohibit"])
+@pytest.mark.parametrize("effect", ["permit", "prohibit", "require"])
 async def test_an_agreement_about_it_is_refused_with_the_reason(call: Any, named: str, effect: str) -> None:
     body = {"owner": "gazette", "experts": ["news", named], "assignee": "everyone", "effect": effect}
     answer = await call("sk-admin", "POST", "/v1/agreements", json=body)

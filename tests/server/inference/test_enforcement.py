@@ -45,18 +45,20 @@ def policy(
     live: bool = True,
     key: dict[str, Any] | None = None,
     keys: bool = True,
+    required: bool = False,
     **tenant: Any,
 ) -> Snapshot:
     """Project t may use news, as far as nothing else is said."""
     terms = {"id": "a", "owner": "gazette", "experts": ["news"], "assignee": "tenant:t", "effect": "permit"}
     agreement = Agreement.model_validate(terms | ({"not_after": not_after} if not_after else {}))
+    requirement = Agreement.model_validate({**terms, "id": "r", "effect": "require"})
     record = {"key_id": "k", "prefix": "sk", "created": 0.0, "tenant_id": TenantId("t")} | (key or {})
     record |= {"sha256": hashlib.sha256(b"sk-t").digest(), "role": Role.TENANT}
     return Snapshot.build(
         policy_version=version,
         experts=[Expert(id="public", owner="commons"), Expert(id="news", owner="gazette", live=live)],
         tenants=[Tenant(**{"id": "t", "name": "t", "expert_ids": frozenset({"news"})} | tenant)],
-        agreements=[agreement] if permitted else [],
+        agreements=[*([agreement] if permitted else []), *([requirement] if required else [])],
         keys=[KeyRecord(**record)] if keys else [],
     )
 
@@ -109,6 +111,12 @@ def test_a_change_that_takes_nothing_of_it_ends_no_request() -> None:
     assert after(right("news"), policy(name="renamed")) is None
     assert after(right(), policy(permitted=False)) is None
     assert after(right("news"), policy(not_after="2099-01-01T00:00:00Z")) is None
+
+
+def test_what_is_required_from_now_on_ends_the_requests_that_run_without_it() -> None:
+    assert after(right(only=()), policy(required=True)) == "permission_ended"
+    assert after(right("news"), policy(required=True)) is None
+    assert after(right("news"), policy(required=True, permitted=False)) == "permission_ended"
 
 
 def test_requests_of_a_revoked_key_finish_where_the_operator_says_so() -> None:

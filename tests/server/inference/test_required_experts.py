@@ -1,13 +1,16 @@
-"""What a server answers whose operator requires an expert: with it, or not at all."""
+"""What a server answers where an expert is required: with it, or not at all."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import httpx
 import pytest
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.snapshot import Snapshot
+from flexgate.server.experts.revoke import Revocation
 
 ENDPOINTS = {
     "/v1/completions": {"prompt": "x"},
@@ -16,25 +19,38 @@ ENDPOINTS = {
 }
 
 
-def requiring(snapshot: Snapshot, world: Any, *, permitted: bool = True, revoked: bool = False) -> Snapshot:
-    """A policy by which every request uses `math`, which tenant `t` has not on its list."""
+REQUIREMENT = {"id": "r", "owner": "academy", "experts": ["math"], "assignee": "tenant:t", "effect": "require"}
+WHO = {"server": "every request to this server uses", "agreement": "agreement 'r' (version 1) requires"}
+
+
+@pytest.fixture(params=WHO)
+def by(request: Any) -> str:
+    """What requires the expert."""
+    name: str = request.param
+    return name
+
+
+def requiring(snapshot: Snapshot, world: Any, by: str, *, permitted: bool = True, revoked: bool = False) -> Snapshot:
+    """A policy by which requests use `math`, which tenant `t` has not on its list."""
     tenants, agreements = world
+    requirements = [Agreement.model_validate(REQUIREMENT)] if by == "agreement" else []
+    required = "math" if by == "server" else None
     return Snapshot.build(
         policy_version=snapshot.policy_version + 1,
-        experts=[e.model_copy(update={"required": e.id == "math"}) for e in snapshot.experts.values()],
+        experts=[e.model_copy(update={"required": e.id == required}) for e in snapshot.experts.values()],
         tenants=tenants,
-        agreements=[terms for terms in agreements if permitted or terms.id != "a-math"],
+        agreements=[*requirements, *(terms for terms in agreements if permitted or terms.id != "a-math")],
         keys=snapshot.keys.values(),
         revocation_epochs={"math": 2} if revoked else {},
     )
 
 
 @pytest.fixture
-def publish(store: Any, snapshot: Snapshot, world: Any, services: Any) -> Any:
+def publish(store: Any, snapshot: Snapshot, world: Any, services: Any, by: str) -> Any:
     """Let the server learn of such a policy."""
 
     def publish(**how: bool) -> None:
-        store.answer = requiring(snapshot, world, **how)
+        store.answer = requiring(snapshot, world, by, **how)
         services.policy.confirm()
 
     return publish
@@ -42,15 +58,15 @@ def publish(store: Any, snapshot: Snapshot, world: Any, services: Any) -> Any:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("path", ENDPOINTS)
-async def test_a_request_that_leaves_it_out_is_refused(client: httpx.AsyncClient, publish: Any, path: str) -> None:
+async def test_a_request_that_leaves_it_out_is_refused(
+    client: httpx.AsyncClient, publish: Any, by: str, path: str
+) -> None:
     publish()
     body = {**ENDPOINTS[path], "flexgate": {"experts": {"ignore": ["math"]}}}
     response = await client.post(path, json=body)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "expert_required", "flexgate.experts.ignore")
-    assert error["message"].startswith(
-        "'flexgate.experts.ignore' names 'math', which every request to this server uses."
-    )
+    assert error["message"] == f"'flexgate.experts.ignore' names 'math', which {WHO[by]}. Remove it from there."
 
 
 @pytest.mark.asyncio
@@ -82,3 +98,21 @@ async def test_it_takes_part_in_what_names_others_alone(client: httpx.AsyncClien
     await client.post("/v1/completions", json={"prompt": "x", "flexgate": {"experts": {"only": ["news"]}}})
     (call,) = handler.calls
     assert [slot.expert for slot in call.experts] == ["public", "news", "math"]
+
+
+@pytest.mark.asyncio
+async def test_a_revocation_names_who_is_not_served_any_more(
+    make_client: Any, services: Any, publish: Any, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def revoke(expert: str, **_: Any) -> dict[str, Any]:
+        publish(revoked=True)
+        record = asdict(Revocation(expert, 2, 1, 4, 1.0))
+        return {"object": "expert.revocation", **record, "effective_at": 2.0}
+
+    publish()
+    monkeypatch.setattr(services.experts, "revoke", revoke)
+    async with make_client("sk-admin") as admin:
+        revocation = (await admin.delete("/v1/experts/math")).json()
+    assert revocation["unserved_projects"] == {"server": {"total": 2, "ids": ["t", "u"]}}.get(
+        by, {"total": 1, "ids": ["t"]}
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexgate.policies.documents import Role
+from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.http.auth import authenticate
@@ -43,6 +44,20 @@ def test_a_second_start_shows_no_key(store: Store) -> None:
     assert first_admin_key(store, at=time.time()) is not None
     prepare(store, EXPERTS, epoch=1, at=time.time())
     assert first_admin_key(store, at=time.time()) is None
+
+
+def test_a_start_without_a_required_expert_is_refused_unless_it_was_revoked(store: Store) -> None:
+    """A revoked one is added again while the server runs; a checkpoint without one would never answer."""
+    safe = ManifestExpert("safe", "lab", "safety", required=True)
+    prepare(store, [*EXPERTS, safe], epoch=1, at=1.0)
+    refused = "^every request requires expert 'safe', which this checkpoint does not have: serve one that has it, or"
+    with pytest.raises(ChangeRefused, match=refused):
+        prepare(store, EXPERTS, epoch=1, at=2.0)
+    assert store.snapshot().experts["safe"].live  # type: ignore[index]
+    with store.change(actor="admin", at=3.0) as change:
+        epoch = change.revoke_weights("safe", slot=2, detail={})
+    prepare(store, EXPERTS, epoch=epoch, at=4.0)
+    assert not store.snapshot().experts["safe"].live  # type: ignore[index]
 
 
 def test_a_normal_start_refuses_a_store_with_demo_keys(store: Store) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import (
-    AnchorRequired,
     ContextRefused,
     DecisionRefused,
     EmptyGate,
@@ -84,7 +83,7 @@ def test_a_store_that_fails_loses_the_record_and_nothing_else(
     assert _asked(real_store) == {("t", None, ()): 1}
 
 
-RECORDED = {AnchorRequired, EmptyGate, ExpertDenied, ExpertRequired, RequiredExpertMissing}
+RECORDED = {EmptyGate, ExpertDenied, ExpertRequired, RequiredExpertMissing}
 NOT_RECORDED = {ContextRefused, TenantArchived, UnknownExpert, UnknownTenant}
 
 
