@@ -25,6 +25,7 @@ from flexgate.policies.errors import (
     ExpertDenied,
     ExpertRequired,
     InvalidName,
+    LayerWithoutExpert,
     RequiredExpertMissing,
     TenantArchived,
     UnknownExpert,
@@ -122,6 +123,7 @@ def apply_filter(
             "'flexgate.experts' leaves no expert for this request. Keep at least one that the project may use.",
             param="flexgate.experts",
         )
+    _check_layers(snapshot.empty_layers, kept)
     return Decision(
         decision_id=request.decision_id,
         tenant_id=tenant.id,
@@ -189,6 +191,14 @@ def _instead(expert: ExpertId) -> str:
     if expert == PUBLIC:
         return "Remove it from there, or ask an administrator to set 'anchor_optional'."
     return "Remove it from there."
+
+
+def _check_layers(empty: Mapping[ExpertId, frozenset[int]], kept: Mapping[ExpertId, float]) -> None:
+    """In each layer some expert of the gate takes part, or nothing is answered."""
+    if not empty or any(expert not in empty for expert in kept):
+        return
+    if frozenset.intersection(*(empty[expert] for expert in kept)):
+        raise LayerWithoutExpert(reasons.LAYER_WITHOUT_EXPERT)
 
 
 def _check_allowed(entitled: Entitlements, only: frozenset[ExpertId]) -> None:

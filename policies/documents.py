@@ -96,7 +96,8 @@ that was trained with it (`router`), or shared weights that were trained or aver
 class Expert(Document):
     """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it.
 
-    One without an owner needs no agreement, and no agreement can name it: projects' lists alone decide.
+    One without an owner needs no agreement, and no agreement can name it: projects' lists alone decide. `empty_layers`
+    are the layers of the model that have experts, and none of it.
     """
 
     id: ExpertIdField
@@ -106,6 +107,7 @@ class Expert(Document):
     visibility: Literal["listed", "hidden"] = "listed"
     required: bool = False
     grade: Grade = "unknown"
+    empty_layers: SetOf[Annotated[int, Field(ge=0, le=9_999)]] = frozenset()
 
 
 class ExpertSet(Document):

@@ -15,7 +15,8 @@ PolicyError
 │   ├── ExpertDenied       listed, but not allowed; carries `reasons`
 │   ├── ExpertRequired     a required expert ignored
 │   ├── RequiredExpertMissing  a required expert is not served, or not permitted
-│   └── EmptyGate          nothing left; never widened
+│   ├── EmptyGate          nothing left; never widened
+│   └── LayerWithoutExpert  what is left has no expert in some layer
 └── StoreError
     ├── StoreUnavailable   no connection, locked, not a database
     │   ├── StoreReplaced  another file, or none, where the one was that this process opened
@@ -111,6 +112,10 @@ class RequiredExpertMissing(DecisionRefused):
 
 class EmptyGate(DecisionRefused):
     """The request filter left no expert at all."""
+
+
+class LayerWithoutExpert(DecisionRefused):
+    """The experts of the request leave a layer of the model without any."""
 
 
 class StoreError(PolicyError):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
-from flexgate.policies.decide import declared_context, find_tenant
+from flexgate.policies.decide import decide, declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.documents import Grade
 from flexgate.policies.entitlements import Context, Entitlements, entitlements
+from flexgate.policies.errors import ContextRefused, DecisionRefused, TenantArchived, UnknownTenant
 from flexgate.policies.ids import PUBLIC, ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
@@ -52,6 +53,20 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
         for expert, document in snapshot.experts.items()
         if expert not in hidden
     )
+
+
+def refusal(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> DecisionRefused | None:
+    """Why a request without a filter is refused, though each expert has an explanation of its own; None if it is not.
+
+    Raises `UnknownTenant`, `TenantArchived` or `ContextRefused`, which `explain` raises too.
+    """
+    try:
+        decide(snapshot, tenant_id, replace(request, only=None, ignore=()), now)
+    except (UnknownTenant, TenantArchived, ContextRefused):
+        raise
+    except DecisionRefused as error:
+        return error
+    return None
 
 
 def needing(snapshot: Snapshot, expert: str, now: float) -> tuple[TenantId, ...]:

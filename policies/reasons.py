@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.decision import Reason
@@ -16,6 +16,10 @@ from flexgate.policies.documents import Expert
 from flexgate.policies.ids import ExpertId, OwnerId
 
 _once = lru_cache(maxsize=16_384)
+LAYER_WITHOUT_EXPERT: Final = (
+    "The experts of this request leave a layer of the model without any, so it cannot be answered. "
+    "Let more experts take part, or ask an administrator for agreements on more."
+)
 
 
 class Standard(NamedTuple):

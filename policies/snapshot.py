@@ -33,7 +33,8 @@ class Snapshot:
     `made` is when its version was made, in Unix seconds: two histories that have a version in
     common differ in it. `agreements` are by assignee. `catalogue` is made of `experts`:
     what a decision asks of each; `hidden` are those that only some tenants see, `required`
-    those that no request leaves out, `public` among them. `revocation_epochs` is the weights epoch of each
+    those that no request leaves out, `public` among them; `empty_layers` has the layers that an expert has nothing in,
+    of those that have such. `revocation_epochs` is the weights epoch of each
     expert's last revocation: what was loaded before it must not be served.
     """
 
@@ -48,6 +49,7 @@ class Snapshot:
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
     hidden: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
     required: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
+    empty_layers: Mapping[ExpertId, frozenset[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if PUBLIC not in self.experts or self.experts[PUBLIC].visibility == "hidden":
@@ -58,6 +60,8 @@ class Snapshot:
         object.__setattr__(self, "hidden", hidden)
         required = frozenset(expert.id for expert in self.experts.values() if expert.required)
         object.__setattr__(self, "required", required | {PUBLIC})
+        empty = {expert.id: expert.empty_layers for expert in self.experts.values() if expert.empty_layers}
+        object.__setattr__(self, "empty_layers", empty)
 
     @classmethod
     def build(

@@ -128,6 +128,16 @@ class Ownership:
         """The number of a unit's experts in each layer that has experts."""
         return [unit_E.count(unit) for unit_E in self.unit_LE if unit_E]
 
+    @property
+    def empty_layers(self) -> dict[str, frozenset[int]]:
+        """The layers that have experts and none of a unit, of each unit that has such."""
+        layers = [(layer, unit_E) for layer, unit_E in enumerate(self.unit_LE) if unit_E]
+        empty = {
+            unit.id: frozenset(layer for layer, unit_E in layers if number not in unit_E)
+            for number, unit in enumerate(self.units)
+        }
+        return {id_: found for id_, found in empty.items() if found}
+
     def to_json(self) -> dict[str, Any]:
         """The content of ``flexgate.json``, in the form with ``units``."""
         layers = enumerate(self.unit_LE)

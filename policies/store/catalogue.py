@@ -18,6 +18,7 @@ class ManifestExpert(NamedTuple):
     domain: str
     required: bool = False
     grade: Grade = "unknown"
+    empty_layers: frozenset[int] = frozenset()
 
 
 def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: int) -> list[Expert]:

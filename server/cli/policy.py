@@ -92,7 +92,10 @@ def explain(
     if as_json:
         print_json(found)
     else:
-        print_table(("expert", "", "grade", "why"), [_row(explanation) for explanation in found], empty="no experts")
+        rows = [_row(explanation) for explanation in found["experts"]]
+        print_table(("expert", "", "grade", "why"), rows, empty="no experts")
+        if found["refusal"] is not None:
+            typer.echo(f"Requests are refused ({found['refusal']['code']}): {found['refusal']['message']}")
 
 
 @administers(app)

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from flexgate.experts.cli.api import Api
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.explain import explain
+from flexgate.policies.explain import explain, refusal
 from flexgate.policies.simulate import simulate, with_standard
 from flexgate.policies.store import decision_samples, gitops, history
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.policies.store.store import Store
-from flexgate.server.admin.policy.schemas import change_object, explanation_object, simulation_object
+from flexgate.server.admin.policy.schemas import change_object, explanation_object, refusal_object, simulation_object
 from flexgate.server.cli.store import actor
 
 Json = dict[str, Any]
@@ -33,8 +33,8 @@ class PolicyTarget(Protocol):
     def roll_back(self, version: int, confirm: int | None) -> int:
         """Roll the policy back to a version; returns the new version."""
 
-    def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
-        """Why a tenant may use each expert or not."""
+    def explain(self, project_id: str, purpose: str | None, region: str | None) -> Json:
+        """Why a tenant may use each expert or not (``experts``), and why its requests are refused (``refusal``)."""
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:
         """What applying a file would change for requests."""
@@ -59,10 +59,15 @@ class DatabasePolicy:
     def roll_back(self, version: int, confirm: int | None) -> int:
         return history.roll_back(self._store, version, confirm=confirm, actor=actor(), at=time.time())
 
-    def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
+    def explain(self, project_id: str, purpose: str | None, region: str | None) -> Json:
         request = DecisionRequest(decision_id="explain", purpose=purpose, region=region)
-        found = explain(self._store.snapshot(), project_id, request, time.time())
-        return [explanation_object(explanation).model_dump() for explanation in found]
+        snapshot, now = self._store.snapshot(), time.time()
+        found = explain(snapshot, project_id, request, now)
+        refused = refusal_object(refusal(snapshot, project_id, request, now))
+        return {
+            "refusal": None if refused is None else refused.model_dump(),
+            "experts": [explanation_object(explanation).model_dump() for explanation in found],
+        }
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:
         plan, now = gitops.plan(self._store, file, prune=prune), time.time()
@@ -89,10 +94,11 @@ class ServerPolicy:
         body = {"version": version, **({} if confirm is None else {"confirm": confirm})}
         return int(self._api.ask("POST", "/v1/policy/rollback", json=body)["policy_version"])
 
-    def explain(self, project_id: str, purpose: str | None, region: str | None) -> list[Json]:
+    def explain(self, project_id: str, purpose: str | None, region: str | None) -> Json:
         given = {"project_id": project_id, "purpose": purpose, "region": region}
         query = {name: value for name, value in given.items() if value is not None}
-        return list(self._api.ask("GET", "/v1/policy/explain", params=query)["experts"])
+        found = self._api.ask("GET", "/v1/policy/explain", params=query)
+        return {name: found[name] for name in ("refusal", "experts")}
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:
         return self._api.ask("POST", "/v1/policy/simulate", json={"policy": _content(file), "prune": prune})

@@ -14,6 +14,7 @@ from flexgate.policies.errors import (
     EmptyGate,
     ExpertDenied,
     ExpertRequired,
+    LayerWithoutExpert,
     ObjectUnknown,
     PolicyError,
     RequiredExpertMissing,
@@ -91,6 +92,8 @@ def _from_decision(error: DecisionRefused) -> ApiError:
         )
     if isinstance(error, UnknownExpert):
         return NotFound(message, code=UNKNOWN_EXPERT, param=error.param)
+    if isinstance(error, LayerWithoutExpert):
+        return ApiError(message, status=HTTPStatus.FORBIDDEN, code="layer_without_expert")
     if isinstance(error, UnknownTenant | TenantArchived):
         return ApiError(message, status=HTTPStatus.FORBIDDEN, code="project_not_active")
     if isinstance(error, RequiredExpertMissing):

@@ -25,13 +25,14 @@ from starlette.responses import JSONResponse
 
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decision import Decision, DecisionRequest
-from flexgate.policies.errors import PolicyError, VersionNotReached
+from flexgate.policies.errors import LayerWithoutExpert, PolicyError, VersionNotReached
 from flexgate.policies.ids import TenantId
+from flexgate.policies.reasons import LAYER_WITHOUT_EXPERT
 from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall, bitmask_of
 from flexgate.server.http.auth import Context, Principal, context_of, identify, recognise, require_tenant
 from flexgate.server.http.body import Bodies, read_request
-from flexgate.server.http.errors import Forbidden, Invalid, NotFound, Unavailable
+from flexgate.server.http.errors import Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_policy
 from flexgate.server.inference.counterfactual import Counterfactual, passes_of
 from flexgate.server.inference.enforcement import Right, RunningRequests
@@ -339,11 +340,7 @@ def experts_of(decision: Decision, client: GatedEngineClient) -> tuple[ExpertSlo
             "An expert of this request is being replaced or revoked. Try again.", code="experts_changing"
         ) from None
     if not client.slot_map.covers(bitmask_of(refs)):
-        raise Forbidden(
-            "The experts of this request leave a layer of the model without any, so it cannot be answered. "
-            "Let more experts take part, or ask an administrator for agreements on more.",
-            code="layer_without_expert",
-        )
+        raise from_policy(LayerWithoutExpert(LAYER_WITHOUT_EXPERT))
     if len(gates) >= MAX_GATES:
         gates.clear()
     gates[decision.allowed] = refs

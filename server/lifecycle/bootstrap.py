@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flexgate.experts.checkpoint.ownership import Ownership
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.policies.errors import StoreUnavailable
 from flexgate.policies.store.demo import DEMO_KEYS
@@ -73,7 +74,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             engine_settings, revoked=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
         planned = plan(engine_settings)
-        _prepare(settings, store, before, at=clock())
+        _prepare(settings, store, before, checkpoint.ownership, at=clock())
         with _interruptible():
             launching = launch(engine_settings, stage, clock=clock)
             engine = await launching.__aenter__()
@@ -208,9 +209,9 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare(settings: Settings, store: Store, start: AtStart, *, at: float) -> None:
+def _prepare(settings: Settings, store: Store, start: AtStart, ownership: Ownership, *, at: float) -> None:
     prepare = seed.prepare_demo if settings.demo else seed.prepare
-    prepare(store, start.resident, epoch=start.epoch, at=at)
+    prepare(store, start.resident, epoch=start.epoch, at=at, empty_layers=ownership.empty_layers)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
 
 

@@ -8,13 +8,15 @@ the same id are refused, because one owner's agreements would then hold for the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from flexgate.policies.documents import Expert, Role
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import demo
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
+from flexgate.policies.store.change import Change
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.restore import Loaded
 
@@ -30,13 +32,22 @@ class ManifestRefused(Exception):
     """The checkpoint's manifest names owners that the policy cannot tell apart."""
 
 
-def prepare_demo(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
+EmptyLayers = Mapping[str, frozenset[int]]
+"""The layers that have experts and none of a unit, of each unit that has such."""
+_NONE: Final[EmptyLayers] = MappingProxyType({})
+
+
+def prepare_demo(
+    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, empty_layers: EmptyLayers = _NONE
+) -> None:
     """Migrate and seed the demo's store."""
     store.migrate()
-    demo.seed(store, _manifest(experts), epoch=epoch, at=at)
+    demo.seed(store, _manifest(experts, empty_layers), epoch=epoch, at=at)
 
 
-def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -> None:
+def prepare(
+    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, empty_layers: EmptyLayers = _NONE
+) -> None:
     """Migrate, and add unknown experts without any agreement.
 
     Raises:
@@ -51,13 +62,18 @@ def prepare(store: Store, experts: Iterable[Loaded], *, epoch: int, at: float) -
         )
     revoked = store.weights().revoked
     with store.change(actor=_ACTOR, note="start", at=at) as change:
-        put_catalogue(change, _manifest(experts), epoch=epoch)
-        for expert in change.all(Expert):
-            if expert.required and not expert.live and expert.id not in revoked:
-                raise ChangeRefused(
-                    f"every request requires expert {expert.id!r}, which this checkpoint does not have: serve one that "
-                    "has it, or take it out of 'required_experts' with 'flexgate policy apply'"
-                )
+        put_catalogue(change, _manifest(experts, empty_layers), epoch=epoch)
+        _require_required(change, revoked)
+
+
+def _require_required(change: Change, revoked: Collection[str]) -> None:
+    """Refuse a start that could answer nothing; what was revoked can be added while the server runs."""
+    for expert in change.all(Expert):
+        if expert.required and not expert.live and expert.id not in revoked:
+            raise ChangeRefused(
+                f"every request requires expert {expert.id!r}, which this checkpoint does not have: serve one that has "
+                "it, or take it out of 'required_experts' with 'flexgate policy apply'"
+            )
 
 
 def first_admin_key(store: Store, *, at: float) -> str | None:
@@ -78,9 +94,14 @@ def owner_id(name: str) -> str:
     return id_
 
 
-def _manifest(experts: Iterable[Loaded]) -> list[ManifestExpert]:
+def _manifest(experts: Iterable[Loaded], empty_layers: EmptyLayers) -> list[ManifestExpert]:
     names: dict[str, str] = {}
-    return [ManifestExpert(e.id, _one_id(e.owner, names), e.domain, e.required, e.grade) for e in experts]
+    return [
+        ManifestExpert(
+            e.id, _one_id(e.owner, names), e.domain, e.required, e.grade, empty_layers.get(e.id, frozenset())
+        )
+        for e in experts
+    ]
 
 
 def _one_id(owner: str | None, names: dict[str, str]) -> str | None:

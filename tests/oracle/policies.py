@@ -120,7 +120,12 @@ def decide(world, tenant_id, request, now):
     wanted = tenant["default_experts"] if request["only"] is None else request["only"]
     kept = may if wanted is None else may & (expand(wanted, world["sets"]) | must)
     kept = kept - ignore
-    return (kept, listed - kept) if kept else "EmptyGate"
+    if not kept:
+        return "EmptyGate"
+    gate = [e for e in world["experts"] if e["id"] in kept]
+    if any(all(layer in e.get("empty_layers", ()) for e in gate) for layer in range(3)):
+        return "LayerWithoutExpert"
+    return kept, listed - kept
 
 
 def valid_until(world, tenant_id, request, now):

@@ -9,8 +9,8 @@ import pytest
 
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.errors import DecisionRefused, UnknownTenant
-from flexgate.policies.explain import explain
+from flexgate.policies.errors import ContextRefused, DecisionRefused, LayerWithoutExpert, UnknownTenant
+from flexgate.policies.explain import explain, refusal
 from flexgate.policies.simulate import Replay, simulate
 
 REQUEST = DecisionRequest(decision_id="d")
@@ -35,6 +35,20 @@ def test_allowed_experts_name_their_agreements_and_others_their_reason(world, is
     assert explained["math"].refused.code == "no_agreement"
     assert {e.grade for e in explained.values()} == {"unknown"}
     assert (explained["math"].until, explained["math"].permitted_by) == (None, ())
+
+
+def test_why_requests_are_refused_is_explained_beside_the_experts(world):
+    experts = [{**one, "empty_layers": [1] if one["id"] == "public" else [0, 1]} for one in world.experts]
+    experts[2]["empty_layers"] = [0]
+    snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list", expert_ids=["math"])], experts)
+    refused = refusal(snapshot, "acme", REQUEST, 1.0)
+    assert type(refused) is LayerWithoutExpert
+    assert str(refused).startswith("The experts of this request leave a layer of the model without any")
+    whole = world.build(world.all_permitted(), [world.tenant(mode="deny_list")], experts)
+    assert refusal(whole, "acme", REQUEST, 1.0) is None
+    assert refusal(whole, "acme", DecisionRequest(decision_id="d", only=()), 1.0) is None, "a filter is not its matter"
+    with pytest.raises(ContextRefused):
+        refusal(whole, "acme", DecisionRequest(decision_id="d", purpose="search"), 1.0)
 
 
 def test_explaining_an_unknown_tenant_is_refused(world):

@@ -83,6 +83,11 @@ def test_experts_without_an_owner_are_decided_as_the_oracle_says(oracle, worlds)
     _check(oracle, worlds, 4, 3_000, lambda rng: worlds.disown(rng, worlds.random_world(rng)))
 
 
+def test_a_gate_that_leaves_a_layer_without_an_expert_is_refused_as_the_oracle_says(oracle, worlds):
+    thin = _compare(oracle, lambda rng: worlds.thin(rng, worlds.random_world(rng)), worlds, random.Random(5), 3_000, 25)
+    assert min(thin["LayerWithoutExpert"], thin["lasting"], thin["finite"]) > 100, thin
+
+
 @pytest.mark.slow
 @pytest.mark.sliced(2)
 @pytest.mark.parametrize("seed", range(10))

@@ -54,6 +54,13 @@ def disown(rng: random.Random, world: World) -> World:
     return world
 
 
+def thin(rng: random.Random, world: World) -> World:
+    """Take some experts out of some of three layers."""
+    for expert in world["experts"]:
+        expert["empty_layers"] = rng.sample(range(3), rng.choice([0, 1, 1, 2, 3]))
+    return world
+
+
 def tenant(rng: random.Random, id_: str) -> dict[str, Any]:
     names = IDS[1:] + SETS
     return {

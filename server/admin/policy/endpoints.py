@@ -29,6 +29,7 @@ from flexgate.server.admin.policy.schemas import (
     Simulate,
     change_object,
     explanation_object,
+    refusal_object,
     revision_object,
     simulation_object,
 )
@@ -44,11 +45,15 @@ router: Final = OperationRouter()
 
 @router.operation("GET", "/v1/policy/explain", roles=_EXPLAIN)
 def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
-    """Explain for every listed expert why a project may use it, or why not and what to do."""
+    """Explain for every listed expert why a project may use it, or why not and what to do.
+
+    `refusal` says why requests without a filter are refused, if they are.
+    """
     project_id = _project(call)
     request = DecisionRequest(decision_id="explain", purpose=call.query.purpose, region=call.query.region)
     try:
         found = explaining.explain(call.snapshot, project_id, request, call.now)
+        refused = explaining.refusal(call.snapshot, project_id, request, call.now)
     except ContextRefused as error:  # a query has no 'flexgate' around its parameters
         raise ContextRefused(str(error), param=(error.param or "").removeprefix("flexgate.")) from None
     hidden = None
@@ -58,6 +63,7 @@ def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
     return PolicyExplanation(
         project_id=project_id,
         policy_version=call.snapshot.policy_version,
+        refusal=refusal_object(refused),
         experts=[explanation_object(explanation) for explanation in found],
         hidden=hidden,
     )

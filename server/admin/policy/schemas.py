@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from flexgate.policies.documents import Grade
+from flexgate.policies.errors import DecisionRefused
 from flexgate.policies.explain import Explanation
 from flexgate.policies.simulate import Difference, Replay
 from flexgate.policies.store.gitops import Plan, PolicyFile
 from flexgate.policies.store.revisions import ObjectChange, Revision
 from flexgate.server.admin.pages import Identified, PageOf
-from flexgate.server.http.refusals import reason_json
+from flexgate.server.http.refusals import from_policy, reason_json
 from flexgate.server.http.schemas import Reason, Shown, is_none
 from flexgate.server.http.validation import Closed
 
@@ -82,12 +83,23 @@ class ExplanationObject(Shown):
     reason: Reason | None
 
 
+class RequestRefusal(Shown):
+    """The error that requests without a filter get."""
+
+    code: str | None
+    message: str
+
+
 class PolicyExplanation(Shown):
-    """Why a project may use what it may. Its own key is not shown what is hidden from it."""
+    """Why a project may use what it may. Its own key is not shown what is hidden from it.
+
+    `refusal` is null where a request without a filter is answered.
+    """
 
     object: Literal["policy.explanation"] = "policy.explanation"
     project_id: str
     policy_version: int
+    refusal: RequestRefusal | None
     experts: list[ExplanationObject]
     hidden: Annotated[list[str] | None, Field(exclude_if=is_none)] = None
 
@@ -178,6 +190,11 @@ def explanation_object(explanation: Explanation) -> ExplanationObject:
         required_by=list(explanation.required_by),
         reason=None if explanation.refused is None else Reason(**reason_json(explanation.refused)),
     )
+
+
+def refusal_object(error: DecisionRefused | None) -> RequestRefusal | None:
+    """What a request is refused with."""
+    return None if error is None else RequestRefusal(code=from_policy(error).code, message=str(error))
 
 
 def difference_object(difference: Difference) -> DifferenceObject:

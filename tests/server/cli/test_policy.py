@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from flexgate.policies.documents import Expert
 from flexgate.policies.store import Store
 from flexgate.policies.store.gitops import PolicyFile
 
@@ -95,7 +96,20 @@ def test_explain_says_why_and_what_to_do(flexgate: Run) -> None:
     )
     assert "secret" not in "".join(said)
     found = json.loads(flexgate("policy", "explain", "t", "--json").output)
-    assert found[2]["reason"]["code"] == "not_in_allow_list"
+    assert found["experts"][2]["reason"]["code"] == "not_in_allow_list"
+    assert found["refusal"] is None
+
+
+def test_explain_says_that_requests_would_leave_a_layer_without_an_expert(flexgate: Run, real_store: Store) -> None:
+    with real_store.change(actor="test", at=2.0) as change:
+        for expert in change.all(Expert):
+            change.put(expert.model_copy(update={"empty_layers": frozenset({3})}))
+    said = flexgate("policy", "explain", "t").output.splitlines()
+    assert said[-1].startswith(
+        "Requests are refused (layer_without_expert): The experts of this request leave a layer of the model without"
+    )
+    refused = json.loads(flexgate("policy", "explain", "t", "--json").output)["refusal"]
+    assert refused["code"] == "layer_without_expert"
 
 
 def test_simulate_says_who_gains_and_loses(flexgate: Run, policy_file: Run) -> None:

@@ -99,6 +99,16 @@ def test_units_of_a_model_without_owners_are_gated_by_projects_lists_alone(model
     assert allowed == {"new": ("public",), "law": ("public", "law"), "rest": ("public", "news", "math")}
 
 
+def test_the_catalogue_knows_which_layers_a_unit_is_in(model: Path, tmp_path: Path) -> None:
+    write(model, Ownership(UNITS[:3], (bytes((0, 1, 1, 1)), bytes((0, 2, 2, 2)))).to_json())
+    store = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
+    checkpoint = read_checkpoint(model)
+    prepare(store, checkpoint.experts, epoch=1, at=1.0, empty_layers=checkpoint.ownership.empty_layers)
+    snapshot = store.snapshot()
+    store.close()
+    assert snapshot.empty_layers == {UNITS[1].id: {1}, UNITS[2].id: {0}}
+
+
 def test_a_file_that_does_not_fit_the_weights_is_refused(model: Path) -> None:
     write(model, Ownership(UNITS, (IDENTITY,) * 3).to_json())
     with pytest.raises(CheckpointError, match="names layer 2; the checkpoint has layers 0 to 1"):
