@@ -18,12 +18,14 @@ from typing import Final
 from flexgate.policies import reasons
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.decision import Decision, DecisionRequest, Reason, allow
+from flexgate.policies.documents import Grade, is_below
 from flexgate.policies.entitlements import ANYTHING, Context, Entitlements, entitlements
 from flexgate.policies.errors import (
     ContextRefused,
     EmptyGate,
     ExpertDenied,
     ExpertRequired,
+    GradeTooLow,
     InvalidName,
     LayerWithoutExpert,
     RequiredExpertMissing,
@@ -116,7 +118,7 @@ def apply_filter(
         _check_allowed(entitled, only)
     kept, left_out = entitled.lost_at, _NO_REASONS
     if only is not None or tenant.default_experts is not None or ignore:
-        left_out = _left_out(entitled, only, tenant.default_experts, ignore, entitled.required.experts)
+        left_out = _left_out(snapshot, entitled, only, tenant.default_experts, ignore)
         kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
     if not kept:
         raise EmptyGate(
@@ -124,6 +126,8 @@ def apply_filter(
             param="flexgate.experts",
         )
     _check_layers(snapshot.empty_layers, kept)
+    if tenant.min_grade is not None:
+        _check_grades(snapshot, tenant, tenant.min_grade, kept)
     return Decision(
         decision_id=request.decision_id,
         tenant_id=tenant.id,
@@ -201,6 +205,19 @@ def _check_layers(empty: Mapping[ExpertId, frozenset[int]], kept: Mapping[Expert
         raise LayerWithoutExpert(reasons.LAYER_WITHOUT_EXPERT)
 
 
+def _check_grades(snapshot: Snapshot, tenant: TenantRules, least: Grade, kept: Mapping[ExpertId, float]) -> None:
+    """What is excluded is excluded as completely as the tenant demands, or nothing is answered.
+
+    Hidden experts count too, and are not named.
+    """
+    poor = [id_ for id_, expert in snapshot.experts.items() if id_ not in kept and is_below(expert.grade, least)]
+    if not poor:
+        return
+    hidden = snapshot.hidden_from(tenant)
+    listed = [f"'{id_}' (grade '{snapshot.experts[id_].grade}')" for id_ in poor if id_ not in hidden]
+    raise GradeTooLow(reasons.grade_too_low(listed, least))
+
+
 def _check_allowed(entitled: Entitlements, only: frozenset[ExpertId]) -> None:
     denied = [reason for expert, reason in entitled.refused.items() if expert in only]
     if denied:
@@ -208,20 +225,21 @@ def _check_allowed(entitled: Entitlements, only: frozenset[ExpertId]) -> None:
 
 
 def _left_out(
+    snapshot: Snapshot,
     entitled: Entitlements,
     only: frozenset[ExpertId] | None,
     default_experts: frozenset[ExpertId] | None,
     ignore: frozenset[ExpertId],
-    required: frozenset[ExpertId],
 ) -> Mapping[ExpertId, Reason]:
     """The allowed experts that the request leaves out, each with its reason."""
     wanted, because = (default_experts, reasons.outside_default_set) if only is None else (only, reasons.outside_only)
+    required = entitled.required.experts
     left_out: dict[ExpertId, Reason] = {}
     for expert in entitled.lost_at:
         if expert in ignore:
-            left_out[expert] = reasons.ignored(expert)
+            left_out[expert] = reasons.ignored(expert, snapshot.experts[expert].grade)
         elif wanted is not None and expert not in wanted and expert not in required:
-            left_out[expert] = because(expert)
+            left_out[expert] = because(expert, snapshot.experts[expert].grade)
     return left_out
 
 

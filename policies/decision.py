@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexgate.policies.compiled.agreements import CompiledAgreement
+from flexgate.policies.documents import Grade
 from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.vocabulary import Purpose, Region
 
@@ -29,9 +30,10 @@ def allow(experts: Iterable[ExpertId]) -> AllowedExperts:
 
 
 class Reason(NamedTuple):
-    """Why one expert is excluded. `message` names the rule and what to do."""
+    """Why one expert is excluded. `message` names the rule and what to do, `grade` what excluding it excludes."""
 
     expert: ExpertId
+    grade: Grade
     code: str
     rule: str
     message: str

@@ -69,7 +69,8 @@ class Tenant(Document):
     `purposes` and `regions` are what its requests may declare; a request that declares none stands
     for all of them, which limited permissions do not reach. `default_experts` is the
     `only` of requests without one. `hidden` and `listed` override the catalogue's visibility. `key_quotas`
-    are by key id and apply in addition to `quota`.
+    are by key id and apply in addition to `quota`. `min_grade` is the least grade of what its requests exclude; None
+    excludes whatever the grade.
     """
 
     id: TenantIdField
@@ -80,6 +81,7 @@ class Tenant(Document):
     listed: References = frozenset()
     default_experts: SetOf[ExpertReference] | None = None
     anchor_optional: bool = False
+    min_grade: Literal["shared", "router", "removed"] | None = None
     groups: SetOf[GroupIdField] = frozenset()
     purposes: SetOf[PurposeField] = frozenset()
     regions: SetOf[RegionField] = frozenset()
@@ -91,6 +93,12 @@ class Tenant(Document):
 Grade = Literal["removed", "router", "shared", "unknown"]
 """What excluding an expert excludes: all that was learnt from its data (`removed`); all but what a router has learnt
 that was trained with it (`router`), or shared weights that were trained or averaged with it (`shared`)."""
+_BY_STRENGTH: Final[tuple[Grade, ...]] = ("unknown", "shared", "router", "removed")
+
+
+def is_below(grade: Grade, least: Grade) -> bool:
+    """Whether a grade promises less than `least`."""
+    return _BY_STRENGTH.index(grade) < _BY_STRENGTH.index(least)
 
 
 class Expert(Document):

@@ -206,7 +206,7 @@ def _nearest_miss(expert: Expert, permits: list[CompiledAgreement], context: Con
         return reasons.not_started(expert, min(coming, key=lambda c: (c.starts, c.agreement_id)))
     if covering:
         return reasons.ended(expert, min(covering, key=lambda c: (-c.ends, c.agreement_id)))
-    return reasons.no_agreement(expert.id, expert.owner)
+    return reasons.no_agreement(expert.id, expert.owner, expert.grade)
 
 
 def _out_of_scope(expert: Expert, in_force: list[CompiledAgreement], context: Context) -> Reason:

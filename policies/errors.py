@@ -16,7 +16,8 @@ PolicyError
 │   ├── ExpertRequired     a required expert ignored
 │   ├── RequiredExpertMissing  a required expert is not served, or not permitted
 │   ├── EmptyGate          nothing left; never widened
-│   └── LayerWithoutExpert  what is left has no expert in some layer
+│   ├── LayerWithoutExpert  what is left has no expert in some layer
+│   └── GradeTooLow        what is excluded is excluded less completely than the tenant demands
 └── StoreError
     ├── StoreUnavailable   no connection, locked, not a database
     │   ├── StoreReplaced  another file, or none, where the one was that this process opened
@@ -116,6 +117,10 @@ class EmptyGate(DecisionRefused):
 
 class LayerWithoutExpert(DecisionRefused):
     """The experts of the request leave a layer of the model without any."""
+
+
+class GradeTooLow(DecisionRefused):
+    """Excluding an expert excludes less than the tenant demands."""
 
 
 class StoreError(PolicyError):

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from flexgate.policies.compiled.agreements import CompiledAgreement
 from flexgate.policies.decision import Reason
-from flexgate.policies.documents import Expert
+from flexgate.policies.documents import Expert, Grade
 from flexgate.policies.ids import ExpertId, OwnerId
 
 _once = lru_cache(maxsize=16_384)
@@ -36,8 +36,10 @@ class Standard(NamedTuple):
 
 def standard(expert: Expert) -> Standard:
     id_ = expert.id
-    missing = None if expert.owner is None else no_agreement(id_, expert.owner)
-    return Standard(missing, not_on_allow_list(id_), on_deny_list(id_), not_live(id_))
+    missing = None if expert.owner is None else no_agreement(id_, expert.owner, expert.grade)
+    return Standard(
+        missing, not_on_allow_list(id_, expert.grade), on_deny_list(id_, expert.grade), not_live(id_, expert.grade)
+    )
 
 
 def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
@@ -54,6 +56,7 @@ def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
         actions += f", or try again after {_utc(agreement.ends)}"
     return Reason(
         expert.id,
+        expert.grade,
         "prohibited",
         agreement.rule,
         f"{_agreement(agreement)} prohibits this project from using expert '{expert.id}'{only}. {actions}.",
@@ -61,9 +64,10 @@ def prohibited(expert: Expert, agreement: CompiledAgreement) -> Reason:
 
 
 @_once
-def no_agreement(expert: ExpertId, owner: OwnerId | None) -> Reason:
+def no_agreement(expert: ExpertId, owner: OwnerId | None, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "no_agreement",
         "default_deny",
         f"No agreement permits this project to use expert '{expert}'. Ask its owner, {owner}, for one.",
@@ -73,6 +77,7 @@ def no_agreement(expert: ExpertId, owner: OwnerId | None) -> Reason:
 def purpose_not_permitted(expert: Expert, agreement: CompiledAgreement, purpose: str | None) -> Reason:
     return Reason(
         expert.id,
+        expert.grade,
         "purpose_not_permitted",
         agreement.rule,
         f"{_agreement(agreement)} permits expert '{expert.id}' for these purposes only: "
@@ -84,6 +89,7 @@ def purpose_not_permitted(expert: Expert, agreement: CompiledAgreement, purpose:
 def region_not_permitted(expert: Expert, agreement: CompiledAgreement, region: str | None) -> Reason:
     return Reason(
         expert.id,
+        expert.grade,
         "region_not_permitted",
         agreement.rule,
         f"{_agreement(agreement)} permits expert '{expert.id}' in these regions only: "
@@ -95,6 +101,7 @@ def region_not_permitted(expert: Expert, agreement: CompiledAgreement, region: s
 def not_started(expert: Expert, agreement: CompiledAgreement) -> Reason:
     return Reason(
         expert.id,
+        expert.grade,
         "agreement_not_started",
         agreement.rule,
         f"{_agreement(agreement)} permits expert '{expert.id}' only from {_utc(agreement.starts)} on. Try again then.",
@@ -104,6 +111,7 @@ def not_started(expert: Expert, agreement: CompiledAgreement) -> Reason:
 def ended(expert: Expert, agreement: CompiledAgreement) -> Reason:
     return Reason(
         expert.id,
+        expert.grade,
         "agreement_ended",
         agreement.rule,
         f"{_agreement(agreement)} permitted expert '{expert.id}' until {_utc(agreement.ends)}. "
@@ -112,9 +120,10 @@ def ended(expert: Expert, agreement: CompiledAgreement) -> Reason:
 
 
 @_once
-def not_on_allow_list(expert: ExpertId) -> Reason:
+def not_on_allow_list(expert: ExpertId, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "not_in_allow_list",
         "project/allow_list",
         f"Expert '{expert}' is not on this project's allow list. Ask an administrator to add it.",
@@ -122,9 +131,10 @@ def not_on_allow_list(expert: ExpertId) -> Reason:
 
 
 @_once
-def on_deny_list(expert: ExpertId) -> Reason:
+def on_deny_list(expert: ExpertId, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "in_deny_list",
         "project/deny_list",
         f"Expert '{expert}' is on this project's deny list. Ask an administrator to remove it.",
@@ -132,9 +142,10 @@ def on_deny_list(expert: ExpertId) -> Reason:
 
 
 @_once
-def not_live(expert: ExpertId) -> Reason:
+def not_live(expert: ExpertId, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "not_live",
         "expert/live",
         f"Expert '{expert}' is not loaded on this server. Ask an administrator to load it.",
@@ -142,9 +153,10 @@ def not_live(expert: ExpertId) -> Reason:
 
 
 @_once
-def outside_default_set(expert: ExpertId) -> Reason:
+def outside_default_set(expert: ExpertId, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "not_in_default_set",
         "project/default_experts",
         f"Expert '{expert}' is not in this project's default expert set. Name it in 'flexgate.experts.only' to use it.",
@@ -152,9 +164,10 @@ def outside_default_set(expert: ExpertId) -> Reason:
 
 
 @_once
-def outside_only(expert: ExpertId) -> Reason:
+def outside_only(expert: ExpertId, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "not_requested",
         "request/only",
         f"'flexgate.experts.only' does not name expert '{expert}'. Name it there to use it.",
@@ -162,12 +175,22 @@ def outside_only(expert: ExpertId) -> Reason:
 
 
 @_once
-def ignored(expert: ExpertId) -> Reason:
+def ignored(expert: ExpertId, grade: Grade) -> Reason:
     return Reason(
         expert,
+        grade,
         "ignored",
         "request/ignore",
         f"'flexgate.experts.ignore' names expert '{expert}'. Remove it from there to use it.",
+    )
+
+
+def grade_too_low(listed: list[str], least: Grade) -> str:
+    """Why nothing is answered where excluding an expert excludes too little; `listed` are those that may be named."""
+    return (
+        f"This project demands that what a request excludes has at least the grade '{least}', and excluding "
+        f"{'expert ' + ', '.join(listed) if listed else 'some expert'} excludes less. "
+        "Use the expert, or ask an administrator to change 'min_grade'."
     )
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.compiled.agreements import ANCHOR, AssigneeAgreements, CompiledAgreement, compile_agreement
-from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Quota, Role, Tenant
+from flexgate.policies.documents import Expert, ExpertSet, Grade, KeyRecord, Quota, Role, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.ids import ExpertId, SetId, TenantId
 
@@ -29,6 +29,7 @@ class TenantRules:
     unlisted: frozenset[ExpertId]
     default_experts: frozenset[ExpertId] | None
     may_ignore: frozenset[ExpertId]
+    min_grade: Grade | None
     assignees: tuple[str, ...]
     purposes: frozenset[str]
     regions: frozenset[str]
@@ -59,6 +60,7 @@ class Compiler:
             listed=self._expand(where, tenant.listed),
             unlisted=self._expand(where, tenant.hidden),
             default_experts=None if tenant.default_experts is None else self._expand(where, tenant.default_experts),
+            min_grade=tenant.min_grade,
             may_ignore=ANCHOR if tenant.anchor_optional else frozenset(),
             assignees=(
                 "everyone",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from flexgate.policies.documents import Expert, Grade
@@ -21,14 +21,19 @@ class ManifestExpert(NamedTuple):
     empty_layers: frozenset[int] = frozenset()
 
 
-def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: int) -> list[Expert]:
+def put_catalogue(
+    change: Change, experts: Iterable[ManifestExpert], *, epoch: int, held: Mapping[str, Grade] | None = None
+) -> list[Expert]:
     """Add unknown experts, which no tenant may use yet, and set which ones are live.
 
-    Every start does it, before its first snapshot. Experts that are not served stay in the catalogue, not live.
+    Every start does it, before its first snapshot. Experts that are not served stay in the catalogue, not live. Of what
+    the checkpoint does not hold either nothing is left, which is the grade `removed`; of what it holds and was revoked,
+    shared weights may have learnt.
 
     Args:
         experts: what will be served, in slot order, `public` among them.
         epoch: the weights epoch at which `experts` was read.
+        held: the grades of what the checkpoint holds, served or not; None for nothing.
 
     Returns:
         The live experts.
@@ -49,5 +54,5 @@ def put_catalogue(change: Change, experts: Iterable[ManifestExpert], *, epoch: i
     present = {expert.id for expert in live}
     for expert in change.all(Expert):
         if expert.id not in present:
-            change.put(expert.model_copy(update={"live": False}))
+            change.put(expert.model_copy(update={"live": False, "grade": (held or {}).get(expert.id, "removed")}))
     return live

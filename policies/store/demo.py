@@ -4,13 +4,13 @@ beyond loopback, and refuse a normal start on a store for which `holds_demo_keys
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from sqlalchemy import select
 
 from flexgate.policies.agreements import Agreement
-from flexgate.policies.documents import Expert, Role, Tenant
+from flexgate.policies.documents import Expert, Grade, Role, Tenant
 from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store import schema
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
@@ -32,15 +32,22 @@ _ADMIN_KEY: Final = "sk-demo-admin"
 DEMO_KEYS: Final = (*_TENANTS, _ADMIN_KEY)
 
 
-def seed(store: Store, experts: Iterable[ManifestExpert], *, epoch: int, at: float) -> None:
+def seed(
+    store: Store,
+    experts: Iterable[ManifestExpert],
+    *,
+    epoch: int,
+    at: float,
+    held: Mapping[str, Grade] | None = None,
+) -> None:
     """Put the demo and the checkpoint's experts into a migrated store. `at` is Unix seconds.
 
-    `experts` and `epoch` are those of `put_catalogue`; the experts include `news`. On a store that has the demo
+    `experts`, `epoch` and `held` are those of `put_catalogue`; the experts include `news`. On a store that has the demo
     already only the catalogue is brought up to date, so that what an administrator changed stays
     changed, and an expert that is new gets no agreement.
     """
     with store.change(actor=_ACTOR, note="demo", at=at) as change:
-        catalogue = put_catalogue(change, experts, epoch=epoch)
+        catalogue = put_catalogue(change, experts, epoch=epoch, held=held)
         if not change.has_key(_ADMIN_KEY):
             _put_first(change, catalogue)
 

@@ -14,6 +14,7 @@ from flexgate.policies.errors import (
     EmptyGate,
     ExpertDenied,
     ExpertRequired,
+    GradeTooLow,
     LayerWithoutExpert,
     ObjectUnknown,
     PolicyError,
@@ -94,6 +95,8 @@ def _from_decision(error: DecisionRefused) -> ApiError:
         return NotFound(message, code=UNKNOWN_EXPERT, param=error.param)
     if isinstance(error, LayerWithoutExpert):
         return ApiError(message, status=HTTPStatus.FORBIDDEN, code="layer_without_expert")
+    if isinstance(error, GradeTooLow):
+        return ApiError(message, status=HTTPStatus.FORBIDDEN, code="grade_too_low")
     if isinstance(error, UnknownTenant | TenantArchived):
         return ApiError(message, status=HTTPStatus.FORBIDDEN, code="project_not_active")
     if isinstance(error, RequiredExpertMissing):
@@ -110,6 +113,7 @@ def reason_json(reason: Reason) -> dict[str, Any]:
     """Why one expert takes no part, as every response shows it."""
     return {
         "expert": reason.expert,
+        "grade": reason.grade,
         "code": reason.code,
         "rule": reason.rule,
         "message": reason.message,

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flexgate.policies.documents import Grade
+
 
 def is_none(value: object) -> bool:
     """For fields that are left out where they have no value."""
@@ -21,9 +23,10 @@ class Shown(BaseModel):
 
 
 class Reason(Shown):
-    """Why one expert takes no part."""
+    """Why one expert takes no part. `grade`: what excluding it excludes."""
 
     expert: str
+    grade: Grade
     code: str
     rule: str
     message: str

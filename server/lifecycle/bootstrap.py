@@ -211,7 +211,7 @@ def _interruptible() -> Iterator[None]:
 
 def _prepare(settings: Settings, store: Store, start: AtStart, ownership: Ownership, *, at: float) -> None:
     prepare = seed.prepare_demo if settings.demo else seed.prepare
-    prepare(store, start.resident, epoch=start.epoch, at=at, empty_layers=ownership.empty_layers)
+    prepare(store, start.resident, epoch=start.epoch, at=at, ownership=ownership)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
 
 

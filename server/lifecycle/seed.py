@@ -8,11 +8,11 @@ the same id are refused, because one owner's agreements would then hold for the 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Collection, Iterable
 from typing import Final
 
-from flexgate.policies.documents import Expert, Role
+from flexgate.experts.checkpoint.ownership import Ownership
+from flexgate.policies.documents import Expert, Grade, Role
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import demo
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
@@ -32,23 +32,21 @@ class ManifestRefused(Exception):
     """The checkpoint's manifest names owners that the policy cannot tell apart."""
 
 
-EmptyLayers = Mapping[str, frozenset[int]]
-"""The layers that have experts and none of a unit, of each unit that has such."""
-_NONE: Final[EmptyLayers] = MappingProxyType({})
-
-
 def prepare_demo(
-    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, empty_layers: EmptyLayers = _NONE
+    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, ownership: Ownership | None = None
 ) -> None:
     """Migrate and seed the demo's store."""
     store.migrate()
-    demo.seed(store, _manifest(experts, empty_layers), epoch=epoch, at=at)
+    demo.seed(store, _manifest(experts, ownership), epoch=epoch, at=at, held=_held(ownership))
 
 
 def prepare(
-    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, empty_layers: EmptyLayers = _NONE
+    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, ownership: Ownership | None = None
 ) -> None:
     """Migrate, and add unknown experts without any agreement.
+
+    Args:
+        ownership: whose the checkpoint's experts are, also of those that are not served; None holds nothing else.
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.
@@ -62,7 +60,7 @@ def prepare(
         )
     revoked = store.weights().revoked
     with store.change(actor=_ACTOR, note="start", at=at) as change:
-        put_catalogue(change, _manifest(experts, empty_layers), epoch=epoch)
+        put_catalogue(change, _manifest(experts, ownership), epoch=epoch, held=_held(ownership))
         _require_required(change, revoked)
 
 
@@ -94,14 +92,17 @@ def owner_id(name: str) -> str:
     return id_
 
 
-def _manifest(experts: Iterable[Loaded], empty_layers: EmptyLayers) -> list[ManifestExpert]:
+def _manifest(experts: Iterable[Loaded], ownership: Ownership | None) -> list[ManifestExpert]:
     names: dict[str, str] = {}
+    empty = {} if ownership is None else ownership.empty_layers
     return [
-        ManifestExpert(
-            e.id, _one_id(e.owner, names), e.domain, e.required, e.grade, empty_layers.get(e.id, frozenset())
-        )
+        ManifestExpert(e.id, _one_id(e.owner, names), e.domain, e.required, e.grade, empty.get(e.id, frozenset()))
         for e in experts
     ]
+
+
+def _held(ownership: Ownership | None) -> dict[str, Grade]:
+    return {} if ownership is None else {unit.id: unit.grade for unit in ownership.units}
 
 
 def _one_id(owner: str | None, names: dict[str, str]) -> str | None:

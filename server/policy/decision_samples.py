@@ -18,6 +18,7 @@ from flexgate.policies.errors import (
     EmptyGate,
     ExpertDenied,
     ExpertRequired,
+    GradeTooLow,
     LayerWithoutExpert,
     RequiredExpertMissing,
     StoreError,
@@ -28,7 +29,7 @@ from flexgate.policies.store.store import Store
 
 MAX_WAITING_OF_ONE: Final = 50
 FLUSH_EVERY_S: Final = 5.0
-_ABOUT_LISTED: Final = (EmptyGate, ExpertDenied, ExpertRequired, LayerWithoutExpert, RequiredExpertMissing)
+_ABOUT_LISTED: Final = (EmptyGate, ExpertDenied, ExpertRequired, GradeTooLow, LayerWithoutExpert, RequiredExpertMissing)
 """Refusals of requests that name nothing but listed experts."""
 
 logger = logging.getLogger(__name__)

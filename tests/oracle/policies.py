@@ -125,6 +125,10 @@ def decide(world, tenant_id, request, now):
     gate = [e for e in world["experts"] if e["id"] in kept]
     if any(all(layer in e.get("empty_layers", ()) for e in gate) for layer in range(3)):
         return "LayerWithoutExpert"
+    strength = ["unknown", "shared", "router", "removed"].index
+    least = tenant.get("min_grade") or "unknown"
+    if any(strength(e["grade"]) < strength(least) for e in world["experts"] if e["id"] not in kept and "grade" in e):
+        return "GradeTooLow"
     return kept, listed - kept
 
 

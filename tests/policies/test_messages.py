@@ -12,7 +12,7 @@ NO_AGREEMENT = "No agreement permits this project to use expert 'news'. Ask its 
 def _news(world, terms, tenant=None, **request):
     snapshot = world.build(terms, [world.tenant(**{"mode": "deny_list"} | (tenant or {}))])
     reasons = {r.expert: r for r in world.ask(snapshot, now=1_000_000.0, **request).excluded}
-    return tuple(reasons["news"])[1:]
+    return tuple(reasons["news"])[2:]
 
 
 def test_no_agreement(world):
@@ -105,6 +105,7 @@ def test_not_live(world):
     snapshot = world.build([world.agreement()], [world.tenant(mode="deny_list")], experts)
     assert tuple(world.ask(snapshot).excluded[0]) == (
         "news",
+        "unknown",
         "not_live",
         "expert/live",
         "Expert 'news' is not loaded on this server. Ask an administrator to load it.",

@@ -85,7 +85,14 @@ def test_experts_without_an_owner_are_decided_as_the_oracle_says(oracle, worlds)
 
 def test_a_gate_that_leaves_a_layer_without_an_expert_is_refused_as_the_oracle_says(oracle, worlds):
     thin = _compare(oracle, lambda rng: worlds.thin(rng, worlds.random_world(rng)), worlds, random.Random(5), 3_000, 25)
-    assert min(thin["LayerWithoutExpert"], thin["lasting"], thin["finite"]) > 100, thin
+    assert min(thin["LayerWithoutExpert"], thin["lasting"], thin["finite"]) > 20, thin
+
+
+def test_an_exclusion_of_too_low_a_grade_is_refused_as_the_oracle_says(oracle, worlds):
+    graded = _compare(
+        oracle, lambda rng: worlds.grade(rng, worlds.random_world(rng)), worlds, random.Random(6), 3_000, 25
+    )
+    assert min(graded["GradeTooLow"], graded["lasting"], graded["finite"]) > 20, graded
 
 
 @pytest.mark.slow

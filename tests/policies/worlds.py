@@ -61,6 +61,16 @@ def thin(rng: random.Random, world: World) -> World:
     return world
 
 
+def grade(rng: random.Random, world: World) -> World:
+    """Grade the experts; some tenants demand a grade."""
+    grades = ["unknown", "shared", "router", "removed"]
+    for expert in world["experts"]:
+        expert["grade"] = rng.choice(grades[rng.choice([0, 2, 3]) :])
+    for one in world["tenants"]:
+        one["min_grade"] = rng.choice([None, *grades[1:]])
+    return world
+
+
 def tenant(rng: random.Random, id_: str) -> dict[str, Any]:
     names = IDS[1:] + SETS
     return {

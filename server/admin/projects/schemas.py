@@ -29,6 +29,7 @@ class OwnFields(Closed):
     regions: SetOf[RegionField] = frozenset()
     default_experts: SetOf[ExpertReference] | None = None
     anchor_optional: bool = False
+    min_grade: Literal["shared", "router", "removed"] | None = None
     hidden: References = frozenset()
     listed: References = frozenset()
 
@@ -73,6 +74,7 @@ class ProjectFields(Shown):
     regions: list[str]
     default_experts: list[str] | None
     anchor_optional: bool
+    min_grade: Literal["shared", "router", "removed"] | None
     hidden: Annotated[list[str] | None, Field(exclude_if=is_none)] = None
     listed: Annotated[list[str] | None, Field(exclude_if=is_none)] = None
 
@@ -115,6 +117,7 @@ def project_object(tenant: Tenant, times: Times, *, operator: bool) -> ProjectOb
         regions=sorted(tenant.regions),
         default_experts=None if tenant.default_experts is None else sorted(tenant.default_experts),
         anchor_optional=tenant.anchor_optional,
+        min_grade=tenant.min_grade,
         hidden=sorted(tenant.hidden) if operator else None,
         listed=sorted(tenant.listed) if operator else None,
     )

@@ -87,6 +87,18 @@ def test_the_grade_is_what_the_checkpoint_says_now(store):
         assert store.snapshot().experts["news"].grade == grade
 
 
+def test_what_was_revoked_keeps_the_grade_that_the_checkpoint_gives_it_and_what_is_gone_is_removed(store):
+    """Shared weights may have learnt from the one, and there is nothing of the other."""
+    with store.change(actor="start", at=9.0) as change:
+        put_catalogue(change, [PUBLIC], epoch=1, held={"public": "unknown", "news": "shared"})
+    experts = store.snapshot().experts
+    assert {id_: experts[id_].grade for id_ in ("public", "news", "math")} == {
+        "public": "unknown",
+        "news": "shared",
+        "math": "removed",
+    }
+
+
 def test_a_required_expert_stays_required_also_when_it_is_gone(store):
     safe = ManifestExpert("safe", "lab", "safety", required=True)
     for manifest in ([PUBLIC, safe], [PUBLIC], [PUBLIC, safe._replace(required=False)]):

@@ -16,6 +16,7 @@ from flexgate.policies.errors import (
     EmptyGate,
     ExpertDenied,
     ExpertRequired,
+    GradeTooLow,
     LayerWithoutExpert,
     RequiredExpertMissing,
     StoreUnavailable,
@@ -84,7 +85,7 @@ def test_a_store_that_fails_loses_the_record_and_nothing_else(
     assert _asked(real_store) == {("t", None, ()): 1}
 
 
-RECORDED = {EmptyGate, ExpertDenied, ExpertRequired, LayerWithoutExpert, RequiredExpertMissing}
+RECORDED = {EmptyGate, ExpertDenied, ExpertRequired, GradeTooLow, LayerWithoutExpert, RequiredExpertMissing}
 NOT_RECORDED = {ContextRefused, TenantArchived, UnknownExpert, UnknownTenant}
 
 

@@ -103,7 +103,7 @@ def test_the_catalogue_knows_which_layers_a_unit_is_in(model: Path, tmp_path: Pa
     write(model, Ownership(UNITS[:3], (bytes((0, 1, 1, 1)), bytes((0, 2, 2, 2)))).to_json())
     store = Store.open(f"sqlite:///{tmp_path / 'policy.db'}")
     checkpoint = read_checkpoint(model)
-    prepare(store, checkpoint.experts, epoch=1, at=1.0, empty_layers=checkpoint.ownership.empty_layers)
+    prepare(store, checkpoint.experts, epoch=1, at=1.0, ownership=checkpoint.ownership)
     snapshot = store.snapshot()
     store.close()
     assert snapshot.empty_layers == {UNITS[1].id: {1}, UNITS[2].id: {0}}
