@@ -13,6 +13,7 @@ from flexgate.server.admin.policy.endpoints import router as policy
 from flexgate.server.admin.projects.endpoints import router as projects
 from flexgate.server.admin.quotas.endpoints import router as quotas
 from flexgate.server.admin.receipts.endpoints import router as receipts
+from flexgate.server.admin.sets.endpoints import router as sets
 from flexgate.server.admin.statements.endpoints import router as statements
 from flexgate.server.admin.usage.endpoints import router as usage
 from flexgate.server.experts.changes import router as expert_changes
@@ -23,6 +24,7 @@ _ROUTERS: Final = (
     keys,
     quotas,
     agreements,
+    sets,
     policy,
     audit,
     usage,

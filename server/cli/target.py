@@ -19,6 +19,7 @@ from flexgate.policies.audit import LOGS, STARTS, Entry, Head
 from flexgate.policies.documents import Quota, Role
 from flexgate.policies.store import accounts, projects
 from flexgate.policies.store import agreements as stored_agreements
+from flexgate.policies.store import sets as stored_sets
 from flexgate.policies.store.documents import to_json
 from flexgate.server.admin.keys.schemas import admin_key_object
 from flexgate.server.cli.options import place_option
@@ -47,6 +48,7 @@ TARGETS: Final[dict[str, Any]] = {
 _BATCH: Final = 1000
 _PROJECTS: Final = "/v1/organization/projects"
 _ADMIN_KEYS: Final = "/v1/organization/admin_api_keys"
+_SETS: Final = "/v1/expert_sets"
 LIMITS: Final = tuple(Quota.model_fields)
 """Names of limits, as :class:`Quota` has them."""
 _WIRE: Final = dict(
@@ -113,6 +115,18 @@ class Target(PolicyTarget, Protocol):
 
     def terminate_agreement(self, agreement_id: str) -> None:
         """Terminate an agreement now."""
+
+    def sets(self) -> list[Json]:
+        """Sets of experts with ``id`` and ``experts``, oldest first."""
+
+    def create_set(self, set_id: str, experts: list[str]) -> None:
+        """Create a set."""
+
+    def change_set(self, set_id: str, experts: list[str]) -> None:
+        """Replace the experts of a set."""
+
+    def delete_set(self, set_id: str) -> None:
+        """Delete a set that nothing names."""
 
     def audit_log(self, after: int) -> Iterator[Entry]:
         """Entries after a number, oldest first."""
@@ -243,6 +257,18 @@ class DatabaseTarget(DatabasePolicy):
     def terminate_agreement(self, agreement_id: str) -> None:
         stored_agreements.terminate_agreement(self._store, agreement_id, **_attributed())
 
+    def sets(self) -> list[Json]:
+        return [to_json(found) for found in stored_sets.list_sets(self._store)]
+
+    def create_set(self, set_id: str, experts: list[str]) -> None:
+        stored_sets.create_set(self._store, set_id, experts, **_attributed())
+
+    def change_set(self, set_id: str, experts: list[str]) -> None:
+        stored_sets.change_set(self._store, set_id, experts, **_attributed())
+
+    def delete_set(self, set_id: str) -> None:
+        stored_sets.delete_set(self._store, set_id, **_attributed())
+
     def audit_log(self, after: int) -> Iterator[Entry]:
         while batch := self._store.audit_log(after=after, limit=_BATCH):
             yield from batch
@@ -320,6 +346,18 @@ class ServerTarget(ServerPolicy):
 
     def terminate_agreement(self, agreement_id: str) -> None:
         self._api.ask("DELETE", f"/v1/agreements/{_quoted(agreement_id)}")
+
+    def sets(self) -> list[Json]:
+        return [_without_object(found) for found in self._api.pages(_SETS)]
+
+    def create_set(self, set_id: str, experts: list[str]) -> None:
+        self._api.ask("POST", _SETS, json={"id": set_id, "experts": experts})
+
+    def change_set(self, set_id: str, experts: list[str]) -> None:
+        self._api.ask("POST", f"{_SETS}/{_quoted(set_id)}", json={"experts": experts})
+
+    def delete_set(self, set_id: str) -> None:
+        self._api.ask("DELETE", f"{_SETS}/{_quoted(set_id)}")
 
     def audit_log(self, after: int) -> Iterator[Entry]:
         path, query = "/v1/organization/audit_logs", {"limit": 100, "before": f"audit_log-{after}"}

@@ -27,7 +27,7 @@ def same(left: httpx.Response, right: httpx.Response) -> bool:
 
 def path_of(operation: Any, project: str, other: str = "x") -> str:
     path = operation.path.replace("{project_id}", project)
-    names = "service_account_id key_id rate_limit_id agreement_id receipt_id expert job upload file period"
+    names = "service_account_id key_id rate_limit_id agreement_id receipt_id set_id expert job upload file period"
     for name in names.split():
         path = path.replace(f"{{{name}}}", other)
     return path

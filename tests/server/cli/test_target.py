@@ -29,6 +29,7 @@ EVERY_GROUP = [
     ["tenants", "list"],
     ["admin-keys", "list"],
     ["agreements", "list"],
+    ["sets", "list"],
     ["policy", "export"],
     ["audit", "verify"],
 ]
@@ -103,6 +104,18 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     assert json.loads(ok(run("agreements", "show", "a-new")))["assignee"] == "everyone"
     ok(run("agreements", "terminate", "a-new"))
     assert run("agreements", "show", "a-new").exit_code == 1
+
+    ok(run("sets", "create", "set:science", "math"))
+    assert run("sets", "create", "set:science", "news").exit_code == 1
+    ok(run("sets", "change", "set:science", "math", "news"))
+    assert ok(run("sets", "list")).splitlines()[1].split() == ["set:science", "math,", "news"]
+    ok(run("tenants", "permit", project, "set:science"))
+    refused = run("sets", "delete", "set:science")
+    assert (refused.exit_code, f"roject '{project}' still names 'set:science'" in refused.stderr) == (1, True)
+    ok(run("tenants", "permit", project))
+    ok(run("sets", "delete", "set:science"))
+    assert ok(run("sets", "list")) == "no sets\n"
+    assert run("sets", "change", "set:science", "math").exit_code == 1
 
     ok(run("tenants", "revoke-key", project, key["id"]))
     with pytest.raises(KeyRevoked):

@@ -48,6 +48,7 @@ OWN_FIELDS: Final[dict[str, Any]] = {
     "regions": ["DE"],
     "default_experts": ["news"],
     "anchor_optional": False,
+    "min_grade": "router",
     "hidden": ["math"],
     "listed": ["news"],
 }
@@ -121,6 +122,8 @@ WRITTEN: Final[dict[str, Any]] = {
     "TrimAuditLogs": {"older_than_days": 90},
     "RollBack": {"version": 1, "confirm": 2},
     "AddBody": {"package": "news"},
+    "CreateSet": {"id": "set:one", "experts": ["news"]},
+    "ChangeSet": {"experts": ["news"]},
     "UploadBody": {"files": {"manifest.json": 10}},
 }
 MODELS: Final[dict[str, type[BaseModel]]] = {
