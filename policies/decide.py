@@ -17,9 +17,10 @@ from typing import Final
 
 from flexgate.policies import reasons
 from flexgate.policies.compiled.compiler import TenantRules
+from flexgate.policies.context import ANYTHING, Context
 from flexgate.policies.decision import Decision, DecisionRequest, Reason, allow
 from flexgate.policies.documents import Grade, is_below
-from flexgate.policies.entitlements import ANYTHING, Context, Entitlements, entitlements
+from flexgate.policies.entitlements import Entitlements, entitlements
 from flexgate.policies.errors import (
     ContextRefused,
     EmptyGate,

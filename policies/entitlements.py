@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from flexgate.policies import reasons
 from flexgate.policies.compiled.agreements import (
@@ -22,55 +21,13 @@ from flexgate.policies.compiled.agreements import (
     precedence_of,
 )
 from flexgate.policies.compiled.compiler import TenantRules
+from flexgate.policies.context import Context
 from flexgate.policies.decision import Reason
 from flexgate.policies.documents import Expert
 from flexgate.policies.errors import ClockInvalid
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.requirements import Required, required_of
 from flexgate.policies.snapshot import Snapshot
-from flexgate.policies.vocabulary import Purpose, Region, purpose_and_above, region_and_above
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A declared purpose and region, with the words that cover them."""
-
-    purpose: Purpose | None
-    region: Region | None
-    purposes: frozenset[str]
-    regions: frozenset[str]
-
-    @classmethod
-    def of(cls, purpose: Purpose | None, region: Region | None) -> Context:
-        return cls(
-            purpose,
-            region,
-            frozenset() if purpose is None else purpose_and_above(purpose),
-            frozenset() if region is None else region_and_above(region),
-        )
-
-    def covered_by(self, agreement: CompiledAgreement) -> bool:
-        """Whether the agreement is about all of the declared purpose and region."""
-        return (agreement.purposes is None or not agreement.purposes.isdisjoint(self.purposes)) and (
-            agreement.regions is None or not agreement.regions.isdisjoint(self.regions)
-        )
-
-    def touched_by(self, agreement: CompiledAgreement) -> bool:
-        """Whether the agreement is about any part of the declared purpose and region."""
-        return (
-            agreement.purposes is None
-            or self.purpose is None
-            or not agreement.purposes.isdisjoint(self.purposes)
-            or self.purpose in agreement.purposes_above
-        ) and (
-            agreement.regions is None
-            or self.region is None
-            or not agreement.regions.isdisjoint(self.regions)
-            or self.region in agreement.regions_above
-        )
-
-
-ANYTHING: Final = Context.of(None, None)
 
 
 class Entitlements(NamedTuple):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
+from flexgate.policies.context import Context
 from flexgate.policies.decide import decide, declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.documents import Grade
-from flexgate.policies.entitlements import Context, Entitlements, entitlements
+from flexgate.policies.entitlements import Entitlements, entitlements
 from flexgate.policies.errors import ContextRefused, DecisionRefused, TenantArchived, UnknownTenant
 from flexgate.policies.ids import PUBLIC, ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot

@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement, by_start
+from flexgate.policies.context import Context
 from flexgate.policies.ids import ExpertId
-
-if TYPE_CHECKING:
-    from flexgate.policies.entitlements import Context
 
 
 class Requirement(NamedTuple):
