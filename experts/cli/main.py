@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flexgate.experts.cli import assign, evaluate, grade, packages, remote, train
+from flexgate.experts.cli import assign, evaluate, find_set, grade, packages, remote, train
 
 app = typer.Typer(
     name="experts",
@@ -29,6 +29,7 @@ for command in (
     packages.merge,
     assign.assign,
     grade.grade,
+    find_set.find_set,
     remote.add,
     remote.revoke,
 ):

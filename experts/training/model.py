@@ -192,7 +192,9 @@ class TiedHead(nn.Module):
 
 
 class FlexOlmo(nn.Module):
-    """The whole model; ``allowed_BE`` is the gate of every sequence (None: all experts)."""
+    """The whole model; ``allowed_BE`` is the gate of every sequence (None: all experts), or ``[L, B, E]`` that of every
+    layer.
+    """
 
     def __init__(self, architecture: Architecture, *, biased: bool = False) -> None:
         super().__init__()
@@ -214,12 +216,13 @@ class FlexOlmo(nn.Module):
     ) -> Tensor:
         """Final hidden states from what the router of layer ``start`` sees."""
         rotation = self._rotation(x_BTH)
-        for layer in self.model.blocks[start:]:
-            if layer is not self.model.blocks[start]:
+        per_layer = allowed_BE is not None and allowed_BE.dim() == 3
+        for number, layer in enumerate(self.model.blocks[start:], start):
+            if number > start:
                 x_BTH = layer.attend(x_BTH, rotation)
             if taps is not None:
                 taps.append(x_BTH)
-            x_BTH = layer.feed(x_BTH, allowed_BE)
+            x_BTH = layer.feed(x_BTH, allowed_BE[number] if allowed_BE is not None and per_layer else allowed_BE)
         out: Tensor = self.model.norm(x_BTH)
         return out
 

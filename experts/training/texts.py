@@ -56,6 +56,24 @@ def read_documents(folder: Path) -> list[Document]:
     return documents
 
 
+def read_file(path: Path) -> list[Document]:
+    """Every document of one file.
+
+    Raises:
+        TextsInvalid: it cannot be read, is of another kind, holds no text, or a line is no document, with its place.
+    """
+    if path.suffix not in SUFFIXES:
+        raise TextsInvalid(f"{path} must be a file of texts: {', '.join('*' + suffix for suffix in SUFFIXES)}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TextsInvalid(f"{path} cannot be read: {error.strerror}") from error
+    documents = [document for document in _parse(content, path) if document.answer.strip()]
+    if not documents:
+        raise TextsInvalid(f"{path} holds no text")
+    return documents
+
+
 class _Reading:
     """One pass through a folder, every entry opened from its parent and none through a link."""
 
