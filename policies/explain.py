@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
@@ -14,6 +15,9 @@ from flexgate.policies.entitlements import Entitlements, entitlements
 from flexgate.policies.errors import ContextRefused, DecisionRefused, TenantArchived, UnknownTenant
 from flexgate.policies.ids import PUBLIC, ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
+
+ALWAYS: Final = "expert/required"
+"""What requires an expert of every request: the catalogue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def _permitting(
 def _requiring(
     snapshot: Snapshot, tenant: TenantRules, context: Context, expert: ExpertId, now: float
 ) -> tuple[str, ...]:
-    always = ("expert/required",) if expert in snapshot.required - tenant.may_ignore else ()
+    always = (ALWAYS,) if expert in snapshot.required - tenant.may_ignore else ()
     agreements = [one for of_one in _agreements(snapshot, tenant) for one in of_one.required.get(expert, ())]
     in_force = [one for one in agreements if one.starts <= now < one.ends and context.touched_by(one)]
     return (*always, *sorted(one.rule for one in in_force))

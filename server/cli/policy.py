@@ -10,6 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from flexgate.experts.cli.support import print_table
+from flexgate.policies.explain import ALWAYS
 from flexgate.policies.store.gitops import PolicyFile
 from flexgate.server.cli import policy_yaml
 from flexgate.server.cli.store import DIFFERENT, AsJson, failing, print_json
@@ -24,6 +25,7 @@ _HELP: Final = (
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 _REFUSED: Final = "all requests refused"
+_EVERY: Final = "of every request"
 File = Annotated[Path, typer.Argument(help="A policy file, YAML or JSON; '-' reads standard input.")]
 Prune = Annotated[
     bool, typer.Option(help="Also remove what is not in the file: terminate agreements, delete sets, archive tenants.")
@@ -138,13 +140,13 @@ def _change_row(change: Json) -> tuple[str, str, str, str]:
 
 def _row(explanation: Json) -> tuple[str, str, str, str]:
     expert, grade = explanation["expert"], explanation["grade"]
-    by = ", ".join(explanation["required_by"])
+    required = ", ".join(_EVERY if rule == ALWAYS else f"by {rule}" for rule in explanation["required_by"])
     if not explanation["allowed"]:
-        needed = f" Required by {by}: no request is answered without it." if by else ""
+        needed = f" Required {required}: no request is answered without it." if required else ""
         return expert, "excluded", grade, explanation["reason"]["message"] + needed
     until = explanation["until"]
     ends = "" if until is None else f" until {datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
-    needed = f"; required by {by}" if by else ""
+    needed = f"; required {required}" if required else ""
     return expert, "allowed", grade, "by " + ", ".join(explanation["permitted_by"]) + ends + needed
 
 

@@ -88,7 +88,7 @@ def test_a_rollback_says_what_it_would_change_and_is_done_once_confirmed(flexgat
 
 def test_explain_says_why_and_what_to_do(flexgate: Run) -> None:
     said = flexgate("policy", "explain", "t").output.splitlines()
-    assert said[1].split() == ["public", "allowed", "unknown", "by", "anchor;", "required", "by", "expert/required"]
+    assert said[1].split() == ["public", "allowed", "unknown", "by", "anchor;", "required", "of", "every", "request"]
     assert said[2].split() == ["news", "allowed", "removed", "by", "agreement/a-news@1"]
     assert (
         "math    excluded  router   Expert 'math' is not on this project's allow list. Ask an administrator to add it."
