@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from flexgate.policies.decide import decide
@@ -143,11 +143,7 @@ class RunningRequests:
         """Stop a request that has lost its right, or bring its end forward."""
         reason = self._lost_identity(right, snapshot)
         if reason is None:
-            query = right.request
-            question = (right.tenant, query.purpose, query.region, query.only, query.ignore)
-            if question not in decisions:
-                decisions[question] = _decide(snapshot, right, self._clock())
-            decision = decisions[question]
+            decision = self._decide_as_it_runs(right, snapshot, decisions)
             reason = _lost_permission(right.call, snapshot, decision)
             if reason is None and decision is not None:
                 self._client.end_at(right.call, decision.valid_until, PERMISSION_ENDED)
@@ -155,6 +151,27 @@ class RunningRequests:
             return False
         self._client.stop(right.call, reason)
         return True
+
+    def _decide_as_it_runs(self, right: Right, snapshot: Snapshot, decisions: _Decisions) -> Decision | None:
+        """Decide again on a request without what it runs without, which may be permitted by now, or required."""
+        decision = self._decide(right.tenant, right.request, snapshot, decisions)
+        running = {ref.expert for ref in right.call.experts}
+        further = () if decision is None else tuple(expert for expert in decision.allowed if expert not in running)
+        if not further:
+            return decision
+        query = replace(right.request, ignore=(*right.request.ignore, *further))
+        return self._decide(right.tenant, query, snapshot, decisions)
+
+    def _decide(
+        self, tenant: TenantId, query: DecisionRequest, snapshot: Snapshot, decisions: _Decisions
+    ) -> Decision | None:
+        question = (tenant, query.purpose, query.region, query.only, query.ignore)
+        if question not in decisions:
+            try:
+                decisions[question] = decide(snapshot, tenant, query, self._clock())
+            except PolicyError:
+                decisions[question] = None
+        return decisions[question]
 
     def _lost_identity(self, right: Right, snapshot: Snapshot) -> str | None:
         tenant, key = snapshot.tenants.get(right.tenant), snapshot.keys.get(right.principal.digest)
@@ -165,19 +182,11 @@ class RunningRequests:
         return None
 
 
-def _decide(snapshot: Snapshot, right: Right, now: float) -> Decision | None:
-    try:
-        return decide(snapshot, right.tenant, right.request, now)
-    except PolicyError:
-        return None
-
-
 def _lost_permission(call: GatedCall, snapshot: Snapshot, decision: Decision | None) -> str | None:
     allowed = frozenset[ExpertId]() if decision is None else decision.allowed
     lost = [ref.expert for ref in call.experts if ref.expert not in allowed]
     if not lost:
-        without = decision is not None and decision.required.difference(ref.expert for ref in call.experts)
-        return PERMISSION_ENDED if without else None
+        return None
     known = (snapshot.experts.get(ExpertId(expert)) for expert in lost)
     return EXPERT_REVOKED if any(e is not None and not e.live for e in known) else PERMISSION_ENDED
 

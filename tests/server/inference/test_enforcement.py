@@ -45,13 +45,13 @@ def policy(
     live: bool = True,
     key: dict[str, Any] | None = None,
     keys: bool = True,
-    required: bool = False,
+    required: str | None = None,
     **tenant: Any,
 ) -> Snapshot:
     """Project t may use news, as far as nothing else is said."""
     terms = {"id": "a", "owner": "gazette", "experts": ["news"], "assignee": "tenant:t", "effect": "permit"}
     agreement = Agreement.model_validate(terms | ({"not_after": not_after} if not_after else {}))
-    requirement = Agreement.model_validate({**terms, "id": "r", "effect": "require"})
+    requirement = Agreement.model_validate({**terms, "id": "r", "effect": "require", "not_before": required})
     record = {"key_id": "k", "prefix": "sk", "created": 0.0, "tenant_id": TenantId("t")} | (key or {})
     record |= {"sha256": hashlib.sha256(b"sk-t").digest(), "role": Role.TENANT}
     return Snapshot.build(
@@ -114,9 +114,19 @@ def test_a_change_that_takes_nothing_of_it_ends_no_request() -> None:
 
 
 def test_what_is_required_from_now_on_ends_the_requests_that_run_without_it() -> None:
-    assert after(right(only=()), policy(required=True)) == "permission_ended"
-    assert after(right("news"), policy(required=True)) is None
-    assert after(right("news"), policy(required=True, permitted=False)) == "permission_ended"
+    now = "1970-01-01T00:16:40Z"
+    for without in (right(), right(only=())):
+        assert after(without, policy(required=now)) == "permission_ended"
+    assert after(right("news"), policy(required=now)) is None
+    assert after(right("news"), policy(required=now, permitted=False)) == "permission_ended"
+
+
+@pytest.mark.parametrize("only", [None, ()])
+def test_what_will_be_required_ends_the_requests_that_run_without_it_then(only: tuple[str, ...] | None) -> None:
+    """Also where the newer policy would give them the expert: they run without it all the same."""
+    for running_right, end in ((right(only=only), 1200.0), (right("news"), math.inf)):
+        assert after(running_right, policy(required="1970-01-01T00:20:00Z")) is None
+        assert running_right.call.valid_until == end
 
 
 def test_requests_of_a_revoked_key_finish_where_the_operator_says_so() -> None:
