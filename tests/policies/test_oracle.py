@@ -127,16 +127,16 @@ SMALL_TENANTS = [
 ASKED = {"purpose": None, "region": None, "only": None, "ignore": []}
 
 
-def _every_kind(experts):
+def _every_kind(experts, effects):
     """Each effect with each assignee and each non-empty choice of `experts`."""
     choices = [list(chosen) for size in range(1, len(experts) + 1) for chosen in itertools.combinations(experts, size)]
     assignees = ["everyone", "tenant:x", "tenant:y", "tenant:z"]
-    return list(itertools.product(["permit", "prohibit"], assignees, choices))
+    return list(itertools.product(effects, assignees, choices))
 
 
-def _exhaust(oracle, experts, most, part=0, parts=1):
+def _exhaust(oracle, experts, most, part=0, parts=1, effects=("permit", "prohibit")):
     """Every combination of up to `most` agreements, or one part of them; returns how many decisions were compared."""
-    kinds = _every_kind(experts)
+    kinds = _every_kind(experts, effects)
     terms = [
         [
             {
@@ -184,7 +184,8 @@ def _exhaust(oracle, experts, most, part=0, parts=1):
 
 
 def test_every_small_policy_agrees_with_the_oracle(oracle):
-    assert _exhaust(oracle, ["a", "b"], most=2) == 3 * (1 + 24 + 300)
+    effects = ("permit", "prohibit", "require")
+    assert _exhaust(oracle, ["a", "b"], most=2, effects=effects) == 3 * (1 + 36 + 666)
 
 
 PARTS = 17  # shares no factor with the number of kinds: each part has all of them

@@ -12,7 +12,7 @@ from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Role, Tenant
-from flexgate.policies.errors import TenantArchived
+from flexgate.policies.errors import RequiredExpertMissing, TenantArchived
 from flexgate.policies.ids import TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.withhold import (
@@ -114,6 +114,19 @@ def test_a_prohibition_is_not_withheld(snapshot: Snapshot) -> None:
         agreements=[ban, permit],
     )
     assert _allowed(without_agreement(banned, "ban", owner_id=None), "denying") == {"public"}
+
+
+def test_what_is_required_stays_so_while_the_end_of_the_requirement_is_not_stored(snapshot: Snapshot) -> None:
+    requires = _agreement("must", "academy", ["math"], "require")
+    required = Snapshot.build(
+        policy_version=1,
+        experts=snapshot.experts.values(),
+        tenants=[Tenant(id="allowing", name="a")],
+        agreements=[requires, _agreement("m", "academy", ["math"])],
+    )
+    assert _allowed(without_agreement(required, "must", owner_id=None), "allowing") == {"public", "math"}
+    with pytest.raises(RequiredExpertMissing):
+        _allowed(without_agreement(required, "m", owner_id=None), "allowing")
 
 
 def test_a_tenant_that_is_withheld_is_like_an_archived_one(snapshot: Snapshot) -> None:

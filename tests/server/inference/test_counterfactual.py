@@ -17,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
+from flexgate.server.engine.protocol.slots import SlotMap
 
 pytestmark = pytest.mark.asyncio
 
@@ -93,6 +94,17 @@ async def test_each_expert_that_took_part_is_left_out_once(
     assert len(scoring.begun) == 3
     assert set(scoring.begun) == set(scoring.ended)
     assert not services.running._rights
+
+
+async def test_an_expert_that_a_layer_cannot_do_without_is_not_left_out(
+    client: httpx.AsyncClient, services: Any, scoring: Scoring
+) -> None:
+    services.client.slot_map = SlotMap(4, (bytes(range(4)), bytes([1]) * 4))  # the second layer is `news` alone
+    response = await client.post(PATH, json=ASKED)
+    attribution = response.json()["flexgate"]["attribution"]
+    assert attribution["counterfactual"]["passes"] == 1
+    assert {part["id"]: part["delta_logprob"] for part in attribution["experts"]}["news"] is None
+    assert [tuple(ref.expert for ref in call.experts) for call in scoring.calls] == [("public", "news")]
 
 
 async def test_passes_count_against_the_limits(
