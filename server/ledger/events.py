@@ -6,7 +6,6 @@ may come again, with the same id, and none is left out.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -19,17 +18,17 @@ from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol
+from typing import Any, Final, Protocol
 
 import httpx
 
 from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.lines import append_lines
 
 TYPE: Final = "flexgate.request.ended"
 SOURCE: Final = "/flexgate/ledger"
 BATCH: Final = 100
 """Events in one request to a sink."""
-LONGEST_LINE: Final = 1 << 20
 LOOK_EVERY_SECONDS: Final = 1.0
 LONGEST_WAIT_SECONDS: Final = 60.0
 TIMEOUT_SECONDS: Final = 10.0
@@ -98,20 +97,8 @@ class FileSink:
 
     def send(self, events: Sequence[Event]) -> None:
         """Append them, and wait for the disk; raises `Unreachable`."""
-        lines = memoryview(b"".join(_encoded(event) + b"\n" for event in events))
         try:
-            self._path.touch()
-            with self._path.open("r+b", buffering=0) as file:
-                end = _end_of_lines(file)
-                file.truncate(end)  # what was cut off is sent again
-                file.seek(end)
-                try:
-                    while lines:
-                        lines = lines[file.write(lines) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
+            append_lines(self._path, map(_encoded, events))
         except OSError as error:
             raise Unreachable(f"{self._path} cannot be written: {error.strerror or error}") from error
 
@@ -145,16 +132,6 @@ class HttpSink:
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
-
-
-def _end_of_lines(file: BinaryIO) -> int:
-    """Where the last whole line of a file ends; raises `OSError` where there is none among many bytes."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - LONGEST_LINE))
-    found = file.read().rfind(b"\n")
-    if found < 0 and size > LONGEST_LINE:
-        raise OSError(errno.EINVAL, "it is no file of events")
-    return max(0, size - LONGEST_LINE) + found + 1
 
 
 def sink_of(place: str, token: str | None) -> Sink:

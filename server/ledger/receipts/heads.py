@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from flexgate.policies.errors import PolicyError
 from flexgate.policies.store.store import Store
+from flexgate.server.ledger.lines import append_lines
 from flexgate.server.ledger.receipts.book import BookError, opened
 
 LOG: Final = "receipts"
@@ -62,12 +62,7 @@ class Heads:
             found = list(self._found())
             new = [head for head in found if head not in self._written]
             if new:
-                with self._file.open("a+b") as file:
-                    if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                        file.write(b"\n")  # the line before was written in part
-                    file.writelines(json.dumps(head).encode() + b"\n" for head in new)
-                    file.flush()
-                    os.fsync(file.fileno())
+                append_lines(self._file, (json.dumps(head).encode() for head in new))
             self._written, self._failing = found, False
         except (OSError, PolicyError, BookError) as error:
             if not self._failing:
