@@ -88,7 +88,7 @@ def _measured(path: Path) -> dict[str, Any]:
         OWNER,
         account,
         now=float(PERIOD.end),
-        written_down=True,
+        is_open=False,
         name_of=lambda tenant: f"anon-{tenant}",
         denials={},
         changes=[],

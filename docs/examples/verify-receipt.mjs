@@ -1,52 +1,50 @@
 // Verifies receipts of flexgate (docs/receipts.md) with nothing but Web Crypto: in Node 20 or later, and in browsers.
-//   node verify-receipt.mjs --jwks jwks.json receipt.json …
-//   import { parseKeys, verifyReceipt, verifyCopies } from "./verify-receipt.mjs"
-const HASH = /^[0-9a-f]{64}$/, NUMBER = /^(0|[1-9][0-9]{0,18})$/, POSITIVE = /^[1-9][0-9]{0,18}$/, ZEROS = /^0{64}$/;
-const RECEIPT = /^dec_[0-9a-f]{32}$/, ID = /^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$/, SIGNATURE = /^[0-9a-f]{128}$/;
-const FORMAT = /^flexgate-receipt\/1$/, BATCH = /^flexgate-receipt-batch\/1$/, SERVER = /^srv_[0-9a-f]{32}$/;
+//   node verify-receipt.mjs --jwks jwks.json receipt.json …    or import it, as verify-statement.mjs does
+export const HASH = /^[0-9a-f]{64}$/, NUMBER = /^(0|[1-9][0-9]{0,18})$/, POSITIVE = /^[1-9][0-9]{0,18}$/, ZEROS = /^0{64}$/;
+export const RECEIPT = /^dec_[0-9a-f]{32}$/, ID = /^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$/, SIGNATURE = /^[0-9a-f]{128}$/;
+export const SERVER = /^srv_[0-9a-f]{32}$/, FORMAT = /^flexgate-receipt\/1$/, BATCH = /^flexgate-receipt-batch\/1$/;
 const HEADER = { at: NUMBER, first: POSITIVE, format: BATCH, kid: ID, last: POSITIVE, number: POSITIVE, previous: HASH,
   root: HASH, server: SERVER };
 const JWK = { alg: /^EdDSA$/, crv: /^Ed25519$/, kid: ID, kty: /^OKP$/, use: /^sig$/, x: ID };
 const FACTS = ["completion_tokens", "ended_at", "outcome", "prompt_tokens"];
 const utf8 = (text) => new TextEncoder().encode(text);
-const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
+export const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+export const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
 const unbase64 = (text) => Uint8Array.from(atob(text.replace(/-/g, "+").replace(/_/g, "/")), (c) => c.charCodeAt(0));
 const join = (...parts) => Uint8Array.from(parts.flatMap((part) => [...part]));
-const sha256 = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-const leafHash = (data) => sha256(join([0], data)), nodeHash = (left, right) => sha256(join([1], left, right));
-const check = (holds, message) => { if (!holds) throw new Error(message); };
-const must = (value, holds, message) => (check(holds, message), value);
+export const sha256 = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+export const leafHash = (data) => sha256(join([0], data)), nodeHash = (left, right) => sha256(join([1], left, right));
+export const check = (holds, message) => { if (!holds) throw new Error(message); };
+export const must = (value, holds, message) => (check(holds, message), value);
 /** JSON by RFC 8785, of whole numbers only; nested no deeper than `depth`. */
 export function canonical(value, depth = 8) {
-  check(depth >= 0, "it is nested too deeply");
   const isText = typeof value !== "string" || !/\p{Surrogate}/u.test(value);
-  check(isText && (typeof value !== "number" || Number.isSafeInteger(value)), "it has what readers read differently");
+  const isWhole = typeof value !== "number" || Number.isSafeInteger(value);
+  check(depth >= 0 && isText && isWhole, "it is nested too deeply, or has what readers read differently");
   if (value === null || typeof value !== "object") return JSON.stringify(value);
   if (Array.isArray(value)) return `[${value.map((one) => canonical(one, depth - 1)).join(",")}]`;
-  const names = Object.keys(value).sort();
-  return `{${names.map((name) => `${canonical(name, 0)}:${canonical(value[name], depth - 1)}`).join(",")}}`;
+  return `{${Object.keys(value).sort().map((k) => `${canonical(k, 0)}:${canonical(value[k], depth - 1)}`).join(",")}}`;
 }
 /** The value of bytes that are canonical JSON, with at most one line break after it. */
-export function parse(bytes) {
+export function parse(bytes, most = 1 << 20) {
   const end = bytes.at(-1) === 10 ? bytes.length - 1 : bytes.length;
-  check(end <= 1 << 20, "it has more than 1048576 bytes");
+  check(end <= most, `it has more than ${most} bytes`);
   const text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes.subarray(0, end));
   return must(JSON.parse(text), canonical(JSON.parse(text)) === text, "it is not canonical JSON");
 }
 const sorted = (value, names) => isObject(value) && canonical(Object.keys(value).sort()) === canonical([...names].sort());
-const members = (value, what, names) => must(value, sorted(value, names), `${what} must have ${names}, and nothing else`);
-function texts(value, what, patterns) {
+export const members = (value, what, names) => must(value, sorted(value, names), `${what} must have ${names}, and nothing else`);
+export function texts(value, what, patterns) {
   const own = (name) => (Object.hasOwn(value, name) && typeof value[name] === "string" ? value[name] : "");
   for (const name of Object.keys(patterns)) check(patterns[name].test(own(name)), `'${name}' of ${what} is wrong`);
   return value;
 }
-const listOf = (value, what, holds, least = 1) =>
+export const listOf = (value, what, holds, least = 1) =>
   must(value, Array.isArray(value) && value.length >= least && value.every(holds), `${what} is not a list as it must be`);
-const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
-const hashes = (value) => listOf(value, "a path", (one) => typeof one === "string" && HASH.test(one), 0).map(unhex);
+export const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+export const hashes = (value) => listOf(value, "a path", (one) => typeof one === "string" && HASH.test(one), 0).map(unhex);
 /** The root that a path leads to from a leaf's hash, in a tree of `size` leaves (RFC 9162, 2.1.3.2). */
-async function rootFrom(hash, index, size, path) {
+export async function rootFrom(hash, index, size, path) {
   check(index >= 0n && index < size, "it has no place in its batch");
   const rest = [...path];
   for (let last = size - 1n; last; index >>= 1n, last >>= 1n) {
@@ -68,6 +66,12 @@ export async function parseKeys(bytes) {
   }
   return keys;
 }
+/** What names its key in `kid` must be what was signed. */
+export async function requireSigned(value, signature, keys) {
+  const { kid } = texts({ ...value, signature }, "what is signed", { kid: ID, signature: SIGNATURE });
+  const key = must(keys.get(kid), keys.has(kid), `it is signed with the key ${kid}, which is not in the key set`);
+  check(await crypto.subtle.verify("Ed25519", key, unhex(signature), utf8(canonical(value))), "its signature is wrong");
+}
 /** Verifies a copy of a receipt; returns what it says, and throws an Error that says what is wrong. */
 export async function verifyReceipt(bytes, keys) {
   const value = parse(bytes), opened = value !== null && Object.hasOwn(value, "opening");
@@ -75,10 +79,7 @@ export async function verifyReceipt(bytes, keys) {
   texts(value, "the receipt", { format: FORMAT, number: NUMBER, ...(opened ? { opening: HASH } : {}) });
   const { header, path, signature } = members(value.batch, "'batch'", ["header", "path", "signature"]);
   texts(members(header, "the header", Object.keys(HEADER)), "the header", HEADER);
-  texts(value.batch, "the batch", { signature: SIGNATURE });
-  check(keys.has(header.kid), `it is signed with the key ${header.kid}, which is not in the key set`);
-  const signed = await crypto.subtle.verify("Ed25519", keys.get(header.kid), unhex(signature), utf8(canonical(header)));
-  check(signed, "its signature is wrong");
+  await requireSigned(header, signature, keys);
   const first = BigInt(header.first), size = BigInt(header.last) - first + 1n;
   const begins = header.number !== "1" || (first === 1n && ZEROS.test(header.previous));
   check(begins && first >= BigInt(header.number) && size >= 1n && size <= 65536n, "its batch has the wrong numbers");
@@ -98,10 +99,9 @@ export async function verifyReceipt(bytes, keys) {
   const root = await rootFrom(leaf, BigInt(value.number) - first, size, hashes(path));
   check(root === header.root, "its leaves do not lead to the root that was signed");
   const digest = opened && hex(await sha256(unhex(value.opening)));
-  const opens = contents.some((one) => one.kind === "request" && one.opening_digest === digest);
-  check(opens || !opened, "its opening is not the one of its request");
+  check(!opened || contents.some((one) => one.kind === "request" && one.opening_digest === digest), "it opens nothing");
   requireConsistent(contents, leaves.size === known.length);
-  return { receipt, number: value.number, batch: header, leaves, size: known.length };
+  return { receipt, number: value.number, batch: header, leaf, leaves, size: known.length };
 }
 /** Verifies that copies tell one history: a request has one receipt, and what copies of it show fits together. */
 export function verifyCopies(found) {

@@ -28,6 +28,7 @@ SUBCOMMANDS: Final = {
     ),
     "agreements": ("flexgate.server.cli.agreements", "Create, show, revise and terminate agreements."),
     "sets": ("flexgate.server.cli.sets", "Create, change and delete named sets of experts."),
+    "corrections": ("flexgate.server.cli.corrections", "Correct what is owed; open, decide and list disputes."),
     "statements": ("flexgate.server.cli.statements", "Show what an owner's experts did in a period, and what is owed."),
     "policy": ("flexgate.server.cli.policy", "Manage the policy as a file, explain it, and simulate changes."),
     "receipts": ("flexgate.server.cli.receipts", "Show and verify receipts; rotate the key that signs them."),

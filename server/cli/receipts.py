@@ -23,8 +23,17 @@ from flexgate.server.cli.heads import lines_of
 from flexgate.server.cli.options import place_option
 from flexgate.server.cli.store import FAILED, failing
 from flexgate.server.ledger.receipts import verify as verifying
+from flexgate.server.ledger.receipts.canonical import ReceiptInvalid, parse
 from flexgate.server.ledger.receipts.heads import LOG
-from flexgate.server.ledger.receipts.verify import ReceiptInvalid, SignedBatch
+from flexgate.server.ledger.receipts.verify import SignedBatch
+from flexgate.server.ledger.receipts.verify_owners import OwnersSums, verify_owners, verify_parts
+from flexgate.server.ledger.receipts.verify_statement import (
+    Proof,
+    SignedStatement,
+    parse_proof,
+    verify_statement,
+    verify_statements,
+)
 
 _HELP: Final = (
     "Show receipts, verify them from files alone, and rotate the key that signs them.\n\n"
@@ -39,6 +48,10 @@ Key = Annotated[
 PENDING: Final = "receipt_pending"
 LOOK_SECONDS: Final = 0.1
 _PAGE: Final = 1000
+_RECEIPT, _CHAIN, _STATEMENT, _PROOF, _OWNERS = (
+    f'{{"{name}":'.encode() for name in ("batch", "header", "signature", "format", "hashes")
+)
+"""How files begin, in canonical form."""
 
 
 @app.command()
@@ -53,14 +66,14 @@ def show(
     with failing(), Api(url, key) as api:
         while time.monotonic() < until and _is_pending(api, path):
             time.sleep(LOOK_SECONDS)
-        sys.stdout.write(_canonical(api.ask("GET", path)))
+        sys.stdout.write(canonical(api.ask("GET", path)))
 
 
 @app.command()
 def keys(url: Url) -> None:
     """Print the public keys that the server's receipts are signed with, for 'verify'."""
     with failing(), Api(url, "none") as api:
-        sys.stdout.write(_canonical(api.ask("GET", "/.well-known/jwks.json")))
+        sys.stdout.write(canonical(api.ask("GET", "/.well-known/jwks.json")))
 
 
 @app.command()
@@ -70,7 +83,7 @@ def chain(
     """Print the signed headers of all batches as JSON Lines, for 'verify'."""
     with failing(), Api(url, key) as api:
         for batch in _batches(api, after):
-            sys.stdout.write(_canonical(batch))
+            sys.stdout.write(canonical(batch))
 
 
 @app.command()
@@ -88,13 +101,19 @@ def head(url: Url, key: Key) -> None:
 
 @app.command()
 def verify(
-    files: Annotated[list[Path], typer.Argument(help="Receipts as 'show' prints them, or chains as 'chain' does.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Receipts as 'show' prints them, chains as 'chain' does, or what 'flexgate statements' prints: signed "
+            "statements, their receipts, and proofs."
+        ),
+    ],
     jwks: Annotated[Path, typer.Option(help="File with the server's public keys; 'keys' prints them.")],
     heads: Annotated[Path | None, typer.Option(help="File with heads that were kept elsewhere.")] = None,
     prompt: Annotated[Path | None, typer.Option(help="The request's body, byte for byte, of one receipt.")] = None,
     answer: Annotated[Path | None, typer.Option(help="The response's body, byte for byte, of one receipt.")] = None,
 ) -> None:
-    """Check receipts and chains, and that they follow from each other; no server is asked."""
+    """Check receipts, statements and chains, and that they fit together; no server is asked."""
     with failing():
         with _about(jwks):
             public = verifying.parse_keys(jwks.read_bytes())
@@ -108,6 +127,8 @@ def verify(
             typer.echo(f"{file}: OK: {sentence}")
         with _about(heads or files[0]):
             compared = given.compare(noted)
+            for sentence in given.counted():
+                typer.echo(f"together: OK: {sentence}")
         if heads is not None:
             typer.echo(f"{heads}: OK: {compared} of {len(noted)} heads are of the batches that were given")
 
@@ -148,18 +169,37 @@ class _Given:
 
     copies: list[verifying.Verified] = field(default_factory=list)
     chain: list[SignedBatch] = field(default_factory=list)
+    statements: list[SignedStatement] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
+    owners: list[OwnersSums] = field(default_factory=list)
 
     def verify(self, file: Path, keys_: verifying.Keys, bodies: dict[str, Path | None]) -> str:
         """Verify a file by itself; returns what it is."""
         text, opened = file.read_bytes(), {name: path for name, path in bodies.items() if path is not None}
-        if text.startswith(b'{"header":'):
-            if opened:
-                raise UsageInvalid(f"--prompt and --answer are the bodies of a request, and {file} is a chain")
-            chained = [verifying.verify_batch(verifying.parse(line), keys_) for line in text.splitlines()]
+        if opened and not text.startswith(_RECEIPT):
+            raise UsageInvalid(f"--prompt and --answer are the bodies of a request, and {file} is no receipt")
+        if text.startswith(_STATEMENT):
+            self.statements.append(verify_statement(text, keys_))
+            return f"a {self.statements[-1].name}, which counts {self.statements[-1].receipts} receipts"
+        if text.startswith(_OWNERS):
+            self.owners.append(verify_owners(text, keys_))
+            return f"the {self.owners[-1].name}"
+        if text.startswith(_PROOF):
+            self.proofs.append(parse_proof(text))
+            return f"a proof of '{self.proofs[-1].receipt}', to be compared with its statement"
+        if text.startswith(_CHAIN):
+            chained = [verifying.verify_batch(parse(line), keys_) for line in text.splitlines()]
             verifying.verify_chain(chained)
             self.chain += chained
             receipts = sum(batch.last - batch.first + 1 for batch in chained)
             return f"a chain of {len(chained)} batches from batch {chained[0].number} on, with {receipts} receipts"
+        lines = text.removesuffix(b"\n").split(b"\n")
+        if len(lines) > 1 and not opened:
+            self.copies += [verifying.verify_receipt(line, keys_) for line in lines]
+            return f"{len(lines)} receipts"
+        return self._verify_receipt(text, keys_, opened)
+
+    def _verify_receipt(self, text: bytes, keys_: verifying.Keys, opened: dict[str, Path]) -> str:
         found = verifying.verify_receipt(text, keys_)
         self.copies.append(found)
         for name, path in opened.items():
@@ -172,11 +212,23 @@ class _Given:
     def compare(self, heads: list[verifying.Head]) -> int:
         """Verify that all of it tells one history; returns how many heads are of it."""
         batches = [one.batch for one in self.copies]
+        ends = [head for head in self._heads() if head.number]
         verifying.verify_order([*self.chain, *batches])
         verifying.verify_copies(self.copies)
         if self.chain:
-            verifying.verify_contained(self.chain, batches, heads)
+            verifying.verify_contained(self.chain, batches, [*heads, *ends])
         return verifying.verify_heads([*self.chain, *batches], heads) if heads else 0
+
+    def _heads(self) -> list[verifying.Head]:
+        """Where the histories end that statements and sums are made of."""
+        return [*(one.head for one in self.statements), *(one.head for one in self.owners)]
+
+    def counted(self) -> list[str]:
+        """Verify that statements count the receipts; returns what each does, in words."""
+        found = verify_statements(self.statements, self.copies, self.proofs)
+        parts = verify_parts(self.owners, self.statements)
+        named = [f"the {one.name}: {said}" for one, said in zip(self.statements, found, strict=True)]
+        return [*named, *([f"statements are their owners' parts of the sums, {parts} of them"] if parts else [])]
 
 
 def _said(leaf: dict[str, Any]) -> str:
@@ -217,7 +269,7 @@ def _about(path: Path) -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
-def _canonical(value: Any) -> str:
+def canonical(value: Any) -> str:
     return rfc8785.dumps(value).decode() + "\n"
 
 

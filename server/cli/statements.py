@@ -12,10 +12,11 @@ import typer
 from flexgate.experts.cli.api import Api
 from flexgate.experts.cli.remote import LOCAL, Url
 from flexgate.experts.cli.support import print_table
+from flexgate.server.cli.receipts import canonical
 from flexgate.server.cli.store import failing
 
 _HELP: Final = (
-    "Show what an owner's experts did in a day or month, in UTC, and what is owed for it.\n\n"
+    "Show what an owner's experts did in a day or month, in UTC, what is owed for it, and the receipts that say so.\n\n"
     "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
 )
 _COLUMNS: Final = ("agreement", "expert", "requests", "tokens", "share-weighted tokens", "amount")
@@ -31,24 +32,24 @@ class Format(enum.StrEnum):
     HTML = "html"
 
 
-@app.callback()
-def _statements() -> None:
-    """Keep `show` a command of its own."""
+Period = Annotated[str, typer.Argument(help="A month or a day, such as 2026-11 or 2026-11-30.")]
+Key = Annotated[
+    str, typer.Option(envvar="FLEXGATE_KEY", help="API key of the owner, an admin or an auditor.", show_envvar=True)
+]
+Owner = Annotated[str | None, typer.Option(help="The owner; an owner's own key needs none.")]
+_PAGE: Final = 200
 
 
 @app.command()
 def show(
-    period: Annotated[str, typer.Argument(help="A month or a day, such as 2026-11 or 2026-11-30.")],
-    key: Annotated[
-        str, typer.Option(envvar="FLEXGATE_KEY", help="API key of the owner, an admin or an auditor.", show_envvar=True)
-    ],
-    owner: Annotated[str | None, typer.Option(help="The owner; an owner's own key needs none.")] = None,
+    period: Period,
+    key: Key,
+    owner: Owner = None,
     form: Annotated[Format, typer.Option("--format", help="What to print.")] = Format.TEXT,
     url: Url = LOCAL,
 ) -> None:
     """Print an owner's statement of a period."""
-    query = {} if owner is None else {"owner_id": owner}
-    path = f"/v1/statements/{quote(period, safe='')}"
+    path, query = _path(period), _of(owner)
     with failing(), Api(url, key) as api:
         if form is Format.TEXT:
             _print(api.ask("GET", path, params=query))
@@ -56,11 +57,80 @@ def show(
             sys.stdout.write(api.text("GET", path, params={**query, "format": form.value}))
 
 
+@app.command(name="list")
+def list_(key: Key, url: Url = LOCAL) -> None:
+    """List the months that there are statements of; those of a month that is still open are provisional."""
+    with failing(), Api(url, key) as api:
+        months = api.ask("GET", "/v1/statements")["data"]
+        rows = [(month["id"], "open, provisional" if month["open"] else "closed") for month in months]
+        print_table(("month", "state"), rows, empty="no uses")
+
+
+@app.command()
+def sign(period: Period, key: Key, owner: Owner = None, url: Url = LOCAL) -> None:
+    """Print what is owed to an owner, signed, for 'flexgate receipts verify'; of an open period it is provisional."""
+    with failing(), Api(url, key) as api:
+        sys.stdout.write(canonical(api.ask("GET", f"{_path(period)}/signed", params=_of(owner))))
+
+
+@app.command()
+def owners(period: Period, key: Key, owner: Owner = None, url: Url = LOCAL) -> None:
+    """Print the signed sums of all owners, with each owner's part for an auditor, for 'flexgate receipts verify'."""
+    with failing(), Api(url, key) as api:
+        sys.stdout.write(canonical(api.ask("GET", f"{_path(period)}/owners", params=_of(owner))))
+
+
+@app.command()
+def receipts(
+    period: Period,
+    key: Key,
+    owner: Owner = None,
+    after: Annotated[int, typer.Option(min=0, help="Print only receipts after this number.")] = 0,
+    url: Url = LOCAL,
+) -> None:
+    """Print an owner's copies of its receipts of a period as JSON Lines, for 'flexgate receipts verify'."""
+    with failing(), Api(url, key) as api:
+        more = True
+        while more:
+            query = {**_of(owner), "after": after, "limit": _PAGE}
+            page = api.ask("GET", f"{_path(period)}/receipts", params=query)
+            for receipt in page["data"]:
+                sys.stdout.write(canonical(receipt))
+                after = int(receipt["number"])
+            more = page["has_more"]
+
+
+@app.command()
+def prove(
+    period: Period,
+    receipt: Annotated[str, typer.Argument(help="The receipt's id.")],
+    key: Key,
+    owner: Owner = None,
+    last: Annotated[int | None, typer.Option(min=0, help="'last' of a provisional statement.")] = None,
+    url: Url = LOCAL,
+) -> None:
+    """Print the proof that a signed statement counts a receipt, for 'flexgate receipts verify'."""
+    query: dict[str, Any] = _of(owner) if last is None else {**_of(owner), "last": last}
+    with failing(), Api(url, key) as api:
+        path = f"{_path(period)}/receipts/{quote(receipt, safe='')}"
+        sys.stdout.write(canonical(api.ask("GET", path, params=query)))
+
+
+def _path(period: str) -> str:
+    return f"/v1/statements/{quote(period, safe='')}"
+
+
+def _of(owner: str | None) -> dict[str, str]:
+    return {} if owner is None else {"owner_id": owner}
+
+
 def _print(statement: dict[str, Any]) -> None:
-    state = ", still open" if statement["open"] else ""
+    state = ", still open: provisional" if statement["open"] else ""
     requests, tokens = statement["requests"], statement["tokens"]
     typer.echo(f"{statement['owner_id']}, {statement['id']}{state}: {requests:,} requests, {tokens:,} tokens")
     print_table(_COLUMNS, [_row(line) for line in statement["lines"]], empty="no uses")
+    for one in statement["corrections"]:
+        typer.echo(f"correction {one['correction_id']}: {one['amount']} {one['currency']}, {one['reason']}")
     for total in statement["totals"]:
         typer.echo(f"total {total['amount']} {total['currency']}")
 

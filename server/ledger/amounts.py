@@ -69,8 +69,7 @@ def owed(duties: tuple[Duty, ...], uses: Uses) -> tuple[Fraction, str] | None:
 
 def exact(value: Fraction) -> str:
     """An exact amount or quantity as a decimal number."""
-    text = _decimal(value, DIGITS)
-    return text.rstrip("0").rstrip(".")
+    return _decimal(value, DIGITS).rstrip("0").rstrip(".")
 
 
 def rounded(value: Fraction, currency: str) -> Fraction:
@@ -85,5 +84,6 @@ def written(value: Fraction, currency: str) -> str:
 
 
 def _decimal(value: Fraction, digits: int) -> str:
-    whole, rest = divmod(round(value * 10**digits), 10**digits)
-    return f"{whole}.{rest:0{digits}d}" if digits else str(whole)
+    scaled = round(value * 10**digits)
+    whole, rest = divmod(abs(scaled), 10**digits)
+    return f"{'-' * (scaled < 0)}{whole}" + (f".{rest:0{digits}d}" if digits else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +14,9 @@ from flexgate.server.ledger.usage import COLUMNS, Group, Sought, conditions, rea
 MOST_SECONDS: Final = 60.0
 MOST_ROWS: Final = 200_000
 """More than of other sums: there is one for each version of an agreement, and owners make the versions."""
-USES: Final = (
+UNDER: Final = ("agreement", "agreement_version", "duties_sha256")
+"""What a use counts under."""
+_USES: Final = (
     "count(*), sum(prompt_positions + completion_positions), sum(share_ppm * (prompt_tokens + completion_tokens))"
 )
 
@@ -29,6 +31,13 @@ class AgreementUses:
     uses: Uses
 
 
+def uses(where: str, by: Sequence[str], *more: str) -> str:
+    """The query of the uses of experts in requests: `by` and `more` are columns, the former those of a group."""
+    grouped = ", ".join(by)
+    shown = ", ".join([grouped, _USES, *more])
+    return f"SELECT {shown} FROM usage JOIN parts USING (sequence) WHERE {where} GROUP BY {grouped} ORDER BY {grouped}"
+
+
 def uses_by_agreement(source: Source, sought: Sought) -> list[AgreementUses]:
     """The sums of every bucket that has any, by time, group and agreement. Blocks.
 
@@ -37,16 +46,9 @@ def uses_by_agreement(source: Source, sought: Sought) -> list[AgreementUses]:
         TooMuchAsked: there are too many sums, or they take too long.
     """
     where, values = conditions(sought)
-    columns = [*(COLUMNS[group] for group in sought.groups), "agreement", "agreement_version", "duties_sha256"]
-    grouped = ", ".join(["bucket", *columns])
-    rows = read(
-        source,
-        f"SELECT {sought.bucket} AS bucket, {', '.join(columns)}, {USES} FROM usage JOIN parts USING (sequence) "
-        f"WHERE {where} AND agreement IS NOT NULL GROUP BY {grouped} ORDER BY {grouped}",
-        values,
-        seconds=MOST_SECONDS,
-        most=MOST_ROWS,
-    )
+    columns = [sought.bucket, *(COLUMNS[group] for group in sought.groups), *UNDER]
+    query = uses(f"{where} AND agreement IS NOT NULL", columns)
+    rows = read(source, query, values, seconds=MOST_SECONDS, most=MOST_ROWS)
     return list(_named(rows, sought))
 
 

@@ -28,6 +28,7 @@ from flexgate.policies.errors import StoreFull
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.reserve import Reserve
 from flexgate.server.ledger.batch import Batch, End, answer
+from flexgate.server.ledger.corrections import Corrections
 from flexgate.server.ledger.entries import (
     INTERRUPTED,
     MICROSECONDS,
@@ -85,6 +86,7 @@ class Journal:
         self._file.take()
         self._reserve = Reserve(path, "the ends of running requests")
         self.retention = Retention(lambda: self._clock())
+        self.corrections = Corrections(path, lambda: self._clock())
         with _told(path):
             self._end_running()
         self._reserve.keep()

@@ -109,6 +109,26 @@ def _running(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
+def _corrections(connection: sqlite3.Connection) -> None:
+    """Corrections and disputes, which are only added; a dispute is decided once."""
+    connection.execute(
+        """CREATE TABLE corrections (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    request TEXT NOT NULL,
+    at INTEGER NOT NULL,
+    actor TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    amount TEXT,
+    currency TEXT,
+    dispute TEXT UNIQUE
+)"""
+    )
+    connection.execute("CREATE INDEX corrections_owner ON corrections (owner, at)")
+
+
 STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _first,
     _agreements_and_shares,
@@ -116,6 +136,7 @@ STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _duties,
     _identity,
     _running,
+    _corrections,
 )
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)

@@ -6,32 +6,39 @@ A request belongs to the period in which it ended, in UTC.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from flexgate.policies.agreements import Agreement
+from flexgate.policies.agreements import Agreement, Compensate, Duty
 from flexgate.server.ledger.amounts import NO_USES, Uses, owed, rounded
-from flexgate.server.ledger.costs import MOST_ROWS, MOST_SECONDS, USES
+from flexgate.server.ledger.corrections import OF_PERIOD, Correction
+from flexgate.server.ledger.costs import MOST_ROWS, MOST_SECONDS, UNDER, uses
 from flexgate.server.ledger.entries import MICROSECONDS
-from flexgate.server.ledger.terms import Terms
+from flexgate.server.ledger.errors import TooMuchAsked
+from flexgate.server.ledger.terms import Terms, Version
 from flexgate.server.ledger.usage import Reading
 
 DAY: Final = 86_400
 PeriodKind = Literal["day", "month"]
 _NAME: Final = re.compile(r"(?P<year>\d{4})-(?P<month>\d\d)(-(?P<day>\d\d))?", re.ASCII)
-_OF_OWNER: Final = "FROM usage JOIN parts USING (sequence) WHERE ended_at >= ? AND ended_at < ? AND owner = ?"
-_USES: Final = (
-    f"SELECT agreement, agreement_version, duties_sha256, expert, tenant, {USES}, max(ended_at) {_OF_OWNER} "
-    "GROUP BY agreement, agreement_version, duties_sha256, expert, tenant "
-    "ORDER BY agreement, agreement_version, duties_sha256, expert, tenant"
-)
-_DAYS: Final = (
-    f"SELECT ended_at / {DAY * MICROSECONDS} * {DAY} AS day, count(DISTINCT usage.sequence), {USES} {_OF_OWNER} "
-    "GROUP BY day ORDER BY day"
+EVERY: Final = 2**62
+"""A number that no request in the ledger has."""
+MOST_RECEIPTS: Final = 4_000_000
+"""Of one statement: their hashes take 256 MB while its tree is made."""
+_OWNERS: Final = "ended_at >= ? AND ended_at < ? AND owner = ? AND +usage.sequence <= ?"
+_USES: Final = uses(_OWNERS, (*UNDER, "expert", "tenant"), "max(ended_at)")
+_DAYS: Final = uses(_OWNERS, (f"ended_at / {DAY * MICROSECONDS} * {DAY}",), "count(DISTINCT usage.sequence)")
+_RANGE: Final = "SELECT min(sequence), max(sequence) FROM usage WHERE ended_at >= ? AND ended_at < ?"
+_NEWEST: Final = "SELECT sequence FROM usage WHERE ended_at < ? ORDER BY ended_at DESC LIMIT 1"
+_SEQUENCES: Final = (
+    "SELECT usage.sequence FROM usage JOIN parts USING (sequence) WHERE usage.sequence BETWEEN ? AND ? "
+    "AND +ended_at >= ? AND +ended_at < ? AND owner = ? ORDER BY usage.sequence"
 )
 
 
@@ -72,6 +79,7 @@ class Line:
 
     Attributes:
         agreement: with its version; None of uses that no agreement is recorded of.
+        duties: the rates of that version.
         amount: exact, with its currency; None where the agreement lets nothing be paid.
         last_used_at: microseconds of Unix time at which the last request ended.
     """
@@ -79,6 +87,7 @@ class Line:
     agreement: tuple[str, int] | None
     expert: str
     uses: Uses
+    duties: tuple[Compensate, ...]
     amount: tuple[Fraction, str] | None
     last_used_at: int
 
@@ -94,11 +103,15 @@ class Day:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The uses of an owner's experts in a period, each counted in one line, under one tenant and in one day."""
+    """The uses of an owner's experts in a period, each counted in one line, under one tenant and in one day.
+
+    `corrections` are those that were made in the period, of receipts of any.
+    """
 
     lines: tuple[Line, ...]
     tenants: Mapping[str, Uses]
     days: tuple[Day, ...]
+    corrections: tuple[Correction, ...]
 
     @property
     def requests(self) -> int:
@@ -112,9 +125,11 @@ class Account:
 
     @property
     def totals(self) -> dict[str, Fraction]:
-        """The sum of all lines' amounts, by currency, rounded once in its smallest unit."""
+        """The sum of all amounts, by currency, rounded once in its smallest unit."""
+        amounts = [line.amount for line in self.lines if line.amount]
+        amounts += [(Fraction(one.amount), one.currency) for one in self.corrections if one.amount and one.currency]
         totals: dict[str, Fraction] = {}
-        for value, currency in sorted((line.amount for line in self.lines if line.amount), key=lambda one: one[1]):
+        for value, currency in sorted(amounts, key=lambda one: one[1]):
             totals[currency] = totals.get(currency, Fraction()) + value
         return {currency: rounded(value, currency) for currency, value in totals.items()}
 
@@ -125,6 +140,7 @@ class OwnerUses:
 
     rows: Sequence[tuple[Any, ...]]
     days: tuple[Day, ...]
+    corrections: tuple[Correction, ...]
 
     @property
     def counted_under(self) -> set[Terms]:
@@ -142,12 +158,30 @@ class OwnerUses:
             by_tenant[tenant] = by_tenant.get(tenant, NO_USES) + uses
         return Account(
             tuple(
-                Line(name, expert, uses, None if name is None else owed(terms[name].duties, uses), last)
+                _line(name, expert, uses, () if name is None else terms[name].duties, last)
                 for (name, expert), (uses, last) in by_line.items()
             ),
             by_tenant,
             self.days,
+            self.corrections,
         )
+
+
+def _line(name: Version | None, expert: str, uses: Uses, duties: tuple[Duty, ...], last: int) -> Line:
+    paid = tuple(duty for duty in duties if isinstance(duty, Compensate))
+    return Line(name, expert, uses, paid, owed(duties, uses), last)
+
+
+def first_end(path: Path) -> int | None:
+    """When the first request ended that the ledger has, in Unix seconds. Blocks; raises `LedgerError`."""
+    with reading_statements(path) as reading:
+        ((at,),) = reading.rows("SELECT min(ended_at) FROM usage", ())
+    return None if at is None else int(at) // MICROSECONDS
+
+
+def reading_statements(path: Path) -> Reading:
+    """One moment of a ledger, for the sums of statements."""
+    return Reading(path, seconds=MOST_SECONDS, most=MOST_ROWS)
 
 
 def owner_uses(path: Path, owner: str, period: Period) -> OwnerUses:
@@ -157,7 +191,41 @@ def owner_uses(path: Path, owner: str, period: Period) -> OwnerUses:
         LedgerError: the file cannot be read.
         TooMuchAsked: there is too much to sum.
     """
-    values = (period.start * MICROSECONDS, period.end * MICROSECONDS, owner)
-    with Reading(path, seconds=MOST_SECONDS, most=MOST_ROWS) as reading:
-        rows, days = reading.rows(_USES, values), reading.rows(_DAYS, values)
-    return OwnerUses(rows, tuple(Day(start, requests, Uses(*counts)) for start, requests, *counts in days))
+    with reading_statements(path) as reading:
+        return uses_read(reading, owner, period)
+
+
+def uses_read(reading: Reading, owner: str, period: Period, *, until: int = EVERY) -> OwnerUses:
+    """The sums of an owner's uses in a period, in requests up to a number in the ledger."""
+    values = (*_times(period), owner, until)
+    rows, days = reading.rows(_USES, values), reading.rows(_DAYS, values)
+    corrections = (Correction(*row) for row in reading.rows(OF_PERIOD, values[:3]))
+    in_days = (Day(start, requests, Uses(*counts)) for start, *counts, requests in days)
+    return OwnerUses(rows, tuple(in_days), tuple(corrections))
+
+
+def sequences_read(
+    reading: Reading, owner: str, period: Period, *, after: int = 0, until: int = EVERY
+) -> Iterator[int]:
+    """The numbers in the ledger of a period's requests in which an owner's experts took part, in their order."""
+    times = _times(period)
+    ((first, last),) = reading.rows(_RANGE, times)
+    if first is None:
+        return
+    found = reading.stream(_SEQUENCES, (max(first, after + 1), min(last, until), *times, owner))
+    for number, (sequence, _) in enumerate(groupby(found, itemgetter(0))):
+        if number == MOST_RECEIPTS:
+            raise TooMuchAsked(f"there are more than {MOST_RECEIPTS:,} receipts")
+        yield sequence
+
+
+def newest_read(reading: Reading, period: Period) -> int:
+    """The number in the ledger of the last request of a period, or before it; 0 for none."""
+    found = reading.rows(
+        "SELECT sequence FROM usage WHERE ended_at < ? ORDER BY ended_at DESC LIMIT 1", _times(period)[1:]
+    )
+    return found[0][0] if found else 0
+
+
+def _times(period: Period) -> tuple[int, int]:
+    return period.start * MICROSECONDS, period.end * MICROSECONDS

@@ -140,13 +140,18 @@ class Reading:
 
     def rows(self, query: str, values: Sequence[object]) -> list[Any]:
         """The rows of a query that sums."""
-        with self._failing():
-            if not self._connection.in_transaction:
-                self._connection.execute("BEGIN")
-            found = list(islice(self._connection.execute(query, values), self._most + 1))
+        found = list(islice(self.stream(query, values), self._most + 1))
         if len(found) > self._most:
             raise TooMuchAsked(f"there are more than {self._most:,} sums")
         return found
+
+    def stream(self, query: str, values: Sequence[object]) -> Iterator[Any]:
+        """The rows of a query, one by one."""
+        with self._failing():
+            if not self._connection.in_transaction:
+                self._connection.execute("BEGIN")
+            for row in self._connection.execute(query, values):  # noqa: UP028 (it would close the cursor late)
+                yield row
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def retrieve(call: Call[Nothing, Nothing]) -> Json:
     """Show a request's receipt: a tenant its own requests', an owner its own leaf."""
     caller = call.principal
-    with _translated(tell=caller.tenant_id is None and caller.owner_id is None):
+    with translated(tell=caller.tenant_id is None and caller.owner_id is None):
         return call.services.receipts.show(call.path["receipt_id"], Reader(caller.tenant_id, caller.owner_id))
 
 
@@ -34,13 +34,13 @@ def retrieve(call: Call[Nothing, Nothing]) -> Json:
 def batches(call: Call[Nothing, ListBatches]) -> BatchPage:
     """List the signed headers of batches: the chain that all receipts are in. It tells how many requests came when."""
     limit = call.query.limit
-    with _translated(tell=True):
+    with translated(tell=True):
         found = call.services.receipts.chain(call.query.after, limit + 1)
     return BatchPage(data=[SignedHeader.model_validate(one) for one in found[:limit]], has_more=len(found) > limit)
 
 
 @contextmanager
-def _translated(*, tell: bool) -> Iterator[None]:
+def translated(*, tell: bool) -> Iterator[None]:
     """Turn the receipts' errors into responses; `tell` names causes that are the operator's."""
     try:
         yield

@@ -15,6 +15,7 @@ from flexgate.server.admin.statements.schemas import Statement, StatementLine
 
 _WHOLE: Final = ("owner_id", "period", "id", "open")
 _LINE: Final = tuple(StatementLine.model_fields)
+_CORRECTION: Final = ("correction_id", "receipt_id", "reason")
 _PAGE_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -23,12 +24,14 @@ class Document(Response):
 
 
 def csv_of(statement: Statement) -> Document:
-    """The lines, one a row, each with the owner, the period and whether it is open."""
+    """The lines, and then the corrections, one a row, each with the owner, the period and whether it is open."""
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
-    rows.writerow([*_WHOLE, *_LINE])
+    names = [*_LINE, *_CORRECTION]
+    rows.writerow([*_WHOLE, *names])
     whole = [getattr(statement, name) for name in _WHOLE]
-    rows.writerows([*whole, *(getattr(line, name) for name in _LINE)] for line in statement.lines)
+    for one in (*statement.lines, *statement.corrections):
+        rows.writerow([*whole, *(getattr(one, name, None) for name in names)])
     return Document(written.getvalue(), media_type="text/csv", headers=_named(statement, "csv"))
 
 

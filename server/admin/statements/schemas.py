@@ -9,19 +9,95 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from flexgate.policies.ids import OwnerIdField
+from flexgate.server.admin.receipts.schemas import Receipt, ReceiptLeaf
 from flexgate.server.http.schemas import Shown
 from flexgate.server.http.validation import Closed
 from flexgate.server.ledger.amounts import Uses, exact, written
+from flexgate.server.ledger.corrections import Correction
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.shares import PPM
 from flexgate.server.ledger.statements import Account, Line, Period
 
 
-class ShowStatement(Closed):
+class OfOwner(Closed):
     """An owner's own key may leave `owner_id` out."""
 
     owner_id: OwnerIdField | None = None
+
+
+class ShowStatement(OfOwner):
+    """In which form."""
+
     format: Literal["json", "csv", "html"] = "json"
+
+
+class ListStatementReceipts(OfOwner):
+    """Receipts after the one of a number."""
+
+    after: int = Field(0, ge=0, le=2**62)
+    limit: int = Field(100, ge=1, le=200)
+
+
+class ProveReceipt(OfOwner):
+    """`last` of the provisional statement that the path is for; without it, all receipts that are made by now count."""
+
+    last: int | None = Field(None, ge=0, le=2**62)
+
+
+class StatementPeriod(Shown):
+    """A month in UTC, and whether its statement is provisional since requests may still end in it."""
+
+    object: Literal["statement.period"] = "statement.period"
+    id: str
+    start_time: int
+    end_time: int
+    open: bool
+
+
+class PeriodList(Shown):
+    """Months, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[StatementPeriod]
+
+
+class SignedStatement(Shown):
+    """`signature` is of the canonical form of `statement`, whose members docs/receipts.md describes."""
+
+    signature: str
+    statement: dict[str, Any]
+
+
+class OwnersSums(Shown):
+    """`signature` is of the canonical form of `totals`, whose parts are the leaves; docs/receipts.md describes both."""
+
+    hashes: list[str]
+    leaves: list[ReceiptLeaf]
+    signature: str
+    totals: dict[str, Any]
+
+
+class StatementReceiptPage(Shown):
+    """Receipts in the order of their numbers."""
+
+    object: Literal["list"] = "list"
+    data: list[Receipt]
+    has_more: bool
+
+
+class StatementProof(Shown):
+    """The path that leads from a receipt, at `index` of `receipts`, to the root of a signed statement."""
+
+    format: str
+    index: str
+    number: str
+    owner: str
+    path: list[str]
+    period: str
+    receipt: str
+    receipts: str
+    root: str
+    server: str
 
 
 class Used(Shown):
@@ -52,10 +128,22 @@ class StatementLine(Used):
 
 
 class StatementTotal(Shown):
-    """The sum of all lines in one currency, rounded once to its smallest unit, half to even."""
+    """The sum of all lines and corrections in one currency, rounded once to its smallest unit, half to even."""
 
     currency: str
     amount: str
+
+
+class StatementCorrection(Shown):
+    """An amount that was added to what is owed, or taken off, in the period; its receipt may be of an earlier one."""
+
+    correction_id: str
+    receipt_id: str
+    reason: str
+    dispute_id: str | None
+    made_at: float
+    amount: str
+    currency: str
 
 
 class StatementTenant(Used):
@@ -115,10 +203,16 @@ class Statement(Shown):
     share_weighted_tokens: str
     totals: list[StatementTotal]
     lines: list[StatementLine]
+    corrections: list[StatementCorrection]
     tenants: list[StatementTenant]
     days: list[StatementDay]
     denials: list[StatementDenials]
     changes: list[StatementChange]
+
+
+def shown_period(period: Period, *, is_open: bool) -> StatementPeriod:
+    """A period in a list."""
+    return StatementPeriod(id=period.name, start_time=period.start, end_time=period.end, open=is_open)
 
 
 def statement_of(
@@ -127,7 +221,7 @@ def statement_of(
     account: Account,
     *,
     now: float,
-    written_down: bool,
+    is_open: bool,
     name_of: Callable[[str], str],
     denials: dict[tuple[str, str], int],
     changes: list[StatementChange],
@@ -135,7 +229,7 @@ def statement_of(
     """A statement made at `now`.
 
     Args:
-        written_down: whether the ledger had written all ends of the period before it was read.
+        is_open: whether requests may still end in the period, or be written.
         name_of: gives the owner's name for a project.
     """
     uses = account.uses
@@ -146,12 +240,13 @@ def statement_of(
         start_time=period.start,
         end_time=period.end,
         made_at=now,
-        open=now < period.end or not written_down,
+        open=is_open,
         requests=account.requests,
         tokens=uses.tokens,
         share_weighted_tokens=_weighted(uses),
         totals=[StatementTotal(currency=c, amount=written(value, c)) for c, value in account.totals.items()],
         lines=[_line(line) for line in account.lines],
+        corrections=[_correction(one) for one in account.corrections],
         tenants=sorted(
             (StatementTenant(tenant=name_of(tenant), **_used(of_one)) for tenant, of_one in account.tenants.items()),
             key=lambda one: one.tenant,
@@ -178,6 +273,20 @@ def _line(line: Line) -> StatementLine:
         currency=currency,
         amount=None if value is None else exact(value),
         last_used_at=line.last_used_at / MICROSECONDS,
+    )
+
+
+def _correction(one: Correction) -> StatementCorrection:
+    assert one.amount is not None
+    assert one.currency is not None
+    return StatementCorrection(
+        correction_id=one.id,
+        receipt_id=one.request,
+        reason=one.reason,
+        dispute_id=one.dispute,
+        made_at=one.at / MICROSECONDS,
+        amount=one.amount,
+        currency=one.currency,
     )
 
 

@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,20 +161,43 @@ class Book:
 
     def find(self, sequence: int) -> tuple[Batch, int] | None:
         """The batch of a request by its number in the ledger, and its place there; None where it has no receipt yet."""
-        with self._told("read"):
-            query = "SELECT * FROM batches WHERE last_sequence >= ? ORDER BY last_sequence LIMIT 1"
-            row = self._connection.execute(query, (sequence,)).fetchone()
-        if row is None:
+        batch = self._first("last_sequence", sequence)
+        if batch is None:
             return None
-        batch = _batch(row)
         place = bisect_left(batch.sequences, sequence)
         return (batch, place) if batch.sequences[place] == sequence else None
+
+    def numbered(self, sequences: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """The number and root of each request's receipt; requests come in their order, and all have one."""
+        batch, places = None, dict[int, int]()
+        for sequence in sequences:
+            if batch is None or sequence > batch.sequences[-1]:
+                batch = self._first("last_sequence", sequence)
+                places = {} if batch is None else {found: place for place, found in enumerate(batch.sequences)}
+            if batch is None or sequence not in places:
+                raise BookError(f"the request {sequence} of the ledger has no receipt in {self.path}")
+            place = places[sequence]
+            yield batch.first + place, batch.roots[place]
+
+    def sequence_of(self, number: int) -> int:
+        """The number in the ledger of the request that a receipt is of, or where the chain ends before it."""
+        batch = self._first("last", number)
+        if batch is None:
+            return self.end().sequence
+        return batch.sequences[max(0, number - batch.first)]
 
     def chain(self, after: int, limit: int) -> list[tuple[bytes, bytes]]:
         """Headers and signatures of batches after a number, in their order."""
         with self._told("read"):
             query = "SELECT header, signature FROM batches WHERE number > ? ORDER BY number LIMIT ?"
             return self._connection.execute(query, (after, limit)).fetchall()
+
+    def _first(self, column: str, least: int) -> Batch | None:
+        """The first batch whose last receipt's number, or request, is not below one."""
+        with self._told("read"):
+            query = f"SELECT * FROM batches WHERE {column} >= ? ORDER BY {column} LIMIT 1"
+            row = self._connection.execute(query, (least,)).fetchone()
+        return None if row is None else _batch(row)
 
     def _prepare(self) -> None:
         run = self._connection.execute

@@ -45,6 +45,7 @@ class Maker:
         waiting: why no receipts are made now, a sentence; None while they are.
         jwks: the public keys, as they are served.
         sequence: the number of the ledger's last request that has a receipt.
+        signer: what signs.
         signed: the sequence in the ledger up to which requests have receipts, as far as it is known.
     """
 
@@ -64,7 +65,7 @@ class Maker:
         self.waiting: str | None = None
         self._ledger = ledger
         self._book = book
-        self._signer = signer
+        self.signer = signer
         self._clock = clock
         self._policy_digest = policy_digest
         self._pseudonym = lru_cache(maxsize=10_000)(pseudonym)
@@ -119,9 +120,9 @@ class Maker:
         keys = self._book.keys()
         if not keys:
             try:
-                if isinstance(self._signer, KeyFile) and not self._signer.path.exists():
-                    self._signer.make()
-                public = self._signer.public_key()
+                if isinstance(self.signer, KeyFile) and not self.signer.path.exists():
+                    self.signer.make()
+                public = self.signer.public_key()
                 self._book.add_key(thumbprint(public), public)
                 keys = [public]
             except EXPECTED as error:
@@ -137,7 +138,8 @@ class Maker:
         self.signed = end.sequence
         if not found:
             return False
-        public = self._current_key()
+        self.jwks = jwks_of(self._book.keys())
+        public = current_key(self._book, self.signer)
         roots = self._roots(found)
         header = Header(
             at=str(microseconds(self._clock())),
@@ -149,9 +151,7 @@ class Maker:
             root=merkle.root([merkle.leaf_hash(root) for root in roots]).hex(),
             server=self._book.server,
         ).encode()
-        signature = self._signer.sign(header)
-        if not is_signed(public, header, signature):
-            raise SignerUnavailable("the receipt signer has given a signature with another key: " + _ROTATE)
+        signature = signed(self.signer, public, header)
         sequences = [recorded.sequence for recorded in found]
         self._book.append(Batch(end.number + 1, end.last + 1, sequences, roots, header, signature))
         self.sequence = sequences[-1]
@@ -177,18 +177,6 @@ class Maker:
             digest = self._policy_digest(version)
             self._book.add_policy(version, digest)
             return digest
-
-    def _current_key(self) -> bytes:
-        """The key that signs; raises `SignerUnavailable` where the signer has another one, or none does."""
-        keys = self._book.keys()
-        self.jwks = jwks_of(keys)
-        public = self._signer.public_key()
-        if not keys or keys[-1] != public:
-            was = "none" if not keys else thumbprint(keys[-1])
-            raise SignerUnavailable(
-                f"the receipt signer has the key {thumbprint(public)}, and receipts are signed with {was}: {_ROTATE}"
-            )
-        return public
 
     def _require_same_ledger(self, end: End, connection: sqlite3.Connection) -> None:
         """Refuse a ledger that is older than its receipts, until the next start: its numbers name other requests."""
@@ -216,6 +204,25 @@ class Maker:
             return True
         batch, place = last
         return self._roots(found) == [batch.roots[place]]
+
+
+def current_key(book: Book, signer: Signer) -> bytes:
+    """The key that signs; raises `SignerUnavailable` where the signer has another one, or none does."""
+    keys, public = book.keys(), signer.public_key()
+    if not keys or keys[-1] != public:
+        was = "none" if not keys else thumbprint(keys[-1])
+        raise SignerUnavailable(
+            f"the receipt signer has the key {thumbprint(public)}, and receipts are signed with {was}: {_ROTATE}"
+        )
+    return public
+
+
+def signed(signer: Signer, public: bytes, message: bytes) -> bytes:
+    """A signature with the key; raises `SignerUnavailable`."""
+    signature = signer.sign(message)
+    if not is_signed(public, message, signature):
+        raise SignerUnavailable("the receipt signer has given a signature with another key: " + _ROTATE)
+    return signature
 
 
 _ROTATE: Final = (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 LEAF: Final = b"\x00"
 NODE: Final = b"\x01"
+HASH_BYTES: Final = 32
+EMPTY: Final = hashlib.sha256().digest()
+"""The root over no leaves."""
 
 
 def leaf_hash(data: bytes) -> bytes:
@@ -17,29 +20,45 @@ def leaf_hash(data: bytes) -> bytes:
 
 def node_hash(left: bytes, right: bytes) -> bytes:
     """The hash of two subtrees."""
-    return hashlib.sha256(NODE + left + right).digest()
+    return _node(left + right)
 
 
-def levels(hashes: Sequence[bytes]) -> list[list[bytes]]:
-    """The tree over one or more leaves' hashes, from these to the root; a subtree without a right one moves up."""
-    found = [list(hashes)]
-    while len(below := found[-1]) > 1:
-        pairs = [node_hash(below[i], below[i + 1]) for i in range(0, len(below) - 1, 2)]
-        found.append(pairs + below[len(pairs) * 2 :])
+def _node(both: bytes) -> bytes:
+    return hashlib.sha256(NODE + both).digest()
+
+
+def levels(hashes: Iterable[bytes]) -> list[bytes]:
+    """The tree over leaves' hashes, from these to the root; a subtree without a right one moves up.
+
+    Each level is the hashes of its nodes one behind the other, so that a tree over a million leaves takes 64 MB.
+    """
+    packed = bytearray()
+    for hash_ in hashes:
+        packed += hash_
+    found = [bytes(packed)]
+    while len(below := found[-1]) > HASH_BYTES:
+        pairs = [_node(below[at : at + 2 * HASH_BYTES]) for at in range(0, len(below) - HASH_BYTES, 2 * HASH_BYTES)]
+        found.append(b"".join(pairs) + below[2 * HASH_BYTES * len(pairs) :])
     return found
 
 
-def root(hashes: Sequence[bytes]) -> bytes:
-    """The root over one or more leaves' hashes."""
-    return levels(hashes)[-1][0]
+def root(hashes: Iterable[bytes]) -> bytes:
+    """The root over leaves' hashes."""
+    return root_of(levels(hashes))
 
 
-def path(tree: Sequence[Sequence[bytes]], index: int) -> list[bytes]:
+def root_of(tree: Sequence[bytes]) -> bytes:
+    """The root of a tree (see `levels`)."""
+    return tree[-1] or EMPTY
+
+
+def path(tree: Sequence[bytes], index: int) -> list[bytes]:
     """The hashes that lead from a leaf of a tree (see `levels`) to its root, the lowest first."""
     found = []
     for level in tree[:-1]:
-        if (sibling := index ^ 1) < len(level):
-            found.append(level[sibling])
+        at = (index ^ 1) * HASH_BYTES
+        if at < len(level):
+            found.append(level[at : at + HASH_BYTES])
         index >>= 1
     return found
 

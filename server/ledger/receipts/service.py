@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,11 +55,11 @@ class ReceiptDamaged(Exception):
 
 
 class Receipts:
-    """The receipts of a server. `book` is the file of their batches."""
+    """The receipts of a server. `ledger` is the file that they are made of, `book` that of their batches."""
 
     def __init__(self, ledger: Path, book: Path, maker: Maker, pseudonym: Callable[[str, str], str]) -> None:
         self.maker = maker
-        self._ledger = ledger
+        self.ledger = ledger
         self.book = book
         self._pseudonym = pseudonym
 
@@ -74,7 +75,7 @@ class Receipts:
             NoReceipt, ReceiptPending, ReceiptDamaged: there is nothing to show.
             LedgerError, BookError: a file cannot be read.
         """
-        with rows.reading(self._ledger) as connection:
+        with rows.reading(self.ledger) as connection:
             recorded = rows.read_one(connection, receipt)
             running = rows.read_running(connection, receipt) if recorded is None else None
         if running is not None and reader.owner is None and reader.may_see(running.tenant, []):
@@ -82,15 +83,25 @@ class Receipts:
         if recorded is None or not reader.may_see(recorded.tenant, recorded.owners):
             raise NoReceipt
         with opened(self.book) as book:
-            found = book.find(recorded.sequence)
-            if found is None:
-                raise ReceiptPending(self.maker.waiting or "it is made within a second")
-            leaves = self._grown(recorded, book)
+            return self._shown(book, recorded, reader)
+
+    def show_all(self, sequences: Sequence[int], reader: Reader) -> list[Json]:
+        """A reader's copies of the receipts of requests that it may see, by their numbers in the ledger; as `show`."""
+        with rows.reading(self.ledger) as connection:
+            found = [one for sequence in sequences for one in rows.read_after(connection, sequence - 1, 1)]
+        with opened(self.book) as book:
+            return [self._shown(book, recorded, reader) for recorded in found]
+
+    def _shown(self, book: Book, recorded: Recorded, reader: Reader) -> Json:
+        found = book.find(recorded.sequence)
+        if found is None:
+            raise ReceiptPending(self.maker.waiting or "it is made within a second")
         batch, place = found
+        leaves = self._grown(recorded, book)
         if leaves.root != batch.roots[place]:
             raise ReceiptDamaged(
-                f"the ledger's row {recorded.sequence} (receipt '{receipt}') does not lead to the root that was "
-                "signed: it or the receipts' file was changed since"
+                f"the ledger's row {recorded.sequence} (receipt '{recorded.request}') does not lead to the root that "
+                "was signed: it or the receipts' file was changed since"
             )
         return copy_of(batch, place, leaves, reader)
 
@@ -114,7 +125,7 @@ def copy_of(batch: Batch, place: int, leaves: Leaves, reader: Reader) -> Json:
         for index, (salt, (kind, owner, content)) in enumerate(leaves.leaves)
         if reader.sees(kind, owner)
     ]
-    above = merkle.levels([merkle.leaf_hash(root) for root in batch.roots])
+    above = _tree_over(b"".join(batch.roots))
     return {
         "batch": {
             "header": parsed(batch.header),
@@ -127,6 +138,13 @@ def copy_of(batch: Batch, place: int, leaves: Leaves, reader: Reader) -> Json:
         "number": str(batch.first + place),
         **({"opening": leaves.opening.hex()} if reader.tenant is not None else {}),
     }
+
+
+@lru_cache(maxsize=16)
+def _tree_over(roots: bytes) -> list[bytes]:
+    """The tree of a batch, by its receipts' roots: readers ask for one receipt of a batch after the other."""
+    starts = range(0, len(roots), merkle.HASH_BYTES)
+    return merkle.levels(merkle.leaf_hash(roots[start : start + merkle.HASH_BYTES]) for start in starts)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,47 +19,49 @@ import rfc8785
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from flexgate.server.ledger.receipts.canonical import (
+    HASH,
+    NUMBER,
+    Json,
+    ReceiptInvalid,
+    hashes_of,
+    list_of,
+    members,
+    parse,
+    texts,
+)
 from flexgate.server.ledger.receipts.merkle import leaf_hash, root_from
 
-MOST_BYTES: Final = 1 << 20
-MOST_DEPTH: Final = 8
 MOST_OF_A_BATCH: Final = 65_536
 ROOT: Final = b"\x02"
-SAFE: Final = 2**53 - 1
 MILLION: Final = 1_000_000
 FACTS: Final = ("completion_tokens", "ended_at", "outcome", "prompt_tokens")
 """What an owner's leaf says of the request as the request's own does."""
 NOTHING_BEFORE: Final = "0" * 64
-Json = dict[str, Any]
 Keys = Mapping[str, Ed25519PublicKey]
-_HASH: Final = "[0-9a-f]{64}"
-_ID: Final = "[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]"
+KEY_ID: Final = "[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]"
 """32 bytes in base64url, without bits that say nothing."""
-_NUMBER: Final = "0|[1-9][0-9]{0,18}"
-_RECEIPT: Final = "dec_[0-9a-f]{32}"
+RECEIPT: Final = "dec_[0-9a-f]{32}"
+SERVER: Final = "srv_[0-9a-f]{32}"
 _HEADER: Final = {
-    "at": _NUMBER,
+    "at": NUMBER,
     "first": "[1-9][0-9]{0,18}",
     "format": "flexgate-receipt-batch/1",
-    "kid": _ID,
+    "kid": KEY_ID,
     "last": "[1-9][0-9]{0,18}",
     "number": "[1-9][0-9]{0,18}",
-    "previous": _HASH,
-    "root": _HASH,
-    "server": "srv_[0-9a-f]{32}",
+    "previous": HASH,
+    "root": HASH,
+    "server": SERVER,
 }
 _JWK: Final = {
     "alg": "EdDSA",
     "crv": "Ed25519",
-    "kid": _ID,
+    "kid": KEY_ID,
     "kty": "OKP",
     "use": "sig",
-    "x": _ID,
+    "x": KEY_ID,
 }
-
-
-class ReceiptInvalid(Exception):
-    """A file is no valid receipt, chain or key set; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class Verified:
     leaves: tuple[Json, ...]
     places: tuple[int, ...]
     size: int
+    root: bytes
     opening: bytes | None
 
     @property
@@ -101,28 +103,11 @@ class Verified:
         return len(self.leaves) == self.size
 
 
-def parse(text: bytes) -> Any:
-    """JSON in its canonical form (RFC 8785), without fractions, and at most one line break after it."""
-    text = text[:-1] if text.endswith(b"\n") else text
-    if len(text) > MOST_BYTES:
-        raise ReceiptInvalid(f"it has more than {MOST_BYTES} bytes")
-    try:
-        value = json.loads(text.decode("utf-8"), parse_float=_refuse, parse_constant=_refuse)
-        _require_shallow(value, MOST_DEPTH)
-        canonical = rfc8785.dumps(value)
-    except (ValueError, RecursionError):  # Unicode and JSON errors, and those of rfc8785, are ValueErrors
-        canonical = None
-    if canonical != text:
-        raise ReceiptInvalid("it is not canonical JSON: it was changed, or not saved as the server sent it")
-    return value
-
-
 def parse_keys(text: bytes) -> Keys:
     """The keys of a JWK set by their ids."""
     keys: dict[str, Ed25519PublicKey] = {}
-    members = _members(parse(text), "the key set", "keys")["keys"]
-    for entry in _list(members, "'keys'"):
-        values = _texts(entry, "a key", _JWK)
+    for entry in list_of(members(parse(text), "the key set", "keys")["keys"], "'keys'"):
+        values = texts(entry, "a key", _JWK)
         public = base64.urlsafe_b64decode(values["x"] + "=")
         canonical = f'{{"crv":"Ed25519","kty":"OKP","x":"{values["x"]}"}}'
         if base64.urlsafe_b64decode(values["kid"] + "=") != hashlib.sha256(canonical.encode()).digest():
@@ -135,37 +120,29 @@ def parse_keys(text: bytes) -> Keys:
 
 def verify_receipt(text: bytes, keys: Keys) -> Verified:
     """A party's copy of a receipt."""
-    receipt = _members(parse(text), "the receipt", "batch", "format", "hashes", "leaves", "number", optional="opening")
-    batch = _members(receipt["batch"], "'batch'", "header", "path", "signature")
-    _texts(receipt, "the receipt", {"format": "flexgate-receipt/1", "number": _NUMBER}, only=False)
+    receipt = members(parse(text), "the receipt", "batch", "format", "hashes", "leaves", "number", optional="opening")
+    batch = members(receipt["batch"], "'batch'", "header", "path", "signature")
+    texts(receipt, "the receipt", {"format": "flexgate-receipt/1", "number": NUMBER}, only=False)
     signed = verify_batch({"header": batch["header"], "signature": batch["signature"]}, keys)
-    hashes = _hashes(receipt["hashes"])
-    contents = _leaves(_list(receipt["leaves"], "'leaves'"), hashes)
+    hashes = hashes_of(receipt["hashes"])
+    contents = _leaves(list_of(receipt["leaves"], "'leaves'"), hashes)
     root = hashlib.sha256(ROOT + b"".join(hashes)).digest()
     size, place = signed.last - signed.first + 1, int(receipt["number"]) - signed.first
-    if root_from(leaf_hash(root), place, size, _hashes(batch["path"])) != bytes.fromhex(batch["header"]["root"]):
+    if root_from(leaf_hash(root), place, size, hashes_of(batch["path"])) != bytes.fromhex(batch["header"]["root"]):
         raise ReceiptInvalid("its leaves do not lead to the root that was signed")
     (named,) = {content["receipt"] for content in contents}
     opening = _opening(receipt, contents)
     complete = len(contents) == len(hashes)
     _require_consistent(contents, complete=complete)
     places = tuple(leaf["index"] for leaf in receipt["leaves"])
-    return Verified(named, int(receipt["number"]), signed, tuple(contents), places, len(hashes), opening)
+    return Verified(named, int(receipt["number"]), signed, tuple(contents), places, len(hashes), root, opening)
 
 
 def verify_batch(entry: Any, keys: Keys) -> SignedBatch:
     """A batch's header with its signature, as in a chain."""
-    members = _members(entry, "the batch", "header", "signature")
-    header = _texts(members["header"], "the header", _HEADER)
-    signature = bytes.fromhex(_texts(members, "the batch", {"signature": "[0-9a-f]{128}"}, only=False)["signature"])
-    key = keys.get(header["kid"])
-    if key is None:
-        raise ReceiptInvalid(f"it is signed with the key {header['kid']}, which is not in the key set")
-    message = rfc8785.dumps(header)
-    try:
-        key.verify(signature, message)
-    except InvalidSignature:
-        raise ReceiptInvalid("its signature is wrong: it was changed, or is another server's") from None
+    batch = members(entry, "the batch", "header", "signature")
+    header = texts(batch["header"], "the header", _HEADER)
+    message = verify_signature(header, batch["signature"], keys)
     first, last = int(header["first"]), int(header["last"])
     if not first <= last < first + MOST_OF_A_BATCH:
         raise ReceiptInvalid(f"its batch goes from receipt {first} to {last}")
@@ -174,6 +151,20 @@ def verify_batch(entry: Any, keys: Keys) -> SignedBatch:
         raise ReceiptInvalid(f"its batch {number} cannot begin with receipt {first} after {previous}")
     hash_ = hashlib.sha256(message).hexdigest()
     return SignedBatch(header["server"], number, first, last, previous, hash_)
+
+
+def verify_signature(value: Json, signature: Any, keys: Keys) -> bytes:
+    """What is signed must be the canonical form of an object that names its key in `kid`; returns that form."""
+    texts({"signature": signature}, "the signature", {"signature": "[0-9a-f]{128}"})
+    key = keys.get(value["kid"])
+    if key is None:
+        raise ReceiptInvalid(f"it is signed with the key {value['kid']}, which is not in the key set")
+    message = rfc8785.dumps(value)
+    try:
+        key.verify(bytes.fromhex(signature), message)
+    except InvalidSignature:
+        raise ReceiptInvalid("its signature is wrong: it was changed, or is another server's") from None
+    return message
 
 
 def verify_chain(batches: Sequence[SignedBatch]) -> None:
@@ -261,14 +252,14 @@ def _leaves(leaves: list[Any], hashes: list[bytes]) -> list[Json]:
     """The contents of the leaves, whose hashes must be in their places."""
     contents, before = [], -1
     for entry in leaves:
-        leaf = _members(entry, "a leaf", "content", "index", "salt")
+        leaf = members(entry, "a leaf", "content", "index", "salt")
         content, index = leaf["content"], leaf["index"]
-        salt = bytes.fromhex(_texts(leaf, "a leaf", {"salt": _HASH}, only=False)["salt"])
+        salt = bytes.fromhex(texts(leaf, "a leaf", {"salt": HASH}, only=False)["salt"])
         if type(index) is not int or not before < index < len(hashes):
             raise ReceiptInvalid("the places of its leaves are wrong")
         if not isinstance(content, dict) or content.get("kind") not in ("request", "owner", "none"):
             raise ReceiptInvalid("a leaf is of no known kind")
-        _texts(content, "a leaf", {"receipt": _RECEIPT}, only=False)
+        texts(content, "a leaf", {"receipt": RECEIPT}, only=False)
         if leaf_hash(salt + rfc8785.dumps(content)) != hashes[index]:
             raise ReceiptInvalid("a leaf is not the one that its receipt has in its place: it was changed")
         contents.append(content)
@@ -281,7 +272,7 @@ def _leaves(leaves: list[Any], hashes: list[bytes]) -> list[Json]:
 def _opening(receipt: Json, contents: list[Json]) -> bytes | None:
     if "opening" not in receipt:
         return None
-    opening = bytes.fromhex(_texts(receipt, "the receipt", {"opening": _HASH}, only=False)["opening"])
+    opening = bytes.fromhex(texts(receipt, "the receipt", {"opening": HASH}, only=False)["opening"])
     digests = [content.get("opening_digest") for content in contents if content["kind"] == "request"]
     if digests != [hashlib.sha256(opening).hexdigest()]:
         raise ReceiptInvalid("its opening is not the one of its request")
@@ -339,45 +330,3 @@ def _objects(value: Any) -> list[Json]:
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise ReceiptInvalid("a leaf has no list of experts")
     return value
-
-
-def _members(value: Any, what: str, *names: str, optional: str | None = None) -> Json:
-    """An object with exactly these members."""
-    if not isinstance(value, dict) or value.keys() - {optional} != set(names):
-        raise ReceiptInvalid(f"{what} must have {', '.join(names)}, and nothing else")
-    return value
-
-
-def _texts(value: Any, what: str, patterns: Mapping[str, str], *, only: bool = True) -> dict[str, str]:
-    """An object whose members are strings of these patterns, and with `only` the only ones."""
-    if only:
-        _members(value, what, *patterns)
-    for name, pattern in patterns.items():
-        text = value.get(name)
-        if not isinstance(text, str) or not re.fullmatch(pattern, text):
-            raise ReceiptInvalid(f"'{name}' of {what} is wrong")
-    return value
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ReceiptInvalid(f"{what} must be a list that is not empty")
-    return value
-
-
-def _hashes(value: Any) -> list[bytes]:
-    if not isinstance(value, list) or not all(isinstance(one, str) and re.fullmatch(_HASH, one) for one in value):
-        raise ReceiptInvalid("a list of hashes has something else")
-    return [bytes.fromhex(one) for one in value]
-
-
-def _require_shallow(value: Any, depth: int) -> None:
-    """Raise `ValueError` for what is nested too deeply, or has a number that not every reader reads alike."""
-    if depth < 0 or (type(value) is int and abs(value) > SAFE):
-        raise ValueError
-    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _require_shallow(one, depth - 1)
-
-
-def _refuse(_text: str) -> Any:
-    raise ValueError

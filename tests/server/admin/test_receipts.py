@@ -86,7 +86,7 @@ async def test_a_request_without_a_receipt_is_told_to_its_tenant_and_why_to_the_
 ) -> None:
     waiting = await recorded(services.ledger, 3, "t")
     running = await recorded(services.ledger, 4, "t", end=False)
-    services.receipts.maker._signer.path.unlink()
+    services.receipts.maker.signer.path.unlink()
     await asyncio.to_thread(services.receipts.maker.work)
     for name in (waiting, running):
         response = await call("sk-t", "GET", f"/v1/receipts/{name}")

@@ -83,6 +83,10 @@ def _with_receipt(services: Any) -> str:
     return name
 
 
+CORRECTION = {"receipt_id": f"dec_{1:032x}", "reason": "counted twice"}
+PAID_BACK = {"kind": "correction", "amount": "-0.5", "currency": "EUR", "dispute_id": "dispute"}
+
+
 def cases(ids: dict[str, str]) -> list[Case]:
     """What succeeds, once of each operation and role that sees something else: key, method, path, body."""
     projects, admin = "/v1/organization/projects", "sk-admin"
@@ -138,6 +142,15 @@ def cases(ids: dict[str, str]) -> list[Case]:
         (admin, "GET", "/v1/organization/costs?start_time=0&group_by[]=line_item", None),
         ("sk-owner", "GET", "/v1/statements/2025-01", None),
         (admin, "GET", "/v1/statements/2025-01-31?owner_id=gazette", None),
+        ("sk-owner", "POST", "/v1/corrections", {**CORRECTION, "kind": "dispute", "id": "dispute"}),
+        (admin, "POST", "/v1/corrections", {**CORRECTION, "owner_id": "gazette", **PAID_BACK}),
+        (admin, "GET", "/v1/corrections", None),
+        ("sk-owner", "GET", "/v1/statements", None),
+        ("sk-owner", "GET", "/v1/statements/1970-01/signed", None),
+        ("sk-owner", "GET", "/v1/statements/1970-01/owners", None),
+        (admin, "GET", "/v1/statements/1970-01/owners", None),
+        ("sk-owner", "GET", "/v1/statements/1970-01/receipts", None),
+        (admin, "GET", f"/v1/statements/1970-01/receipts/{ids['receipt']}?owner_id=gazette", None),
         (admin, "GET", f"/v1/receipts/{ids['receipt']}", None),
         ("sk-t", "GET", f"/v1/receipts/{ids['receipt']}", None),
         ("sk-owner", "GET", f"/v1/receipts/{ids['receipt']}", None),

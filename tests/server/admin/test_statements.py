@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import rfc8785
 from typer.testing import CliRunner
 
 from flexgate.policies.audit import DENIED, Event
 from flexgate.policies.documents import Expert, Tenant
+from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
-from flexgate.policies.store.agreements import revise_agreement, terminate_agreement
+from flexgate.policies.store.agreements import create_agreement, revise_agreement, terminate_agreement
 from flexgate.server.cli.main import app
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.receipts import verify
+from flexgate.server.ledger.receipts.verify_statement import parse_proof, verify_statement, verify_statements
 
 pytestmark = pytest.mark.asyncio
 
@@ -231,10 +238,116 @@ async def test_the_command_prints_a_statement(urls: tuple[str, str], recorded: J
     shown = await run("2026-11", "--key", "sk-owner")
     assert shown.exit_code == 0, shown.output
     first, _, line, total = shown.output.splitlines()
-    assert first == "gazette, 2026-11, still open: 3 requests, 30 tokens"
+    assert first == "gazette, 2026-11, still open: provisional: 3 requests, 30 tokens"
     assert line.split() == ["a-news@2", "news", "3", "30", "33", "0.3", "EUR"]
     assert total == "total 0.30 EUR"
     table = await run("2026-11", "--key", "sk-admin", "--owner", "gazette", "--format", "csv")
     assert table.output.startswith("owner_id,period,id,open,")
     refused = await run("2026-13", "--key", "sk-owner")
     assert (refused.exit_code, "The period is a day or a month" in refused.output) == (1, True)
+
+
+@pytest_asyncio.fixture
+async def receipted(recorded: Journal, services: Any, real_store: Store) -> Any:
+    """Two requests with receipts, with news in the first and math in both, and an agreement that math counts under."""
+    terms = {"id": "a-math", "experts": ["math"], "assignee": "everyone", "effect": "permit", "duties": PAID[:1]}
+    with suppress(ChangeRefused):
+        create_agreement(real_store, {**terms, "owner": "academy"}, actor="test", at=START + 5.0)
+    for number, experts in ((1, (NEWS, MATH)), (2, (MATH,))):
+        name = f"dec_{number:032x}"
+        made = Registration(name, 1, "t", "k", "/v1/x", "tiny", 1, 1, experts)
+        recorded.register(made).end(COMPLETED, Used(10, 4, 2, [30, 10, 10, 10], [0] * 4))
+    await recorded.register(registration("end")).registered()
+    await asyncio.to_thread(services.receipts.maker.work)
+    assert services.receipts.maker.waiting is None
+    return services
+
+
+def receipt(number: int) -> str:
+    return f"dec_{number:032x}"
+
+
+async def test_an_owner_checks_alone_that_its_receipts_are_in_its_signed_statement(call: Any, receipted: Any) -> None:
+    keys = verify.parse_keys((await call(None, "GET", "/.well-known/jwks.json")).content)
+    signed = await call("sk-owner", "GET", f"{MONTH}/signed")
+    assert signed.status_code == 200, signed.text
+    statement = verify_statement(signed.content, keys)
+    assert (statement.owner, statement.provisional, statement.totals) == ("gazette", True, (("EUR", "0.40"),))
+    page = (await call("sk-owner", "GET", f"{MONTH}/receipts")).json()
+    copies = [verify.verify_receipt(rfc8785.dumps(one), keys) for one in page["data"] if one["number"] == "4"]
+    assert [leaf["owner"] for copy in copies for leaf in copy.leaves] == ["gazette"]
+    proof = await call("sk-owner", "GET", f"{MONTH}/receipts/{receipt(1)}?last={statement.last}")
+    (said,) = verify_statements([statement], copies, [parse_proof(proof.content)])
+    assert said == "it counts the 1 receipts that were given, of 4"
+
+
+async def test_an_owner_gets_neither_receipts_nor_proofs_of_others(call: Any, receipted: Any) -> None:
+    pages = [(await call("sk-owner", "GET", f"{MONTH}/receipts{query}")).json() for query in ("", "?limit=2")]
+    assert [len(page["data"]) for page in pages] == [4, 2]
+    assert [page["has_more"] for page in pages] == [False, True]
+    assert "academy" not in str(pages)
+    absent = await call("sk-owner", "GET", f"{MONTH}/receipts/{receipt(9)}")
+    others = await call("sk-owner", "GET", f"{MONTH}/receipts/{receipt(2)}")
+    assert (absent.status_code, absent.content) == (others.status_code, others.content)
+    assert absent.status_code == 404
+    for path in ("signed", "receipts", f"receipts/{receipt(1)}"):
+        assert (await call("sk-owner", "GET", f"{MONTH}/{path}?owner_id=academy")).status_code == 404
+        assert (await call("sk-t", "GET", f"{MONTH}/{path}")).status_code == 403
+    other_day = await call("sk-owner", "GET", f"/v1/statements/2026-11-02/receipts/{receipt(1)}")
+    assert (other_day.status_code, other_day.json()["error"]["code"]) == (400, "not_in_statement")
+
+
+async def test_a_statement_is_not_sent_unsigned(call: Any, receipted: Any) -> None:
+    receipted.receipts.maker.signer.path.unlink()
+    refused = await call("sk-owner", "GET", f"{MONTH}/signed")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "statement_unsigned")
+    assert "receipts.pem" not in refused.text
+    told = await call("sk-admin", "GET", f"{MONTH}/signed?owner_id=gazette")
+    assert "receipts.pem" in told.json()["error"]["message"]
+
+
+async def test_periods_are_listed_with_those_that_are_still_open(
+    call: Any, recorded: Journal, services: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services.clock = lambda: START + 62.0 * DAY
+    listed = (await call("sk-owner", "GET", "/v1/statements")).json()["data"]
+    assert [(one["id"], one["open"]) for one in listed] == [("2027-01", True), ("2026-12", False), ("2026-11", False)]
+    monkeypatch.setattr("flexgate.server.ledger.reading.Local.whole_since", lambda _: START + DAY)
+    assert [one["id"] for one in (await call("sk-admin", "GET", "/v1/statements")).json()["data"]] == [
+        "2027-01",
+        "2026-12",
+    ]
+
+
+async def test_the_commands_print_what_the_verifier_takes(
+    urls: tuple[str, str], receipted: Any, tmp_path: Path
+) -> None:
+    async def run(*words: str) -> Any:
+        return await asyncio.to_thread(CliRunner().invoke, app, list(words))
+
+    async def kept(name: str, *words: str) -> str:
+        found = await run("statements", *words, "--key", "sk-owner", "--url", urls[1])
+        assert found.exit_code == 0, found.output
+        (tmp_path / name).write_text(found.output)
+        return str(tmp_path / name)
+
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text((await run("receipts", "keys", "--url", urls[0])).output)
+    statement = await kept("statement.json", "sign", "2026-11")
+    receipts = await kept("receipts.jsonl", "receipts", "2026-11")
+    last = json.loads(Path(statement).read_text())["statement"]["last"]
+    proof = await kept("proof.json", "prove", "2026-11", receipt(1), "--last", last)
+    one = tmp_path / "one.json"
+    one.write_text((await run("receipts", "show", receipt(1), "--key", "sk-owner", "--url", urls[1])).output)
+
+    proved = await run("receipts", "verify", statement, str(one), proof, "--jwks", str(jwks))
+    assert proved.exit_code == 0, proved.output
+    said = proved.output.splitlines()
+    assert said[0].endswith("OK: a provisional statement of '2026-11' for 'gazette', which counts 4 receipts")
+    assert said[-1].endswith("it counts the 1 receipts that were given, of 4")
+    unproved = await run("receipts", "verify", statement, str(one), "--jwks", str(jwks))
+    assert (unproved.exit_code, "the receipt was left out" in unproved.output) == (1, True)
+    named = [line for line in Path(receipts).read_text().splitlines() if receipt(1) in line]
+    assert named == [one.read_text().strip()]
+    months = await run("statements", "list", "--key", "sk-owner", "--url", urls[1])
+    assert "2026-11  open, provisional" in months.output

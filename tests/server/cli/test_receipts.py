@@ -140,7 +140,7 @@ async def test_a_chain_is_compared_with_all_that_was_given(files: Callable[[str]
 async def test_bodies_are_not_those_of_a_chain(files: Callable[[str], Path]) -> None:
     found = verify(files("chain.jsonl"), jwks=files("jwks.json"), prompt=files("tenant.json"))
     assert found.exit_code == 2
-    assert "is a chain" in found.stderr
+    assert "is no receipt" in found.stderr
 
 
 @pytest.mark.asyncio

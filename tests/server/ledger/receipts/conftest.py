@@ -132,3 +132,9 @@ def text() -> Callable[..., bytes]:
         return rfc8785.dumps(receipts.show(name(number), Reader(**reader)))
 
     return show
+
+
+@pytest.fixture(name="name")
+def name_of() -> Callable[[int], str]:
+    """The id of a request's decision, by its number."""
+    return name

@@ -200,7 +200,7 @@ def test_usage_without_a_receipt_is_kept_though_it_is_old(kit: Any) -> None:
 def test_two_makers_sign_nothing_twice(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kit.record(1)
     one, other = kit.maker(), kit.maker()
-    real = one._signer.__class__.sign
+    real = one.signer.__class__.sign
 
     def sign(self: KeyFile, message: bytes) -> bytes:
         monkeypatch.undo()

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from flexgate.server.ledger.receipts import merkle, verify
 from flexgate.server.ledger.receipts.batches import Header
+from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
 from flexgate.server.ledger.receipts.signing import jwk, raw_public_key
-from flexgate.server.ledger.receipts.verify import ReceiptInvalid
 
 NODE = shutil.which("node")
 JUDGE = Path(__file__).with_name("judge.mjs")

@@ -1,0 +1,128 @@
+"""What all owners' experts did in a period, as one signed sum: each owner sees its own part of it, auditors all parts.
+
+The parts are salted leaves under one root, beside the sums that they must have, and beside what the requests
+themselves used. Sums stand in the signed totals alone, not in the nodes of a tree: a path would tell an owner what its
+neighbour is owed. `docs/receipts.md` is the format. Members are written in the order of their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from fractions import Fraction
+from typing import Any, Final
+
+import rfc8785
+
+from flexgate.server.ledger.amounts import NO_USES, Uses, exact, owed
+from flexgate.server.ledger.costs import UNDER, uses
+from flexgate.server.ledger.entries import MICROSECONDS, microseconds
+from flexgate.server.ledger.receipts.book import opened
+from flexgate.server.ledger.receipts.leaves import FOURS, SALT_BYTES
+from flexgate.server.ledger.receipts.maker import current_key, signed
+from flexgate.server.ledger.receipts.merkle import leaf_hash
+from flexgate.server.ledger.receipts.merkle import root as root_over
+from flexgate.server.ledger.receipts.service import NoReceipt, Receipts
+from flexgate.server.ledger.receipts.signing import thumbprint
+from flexgate.server.ledger.receipts.statements import TermsOf
+from flexgate.server.ledger.statements import Period, newest_read, reading_statements
+from flexgate.server.ledger.terms import Terms
+
+FORMAT: Final = "flexgate-owners/1"
+_INSIDE: Final = "ended_at >= ? AND ended_at < ? AND +usage.sequence <= ?"
+_PARTS: Final = uses(_INSIDE, ("owner", *UNDER))
+_REQUESTS: Final = (
+    "SELECT count(*), coalesce(sum(prompt_tokens + completion_tokens), 0), "
+    "coalesce(sum((prompt_tokens + completion_tokens) * "
+    "NOT EXISTS (SELECT 1 FROM parts WHERE parts.sequence = usage.sequence AND share_ppm > 0)), 0) "
+    f"FROM usage WHERE {_INSIDE}"
+)
+Json = dict[str, Any]
+
+
+def sums_of_owners(
+    receipts: Receipts, period: Period, terms_of: TermsOf, *, at: float, ended: bool, owner: str | None
+) -> Json:
+    """The signed sums of a period with the leaf of an owner, or with all leaves. Blocks.
+
+    Arguments as `flexgate.server.ledger.receipts.statements.Statements.sign` takes them, and raises.
+
+    Raises:
+        NoReceipt: no expert of the owner took part in the period.
+    """
+    with opened(receipts.book) as book:
+        public, end = current_key(book, receipts.maker.signer), book.end()
+        values = (period.start * MICROSECONDS, period.end * MICROSECONDS, end.sequence)
+        with reading_statements(receipts.ledger) as reading:
+            rows = reading.rows(_PARTS, values)
+            ((requests, tokens, unrouted),) = reading.rows(_REQUESTS, values)
+            final = ended and newest_read(reading, period) <= end.sequence
+        leaves = _leaves(rows, terms_of, secret=book.secret + f"{period.name}:{end.last}".encode())
+        hashes = [leaf_hash(salt + rfc8785.dumps(content)) for salt, content in leaves]
+        totals = {
+            "amounts": _amounts([content for _, content in leaves]),
+            "at": str(microseconds(at)),
+            "end": str(values[1]),
+            "format": FORMAT,
+            "head": {"hash": end.hash, "number": str(end.number)},
+            "kid": thumbprint(public),
+            "last": str(end.last),
+            "period": period.name,
+            "provisional": not final,
+            "requests": str(requests),
+            "root": root_over(hashes).hex(),
+            "server": book.server,
+            "start": str(values[0]),
+            "tokens": str(tokens),
+            "unrouted_tokens": str(unrouted),
+            "uses": _counts(sum((Uses(*row[4:7]) for row in rows), NO_USES)),
+        }
+    signature = signed(receipts.maker.signer, public, rfc8785.dumps(totals))
+    shown = [
+        {"content": content, "index": index, "salt": salt.hex()}
+        for index, (salt, content) in enumerate(leaves)
+        if owner is None or content.get("owner") == owner
+    ]
+    if not shown:
+        raise NoReceipt
+    return {"hashes": [one.hex() for one in hashes], "leaves": shown, "signature": signature.hex(), "totals": totals}
+
+
+def _leaves(rows: list[tuple[Any, ...]], terms_of: TermsOf, *, secret: bytes) -> list[tuple[bytes, Json]]:
+    """A leaf of each owner and of the experts without one, filled up to a multiple of four, in the order of salts."""
+    terms = terms_of({Terms((row[1], row[2]), row[3]) for row in rows if row[1] is not None})
+    sums: dict[str | None, Uses] = defaultdict(lambda: NO_USES)
+    amounts: dict[str | None, dict[str, Fraction]] = defaultdict(dict)
+    for owner, agreement, version, _, *counts in rows:
+        sums[owner] += Uses(*counts)
+        paid = None if agreement is None else owed(terms[agreement, version].duties, Uses(*counts))
+        if paid is not None:
+            amounts[owner][paid[1]] = amounts[owner].get(paid[1], Fraction()) + paid[0]
+    contents: list[Json] = [
+        {
+            "amounts": [{"amount": exact(value), "currency": name} for name, value in sorted(amounts[owner].items())],
+            "kind": "common" if owner is None else "owner",
+            **({} if owner is None else {"owner": owner}),
+            **_counts(of_one),
+        }
+        for owner, of_one in sums.items()
+    ]
+    contents += [{"kind": "none"}] * (-len(contents) % FOURS or (0 if contents else FOURS))
+    stream = hashlib.shake_256(secret).digest(SALT_BYTES * len(contents))
+    salts = [stream[start : start + SALT_BYTES] for start in range(0, len(stream), SALT_BYTES)]
+    return sorted(zip(salts, contents, strict=True), key=lambda one: one[0])
+
+
+def _amounts(contents: list[Json]) -> list[Json]:
+    sums: dict[str, Fraction] = {}
+    for one in (one for content in contents for one in content.get("amounts", ())):
+        sums[one["currency"]] = sums.get(one["currency"], Fraction()) + Fraction(one["amount"])
+    return [{"amount": exact(value), "currency": currency} for currency, value in sorted(sums.items())]
+
+
+def _counts(of: Uses) -> Json:
+    return {
+        "requests": str(of.requests),
+        "share_weighted_ppm": str(of.share_weighted_ppm),
+        "tokens": str(of.tokens),
+    }

@@ -1,0 +1,202 @@
+"""Signed statements: what is owed to an owner for a period, bound to the owner's receipts by the root of a tree.
+
+The tree is one of RFC 6962 over the roots of the receipts, in the order of their numbers. So an owner that holds a
+receipt can show with a path that a statement counts it, and with all its receipts make root and figures again.
+`docs/receipts.md` is the format. Members are written in the order of their names.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Mapping
+from fractions import Fraction
+from itertools import islice
+from typing import Any, Final, NamedTuple
+
+import rfc8785
+
+from flexgate.policies.agreements import Agreement
+from flexgate.server.ledger.amounts import exact, written
+from flexgate.server.ledger.corrections import Correction
+from flexgate.server.ledger.entries import MICROSECONDS, microseconds
+from flexgate.server.ledger.errors import TooMuchAsked
+from flexgate.server.ledger.receipts import merkle, rows
+from flexgate.server.ledger.receipts.book import Book, opened
+from flexgate.server.ledger.receipts.maker import current_key, signed
+from flexgate.server.ledger.receipts.service import NoReceipt, Reader, Receipts
+from flexgate.server.ledger.receipts.signing import thumbprint
+from flexgate.server.ledger.statements import (
+    EVERY,
+    Account,
+    Line,
+    Period,
+    newest_read,
+    reading_statements,
+    sequences_read,
+    uses_read,
+)
+from flexgate.server.ledger.terms import Terms, Version
+from flexgate.server.ledger.usage import Reading
+
+FORMAT: Final = "flexgate-statement/1"
+PROOF: Final = "flexgate-statement-proof/1"
+MOST_BYTES: Final = 16 << 20
+Json = dict[str, Any]
+TermsOf = Callable[[Collection[Terms]], Mapping[Version, Agreement]]
+
+
+class NotInPeriod(Exception):
+    """A receipt's request did not end in the period, or its receipt came later than was asked for."""
+
+
+class Tree(NamedTuple):
+    """An owner's receipts of a period: their numbers, which ascend, and the tree over their roots."""
+
+    numbers: array[int]
+    levels: list[bytes]
+
+    @property
+    def root(self) -> str:
+        """As it is signed."""
+        return merkle.root_of(self.levels).hex()
+
+
+class Statements:
+    """The signed statements of a server. Methods block.
+
+    Raises:
+        LedgerError, BookError: a file cannot be read.
+        TooMuchAsked: there is too much to sum.
+    """
+
+    def __init__(self, receipts: Receipts) -> None:
+        self._receipts = receipts
+
+    def sign(self, owner: str, period: Period, terms_of: TermsOf, *, at: float, ended: bool) -> Json:
+        """What receipts that are made by now say of an owner in a period.
+
+        Args:
+            terms_of: gives agreements, or raises `LedgerError`.
+            at: Unix seconds.
+            ended: whether the ledger had all requests of the period before this was called.
+
+        Raises:
+            SignerUnavailable: nothing can be signed now.
+        """
+        receipts = self._receipts
+        with opened(receipts.book) as book:
+            public, end = current_key(book, receipts.maker.signer), book.end()
+            with reading_statements(receipts.ledger) as reading:
+                found = uses_read(reading, owner, period, until=end.sequence)
+                tree = _tree(book, reading, owner, period, until=end.sequence)
+                final = ended and newest_read(reading, period) <= end.sequence
+            account = found.account(terms_of(found.counted_under))
+            statement = {
+                "at": str(microseconds(at)),
+                "corrections": list(map(_correction, account.corrections)),
+                "end": str(period.end * MICROSECONDS),
+                "format": FORMAT,
+                "head": {"hash": end.hash, "number": str(end.number)},
+                "kid": thumbprint(public),
+                "last": str(end.last),
+                "lines": [_line(line) for line in account.lines],
+                "owner": owner,
+                "period": period.name,
+                "provisional": not final,
+                "receipts": str(len(tree.numbers)),
+                "root": tree.root,
+                "server": book.server,
+                "start": str(period.start * MICROSECONDS),
+                "totals": _totals(account),
+            }
+        message = rfc8785.dumps(statement)
+        if len(message) > MOST_BYTES:
+            raise TooMuchAsked(f"the statement has more than {MOST_BYTES >> 20} MiB")
+        return {"signature": signed(receipts.maker.signer, public, message).hex(), "statement": statement}
+
+    def prove(self, owner: str, period: Period, receipt: str, *, last: int | None) -> Json:
+        """The path that shows that a statement counts a receipt.
+
+        Args:
+            last: the statement's, of one that is provisional; None for all receipts that are made by now.
+
+        Raises:
+            NoReceipt: there is none of this id that the owner may see.
+            NotInPeriod: no statement of the period counts it.
+        """
+        with rows.reading(self._receipts.ledger) as connection:
+            recorded = rows.read_one(connection, receipt)
+        if recorded is None or owner not in recorded.owners:
+            raise NoReceipt
+        with opened(self._receipts.book) as book, reading_statements(self._receipts.ledger) as reading:
+            until = book.end().sequence if last is None else book.sequence_of(last)
+            (number,) = [number for number, _ in book.numbered([recorded.sequence])] or [0]
+            tree = _tree(book, reading, owner, period, until=until)
+            index = bisect_left(tree.numbers, number)
+            if index == len(tree.numbers) or tree.numbers[index] != number:
+                raise NotInPeriod
+            return {
+                "format": PROOF,
+                "index": str(index),
+                "number": str(number),
+                "owner": owner,
+                "path": [hash_.hex() for hash_ in merkle.path(tree.levels, index)],
+                "period": period.name,
+                "receipt": receipt,
+                "receipts": str(len(tree.numbers)),
+                "root": tree.root,
+                "server": book.server,
+            }
+
+    def page(self, owner: str, period: Period, *, after: int, limit: int) -> list[Json]:
+        """The owner's copies of its receipts of a period, after the receipt of a number, in their order."""
+        with opened(self._receipts.book) as book:
+            past = book.sequence_of(after) if after else 0
+            with reading_statements(self._receipts.ledger) as reading:
+                found = sequences_read(reading, owner, period, after=past, until=book.end().sequence)
+                sequences = list(islice(found, limit))
+        return self._receipts.show_all(sequences, Reader(owner=owner))
+
+
+def _tree(book: Book, reading: Reading, owner: str, period: Period, *, until: int = EVERY) -> Tree:
+    numbers = array("q")
+
+    def leaves() -> Iterator[bytes]:
+        for number, root in book.numbered(sequences_read(reading, owner, period, until=until)):
+            numbers.append(number)
+            yield merkle.leaf_hash(root)
+
+    return Tree(numbers, merkle.levels(leaves()))
+
+
+def _line(line: Line) -> Json:
+    agreement, version = line.agreement or (None, None)
+    value, currency = line.amount or (None, None)
+    return {
+        "agreement": agreement,
+        "agreement_version": None if version is None else str(version),
+        "amount": None if value is None else exact(value),
+        "compensate": [{"rate": exact(Fraction(duty.rate)), "unit": duty.unit} for duty in line.duties],
+        "currency": currency,
+        "expert": line.expert,
+        "requests": str(line.uses.requests),
+        "share_weighted_ppm": str(line.uses.share_weighted_ppm),
+        "tokens": str(line.uses.tokens),
+    }
+
+
+def _correction(one: Correction) -> Json:
+    return {
+        "amount": one.amount,
+        "at": str(one.at),
+        "currency": one.currency,
+        "dispute": one.dispute,
+        "id": one.id,
+        "reason": one.reason,
+        "receipt": one.request,
+    }
+
+
+def _totals(account: Account) -> list[Json]:
+    return [{"amount": written(value, currency), "currency": currency} for currency, value in account.totals.items()]

@@ -1,0 +1,117 @@
+"""What all owners' parts sum to is what all requests used, and an owner sees its own part alone."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Collection
+from contextlib import closing
+from typing import Any
+
+import pytest
+import rfc8785
+
+from flexgate.policies.agreements import Agreement
+from flexgate.server.ledger.entries import RegisteredExpert
+from flexgate.server.ledger.receipts import verify
+from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
+from flexgate.server.ledger.receipts.owners import sums_of_owners
+from flexgate.server.ledger.receipts.service import NoReceipt, Receipts
+from flexgate.server.ledger.receipts.statements import Statements
+from flexgate.server.ledger.receipts.verify_owners import OwnersSums, verify_owners, verify_parts
+from flexgate.server.ledger.receipts.verify_statement import SignedStatement, verify_statement
+from flexgate.server.ledger.statements import Period
+from flexgate.server.ledger.terms import Terms, Version
+
+MONTH = Period.of("1970-01")
+DUTIES = [{"kind": "compensate", "rate": "0.3", "currency": "EUR", "unit": "request"}]
+
+
+def terms_of(counted: Collection[Terms]) -> dict[Version, Agreement]:
+    fields = {"owner": "x", "experts": ["x"], "assignee": "everyone", "effect": "permit", "duties": DUTIES}
+    return {
+        (id_, number): Agreement.model_validate({**fields, "id": id_, "version": number})
+        for (id_, number), _ in counted
+    }
+
+
+def made(kit: Any) -> Receipts:
+    """Requests with both owners' experts, with one owner's, and with none that was routed to."""
+    kit.record(1, 2)
+    kit.record(3, experts=(RegisteredExpert(0, "public", None), RegisteredExpert(3, "math", "academy", "a-math", 2)))
+    kit.record(4, experts=())
+    maker = kit.maker()
+    maker.work()
+    return kit.receipts(maker)
+
+
+def sums(receipts: Receipts, owner: str | None = None) -> bytes:
+    return rfc8785.dumps(sums_of_owners(receipts, MONTH, terms_of, at=9e6, ended=True, owner=owner))
+
+
+def statement(receipts: Receipts, owner: str) -> SignedStatement:
+    text = rfc8785.dumps(Statements(receipts).sign(owner, MONTH, terms_of, at=9e6, ended=True))
+    return verify_statement(text, verify.parse_keys(receipts.jwks))
+
+
+def verified(receipts: Receipts, text: bytes) -> OwnersSums:
+    return verify_owners(text, verify.parse_keys(receipts.jwks))
+
+
+def test_all_parts_sum_to_what_all_requests_used_and_are_what_statements_say(kit: Any) -> None:
+    receipts = made(kit)
+    found = verified(receipts, sums(receipts))
+    assert (set(found.leaves), found.complete, found.provisional) == ({"gazette", "academy"}, True, False)
+    assert {owner: part["EUR"] * 10 for owner, part in found.leaves.items()} == {"gazette": 12, "academy": 9}
+    said = json.loads(sums(receipts))["totals"]
+    assert (said["requests"], said["tokens"], said["unrouted_tokens"]) == ("4", "52", "13")
+    assert int(said["uses"]["share_weighted_ppm"]) == (52 - 13) * 1_000_000
+    assert verify_parts([found], [statement(receipts, owner) for owner in ("gazette", "academy")]) == 2
+
+
+def test_an_owner_sees_its_part_alone(kit: Any) -> None:
+    receipts = made(kit)
+    mine = sums(receipts, "gazette")
+    assert b"academy" not in mine
+    assert [leaf["content"]["owner"] for leaf in json.loads(mine)["leaves"]] == ["gazette"]
+    found = verified(receipts, mine)
+    assert not found.complete
+    assert verify_parts([found], [statement(receipts, "gazette")]) == 1
+    with pytest.raises(NoReceipt):
+        sums(receipts, "stranger")
+
+
+def test_parts_that_do_not_sum_are_found_by_an_auditor(kit: Any) -> None:
+    """Whatever is signed: a part that was left out, or is more than the requests used."""
+    receipts = made(kit)
+    whole = json.loads(sums(receipts))
+
+    def signed(**changes: Any) -> bytes:
+        totals = {**whole["totals"], **changes}
+        return rfc8785.dumps({**whole, "signature": kit.key.sign(rfc8785.dumps(totals)).hex(), "totals": totals})
+
+    uses = whole["totals"]["uses"]
+    wrong = {
+        "owners' shares sum to": signed(tokens="53"),
+        "do not have the sums": signed(uses={**uses, "tokens": "1"}),
+        "its leaves are not those": signed(root="0" * 64),
+        "'uses'": signed(uses={}),
+    }
+    wrong["do not have the sums that"] = signed(amounts=[{"amount": "1", "currency": "EUR"}])
+    for message, text in wrong.items():
+        with pytest.raises(ReceiptInvalid, match=message):
+            verified(receipts, text)
+    changed = sums(receipts).replace(b'"owner":"gazette"', b'"owner":"academy"', 1)
+    with pytest.raises(ReceiptInvalid, match="it was changed"):
+        verified(receipts, changed)
+
+
+def test_a_statement_that_is_not_its_owners_part_is_found(kit: Any) -> None:
+    receipts = made(kit)
+    before = statement(receipts, "gazette")
+    with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+        connection.execute("DELETE FROM parts WHERE sequence = 2 AND expert = 'news'")
+        connection.execute("UPDATE parts SET share_ppm = 1000000 WHERE sequence = 2 AND expert = 'public'")
+        connection.execute("UPDATE parts SET share_ppm = 0 WHERE sequence = 2 AND expert <> 'public'")
+    with pytest.raises(ReceiptInvalid, match="is not that owner's part"):
+        verify_parts([verified(receipts, sums(receipts))], [before])

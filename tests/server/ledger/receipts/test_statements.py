@@ -1,0 +1,319 @@
+"""A holder of receipts finds a signed statement that leaves one out, adds one, or has other figures."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Callable, Collection
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rfc8785
+
+from flexgate.policies.agreements import Agreement
+from flexgate.server.ledger.entries import RegisteredExpert
+from flexgate.server.ledger.receipts import verify
+from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
+from flexgate.server.ledger.receipts.service import NoReceipt, Receipts
+from flexgate.server.ledger.receipts.statements import NotInPeriod, Statements
+from flexgate.server.ledger.receipts.verify_statement import parse_proof, verify_statement, verify_statements
+from flexgate.server.ledger.statements import Period
+from flexgate.server.ledger.terms import Terms, Version
+
+NODE = shutil.which("node")
+JUDGE = Path(__file__).with_name("judge-statement.mjs")
+MONTH = Period.of("1970-01")
+EUR = [
+    {"kind": "compensate", "rate": "0.1", "currency": "EUR", "unit": "request"},
+    {"kind": "compensate", "rate": "1.005", "currency": "EUR", "unit": "thousand_share_weighted_tokens"},
+]
+JPY = [{"kind": "compensate", "rate": "77.7", "currency": "JPY", "unit": "million_tokens"}]
+
+
+CORRECTION = {
+    "amount": "-0.5",
+    "at": "9500000",
+    "currency": "EUR",
+    "id": "cor_1",
+    "reason": "counted twice",
+    "receipt": f"dec_{1:032x}",
+}
+
+
+def terms_of(counted: Collection[Terms]) -> dict[Version, Agreement]:
+    """One agreement in euros, one in yen."""
+    found = {}
+    for (id_, version), _ in counted:
+        duties = EUR if id_ == "a-news" else JPY
+        fields = {"id": id_, "version": version, "owner": "gazette", "experts": ["x"], "assignee": "everyone"}
+        found[id_, version] = Agreement.model_validate({**fields, "effect": "permit", "duties": duties})
+    return found
+
+
+def signed(receipts: Receipts, *, owner: str = "gazette", ended: bool = True, at: float = 9e6) -> bytes:
+    return rfc8785.dumps(Statements(receipts).sign(owner, MONTH, terms_of, at=at, ended=ended))
+
+
+def page(receipts: Receipts, owner: str = "gazette") -> list[bytes]:
+    """All of an owner's receipts."""
+    return [rfc8785.dumps(one) for one in Statements(receipts).page(owner, MONTH, after=0, limit=100)]
+
+
+def proof(receipts: Receipts, name: str, *, last: int | None = None) -> bytes:
+    return rfc8785.dumps(Statements(receipts).prove("gazette", MONTH, name, last=last))
+
+
+def resigned(kit: Any, text: bytes, **changes: Any) -> bytes:
+    """What a server signs that says something else."""
+    said = {**json.loads(text)["statement"], **changes}
+    return rfc8785.dumps({"signature": kit.key.sign(rfc8785.dumps(said)).hex(), "statement": said})
+
+
+def python_says(jwks: bytes, bundle: tuple[bytes, ...]) -> str:
+    statements, copies, proofs = [], [], []
+    try:
+        keys = verify.parse_keys(jwks)
+        for text in bundle:
+            if text.startswith(b'{"signature":'):
+                statements.append(verify_statement(text, keys))
+            elif text.startswith(b'{"format":'):
+                proofs.append(parse_proof(text))
+            else:
+                copies.append(verify.verify_receipt(text, keys))
+        verify.verify_copies(copies)
+        verify_statements(statements, copies, proofs)
+    except ReceiptInvalid as error:
+        return str(error)
+    return ""
+
+
+def both(jwks: bytes, *bundles: tuple[bytes, ...]) -> list[bool]:
+    """Which are valid, to both verifiers."""
+    assert NODE is not None, "Node 20 is needed"
+    lines = b"".join(base64.b64encode(text) + b"\n" for text in [jwks, *(b"\n".join(one) for one in bundles)])
+    done = subprocess.run([NODE, "--no-warnings", JUDGE], input=lines, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    others = done.stdout.decode().split("\n")[:-1]
+    ours = [python_says(jwks, bundle) for bundle in bundles]
+    assert len(ours) == len(others)
+    differing = [(one, other) for one, other in zip(ours, others, strict=True) if bool(one) != bool(other)]
+    assert differing == []
+    return [not wrong for wrong in ours]
+
+
+def change(kit: Any, statement: str) -> None:
+    with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+        connection.execute(statement)
+
+
+def test_a_statement_says_what_its_receipts_say(kit: Any, name: Callable[[int], str]) -> None:
+    receipts = kit.made(1, 2, 3)
+    statement, mine = signed(receipts), page(receipts)
+    said = json.loads(statement)["statement"]
+    assert (said["provisional"], said["receipts"], said["last"]) == (False, "3", "3")
+    assert [(line["expert"], line["requests"], line["tokens"]) for line in said["lines"]] == [
+        ("news", "3", "39"),
+        ("sports", "3", "12"),
+    ]
+    assert [one["currency"] for one in said["totals"]] == ["EUR", "JPY"]
+    assert python_says(receipts.jwks, (statement, *mine)) == ""
+    found = verify_statements(
+        [verify_statement(statement, verify.parse_keys(receipts.jwks))],
+        [verify.verify_receipt(one, verify.parse_keys(receipts.jwks)) for one in mine],
+        [],
+    )
+    assert found == ["it counts the 3 receipts that were given, and no others; its figures are theirs"]
+    some = (statement, mine[1], proof(receipts, name(2)))
+    assert both(receipts.jwks, (statement, *mine), (statement, *mine[::-1]), some, (statement,)) == [True] * 4
+
+
+def test_one_flipped_byte_of_a_statement_is_found(kit: Any) -> None:
+    receipts = kit.made(1)
+    whole, rng = signed(receipts), random.Random(16)
+    flipped = []
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.randrange(8)
+        flipped.append((bytes(changed),))
+    assert both(receipts.jwks, (whole,), *(one for one in flipped if b"\n" not in one[0])) == [
+        True,
+        *(False for one in flipped if b"\n" not in one[0]),
+    ]
+
+
+def test_a_receipt_that_is_left_out_is_found_by_its_holder(kit: Any, name: Callable[[int], str]) -> None:
+    receipts = kit.made(1, 2, 3)
+    mine, before = page(receipts), proof(receipts, name(2))
+    change(kit, "DELETE FROM parts WHERE sequence = 2")
+    without = signed(receipts)
+    assert json.loads(without)["statement"]["receipts"] == "2"
+    kept = proof(receipts, name(3))
+    forged = kept.replace(name(3).encode(), name(2).encode())
+    bundles = [
+        (without, *mine),
+        (without, mine[1]),
+        (without, mine[1], before),
+        (without, mine[1], kept),
+        (without, mine[1], forged),
+    ]
+    assert both(receipts.jwks, (without, mine[0], mine[2]), *bundles) == [True, *(False for _ in bundles)]
+    assert "leaves out receipts" in python_says(receipts.jwks, (without, *mine))
+    assert "the receipt was left out" in python_says(receipts.jwks, (without, mine[1]))
+    with pytest.raises(NoReceipt):  # it has no path to show
+        proof(receipts, name(2))
+
+
+def test_a_receipt_that_is_added_is_found_by_who_has_all(kit: Any) -> None:
+    receipts = kit.made(1, 2, 3)
+    first, whole = page(receipts), signed(receipts)
+    change(kit, "UPDATE usage SET ended_at = ended_at + 3000000000000 WHERE sequence = 2")  # of another month
+    honest = signed(receipts)
+    change(kit, "UPDATE usage SET ended_at = ended_at - 3000000000000 WHERE sequence = 2")
+    change(kit, "DELETE FROM parts WHERE sequence = 1")
+    other = signed(receipts)  # 2 stands for 1
+    two = first[0], first[2]
+    assert both(receipts.jwks, (honest, *two), (other, *two), (whole, *two)) == [True, False, False]
+    assert "counts other receipts" in python_says(receipts.jwks, (other, *two))
+
+
+def test_figures_that_are_not_those_of_the_receipts_are_found(kit: Any) -> None:
+    receipts = kit.made(1, 2, 3)
+    mine, honest = page(receipts), signed(receipts)
+    lines = json.loads(honest)["statement"]["lines"]
+    news, sports = lines
+    none = {**sports, "compensate": [], "amount": None, "currency": None}
+    euros = json.loads(honest)["statement"]["totals"][:1]
+    fewer = {**sports, "requests": "2"}  # of no rate
+    alone = [
+        {"lines": [{**news, "amount": "0.1"}, sports]},
+        {"lines": [{**news, "amount": None}, sports]},
+        {"lines": [{**news, "currency": "JPY"}, sports]},
+        {"lines": [news, {**sports, "tokens": "13"}]},
+        {"lines": [news, sports, sports]},
+        {"lines": [news, {**sports, "compensate": [{"rate": "0.1", "unit": "day"}]}]},
+        {"lines": [{**news, "expert": None}, sports]},
+        {"lines": "none"},
+        {"totals": euros},
+        {"totals": [*euros, {"amount": "1", "currency": "JPY"}]},
+        {"totals": [*euros, *euros]},
+        {"corrections": None},
+        {"corrections": [CORRECTION]},  # the total is without it
+        {"corrections": [{**CORRECTION, "amount": "0"}, {**CORRECTION, "amount": "0"}]},
+        {"corrections": [{**CORRECTION, "amount": "0", "at": "2678400000000"}]},
+        {"end": "2678400000001"},
+        {"period": "1970-02"},
+        {"period": "1970"},
+        {"provisional": "no"},
+        {"root": "0" * 63},
+        {"format": "flexgate-statement/2"},
+        {"head": {"hash": "0" * 64}},
+        {"server": "srv_1"},
+    ]
+    with_all = [
+        {"lines": [news, fewer]},
+        {"lines": [news], "totals": euros},
+        {"lines": [news, none], "totals": euros},
+        {"root": "0" * 64},
+        {"receipts": "2"},
+        {"receipts": "4"},
+    ]
+    bundles = [(resigned(kit, honest, **one),) for one in alone]
+    bundles += [(resigned(kit, honest, **one), *mine) for one in with_all]
+    valid = both(receipts.jwks, (resigned(kit, honest, more={"x": [1]}), *mine), *bundles)
+    judged = dict(zip(["honest", *map(str, alone), *map(str, with_all)], valid, strict=True))
+    assert judged == {**dict.fromkeys(judged, False), "honest": True, str(with_all[2]): True}  # whose rates are its own
+
+
+def test_two_contents_of_one_final_statement_contradict_each_other(kit: Any) -> None:
+    receipts = kit.made(1, 2)
+    honest = signed(receipts)
+    kit.record(3)  # in the same month: the first one was not final
+    receipts.maker.work()
+    later = signed(receipts)
+    again, open_ = signed(receipts, at=9.5e6), signed(receipts, ended=False)
+    assert both(receipts.jwks, (honest, later), (later, again), (later, open_)) == [False, True, True]
+
+
+def test_a_statement_is_provisional_until_the_period_has_ended_and_all_of_it_has_receipts(
+    kit: Any, name: Callable[[int], str]
+) -> None:
+    receipts = kit.made(1, 2)
+    early = signed(receipts, ended=False)
+    kit.record(3)
+    waiting = signed(receipts)
+    said = json.loads(waiting)["statement"]
+    assert (said["provisional"], said["receipts"], said["last"]) == (True, "2", "2")
+    receipts.maker.work()
+    final, mine, last = signed(receipts), page(receipts), proof(receipts, name(1), last=2)
+    assert json.loads(final)["statement"]["provisional"] is False
+    assert both(
+        receipts.jwks,
+        (early, *mine),  # the third came later
+        (early, mine[0], last),
+        (final, *mine),
+        (final, mine[0], last),  # a proof for the provisional one
+        (final, early, *mine),
+    ) == [True, True, True, False, True]
+    with pytest.raises(NotInPeriod):
+        proof(receipts, name(3), last=2)
+
+
+def test_a_statement_counts_its_owners_receipts_of_its_server_alone(
+    make_kit: Callable[[str], Any], name: Callable[[int], str]
+) -> None:
+    """Receipts of requests in which no expert of the owner took part, of other owners and servers, are not counted."""
+    kit = make_kit("one")
+    kit.record(1)
+    kit.record(2, experts=(RegisteredExpert(0, "public", None), RegisteredExpert(3, "math", "academy", "a-math", 2)))
+    receipts, other = kit.made(3), make_kit("other").made(1)
+    statement, mine = signed(receipts), page(receipts)
+    assert len(mine) == 2
+    assert json.loads(statement)["statement"]["receipts"] == "2"
+    assert both(receipts.jwks, (statement, *mine, *page(receipts, "academy"))) == [True]
+    assert both(other.jwks, (statement, *page(other))) == [False]
+    for absent in (name(2), name(9)):
+        with pytest.raises(NoReceipt):
+            proof(receipts, absent)
+
+
+def test_an_owner_without_receipts_gets_a_statement_of_none(kit: Any) -> None:
+    receipts = kit.made(1)
+    empty = signed(receipts, owner="stranger")
+    assert json.loads(empty)["statement"]["totals"] == []
+    assert both(receipts.jwks, (empty,)) == [True]
+
+
+def test_without_its_key_no_statement_is_signed(kit: Any) -> None:
+    from flexgate.server.ledger.receipts.signing import SignerUnavailable
+
+    receipts = kit.made(1)
+    kit.key.path.rename(kit.key.path.with_suffix(".away"))
+    kit.key.make()
+    with pytest.raises(SignerUnavailable, match="rotate-key"):
+        signed(receipts)
+    kit.key.path.unlink()
+    with pytest.raises(SignerUnavailable, match="restore the file"):
+        signed(receipts)
+
+
+def test_pages_of_receipts_follow_one_another(kit: Any) -> None:
+    receipts = kit.made(*range(1, 8))
+    statements = Statements(receipts)
+    found, after = [], 0
+    while page := statements.page("gazette", MONTH, after=after, limit=3):
+        found += [int(one["number"]) for one in page]
+        after = found[-1]
+    assert found == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_other_verifier_is_short_and_needs_nothing_but_the_first() -> None:
+    source = (Path(__file__).parents[4] / "docs/examples/verify-statement.mjs").read_text()
+    assert len(source.splitlines()) <= 150
+    assert re.findall(r'from "(.*?)"|import\("(.*?)"\)', source) == [("./verify-receipt.mjs", ""), ("", "node:fs")]
