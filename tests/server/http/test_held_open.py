@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from flexgate.server.experts import jobs
 from flexgate.server.http import auth, connections
+from flexgate.server.http.connections import BoundedProtocol
 
 pytestmark = pytest.mark.asyncio
 
@@ -31,8 +33,13 @@ def completion(key: str, body: Any, *, sent: bool = True) -> bytes:
     return head.encode() + (content if sent else b"")
 
 
-async def connected(stack: AsyncExitStack, url: str, *, buffer: int = 1 << 16) -> Connection:
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=buffer)
+async def connected(stack: AsyncExitStack, url: str, *, small: bool = False) -> Connection:
+    """A connection; with a small buffer, the server learns soon how much of a response was read."""
+    sock = socket.socket()
+    if small:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+    sock.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+    reader, writer = await asyncio.open_connection(sock=sock)
     stack.callback(writer.close)
     return reader, writer
 
@@ -165,14 +172,22 @@ async def test_a_stream_ends_with_its_connection(urls: tuple[str, str], endless:
         await endless.closed.wait()
 
 
-async def test_a_client_that_reads_slowly_is_not_cut_off(urls: tuple[str, str], endless: Endless) -> None:
+async def test_a_client_that_reads_slowly_is_not_cut_off(
+    urls: tuple[str, str], endless: Endless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, look = [], BoundedProtocol._look
+
+    def noted(connection: BoundedProtocol, taken: int | None = None) -> None:
+        looks.append(taken is not None)
+        look(connection, taken)
+
+    monkeypatch.setattr(BoundedProtocol, "_look", noted)
     async with AsyncExitStack() as stack, asyncio.timeout(SECONDS):
-        reader, writer = await connected(stack, urls[0])
+        reader, writer = await connected(stack, urls[0], small=True)
         writer.write(completion("sk-t", {"prompt": "x", "stream": True}))
-        for _ in range(20):
+        while looks.count(True) < 3:  # bytes have waited since the look before
             await asyncio.sleep(connections.UNREAD_SECONDS / 5)
-            for _ in range(40):
-                await reader.readexactly(len(EVENT))
+            await reader.readexactly(len(EVENT))
         assert not endless.closed.is_set()
 
 
