@@ -9,6 +9,14 @@ import pytest
 from conftest import TOKENIZER, finished
 
 CLIENT, PACKAGE = "guidellm", "guidellm"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_rate",
+        "parameters": {"type": "object", "properties": {"of": {"enum": ["gold", "wheat"]}}, "required": ["of"]},
+    },
+}
+"""guidellm's own tool takes any text, of which the demo's small model does not come to an end."""
 
 
 @pytest.fixture
@@ -49,6 +57,18 @@ def test_conversation(benchmark) -> None:
     requests = benchmark(turns=2)
     assert len(requests["successful"]) >= 4
     assert not requests["errored"]
+
+
+def test_tools(benchmark) -> None:
+    """Conversations of a turn that must call a tool, and of one with the tool's result."""
+    requests = benchmark(turns=1, tool_call_turns=1, tools=[TOOL])
+    assert len(requests["successful"]) >= 4
+    assert not requests["errored"]
+    made = [request["tool_calls"] for request in requests["successful"]]
+    assert 2 <= sum(map(bool, made)) < len(made)
+    calls = [call["function"] for calls in made for call in calls or ()]
+    assert {call["name"] for call in calls} == {"get_rate"}
+    assert all(json.loads(call["arguments"])["of"] in ("gold", "wheat") for call in calls)
 
 
 def test_refusal(benchmark) -> None:

@@ -14,7 +14,7 @@ PATHS: Final = {
 }
 BESIDES: Final = {"scores": "log-probabilities of prompts", "load": "load"}
 LACKING: Final = {
-    "guidellm": {"tools": "not run", "structured": "sends no schema"},
+    "guidellm": {"structured": "sends no schema"},
     "lm-eval": {"tools": "sends none", "stream": "reads whole answers", "structured": "sends no schema"},
     "vllm bench serve": {
         "conversation": "single requests",
