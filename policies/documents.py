@@ -101,6 +101,11 @@ def is_below(grade: Grade, least: Grade) -> bool:
     return _BY_STRENGTH.index(grade) < _BY_STRENGTH.index(least)
 
 
+def weakest(*grades: Grade) -> Grade:
+    """The grade that promises least."""
+    return min(grades, key=_BY_STRENGTH.index)
+
+
 class Expert(Document):
     """One expert of the catalogue. `live` says that the engine serves it now, `required` that every request uses it.
 

@@ -11,14 +11,15 @@ units, and ``layers`` the unit of each expert::
                {"id": "news", "owner": "gazette", "domain": "news", "licence": "CC-BY-4.0", "grade": "removed"}],
      "layers": {"0-15": [0, 1, 1, 0], "16-31": [1, 0, 1, 1]}}
 
-Layers are numbered as in the model, from 0; layers without experts are not named.
+Layers are numbered as in the model, from 0; layers without experts are not named. ``former_units`` may give the grades
+of units that the checkpoint no longer has: ``{"math": "removed"}`` states that nothing of ``math`` is left in it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Final, Literal, cast, get_args
 
@@ -54,7 +55,7 @@ ROUTER_GRADES: Final[Mapping[str, Grade]] = {"own": "removed", "joint": "router"
 
 FORMATS: Final = {"experts": "flexgate-model/1", "units": "flexgate-model/2"}
 """The value of ``format`` for each form, where it is given."""
-_UNITS_KEYS: Final = frozenset({"format", "ownership", "units", "layers"})
+_UNITS_KEYS: Final = frozenset({"format", "ownership", "units", "layers", "former_units"})
 _UNIT_KEYS: Final = frozenset({"id", "owner", "domain", "licence", "grade", "required"})
 _RANGE: Final = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
@@ -81,6 +82,7 @@ class Ownership:
         unit_LE: for each layer of the model the unit of each of its experts, one byte each; empty for a layer
             without experts.
         kind: ``none`` where experts follow tokens, not owners, as after ordinary pretraining.
+        former_units: grades of units that the checkpoint no longer has, by id.
 
     Raises:
         OwnershipInvalid: the parts contradict each other.
@@ -89,6 +91,7 @@ class Ownership:
     units: tuple[Unit, ...]
     unit_LE: tuple[bytes, ...]
     kind: Literal["owners", "none"] = "owners"
+    former_units: Mapping[str, Grade] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Refuse what a gate could not say, or what would let an expert into gates that do not name its unit."""
@@ -104,6 +107,10 @@ class Ownership:
                 raise OwnershipInvalid(f"two units have the id {unit.id!r}: give each its own")
         for unit in self.units:
             _check_kind(unit, self.kind)
+            if unit.id in self.former_units:
+                raise OwnershipInvalid(
+                    f"former_units names unit {unit.id!r}, which the checkpoint has: take it out there"
+                )
         self._check_maps()
 
     def _check_maps(self) -> None:
@@ -147,6 +154,7 @@ class Ownership:
             "ownership": self.kind,
             "units": [_unit_json(unit) for unit in self.units],
             "layers": {_span(run): [*unit_E] for unit_E, run in runs if unit_E},
+            **({"former_units": dict(self.former_units)} if self.former_units else {}),
         }
 
 
@@ -206,7 +214,7 @@ def _from_experts(content: Mapping[str, Any], experts_L: Sequence[int], where: s
         raise OwnershipInvalid(f"{where}: expert 0 must be {PUBLIC!r}")
     if len({unit.id for unit in units}) != count:
         raise OwnershipInvalid(f"{where}: expert ids must be distinct")
-    return _made(tuple(units), _identity_maps(experts_L), "owners", where)
+    return _made(tuple(units), _identity_maps(experts_L), "owners", content, where)
 
 
 def kind_and_units(content: Mapping[str, Any], where: str) -> tuple[Literal["owners", "none"], list[Any]]:
@@ -226,14 +234,19 @@ def _from_units(content: Mapping[str, Any], experts_L: Sequence[int], where: str
         raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is no field of it: remove it")
     kind, entries = kind_and_units(content, where)
     units = tuple(parse_unit(f"{where}: units[{number}]", entry) for number, entry in enumerate(entries))
-    return _made(units, _parse_maps(content.get("layers"), experts_L, where), kind, where)
+    return _made(units, _parse_maps(content.get("layers"), experts_L, where), kind, content, where)
 
 
 def _made(
-    units: tuple[Unit, ...], unit_LE: tuple[bytes, ...], kind: Literal["owners", "none"], where: str
+    units: tuple[Unit, ...],
+    unit_LE: tuple[bytes, ...],
+    kind: Literal["owners", "none"],
+    content: Mapping[str, Any],
+    where: str,
 ) -> Ownership:
+    former = _parse_former(content.get("former_units", {}), f"{where}: former_units")
     try:
-        return Ownership(units, unit_LE, kind)
+        return Ownership(units, unit_LE, kind, former)
     except OwnershipInvalid as error:
         raise OwnershipInvalid(f"{where}: {error}") from None
 
@@ -275,6 +288,17 @@ def _parse_grade(where: str, entry: Mapping[str, Any]) -> Grade:
             "'own' is removed whole"
         )
     return cast(Grade, grade)
+
+
+def _parse_former(former: Any, where: str) -> dict[str, Grade]:
+    if not isinstance(former, dict):
+        raise OwnershipInvalid(f"{where} must be an object of units' ids and grades, such as {{'news': 'removed'}}")
+    for id_, grade in former.items():
+        if not re.fullmatch(IDENTITY["id"], str(id_)):
+            raise OwnershipInvalid(f"{where} has {id_!r:.80}, expected {_FORMS['id']}")
+        if grade not in GRADES:
+            raise OwnershipInvalid(f"{where}: grade of {id_!r} is {grade!r:.40}, expected one of {', '.join(GRADES)}")
+    return former
 
 
 def _parse_maps(layers: Any, experts_L: Sequence[int], where: str) -> tuple[bytes, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flexgate.policies.documents import Expert, Grade
+from flexgate.policies.documents import Expert, Grade, weakest
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store.change import Change
 
@@ -26,14 +26,14 @@ def put_catalogue(
 ) -> list[Expert]:
     """Add unknown experts, which no tenant may use yet, and set which ones are live.
 
-    Every start does it, before its first snapshot. Experts that are not served stay in the catalogue, not live. Of what
-    the checkpoint does not hold either nothing is left, which is the grade `removed`; of what it holds and was revoked,
-    shared weights may have learnt.
+    Every start does it, before its first snapshot. Experts that are not served stay in the catalogue, not live. Their
+    grade is the one that the checkpoint states. Where it states none the stored one stays, because shared weights may
+    have learnt from what the checkpoint no longer names.
 
     Args:
         experts: what will be served, in slot order, `public` among them.
         epoch: the weights epoch at which `experts` was read.
-        held: the grades of what the checkpoint holds, served or not; None for nothing.
+        held: the grades that the checkpoint states, of what is served or not; None states nothing.
 
     Returns:
         The live experts.
@@ -43,16 +43,18 @@ def put_catalogue(
     """
     if change.weights_epoch() != epoch:
         raise ChangeRefused("experts were changed while this server started: start it again")
-    live = []
+    held, live = held or {}, []
     for manifest in experts:
         known = change.get(Expert, manifest.id)
         visibility = known.visibility if known else "listed"
         required = manifest.required or (known is not None and known.required)
-        expert = Expert.model_validate({**manifest._asdict(), "visibility": visibility, "required": required})
+        grade = weakest(manifest.grade, held.get(manifest.id, manifest.grade))
+        said = manifest._replace(required=required, grade=grade)
+        expert = Expert.model_validate({**said._asdict(), "visibility": visibility})
         change.put(expert)
         live.append(expert)
     present = {expert.id for expert in live}
     for expert in change.all(Expert):
         if expert.id not in present:
-            change.put(expert.model_copy(update={"live": False, "grade": (held or {}).get(expert.id, "removed")}))
+            change.put(expert.model_copy(update={"live": False, "grade": held.get(expert.id, expert.grade)}))
     return live

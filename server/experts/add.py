@@ -299,4 +299,11 @@ class Loader:
                 f"The package does not belong to owner '{owner}', whose key this is.",
                 code="expert_of_another_owner",
             )
+        if owner is not None and manifest.training.router != "own":
+            raise ChangeConflict(
+                f"The package's 'training.router' is '{manifest.training.router}', so that excluding the expert "
+                "may not exclude all that routers have learnt from it. Train its router on its own, or ask an "
+                "administrator to add the package.",
+                code="expert_router_not_own",
+            )
         self._pool.repository.require_owner(manifest)

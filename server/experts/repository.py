@@ -7,9 +7,8 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
-from flexgate.experts.checkpoint.ownership import ROUTER_GRADES
 from flexgate.experts.package.manifest import Manifest
-from flexgate.policies.documents import Expert
+from flexgate.policies.documents import Expert, Grade, weakest
 from flexgate.policies.ids import ExpertId
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import damaged
@@ -141,9 +140,19 @@ def _put(change: Change, manifest: Manifest) -> None:
             live=True,
             visibility="listed" if known is None else known.visibility,
             required=known is not None and known.required,
-            grade=ROUTER_GRADES[manifest.training.router],
+            grade=_grade(manifest, known),
         )
     )
+
+
+def _grade(manifest: Manifest, known: Expert | None) -> Grade:
+    """What excluding an added expert excludes.
+
+    Its base is the served one, which never saw it; routers that are served may have been tuned with its own. No package
+    raises a grade that is stored: shared weights go on having learnt from what it replaces.
+    """
+    added: Grade = "removed" if manifest.training.router == "own" else "router"
+    return added if known is None else weakest(added, known.grade)
 
 
 def _require_owner(known: Expert, manifest: Manifest) -> None:

@@ -102,7 +102,9 @@ def _manifest(experts: Iterable[Loaded], ownership: Ownership | None) -> list[Ma
 
 
 def _held(ownership: Ownership | None) -> dict[str, Grade]:
-    return {} if ownership is None else {unit.id: unit.grade for unit in ownership.units}
+    if ownership is None:
+        return {}
+    return {**ownership.former_units, **{unit.id: unit.grade for unit in ownership.units}}
 
 
 def _one_id(owner: str | None, names: dict[str, str]) -> str | None:

@@ -76,6 +76,13 @@ def test_a_unit_has_the_experts_that_each_layer_says() -> None:
     )
 
 
+@pytest.mark.parametrize("content", [LISTED, MAPPED])
+def test_a_checkpoint_states_the_grades_of_units_that_it_no_longer_has(content: dict[str, Any]) -> None:
+    ownership = read({**content, "former_units": {"chem": "removed", "bio": "shared"}})
+    assert ownership.former_units == {"chem": "removed", "bio": "shared"}
+    assert read(ownership.to_json()).former_units == ownership.former_units
+
+
 def test_the_common_unit_may_be_empty() -> None:
     content = {**MAPPED, "layers": {"0": [1, 1, 1, 2], "2-3": [2, 1, 1, 2]}}
     assert read(content).counts_L(0) == [0, 0, 0]
@@ -153,6 +160,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "only an expert whose router is its 'own' is removed whole",
     ),
     "unknown field": ({**MAPPED, "layer": {}}, " has 'layer', which is no field of it: remove it"),
+    "former units that are no object": (
+        {**MAPPED, "former_units": ["math"]},
+        ": former_units must be an object of units' ids and grades, such as {'news': 'removed'}",
+    ),
+    "former unit that is there": (
+        {**MAPPED, "former_units": {"law": "removed"}},
+        ": former_units names unit 'law', which the checkpoint has: take it out there",
+    ),
+    "former unit of no grade": (
+        {**MAPPED, "former_units": {"math": "gone"}},
+        ": former_units: grade of 'math' is 'gone', expected one of removed, router, shared, unknown",
+    ),
+    "former unit that no policy can name": (
+        {**MAPPED, "former_units": {"Math": "removed"}},
+        ": former_units has 'Math', expected 1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter "
+        "or digit",
+    ),
     "no ownership": (
         edited(MAPPED, "ownership", ...),
         ": ownership is None, expected 'owners' or 'none'",

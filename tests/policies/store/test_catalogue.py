@@ -87,16 +87,30 @@ def test_the_grade_is_what_the_checkpoint_says_now(store):
         assert store.snapshot().experts["news"].grade == grade
 
 
-def test_what_was_revoked_keeps_the_grade_that_the_checkpoint_gives_it_and_what_is_gone_is_removed(store):
-    """Shared weights may have learnt from the one, and there is nothing of the other."""
+def test_what_is_not_served_has_the_grade_that_the_checkpoint_states(store):
+    """Shared weights may have learnt from it; only a statement says that nothing is left."""
+    for grade in ("shared", "removed", "router"):
+        with store.change(actor="start", at=9.0) as change:
+            put_catalogue(change, [PUBLIC], epoch=1, held={"news": grade})
+        assert store.snapshot().experts["news"].grade == grade
+
+
+def test_what_the_checkpoint_no_longer_names_keeps_its_grade(store):
+    """A checkpoint can have lost an expert, or its name, and have kept what shared weights learnt from it."""
     with store.change(actor="start", at=9.0) as change:
-        put_catalogue(change, [PUBLIC], epoch=1, held={"public": "unknown", "news": "shared"})
-    experts = store.snapshot().experts
-    assert {id_: experts[id_].grade for id_ in ("public", "news", "math")} == {
-        "public": "unknown",
-        "news": "shared",
-        "math": "removed",
-    }
+        put_catalogue(change, [PUBLIC, NEWS._replace(grade="shared")], epoch=1)
+    for held in (None, {"press": "removed"}):
+        with store.change(actor="start", at=9.0) as change:
+            put_catalogue(change, [PUBLIC], epoch=1, held=held)
+        assert store.snapshot().experts["news"].grade == "shared"
+
+
+def test_no_package_has_a_better_grade_than_the_checkpoint_states(store):
+    """It replaces the unit, and not what shared weights have learnt from it."""
+    for package, grade in (("removed", "shared"), ("unknown", "unknown")):
+        with store.change(actor="start", at=9.0) as change:
+            put_catalogue(change, [PUBLIC, NEWS._replace(grade=package)], epoch=1, held={"news": "shared"})
+        assert store.snapshot().experts["news"].grade == grade
 
 
 def test_a_required_expert_stays_required_also_when_it_is_gone(store):

@@ -10,6 +10,7 @@ import pytest
 from slotkit.local import Local, package, zeros
 
 from flexgate.experts.package.signature import TrustedKeys
+from flexgate.policies.documents import Expert
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.uploads import FREE_BYTES
@@ -32,7 +33,7 @@ async def test_an_added_expert_is_live_in_the_catalogue_and_permitted_to_nobody(
 
 
 async def test_the_grade_of_an_added_expert_is_that_of_its_router(here: Local, tmp_path: Path, anchor: Path) -> None:
-    """An expert whose router row was trained beside others' is not all that excluding it would have to remove."""
+    """The base never saw it; routers that are served may have been tuned with its own."""
     await here.add(package(tmp_path, anchor, "joint", router="joint"))
     await here.add(package(tmp_path, anchor, "unsaid", router="unknown"))
     experts = here.store.snapshot().experts
@@ -40,8 +41,36 @@ async def test_the_grade_of_an_added_expert_is_that_of_its_router(here: Local, t
         "public": "unknown",
         "news": "unknown",
         "joint": "router",
-        "unsaid": "unknown",
+        "unsaid": "router",
     }
+
+
+@pytest.mark.parametrize("router", ["joint", "unknown"])
+async def test_no_owner_lowers_what_projects_exclude_by_adding_an_expert(
+    here: Local, tmp_path: Path, anchor: Path, router: str
+) -> None:
+    """Projects that demand the grade `removed` would have all their requests refused."""
+    job = await here.add(package(tmp_path, anchor, router=router), owner="acme")
+    assert (job.state, job.error["code"]) == ("failed", "expert_router_not_own")
+    assert job.error["message"].startswith(f"The package's 'training.router' is '{router}', so that excluding")
+    assert "math" not in here.store.snapshot().experts
+    assert (await here.add(package(tmp_path, anchor), owner="acme")).state == "succeeded"
+    assert here.store.snapshot().experts["math"].grade == "removed"  # type: ignore[index]
+
+
+async def test_no_package_raises_the_grade_of_what_it_replaces(here: Local, tmp_path: Path, anchor: Path) -> None:
+    """The shared weights of the checkpoint go on having learnt from the unit."""
+    with here.store.change(actor="start", at=9.0) as change:
+        news = change.get(Expert, "news")
+        assert news is not None
+        change.put(news.model_copy(update={"grade": "shared"}))
+    await here.service.revoke("news", actor="key_owner")
+    assert (
+        await here.add(package(tmp_path, anchor, "news", "gazette", version=2), owner="gazette")
+    ).state == "succeeded"
+    assert here.store.snapshot().experts["news"].grade == "shared"  # type: ignore[index]
+    await here.service.revoke("news", actor="key_owner")
+    assert here.store.snapshot().experts["news"].grade == "shared"  # type: ignore[index]
 
 
 async def test_a_copy_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
