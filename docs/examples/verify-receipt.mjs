@@ -1,8 +1,8 @@
 // Verifies receipts of flexgate (docs/receipts.md) with nothing but Web Crypto: in Node 20 or later, and in browsers.
 //   node verify-receipt.mjs --jwks jwks.json receipt.json …    or import it, as verify-statement.mjs does
 export const HASH = /^[0-9a-f]{64}$/, NUMBER = /^(0|[1-9][0-9]{0,18})$/, POSITIVE = /^[1-9][0-9]{0,18}$/, ZEROS = /^0{64}$/;
-export const RECEIPT = /^dec_[0-9a-f]{32}$/, ID = /^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$/, SIGNATURE = /^[0-9a-f]{128}$/;
-export const SERVER = /^srv_[0-9a-f]{32}$/, FORMAT = /^flexgate-receipt\/1$/, BATCH = /^flexgate-receipt-batch\/1$/;
+export const RECEIPT = /^dec_[0-9a-f]{32}(_counterfactual)?$/, SERVER = /^srv_[0-9a-f]{32}$/, SIGNATURE = /^[0-9a-f]{128}$/;
+export const ID = /^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$/, FORMAT = /^flexgate-receipt\/1$/, BATCH = /^flexgate-receipt-batch\/1$/;
 const HEADER = { at: NUMBER, first: POSITIVE, format: BATCH, kid: ID, last: POSITIVE, number: POSITIVE, previous: HASH,
   root: HASH, server: SERVER };
 const JWK = { alg: /^EdDSA$/, crv: /^Ed25519$/, kid: ID, kty: /^OKP$/, use: /^sig$/, x: ID };

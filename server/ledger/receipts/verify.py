@@ -41,7 +41,8 @@ NOTHING_BEFORE: Final = "0" * 64
 Keys = Mapping[str, Ed25519PublicKey]
 KEY_ID: Final = "[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]"
 """32 bytes in base64url, without bits that say nothing."""
-RECEIPT: Final = "dec_[0-9a-f]{32}"
+RECEIPT: Final = "dec_[0-9a-f]{32}(_counterfactual)?"
+"""A decision, or the calls without one expert that explain it."""
 SERVER: Final = "srv_[0-9a-f]{32}"
 _HEADER: Final = {
     "at": NUMBER,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
 from flexgate.server.engine.protocol.slots import SlotMap
+from flexgate.server.ledger.receipts.verify import RECEIPT
 
 pytestmark = pytest.mark.asyncio
 
@@ -163,6 +165,7 @@ async def test_passes_are_recorded_apart(client: httpx.AsyncClient, services: An
         (id_, PATH, "completed", 2, 3),
         (f"{id_}_counterfactual", f"{PATH}#counterfactual", "completed", 10, 2),
     ]
+    assert all(re.fullmatch(RECEIPT, row[0]) for row in rows)  # or no verifier takes their receipts
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,15 @@ def pseudonym(owner: str, tenant: str) -> str:
     return f"anon-{hashlib.sha256(f'{owner}:{tenant}'.encode()).hexdigest()[:20]}"
 
 
-def record(path: Path, *numbers: int, tenant: str = "proj_a", experts: Any = EXPERTS) -> None:
-    """Let requests begin and end in a ledger."""
+def record(path: Path, *numbers: int, tenant: str = "proj_a", experts: Any = EXPERTS, suffix: str = "") -> None:
+    """Let requests begin and end in a ledger; their ids end in `suffix`."""
 
     async def serve() -> None:
         journal = Journal(path, clock=lambda: 9.5)
         for number in numbers:
             body = hashlib.sha256(REQUEST_BODY).hexdigest()
             registration = Registration(
-                name(number), 5, tenant, "key_a", "/v1/completions", "tiny", 7, 3, experts, prompt_sha256=body
+                name(number) + suffix, 5, tenant, "key_a", "/v1/completions", "tiny", 7, 3, experts, prompt_sha256=body
             )
             entry = journal.register(registration)
             await entry.registered()

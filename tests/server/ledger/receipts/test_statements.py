@@ -18,6 +18,7 @@ import pytest
 import rfc8785
 
 from flexgate.policies.agreements import Agreement
+from flexgate.server.inference.request.extension import COUNTERFACTUAL
 from flexgate.server.ledger.entries import RegisteredExpert
 from flexgate.server.ledger.receipts import verify
 from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
@@ -132,6 +133,16 @@ def test_a_statement_says_what_its_receipts_say(kit: Any, name: Callable[[int], 
     assert found == ["it counts the 3 receipts that were given, and no others; its figures are theirs"]
     some = (statement, mine[1], proof(receipts, name(2)))
     assert both(receipts.jwks, (statement, *mine), (statement, *mine[::-1]), some, (statement,)) == [True] * 4
+
+
+def test_a_statement_counts_the_calls_that_explain_a_decision(kit: Any, name: Callable[[int], str]) -> None:
+    kit.record(1)
+    kit.record(1, suffix=f"_{COUNTERFACTUAL}")
+    receipts = kit.made(2)
+    statement, mine, explained = signed(receipts), page(receipts), f"{name(1)}_{COUNTERFACTUAL}"
+    corrected = resigned(kit, statement, corrections=[{**CORRECTION, "amount": "0", "receipt": explained}])
+    bundles = [(statement, *mine), (statement, mine[1], proof(receipts, explained)), (corrected, *mine)]
+    assert both(receipts.jwks, *bundles) == [True] * 3
 
 
 def test_one_flipped_byte_of_a_statement_is_found(kit: Any) -> None:
