@@ -17,7 +17,7 @@ from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import reading
 from flexgate.policies.store.documents import checked, from_json, read_all
-from flexgate.policies.store.revisions import agreement_versions, read_between
+from flexgate.policies.store.revisions import read_between, read_object
 from flexgate.policies.store.store import Store
 
 MOST_OF_OWNER: Final = 10_000
@@ -27,6 +27,9 @@ MOST_WITH_ONE: Final = 1_000
 _NOT_AN_OWNERS: Final = (
     "what projects' requests must use is said by administrators: an owner can only permit and prohibit its experts"
 )
+
+IDS_AT_ONCE: Final = 500
+"""In one query."""
 
 
 def list_agreements(store: Store, *, owner_id: str | None = None) -> list[Agreement]:
@@ -49,9 +52,14 @@ def read_versions(store: Store, names: Collection[tuple[str, int]]) -> dict[tupl
     sought: dict[str, set[int]] = {}
     for id_, version in names:
         sought.setdefault(id_, set()).add(version)
+    found, ids = {}, sorted(sought)
     with reading(store.engine) as connection:
-        found = [one for id_, only in sought.items() for one in agreement_versions(connection, id_, only=only)]
-    return {(one.id, one.version): one for one in found}
+        for start in range(0, len(ids), IDS_AT_ONCE):
+            for _, change in read_object(connection, "agreement", ids[start : start + IDS_AT_ONCE]):
+                values = change.after
+                if values is not None and values["version"] in sought[change.object_id]:
+                    found[change.object_id, values["version"]] = from_json(Agreement, values)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

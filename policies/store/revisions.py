@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -104,16 +104,12 @@ def read_between(connection: Connection, kind: str, since: float, until: float) 
     return [(row[0], ObjectChange(*row[1:])) for row in connection.execute(query)]
 
 
-def agreement_versions(connection: Connection, id_: str, *, only: Collection[int] | None = None) -> list[Agreement]:
-    """Every version of an agreement that was ever stored, or `only` some; terminated ones too."""
+def agreement_versions(connection: Connection, id_: str) -> list[Agreement]:
+    """Every version of an agreement that was ever stored; terminated ones too."""
     table = policy_changes
     query = select(table.c.after).where(table.c.kind == "agreement", table.c.object_id == id_)
     stored = [row.after for row in connection.execute(query)]
-    return [
-        from_json(Agreement, values)
-        for values in stored
-        if values is not None and (only is None or values["version"] in only)
-    ]
+    return [from_json(Agreement, values) for values in stored if values is not None]
 
 
 def append(connection: Connection, revision: Revision, changes: list[ObjectChange]) -> None:

@@ -98,6 +98,7 @@ audit_log: Final = Table(
     Column("hash", String(64), nullable=False),
     Column("log", String(20), nullable=False, server_default="changes"),
     Index("ix_audit_log_log", "log", "sequence"),
+    Index("ix_audit_log_at", "log", "at"),
 )
 
 processes: Final = Table(

@@ -13,6 +13,7 @@ from flexgate.policies.store.ownership import Ownership
 from flexgate.policies.store.store import Store
 from flexgate.server.admin.statements.schemas import StatementChange
 from flexgate.server.ledger.entries import MICROSECONDS
+from flexgate.server.ledger.errors import TooMuchAsked
 from flexgate.server.ledger.statements import DAY, Account, Period
 
 MOST: Final = 10_000
@@ -23,7 +24,7 @@ _CLEARED: Final = "weights.cleared"
 def changes_of(
     store: Store, owner: str, ownership: Ownership, period: Period, account: Account
 ) -> list[StatementChange]:
-    """All of them, in the order in which they were requested. Blocks."""
+    """All of them, in the order in which they were requested. Blocks; raises `TooMuchAsked` for too many."""
     agreements, weights = _last_uses(account)
     found = [_of_agreement(one, agreements) for one in changes_between(store, owner, period.start, period.end)]
     found += _of_weights(store, ownership, period, weights)
@@ -73,7 +74,9 @@ def _of_weights(
         return in_time and entry.action in (*_WEIGHTS, _CLEARED) and ownership.had(expert, entry.at, entry.at)
 
     sought = Sought(since=period.start, until=period.end + DAY, log=CHANGES, matches=concerns)
-    entries = search(store.engine, sought, limit=MOST, oldest=True)
+    entries = search(store.engine, sought, limit=MOST + 1, oldest=True)
+    if len(entries) > MOST:
+        raise TooMuchAsked(f"weights changed more than {MOST:,} times")
     cleared = {e.detail["weights_epoch"]: e.detail["effective_at"] for e in entries if e.action == _CLEARED}
     for entry in entries:
         if entry.action in _WEIGHTS:

@@ -74,6 +74,10 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
     ownership = read_ownership(store, owner)
     if not (ownership.times or account.lines) and call.principal.owner_id is None:
         raise Invalid(f"No expert of this server has the owner '{owner}'.", param="owner_id", code=INVALID)
+    try:
+        changes = changes_of(store, owner, ownership, period, account)
+    except LedgerError as error:
+        raise from_ledger(error, param="period", advice=advice(period)) from error
     return statement_of(
         period,
         owner,
@@ -82,5 +86,5 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
         is_open=open_,
         name_of=read_pseudonyms(store.engine, owner).of,
         denials=count_denied(store.engine, period.start, period.end, ownership.had),
-        changes=changes_of(store, owner, ownership, period, account),
+        changes=changes,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import update
 
 from flexgate.policies.agreements import Agreement
@@ -258,3 +259,16 @@ def test_changed_terms_need_a_higher_version(store):
         agreements.put_agreement(store, ban, **ADMIN)
     version_2 = ban.model_copy(update={"version": 2})
     assert agreements.put_agreement(store, version_2, **ADMIN) == first + 1
+
+
+def test_versions_of_many_agreements_are_read_in_one_query(store):
+    fields = {"experts": ["news"], "assignee": "everyone", "effect": "permit"}
+    for id_ in ("a", "b", "c"):
+        agreements.create_agreement(store, {**fields, "id": id_, "owner": "wire"}, **ADMIN)
+    agreements.revise_agreement(store, "b", {**fields, "purposes": ["search"]}, **ADMIN)
+    agreements.terminate_agreement(store, "c", **ADMIN)
+    asked = []
+    sa.event.listen(store.engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    found = agreements.read_versions(store, {("a", 1), ("b", 2), ("c", 1), ("c", 2), ("d", 1)})
+    assert {name: one.version for name, one in found.items()} == {("a", 1): 1, ("b", 2): 2, ("c", 1): 1}
+    assert len([query for query in asked if "policy_changes" in query]) == 1

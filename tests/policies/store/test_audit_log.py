@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from flexgate.policies.audit import Event, verify
+from flexgate.policies.audit import CHANGES, Event, verify
 from flexgate.policies.documents import Role, Tenant
 from flexgate.policies.errors import AuditBroken, StoreUnavailable
 from flexgate.policies.store import schema
+from flexgate.policies.store.audit import Sought, count_denied, search
 
 ACME = Tenant(id="acme", name="Acme")
 
@@ -88,3 +89,19 @@ def test_change_fails_when_the_log_cannot_be_written(store):
         _put(store, ACME)
     assert store.version() == version
     assert "acme" not in store.snapshot().tenants
+
+
+def test_entries_of_a_time_are_found_by_an_index(store):
+    """Statements ask for them: a log of years is not read for a month."""
+    if store.engine.dialect.name != "sqlite":
+        pytest.skip("PostgreSQL reads small tables as a whole")
+    asked = []
+    sa.event.listen(store.engine, "before_cursor_execute", lambda *given: asked.append(given[2:4]))
+    count_denied(store.engine, 1.0, 2.0, lambda *_: True)
+    search(store.engine, Sought(since=1.0, until=2.0, log=CHANGES), limit=5, oldest=True)
+    queries = [(query, values) for query, values in asked if "FROM audit_log" in query]
+    assert len(queries) == 2
+    with store.engine.connect() as connection:
+        for query, values in queries:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {query}", values).all()
+            assert "ix_audit_log_at" in str(plan), plan

@@ -351,3 +351,15 @@ async def test_the_commands_print_what_the_verifier_takes(
     assert named == [one.read_text().strip()]
     months = await run("statements", "list", "--key", "sk-owner", "--url", urls[1])
     assert "2026-11  open, provisional" in months.output
+
+
+async def test_a_statement_that_would_leave_changes_out_is_refused(
+    call: Any, recorded: Journal, real_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with real_store.change(actor="test", at=START + 10.0) as change:
+        change.add_weights("news", slot=1, package="p", detail={})
+    monkeypatch.setattr("flexgate.server.admin.statements.changes.MOST", 0)
+    refused = await call("sk-owner", "GET", MONTH)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["code"]) == (400, "period", "query_too_large")
+    assert "weights changed more than 0 times" in error["message"].lower()
