@@ -35,7 +35,8 @@ def batches(call: Call[Nothing, ListBatches]) -> BatchPage:
     """List the signed headers of batches: the chain that all receipts are in. It tells how many requests came when."""
     limit = call.query.limit
     with translated(tell=True):
-        found = call.services.receipts.chain(call.query.after, limit + 1)
+        receipts = call.services.receipts
+        found = receipts.newest() if call.query.newest else receipts.chain(call.query.after, limit + 1)
     return BatchPage(data=[SignedHeader.model_validate(one) for one in found[:limit]], has_more=len(found) > limit)
 
 

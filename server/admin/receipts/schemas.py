@@ -11,10 +11,11 @@ from flexgate.server.http.validation import Closed
 
 
 class ListBatches(Closed):
-    """Batches after the one of a number."""
+    """Batches after the one of a number, or the newest alone."""
 
     after: int = Field(0, ge=0, le=2**62)
     limit: int = Field(100, ge=1, le=1000)
+    newest: bool = False
 
 
 class BatchHeader(Shown):

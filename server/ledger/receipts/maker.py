@@ -19,6 +19,7 @@ from typing import Final
 from flexgate.policies.errors import PolicyError
 from flexgate.server.ledger.entries import microseconds
 from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.reading import opened as opened_ledger
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.batches import MOST, Header
 from flexgate.server.ledger.receipts.book import Batch, Book, BookError, End
@@ -132,7 +133,7 @@ class Maker:
     def _make_batch(self) -> bool:
         """Sign what follows the last batch; whether there may be more."""
         end = self._book.end()
-        with rows.reading(self._ledger) as connection:
+        with opened_ledger(self._ledger) as connection:
             self._require_same_ledger(end, connection)
             found = rows.read_after(connection, end.sequence, MOST)
         self.signed = end.sequence

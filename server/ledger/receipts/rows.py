@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 from flexgate.server.ledger.entries import Registration, decode_registration
-from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.receipts.leaves import PARTS, USAGE, Recorded
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that sees what was committed; raises `LedgerError`."""
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            yield connection
-    except sqlite3.Error as error:
-        raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
 
 
 def read_after(connection: sqlite3.Connection, sequence: int, limit: int) -> list[Recorded]:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from flexgate.server.ledger.reading import opened as opened_ledger
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.batches import FORMAT, parsed
 from flexgate.server.ledger.receipts.book import Batch, Book, opened
@@ -75,7 +76,7 @@ class Receipts:
             NoReceipt, ReceiptPending, ReceiptDamaged: there is nothing to show.
             LedgerError, BookError: a file cannot be read.
         """
-        with rows.reading(self.ledger) as connection:
+        with opened_ledger(self.ledger) as connection:
             recorded = rows.read_one(connection, receipt)
             running = rows.read_running(connection, receipt) if recorded is None else None
         if running is not None and reader.owner is None and reader.may_see(running.tenant, []):
@@ -87,7 +88,7 @@ class Receipts:
 
     def show_all(self, sequences: Sequence[int], reader: Reader) -> list[Json]:
         """A reader's copies of the receipts of requests that it may see, by their numbers in the ledger; as `show`."""
-        with rows.reading(self.ledger) as connection:
+        with opened_ledger(self.ledger) as connection:
             found = [one for sequence in sequences for one in rows.read_after(connection, sequence - 1, 1)]
         with opened(self.book) as book:
             return [self._shown(book, recorded, reader) for recorded in found]
@@ -108,14 +109,20 @@ class Receipts:
     def chain(self, after: int, limit: int) -> list[Json]:
         """The signed headers of batches after a number, in their order. Blocks; raises `BookError`."""
         with opened(self.book) as book:
-            return [
-                {"header": parsed(header), "signature": signature.hex()}
-                for header, signature in book.chain(after, limit)
-            ]
+            return [_signed(*one) for one in book.chain(after, limit)]
+
+    def newest(self) -> list[Json]:
+        """The signed header of the newest batch, if there is one. Blocks; raises `BookError`."""
+        with opened(self.book) as book:
+            return [_signed(*one) for one in book.chain(book.end().number - 1, 1)]
 
     def _grown(self, recorded: Recorded, book: Book) -> Leaves:
         digest = book.policy(recorded.policy_version)
         return grow(recorded, secret=book.secret, policy_digest=digest, pseudonym=self._pseudonym)
+
+
+def _signed(header: bytes, signature: bytes) -> Json:
+    return {"header": parsed(header), "signature": signature.hex()}
 
 
 def copy_of(batch: Batch, place: int, leaves: Leaves, reader: Reader) -> Json:

@@ -21,6 +21,7 @@ from flexgate.server.ledger.amounts import exact, written
 from flexgate.server.ledger.corrections import Correction
 from flexgate.server.ledger.entries import MICROSECONDS, microseconds
 from flexgate.server.ledger.errors import TooMuchAsked
+from flexgate.server.ledger.reading import opened as opened_ledger
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.book import Book, opened
 from flexgate.server.ledger.receipts.maker import current_key, signed
@@ -125,7 +126,7 @@ class Statements:
             NoReceipt: there is none of this id that the owner may see.
             NotInPeriod: no statement of the period counts it.
         """
-        with rows.reading(self._receipts.ledger) as connection:
+        with opened_ledger(self._receipts.ledger) as connection:
             recorded = rows.read_one(connection, receipt)
         if recorded is None or owner not in recorded.owners:
             raise NoReceipt

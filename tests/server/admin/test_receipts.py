@@ -109,6 +109,8 @@ async def test_the_chain_is_for_auditors_and_is_read_page_by_page(call: Any, ser
     await recorded(services.ledger, 3, "t")
     await asyncio.to_thread(services.receipts.maker.work)
     first = (await call("sk-auditor", "GET", "/v1/receipt_batches?limit=1")).json()
+    newest = (await call("sk-auditor", "GET", "/v1/receipt_batches?newest=true")).json()
+    assert ([one["header"]["number"] for one in newest["data"]], newest["has_more"]) == (["2"], False)
     rest = (await call("sk-auditor", "GET", "/v1/receipt_batches?after=1")).json()
     assert (first["has_more"], rest["has_more"]) == (True, False)
     keys = verify.parse_keys((await call(None, "GET", "/.well-known/jwks.json")).content)

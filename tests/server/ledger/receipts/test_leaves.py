@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgate.server.ledger.entries import RegisteredExpert
+from flexgate.server.ledger.entries import RegisteredExpert, Registration, encode_registration
+from flexgate.server.ledger.receipts import rows as ledger_rows
 from flexgate.server.ledger.receipts import verify
 from flexgate.server.ledger.receipts.batches import Header
 from flexgate.server.ledger.receipts.leaves import Recorded, grow
@@ -145,3 +148,24 @@ def test_what_does_not_concern_a_reader_is_like_what_does_not_exist(kit: Any, te
         text(receipts, 2, **reader)
     with pytest.raises(ReceiptPending):
         receipts.show(f"dec_{2:032x}", Reader(tenant="proj_a"))
+
+
+def test_a_request_that_ends_while_its_receipt_is_sought_is_not_lost(
+    kit: Any, name: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipts = kit.made(1)
+    running = Registration(name(2), 5, "proj_a", "key_a", "/v1", "tiny", 7, 3, ())
+    with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+        values = running.request, encode_registration(running)
+        connection.execute("INSERT INTO running (request, registration) VALUES (?, ?)", values)
+    read_one = ledger_rows.read_one
+
+    def then_it_ends(*arguments: Any) -> Any:
+        found = read_one(*arguments)
+        with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+            connection.execute("DELETE FROM running")
+        return found
+
+    monkeypatch.setattr(ledger_rows, "read_one", then_it_ends)
+    with pytest.raises(ReceiptPending, match="has not ended"):
+        receipts.show(name(2), Reader(tenant="proj_a"))
