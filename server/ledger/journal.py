@@ -19,7 +19,8 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -78,6 +79,7 @@ class Journal:
         self._owed: list[End] = []  # those that could not be written yet: no more than were running when writes failed
         self._running: dict[str, int] = {}  # requests that were registered and have not ended, with their numbers
         self._numbers = itertools.count(1)
+        self._refused: list[int] = []  # numbers of requests that were refused, and may have been written
         self._newest = 0  # of the ends, in microseconds
         self._behind = False  # whether the clock is behind it
         self._failing: LedgerError | None = None
@@ -191,19 +193,24 @@ class Journal:
         if full is not None:
             batch.refuse(full)
         registered = {registration.request: next(self._numbers) for registration, _ in batch.registered}
-        ended = [end for end in batch.ended if end[0].request in self._running or end[0].request in registered]
+        numbers = ChainMap(registered, self._running)
+        ended = [end for end in batch.ended if end[0].request in numbers]
         batch.ended, self._owed = self._owed + ended, []
+        for request in [request for request in batch.marks if request not in numbers]:
+            answer(batch.marks.pop(request)[1], LedgerError(f"the ledger has no running request {request} to mark"))
         if not batch and (full is not None or self._failing is None):
             return full
         try:
             self._file.require()
             with self._transaction():
-                self._insert(batch, registered)
+                self._insert(batch, numbers)
             self._file.require()
         except Exception as error:
             self._owed = [end for end in batch.ended if end[0].request not in registered]
+            self._refused += registered.values()  # whether or not the disk has them
             return self._error(error)
         self._reserve.keep()
+        self._refused = []
         self._running.update(registered)
         for registration, _, _, _ in batch.ended:
             self._running.pop(registration.request, None)
@@ -270,11 +277,11 @@ class Journal:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _insert(self, batch: Batch, registered: dict[str, int]) -> None:
+    def _insert(self, batch: Batch, numbers: Mapping[str, int]) -> None:
         """Write a batch; what ends in it needs no rows of running requests.
 
         Args:
-            registered: the numbers of the requests that it registers.
+            numbers: of the requests that run, those that it registers among them.
         """
         write = self._connection.executemany
         if not batch:  # whether the disk takes anything again
@@ -283,14 +290,11 @@ class Journal:
             self._insert_usage(registration, outcome, at, used)
         ended = {registration.request for registration, _, _, _ in batch.ended}
         begun = [one for one, _ in batch.registered if one.request not in ended]
-        write(
-            "INSERT INTO running VALUES (?, ?, ?)",
-            [(registered[one.request], one.request, encode_registration(one)) for one in begun],
-        )
-        numbers = {**registered, **{id_: self._running[id_] for id_ in batch.marks if id_ in self._running}}
-        marks = [(id_, mark) for id_, (mark, _) in batch.marks.items() if id_ in numbers and id_ not in ended]
-        write("INSERT OR REPLACE INTO marks VALUES (?, ?)", [(numbers[id_], mark) for id_, mark in marks])
-        over = [(self._running[id_],) for id_ in ended if id_ in self._running]
+        rows = [(numbers[one.request], one.request, encode_registration(one)) for one in begun]
+        write("INSERT INTO running VALUES (?, ?, ?)", rows)
+        marks = [(numbers[id_], mark) for id_, (mark, _) in batch.marks.items() if id_ not in ended]
+        write("INSERT OR REPLACE INTO marks VALUES (?, ?)", marks)
+        over = [(number,) for number in (*(numbers[id_] for id_ in ended if id_ in numbers), *self._refused)]
         for table in ("running", "marks"):
             write(f"DELETE FROM {table} WHERE number = ?", over)
 

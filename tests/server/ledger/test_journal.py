@@ -204,6 +204,31 @@ async def test_a_request_that_ends_before_its_registration_is_refused_is_never_r
     assert rows(path) == []
 
 
+async def test_a_request_that_was_refused_leaves_no_row_though_the_disk_had_written_it(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, require = [None, "the disk has gone"], journal._file.require
+
+    def fail_once_it_is_written() -> None:
+        if looks and (reason := looks.pop(0)):
+            raise LedgerError(reason)
+        require()
+
+    monkeypatch.setattr(journal._file, "require", fail_once_it_is_written)
+    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    with pytest.raises(LedgerError, match="the disk has gone"):
+        await journal.register(registration("a")).registered()
+    while journal.failing:
+        await asyncio.sleep(0.01)
+    await journal.register(registration("b")).registered()
+    assert [row["request"] for row in rows(path, "running")] == ["dec_b"]
+
+
+async def test_a_mark_of_a_request_that_does_not_run_is_refused(journal: Journal) -> None:
+    with pytest.raises(LedgerError, match="no running request dec_a"):
+        await journal.mark("dec_a", used(1, 1))
+
+
 def journal_again(journal: Journal, name: str) -> Entry | None:
     try:
         return journal.register(registration(name))
