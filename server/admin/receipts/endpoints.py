@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Final
 
 from flexgate.policies.documents import Role
+from flexgate.policies.snapshot import Snapshot
 from flexgate.server.admin.operation import Call, Json, Nothing
 from flexgate.server.admin.receipts.schemas import BatchPage, ListBatches, Receipt, SignedHeader
 from flexgate.server.admin.router import OperationRouter
-from flexgate.server.http.errors import ApiError, Unavailable
+from flexgate.server.http.errors import ApiError, NotFound, Unavailable
 from flexgate.server.http.refusals import not_found
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.receipts.book import BookError
@@ -27,7 +28,15 @@ def retrieve(call: Call[Nothing, Nothing]) -> Json:
     """Show a request's receipt: a tenant its own requests', an owner its own leaf."""
     caller = call.principal
     with translated(tell=caller.tenant_id is None and caller.owner_id is None):
-        return call.services.receipts.show(call.path["receipt_id"], Reader(caller.tenant_id, caller.owner_id))
+        receipt = call.services.receipts.show(call.path["receipt_id"], Reader(caller.tenant_id, caller.owner_id))
+    if _has_no_owners(call.snapshot, receipt):
+        raise NotFound(
+            "The experts of this model have no owners ('ownership: none'): the request used nothing that an agreement "
+            "permits, and a receipt would promise rights that there are not. Its usage is at "
+            "GET /v1/organization/usage/completions.",
+            code="receipt_without_owners",
+        )
+    return receipt
 
 
 @router.operation("GET", "/v1/receipt_batches", roles=(Role.ADMIN, Role.AUDITOR))
@@ -38,6 +47,14 @@ def batches(call: Call[Nothing, ListBatches]) -> BatchPage:
         receipts = call.services.receipts
         found = receipts.newest() if call.query.newest else receipts.chain(call.query.after, limit + 1)
     return BatchPage(data=[SignedHeader.model_validate(one) for one in found[:limit]], has_more=len(found) > limit)
+
+
+def _has_no_owners(snapshot: Snapshot, receipt: Json) -> bool:
+    """Whether neither the model that is served has an owner, nor what took part in the request."""
+    if any(expert.owner is not None for expert in snapshot.experts.values() if expert.live):
+        return False
+    shares = (share for leaf in receipt["leaves"] for share in leaf["content"].get("experts", ()))
+    return all("owner" in share and share["owner"] is None for share in shares)
 
 
 @contextmanager

@@ -11,6 +11,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Expert, Tenant
+from flexgate.policies.store import Store
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.ledger.receipts import verify
@@ -62,6 +65,29 @@ async def test_each_party_gets_its_own_leaves_and_verifies_what_it_got(
     verified = verify.verify_receipt(response.content, verify.parse_keys(keys.content))
     assert verified.receipt == made[0]
     assert sorted(leaf["kind"] for leaf in verified.leaves) == sorted(kinds)
+
+
+async def test_there_is_no_receipt_where_experts_have_no_owners_and_the_reason_is_said(
+    call: Any, services: Any, real_store: Store, made: list[str]
+) -> None:
+    with real_store.change(actor="test", at=2.0) as change:
+        for agreement in change.all(Agreement):
+            change.remove(Agreement, agreement.id)
+        for tenant in change.all(Tenant):
+            change.put(tenant.model_copy(update={"expert_ids": frozenset()}))
+        for expert in change.all(Expert):
+            change.put(expert.model_copy(update={"owner": None}))
+    services.policy.confirm()
+    unowned = tuple(RegisteredExpert(one.slot, one.expert, None) for one in EXPERTS)
+    name = await recorded(services.ledger, 3, "t", unowned)
+    await asyncio.to_thread(services.receipts.maker.work)
+    for key in ("sk-t", "sk-admin"):
+        refused = await call(key, "GET", f"/v1/receipts/{name}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "receipt_without_owners")
+        assert "have no owners ('ownership: none')" in refused.json()["error"]["message"]
+        assert (await call(key, "GET", f"/v1/receipts/{made[0]}")).status_code == 200, "it is of an owned model"
+    others = [await call("sk-u", "GET", f"/v1/receipts/{one}") for one in (name, NONSENSE)]
+    assert same(*others)
 
 
 async def test_the_receipt_names_the_policy_that_the_audit_log_has(call: Any, services: Any, made: list[str]) -> None:
