@@ -36,6 +36,7 @@ Period = Annotated[str, typer.Argument(help="A month or a day, such as 2026-11 o
 Key = Annotated[
     str, typer.Option(envvar="FLEXGATE_KEY", help="API key of the owner, an admin or an auditor.", show_envvar=True)
 ]
+Operator = Annotated[str, typer.Option(envvar="FLEXGATE_KEY", help="API key of an admin or auditor.", show_envvar=True)]
 Owner = Annotated[str | None, typer.Option(help="The owner; an owner's own key needs none.")]
 _PAGE: Final = 200
 
@@ -74,10 +75,10 @@ def sign(period: Period, key: Key, owner: Owner = None, url: Url = LOCAL) -> Non
 
 
 @app.command()
-def owners(period: Period, key: Key, owner: Owner = None, url: Url = LOCAL) -> None:
-    """Print the signed sums of all owners, with each owner's part for an auditor, for 'flexgate receipts verify'."""
+def owners(period: Period, key: Operator, url: Url = LOCAL) -> None:
+    """Print the signed sums of all owners, with each owner's part, for 'flexgate receipts verify'."""
     with failing(), Api(url, key) as api:
-        sys.stdout.write(canonical(api.ask("GET", f"{_path(period)}/owners", params=_of(owner))))
+        sys.stdout.write(canonical(api.ask("GET", f"{_path(period)}/owners")))
 
 
 @app.command()

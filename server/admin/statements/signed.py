@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
+from flexgate.policies.documents import Role
 from flexgate.server.admin.operation import Call, Json, Nothing
 from flexgate.server.admin.receipts.endpoints import translated
 from flexgate.server.admin.router import OperationRouter
@@ -46,15 +47,13 @@ def sign(call: Call[Nothing, OfOwner]) -> Json:
         return statements.sign(owner, period, terms, at=call.now, ended=ended)
 
 
-@router.operation("GET", f"{_PATH}/owners", roles=ROLES, threads=STATEMENTS, response=OwnersSums)
-def sum_owners(call: Call[Nothing, OfOwner]) -> Json:
-    """Sign what all owners' experts did in a period: auditors see each owner's part, an owner its own alone."""
+@router.operation("GET", f"{_PATH}/owners", roles=(Role.ADMIN, Role.AUDITOR), threads=STATEMENTS, response=OwnersSums)
+def sum_owners(call: Call[Nothing, Nothing]) -> Json:
+    """Sign what all owners' experts did in a period, with each owner's part, for auditors and administrators alone."""
     period = period_of(call)
-    ended, own = not is_open(call, period), call.principal.owner_id
-    owner = None if own is None and call.query.owner_id is None else owner_of(call)
+    ended = not is_open(call, period)
     with _translated(call, period):
-        receipts, terms = call.services.receipts, partial(terms_of, call.store)
-        return sums_of_owners(receipts, period, terms, at=call.now, ended=ended, owner=owner)
+        return sums_of_owners(call.services.receipts, period, partial(terms_of, call.store), at=call.now, ended=ended)
 
 
 @router.operation("GET", f"{_PATH}/receipts", roles=ROLES, threads=STATEMENTS, response=StatementReceiptPage)

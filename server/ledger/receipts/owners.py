@@ -1,4 +1,4 @@
-"""What all owners' experts did in a period, as one signed sum: each owner sees its own part of it, auditors all parts.
+"""What all owners' experts did in a period, as one signed sum of their parts, for auditors.
 
 The parts are salted leaves under one root, beside the sums that they must have, and beside what the requests
 themselves used. Sums stand in the signed totals alone, not in the nodes of a tree: a path would tell an owner what its
@@ -22,7 +22,7 @@ from flexgate.server.ledger.receipts.leaves import FOURS, SALT_BYTES
 from flexgate.server.ledger.receipts.maker import current_key, signed
 from flexgate.server.ledger.receipts.merkle import leaf_hash
 from flexgate.server.ledger.receipts.merkle import root as root_over
-from flexgate.server.ledger.receipts.service import NoReceipt, Receipts
+from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.ledger.receipts.signing import thumbprint
 from flexgate.server.ledger.receipts.statements import TermsOf
 from flexgate.server.ledger.statements import Period, newest_read, reading_statements
@@ -40,15 +40,10 @@ _REQUESTS: Final = (
 Json = dict[str, Any]
 
 
-def sums_of_owners(
-    receipts: Receipts, period: Period, terms_of: TermsOf, *, at: float, ended: bool, owner: str | None
-) -> Json:
-    """The signed sums of a period with the leaf of an owner, or with all leaves. Blocks.
+def sums_of_owners(receipts: Receipts, period: Period, terms_of: TermsOf, *, at: float, ended: bool) -> Json:
+    """The signed sums of a period with each owner's part. Blocks.
 
     Arguments as `flexgate.server.ledger.receipts.statements.Statements.sign` takes them, and raises.
-
-    Raises:
-        NoReceipt: no expert of the owner took part in the period.
     """
     with opened(receipts.book) as book:
         public, end = current_key(book, receipts.maker.signer), book.end()
@@ -78,13 +73,7 @@ def sums_of_owners(
             "uses": _counts(sum((Uses(*row[4:7]) for row in rows), NO_USES)),
         }
     signature = signed(receipts.maker.signer, public, rfc8785.dumps(totals))
-    shown = [
-        {"content": content, "index": index, "salt": salt.hex()}
-        for index, (salt, content) in enumerate(leaves)
-        if owner is None or content.get("owner") == owner
-    ]
-    if not shown:
-        raise NoReceipt
+    shown = [{"content": content, "index": index, "salt": salt.hex()} for index, (salt, content) in enumerate(leaves)]
     return {"hashes": [one.hex() for one in hashes], "leaves": shown, "signature": signature.hex(), "totals": totals}
 
 

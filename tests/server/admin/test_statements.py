@@ -24,6 +24,7 @@ from flexgate.server.cli.main import app
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.ledger.receipts import verify
+from flexgate.server.ledger.receipts.verify_owners import verify_owners
 from flexgate.server.ledger.receipts.verify_statement import parse_proof, verify_statement, verify_statements
 
 pytestmark = pytest.mark.asyncio
@@ -363,3 +364,13 @@ async def test_a_statement_that_would_leave_changes_out_is_refused(
     error = refused.json()["error"]
     assert (refused.status_code, error["param"], error["code"]) == (400, "period", "query_too_large")
     assert "weights changed more than 0 times" in error["message"].lower()
+
+
+async def test_the_sums_of_all_owners_are_for_operators_alone(call: Any, receipted: Any) -> None:
+    """Sums over all, less its own part, would tell an owner what its neighbour is owed."""
+    path = f"{MONTH}/owners"
+    refused = [await call("sk-owner", "GET", f"{path}{query}") for query in ("", "?owner_id=gazette")]
+    assert [(one.status_code, "totals" in one.text) for one in refused] == [(403, False)] * 2
+    keys = verify.parse_keys((await call(None, "GET", "/.well-known/jwks.json")).content)
+    for key in ("sk-auditor", "sk-admin"):
+        assert set(verify_owners((await call(key, "GET", path)).content, keys).leaves) == {"gazette", "academy"}
