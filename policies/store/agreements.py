@@ -17,6 +17,7 @@ from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import reading
 from flexgate.policies.store.documents import checked, from_json, read_all
+from flexgate.policies.store.prices import check_price
 from flexgate.policies.store.revisions import read_between, read_object
 from flexgate.policies.store.store import Store
 
@@ -172,6 +173,7 @@ def _check_own(change: Change, agreement: Agreement, owner_id: str) -> None:
     for reference in sorted(agreement.experts):
         if reference not in own and reference not in sets:
             raise ChangeRefused(f"{reference!r} is no expert of {owner_id!r}, and no set of such")
+    check_price(change, agreement, before)
 
 
 def _check_number(change: Change, owner_id: str, assignee: str) -> None:

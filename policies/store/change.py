@@ -8,8 +8,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
+from flexgate.policies.agreements import Agreement
 from flexgate.policies.audit import Event
-from flexgate.policies.documents import KeyRecord, Role, Tenant
+from flexgate.policies.documents import ExpertSet, KeyRecord, Role, Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
@@ -43,6 +44,11 @@ class Change:
         return self._revision.version if self._changes else self._revision.version - 1
 
     @property
+    def at(self) -> float:
+        """When it is made, in Unix seconds."""
+        return self._revision.at
+
+    @property
     def changes(self) -> list[ObjectChange]:
         """What was changed so far, in order."""
         return list(self._changes)
@@ -71,7 +77,8 @@ class Change:
         """Store a document, new or instead of the one with its id.
 
         Args:
-            restored: it was stored before, so that its words are taken as they are.
+            restored: it was stored before, so that its words are taken as they are, and what it requires need not
+                be loaded.
         """
         kind, table = KINDS[type(document)]
         before = read_one(self._connection, type(document), document.id)
@@ -79,7 +86,7 @@ class Change:
             return
         if not restored:
             checks.check_vocabulary(document, before)
-        checks.check_put(self._connection, document, before)
+        checks.check_put(self._connection, document, before, restored=restored)
         values = to_json(document)
         if before is None:
             position = select(func.coalesce(func.max(table.c.position), 0) + 1).scalar_subquery()
@@ -98,6 +105,24 @@ class Change:
         checks.check_remove(self._connection, kind, id_)
         self._connection.execute(delete(table).where(table.c.id == id_))
         self._changes.append(ObjectChange(name, id_, to_json(before), None))
+
+    def settle(self, *, restored: bool = False) -> None:
+        """Give agreements that name a changed set their next version: they mean something else now.
+
+        The commit does it; a caller that reads `changes` before does it itself. `restored` is as for `put`.
+        """
+        sets = [(change.object_id, change) for change in self._changes if change.kind == KINDS[ExpertSet][0]]
+        changed = {id_: change for id_, change in sets if change.before is not None and change.after is not None}
+        renewed = {change.object_id for change in self._changes if change.kind == KINDS[Agreement][0]}
+        for agreement in self.all(Agreement) if changed else ():
+            named = agreement.experts & changed.keys()
+            if named and not restored:
+                for id_ in sorted(named):
+                    before, after = changed[id_].before or {}, changed[id_].after or {}
+                    checks.check_required(self._connection, agreement, set(after["experts"]) - set(before["experts"]))
+            if named and agreement.id not in renewed:
+                version = self.next_agreement_version(agreement.id)
+                self.put(agreement.model_copy(update={"version": version}), restored=True)
 
     def snapshot(self) -> Snapshot:
         """The policy as it would be with this change, still under the version before it."""
@@ -192,6 +217,7 @@ class Change:
 
     def finish(self) -> bool:
         """Append the revision and the audit entries before `Store.change` commits; whether there are any."""
+        self.settle()
         if self._changes:
             append(self._connection, self._revision, self._changes)
             notify(self._connection)

@@ -18,12 +18,19 @@ from flexgate.policies.vocabulary import parse_currency, parse_license_expressio
 _MOST_NAMED: Final = 20
 
 
-def check_put(connection: Connection, document: PolicyDocument, before: PolicyDocument | None) -> None:
-    """Raise `ChangeRefused` unless everything that the document names exists and fits."""
+def check_put(
+    connection: Connection, document: PolicyDocument, before: PolicyDocument | None, *, restored: bool = False
+) -> None:
+    """Raise `ChangeRefused` unless everything that the document names exists and fits.
+
+    What is `restored` may require what is not loaded: no rollback, which may take a right away, waits for an expert.
+    """
     if isinstance(document, Agreement):
-        _check_agreement(connection, document, before)
+        _check_agreement(connection, document)
+        if not restored:
+            _check_loaded(connection, document, before)
     elif isinstance(document, Expert):
-        _check_expert(connection, document, before)
+        _check_expert(connection, document, before, restored=restored)
     elif isinstance(document, ExpertSet):
         for expert in sorted(document.experts):
             _owner(connection, f"set {document.id!r}", expert)
@@ -86,7 +93,7 @@ def check_remove(connection: Connection, kind: type[Document], id_: str) -> None
         raise ChangeRefused(f"{user} still names {id_!r}: change it first")
 
 
-def _check_agreement(connection: Connection, agreement: Agreement, before: PolicyDocument | None) -> None:
+def _check_agreement(connection: Connection, agreement: Agreement) -> None:
     for reference in sorted(agreement.experts):
         owners = _owners(connection, f"agreement {agreement.id!r}", reference)
         if None in owners:
@@ -99,8 +106,6 @@ def _check_agreement(connection: Connection, agreement: Agreement, before: Polic
                 f"agreement {agreement.id!r} of owner {agreement.owner!r} names {reference!r}, which belongs "
                 f"to {min(foreign)!r}: name the owner's own experts only"
             )
-    if agreement.effect == "require":
-        _check_loaded(connection, agreement, before)
     kind, _, name = agreement.assignee.partition(":")
     if kind == "tenant" and read_one(connection, Tenant, name) is None:
         raise ChangeRefused(f"agreement {agreement.id!r} names the unknown project {name!r}: create it first")
@@ -115,21 +120,43 @@ def _check_agreement(connection: Connection, agreement: Agreement, before: Polic
 
 def _check_loaded(connection: Connection, agreement: Agreement, before: PolicyDocument | None) -> None:
     """Refuse to begin to require what no server has; what was required and is revoked meanwhile stays required."""
-    known = before.experts if isinstance(before, Agreement) and before.effect == "require" else frozenset()
-    for reference in sorted(agreement.experts - known):
-        for id_ in sorted(_members(connection, f"agreement {agreement.id!r}", reference)):
-            expert = read_one(connection, Expert, id_)
-            if expert is not None and not expert.live:
-                raise ChangeRefused(
-                    f"agreement {agreement.id!r} requires {id_!r}, which is not loaded: the requests that it is about "
-                    "would be refused; load it first"
-                )
+    if agreement.effect == "require" and not (isinstance(before, Agreement) and _is_within(agreement, before)):
+        for reference in sorted(agreement.experts):
+            check_required(connection, agreement, _members(connection, f"agreement {agreement.id!r}", reference))
 
 
-def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None) -> None:
+def check_required(connection: Connection, agreement: Agreement, begun: Iterable[str]) -> None:
+    """Raise `ChangeRefused` if an agreement begins to require an expert that is not loaded."""
+    for id_ in sorted(begun) if agreement.effect == "require" else ():
+        expert = read_one(connection, Expert, id_)
+        if expert is not None and not expert.live:
+            raise ChangeRefused(
+                f"agreement {agreement.id!r} requires {id_!r}, which is not loaded: the requests that it is about "
+                "would be refused; load it first"
+            )
+
+
+def _is_within(agreement: Agreement, before: Agreement) -> bool:
+    """Whether it reaches no request that it did not reach before."""
+    return (
+        (agreement.effect, agreement.assignee) == (before.effect, before.assignee)
+        and agreement.experts <= before.experts
+        and before.starts <= agreement.starts
+        and agreement.ends <= before.ends
+        and _holds(before.purposes, agreement.purposes)
+        and _holds(before.regions, agreement.regions)
+    )
+
+
+def _holds(words: frozenset[str] | None, others: frozenset[str] | None) -> bool:
+    return words is None or (others is not None and others <= words)
+
+
+def _check_expert(connection: Connection, expert: Expert, before: PolicyDocument | None, *, restored: bool) -> None:
     if (expert.required or expert.id == PUBLIC) and expert.visibility == "hidden":
         raise ChangeRefused(f"{expert.id!r} is required in every answer and cannot be hidden")
-    if expert.required and not expert.live and not (isinstance(before, Expert) and before.required):
+    begins = expert.required and not (isinstance(before, Expert) and before.required)
+    if begins and not expert.live and not restored:
         raise ChangeRefused(
             f"{expert.id!r} is not loaded: if it were required, every request would be refused; load it first"
         )

@@ -104,6 +104,7 @@ def plan(store: Store, file: PolicyFile, *, prune: bool = False) -> Plan:
         with store.change(actor="plan", at=0.0) as change:
             current = change.snapshot()
             _put_all(change, file, prune=prune)
+            change.settle()
             raise _DryRun(Plan(change.changes, current, change.snapshot()))
     except _DryRun as dry_run:
         return dry_run.plan
@@ -123,9 +124,18 @@ def _put_all(change: Change, file: PolicyFile, *, prune: bool) -> None:
     for tenant in file.tenants:
         change.put(tenant)
     for agreement in file.agreements:
-        change.put(agreement)
+        if not _is_stored(change, agreement):
+            change.put(agreement)
     if prune:
         _prune(change, file)
+
+
+def _is_stored(change: Change, agreement: Agreement) -> bool:
+    """Whether it has just these terms, also where a change of a set has given it a higher version."""
+    stored = change.get(Agreement, agreement.id)
+    if stored is None or stored.version < agreement.version:
+        return False
+    return stored == agreement.model_copy(update={"version": stored.version})
 
 
 def _set_experts(

@@ -85,6 +85,7 @@ def roll_back(store: Store, to: int, *, confirm: int | None, actor: str, at: flo
             for entry in _of(kind, changes):
                 if entry.after is None:
                     _undo_creation(change, kind, entry)
+        change.settle(restored=True)
         if change.changes and confirm != present:
             raise ConfirmationRequired(
                 f"rolling back from policy version {present} to {to} would {_in_words(change.changes)}: nothing was "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import update
@@ -11,7 +13,7 @@ from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Role
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
-from flexgate.policies.store import accounts, agreements, projects, schema
+from flexgate.policies.store import accounts, agreements, projects, schema, sets
 from flexgate.policies.store.database import writing
 from flexgate.server.http.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
 
@@ -235,6 +237,75 @@ def test_an_owner_neither_requires_an_expert_nor_ends_what_an_administrator_requ
         agreements.terminate_agreement(store, "must", owner_id="wire", **ADMIN)
     assert agreements.list_agreements(store, owner_id="wire") == [MUST]
     agreements.terminate_agreement(store, "must", **ADMIN)
+
+
+PRICED = {"experts": ["news"], "assignee": "everyone", "effect": "permit", "purposes": ["search", "ai-input"]}
+
+
+def _rate(rate, **fields):
+    return {**PRICED, "duties": [{"kind": "compensate", "rate": rate, "currency": "EUR", "unit": "request"}], **fields}
+
+
+@pytest.mark.parametrize("by", ["agreement", "set", "catalogue"])
+def test_no_owner_raises_the_price_of_what_projects_must_use(store, by):
+    """They cannot leave the expert out, so that it could take what it likes."""
+    created = agreements.create_agreement(store, _rate("2"), owner_id="wire", **ADMIN)
+    if by == "catalogue":
+        with store.change(**ADMIN) as change:
+            change.put(store.snapshot().experts["news"].model_copy(update={"required": True}))
+    else:
+        named = "news" if by == "agreement" else "set:s"
+        sets.create_set(store, "set:s", ["news"], **ADMIN)
+        agreements.put_agreement(store, MUST.model_copy(update={"experts": frozenset({named})}), **ADMIN)
+    refused = pytest.raises(ChangeRefused, match="'news' must be used by projects' requests, so administrators agree")
+    for fields in (_rate("3"), _rate("2", purposes=["search"]), _rate("2", assignee="group:a")):
+        with refused:
+            agreements.revise_agreement(store, created.id, fields, owner_id="wire", **ADMIN)
+        with refused:
+            agreements.create_agreement(store, fields, owner_id="wire", **ADMIN)
+    for fields in (_rate("1"), _rate("1", not_after="2030-01-01T00:00:00Z"), PRICED, {**PRICED, "effect": "prohibit"}):
+        agreements.revise_agreement(store, created.id, fields, owner_id="wire", **ADMIN)
+    agreements.terminate_agreement(store, created.id, owner_id="wire", **ADMIN)
+    agreements.create_agreement(store, _rate("3", owner="wire"), **ADMIN)
+
+
+@pytest.mark.parametrize("ends", [None, "1970-01-01T00:00:09Z"])
+def test_what_another_project_must_use_or_what_is_over_binds_no_price(store, project, ends):
+    assignee = f"tenant:{project.id}"
+    must = {"id": "must", "owner": "wire", "experts": ["news"], "assignee": assignee, "effect": "require"}
+    agreements.create_agreement(store, {**must, "not_after": ends}, **ADMIN)
+    other = projects.create_project(store, "Other", **ADMIN)
+    fields = _rate("3", assignee=f"tenant:{other.id}" if ends is None else assignee)
+    agreements.create_agreement(store, fields, owner_id="wire", actor="w", at=9.0)
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"assignee": "group:b"},
+        {"purposes": None},
+        {"purposes": frozenset({"search", "legal"})},
+        {"regions": frozenset({"DE", "FR"})},
+        {"not_before": None},
+        {"not_after": None},
+    ],
+)
+def test_what_is_not_loaded_is_required_of_no_further_request(store, further):
+    narrow = {
+        "assignee": "group:a",
+        "purposes": ["search"],
+        "regions": ["DE"],
+        "not_before": "2026-01-01T00:00:00Z",
+        "not_after": "2027-01-01T00:00:00Z",
+    }
+    must = Agreement.model_validate({**MUST.model_dump(), **narrow})
+    agreements.put_agreement(store, must, **ADMIN)
+    with store.change(actor="a", at=3.0) as change:
+        change.put(store.snapshot().experts["news"].model_copy(update={"live": False}))
+    with pytest.raises(ChangeRefused, match="agreement 'must' requires 'news', which is not loaded"):
+        agreements.put_agreement(store, must.model_copy(update={**further, "version": 2}), **ADMIN)
+    fewer = {"version": 2, "not_after": datetime(2026, 6, 1, tzinfo=UTC)}
+    agreements.put_agreement(store, must.model_copy(update=fewer), **ADMIN)
 
 
 def test_what_is_not_loaded_cannot_begin_to_be_required(store):

@@ -198,3 +198,20 @@ def test_a_rollback_brings_back_what_is_hidden_and_what_is_required(store, then,
     _do(store, 4.0, ("put", code.model_copy(update={**SAFETY[now], "domain": "second"})))
     roll_back(store, version, confirm=store.version(), actor="admin", at=9.0)
     assert store.snapshot().experts["code"] == code.model_copy(update={**SAFETY[then], "domain": "second"})
+
+
+@pytest.mark.parametrize("by", ["agreement", "catalogue"])
+def test_a_rollback_that_takes_a_right_away_waits_for_no_required_expert(store, by):
+    """A mistaken permission would stay in force because of a unit that was revoked meanwhile."""
+    news = store.snapshot().experts["news"]
+    must = Agreement(id="must", owner="wire", experts=frozenset({"news"}), assignee="everyone", effect="require")
+    required = must if by == "agreement" else news.model_copy(update={"required": True})
+    then = _do(store, 2.0, ("put", required))
+    _do(store, 3.0, ("remove", Agreement, "must") if by == "agreement" else ("put", news))
+    _do(store, 4.0, ("put", news.model_copy(update={"live": False})))
+    _do(store, 5.0, ("put", NEWS))
+    roll_back(store, then, confirm=store.version(), actor="admin", at=9.0)
+    now = {a["id"]: a["effect"] for a in gitops.export(store)["agreements"]}
+    assert now == ({"must": "require"} if by == "agreement" else {})
+    assert store.snapshot().experts["news"].required == (by == "catalogue")
+    assert not store.snapshot().experts["news"].live
