@@ -24,6 +24,7 @@ from speed import (
     serving,
     startup,
     statement,
+    tracing,
     versions,
 )
 from speed.plot import draw
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "fairness": fairness.run,
     "ledger": ledger.run,
     "statement": statement.run,
+    "tracing": tracing.run,
     "versions": versions.run,
 }
 

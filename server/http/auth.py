@@ -143,6 +143,7 @@ class Context:
         elsewhere: why it is denied, for a valid key that was refused because it belongs at the other address.
         error: what the response says, if it is an error.
         disconnected: whether the client left before the response began.
+        over: told the response's status once it has been sent, or its client has left.
     """
 
     request_id: str
@@ -156,6 +157,7 @@ class Context:
     elsewhere: str | None = None
     error: ApiError | None = None
     disconnected: bool = False
+    over: Callable[[int], None] | None = None
 
     def count(self) -> None:
         """Count a tenant's or an owner's request until `leave`; raises `ApiError` (429) if it has too many."""

@@ -10,7 +10,9 @@ from starlette.responses import JSONResponse, Response
 from flexgate.policies.documents import Role
 from flexgate.server.http import metrics
 from flexgate.server.http.auth import Callers, identify
+from flexgate.server.ledger.entries import State
 from flexgate.server.ledger.errors import LedgerFailure
+from flexgate.server.policy.executors import METRICS, run_in
 
 
 class Engine(Protocol):
@@ -37,6 +39,7 @@ class Ledger(Protocol):
 
     @property
     def failing(self) -> bool: ...
+    def state(self) -> State: ...
 
 
 class Probed(Callers, Protocol):
@@ -76,7 +79,8 @@ class Operations:
         metrics.epochs(snapshot.policy_version, self._services.client.weights_epoch)
         queue = self._services.queue
         metrics.queue(queue.queued, queue.projects, queue.free)
-        return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+        metrics.ledger(self._services.ledger.state())
+        return Response(await run_in(METRICS, metrics.render), media_type=metrics.CONTENT_TYPE)
 
     def _is_ready(self) -> bool:
         services = self._services

@@ -1,10 +1,15 @@
-"""Prometheus metrics: what this server counts, next to what vLLM counts. No text, no key, no id."""
+"""Prometheus metrics: what this server counts, next to what vLLM counts. No text, no key.
+
+Usage by expert and project: `flexgate.server.http.usage_metrics`.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, generate_latest
+
+from flexgate.server.ledger.entries import State
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -16,9 +21,24 @@ _WEIGHTS_EPOCH: Final = Gauge("flexgate_weights_epoch", "Epoch of the experts be
 _WAITING: Final = Gauge("flexgate_waiting_prompts", "Prompts waiting for the engine.", registry=REGISTRY)
 _PROJECTS: Final = Gauge("flexgate_waiting_projects", "Projects whose prompts wait for the engine.", registry=REGISTRY)
 _FREE: Final = Gauge("flexgate_free_seats", "Free places in the engine's batch.", registry=REGISTRY)
+_LEDGER_FAILING: Final = Gauge("flexgate_ledger_failing", "Whether the ledger cannot be written.", registry=REGISTRY)
+_RUNNING: Final = Gauge("flexgate_ledger_running", "Requests in the ledger that have not ended.", registry=REGISTRY)
+_UNWRITTEN: Final = Gauge("flexgate_ledger_unwritten", "Ends of requests that are not on disk.", registry=REGISTRY)
+_BEHIND: Final = Gauge(
+    "flexgate_ledger_clock_behind_seconds", "How far the clock is behind the ledger's newest end.", registry=REGISTRY
+)
+_UNCOPIED: Final = Gauge(
+    "flexgate_ledger_uncopied", "Recorded requests that a copy does not have yet.", ["copy"], registry=REGISTRY
+)
 _EVENTS: Final = Counter(
     "flexgate_usage_events",
     "Usage events that a sink took (sent) or will never take (refused).",
+    ["outcome"],
+    registry=REGISTRY,
+)
+_SPANS: Final = Counter(
+    "flexgate_spans",
+    "Spans that a collector took (sent), did not take (failed), or that found no place to wait (dropped).",
     ["outcome"],
     registry=REGISTRY,
 )
@@ -58,11 +78,26 @@ def queue(waiting: int, projects: int, free: int) -> None:
     _FREE.set(free)
 
 
+def ledger(state: State) -> None:
+    """Note how the ledger stands."""
+    _LEDGER_FAILING.set(state.failing)
+    _RUNNING.set(state.running)
+    _UNWRITTEN.set(state.unwritten)
+    _BEHIND.set(state.behind_seconds)
+    for name, requests in state.uncopied.items():
+        _UNCOPIED.labels(copy=name).set(requests)
+
+
 def count_events(outcome: str, events: int) -> None:
     """Count usage events that were sent or refused."""
     _EVENTS.labels(outcome=outcome).inc(events)
 
 
+def count_spans(outcome: str, spans: int) -> None:
+    """Count spans that were sent, failed or dropped."""
+    _SPANS.labels(outcome=outcome).inc(spans)
+
+
 def render() -> bytes:
-    """Everything in Prometheus' text format."""
+    """Everything in Prometheus' text format. Takes a while for many names: call it in a thread."""
     return generate_latest(REGISTRY)

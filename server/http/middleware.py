@@ -21,6 +21,7 @@ from flexgate.server.http.auth import EVERY_ROLE, STATE, Callers, Context, InPro
 from flexgate.server.http.errors import INTERNAL_MESSAGE, ApiError, Invalid
 from flexgate.server.http.logs import FIELDS
 from flexgate.server.http.refusals import is_denial
+from flexgate.server.http.usage_metrics import USAGE
 from flexgate.server.policy.denial_log import ANONYMOUS, Denial, Denials
 
 MAX_QUERY_BYTES: Final = 8192
@@ -110,6 +111,7 @@ class Middleware:
             actor, tenant = (ANONYMOUS, None) if caller is None else (caller.key_id, caller.tenant_id)
             refused = (route, error.status, context.elsewhere or error.code, error.param, error.rules)
             self._services.denials.add(Denial(actor, tenant, *refused), context.request_id)
+            USAGE.count_denial(error.rules)
 
     def _check_host(self, scope: Scope) -> None:
         if self._hosts is None:
@@ -156,6 +158,8 @@ class _Exchange:
         metrics.count_response(route, self._status)
         if self._status >= 400:
             metrics.count_refusal(self._context.code)
+        if self._context.over is not None:
+            self._context.over(self._status)
         elapsed = round((time.perf_counter() - self._began) * 1000, 1)
         logger.info("request", extra=_fields(self._context, route=route, status=self._status, ms=elapsed))
 

@@ -30,6 +30,7 @@ from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.adapted import Later
 from flexgate.server.inference.openai.streaming import in_pieces
 from flexgate.server.inference.pipeline import Endpoint, InferenceRequest, InferenceServices
+from flexgate.server.inference.tracing import TracedRequest
 from flexgate.server.ledger.entries import MICROSECONDS, RegisteredExpert, Registration
 from flexgate.server.ledger.errors import LedgerError
 
@@ -49,7 +50,12 @@ class Generation:
 
     async def respond(self, http: Request) -> Response:
         """Prepare a request, generate, and add the decision and the attribution."""
-        request = InferenceRequest(http, self._services, self._endpoint)
+        tracing = self._services.tracing
+        request = (
+            InferenceRequest(http, self._services, self._endpoint)
+            if tracing is None
+            else TracedRequest(http, self._services, self._endpoint, tracing)
+        )
         await request.prepare()
         try:
             register(request)

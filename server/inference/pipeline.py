@@ -57,6 +57,7 @@ from flexgate.server.policy.decision_samples import DecisionSamples
 
 if TYPE_CHECKING:
     from flexgate.server.engine.frontend.client import GatedEngineClient
+    from flexgate.server.http.tracing import Tracing
     from flexgate.server.inference.openai.handlers import Handlers
 
 CACHE_SALT: Final = "cache_salt"
@@ -94,6 +95,8 @@ class InferenceServices(Bodies, Protocol):
     def queue(self) -> FairQueue: ...
     @property
     def model_names(self) -> tuple[str, ...]: ...
+    @property
+    def tracing(self) -> Tracing | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ they add up without rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -123,6 +123,23 @@ class Used:
 
 
 NOTHING: Final = Used(0, 0, 0, (), ())
+
+
+class State(NamedTuple):
+    """How a ledger stands.
+
+    Attributes:
+        running: requests that have not ended.
+        unwritten: ends that are not on disk yet.
+        behind_seconds: how far the clock is behind the newest end.
+        uncopied: requests that each copy does not have yet, by its name.
+    """
+
+    failing: bool
+    running: int
+    unwritten: int
+    behind_seconds: float
+    uncopied: Mapping[str, int]
 
 
 def microseconds(seconds: float) -> int:

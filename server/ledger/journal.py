@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -33,15 +33,18 @@ from flexgate.server.ledger.corrections import Corrections
 from flexgate.server.ledger.entries import (
     INTERRUPTED,
     MICROSECONDS,
+    Part,
     Registration,
+    State,
     Used,
     decode_registration,
     encode_registration,
     microseconds,
 )
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
+from flexgate.server.ledger.opening import open_ledger, told
 from flexgate.server.ledger.retention import Retention
-from flexgate.server.ledger.schema import VERSION, bring_up_to_date
+from flexgate.server.ledger.schema import VERSION
 
 NAME: Final = "ledger.db"
 RETRY_SECONDS: Final = 1.0
@@ -52,8 +55,9 @@ INSERT_PART: Final = (
 ANSWER_SECONDS: Final = 5.0
 """How long a commit may take before what waits for it is refused."""
 LOOK_SECONDS: Final = 0.25
-BUSY_SECONDS: Final = 5.0
-"""How long a commit waits for another process that writes to the file, a shell of an operator for instance."""
+
+Count = Callable[[Registration, str, Used, Sequence[Part]], None]
+"""Told a request that has ended: how, what it used, and what each expert did."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +65,22 @@ logger = logging.getLogger(__name__)
 class Journal:
     """An open journal. Its methods are the event loop's, and do not wait for the disk."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float], count: Count = lambda *_: None) -> None:
         """Open or create the file, and end what was running when it was last open. Blocks.
 
         Args:
             clock: gives Unix seconds.
+            count: told each request whose end was committed, in the thread that writes.
 
         Raises:
             LedgerError: it is no journal, of a newer version, or cannot be read or written.
         """
         self.path = path
         self._clock = clock
-        self._connection = _open(path)
+        self._count = count
+        self._sequence = 0  # of the newest end on disk
+        self._recorded: list[tuple[Registration, str, Used, Sequence[Part]]] = []  # by the transaction that is running
+        self._connection = open_ledger(path)
         self._lock = threading.Condition()
         self._next = Batch()
         self._writing: tuple[Batch, float] | None = None  # and since when
@@ -89,7 +97,7 @@ class Journal:
         self._reserve = Reserve(path, "the ends of running requests")
         self.retention = Retention(lambda: self._clock())
         self.corrections = Corrections(path, lambda: self._clock())
-        with _told(path):
+        with told(path):
             self._end_running()
         self._reserve.keep()
         self._closed = threading.Event()
@@ -108,6 +116,15 @@ class Journal:
             writing = [] if self._writing is None else self._writing[0].ended
             earliest = min((at for _, _, at, _ in (*self._owed, *writing, *self._next.ended)), default=None)
         return earliest is None or earliest >= microseconds(before)
+
+    def state(self) -> State:
+        """How it stands now, for monitoring."""
+        with self._lock:
+            writing = [] if self._writing is None else self._writing[0].ended
+            unwritten = len(self._owed) + len(writing) + len(self._next.ended)
+        behind = max(0, self._newest - microseconds(self._clock())) / MICROSECONDS
+        uncopied = self.retention.uncopied(self._sequence)
+        return State(self.failing, len(self._running), unwritten, behind, uncopied)
 
     def register(self, registration: Registration) -> Entry:
         """Write down a request before anything of its response leaves.
@@ -214,7 +231,12 @@ class Journal:
         self._running.update(registered)
         for registration, _, _, _ in batch.ended:
             self._running.pop(registration.request, None)
+        self._count_recorded()
         return full
+
+    def _count_recorded(self) -> None:
+        for one in self._recorded:
+            self._count(*one)
 
     def _trim(self) -> None:
         """Delete a little of what is too old."""
@@ -268,6 +290,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        self._recorded = []
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -286,8 +309,8 @@ class Journal:
         write = self._connection.executemany
         if not batch:  # whether the disk takes anything again
             self._connection.execute(f"PRAGMA user_version = {VERSION}")
-        for registration, outcome, at, used in batch.ended:
-            self._insert_usage(registration, outcome, at, used)
+        for end in batch.ended:
+            self._insert_usage(*end)
         ended = {registration.request for registration, _, _, _ in batch.ended}
         begun = [one for one, _ in batch.registered if one.request not in ended]
         rows = [(numbers[one.request], one.request, encode_registration(one)) for one in begun]
@@ -310,14 +333,16 @@ class Journal:
             (*row, a.policy_version, a.weights_epoch, *tokens, a.prompt_sha256, used.answer_sha256),
         ).fetchone()
         if row_id is not None:
-            self._connection.executemany(INSERT_PART, [(*row_id, *part) for part in used.parts(a)])
+            parts, (self._sequence,) = used.parts(a), row_id
+            self._connection.executemany(INSERT_PART, [(self._sequence, *part) for part in parts])
+            self._recorded.append((a, outcome, used, parts))
 
     def _end_running(self) -> None:
         """End the requests that were running when the file was last open, with their last marks."""
         query = "SELECT registration, mark FROM running LEFT JOIN marks USING (number) ORDER BY request"
         found = self._connection.execute(query).fetchall()
-        (newest,) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchone()
-        now, self._newest = microseconds(self._clock()), newest or 0
+        newest, last = self._connection.execute("SELECT max(ended_at), max(sequence) FROM usage").fetchone()
+        now, self._newest, self._sequence = microseconds(self._clock()), newest or 0, last or 0
         self._note_clock(now)
         with self._transaction():
             for text, mark in found:
@@ -326,6 +351,7 @@ class Journal:
                 self._insert_usage(registration, INTERRUPTED, self._newest, Used.decode(mark))
             for table in ("running", "marks"):
                 self._connection.execute(f"DELETE FROM {table}")
+        self._count_recorded()
         if found:
             logger.warning("%d requests were running when the server ended; their last marks count", len(found))
 
@@ -369,27 +395,3 @@ class Entry:
         if not self._ended:
             self._journal.end(self.registration, outcome, used)
         self._ended = True
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    with _told(path):
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS)
-        try:
-            bring_up_to_date(connection, path)
-            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode != "wal":
-                raise LedgerError(f"the ledger {path} is on a file system without write-ahead logs: move --state-dir")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise LedgerError(f"the ledger {path} cannot be opened: {error}; check the file and its disk") from error

@@ -24,10 +24,20 @@ class Retention:
         self._days: int | None = None
         self._next = 0.0
         self._copies: list[Callable[[], int]] = []
+        self._named: dict[str, Callable[[], int]] = {}
 
-    def until(self, copied: Callable[[], int]) -> None:
-        """Keep usage until a copy has it; `copied` gives the sequence up to which it does, from any thread."""
+    def until(self, copied: Callable[[], int], name: str | None = None) -> None:
+        """Keep usage until a copy has it; `copied` gives the sequence up to which it does, from any thread.
+
+        With a name, `uncopied` says how much the copy lacks.
+        """
         self._copies.append(copied)
+        if name is not None:
+            self._named[name] = copied
+
+    def uncopied(self, sequence: int) -> dict[str, int]:
+        """How many requests up to a sequence each copy with a name does not have."""
+        return {name: max(0, sequence - copied()) for name, copied in self._named.items()}
 
     def keep(self, days: int) -> None:
         """Keep usage for so many days (UTC), and delete what is older."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flexgate.experts.checkpoint.ownership import Ownership
 from flexgate.experts.package.signature import TrustedKeys
@@ -33,6 +33,9 @@ from flexgate.server.lifecycle.console import Started
 from flexgate.server.lifecycle.receipts import kept_receipts
 from flexgate.server.lifecycle.settings import Settings, SettingsError
 from flexgate.server.policy.rollback_guard import RollbackGuard, require_clock
+
+if TYPE_CHECKING:
+    from flexgate.server.http.tracing import Tracing
 
 Stage = Callable[[str, int, int], None]
 Ready = Callable[[Started], None]
@@ -62,6 +65,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         kept_receipts(settings, store, clock) as receipts,
         _ledger(settings, clock) as ledger,
         _events(settings, ledger),
+        _tracing(settings) as tracing,
     ):
         ledger.retention.until(lambda: receipts.maker.sequence)
         _migrate(store, settings.database())
@@ -84,7 +88,18 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                 from flexgate.server.lifecycle.serve import run
 
                 services = build_services(
-                    settings, model, engine, store, ledger, receipts, rollback_guard, directory, merged, keys, clock
+                    settings,
+                    model,
+                    engine,
+                    store,
+                    ledger,
+                    receipts,
+                    rollback_guard,
+                    directory,
+                    merged,
+                    keys,
+                    clock,
+                    tracing,
                 )
                 engine.client.publish(with_packages(model, engine.client.experts()), engine.client.weights_epoch)
                 require_unchanged(checkpoint)
@@ -96,7 +111,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             _settle_heap()
             admin_url = None if admin is None else _url(admin)
             hint = _hint(_url(sock)) if settings.demo else None
-            ready(Started(planned, engine.client, _url(sock), admin_url, secret, hint, before.set_aside))
+            traces = None if tracing is None else tracing.endpoint
+            ready(Started(planned, engine.client, _url(sock), admin_url, secret, hint, before.set_aside, traces))
             await run(settings, services, sock, admin)
         finally:
             await launching.__aexit__(None, None, None)
@@ -158,7 +174,9 @@ def _store(settings: Settings) -> Iterator[Store]:
 @contextmanager
 def _ledger(settings: Settings, clock: Callable[[], float]) -> Iterator[Journal]:
     """The journal of this server's usage; what the server was serving when it last ended is settled first."""
-    journal = Journal(settings.directory() / NAME, clock=clock)
+    from flexgate.server.http.usage_metrics import USAGE
+
+    journal = Journal(settings.directory() / NAME, clock=clock, count=USAGE.count)
     try:
         yield journal
     finally:
@@ -177,12 +195,30 @@ def _events(settings: Settings, ledger: Journal) -> Iterator[None]:
     token = settings.usage_events_token
     sink = sink_of(settings.usage_events, None if token is None else token.read_text().strip())
     exporter = Exporter(ledger.path, sink, settings.directory(), count=metrics.count_events)
-    ledger.retention.until(lambda: exporter.sent)
+    ledger.retention.until(lambda: exporter.sent, "events")
     exporter.start()
     try:
         yield
     finally:
         exporter.stop()
+
+
+@contextmanager
+def _tracing(settings: Settings) -> Iterator[Tracing | None]:
+    """What sends spans of requests, where the operator asks for it; it reads variables that the engine must not see."""
+    from flexgate.server.http import metrics
+    from flexgate.server.http.tracing import endpoint_of, tracing_to
+
+    endpoint = endpoint_of(settings.otlp_endpoint)
+    if endpoint is None:
+        yield None
+        return
+    tracing = tracing_to(endpoint, metrics.count_spans)
+    tracing.start()
+    try:
+        yield tracing
+    finally:
+        tracing.close()
 
 
 def _migrate(store: Store, url: str) -> None:

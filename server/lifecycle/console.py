@@ -29,6 +29,7 @@ class Started:
         admin_key: a first admin key, if this start made it.
         hint: what to try first, on a demo.
         set_aside: packages that were added and are not loaded, a sentence each.
+        traces: where spans of requests are sent to.
     """
 
     plan: LaunchPlan
@@ -38,6 +39,7 @@ class Started:
     admin_key: str | None
     hint: str | None
     set_aside: Sequence[str]
+    traces: str | None = None
 
 
 class Progress:
@@ -114,6 +116,7 @@ def summary(started: Started) -> list[tuple[str, str]]:
         ("kernels", client.kernels),
         ("address", started.address),
         *([] if started.admin_address is None else [("administration", started.admin_address)]),
+        *([] if started.traces is None else [("traces", started.traces)]),
     ]
 
 
@@ -133,6 +136,7 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.engine.frontend.capabilities import RefusedConfigurationError
     from flexgate.server.engine.frontend.checkpoint import CheckpointError
     from flexgate.server.experts.errors import ExpertError
+    from flexgate.server.http.tracing import TracingRefused
     from flexgate.server.inference.errors import HandlersRefused
     from flexgate.server.ledger.errors import LedgerError
     from flexgate.server.ledger.receipts.book import BookError
@@ -153,4 +157,5 @@ def expected_failures() -> tuple[type[Exception], ...]:
         HandlersRefused,
         LedgerError,
         SettingsError,
+        TracingRefused,
     )

@@ -28,6 +28,7 @@ from flexgate.server.experts.slot_pool import Places, SlotPool
 from flexgate.server.experts.uploads import Uploads
 from flexgate.server.experts.versions import Merged
 from flexgate.server.http.offload import Offload
+from flexgate.server.http.tracing import Tracing
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.openai.handlers import build_handlers
 from flexgate.server.inference.request.limits import Limits
@@ -56,6 +57,7 @@ def build_services(
     merged: Merged,
     keys: TrustedKeys | None,
     clock: Callable[[], float],
+    tracing: Tracing | None,
 ) -> Services:
     """What the routes work with."""
     client = engine.client
@@ -107,6 +109,7 @@ def build_services(
         audit_denials_days=settings.audit_denials_days,
         ledger_failure=settings.ledger_failure,
         usage_days=settings.usage_days,
+        tracing=tracing,
         queue=queue,
         limits=_limits(settings, client, queue.alone, has_tool_parser=tool_parser is not None),
         body_bytes=settings.max_body_bytes,

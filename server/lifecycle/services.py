@@ -12,6 +12,8 @@ from flexgate.policies.store.store import Store
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.http.body import Arriving
 from flexgate.server.http.offload import Offload
+from flexgate.server.http.tracing import Tracing
+from flexgate.server.http.usage_metrics import USAGE
 from flexgate.server.inference.enforcement import RevokedKeys, RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
@@ -65,6 +67,7 @@ class Services:
     audit_denials_days: int = 90
     ledger_failure: LedgerFailure = "refuse"
     usage_days: int = 400
+    tracing: Tracing | None = None
     denials: Denials = field(init=False)
     samples: DecisionSamples = field(init=False)
     budget_usage: BudgetUsage = field(init=False)
@@ -81,9 +84,9 @@ class Services:
         self.retention = Retention(self.store, days=self.audit_denials_days, clock=self.clock)
         self.copies = Copies.of(self.ledger, self.store.engine)
         self.usage = Local(self.ledger.path) if self.copies is None else self.copies.shared
-        self.ledger.retention.until(lambda: self.receipts.maker.signed)
+        self.ledger.retention.until(lambda: self.receipts.maker.signed, "receipts")
         if (copies := self.copies) is not None:
-            self.ledger.retention.until(lambda: copies.sequence)
+            self.ledger.retention.until(lambda: copies.sequence, "database")
         self.ledger.retention.keep(self.usage_days)
         self.budget_usage = BudgetUsage(self.store, clock=self.clock)
         self.limiter = Limiter(self.budget_usage, wall_clock=self.clock)
@@ -93,3 +96,4 @@ class Services:
         self.policy.enforce_with(self.running.enforce)
         self.policy.expire_with(self.running.expire)
         self.unstored = Unstored(self.policy)
+        USAGE.name_by(lambda: {} if self.policy.stored is None else self.policy.stored.experts)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import ipaddress
 import json
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,12 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from flexgate.policies.field_errors import first_field_error
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.errors import LedgerFailure
+from flexgate.server.lifecycle.addresses import folder_of, is_loopback, is_origin, is_web, require_database
 
-_PLACES: Final = frozenset({"dbname", "host", "hostaddr", "options", "port", "service"})
-"""Parameters of a PostgreSQL URL that say which database it is; `options` may name a schema."""
-_DATABASES: Final = "give sqlite:////FOLDER/flexgate.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
-_WEB: Final = re.compile(r"https?://[^/?#\s@]+([/?#]\S*)?", re.IGNORECASE)
-_ORIGIN: Final = re.compile(r"https?://[^/?#\s@]+")
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -65,7 +58,7 @@ class StoreSettings(BaseSettings):
     @classmethod
     def _a_database(cls, url: str | None) -> str | None:
         if url is not None:
-            _require_database(url)
+            require_database(url)
         return url
 
     @model_validator(mode="after")
@@ -85,7 +78,7 @@ class StoreSettings(BaseSettings):
 
     def directory(self) -> Path:
         """Where private copies of packages are kept, for every database apart from others. Makes the directory."""
-        return _made(self._state() / ("demo" if self.demo else _named(_place(self.database()))))
+        return _made(self._state() / ("demo" if self.demo else folder_of(self.database())))
 
     def _state(self) -> Path:
         return _made((self.state_dir or _default_state_dir()).absolute())
@@ -204,6 +197,13 @@ class Settings(StoreSettings):
     usage_events_token: Annotated[
         Path | None, Field(description="File with the bearer token that --usage-events is sent with.")
     ] = None
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(
+            description="Send OpenTelemetry spans of requests to this collector (OTLP over HTTP); by default to that "
+            "of OTEL_EXPORTER_OTLP_ENDPOINT, if it is set."
+        ),
+    ] = None
     receipt_key: Annotated[
         Path | None,
         Field(
@@ -265,13 +265,20 @@ class Settings(StoreSettings):
     @field_validator("usage_events")
     @classmethod
     def _a_sink(cls, sink: str | None) -> str | None:
-        if sink is None or _WEB.fullmatch(sink):
+        if sink is None or is_web(sink):
             return sink
         if "://" in sink:
             raise ValueError("not an http(s) URL without a user name; --usage-events-token names a file with a token")
         if Path(sink).is_dir() or not Path(sink).absolute().parent.is_dir():
             raise ValueError(f"{sink[:80]!r} is neither an http(s) URL nor a file in a folder that exists")
         return sink
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _a_collector(cls, url: str | None) -> str | None:
+        if url is None or is_web(url):
+            return url
+        raise ValueError(f"{url[:80]!r} is not an http(s) URL, such as 'http://127.0.0.1:4318'")
 
     @field_validator("usage_events_token")
     @classmethod
@@ -291,7 +298,7 @@ class Settings(StoreSettings):
     @classmethod
     def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
+            if origin != "*" and not is_origin(origin):
                 raise ValueError(
                     f"{origin[:80]!r} is not an origin: give a scheme and a host, such as 'https://app.example.com'"
                 )
@@ -357,59 +364,6 @@ def _load(kind: type[S], given: dict[str, Any]) -> S:
     name = str(found.place[0])
     written = f"--{name.replace('_', '-')}" if given.get(name) is not None else f"FLEXGATE_{name.upper()}"
     raise SettingsError(found.about(written))
-
-
-def _require_database(url: str) -> None:
-    """Raise ``ValueError`` for what names no database that could be opened, without repeating a password."""
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    from flexgate.policies.store.database import require_plain_file
-
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        raise ValueError(f"not a database's URL; {_DATABASES}") from None
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ValueError(f"'{parsed.get_backend_name()}' is not served as a policy database; {_DATABASES}")
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ValueError(f"a database in memory would be lost with the server; {_DATABASES}")
-    try:
-        require_plain_file(parsed)
-    except ValueError as error:
-        raise ValueError(f"{error}; {_DATABASES}") from None
-
-
-def _named(place: str) -> str:
-    return "served-" + hashlib.sha256(place.encode()).hexdigest()[:12]
-
-
-def _place(url: str) -> str:
-    """What of a URL says which database it is: another password or a demand for TLS makes no other one of it."""
-    from sqlalchemy import URL, make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        return url  # opening the store says what is wrong with it
-    if parsed.get_backend_name() == "sqlite":
-        return url
-    query = {name: value for name, value in parsed.query.items() if name in _PLACES}
-    place = URL.create(
-        parsed.get_backend_name(), parsed.username, None, parsed.host, parsed.port, parsed.database, query
-    )
-    return place.render_as_string()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _made(directory: Path) -> Path:

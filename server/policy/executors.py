@@ -26,6 +26,8 @@ UPLOADS: Final = ThreadPoolExecutor(2, "uploads")
 """What reads and writes files of uploads: a disk that halts must not halt what waits for the store."""
 STATEMENTS: Final = ThreadPoolExecutor(2, "statements")
 """Statements and costs, which take up to a minute; one key fills one of them."""
+METRICS: Final = ThreadPoolExecutor(1, "metrics")
+"""What writes metrics down, which must work while others wait for a disk."""
 REMOVALS: Final = ThreadPoolExecutor(1, "removals")
 """What removes uploads and private copies, which takes the disk seconds where they are large."""
 

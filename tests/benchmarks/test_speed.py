@@ -23,6 +23,7 @@ from speed import (
     serving,
     startup,
     tables,
+    tracing,
     versions,
 )
 from speed.engines import Batch
@@ -140,6 +141,13 @@ def test_the_admission_benchmark_writes_a_file_that_names_its_machine(asked: Run
     assert report["command"] == 'make bench BENCH="admission --rounds 20"'
     assert {"device", "versions", "model", "calls"} <= report.keys()
     assert 0 < report["pieces"]["all"]["p50_us"] <= report["pieces"]["all"]["p99_us"]
+
+
+def test_the_tracing_benchmark_says_what_spans_cost(asked: Run) -> None:
+    tracing.run(replace(asked, rounds=2))
+    report = json.loads((asked.results / "tracing.json").read_text())
+    assert (report["ratio"]["rounds"], report["spans"]) == (2, {"sent": 2 * tracing.ROUND * 6})
+    assert 0 < report["off_p50_us"] < 2 * report["on_p50_us"]
 
 
 def test_the_packages_benchmark_compares_with_copying(asked: Run) -> None:

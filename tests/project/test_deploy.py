@@ -71,7 +71,8 @@ def test_only_loopback_reaches_a_container() -> None:
 def test_alerts_and_panels_ask_for_metrics_that_there_are() -> None:
     from prometheus_client import REGISTRY
 
-    import flexgate.server.http.metrics  # noqa: F401 - registers ours
+    import flexgate.server.http.metrics
+    import flexgate.server.http.usage_metrics  # noqa: F401 - both register ours
 
     vllm = importlib.util.find_spec("vllm")
     assert vllm is not None
@@ -88,6 +89,43 @@ def test_alerts_and_panels_ask_for_metrics_that_there_are() -> None:
     asked = {name for text in expressions() for name in re.findall(r"\b(?:flexgate_\w+|vllm:\w+)", text)}
     assert len(asked) >= 8
     assert asked <= ours | theirs
+
+
+ALERTED = """
+evaluation_interval: 1m
+rule_files: [%s]
+tests:
+  - interval: 1m
+    input_series:
+      - {series: 'flexgate_ledger_failing{instance="a"}', values: '0 1x5'}
+      - {series: 'flexgate_ledger_unwritten{instance="a"}', values: '0 3x5'}
+      - {series: 'flexgate_ledger_clock_behind_seconds{instance="a"}', values: '0x3 40x10'}
+      - {series: 'flexgate_ledger_uncopied{instance="a", copy="receipts"}', values: '10x60'}
+      - {series: 'flexgate_ledger_uncopied{instance="a", copy="events"}', values: '600-10x60'}
+      - {series: 'flexgate_ledger_uncopied{instance="a", copy="database"}', values: '0x60'}
+    alert_rule_test:
+      - {eval_time: 1m, alertname: FlexgateLedgerFailing}
+      - {eval_time: 3m, alertname: FlexgateLedgerFailing, exp_alerts: [{exp_labels: {severity: critical, instance: a}}]}
+      - {eval_time: 1m, alertname: FlexgateUsageNotOnDisk}
+      - eval_time: 3m
+        alertname: FlexgateUsageNotOnDisk
+        exp_alerts: [{exp_labels: {severity: critical, instance: a}}]
+      - {eval_time: 5m, alertname: FlexgateClockBehind}
+      - {eval_time: 10m, alertname: FlexgateClockBehind, exp_alerts: [{exp_labels: {severity: warning, instance: a}}]}
+      - {eval_time: 14m, alertname: FlexgateUsageNotCopied}
+      - eval_time: 40m
+        alertname: FlexgateUsageNotCopied
+        exp_alerts: [{exp_labels: {severity: warning, instance: a, copy: receipts}}]
+"""
+
+
+def test_alerts_of_the_ledger_fire_when_it_falls_behind_and_not_before(tmp_path: Path) -> None:
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    for rule in rules["groups"][0]["rules"]:
+        del rule["annotations"]  # promtool would compare the sentences
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    (tmp_path / "test.yml").write_text(ALERTED % "rules.yml")
+    run(found("promtool"), "test", "rules", str(tmp_path / "test.yml"))
 
 
 def _samples(name: str, kind: str) -> set[str]:

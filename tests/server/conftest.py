@@ -24,6 +24,7 @@ from flexgate.policies.ids import OwnerId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store
 from flexgate.policies.store.audit import policy_digest
+from flexgate.server.http.usage_metrics import USAGE
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.ledger.receipts.service import Receipts, kept
 from flexgate.server.ledger.receipts.signing import KeyFile
@@ -179,7 +180,7 @@ def real_store(seeded_database: Path, tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Journal]:
     """A journal of the test's own."""
-    journal = Journal(tmp_path / "ledger.db", clock=time.time)
+    journal = Journal(tmp_path / "ledger.db", clock=time.time, count=USAGE.count)
     yield journal
     journal.close()
 

@@ -118,6 +118,7 @@ class GatedCall:
         confirmed: whether what was decided before the call waited still holds.
         reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
         keep_answers: whether the tokens of prompts and answers are kept in `answers`.
+        finish_reasons: why each choice of each engine request finished; None where nothing asks for it.
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
     """
 
@@ -138,6 +139,7 @@ class GatedCall:
     prompt_only: bool = False
     keep_answers: bool = False
     answers: list[Answer] = field(default_factory=list)
+    finish_reasons: dict[tuple[str, int], str] | None = None
     _usage: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # by prompt and choice
     _names: tuple[str | None, ...] = ()
     _layers: int = 1

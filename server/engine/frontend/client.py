@@ -270,6 +270,8 @@ class GatedEngineClient:
                     self._refuse_ended(call)
                     # Each choice's first output has them; where several wait to be read, vLLM keeps those of one.
                     prompt_logprobs = output.prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                    if call.finish_reasons is not None:
+                        call.finish_reasons |= _finished(output)
                     if call.keep_answers and output.finished and not call.prompt_only:
                         call.answers += [(output.prompt_token_ids, list(part.token_ids)) for part in output.outputs]
                     if call.prompt_only:
@@ -330,3 +332,8 @@ class GatedEngineClient:
             call.failed = call.failed or expired or output.stop_reason
         if output.stop_reason == CONSTRAINT_SLOW and constraint is not None:
             self._constrainer.avoid(call.tenant, constraint)
+
+
+def _finished(output: RequestOutput) -> dict[tuple[str, int], str]:
+    """Why choices of a request have finished."""
+    return {(output.request_id, part.index): part.finish_reason for part in output.outputs if part.finish_reason}

@@ -22,7 +22,7 @@ from flexgate.server.engine.frontend.memory import SlotPlan, kv_bytes_of_one_req
 from flexgate.server.engine.frontend.requirements import require_servable
 from flexgate.server.engine.frontend.tokenizer import require_readable_texts
 from flexgate.server.engine.protocol.gates import SealKey, new_seal_key
-from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY, SEAL_KEY_VARIABLE
+from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY, SEAL_KEY_VARIABLE, TRACES_VARIABLE
 from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ def prepare_environment(key: SealKey, settings: EngineSettings) -> None:
     """Set what vLLM's processes read when they start: no telemetry, no hub, our plugin only."""
     os.environ[SEAL_KEY_VARIABLE] = key.hex()
     os.environ["VLLM_PLUGINS"] = "flexgate"
+    os.environ.pop(TRACES_VARIABLE, None)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
         os.environ[name] = "1"
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

@@ -2,6 +2,7 @@
 
 GATE_ARG = "flexgate"  # key of ``SamplingParams.extra_args`` that carries the sealed gate
 SEAL_KEY_VARIABLE = "FLEXGATE_SEAL_KEY"  # environment of the engine's processes
+TRACES_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"  # with it, vLLM's processes send spans of their own
 CONFIG_KEY = "flexgate"  # key of vLLM's ``additional_config``
 USAGE_ATTRIBUTE = "expert_usage"  # of a ``ModelRunnerOutput``, where a worker leaves a StepUsage
 USAGE_KEY = "flexgate"  # key of ``EngineCoreOutput.kv_transfer_params``

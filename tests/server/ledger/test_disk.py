@@ -12,6 +12,7 @@ import pytest
 from smalldisk import FreezableDisk, SmallDisk, freezable, mounted
 
 from flexgate.server.ledger import journal as module
+from flexgate.server.ledger import opening
 from flexgate.server.ledger.entries import COMPLETED, INTERRUPTED, NOTHING, Registration, Used
 from flexgate.server.ledger.journal import Journal, LedgerError
 
@@ -70,7 +71,7 @@ def hanging(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     """A journal's path, and what lets its disk hang."""
     monkeypatch.setattr(module, "ANSWER_SECONDS", DEADLINE)
     if request.param == "locked":
-        monkeypatch.setattr(module, "BUSY_SECONDS", 60.0)
+        monkeypatch.setattr(opening, "BUSY_SECONDS", 60.0)
         yield tmp_path / "ledger.db", lambda: locked(tmp_path / "ledger.db")
         return
     with freezable(tmp_path / "disk") as disk:
