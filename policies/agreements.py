@@ -91,6 +91,9 @@ def _currency(text: str, info: ValidationInfo) -> str:
     return text if info.context == STORED else parse_currency(text)
 
 
+Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$"), AfterValidator(_currency)]
+
+
 def _unless_stored(value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
     return value if info.context == STORED and isinstance(value, str) else check(value)
 
@@ -143,7 +146,7 @@ class Compensate(Document):
 
     kind: Literal["compensate"]
     rate: Annotated[Decimal, Field(ge=0, max_digits=18, decimal_places=9, strict=False)]
-    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$"), AfterValidator(_currency)]
+    currency: Currency
     unit: Unit
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from flexgate.policies.agreements import AS_STORED, Document, Line, PurposeField, RegionField, SetOf
+from flexgate.policies.agreements import AS_STORED, Currency, Document, Line, PurposeField, RegionField, SetOf
 from flexgate.policies.errors import InvalidName
 from flexgate.policies.field_errors import first_field_error
 from flexgate.policies.ids import (
@@ -37,6 +38,7 @@ _TITLE: Final = TypeAdapter(Line)
 References = Annotated[SetOf[ExpertReference], AfterValidator(_leaves_public_alone)]
 
 
+BILLION: Final = 10**9
 Amount = Annotated[int, Field(ge=0, le=10**15)] | None
 
 
@@ -48,11 +50,27 @@ def require_title(text: str) -> None:
         raise InvalidName(first_field_error(error).about("'name'")) from None
 
 
+class Cost(Document):
+    """An amount of money, of at most a billion, to nine decimal places."""
+
+    amount: Annotated[Decimal, Field(ge=0, le=10**9, decimal_places=9, strict=False)]
+    currency: Currency
+
+    @property
+    def billionths(self) -> int:
+        """The amount in whole billionths of the currency."""
+        return int(self.amount * BILLION)
+
+    def __str__(self) -> str:
+        return f"{self.amount:f} {self.currency}"
+
+
 class Quota(Document):
     """Limits of a project or of one of its keys; None is no limit.
 
-    `total_tokens` is a lifetime budget: raise it to allow more. Days and months are those of UTC, and what a request
-    used counts in the one in which it ended.
+    `total_tokens` is a lifetime budget: raise it to allow more. `cost_per_day` and `cost_per_month` limit what is owed
+    to owners by their agreements. Days and months are those of UTC, and what a request used counts in the one in which
+    it ended.
     """
 
     requests_per_minute: Amount = None
@@ -60,7 +78,20 @@ class Quota(Document):
     concurrent_requests: Amount = None
     tokens_per_day: Amount = None
     tokens_per_month: Amount = None
+    requests_per_day: Amount = None
+    requests_per_month: Amount = None
+    cost_per_day: Cost | None = None
+    cost_per_month: Cost | None = None
     total_tokens: Amount = None
+
+    @model_validator(mode="after")
+    def _in_one_currency(self) -> Quota:
+        day, month = self.cost_per_day, self.cost_per_month
+        if day is not None and month is not None and day.currency != month.currency:
+            raise InvalidName(
+                f"cost_per_day is in {day.currency} and cost_per_month in {month.currency}: use one currency for both"
+            )
+        return self
 
 
 class Tenant(Document):

@@ -6,11 +6,14 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from flexgate.policies.agreements import STORED
 from flexgate.policies.documents import Quota, Tenant
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import reading
-from flexgate.policies.store.documents import changed, checked, read_all, read_one
+from flexgate.policies.store.documents import changed, checked, first_mistake, read_all, read_one
 from flexgate.policies.store.revisions import read_object
 from flexgate.policies.store.schema import api_keys
 from flexgate.policies.store.store import Store
@@ -77,11 +80,11 @@ def update_project(store: Store, project_id: str, fields: dict[str, Any], *, act
 def set_quota(
     store: Store, project_id: str, fields: dict[str, Any], *, key_id: str | None = None, actor: str, at: float
 ) -> Quota:
-    """Change some limits of a project, or of one of its keys; raises `ObjectUnknown`."""
+    """Change some limits of a project, or of one of its keys; raises `ObjectUnknown`, `ChangeRefused`."""
     with store.change(actor=actor, note="set limits", at=at) as change:
         tenant = active_project(change, project_id)
         before = tenant.quota if key_id is None else tenant.key_quotas.get(key_id, Quota())
-        quota = Quota.model_validate({**before.model_dump(), **fields})
+        quota = _quota(before, fields)
         if key_id is None:
             change.put(tenant.model_copy(update={"quota": quota}))
             return quota
@@ -89,6 +92,14 @@ def set_quota(
             raise ObjectUnknown(f"there is no key {key_id!r} in this project")
         change.put(tenant.model_copy(update={"key_quotas": {**tenant.key_quotas, key_id: quota}}))
     return quota
+
+
+def _quota(before: Quota, fields: dict[str, Any]) -> Quota:
+    try:
+        Quota.model_validate(fields)  # words of what is new are checked, those of what is stored are not
+        return Quota.model_validate({**before.model_dump(), **fields}, context=STORED)
+    except ValidationError as error:
+        raise ChangeRefused(first_mistake(error, "the limits")) from None
 
 
 def archive_project(store: Store, project_id: str, *, actor: str, at: float) -> Tenant:

@@ -60,6 +60,10 @@ _WIRE: Final = dict(
             "max_concurrent_requests",
             "max_tokens_per_1_day",
             "max_tokens_per_1_month",
+            "max_requests_per_1_day",
+            "max_requests_per_1_month",
+            "max_cost_per_1_day",
+            "max_cost_per_1_month",
             "max_total_tokens",
         ),
         strict=True,
@@ -241,7 +245,7 @@ class DatabaseTarget(DatabasePolicy):
         tenant = projects.get_project(self._store, project_id)
         keys = accounts.list_project_keys(self._store, project_id)
         quotas = {key.key_id: tenant.key_quotas.get(key.key_id, Quota()) for key in keys}
-        return {name: quota.model_dump() for name, quota in {"project": tenant.quota, **quotas}.items()}
+        return {name: to_json(quota) for name, quota in {"project": tenant.quota, **quotas}.items()}
 
     def set_limits(self, project_id: str, key_id: str | None, limits: Json) -> None:
         projects.set_quota(self._store, project_id, limits, key_id=key_id, **_attributed())

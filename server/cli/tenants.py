@@ -28,7 +28,12 @@ class Mode(enum.StrEnum):
 
 Project = Annotated[str, typer.Argument(help="The tenant's id, as 'list' shows it.")]
 KeyId = Annotated[str, typer.Argument(help="The key's id, as 'show' prints it.")]
+REMOVED: Final = "-1"
 Limit = Annotated[int | None, typer.Option(min=-1, help="Limit; -1 removes it.", show_default=False)]
+CostLimit = Annotated[
+    str | None,
+    typer.Option(metavar="COST", help="Budget of money, such as '100 EUR'; -1 removes it.", show_default=False),
+]
 
 
 @administers(app, "list", roles=READER)
@@ -99,7 +104,7 @@ def limits(target: Target, project: Project, as_json: AsJson = False) -> None:
         print_json(found)
         return
     names = list(found["project"])
-    rows = [[scope, *("none" if limit is None else str(limit) for limit in of.values())] for scope, of in found.items()]
+    rows = [[scope, *map(_written, of.values())] for scope, of in found.items()]
     print_table(["scope", *(name.replace("_", " ") for name in names)], rows, empty="no limits")
 
 
@@ -115,6 +120,10 @@ def set_limits(
     concurrent_requests: Limit = None,
     tokens_per_day: Limit = None,
     tokens_per_month: Limit = None,
+    requests_per_day: Limit = None,
+    requests_per_month: Limit = None,
+    cost_per_day: CostLimit = None,
+    cost_per_month: CostLimit = None,
     total_tokens: Limit = None,
 ) -> None:
     """Set the given limits of a tenant or of one of its keys; others keep their values."""
@@ -124,9 +133,17 @@ def set_limits(
         "concurrent_requests": concurrent_requests,
         "tokens_per_day": tokens_per_day,
         "tokens_per_month": tokens_per_month,
+        "requests_per_day": requests_per_day,
+        "requests_per_month": requests_per_month,
+        "cost_per_day": cost_per_day,
+        "cost_per_month": cost_per_month,
         "total_tokens": total_tokens,
     }
-    chosen = {name: None if value == -1 else value for name, value in given.items() if value is not None}
+    chosen = {
+        name: None if value in (-1, REMOVED) else _cost(value) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
     if not chosen:
         raise typer.BadParameter("give at least one limit, such as --requests-per-minute 60")
     target.set_limits(project, of_key, chosen)
@@ -136,6 +153,19 @@ def set_limits(
 def archive(target: Target, project: Project) -> None:
     """Archive a tenant permanently and revoke its keys."""
     target.archive(project)
+
+
+def _cost(text: str) -> Json:
+    amount, _, currency = text.partition(" ")
+    if not amount or not currency.strip():
+        raise typer.BadParameter(f"{text!r} is no amount of money: write it with its currency, such as '100 EUR'")
+    return {"amount": amount, "currency": currency.strip()}
+
+
+def _written(limit: Json | int | None) -> str:
+    if isinstance(limit, dict):
+        return f"{limit['amount']} {limit['currency']}"
+    return "none" if limit is None else str(limit)
 
 
 def _row(tenant: Json) -> tuple[str, str, str, str]:

@@ -17,16 +17,15 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, Answer, ExpertSlotRef, GatedCall, bitmask_of
 from flexgate.server.engine.seam.openai import SamplingParams
 from flexgate.server.http.errors import Invalid
 from flexgate.server.inference.enforcement import Right
-from flexgate.server.inference.recording import processed, refused, used_of
+from flexgate.server.inference.recording import processed, refused, used_together
 from flexgate.server.inference.request.extension import COUNTERFACTUAL, FIELD
-from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, STOPPED, Used
+from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, STOPPED
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.journal import Entry
 
@@ -126,7 +125,7 @@ def _calls(request: InferenceRequest, gates: Sequence[tuple[ExpertSlotRef, ...]]
         yield calls
         completed = True
     finally:
-        entry.end(COMPLETED if completed else _failed(calls) or STOPPED, _used(calls))
+        entry.end(COMPLETED if completed else _failed(calls) or STOPPED, used_together(calls))
         for call in calls:
             services.running.end(call)
             services.client.end(call)
@@ -155,22 +154,10 @@ def _register(request: InferenceRequest) -> Entry:
 
 async def _record(entry: Entry, calls: Sequence[GatedCall]) -> bool:
     try:
-        await entry.cover(sum(map(processed, calls)), partial(_used, calls))
+        await entry.cover(sum(map(processed, calls)), partial(used_together, calls))
     except LedgerError:
         return False
     return True
-
-
-def _used(calls: Sequence[GatedCall]) -> Used:
-    """What all calls have used together."""
-    parts = [used_of(call) for call in calls]
-    return Used(
-        sum(part.prompt_tokens for part in parts),
-        sum(part.cached_tokens for part in parts),
-        sum(part.completion_tokens for part in parts),
-        [sum(column) for column in zip_longest(*(part.prompt_2U for part in parts), fillvalue=0)],
-        [sum(column) for column in zip_longest(*(part.completion_2U for part in parts), fillvalue=0)],
-    )
 
 
 async def _together(scoring: Sequence[Coroutine[Any, Any, float]]) -> list[float]:

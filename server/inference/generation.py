@@ -25,7 +25,7 @@ from flexgate.server.http.responses import disconnected
 from flexgate.server.inference import recording, response_metadata
 from flexgate.server.inference.attribution import attribution_object, credits_of
 from flexgate.server.inference.counterfactual import leave_one_out
-from flexgate.server.inference.limits.limiter import TOKENS
+from flexgate.server.inference.limits.limiter import COST, TOKENS, Amounts
 from flexgate.server.inference.openai import sse, vllm_errors
 from flexgate.server.inference.openai.adapted import Later
 from flexgate.server.inference.openai.streaming import in_pieces
@@ -263,8 +263,16 @@ def finish(request: InferenceRequest) -> None:
 
 def commit_usage(request: InferenceRequest) -> None:
     """Commit what the call used, before its client reads the end and sends its next request."""
+    on_loop(lambda: request.reservation.commit(used_amounts(request)))
+
+
+def used_amounts(request: InferenceRequest) -> Amounts:
+    """What the call used so far, its passes included."""
     calls = (request.call, *request.scoring)
-    on_loop(lambda: request.reservation.commit({TOKENS: sum(call.tokens() for call in calls)}))
+    amounts = {TOKENS: sum(call.tokens() for call in calls)}
+    if request.price is not None:
+        amounts[COST] = recording.cost_so_far(request)
+    return amounts
 
 
 def metadata(request: InferenceRequest) -> dict[str, Any]:

@@ -37,12 +37,15 @@ from flexgate.server.http.refusals import from_policy
 from flexgate.server.inference.counterfactual import Counterfactual, passes_of
 from flexgate.server.inference.enforcement import Right, RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
+from flexgate.server.inference.limits.cost import Price, price_of
 from flexgate.server.inference.limits.limiter import (
+    COST,
     REQUESTS,
     TOKENS,
     Limiter,
     LimitScope,
     Reservation,
+    limit_cost,
     scopes_of,
     stated_tokens,
 )
@@ -198,6 +201,7 @@ class InferenceRequest(TenantRequest):
         call: the request as the engine sees it.
         right: the rights that it depends on while it runs.
         entry: the request in the ledger, once it is there.
+        price: what its agreements ask for, where a budget of money limits it.
         passes: how often its response is scored at most, for `counterfactual`.
         scoring: the calls of these passes.
         counterfactual: what leaving each expert out changes, where that was asked for.
@@ -219,6 +223,7 @@ class InferenceRequest(TenantRequest):
     call: GatedCall
     right: Right
     entry: Entry | None = None
+    price: Price | None = None
     passes: int = 0
     scoring: Sequence[GatedCall] = ()
     counterfactual: Counterfactual | None = None
@@ -274,16 +279,21 @@ class InferenceRequest(TenantRequest):
 
     def reserve(self) -> None:
         """Reserve the stated tokens; the prompt's are added once it is tokenized."""
-        services = self.services
+        services, scopes = self.services, self.scopes
         if self.extension.explain == COUNTERFACTUAL:
             self.passes = passes_of(self)
-        self.reservation = services.limiter.reserve(self.scopes, {REQUESTS: 1, TOKENS: stated_tokens(self.body)})
+        if limit_cost(scopes):
+            self.price = price_of(self.decision, scopes)
+        amounts = {REQUESTS: 1, TOKENS: stated_tokens(self.body)}
+        if self.price is not None:
+            amounts[COST] = 0  # all at once with the tokens: parts of several requests could keep each other out
+        self.reservation = services.limiter.reserve(scopes, amounts)
         self.call = GatedCall(
             self.decision.tenant_id,
             self.experts,
             self.decision.valid_until,
             self.client_salt,
-            reserve=self._reserve_passes if self.passes else self.reservation.raise_to,
+            reserve=self._reserve_all if self.passes or self.price is not None else self.reservation.raise_to,
             queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
             keep_answers=self.passes > 0,
@@ -291,8 +301,11 @@ class InferenceRequest(TenantRequest):
         )
         self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
 
-    def _reserve_passes(self, tokens: int) -> None:
-        self.reservation.raise_to(tokens=tokens * (1 + self.passes) + self.passes)
+    def _reserve_all(self, tokens: int) -> None:
+        """Reserve the tokens of the response and of all passes, and what they cost at most."""
+        tokens = tokens * (1 + self.passes) + self.passes
+        cost = {} if self.price is None else {COST: self.price.most(tokens, entries=2 if self.passes else 1)}
+        self.reservation.raise_to(tokens=tokens, **cost)
 
 
 def honoured_body(raw: Body, table: Table, check: Callable[[Body, Limits], None], limits: Limits) -> Body:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from flexgate.server.engine.frontend.calls import GatedCall
 from flexgate.server.engine.protocol.endings import LEDGER_UNAVAILABLE
 from flexgate.server.http.errors import ApiError
+from flexgate.server.inference.limits.cost import cost_of
 from flexgate.server.inference.openai.vllm_errors import ended_early
 from flexgate.server.ledger.entries import COMPLETED, STOPPED, Used
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
@@ -39,6 +42,28 @@ def used_of(call: GatedCall) -> Used:
     """What a call has used so far; of its prompts what the engine has processed: experts had no part in the rest."""
     cached, prompt_2U, completion_2U = call.usage()
     return Used(call.prompt_positions(), cached, call.new_tokens(), prompt_2U, completion_2U)
+
+
+def used_together(calls: Sequence[GatedCall]) -> Used:
+    """What all calls of one entry have used together."""
+    parts = [used_of(call) for call in calls]
+    return Used(
+        sum(part.prompt_tokens for part in parts),
+        sum(part.cached_tokens for part in parts),
+        sum(part.completion_tokens for part in parts),
+        [sum(column) for column in zip_longest(*(part.prompt_2U for part in parts), fillvalue=0)],
+        [sum(column) for column in zip_longest(*(part.completion_2U for part in parts), fillvalue=0)],
+    )
+
+
+def cost_so_far(request: InferenceRequest) -> int:
+    """What the request cost by its agreements, in billionths, as its entries of the ledger say."""
+    if request.entry is None:  # nothing that costs anything goes unrecorded
+        return 0
+    together = [used_together(calls) for calls in ((request.call,), request.scoring)]
+    registration = request.entry.registration
+    entries = [(used.parts(registration), used.prompt_tokens + used.completion_tokens) for used in together]
+    return cost_of(request.decision, entries)
 
 
 def processed(call: GatedCall) -> int:

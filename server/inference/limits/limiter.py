@@ -5,6 +5,8 @@ key's both hold; nothing is counted of a request that one of them refuses.
 
     reserve(scopes, amounts) ──> Reservation ── raise_to(tokens=…) ──> commit(amounts)
 
+Budgets of a day or month are of tokens, of requests, or of money: what is owed to owners by agreements.
+
 A kind of limit is one `Rule`: the quota's field, the unit it counts, its counter, and how it refuses.
 """
 
@@ -19,7 +21,7 @@ from functools import partial
 from typing import Any, Final
 
 from flexgate.policies.compiled.compiler import TenantRules
-from flexgate.policies.documents import Quota
+from flexgate.policies.documents import Cost, Quota
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits import refusals
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
@@ -30,6 +32,9 @@ from flexgate.server.ledger.statements import PeriodKind
 UNLIMITED: Final = Quota()
 REQUESTS: Final = "requests"
 TOKENS: Final = "tokens"
+COST: Final = "cost"
+"""In billionths of the budget's currency."""
+PERIODS: Final[tuple[PeriodKind, ...]] = ("month", "day")
 _STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 Amounts = Mapping[str, int]
@@ -59,19 +64,20 @@ class Rule:
 def default_rules(usage: BudgetUsage, wall_clock: Callable[[], float]) -> tuple[Rule, ...]:
     """The limits that a quota has, in the order in which they refuse; `wall_clock` gives Unix seconds."""
 
-    def each(kind: PeriodKind) -> Rule:
+    def each(unit: str, kind: PeriodKind, suffix: str = "") -> Rule:
         return Rule(
-            f"tokens_per_{kind}",
-            TOKENS,
-            lambda scope: PeriodBudget(usage, scope, kind, wall_clock),
-            partial(refusals.over_period, kind),
+            f"{unit}_per_{kind}",
+            unit,
+            lambda scope: PeriodBudget(usage, scope + suffix, kind, wall_clock),
+            partial(refusals.over_period, unit, kind),
             shown=False,
         )
 
     return (
         Rule("total_tokens", TOKENS, lambda scope: Budget(usage, scope), refusals.over_budget, shown=False),
-        each("month"),
-        each("day"),
+        *(each(TOKENS, kind) for kind in PERIODS),
+        *(each(REQUESTS, kind, "/n") for kind in PERIODS),
+        *(each(COST, kind) for kind in PERIODS),
         Rule("concurrent_requests", REQUESTS, lambda _: InFlight(), refusals.too_many_at_once, shown=False),
         Rule("requests_per_minute", REQUESTS, lambda _: SlidingWindow(), refusals.too_many_requests),
         Rule("tokens_per_minute", TOKENS, lambda _: SlidingWindow(), refusals.too_many_tokens),
@@ -86,6 +92,7 @@ class _Line:
     rule: Rule
     limit: int
     counter: Counter
+    currency: str = ""
     amount: int = 0
     part: Any = None
 
@@ -99,7 +106,7 @@ class _Line:
         wait = self.counter.wait(self.limit, max(more, 1), now) if fits else math.inf
         if wait:
             used = self.counter.used(now)
-            raise self.rule.refuse(Refused(self.scope.kind, self.limit, used, self.amount + more, wait))
+            raise self.rule.refuse(Refused(self.scope.kind, self.limit, used, self.amount + more, wait, self.currency))
 
     def reserve(self, amount: int, now: float) -> None:
         """Reserve `amount` instead of what is reserved."""
@@ -172,7 +179,10 @@ class Limiter:
                 continue
             for rule in self._rules:
                 limit = getattr(scope.quota, rule.field)
-                if limit is not None:
+                if isinstance(limit, Cost):
+                    counter = self._counter(f"{scope.id}/{limit.currency}", rule)
+                    yield _Line(scope, rule, limit.billionths, counter, limit.currency)
+                elif limit is not None:
                     yield _Line(scope, rule, limit, self._counter(scope.id, rule))
 
     def _counter(self, scope: str, rule: Rule) -> Counter:
@@ -187,6 +197,11 @@ def scopes_of(tenant: TenantRules, key_id: str) -> tuple[LimitScope, LimitScope]
     """The project and the key."""
     key_quota = tenant.key_quotas.get(key_id, UNLIMITED)
     return LimitScope(tenant.id, "This project", tenant.quota), LimitScope(key_id, "This key", key_quota)
+
+
+def limit_cost(scopes: Iterable[LimitScope]) -> bool:
+    """Whether any of them has a budget of money."""
+    return any(scope.quota.cost_per_day is not None or scope.quota.cost_per_month is not None for scope in scopes)
 
 
 def stated_tokens(body: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from flexgate.policies.documents import BILLION
 from flexgate.server.http.errors import ApiError, TooMany, Unavailable
 
 
@@ -19,13 +20,17 @@ class Standing(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A refused reservation: `amount` does not fit beside `used` for another `wait_s` seconds."""
+    """A refused reservation: `amount` does not fit beside `used` for another `wait_s` seconds.
+
+    With a currency, all three are in billionths of it.
+    """
 
     kind: str
     limit: int
     used: int
     amount: int
     wait_s: float
+    currency: str = ""
 
 
 def headers(standings: Iterable[Standing]) -> dict[str, str]:
@@ -95,14 +100,27 @@ def over_budget(refused: Refused) -> ApiError:
     return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
 
 
-def over_period(kind: str, refused: Refused) -> ApiError:
+def over_period(unit: str, kind: str, refused: Refused) -> ApiError:
     again = f"A new {kind} begins, in UTC, in {duration(refused.wait_s)}. " if refused.wait_s < math.inf else ""
+    if refused.currency:
+        limit = f"{_money(refused.limit)} {refused.currency}"
+        used = f"{_money(refused.used)} {refused.currency} is used or reserved"
+        needed = f"may cost {_money(refused.amount)} {refused.currency}"
+    else:
+        limit, used = f"{refused.limit} {unit}", f"{refused.used} are used or reserved"
+        needed = f"needs {refused.amount}"
+    lower = "Ask" if unit == "requests" else "Lower 'max_tokens', or ask"
     message = (
-        f"{refused.kind} would exceed its budget of {refused.limit} tokens per {kind}: {refused.used} are used or "
-        f"reserved, and this request needs {refused.amount}. {again}Lower 'max_tokens', or ask an administrator to "
-        "raise the budget."
+        f"{refused.kind} would exceed its budget of {limit} per {kind}: {used}, and this request {needed}. {again}"
+        f"{lower} an administrator to raise the budget."
     )
     return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
+
+
+def _money(billionths: int) -> str:
+    """Billionths as a decimal number, without digits that say nothing."""
+    whole, rest = divmod(billionths, BILLION)
+    return f"{whole}.{rest:09d}".rstrip("0").rstrip(".")
 
 
 def _again(wait_s: float) -> int:

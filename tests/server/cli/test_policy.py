@@ -221,6 +221,10 @@ def test_numbers_are_read_as_yaml_1_2_reads_them(flexgate: Run, policy_file: Run
         "concurrent_requests": 31,
         "tokens_per_day": None,
         "tokens_per_month": None,
+        "requests_per_day": None,
+        "requests_per_month": None,
+        "cost_per_day": None,
+        "cost_per_month": None,
         "total_tokens": None,
     }
 

@@ -82,6 +82,10 @@ def administer(run: Run, store: Store, folder: Path) -> None:
             "concurrent_requests",
             "tokens_per_day",
             "tokens_per_month",
+            "requests_per_day",
+            "requests_per_month",
+            "cost_per_day",
+            "cost_per_month",
             "total_tokens",
         ]
     )
@@ -90,7 +94,22 @@ def administer(run: Run, store: Store, folder: Path) -> None:
         key["id"]: nothing | {"concurrent_requests": 2},
     }
     shown = [line.split() for line in ok(run("tenants", "limits", project)).splitlines()]
-    assert shown[1:] == [["project", "5", *["none"] * 5], [key["id"], "none", "none", "2", *["none"] * 3]]
+    assert shown[1:] == [["project", "5", *["none"] * 9], [key["id"], "none", "none", "2", *["none"] * 7]]
+    ok(run("tenants", "set-limits", project, "--cost-per-month", "12.50 EUR", "--requests-per-day", "7"))
+    budget = json.loads(ok(run("tenants", "limits", project, "--json")))["project"]
+    assert (budget["cost_per_month"], budget["requests_per_day"]) == ({"amount": "12.50", "currency": "EUR"}, 7)
+    assert " 12.50 EUR " in ok(run("tenants", "limits", project))
+    for cost, words in (("12.50", "such as '100 EUR'"), ("1 XXZ", "not a currency"), ("x EUR", "must be a number")):
+        refused = run("tenants", "set-limits", project, "--cost-per-month", cost)
+        assert refused.exit_code != 0
+        assert words in refused.output + refused.stderr, refused
+    refused = run("tenants", "set-limits", project, "--cost-per-day", "1 USD")
+    assert refused.exit_code == 1
+    assert "use one currency for both" in refused.stderr
+    ok(run("tenants", "set-limits", project, "--cost-per-month", "-1", "--requests-per-day", "-1"))
+    assert json.loads(ok(run("tenants", "limits", project, "--json")))["project"] == nothing | {
+        "requests_per_minute": 5
+    }
 
     assert ok(run("agreements", "create", "-", stdin=json.dumps(TERMS))) == "a-new\n"
     (folder / "terms.json").write_text(json.dumps(TERMS | {"experts": ["math", "set:none"]}))

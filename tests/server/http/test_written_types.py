@@ -40,6 +40,10 @@ QUOTA: Final = {
     "concurrent_requests": 3,
     "tokens_per_day": 9,
     "tokens_per_month": 9,
+    "requests_per_day": 9,
+    "requests_per_month": 9,
+    "cost_per_day": {"amount": "1.50", "currency": "EUR"},
+    "cost_per_month": {"amount": "20", "currency": "EUR"},
     "total_tokens": None,
 }
 OWN_FIELDS: Final[dict[str, Any]] = {

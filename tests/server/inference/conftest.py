@@ -16,7 +16,7 @@ from flexgate.policies.documents import Quota
 def limit(store: Any, services: Any) -> Any:
     """Set the limits of project t, and of its key."""
 
-    def set_(key_quota: Quota | None = None, **quota: int) -> None:
+    def set_(key_quota: Quota | None = None, **quota: Any) -> None:
         snapshot = store.answer
         keys = {} if key_quota is None else {"key_sk-t": key_quota}
         tenant = replace(snapshot.tenants["t"], quota=Quota(**quota), key_quotas=keys)

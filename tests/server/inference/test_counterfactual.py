@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +20,11 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
 from flexgate.server.engine.protocol.slots import SlotMap
+from flexgate.server.ledger.costs import uses_by_agreement
+from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.receipts.verify import RECEIPT
+from flexgate.server.ledger.statements import DAY
+from flexgate.server.ledger.usage import Sought, sums
 
 pytestmark = pytest.mark.asyncio
 
@@ -166,6 +171,21 @@ async def test_passes_are_recorded_apart(client: httpx.AsyncClient, services: An
         (f"{id_}_counterfactual", f"{PATH}#counterfactual", "completed", 10, 2),
     ]
     assert all(re.fullmatch(RECEIPT, row[0]) for row in rows)  # or no verifier takes their receipts
+
+
+async def test_passes_are_paid_as_an_entry_of_their_own(
+    client: httpx.AsyncClient, services: Any, scoring: Scoring
+) -> None:
+    """By what experts did in them: in none of these did news take part."""
+    assert (await client.post(PATH, json=ASKED)).status_code == 200
+    services.ledger.close()
+    now = int(time.time())
+    source = Local(services.ledger.path)
+    (paid,) = uses_by_agreement(source, Sought(now - DAY, now + DAY, DAY))
+    assert (paid.terms.version[0], paid.uses.requests, paid.uses.tokens) == ("a-news", 1, 5)
+    assert paid.uses.share_weighted_ppm == 500_000 * 5
+    by_expert = sums(source, Sought(now - DAY, now + DAY, DAY, groups=("expert_id",)))
+    assert {one.group["expert_id"]: one.requests for one in by_expert} == {"news": 1, "public": 2}
 
 
 @pytest.mark.parametrize(

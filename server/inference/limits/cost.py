@@ -1,0 +1,97 @@
+"""What a request may cost at most by the agreements that its uses count under, and what it did cost.
+
+In whole billionths of a currency, each request rounded up, so that a sum is never less than what is owed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+from flexgate.policies.agreements import Compensate
+from flexgate.policies.compiled.agreements import CompiledAgreement
+from flexgate.policies.decision import Decision
+from flexgate.policies.documents import BILLION
+from flexgate.policies.ids import ExpertId
+from flexgate.server.http.errors import Forbidden
+from flexgate.server.inference.limits.limiter import LimitScope
+from flexgate.server.ledger.amounts import Uses, amount, owed
+from flexgate.server.ledger.entries import Part
+
+_ONE_REQUEST: Final = Uses(1, 0, 0)
+_ONE_TOKEN: Final = Uses(0, 1, 0)
+_ONE_WHOLE_TOKEN: Final = Uses(0, 0, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What the agreements of a request ask for, in one currency.
+
+    Attributes:
+        per_request: if every expert takes part.
+        per_token: if every expert takes part in it, and the one whose share costs most has all of that.
+    """
+
+    per_request: Fraction
+    per_token: Fraction
+
+    def most(self, tokens: int, *, entries: int = 1) -> int:
+        """What so many tokens cost at most, in billionths; each entry of the ledger counts as a request."""
+        return _billionths(self.per_request * entries + self.per_token * tokens)
+
+
+def price_of(decision: Decision, scopes: Iterable[LimitScope]) -> Price | None:
+    """What budgets of money have to bear; None where the request costs nothing.
+
+    Raises:
+        Forbidden: an agreement is paid in another currency than a budget is in.
+    """
+    budgets = {
+        (scope.kind, cost.currency)
+        for scope in scopes
+        for cost in (scope.quota.cost_per_day, scope.quota.cost_per_month)
+        if cost is not None
+    }
+    requests, tokens, shares = Fraction(), Fraction(), Fraction()
+    for expert, agreement in zip(decision.allowed, decision.agreements, strict=True):
+        paid = _paid(agreement)
+        for kind, currency in sorted(budgets):
+            if paid and paid[0].currency != currency:
+                raise Forbidden(
+                    f"{kind}'s budget is in {currency}, and the expert '{expert}' is paid in {paid[0].currency}. Leave "
+                    f"it out ('flexgate': {{'experts': {{'ignore': ['{expert}']}}}}), or ask an administrator for a "
+                    f"budget in {paid[0].currency}.",
+                    code="budget_currency",
+                )
+        requests += sum(amount(duty, _ONE_REQUEST) for duty in paid)
+        tokens += sum(amount(duty, _ONE_TOKEN) for duty in paid)
+        shares = max(shares, sum((amount(duty, _ONE_WHOLE_TOKEN) for duty in paid), Fraction()))
+    price = Price(requests, tokens + shares)
+    return price if price.most(1) else None
+
+
+def cost_of(decision: Decision, entries: Iterable[tuple[Sequence[Part], int]]) -> int:
+    """What a request did cost, in billionths: its parts under the agreements that they count under.
+
+    Args:
+        entries: those of the ledger: the parts, and all tokens, whose shares the parts have.
+    """
+    agreements = dict(zip(decision.allowed, decision.agreements, strict=True))
+    total = Fraction()
+    for part, tokens in ((part, tokens) for parts, tokens in entries for part in parts):
+        agreement = agreements.get(ExpertId(part.expert))
+        uses = Uses(1, part.prompt_positions + part.completion_positions, part.share_ppm * tokens)
+        found = None if agreement is None else owed(agreement.duties, uses)
+        total += Fraction() if found is None else found[0]
+    return _billionths(total)
+
+
+def _paid(agreement: CompiledAgreement | None) -> list[Compensate]:
+    return [] if agreement is None else [duty for duty in agreement.duties if isinstance(duty, Compensate)]
+
+
+def _billionths(value: Fraction) -> int:
+    return math.ceil(value * BILLION)
