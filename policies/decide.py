@@ -118,9 +118,14 @@ def apply_filter(
     if only:
         _check_allowed(entitled, only)
     kept, left_out = entitled.lost_at, _NO_REASONS
-    if only is not None or tenant.default_experts is not None or ignore:
+    wanted = tenant.default_experts if only is None else only
+    if wanted is not None or ignore:
         left_out = _left_out(snapshot, entitled, only, tenant.default_experts, ignore)
-        kept = {expert: lost for expert, lost in kept.items() if expert not in left_out}
+        kept = {
+            expert: _kept_until(snapshot, entitled, wanted, expert, lost)
+            for expert, lost in kept.items()
+            if expert not in left_out
+        }
     if not kept:
         raise EmptyGate(
             "'flexgate.experts' leaves no expert for this request. Keep at least one that the project may use.",
@@ -141,6 +146,16 @@ def apply_filter(
         purpose=context.purpose,
         region=context.region,
     )
+
+
+def _kept_until(
+    snapshot: Snapshot, entitled: Entitlements, wanted: frozenset[ExpertId] | None, expert: ExpertId, lost: float
+) -> float:
+    """When an expert of the gate leaves it: one that is not wanted stays no longer than agreements require it."""
+    if wanted is None or expert in wanted or expert in snapshot.required:
+        return lost
+    requirement = entitled.required.by_agreement.get(expert)
+    return lost if requirement is None else min(lost, requirement.until)
 
 
 def _valid_until(kept: Mapping[ExpertId, float], required: Required) -> float:

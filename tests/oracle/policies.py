@@ -117,9 +117,7 @@ def decide(world, tenant_id, request, now):
     only = expand(request["only"] or [], world["sets"]) & listed
     if only - may:
         return "ExpertDenied"
-    wanted = tenant["default_experts"] if request["only"] is None else request["only"]
-    kept = may if wanted is None else may & (expand(wanted, world["sets"]) | must)
-    kept = kept - ignore
+    kept = filtered(world, tenant, request, may, must)
     if not kept:
         return "EmptyGate"
     gate = [e for e in world["experts"] if e["id"] in kept]
@@ -132,15 +130,23 @@ def decide(world, tenant_id, request, now):
     return kept, listed - kept
 
 
+def filtered(world, tenant, request, may, must):
+    """What of `may` a request takes: what it or the tenant wants and what must take part, less what it ignores."""
+    wanted = tenant["default_experts"] if request["only"] is None else request["only"]
+    kept = may if wanted is None else may & (expand(wanted, world["sets"]) | must)
+    return kept - expand(request["ignore"], world["sets"])
+
+
 def valid_until(world, tenant_id, request, now):
-    """The first later moment at which something allowed now is not permitted, or something else is required."""
+    """The first later moment at which the request would not get all that it has, or something else is required."""
     tenant = next(t for t in world["tenants"] if t["id"] == tenant_id)
     allowed, _ = decide(world, tenant_id, request, now)
     edges = {t[edge] for t in world["agreements"] for edge in ("starts", "ends")}
     for moment in sorted(m for m in edges if now < m < math.inf):
         context = request["purpose"], request["region"], moment
         excused = expand(request["ignore"], world["sets"]) & {"public"}
-        if not allowed <= entitled(world, tenant, *context) or required(world, tenant, *context) - allowed - excused:
+        may, must = entitled(world, tenant, *context), required(world, tenant, *context)
+        if not allowed <= filtered(world, tenant, request, may, must) or must - allowed - excused:
             return moment
     return math.inf
 

@@ -329,14 +329,12 @@ def test_a_decision_holds_until_it_says(case, outcome, allowed, oracle, seed):
     result = outcome(world, who, request, now)
     if not hasattr(result, "allowed"):
         return
-    world["tenants"][0]["default_experts"] = None
-    entitled = {**request, "only": None}
     for later in [edge for edge in (10, 20, 30, 40, 50, 1e9) if edge > now]:
         if later < result.valid_until:
-            assert set(result.allowed) <= allowed(world, who, entitled, later)
+            assert set(result.allowed) <= allowed(world, who, request, later)
     if (end := result.valid_until) < float("inf"):
         new = oracle.required(world, world["tenants"][0], request["purpose"], request["region"], end)
-        assert not set(result.allowed) <= allowed(world, who, entitled, end) or new - set(result.allowed)
+        assert not set(result.allowed) <= allowed(world, who, request, end) or new - set(result.allowed)
 
 
 @in_many_worlds

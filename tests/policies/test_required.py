@@ -162,6 +162,15 @@ def test_an_expert_of_no_list_goes_when_the_last_of_its_requirements_does(world,
     assert listed.valid_until == float("inf")
 
 
+@pytest.mark.parametrize(("tenant", "only"), [({}, ()), ({}, ("news",)), ({"default_experts": ["news"]}, None)])
+def test_an_expert_that_a_request_does_not_want_goes_when_its_requirement_does(world, iso, tenant, only):
+    snapshot = _world(world, {"not_after": iso(2000.0)}, expert_ids=["safe", "news"], **tenant)
+    decision = world.ask(snapshot, now=1000.0, only=only)
+    assert ("safe" in decision.allowed, decision.valid_until) == (True, 2000.0)
+    assert "safe" not in world.ask(snapshot, now=2000.0, only=only).allowed
+    assert world.ask(snapshot, now=1000.0, only=("safe",)).valid_until == float("inf")
+
+
 def test_an_explanation_names_what_requires_an_expert(world):
     snapshot = _world(world, {}, {"assignee": "tenant:acme", "purposes": ["search"]}, {"assignee": "tenant:other"})
     request = DecisionRequest(decision_id="d")
