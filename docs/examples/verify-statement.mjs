@@ -39,8 +39,7 @@ export async function verifyStatement(bytes, keys) {
   texts(must(statement, isObject(statement), "'statement' must be an object"), "the statement", STATEMENT);
   await requireSigned(statement, signature, keys);
   texts(members(statement.head, "'head'", ["hash", "number"]), "'head'", { hash: HASH, number: NUMBER });
-  const [start, end] = timesOf(statement.period);
-  const isWhole = start === BigInt(statement.start) && end === BigInt(statement.end);
+  const [start, end] = timesOf(statement.period), isWhole = start === BigInt(statement.start) && end === BigInt(statement.end);
   check(isWhole && typeof statement.provisional === "boolean", "its times, or whether it is provisional, are wrong");
   const lines = new Map(), sums = new Map(), totals = new Set(), ids = new Set();
   const add = (currency, value) => sums.set(currency, (sums.get(currency) ?? 0n) + value);
@@ -80,43 +79,45 @@ export const parseProof = (bytes, proof = members(parse(bytes), "the proof", ["p
 function leafOf({ start, end, last, owner, provisional, server }, copy) {
   const isIn = (at) => at >= BigInt(start) && at < BigInt(end);
   if (copy.batch.server !== server || (provisional && BigInt(copy.number) > BigInt(last))) return undefined;
-  const own = [...copy.leaves.values()].filter((leaf) => leaf.kind === "owner" && leaf.owner === owner);
-  return own.find((leaf) => isIn(number(leaf, "ended_at")));
+  const isOwn = (leaf) => leaf.kind === "owner" && leaf.owner === owner && isIn(number(leaf, "ended_at"));
+  return [...copy.leaves.values()].find(isOwn);
 }
 async function rootOf(level) {
-  if (!level.length) return hex(await sha256(new Uint8Array()));
-  while (level.length > 1) {
-    const pairs = Array.from({ length: level.length >> 1 }, (_, at) => nodeHash(level[2 * at], level[2 * at + 1]));
-    level = [...(await Promise.all(pairs)), ...level.slice(2 * pairs.length)];
-  }
-  return hex(level[0]);
+  if (level.length < 2) return hex(level[0] ?? (await sha256(new Uint8Array())));
+  const pairs = Array.from({ length: level.length >> 1 }, (_, at) => nodeHash(level[2 * at], level[2 * at + 1]));
+  return rootOf([...(await Promise.all(pairs)), ...level.slice(2 * pairs.length)]);
 }
 const both = (value, what) => number(value, `prompt_${what}`) + number(value, `completion_${what}`);
 /** What a request adds to each line. */
 const usesOf = (leaf) => leaf.experts.map((expert) =>
   [placeOf(expert), [1n, both(leaf, "tokens") * BigInt(expert.share_ppm), both(expert, "positions")]]);
+/** Whether receipts that were not given, of which each adds one request, can make up the rest of a line. */
+function fits(line = [-1n], given, missing) {
+  const [requests, ...more] = line.map((count, at) => count - (given?.[at] ?? 0n));
+  return requests === 0n ? given && !more.some(Boolean) : requests > 0n && requests <= missing && more.every((one) => one >= 0n);
+}
 /** A statement must count the receipts that were given; returns what was compared. */
 export async function verifyCounted(statement, copies, proofs) {
   const counted = new Map(copies.filter((one) => leafOf(statement, one)).map((one) => [BigInt(one.number), one]));
-  const size = BigInt(statement.receipts), given = BigInt(counted.size);
-  check(given <= size, `it counts ${size} receipts, and leaves out some of the ${given} that were given`);
-  if (given === size) {
-    const all = [...counted].sort(([a], [b]) => (a < b ? -1 : 1)).map(([, one]) => one), sums = new Map();
-    check((await rootOf(all.map((one) => one.leaf))) === statement.root, "it counts other receipts than those that were given");
-    for (const [place, counts] of all.flatMap((one) => usesOf(leafOf(statement, one))))
-      sums.set(place, counts.map((count, at) => count + (sums.get(place)?.[at] ?? 0n)));
-    const text = (lines) => [...lines].map(([place, counts]) => `${place} ${counts}`).sort().join("\n");
-    check(text(sums) === text(statement.lines), "its figures are not those of its receipts");
-    return `it counts the ${given} receipts that were given, and no others; its figures are theirs`;
-  }
-  for (const { leaf, receipt } of counted.values()) {
+  const size = BigInt(statement.receipts), given = BigInt(counted.size), missing = size - given, sums = new Map();
+  check(missing >= 0n, `it counts ${size} receipts, and leaves out some of the ${given} that were given`);
+  const all = [...counted].sort(([a], [b]) => (a < b ? -1 : 1)).map(([, one]) => one);
+  for (const [place, counts] of all.flatMap((one) => usesOf(leafOf(statement, one))))
+    sums.set(place, counts.map((count, at) => count + (sums.get(place)?.[at] ?? 0n)));
+  const holds = [...sums.keys(), ...statement.lines.keys()].every((one) => fits(statement.lines.get(one), sums.get(one), missing));
+  check(holds, "its figures are not those of its receipts");
+  const isAll = !missing && (await rootOf(all.map((one) => one.leaf))) === statement.root;
+  check(missing || isAll, "it counts other receipts than those that were given");
+  if (isAll) return `it counts the ${given} receipts that were given, and no others; its figures are theirs`;
+  let before = -1n;
+  for (const { leaf, receipt } of all) {
     const isIts = (one) => one.receipt === receipt && ["owner", "period", "server"].every((name) => one[name] === statement[name]);
-    const proof = proofs.findLast(isIts);
+    const proof = proofs.findLast(isIts), index = BigInt(proof?.index ?? 0);
     check(proof, `nothing shows that ${receipt} is among its ${size} receipts: if the server has no proof, it was left out`);
-    const root = await rootFrom(leaf, BigInt(proof.index), size, proof.path);
-    check(root === statement.root, `the proof does not lead from ${receipt} to its root`);
+    const leads = index > before && (await rootFrom(leaf, index, size, proof.path)) === statement.root;
+    before = must(index, leads, `the proof does not lead from ${receipt}, behind those before it, to its root`);
   }
-  return `it counts the ${given} receipts that were given, of ${size}`;
+  return `it counts the ${given} receipts that were given, of ${size}; its figures were not made again: ${missing} are missing`;
 }
 /** No two final statements of an owner and a period may say different things. */
 export function verifyAlone(statements) {
@@ -136,8 +137,7 @@ export async function verifyTogether(lines, keys) {
   }
   verifyCopies(copies);
   verifyAlone(statements);
-  const sentence = async (one) => `${one.period} for ${one.owner}: ${await verifyCounted(one, copies, proofs)}`;
-  return Promise.all(statements.map(sentence));
+  return Promise.all(statements.map(async (one) => `${one.period} for ${one.owner}: ${await verifyCounted(one, copies, proofs)}`));
 }
 if (globalThis.process?.argv[1]?.endsWith("verify-statement.mjs")) {
   const { readFileSync } = await import("node:fs");

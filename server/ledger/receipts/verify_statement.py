@@ -5,7 +5,6 @@ Written from docs/receipts.md. Whatever is wrong raises `ReceiptInvalid`, whose 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -68,7 +67,8 @@ _PER: Final = {
 Place = tuple[str | None, str | None, str]
 """Agreement, version and expert of a line."""
 Counts = tuple[int, ...]
-"""As `_COUNTS` names them."""
+"""As `_COUNTS` names them, requests first."""
+NO_COUNTS: Final[Counts] = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,39 +191,59 @@ def _compare(statement: SignedStatement, copies: list[Verified], proofs: list[Pr
             f"the {statement.name} counts {statement.receipts} receipts, and {len(counted)} were given: it leaves out "
             "receipts that it must count"
         )
-    if len(counted) == statement.receipts:
-        _require_same([counted[number] for number in sorted(counted)], statement)
+    ordered = [counted[number] for number in sorted(counted)]
+    missing = statement.receipts - len(counted)
+    if not missing and merkle.root(merkle.leaf_hash(copy.root) for copy, _ in ordered) != statement.root:
+        raise ReceiptInvalid(f"the {statement.name} counts other receipts than those that were given")
+    _require_figures([leaf for _, leaf in ordered], missing, statement)
+    if not missing:
         return f"it counts the {len(counted)} receipts that were given, and no others; its figures are theirs"
+    _require_proved([copy for copy, _ in ordered], proofs, statement)
+    return (
+        f"it counts the {len(counted)} receipts that were given, of {statement.receipts}; its figures were not made "
+        f"again: {missing} are missing"
+    )
+
+
+def _require_proved(ordered: list[Verified], proofs: list[Proof], statement: SignedStatement) -> None:
+    """Of each receipt there must be a path to the root, from places in the order of their numbers."""
     paths = {
         proof.receipt: proof for proof in proofs if proof[1:4] == (statement.server, statement.owner, statement.period)
     }
-    for copy, _ in counted.values():
+    before = -1
+    for copy in ordered:
         proof = paths.get(copy.receipt)
         if proof is None:
             raise ReceiptInvalid(
-                f"the {statement.name} counts {statement.receipts} receipts, {len(counted)} were given, and nothing "
+                f"the {statement.name} counts {statement.receipts} receipts, {len(ordered)} were given, and nothing "
                 f"shows that '{copy.receipt}' is among them: give its proof from 'flexgate statements prove', or all "
                 "receipts; if the server has no proof, the receipt was left out"
             )
         hash_ = merkle.leaf_hash(copy.root)
         if merkle.root_from(hash_, proof.place, statement.receipts, proof.path) != statement.root:
             raise ReceiptInvalid(f"the proof does not lead from '{copy.receipt}' to the root of the {statement.name}")
-    return f"it counts the {len(counted)} receipts that were given, of {statement.receipts}"
+        if proof.place <= before:
+            raise ReceiptInvalid(f"the {statement.name} does not have '{copy.receipt}' behind those before it")
+        before = proof.place
 
 
-def _require_same(counted: list[tuple[Verified, Json]], statement: SignedStatement) -> None:
-    """The root and every count must be those of all receipts."""
-    if merkle.root(merkle.leaf_hash(copy.root) for copy, _ in counted) != statement.root:
-        raise ReceiptInvalid(f"the {statement.name} counts other receipts than those that were given")
-    sums: dict[Place, Counts] = defaultdict(lambda: (0, 0, 0))
-    for _, leaf in counted:
+def _require_figures(leaves: Iterable[Json], missing: int, statement: SignedStatement) -> None:
+    """Every line must be what receipts add to it; those that were not given may make up the rest."""
+    sums: dict[Place, Counts] = {}
+    for leaf in leaves:
         for place, counts in _uses(leaf):
-            sums[place] = tuple(map(sum, zip(sums[place], counts, strict=True)))
-    if sums != statement.lines:
-        differing = next(
-            place for place in sums.keys() | statement.lines if sums.get(place) != statement.lines.get(place)
-        )
-        raise ReceiptInvalid(f"the {statement.name} has other figures than its receipts, of {list(differing)}")
+            sums[place] = tuple(map(sum, zip(sums.get(place, NO_COUNTS), counts, strict=True)))
+    for place in sums.keys() | statement.lines:
+        if not _fits(statement.lines.get(place), sums.get(place), missing):
+            raise ReceiptInvalid(f"the {statement.name} has other figures than its receipts, of {list(place)}")
+
+
+def _fits(line: Counts | None, given: Counts | None, missing: int) -> bool:
+    """Whether so many missing receipts, of which each adds at most one request, can make up the rest of a line."""
+    if line is None:
+        return False
+    more = [count - other for count, other in zip(line, given or NO_COUNTS, strict=True)]
+    return line == given if not more[0] else min(more) >= 0 and more[0] <= missing
 
 
 def _uses(leaf: Json) -> Iterator[tuple[Place, Counts]]:

@@ -279,7 +279,7 @@ async def test_an_owner_checks_alone_that_its_receipts_are_in_its_signed_stateme
     assert [leaf["owner"] for copy in copies for leaf in copy.leaves] == ["gazette"]
     proof = await call("sk-owner", "GET", f"{MONTH}/receipts/{receipt(1)}?last={statement.last}")
     (said,) = verify_statements([statement], copies, [parse_proof(proof.content)])
-    assert said == "it counts the 1 receipts that were given, of 4"
+    assert said == "it counts the 1 receipts that were given, of 4; its figures were not made again: 3 are missing"
 
 
 async def test_an_owner_gets_neither_receipts_nor_proofs_of_others(call: Any, receipted: Any) -> None:
@@ -345,7 +345,7 @@ async def test_the_commands_print_what_the_verifier_takes(
     assert proved.exit_code == 0, proved.output
     said = proved.output.splitlines()
     assert said[0].endswith("OK: a provisional statement of '2026-11' for 'gazette', which counts 4 receipts")
-    assert said[-1].endswith("it counts the 1 receipts that were given, of 4")
+    assert said[-1].endswith("of 4; its figures were not made again: 3 are missing")
     unproved = await run("receipts", "verify", statement, str(one), "--jwks", str(jwks))
     assert (unproved.exit_code, "the receipt was left out" in unproved.output) == (1, True)
     named = [line for line in Path(receipts).read_text().splitlines() if receipt(1) in line]

@@ -20,7 +20,7 @@ import rfc8785
 from flexgate.policies.agreements import Agreement
 from flexgate.server.inference.request.extension import COUNTERFACTUAL
 from flexgate.server.ledger.entries import RegisteredExpert
-from flexgate.server.ledger.receipts import verify
+from flexgate.server.ledger.receipts import merkle, verify
 from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
 from flexgate.server.ledger.receipts.service import NoReceipt, Receipts
 from flexgate.server.ledger.receipts.statements import NotInPeriod, Statements
@@ -234,12 +234,55 @@ def test_figures_that_are_not_those_of_the_receipts_are_found(kit: Any) -> None:
         {"root": "0" * 64},
         {"receipts": "2"},
         {"receipts": "4"},
+        {"lines": [news, {**none, "tokens": "13"}], "totals": euros},
     ]
     bundles = [(resigned(kit, honest, **one),) for one in alone]
     bundles += [(resigned(kit, honest, **one), *mine) for one in with_all]
     valid = both(receipts.jwks, (resigned(kit, honest, more={"x": [1]}), *mine), *bundles)
     judged = dict(zip(["honest", *map(str, alone), *map(str, with_all)], valid, strict=True))
     assert judged == {**dict.fromkeys(judged, False), "honest": True, str(with_all[2]): True}  # whose rates are its own
+
+
+def test_figures_are_at_least_those_of_the_receipts_that_were_given(kit: Any, name: Callable[[int], str]) -> None:
+    """Also where the tree has one leaf more than there are receipts, so that nobody has all."""
+    receipts = kit.made(1, 2, 3)
+    mine, honest = page(receipts), signed(receipts)
+    news, sports = json.loads(honest)["statement"]["lines"]
+    none = {**sports, "compensate": [], "amount": None, "currency": None}
+    euros = json.loads(honest)["statement"]["totals"][:1]
+    keys = verify.parse_keys(receipts.jwks)
+    leaves = [merkle.leaf_hash(verify.verify_receipt(one, keys).root) for one in mine]
+
+    def with_places(*hashes: bytes, **changes: Any) -> tuple[bytes, ...]:
+        """A statement over other leaves, all receipts but those that it has not, and their paths."""
+        levels = merkle.levels(hashes)
+        root, size = merkle.root_of(levels).hex(), str(len(hashes))
+        said = {"receipts": size, "root": root}
+        paths = []
+        for number, leaf in enumerate(leaves, start=1):
+            path = [one.hex() for one in merkle.path(levels, hashes.index(leaf))]
+            shown = json.loads(proof(receipts, name(number)))
+            paths.append(rfc8785.dumps({**shown, **said, "index": str(hashes.index(leaf)), "path": path}))
+        return (resigned(kit, honest, **said, **changes), *mine, *paths)
+
+    more = (*leaves, b"0" * 32)
+    fewer = [
+        {"lines": [], "totals": []},
+        {"lines": [news], "totals": euros},
+        {"lines": [news, {**none, "requests": "2"}], "totals": euros},
+        {"lines": [news, {**none, "requests": "5"}], "totals": euros},
+        {"lines": [news, {**none, "requests": "4", "tokens": "11"}], "totals": euros},
+        {"lines": [news, {**none, "tokens": "13"}], "totals": euros},
+        {"lines": [news, none, {**none, "expert": "other", "requests": "0"}], "totals": euros},
+    ]
+    assert both(
+        receipts.jwks,
+        with_places(*more),
+        with_places(*more, lines=[news, {**none, "requests": "4", "tokens": "99"}], totals=euros),
+        with_places(leaves[1], leaves[0], *more[2:]),
+        *(with_places(*more, **one) for one in fewer),
+    ) == [True, True, False, *(False for _ in fewer)]
+    assert "has other figures" in python_says(receipts.jwks, with_places(*more, **fewer[0]))
 
 
 def test_two_contents_of_one_final_statement_contradict_each_other(kit: Any) -> None:
