@@ -17,8 +17,11 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from flexgate.policies.decide import decide
+from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.errors import DecisionRefused
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, Answer, ExpertSlotRef, GatedCall, bitmask_of
 from flexgate.server.engine.seam.openai import SamplingParams
 from flexgate.server.http.errors import Invalid
@@ -51,8 +54,17 @@ class Counterfactual:
     tokens: int
 
 
-def passes_of(request: InferenceRequest) -> int:
-    """How often its response is scored at most: under its gate, and without each expert that may be left out.
+class Pass(NamedTuple):
+    """What a response is scored under: the experts, what asks for them, and until when it may run (Unix seconds)."""
+
+    left_out: str | None
+    query: DecisionRequest
+    experts: tuple[ExpertSlotRef, ...]
+    valid_until: float
+
+
+def passes_of(request: InferenceRequest, now: float) -> tuple[Pass, ...]:
+    """How its response is scored at most: under its gate, and without each expert that may be left out at `now`.
 
     Raises:
         Invalid: it is streamed, or there is not exactly one response to score.
@@ -64,7 +76,8 @@ def passes_of(request: InferenceRequest) -> int:
         _refuse("scores one response: send one prompt, and leave 'n' out")
     if body.get("max_tokens") == 0:
         _refuse("has no response to score: leave 'max_tokens' out, or set 1 or more")
-    return 1 + sum(1 for _ in _optional(request))
+    own = Pass(None, request.query, request.experts, request.decision.valid_until)
+    return (own, *_optional(request, now))
 
 
 async def leave_one_out(request: InferenceRequest) -> Counterfactual:
@@ -74,53 +87,58 @@ async def leave_one_out(request: InferenceRequest) -> Counterfactual:
         ApiError: the request lost its right meanwhile, or prompt and response leave no room in the model's length.
     """
     used = {use.expert for use in request.call.attribution().experts if use.tokens}
-    left_out = [ref for ref in _optional(request) if ref.expert in used]
+    passes = [one for one in request.passes if one.left_out is None or one.left_out in used]
     if any(len(prompt + answer) >= request.services.limits.prompt_tokens for prompt, answer in request.call.answers):
         _refuse("has no room to score a response that fills the model's length: set a smaller 'max_tokens'")
-    gates = [request.experts, *(tuple(ref for ref in request.experts if ref != out) for out in left_out)]
-    with _calls(request, gates) as calls:
+    with _calls(request, passes) as calls:
         try:
             answers, client = request.call.answers, request.services.client
             base, *without = await _together([_score(call, client, answers) for call in calls])
         except Exception:
             request.call.failed = request.call.failed or _failed(calls)
             raise
-        deltas = {ref.expert: base - other for ref, other in zip(left_out, without, strict=True)}
+        left_out = (one.left_out for one in passes if one.left_out is not None)
+        deltas = {expert: base - other for expert, other in zip(left_out, without, strict=True)}
         return Counterfactual(base, deltas, len(calls), sum(call.tokens() for call in calls))
 
 
-def _optional(request: InferenceRequest) -> Iterator[ExpertSlotRef]:
-    """The experts that can be left out: not required, and not the only ones that a layer has of the gate."""
+def _optional(request: InferenceRequest, now: float) -> Iterator[Pass]:
+    """The passes without one expert, where the project might ask for just that and each layer keeps an expert."""
     covers = request.services.client.slot_map.covers
     for out in request.experts:
-        rest = bitmask_of(ref for ref in request.experts if ref != out)
-        if out.expert not in request.decision.required and covers(rest):
-            yield out
+        rest = tuple(ref for ref in request.experts if ref != out)
+        query = replace(request.query, ignore=(*request.query.ignore, out.expert))
+        try:
+            decision = decide(request.snapshot, request.tenant, query, now)
+        except DecisionRefused:
+            continue
+        if decision.allowed == tuple(ref.expert for ref in rest) and covers(bitmask_of(rest)):
+            yield Pass(out.expert, query, rest, decision.valid_until)
 
 
 @contextmanager
-def _calls(request: InferenceRequest, gates: Sequence[tuple[ExpertSlotRef, ...]]) -> Iterator[list[GatedCall]]:
+def _calls(request: InferenceRequest, passes: Sequence[Pass]) -> Iterator[list[GatedCall]]:
     """A call for each gate, which ends with the rights of the request; what they use is one entry of the ledger."""
     services, own = request.services, request.call
     calls = [
         GatedCall(
             own.tenant,
-            experts,
-            own.gate_until,
+            one.experts,
+            min(one.valid_until, own.gate_until),
             uuid.uuid4().hex,
             queue=partial(services.queue.enter, request.tenant),
             confirmed=services.policy.fresh,
         )
-        for experts in gates
+        for one in passes
     ]
     entry, request.scoring = _register(request), calls
     completed = False
     try:
-        for call in calls:
+        for call, one in zip(calls, passes, strict=True):
             call.record = partial(_record, entry, calls)
             services.client.begin(call)
             services.running.begin(
-                Right(call, request.principal, request.tenant, request.query, request.snapshot.policy_version)
+                Right(call, request.principal, request.tenant, one.query, request.snapshot.policy_version)
             )
         yield calls
         completed = True

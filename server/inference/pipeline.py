@@ -34,7 +34,7 @@ from flexgate.server.http.auth import Context, Principal, context_of, identify, 
 from flexgate.server.http.body import Bodies, read_request
 from flexgate.server.http.errors import Invalid, NotFound, Unavailable
 from flexgate.server.http.refusals import from_policy
-from flexgate.server.inference.counterfactual import Counterfactual, passes_of
+from flexgate.server.inference.counterfactual import Counterfactual, Pass, passes_of
 from flexgate.server.inference.enforcement import Right, RunningRequests
 from flexgate.server.inference.fair_queue import FairQueue
 from flexgate.server.inference.limits.cost import Price, price_of
@@ -202,7 +202,7 @@ class InferenceRequest(TenantRequest):
         right: the rights that it depends on while it runs.
         entry: the request in the ledger, once it is there.
         price: what its agreements ask for, where a budget of money limits it.
-        passes: how often its response is scored at most, for `counterfactual`.
+        passes: what its response is scored under at most, for `counterfactual`.
         scoring: the calls of these passes.
         counterfactual: what leaving each expert out changes, where that was asked for.
         answer: SHA-256 of the response's body, as far as it was sent.
@@ -224,7 +224,7 @@ class InferenceRequest(TenantRequest):
     right: Right
     entry: Entry | None = None
     price: Price | None = None
-    passes: int = 0
+    passes: tuple[Pass, ...] = ()
     scoring: Sequence[GatedCall] = ()
     counterfactual: Counterfactual | None = None
     answered: bool = False
@@ -281,7 +281,7 @@ class InferenceRequest(TenantRequest):
         """Reserve the stated tokens; the prompt's are added once it is tokenized."""
         services, scopes = self.services, self.scopes
         if self.extension.explain == COUNTERFACTUAL:
-            self.passes = passes_of(self)
+            self.passes = passes_of(self, self.services.clock())
         if limit_cost(scopes):
             self.price = price_of(self.decision, scopes)
         amounts = {REQUESTS: 1, TOKENS: stated_tokens(self.body)}
@@ -296,14 +296,14 @@ class InferenceRequest(TenantRequest):
             reserve=self._reserve_all if self.passes or self.price is not None else self.reservation.raise_to,
             queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
-            keep_answers=self.passes > 0,
+            keep_answers=bool(self.passes),
             prompt_only=self.body.get("max_tokens") == 0,
         )
         self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
 
     def _reserve_all(self, tokens: int) -> None:
         """Reserve the tokens of the response and of all passes, and what they cost at most."""
-        tokens = tokens * (1 + self.passes) + self.passes
+        tokens = tokens * (1 + len(self.passes)) + len(self.passes)
         cost = {} if self.price is None else {COST: self.price.most(tokens, entries=2 if self.passes else 1)}
         self.reservation.raise_to(tokens=tokens, **cost)
 

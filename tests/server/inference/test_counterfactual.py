@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,9 @@ import pytest
 from inferencekit import PATH, completion
 from vllm.v1.engine.exceptions import EngineGenerateError
 
+from flexgate.policies.agreements import Agreement
+from flexgate.policies.documents import Tenant
+from flexgate.policies.snapshot import Snapshot
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, GatedCall
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
 from flexgate.server.engine.protocol.slots import SlotMap
@@ -83,6 +88,45 @@ def scoring(services: Any, handler: Any) -> Scoring:
     return made
 
 
+@pytest.fixture(params=["an agreement requires it", "the server requires it", "its grade is too low"])
+def with_news(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How a policy keeps `news` in the gate of project t."""
+    ways: dict[str, dict[str, Any]] = {
+        "an agreement requires it": {"requires": {}},
+        "the server requires it": {"required": True},
+        "its grade is too low": {"min_grade": "router"},
+    }
+    return ways[request.param]
+
+
+def _policy(
+    snapshot: Snapshot,
+    world: tuple[list[Tenant], list[Agreement]],
+    *,
+    requires: dict[str, Any] | None = None,
+    required: bool = False,
+    min_grade: Any = None,
+) -> Snapshot:
+    """A policy in which `news` is required, or of a grade below what project t demands."""
+    tenants, agreements = world
+    grades = {"news": "shared"} if min_grade else {}
+    experts = [
+        expert.model_copy(
+            update={"grade": grades.get(id_, "removed"), "required": (required and id_ == "news") or expert.required}
+        )
+        for id_, expert in snapshot.experts.items()
+    ]
+    fields = {"id": "must", "owner": "gazette", "experts": ["news"], "assignee": "everyone", "effect": "require"}
+    extra = [] if requires is None else [Agreement.model_validate({**fields, **requires})]
+    return Snapshot.build(
+        policy_version=snapshot.policy_version + 1,
+        experts=experts,
+        tenants=[tenant.model_copy(update={"min_grade": min_grade}) for tenant in tenants],
+        agreements=[*agreements, *extra],
+        keys=snapshot.keys.values(),
+    )
+
+
 async def test_each_expert_that_took_part_is_left_out_once(
     client: httpx.AsyncClient, services: Any, scoring: Scoring
 ) -> None:
@@ -112,6 +156,40 @@ async def test_an_expert_that_a_layer_cannot_do_without_is_not_left_out(
     assert attribution["counterfactual"]["passes"] == 1
     assert {part["id"]: part["delta_logprob"] for part in attribution["experts"]}["news"] is None
     assert [tuple(ref.expert for ref in call.experts) for call in scoring.calls] == [("public", "news")]
+
+
+async def test_an_expert_that_the_project_may_not_leave_out_is_not_left_out(
+    client: httpx.AsyncClient, services: Any, store: Any, world: Any, scoring: Scoring, with_news: dict[str, Any]
+) -> None:
+    """Such a request would be refused, and what it would have said is nobody's to be told."""
+    store.answer = _policy(store.answer, world, **with_news)
+    services.policy.confirm()
+    response = await client.post(PATH, json=ASKED)
+    attribution = response.json()["flexgate"]["attribution"]
+    assert attribution["counterfactual"]["passes"] == 1
+    assert {part["id"]: part["delta_logprob"] for part in attribution["experts"]}["news"] is None
+    assert [tuple(ref.expert for ref in call.experts) for call in scoring.calls] == [("public", "news")]
+
+
+async def test_a_pass_is_judged_by_what_it_leaves_out(
+    client: httpx.AsyncClient, services: Any, store: Any, world: Any, handler: Any, scoring: Scoring
+) -> None:
+    """It ends when what it leaves out begins to be required, and goes on where a new policy changes nothing for it."""
+    coming = datetime.fromtimestamp(2**31, UTC)
+    store.answer = _policy(store.answer, world, requires={"not_before": coming})
+    services.policy.confirm()
+    respond = handler.result
+
+    def moved() -> Any:
+        store.answer = replace(store.answer, policy_version=store.answer.policy_version + 1)
+        services.policy.confirm()
+        return respond()
+
+    handler.result = moved
+    response = await client.post(PATH, json=ASKED)
+    assert response.status_code == 200, response.text
+    ends = {tuple(ref.expert for ref in call.experts): call.gate_until for call in scoring.calls}
+    assert ends == {("public", "news"): math.inf, ("public",): 2.0**31}
 
 
 async def test_passes_count_against_the_limits(
