@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import secrets
 from typing import Annotated, Any, Final
 
 import typer
@@ -48,6 +49,9 @@ def add(
     url: Url = LOCAL,
 ) -> None:
     """Add a correction, a dispute or a rejection, and print its id; it is in the audit log."""
+    if kind is Kind.CORRECTION and id_ is None:
+        id_ = f"cor_{secrets.token_hex(12)}"
+        typer.echo(f"flexgate: if no answer comes, repeat this with --id {id_}, so that it is added once", err=True)
     given: dict[str, Any] = {"kind": kind.value, "receipt_id": receipt, "reason": reason, "owner_id": owner, "id": id_}
     given |= {"amount": amount, "currency": currency, "dispute_id": dispute}
     with failing(), Api(url, key) as api:

@@ -29,7 +29,8 @@ BUSY_SECONDS: Final = 5.0
 _AMOUNT: Final = re.compile(r"-?(0|[1-9][0-9]{0,11})(\.[0-9]{1,9})?", re.ASCII)
 _STATE: Final = (
     "CASE WHEN kind <> 'dispute' THEN NULL ELSE coalesce((SELECT CASE decided.kind WHEN 'rejection' THEN 'rejected' "
-    "ELSE 'accepted' END FROM corrections AS decided WHERE decided.dispute = corrections.id), 'open') END"
+    "ELSE 'accepted' END FROM corrections AS decided WHERE decided.owner = corrections.owner "
+    "AND decided.dispute = corrections.id), 'open') END"
 )
 _COLUMNS: Final = "number, id, kind, owner, request, at, actor, reason, amount, currency, dispute"
 _INSERT: Final = f"INSERT INTO corrections ({_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number"
@@ -116,7 +117,7 @@ class Corrections:
             pass
 
     def add(self, made: Made, *, actor: str, audit: Callable[[Correction], None]) -> Correction:
-        """Add a row, once for its id: the same again is the row that there is.
+        """Add a row, once for its owner, kind and id: the same again is the row that there is.
 
         Args:
             audit: records it before it is added; what it raises prevents that.
@@ -127,7 +128,7 @@ class Corrections:
         made.require_valid()
         with self._lock:
             with self._opened() as connection:
-                known = _find(connection, made.id)
+                known = _find(connection, made.owner, made.kind, made.id)
                 if known is not None:
                     if known.made != made:
                         raise CorrectionRefused(f"the id '{made.id}' is taken: choose another one", "id")
@@ -165,22 +166,27 @@ class Corrections:
             ) from error
 
 
-def _find(connection: sqlite3.Connection, id_: str) -> Correction | None:
-    row = connection.execute(f"SELECT {_COLUMNS}, {_STATE} FROM corrections WHERE id = ?", (id_,)).fetchone()
+def _find(connection: sqlite3.Connection, owner: str, kind: Kind, id_: str) -> Correction | None:
+    """The row of an id, of which each owner has its own, and each kind of row: no owner can take another row's."""
+    query = f"SELECT {_COLUMNS}, {_STATE} FROM corrections WHERE owner = ? AND kind = ? AND id = ?"
+    row = connection.execute(query, (owner, kind, id_)).fetchone()
     return None if row is None else Correction(*row)
 
 
 def _require_fitting(connection: sqlite3.Connection, made: Made) -> None:
-    """Raise `CorrectionRefused` for a receipt that is not the owner's, or a dispute that is not open."""
+    """Raise `CorrectionRefused` for a receipt that is not the owner's, or a dispute that is not open.
+
+    The receipt of a dispute was the owner's when it was opened, and may be deleted since.
+    """
     query = "SELECT 1 FROM usage JOIN parts USING (sequence) WHERE request = ? AND owner = ?"
-    if connection.execute(query, (made.request, made.owner)).fetchone() is None:
+    if made.dispute is None and connection.execute(query, (made.request, made.owner)).fetchone() is None:
         raise CorrectionRefused(
             f"no expert of '{made.owner}' took part in a request '{made.request}' of this ledger: give a receipt's id",
             "receipt_id",
         )
     if made.dispute is not None:
-        found = _find(connection, made.dispute)
-        if found is None or (found.kind, found.owner, found.request) != ("dispute", made.owner, made.request):
+        found = _find(connection, made.owner, "dispute", made.dispute)
+        if found is None or found.request != made.request:
             raise CorrectionRefused(f"there is no dispute '{made.dispute}' of this receipt", "dispute_id")
         if found.state != "open":
             raise CorrectionRefused(f"the dispute '{made.dispute}' was {found.state} already", "dispute_id")

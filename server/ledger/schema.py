@@ -114,7 +114,7 @@ def _corrections(connection: sqlite3.Connection) -> None:
     connection.execute(
         """CREATE TABLE corrections (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
+    id TEXT NOT NULL,
     kind TEXT NOT NULL,
     owner TEXT NOT NULL,
     request TEXT NOT NULL,
@@ -123,7 +123,9 @@ def _corrections(connection: sqlite3.Connection) -> None:
     reason TEXT NOT NULL,
     amount TEXT,
     currency TEXT,
-    dispute TEXT UNIQUE
+    dispute TEXT,
+    UNIQUE (owner, kind, id),
+    UNIQUE (owner, dispute)
 )"""
     )
     connection.execute("CREATE INDEX corrections_owner ON corrections (owner, at)")

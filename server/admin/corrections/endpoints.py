@@ -61,5 +61,7 @@ def _made(call: Call[AddCorrection, Any]) -> Made:
         raise not_found()
     if (body.kind == "dispute") != (own is not None):
         raise Forbidden("Owners open disputes; administrators make corrections and rejections.", param="kind")
+    if body.kind == "correction" and body.id is None:
+        raise Invalid("Give the correction an 'id': repeated with it, it is added once.", param="id", code=_CODE)
     id_ = body.id or f"cor_{secrets.token_hex(12)}"
     return Made(id_, body.kind, owner, body.receipt_id, body.reason, body.amount, body.currency, body.dispute_id)

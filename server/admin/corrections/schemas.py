@@ -27,7 +27,8 @@ class ListCorrections(Closed):
 class AddCorrection(Closed):
     """A correction or rejection by an administrator, or a dispute by an owner, whose key may leave `owner_id` out.
 
-    The same again with the same `id` adds nothing. `amount` is a decimal number, negative where it is taken off.
+    The same again with the same `id` adds nothing; a correction must have one. Ids are of one owner and
+    kind. `amount` is a decimal number, negative where it is taken off.
     """
 
     kind: Kind

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ PAID = [{"kind": "compensate", "rate": "0.125", "currency": "EUR", "unit": "requ
 RECEIPT, OTHERS = f"dec_{1:032x}", f"dec_{2:032x}"
 CORRECTION = {
     "kind": "correction",
+    "id": "credit-0",
     "owner_id": "gazette",
     "receipt_id": RECEIPT,
     "reason": "counted twice",
@@ -105,6 +108,31 @@ async def test_what_was_added_is_not_added_again(call: Any, month: Any, real_sto
     assert len([one for one in real_store.audit_log(limit=1000) if one.action == "correction.added"]) == 1
 
 
+async def test_an_id_is_free_whatever_other_rows_have_it(call: Any, month: Any) -> None:
+    """An owner's disputes neither tell it of another owner's rows, nor take ids that corrections will have."""
+    others = {**CORRECTION, "owner_id": "academy", "receipt_id": OTHERS}
+    rows = [("sk-admin", others), ("sk-owner", {**DISPUTE, "id": "credit-0"})]
+    rows += [("sk-admin", {**CORRECTION, "dispute_id": "credit-0"})]
+    assert [(await call(key, "POST", ALL, json=row)).status_code for key, row in rows] == [201] * 3
+    assert [(await call(key, "POST", ALL, json=row)).json()["number"] for key, row in rows] == [1, 2, 3]
+    mine = (await call("sk-owner", "GET", ALL)).json()["data"]
+    assert [(one["id"], one["kind"], one["state"]) for one in mine] == [
+        ("credit-0", "dispute", "accepted"),
+        ("credit-0", "correction", None),
+    ]
+
+
+async def test_a_dispute_is_decided_also_after_its_usage_was_deleted(call: Any, month: Any) -> None:
+    opened = (await call("sk-owner", "POST", ALL, json=DISPUTE)).json()
+    with closing(sqlite3.connect(month.ledger.path)) as connection, connection:
+        connection.execute("DELETE FROM parts")
+        connection.execute("DELETE FROM usage")
+    assert (await call("sk-admin", "POST", ALL, json=CORRECTION)).status_code == 400
+    rejection = {**DISPUTE, "kind": "rejection", "owner_id": "gazette", "dispute_id": opened["id"]}
+    decided = await call("sk-admin", "POST", ALL, json=rejection)
+    assert decided.status_code == 201, decided.text
+
+
 async def test_a_correction_that_cannot_be_audited_is_not_made(
     call: Any, month: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +195,7 @@ async def test_an_owner_has_its_own_disputes_alone(call: Any, month: Any) -> Non
         ({"amount": "0.00"}, "amount", "'0.00' is no amount"),
         ({"amount": "1e3"}, "amount", "'1e3' is no amount"),
         ({"amount": "NaN"}, "amount", "'NaN' is no amount"),
+        ({"id": None}, "id", "Give the correction an 'id'"),
         ({"amount": None}, "amount", "A correction has 'amount' and 'currency'"),
         ({"currency": None}, "amount", "A correction has 'amount' and 'currency'"),
         ({"currency": "EUX"}, "currency", "is not a currency"),
@@ -204,5 +233,9 @@ async def test_the_commands_add_and_list(urls: tuple[str, str], month: Any) -> N
     listed = (await run("list", key="sk-owner")).output.splitlines()
     assert listed[1].split() == [opened.output.strip(), "dispute", "gazette", RECEIPT, "accepted", "never", "used"]
     assert f"-0.25 EUR  decides {opened.output.strip()}" in listed[2]
+    unnamed = await run("add", "correction", RECEIPT, *given[:-2])
+    assert unnamed.stderr == (
+        f"flexgate: if no answer comes, repeat this with --id {unnamed.stdout.strip()}, so that it is added once\n"
+    )
     refused = await run("add", "correction", RECEIPT, "--reason", "x", "--owner", "gazette")
     assert (refused.exit_code, "has 'amount' and 'currency'" in refused.output) == (1, True)
