@@ -76,7 +76,7 @@ def _whole_second(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError:
-        raise InvalidName("a time lies between the years 1 and 9999, in UTC") from None
+        raise InvalidName("a time must be between the years 1 and 9999 (UTC)") from None
 
 
 def _region(text: str, info: ValidationInfo) -> Region:
@@ -211,7 +211,7 @@ class Agreement(Document):
     @model_validator(mode="after")
     def _ends_after_it_starts(self) -> Agreement:
         if self.starts >= self.ends:
-            raise InvalidName("not_after must be later than not_before")
+            raise InvalidName("'not_after' must be later than 'not_before'")
         return self
 
     @property

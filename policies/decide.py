@@ -96,9 +96,13 @@ def _region(tenant: TenantRules, text: str | None) -> Region | None:
 
 
 def _not_registered(kind: str, word: str, registered: frozenset[str]) -> str:
-    may = ", ".join(sorted(registered)) or "none"
+    if not registered:
+        return (
+            f"No {kind} is registered for this project, so that no request may declare '{word}'. "
+            "Declare none, or ask an administrator to register it."
+        )
     return (
-        f"The {kind} '{word}' is not registered for this project (registered: {may}). "
+        f"The {kind} '{word}' is not registered for this project (registered: {', '.join(sorted(registered))}). "
         "Declare a registered one, or ask an administrator to register it."
     )
 

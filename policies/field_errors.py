@@ -14,15 +14,15 @@ from pydantic import ValidationError
 NO_SUCH_FIELD: Final = "extra_forbidden"
 """The type of the error of a field that does not exist."""
 
-_NAME: Final = "must be 1 to {} of the characters A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+_NAME: Final = "must be 1 to {} characters from A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 PATTERNS: Final[Mapping[str, str]] = {
     r"^[^\x00-\x1f\x7f]*$": "must not contain control characters",
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$": _NAME.format(63),
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$": _NAME.format(128),
-    r"^[A-Za-z0-9_.\[\]-]{1,120}$": "must be 1 to 120 of the characters A-Z, a-z, 0-9, '_', '.', '[', ']' and '-'",
+    r"^[A-Za-z0-9_.\[\]-]{1,120}$": "must be 1 to 120 characters from A-Z, a-z, 0-9, '_', '.', '[', ']' and '-'",
     r"^[A-Z]{3}$": "must be a currency code of three capital letters, such as 'EUR'",
     r"^https://\S{1,2000}$": "must be a URL that begins with 'https://', without spaces, of at most 2000 characters",
-    r"^[0-9a-f]{64}$": "must be 64 of the characters 0-9 and a-f",
+    r"^[0-9a-f]{64}$": "must be 64 characters from 0-9 and a-f",
 }
 """What each pattern of a field means; a test finds patterns that are missing here."""
 
@@ -127,6 +127,8 @@ class FieldError(NamedTuple):
     def sentence(self, whole: str) -> str:
         """The error with its path: `'limit' must be at most 100`; `whole` is what has an error of no single field."""
         path = path_of(self.place)
+        if path is None and self.whole:
+            return self.says
         return self.about(whole if path is None else f"'{path}'")
 
 

@@ -17,7 +17,7 @@ GroupId = NewType("GroupId", str)
 AgreementId = NewType("AgreementId", str)
 PUBLIC: Final = ExpertId("public")
 _EXPERT_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_EXPERT_ID_FORM: Final = "1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter or digit"
+_EXPERT_ID_FORM: Final = "1 to 63 characters from a-z, 0-9 and '-', beginning with a letter or digit"
 _NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 

@@ -85,7 +85,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             _check_ids(name, given[name], architecture.vocab_size)
     known = {*values, "model_type", "head_dim", "rope_parameters", "rope_scaling", *ONE_VALUE, *NO_EFFECT, *IDS}
     if unknown := sorted(given.keys() - known):
-        raise LayoutError(f"config.json has {unknown[0]!r:.60}, which is no field of a FlexOlmo model: remove it")
+        raise LayoutError(f"config.json has {unknown[0]!r:.60}, which is not a field of a FlexOlmo model: remove it")
     return architecture
 
 

@@ -83,7 +83,7 @@ def _by_others(model: Fingerprint, without: Mapping[str, Fingerprint], expert: i
 
 def _require_sibling(name: str, mine: BaseIdentity, its: BaseIdentity) -> None:
     if mine.architecture != its.architecture or mine.dtype != its.dtype:
-        raise LayoutError(f"{name} is no sibling of the model: {mine.difference(its)}")
+        raise LayoutError(f"{name} is not a sibling of the model: {mine.difference(its)}")
 
 
 def _ffn(checkpoint: CheckpointReader, expert: int, progress: Progress) -> str:

@@ -39,8 +39,8 @@ IDENTITY: Final[Mapping[str, str]] = {
 }
 """As the policy's catalogue takes them."""
 _FORMS: Final[Mapping[str, str]] = {
-    "id": "1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter or digit",
-    "owner": "1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
+    "id": "1 to 63 characters from a-z, 0-9 and '-', beginning with a letter or digit",
+    "owner": "1 to 63 characters from A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
     "domain": "a string of at most 200 characters, none of them a control character",
     "licence": "a string of 1 to 200 characters, none of them a control character",
 }
@@ -231,7 +231,7 @@ def kind_and_units(content: Mapping[str, Any], where: str) -> tuple[Literal["own
 
 def _from_units(content: Mapping[str, Any], experts_L: Sequence[int], where: str) -> Ownership:
     if unknown := sorted(content.keys() - _UNITS_KEYS):
-        raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is no field of it: remove it")
+        raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is not a field of it: remove it")
     kind, entries = kind_and_units(content, where)
     units = tuple(parse_unit(f"{where}: units[{number}]", entry) for number, entry in enumerate(entries))
     return _made(units, _parse_maps(content.get("layers"), experts_L, where), kind, content, where)
@@ -255,7 +255,7 @@ def parse_unit(where: str, entry: Any) -> Unit:
     """A unit of the form with ``units``; raises ``OwnershipInvalid``."""
     unit = _parse_unit(where, entry, needed=("id", "domain"))
     if unknown := sorted(map(str, entry.keys() - _UNIT_KEYS)):
-        raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is no field of a unit: remove it")
+        raise OwnershipInvalid(f"{where} has {unknown[0]!r:.60}, which is not a field of a unit: remove it")
     return unit
 
 

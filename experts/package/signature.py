@@ -31,7 +31,7 @@ from flexgate.experts.io.output import require_absent, write_new
 SIGNATURE_BYTES: Final = 64
 MAX_KEY_FILE: Final = 1 << 16
 _OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_FORM: Final = "1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+_FORM: Final = "1 to 63 characters from A-Z, a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
 _PUBLIC_KEYS: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\s*", re.DOTALL)
 
 
@@ -45,7 +45,7 @@ class TrustedKeys:
     def from_directory(cls, directory: Path) -> TrustedKeys:
         """Read ``OWNER.pem`` files; raises ``KeyInvalid`` for anything that is none."""
         if not directory.is_dir():
-            raise KeyInvalid(f"{directory} is no folder of trusted keys (one OWNER.pem per owner)")
+            raise KeyInvalid(f"{directory} is not a folder of trusted keys (one OWNER.pem per owner)")
         paths = sorted(directory.glob("*.pem"))
         return cls({_owner(path): read_public_keys(path) for path in paths})
 
@@ -93,7 +93,7 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(_read(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KeyInvalid(f"{path} is no unencrypted PEM private key: {error}") from error
+        raise KeyInvalid(f"{path} is not an unencrypted PEM private key: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise KeyInvalid(f"{path} holds a key of another kind, expected Ed25519")
     return key

@@ -59,7 +59,7 @@ def sign_package(directory: Path, key: Path) -> None:
     try:
         text = (directory / MANIFEST_NAME).read_bytes()
     except OSError as error:
-        raise PackageUnreadable(f"{directory} is no package: {MANIFEST_NAME}: {error.strerror}") from error
+        raise PackageUnreadable(f"{directory} is not a package: {MANIFEST_NAME}: {error.strerror}") from error
     write_new(directory / SIGNATURE_NAME, private.sign(text))
     sync(directory)
 

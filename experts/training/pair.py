@@ -160,7 +160,7 @@ def rows_from_embedding(path: Path, public: Sequence[Tensor]) -> list[Row]:
     try:
         values = torch.from_numpy(numpy.load(path, allow_pickle=False)).float()
     except (OSError, ValueError, TypeError) as error:
-        raise TrainingRefused(f"{path} is no NumPy file of numbers: {error}") from error
+        raise TrainingRefused(f"{path} is not a NumPy file of numbers: {error}") from error
     mean_H = values.mean(0) if values.dim() == 2 else values
     if mean_H.shape != public[0].shape or not torch.isfinite(mean_H).all() or not mean_H.any():
         raise TrainingRefused(

@@ -172,7 +172,7 @@ def _check_own(change: Change, agreement: Agreement, owner_id: str) -> None:
     sets = {s.id for s in change.all(ExpertSet) if s.experts <= own}
     for reference in sorted(agreement.experts):
         if reference not in own and reference not in sets:
-            raise ChangeRefused(f"{reference!r} is no expert of {owner_id!r}, and no set of such")
+            raise ChangeRefused(f"{reference!r} is neither an expert of {owner_id!r} nor a set of its experts")
     check_price(change, agreement, before)
 
 

@@ -95,7 +95,7 @@ def check_remove(connection: Connection, kind: type[Document], id_: str) -> None
 
 def _check_agreement(connection: Connection, agreement: Agreement) -> None:
     for reference in sorted(agreement.experts):
-        owners = _owners(connection, f"agreement {agreement.id!r}", reference)
+        owners = _owners(connection, f"agreement {agreement.id!r}", reference, agreement.owner)
         if None in owners:
             raise ChangeRefused(
                 f"agreement {agreement.id!r} names {reference!r}, which has no owner who could permit or prohibit it: "
@@ -170,30 +170,39 @@ def _references(tenant: Tenant) -> list[str]:
     return sorted(named)
 
 
-def _owners(connection: Connection, who: str, reference: str) -> set[str | None]:
-    return {_owner(connection, who, expert) for expert in _members(connection, who, reference)}
+def _owners(connection: Connection, who: str, reference: str, proposed: str | None = None) -> set[str | None]:
+    """The owners of an expert or of a set's. If there is none, the refusal proposes those of one owner, or all."""
+    return {_owner(connection, who, expert, proposed) for expert in _members(connection, who, reference, proposed)}
 
 
-def _members(connection: Connection, who: str, reference: str) -> Iterable[str]:
+def _members(connection: Connection, who: str, reference: str, proposed: str | None = None) -> Iterable[str]:
     """The expert that a reference names, or those of the set."""
     if not reference.startswith("set:"):
         return (reference,)
     members = read_one(connection, ExpertSet, reference)
     if members is None:
-        raise unknown(who, "set", reference, read_all(connection, ExpertSet))
+        own = {expert.id for expert in _of(connection, proposed)}
+        raise unknown(who, "set", reference, [one for one in read_all(connection, ExpertSet) if one.experts <= own])
     return members.experts
 
 
-def _owner(connection: Connection, who: str, expert_id: str) -> str | None:
+def _owner(connection: Connection, who: str, expert_id: str, proposed: str | None = None) -> str | None:
     expert = read_one(connection, Expert, expert_id)
     if expert is None:
-        raise unknown(who, "expert", expert_id, read_all(connection, Expert))
+        raise unknown(who, "expert", expert_id, _of(connection, proposed))
     return expert.owner
 
 
-def unknown(who: str, what: str, name: str, there: Iterable[Expert | ExpertSet]) -> ChangeRefused:
-    """`who` names an unknown object. Only operators read this, so hidden experts are named, too."""
-    ids = sorted(str(document.id) for document in there)
+def _of(connection: Connection, owner: str | None) -> list[Expert]:
+    return [expert for expert in read_all(connection, Expert) if owner in (None, expert.owner)]
+
+
+def unknown(who: str, what: str, name: str, fitting: Iterable[Expert | ExpertSet]) -> ChangeRefused:
+    """`who` names an unknown object; proposes those that fit, `public` never: no list may name it.
+
+    Only operators read this, so hidden experts are named, too.
+    """
+    ids = sorted(str(document.id) for document in fitting if document.id != PUBLIC)
     if len(ids) > _MOST_NAMED:
         ids[_MOST_NAMED:] = [f"{len(ids) - _MOST_NAMED} more"]
     existing = f"use one of {', '.join(ids)}" if ids else "there is none yet"

@@ -58,7 +58,7 @@ class PageOf(Shown, Generic[Listed]):
 def unknown_cursor(param: str) -> Invalid:
     """A cursor that is not in the list."""
     return Invalid(
-        f"'{param}' is not the id of an object of this list. Use the 'last_id' of a page.",
+        f"'{param}' is not the id of an object in this list. Use the 'last_id' of the previous page.",
         param=param,
         code="invalid_value",
     )

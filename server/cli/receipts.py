@@ -242,7 +242,7 @@ def _heads(path: Path) -> list[verifying.Head]:
             if values.get("log") == LOG:
                 found.append(verifying.Head(str(values["server"]), int(values["sequence"]), str(values["hash"])))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageInvalid(f"{path}: this line is no head: {line[:80]!r}") from None
+            raise UsageInvalid(f"{path}: this line is not a head: {line[:80]!r}") from None
     if not found:
         raise UsageInvalid(f"{path} contains no head of receipts")
     return found

@@ -181,5 +181,5 @@ def from_validation(error: ValidationError, *under: str, unknown: str = UNKNOWN_
     param = path_of((*under, *found.place))
     if found.kind == NO_SUCH_FIELD:
         return Invalid(f"'{param}' {unknown}.", param=param, code="unknown_parameter")
-    what = "The request" if param is None else f"'{param}'"
-    return Invalid(f"{found.about(what)}.", param=param, code="invalid_value")
+    sentence = found.sentence("the request") if param is None else found.about(f"'{param}'")
+    return Invalid(f"{sentence[:1].upper()}{sentence[1:]}.", param=param, code="invalid_value")

@@ -73,7 +73,7 @@ def from_ledger(
 
 def not_found() -> NotFound:
     """The one response for what does not exist and for what is not the caller's."""
-    return NotFound("No object of this id is visible to this key. Check the id and the key.", code="not_found")
+    return NotFound("No object with this id is visible to this key. Check the id and the key.", code="not_found")
 
 
 def _sentence(error: Exception) -> str:

@@ -157,7 +157,7 @@ def bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION:
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-            raise LedgerError(f"{path} is no ledger of flexgate: move it away, and start again")
+            raise LedgerError(f"{path} is not a ledger of flexgate: move it away, and start again")
         version = 0
     if version > VERSION:
         raise LedgerError(f"{path} is a ledger of version {version}, not {VERSION}: use the newer flexgate")

@@ -45,7 +45,7 @@ class Example(BaseModel):
         ({"inner": [{"title": ""}]}, "'inner[0].title' must not be empty"),
         ({"inner": [{"title": "abcd"}]}, "'inner[0].title' must have at most 3 characters"),
         ({"inner": [{"tilte": "a"}]}, "'inner[0].tilte' is not a known field"),
-        ({"sizes": {"x": 1}}, "'sizes.x' must be 64 of the characters 0-9 and a-f"),
+        ({"sizes": {"x": 1}}, "'sizes.x' must be 64 characters from 0-9 and a-f"),
     ],
 )
 def test_an_error_is_told_with_its_path(value: Any, sentence: str) -> None:

@@ -174,8 +174,8 @@ REFUSALS = [
         {},
         {"region": "DE"},
         "flexgate.region",
-        "The region 'DE' is not registered for this project (registered: none). "
-        "Declare a registered one, or ask an administrator to register it.",
+        "No region is registered for this project, so that no request may declare 'DE'. "
+        "Declare none, or ask an administrator to register it.",
     ),
     (
         {},

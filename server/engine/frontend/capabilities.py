@@ -58,7 +58,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "vLLM has no kernel for them; on CUDA vLLM decides",
     ),
     Capability(
-        f"on CPU, hidden sizes that are no multiple of {CPU_HIDDEN_MULTIPLE}",
+        f"on CPU, hidden sizes that are not a multiple of {CPU_HIDDEN_MULTIPLE}",
         "refused",
         "vLLM's expert kernels cannot hold them",
     ),

@@ -83,7 +83,7 @@ def _head_size(checkpoint: Checkpoint, _settings: "EngineSettings", _dtype: str)
 def _hidden_size(checkpoint: Checkpoint, _settings: "EngineSettings", _dtype: str) -> str | None:
     if checkpoint.architecture.hidden_size % CPU_HIDDEN_MULTIPLE:
         return (
-            f"its hidden size {checkpoint.architecture.hidden_size} is no multiple of {CPU_HIDDEN_MULTIPLE}, "
+            f"its hidden size {checkpoint.architecture.hidden_size} is not a multiple of {CPU_HIDDEN_MULTIPLE}, "
             "which vLLM's expert kernels on CPU need"
         )
     return None

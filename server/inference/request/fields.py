@@ -27,7 +27,6 @@ def _refuse(names: str, why: str, *neutral: Any) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), Rule(Fate.REFUSED, neutral, why))
 
 
-_ENGINE: Final = "it could bypass the check of which experts may be used"
 _TEXT_ONLY: Final = "only text is served"
 _OTHER_SERVER: Final = "this server does not have that feature"
 _WHOLE: Final = "send the whole conversation in 'input'"
@@ -38,7 +37,8 @@ _COMMON: Final[Table] = {
     **_ignore("user metadata store safety_identifier"),
     **_ignore("prompt_cache_key prompt_cache_retention prompt_cache_options"),
     "service_tier": Rule(Fate.IGNORED, ("auto", "default"), "there are no service tiers"),
-    **_refuse("vllm_xargs kv_transfer_params ec_transfer_params", _ENGINE),
+    **_refuse("vllm_xargs", "it could bypass the check of which experts may be used"),
+    **_refuse("kv_transfer_params ec_transfer_params", "caches are not exchanged with other servers"),
     **_refuse("session_id request_id", "the server makes its own ids"),
     **_refuse("priority", _RESOURCES, 0),
     **_refuse("media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs", _TEXT_ONLY),
@@ -68,7 +68,7 @@ _GENERATION: Final[Table] = {
     **_refuse("repetition_detection", "it is not tested with this model"),
     **_refuse("routed_experts_prompt_start", "routing is not returned per token", 0),
     **_refuse("return_token_offsets", "it is for rendering, which is not served", False),
-    **_refuse("logits_processors", _ENGINE),
+    **_refuse("logits_processors", "clients cannot run code in the engine"),
 }
 
 CHAT: Final[Table] = MappingProxyType(
@@ -92,7 +92,7 @@ COMPLETION: Final[Table] = MappingProxyType(
     {
         **_GENERATION,
         **_honour("prompt"),
-        **_refuse("prompt_embeds", _ENGINE),
+        **_refuse("prompt_embeds", "embeddings would bypass the tokenizer and its limits"),
         **_refuse("suffix", "the model was not trained to fill in a gap before a suffix", ""),
         **_refuse("best_of", "use 'n'", 1),
     }
@@ -137,7 +137,7 @@ STRUCTURED_OUTPUTS: Final[Table] = MappingProxyType(
         **_refuse("structural_tag", "use 'tools' or 'json'"),
         **_refuse("disable_any_whitespace disable_additional_properties", _OTHER_SERVER, False),
         **_refuse("whitespace_pattern", _OTHER_SERVER),
-        **_refuse("_backend _backend_was_auto", _ENGINE),
+        **_refuse("_backend _backend_was_auto", "the server chooses the backend"),
     }
 )
 

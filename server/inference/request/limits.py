@@ -115,7 +115,7 @@ def check_sampling(body: Body, limits: Limits) -> None:
     text(body, "model", longest=256)
     text(body, "cache_salt", longest=MAX_CACHE_SALT)
     integer(body, "top_k", -1, MAX_INTEGER)
-    integer(body, "seed", -(1 << 63), (1 << 63) - 1 - limits.n)  # each choice counts on from it, in 64 bits
+    integer(body, "seed", -(1 << 63), (1 << 63) - 1 - limits.n, why=": each further choice adds one to it")
     for name, most in _LISTS.items():
         sized(body, name, most=most)
     if (count := characters(body.get("bad_words"))) > MAX_BAD_WORDS_CHARACTERS:

@@ -59,7 +59,7 @@ def _check_functions(tools: Any, *, flat: bool) -> None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             bad("must have a name", at)
         if not _FUNCTION_NAME.fullmatch(function["name"]):
-            bad("must be 1 to 64 of the characters a-z, A-Z, 0-9, '_' and '-'", (*at, "name"))
+            bad("must be 1 to 64 characters from a-z, A-Z, 0-9, '_' and '-'", (*at, "name"))
         if not isinstance(function.get("parameters", {}), dict | None):
             bad("must be a JSON schema object", (*at, "parameters"))
 

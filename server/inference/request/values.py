@@ -21,8 +21,8 @@ def too_much(message: str, param: str) -> NoReturn:
     raise Invalid(message, param=param, code="limit_exceeded")
 
 
-def integer(body: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int | None:
-    """The integer field `name` between `low` and `high`, or None when it is absent."""
+def integer(body: Mapping[str, Any], name: str, low: int, high: int | None = None, *, why: str = "") -> int | None:
+    """The integer field `name` between `low` and `high`, or None when it is absent; `why` explains `high`."""
     value = body.get(name)
     if value is None:
         return None
@@ -31,7 +31,7 @@ def integer(body: Mapping[str, Any], name: str, low: int, high: int | None = Non
     if value < low:
         invalid(f"'{name}' must be at least {low}{_number(value)}.", name)
     if high is not None and value > high:
-        too_much(f"'{name}' must be at most {high}{_number(value)}.", name)
+        too_much(f"'{name}' must be at most {high}{_number(value)}{why}.", name)
     return value
 
 

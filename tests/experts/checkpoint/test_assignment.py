@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "an unknown field": (
         "licence: CC",
         "license: CC",
-        "units[1] has 'license', which is no field of a unit: remove it",
+        "units[1] has 'license', which is not a field of a unit: remove it",
     ),
     "an unknown kind": (
         "ownership: owners",

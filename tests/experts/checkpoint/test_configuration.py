@@ -54,7 +54,7 @@ def test_a_value_of_any_kind_is_refused_or_read_as_transformers_reads_it(name: s
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_field_of_other_models_is_refused_unless_it_is_null(name: str) -> None:
-    with pytest.raises(LayoutError, match=f"'{name}', which is no field of a FlexOlmo model: remove it"):
+    with pytest.raises(LayoutError, match=f"'{name}', which is not a field of a FlexOlmo model: remove it"):
         read_architecture({**CONFIG, name: 4})
     assert read_architecture({**CONFIG, name: None}) == ARCHITECTURE
 

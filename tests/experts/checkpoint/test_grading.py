@@ -116,10 +116,10 @@ def test_what_is_no_sibling_is_refused(family: Path, tmp_path: Path) -> None:
     status, said = refusal(family / "merged", family / "a", tmp_path / "wide")
     assert (status, said) == (
         1,
-        f"error: {tmp_path}/wide is no sibling of the model: intermediate_size is 16, expected 12\n",
+        f"error: {tmp_path}/wide is not a sibling of the model: intermediate_size is 16, expected 12\n",
     )
     write_model(tmp_path / "half", dtype="bfloat16")
-    assert "is no sibling of the model: it is stored as BF16" in refusal(family / "merged", tmp_path / "half")[1]
+    assert "is not a sibling of the model: it is stored as BF16" in refusal(family / "merged", tmp_path / "half")[1]
 
 
 def test_a_sibling_is_named_once(family: Path) -> None:

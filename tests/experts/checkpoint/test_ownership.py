@@ -128,12 +128,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no object": (edited(LISTED, "experts.3", "math"), ": experts[3] must be an object with id, owner and domain"),
     "expert without an owner": (
         edited(LISTED, "experts.1.owner", ...),
-        ": experts[1] has no owner, expected 1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', "
+        ": experts[1] has no owner, expected 1 to 63 characters from A-Z, a-z, 0-9, '.', '_' and '-', "
         "beginning with a letter or digit",
     ),
     "id that no policy can name": (
         edited(LISTED, "experts.1.id", "News"),
-        ": experts[1]: id is 'News', expected 1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter "
+        ": experts[1]: id is 'News', expected 1 to 63 characters from a-z, 0-9 and '-', beginning with a letter "
         "or digit",
     ),
     "required that is no truth value": (
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         ": experts[2]: grade is 'removed', but router is 'joint': "
         "only an expert whose router is its 'own' is removed whole",
     ),
-    "unknown field": ({**MAPPED, "layer": {}}, " has 'layer', which is no field of it: remove it"),
+    "unknown field": ({**MAPPED, "layer": {}}, " has 'layer', which is not a field of it: remove it"),
     "former units that are no object": (
         {**MAPPED, "former_units": ["math"]},
         ": former_units must be an object of units' ids and grades, such as {'news': 'removed'}",
@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "former unit that no policy can name": (
         {**MAPPED, "former_units": {"Math": "removed"}},
-        ": former_units has 'Math', expected 1 to 63 of the characters a-z, 0-9 and '-', beginning with a letter "
+        ": former_units has 'Math', expected 1 to 63 characters from a-z, 0-9 and '-', beginning with a letter "
         "or digit",
     ),
     "no ownership": (
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown field of a unit": (
         edited(MAPPED, "units.1.license", "MIT"),
-        ": units[1] has 'license', which is no field of a unit: remove it",
+        ": units[1] has 'license', which is not a field of a unit: remove it",
     ),
     "unit without a domain": (
         edited(MAPPED, "units.1.domain", ...),
@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "owner that no policy can name": (
         edited(MAPPED, "units.1.owner", "the gazette"),
-        ": units[1]: owner is 'the gazette', expected 1 to 63 of the characters A-Z, a-z, 0-9, '.', '_' and '-', "
+        ": units[1]: owner is 'the gazette', expected 1 to 63 characters from A-Z, a-z, 0-9, '.', '_' and '-', "
         "beginning with a letter or digit",
     ),
     "licence that is no text": (

@@ -259,7 +259,7 @@ def test_a_discriminant_needs_public_text_and_embeddings_their_size(folder: Path
     with pytest.raises(TrainingRefused, match=r"wrong.npy has shape \[5\]; embeddings must be .* size 16"):
         go(replace(OPTIONS, router=RouterOptions("embedding", tmp_path / "wrong.npy")))
     write(tmp_path / "pickled.npy", b"\x93NUMPY nonsense")
-    with pytest.raises(TrainingRefused, match="is no NumPy file of numbers"):
+    with pytest.raises(TrainingRefused, match="is not a NumPy file of numbers"):
         go(replace(OPTIONS, router=RouterOptions("embedding", tmp_path / "pickled.npy")))
 
 

@@ -24,7 +24,7 @@ MATH = {"id": "n", "owner": "academy", "experts": ["math"], "assignee": "everyon
 T = {"id": "t", "name": "t"}
 PERMISSIONS = "/v1/organization/projects/t/expert_permissions"
 AGREEMENTS = "/v1/agreements"
-THERE_ARE = "use one of math, news, public, secret"
+THERE_ARE = "use one of math, news, secret"
 
 
 class Bad(NamedTuple):
@@ -58,7 +58,7 @@ DOCUMENTS = {
         experts=["news"],
     ),
     "agreement of an unknown expert": _agreement(
-        f"agreement 'n' names the unknown expert 'zzz': {THERE_ARE}", experts=["zzz"]
+        "agreement 'n' names the unknown expert 'zzz': use one of math", experts=["zzz"]
     ),
     "agreement of an unknown set": _agreement(
         "agreement 'n' names the unknown set 'set:zzz': there is none yet", experts=["set:zzz"]
@@ -67,8 +67,8 @@ DOCUMENTS = {
         "agreement 'n' names the unknown project 'zzz': create it first", assignee="tenant:zzz"
     ),
     "an end before the start": _agreement(
-        "'agreements[0]': not_after must be later than not_before",
-        "The request: not_after must be later than not_before.",
+        "'agreements[0]': 'not_after' must be later than 'not_before'",
+        "'not_after' must be later than 'not_before'.",
         not_before="2027-01-01T00:00:00Z",
         not_after="2026-01-01T00:00:00Z",
     ),

@@ -51,7 +51,7 @@ WRONG = {
         "give --state-dir a folder that can be written",
     ),
     "packages": (["--experts-dir={tmp}/none"], "--experts-dir: '{tmp}/none' is no folder"),
-    "keys": (["--trusted-keys={tmp}/none"], "{tmp}/none is no folder of trusted keys (one OWNER.pem per owner)"),
+    "keys": (["--trusted-keys={tmp}/none"], "{tmp}/none is not a folder of trusted keys (one OWNER.pem per owner)"),
     "length": (
         ["--max-model-len=99999"],
         "cannot be served: --max-model-len 99999 is more than the model's 1024 positions",

@@ -173,7 +173,7 @@ async def test_a_receipt_left_out_of_its_batch_is_found_by_its_holder(
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["show", "dec_nonsense"], 1, "No object of this id is visible to this key"),
+        (["show", "dec_nonsense"], 1, "No object with this id is visible to this key"),
         (["verify", "missing.json", "--jwks", "missing.json"], 1, "No such file"),
     ],
 )

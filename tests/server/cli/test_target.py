@@ -205,7 +205,7 @@ async def test_a_server_refuses_in_its_own_words(urls: tuple[str, str]) -> None:
         assert found.stdout == ""
         return found.stderr
 
-    assert "No object of this id" in await asyncio.to_thread(refused, "sk-admin", "tenants", "show", "zzz")
+    assert "No object with this id" in await asyncio.to_thread(refused, "sk-admin", "tenants", "show", "zzz")
     said = await asyncio.to_thread(refused, "sk-auditor", "tenants", "create", "x")
     assert said.startswith("flexgate: the server says: ")
     assert "auditor" in said

@@ -45,7 +45,7 @@ def test_a_tenants_life(flexgate: Run, real_store: Store) -> None:
     ("arguments", "said"),
     [
         (("show", "zzz"), "there is no project 'zzz'"),
-        (("permit", "t", "zzz"), "project 't' names the unknown expert 'zzz': use one of math, news, public, secret"),
+        (("permit", "t", "zzz"), "project 't' names the unknown expert 'zzz': use one of math, news, secret"),
         (("permit", "t", "public"), "'public' cannot be listed, because every project has it"),
         (("revoke-key", "t", "key_zzz"), "there is no key 'key_zzz' in this project"),
         (("create", ""), "'name' must not be empty"),

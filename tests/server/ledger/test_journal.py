@@ -386,7 +386,7 @@ def spoil_folder(path: Path) -> None:
     ("spoil", "said"),
     [
         (spoil_nothing, "cannot be opened: file is not a database"),
-        (spoil_other, "is no ledger of flexgate: move it away"),
+        (spoil_other, "is not a ledger of flexgate: move it away"),
         (spoil_newer, "is a ledger of version 99, not [0-9]+: use the newer flexgate"),
         (spoil_folder, "cannot be opened: unable to open database file"),
     ],

@@ -140,7 +140,7 @@ def _escaped(pattern: str, position: int) -> tuple[str, int]:
     if code := _CODE.match(pattern, position + 1):
         number = int(next(filter(None, code.groups())), 16)
         if number in _SURROGATES or number > _LAST:
-            raise Unenforceable(f"'{code[0]}' in a pattern is no character of Unicode")
+            raise Unenforceable(f"'{code[0]}' in a pattern is not a Unicode character")
         return chr(number), code.end()
     if name in _CONTROLS:
         return _CONTROLS[name], position + 2

@@ -32,7 +32,7 @@ SHAPES = {
     ),
     "hidden size": (
         Shape(hidden=80, heads=1, kv_heads=1),
-        "its hidden size 80 is no multiple of 32, which vLLM's expert kernels on CPU need",
+        "its hidden size 80 is not a multiple of 32, which vLLM's expert kernels on CPU need",
     ),
     "grouped heads": (
         Shape(hidden=128, heads=4, kv_heads=3),
