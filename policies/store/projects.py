@@ -1,4 +1,4 @@
-"""What an administrator does with projects (tenants): create, change, permit experts, archive."""
+"""What an administrator does with projects (tenants): create, change, archive."""
 
 from __future__ import annotations
 
@@ -63,16 +63,28 @@ def project_times(store: Store, project_ids: Iterable[str]) -> dict[str, Times]:
     return times
 
 
-def update_project(store: Store, project_id: str, fields: dict[str, Any], *, actor: str, at: float) -> Tenant:
+def update_project(
+    store: Store,
+    project_id: str,
+    fields: dict[str, Any],
+    *,
+    actor: str,
+    at: float,
+    before: dict[str, Any] | None = None,
+) -> Tenant:
     """Change some fields of a project (`name`, `mode`, `expert_ids`, `purposes`, …).
 
     `{"mode": …, "expert_ids": […]}` is what `expert_permissions` sets. Raises `ObjectUnknown`, or
-    `ChangeRefused` for a field or value that a tenant cannot have, and for archived projects.
+    `ChangeRefused` for a field or value that a tenant cannot have, for archived projects, and where a field of
+    `before` has another value now.
     """
     if {"id", "archived"} & fields.keys():
         raise ChangeRefused("a project's id stays, and archiving is an action of its own")
     with store.change(actor=actor, note="update project", at=at, urgent=True) as change:
-        tenant = changed(active_project(change, project_id), fields)
+        known = active_project(change, project_id)
+        if before is not None and changed(known, before) != known:
+            raise ChangeRefused(f"project {project_id!r} was changed meanwhile: read it again, and repeat the change")
+        tenant = changed(known, fields)
         change.put(tenant)
     return tenant
 

@@ -19,7 +19,7 @@ from flexgate.server.cli.target import READER, Json, Target, administers
 _HELP: Final = (
     "Manage the policy as a file, explain what a tenant may use, and simulate changes.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
-    "Exit status: 0 success, or no difference; 1 refused or failed, with one sentence; 2 wrong usage; 3 "
+    "Exit status: 0 success, or no difference; 1 refused or failed, the reason is printed; 2 invalid usage; 3 "
     "`diff` or `simulate` found differences."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
@@ -102,9 +102,9 @@ def explain(
 
 @administers(app)
 def simulate(target: Target, file: File, prune: Prune = False, as_json: AsJson = False) -> None:
-    """Show which tenants would gain or lose which experts if a file were applied. Exit status 3 if any would.
+    """Show which tenants would gain or lose which experts if a file were applied. Exit status 3 if any tenant would.
 
-    Replays recent requests, and for every tenant one request without options, against the file.
+    Decides recent requests again under the file, and for each tenant one request without options.
     """
     found = target.simulate(policy_yaml.load(file), prune=prune)
     differences = found["differences"]
@@ -112,7 +112,7 @@ def simulate(target: Target, file: File, prune: Prune = False, as_json: AsJson =
         print_json(differences)
     else:
         rows = _difference_rows(differences, found["unfiltered_samples"])
-        print_table(("tenant", "when declaring", "gains", "loses"), rows, empty="nothing would change for any tenant")
+        print_table(("tenant", "declared", "gains", "loses"), rows, empty="nothing would change for any tenant")
     raise typer.Exit(DIFFERENT if differences else 0)
 
 
@@ -160,7 +160,11 @@ def _difference_rows(differences: list[Json], unfiltered: dict[str, int]) -> lis
     rows = []
     for (tenant, gained, lost), found in groups.items():
         plain = [sample for sample in found if not _filters(sample)]
-        when = ["anything"] if plain and len(plain) == unfiltered[tenant] else [_declared(sample) for sample in plain]
+        when = (
+            ["any purpose and region"]
+            if plain and len(plain) == unfiltered[tenant]
+            else [_declared(sample) for sample in plain]
+        )
         when += [_declared(sample) for sample in found if _filters(sample)]
         rows.append((tenant, "; ".join(when), gained, lost))
     return rows

@@ -36,7 +36,7 @@ READER: Final = "admin or auditor"
 
 def key_option(roles: str) -> Any:
     """The option --key of a command that keys of these roles may run."""
-    return typer.Option(help=f"With --url: API key, role {roles}.", envvar="FLEXGATE_KEY")
+    return typer.Option(help=f"API key for --url; its role must be {roles}.", envvar="FLEXGATE_KEY")
 
 
 TARGETS: Final[dict[str, Any]] = {
@@ -84,8 +84,8 @@ class Target(PolicyTarget, Protocol):
     def create_project(self, name: str) -> str:
         """The new tenant's id."""
 
-    def permit(self, project_id: str, mode: str, expert_ids: list[str]) -> None:
-        """Replace a tenant's list of experts."""
+    def set_experts(self, project_id: str, chosen: Json, before: Json | None = None) -> None:
+        """Set a tenant's ``mode`` and ``expert_ids``; refused if they are no longer what they were ``before``."""
 
     def archive(self, project_id: str) -> None:
         """Archive a tenant permanently."""
@@ -213,9 +213,8 @@ class DatabaseTarget(DatabasePolicy):
     def create_project(self, name: str) -> str:
         return projects.create_project(self._store, name, **_attributed()).id
 
-    def permit(self, project_id: str, mode: str, expert_ids: list[str]) -> None:
-        fields = {"mode": mode, "expert_ids": expert_ids}
-        projects.update_project(self._store, project_id, fields, **_attributed())
+    def set_experts(self, project_id: str, chosen: Json, before: Json | None = None) -> None:
+        projects.update_project(self._store, project_id, chosen, before=before, **_attributed())
 
     def archive(self, project_id: str) -> None:
         projects.archive_project(self._store, project_id, **_attributed())
@@ -304,8 +303,8 @@ class ServerTarget(ServerPolicy):
     def create_project(self, name: str) -> str:
         return str(self._api.ask("POST", _PROJECTS, json={"name": name})["id"])
 
-    def permit(self, project_id: str, mode: str, expert_ids: list[str]) -> None:
-        body = {"mode": mode, "expert_ids": expert_ids}
+    def set_experts(self, project_id: str, chosen: Json, before: Json | None = None) -> None:
+        body = chosen if before is None else {**chosen, "before": before}
         self._api.ask("POST", f"{_one(project_id)}/expert_permissions", json=body)
 
     def archive(self, project_id: str) -> None:

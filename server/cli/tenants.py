@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Annotated, Final
 
 import typer
 
 from flexgate.experts.cli.support import print_table
+from flexgate.policies.errors import ChangeRefused
 from flexgate.server.cli.store import AsJson, print_json
 from flexgate.server.cli.target import READER, Json, Target, administers
 
 _HELP: Final = (
     "Create tenants, set which experts each may use and its limits, create and revoke keys.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
-    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+    "Exit status: 0 done; 1 refused or failed, the reason is printed; 2 invalid usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
@@ -52,7 +54,7 @@ def list_(
 
 @administers(app)
 def create(target: Target, name: Annotated[str, typer.Argument(help="Name of the tenant, for people.")]) -> None:
-    """Create a tenant and print its id. Until more is permitted, it may use `public` only."""
+    """Create a tenant and print its id. At first it may use `public` only."""
     typer.echo(target.create_project(name))
 
 
@@ -63,18 +65,43 @@ def show(target: Target, project: Project) -> None:
 
 
 @administers(app)
-def permit(
+def set_experts(
     target: Target,
     project: Project,
-    experts: Annotated[
-        list[str] | None, typer.Argument(help="Expert ids, or sets ('set:…'). Without any, the list is emptied.")
-    ] = None,
+    experts: Annotated[list[str] | None, typer.Argument(help="The whole list: expert ids, or sets ('set:…').")] = None,
+    none: Annotated[bool, typer.Option("--none", help="Empty the list.")] = False,
+    add: Annotated[list[str] | None, typer.Option(help="Expert or set to add; may be repeated.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="Expert or set to remove; may be repeated.")] = None,
     mode: Annotated[
-        Mode, typer.Option(help="allow_list: the tenant may use only these. deny_list: all but these.")
-    ] = Mode.ALLOW_LIST,
+        Mode | None,
+        typer.Option(help="allow_list: only these may be used. deny_list: all but these. Default: the mode stays."),
+    ] = None,
 ) -> None:
-    """Replace a tenant's whole list of experts. A listed expert is available only if an agreement permits it, too."""
-    target.permit(project, mode.value, experts or [])
+    """Set a tenant's list of experts, or change it, and print it.
+
+    To be used, an expert also needs an agreement that permits it.
+    """
+    if sum(map(bool, (experts, none, add or remove))) != 1:
+        raise typer.BadParameter("give the whole list of experts, or --none, or what to --add and --remove")
+    if mode is not None and (add or remove):
+        raise typer.BadParameter("--mode gives the list another meaning: give the whole list with it, or --none")
+    chosen: Json
+    if mode is not None:
+        before, chosen = None, {"mode": mode.value, "expert_ids": experts or []}
+    else:
+        found = target.project(project)
+        before = {"mode": found["mode"], "expert_ids": found["expert_ids"]}
+        listed = _changed(found["expert_ids"], add or [], remove or []) if add or remove else experts or []
+        chosen = {"mode": found["mode"], "expert_ids": listed}
+    target.set_experts(project, chosen, before)
+    typer.echo(f"{chosen['mode']}: {_shown(chosen['expert_ids'])}")
+
+
+def _changed(listed: list[str], add: list[str], remove: list[str]) -> list[str]:
+    """The list without what is removed, which has to be on it, and with what is added."""
+    if missing := set(remove) - set(listed):
+        raise ChangeRefused(f"{min(missing)!r} is not on the list, which has: {_shown(listed)}")
+    return sorted((set(listed) | set(add)) - set(remove))
 
 
 @administers(app)
@@ -170,4 +197,8 @@ def _written(limit: Json | int | None) -> str:
 
 def _row(tenant: Json) -> tuple[str, str, str, str]:
     name = f"{tenant['name']} (archived)" if tenant["archived"] else tenant["name"]
-    return tenant["id"], name, tenant["mode"], ", ".join(sorted(tenant["expert_ids"])) or "none"
+    return tenant["id"], name, tenant["mode"], _shown(tenant["expert_ids"])
+
+
+def _shown(experts: Iterable[str]) -> str:
+    return ", ".join(sorted({*experts})) or "none"

@@ -115,7 +115,8 @@ def show_permissions(call: Call[Nothing, Nothing]) -> PermissionsObject:
 @router.operation("POST", _PERMISSIONS, roles=_ADMIN, withholds=_unpermitted)
 def set_permissions(call: Call[ExpertPermissions, Written]) -> PermissionsObject:
     """Set which experts a project's list allows or denies. Agreements must permit them, too."""
-    return _permit(call, call.body.mode, call.body.expert_ids)
+    before = call.body.before
+    return _permit(call, call.body.mode, call.body.expert_ids, None if before is None else before.model_dump())
 
 
 @router.operation("DELETE", _PERMISSIONS, roles=_ADMIN, withholds=_unpermitted_all)
@@ -125,9 +126,11 @@ def reset_permissions(call: Call[Nothing, Written]) -> PermissionsDeleted:
     return PermissionsDeleted()
 
 
-def _permit(call: Call[Any, Written], mode: Mode, expert_ids: frozenset[str]) -> PermissionsObject:
+def _permit(
+    call: Call[Any, Written], mode: Mode, expert_ids: frozenset[str], before: dict[str, Any] | None = None
+) -> PermissionsObject:
     fields = {"mode": mode, "expert_ids": expert_ids}
-    tenant = projects.update_project(call.store, call.path["project_id"], fields, **call.attributed)
+    tenant = projects.update_project(call.store, call.path["project_id"], fields, before=before, **call.attributed)
     return permissions_object(tenant.mode, tenant.expert_ids)
 
 

@@ -59,11 +59,20 @@ class ListProjects(Page):
     include_archived: bool = False
 
 
-class ExpertPermissions(Closed):
-    """`allow_list`: these experts, where agreements permit them. `deny_list`: all permitted experts but these."""
+class PermissionsBefore(Closed):
+    """The expert permissions that a change was made for."""
 
     mode: Mode
     expert_ids: References
+
+
+class ExpertPermissions(PermissionsBefore):
+    """`allow_list`: these experts, where agreements permit them. `deny_list`: all permitted experts but these.
+
+    With `before`, the change is refused unless the permissions are still those.
+    """
+
+    before: PermissionsBefore | None = None
 
 
 class ProjectFields(Shown):

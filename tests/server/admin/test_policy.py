@@ -31,6 +31,17 @@ async def test_permissions_and_agreements_decide_together(call: Any) -> None:
     assert allowed((await call("sk-admin", "GET", explain)).json()) == ["public"]
 
 
+async def test_permissions_that_were_changed_meanwhile_are_not_replaced(call: Any) -> None:
+    read = (await call("sk-admin", "GET", PERMISSIONS)).json()
+    before = {field: read[field] for field in ("mode", "expert_ids")}
+    changed = {"mode": "allow_list", "expert_ids": []}
+    assert (await call("sk-admin", "POST", PERMISSIONS, json={**changed, "before": before})).status_code == 200
+    refused = await call("sk-admin", "POST", PERMISSIONS, json={**before, "before": before})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("Project 't' was changed meanwhile: read it again")
+    assert (await call("sk-admin", "GET", PERMISSIONS)).json()["expert_ids"] == []
+
+
 async def test_agreements_get_ids_and_versions(call: Any) -> None:
     terms = {"experts": ["math"], "assignee": "tenant:t", "effect": "permit", "owner": "academy"}
     made = (await call("sk-admin", "POST", "/v1/agreements", json=terms)).json()

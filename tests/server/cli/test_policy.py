@@ -115,7 +115,7 @@ def test_explain_says_that_requests_would_leave_a_layer_without_an_expert(flexga
 def test_simulate_says_who_gains_and_loses(flexgate: Run, policy_file: Run) -> None:
     found = flexgate("policy", "simulate", policy_file(PROPOSAL))
     assert found.exit_code == 3
-    assert found.output.splitlines()[1].split() == ["t", "anything", "math", "news"]
+    assert found.output.splitlines()[1].split() == ["t", "any", "purpose", "and", "region", "math", "news"]
     new = PROPOSAL + "- {id: v, name: v, mode: deny_list, purposes: [search]}\n"
     rows = json.loads(flexgate("policy", "simulate", policy_file(new), "--json").output)
     gained = {(row["project_id"], row["purpose"]): row["gained"] for row in rows}

@@ -61,7 +61,13 @@ def ok(result: Result) -> str:
 def administer(run: Run, store: Store, folder: Path) -> None:
     """A tenant's life, limits, agreements and the audit log; the same whatever `run` acts on."""
     project = ok(run("tenants", "create", "Acme [x]")).strip()
-    ok(run("tenants", "permit", project, "news", "math"))
+    ok(run("tenants", "set-experts", project, "news", "math"))
+    assert ok(run("tenants", "set-experts", project, "--remove", "news", "--add", "secret")) == (
+        "allow_list: math, secret\n"
+    )
+    assert ok(run("tenants", "set-experts", project, "--add", "news", "--remove", "secret")) == (
+        "allow_list: math, news\n"
+    )
     assert store.snapshot().tenants[project].named == {"news", "math"}
     row = next(line for line in ok(run("tenants", "list")).splitlines() if line.startswith(project))
     assert row.split() == [project, "Acme", "[x]", "allow_list", "math,", "news"]
@@ -128,10 +134,10 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     assert run("sets", "create", "set:science", "news").exit_code == 1
     ok(run("sets", "change", "set:science", "math", "news"))
     assert ok(run("sets", "list")).splitlines()[1].split() == ["set:science", "math,", "news"]
-    ok(run("tenants", "permit", project, "set:science"))
+    ok(run("tenants", "set-experts", project, "set:science"))
     refused = run("sets", "delete", "set:science")
     assert (refused.exit_code, f"roject '{project}' still names 'set:science'" in refused.stderr) == (1, True)
-    ok(run("tenants", "permit", project))
+    ok(run("tenants", "set-experts", project, "--none"))
     ok(run("sets", "delete", "set:science"))
     assert ok(run("sets", "list")) == "no sets\n"
     assert run("sets", "change", "set:science", "math").exit_code == 1
@@ -160,7 +166,7 @@ def administer(run: Run, store: Store, folder: Path) -> None:
     (folder / "policy.yaml").write_text("format: flexgate-policy/v1\ntenants: [{id: u, name: u, expert_ids: [math]}]\n")
     simulated = run("policy", "simulate", str(folder / "policy.yaml"))
     assert simulated.exit_code == 3
-    assert ["u", "anything", "news"] in [line.split() for line in simulated.output.splitlines()]
+    assert ["u", "any", "purpose", "and", "region", "news"] in [line.split() for line in simulated.output.splitlines()]
     assert run("policy", "diff", "-", stdin="format: [").exit_code == 1
 
     secret = ok(run("admin-keys", "create", "watcher", "--role", "auditor", "--expires-in-days", "1")).strip()
@@ -274,7 +280,7 @@ COMMANDS = {
     "tenants list": "",
     "tenants create": "x",
     "tenants show": "t",
-    "tenants permit": "t",
+    "tenants set-experts": "t news",
     "tenants create-key": "t x",
     "tenants revoke-key": "t key_x",
     "tenants limits": "t",

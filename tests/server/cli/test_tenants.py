@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
+from flexgate.server.cli.target import DatabaseTarget
 from flexgate.server.http.auth import KeyRevoked, KeyWrong, authenticate
 
 Run = Callable[..., Any]
@@ -24,9 +26,9 @@ def test_a_tenants_life(flexgate: Run, real_store: Store) -> None:
     secret = flexgate("tenants", "create-key", project, "robot", "--expires-in-days", "30").output.strip()
     principal = authenticate(real_store.snapshot(), f"Bearer {secret}", 5.0)
     assert principal.tenant_id == project
-    assert flexgate("tenants", "permit", project, "news", "math").exit_code == 0
+    assert flexgate("tenants", "set-experts", project, "news", "math").output == "allow_list: math, news\n"
     assert real_store.snapshot().tenants[project].named == {"news", "math"}
-    assert flexgate("tenants", "permit", project, "--mode", "deny_list").exit_code == 0
+    assert flexgate("tenants", "set-experts", project, "--none", "--mode", "deny_list").exit_code == 0
     shown = json.loads(flexgate("tenants", "show", project).output)
     assert (shown["mode"], shown["expert_ids"]) == ("deny_list", [])
     (key,) = shown["keys"]
@@ -45,8 +47,10 @@ def test_a_tenants_life(flexgate: Run, real_store: Store) -> None:
     ("arguments", "said"),
     [
         (("show", "zzz"), "there is no project 'zzz'"),
-        (("permit", "t", "zzz"), "project 't' names the unknown expert 'zzz': use one of math, news, secret"),
-        (("permit", "t", "public"), "'public' cannot be listed, because every project has it"),
+        (("set-experts", "t", "zzz"), "project 't' names the unknown expert 'zzz': use one of math, news, secret"),
+        (("set-experts", "t", "public"), "'public' cannot be listed, because every project has it"),
+        (("set-experts", "t", "--add", "zzz"), "project 't' names the unknown expert 'zzz': use one of math, news"),
+        (("set-experts", "t", "--remove", "zzz"), "'zzz' is not on the list, which has: news"),
         (("revoke-key", "t", "key_zzz"), "there is no key 'key_zzz' in this project"),
         (("create", ""), "'name' must not be empty"),
         (("archive", "zzz"), "there is no project 'zzz'"),
@@ -57,6 +61,43 @@ def test_refusals_are_one_sentence(flexgate: Run, arguments: tuple[str, ...], sa
     assert found.exit_code == 1
     assert said in found.stderr
     assert len(found.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("news", "--none"),
+        ("news", "--add", "math"),
+        ("--none", "--remove", "news"),
+        ("--add", "math", "--mode", "deny_list"),
+    ],
+)
+def test_a_list_that_is_not_clear_is_wrong_usage(flexgate: Run, real_store: Store, arguments: tuple[str, ...]) -> None:
+    before = real_store.snapshot()
+    assert flexgate("tenants", "set-experts", "t", *arguments).exit_code == 2
+    assert real_store.snapshot() == before
+
+
+def test_a_list_keeps_its_mode_while_experts_are_added_and_removed(flexgate: Run) -> None:
+    def shown(*arguments: str) -> str:
+        return str(flexgate("tenants", "set-experts", "t", *arguments).output)
+
+    assert shown("--none", "--mode", "deny_list") == "deny_list: none\n"
+    assert shown("math") == "deny_list: math\n"
+    assert shown("--add", "news", "--remove", "math") == "deny_list: news\n"
+    assert shown("--none") == "deny_list: none\n"
+
+
+def test_a_list_that_was_changed_meanwhile_is_not_replaced(real_store: Store) -> None:
+    """Otherwise adding one expert would bring back another that an administrator has just removed."""
+    target = DatabaseTarget(real_store)
+    read = {"mode": "allow_list", "expert_ids": ["math", "news"]}
+    target.set_experts("t", read)
+    target.set_experts("t", {"mode": "allow_list", "expert_ids": ["math"]}, before=read)
+    with pytest.raises(ChangeRefused, match="'t' was changed meanwhile: read it again"):
+        target.set_experts("t", {"mode": "allow_list", "expert_ids": ["math", "news", "secret"]}, before=read)
+    assert real_store.snapshot().tenants["t"].named == {"math"}
 
 
 def test_no_database_is_made_by_looking_at_one(flexgate: Run, tmp_path: Path) -> None:
