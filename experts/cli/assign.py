@@ -1,4 +1,4 @@
-"""``flexgate experts assign``: write down whose a checkpoint's experts are."""
+"""``flexgate experts assign``: record who owns each expert of a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def assign(
     units: Annotated[
         Path | None, typer.Option(help="YAML table of units: their experts, owner, domain, licence, grade.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a flexgate.json that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing flexgate.json.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write flexgate.json, which says whose the experts of a checkpoint are.
+    """Write flexgate.json, which records the owner of each expert of a checkpoint.
 
     A unit is one owner's contribution: several experts per layer, or one, and
-    the same or different ones in each layer. Agreements and answers name a unit
-    by its id. The first one is 'public', which every request uses. For a model
-    of 32 layers with 8 experts each, the table of --units may be:
+    the same or different ones in each layer. Agreements and responses name a
+    unit by its id. The first one is 'public', which every request uses. For a
+    model of 32 layers with 8 experts each, the table of --units may be:
 
     \b
       ownership: owners

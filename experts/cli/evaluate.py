@@ -23,7 +23,7 @@ def evaluate(
     heatmap: Annotated[
         Path | None, typer.Option(help="SVG or PNG file to draw the opt-out matrix into.", show_default=False)
     ] = None,
-    length: Annotated[int, typer.Option(help="Longest piece of a text, in tokens.")] = 512,
+    length: Annotated[int, typer.Option(help="Maximum length of a sequence, in tokens; longer texts are split.")] = 512,
     as_json: Json = False,
 ) -> None:
     """Measure a merged checkpoint with and without each expert: exact answers, perplexity, routing."""

@@ -45,10 +45,10 @@ def revoke(
     expert: Annotated[str, typer.Argument(help="Id of the expert.")],
     key: Key,
     url: Url = LOCAL,
-    drain_seconds: Annotated[float, typer.Option(help="Time that running requests get to finish.")] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="Seconds that running requests have to finish.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Revoke an expert on a running server permanently and print the record."""
+    """Revoke an expert on a running server, also after restarts, until it is added again; print the record."""
     with reported(as_json) as show:
         from flexgate.experts.cli.server import Server
 

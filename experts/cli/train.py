@@ -19,7 +19,7 @@ Steps = Annotated[int, typer.Option(help="Maximum number of optimizer steps.")]
 Peak = Annotated[float, typer.Option(help="Highest learning rate.")]
 Tokens = Annotated[int, typer.Option(help="Tokens per step.")]
 Seed = Annotated[int, typer.Option(help="Random seed. The same seed, texts and machine give the same bits.")]
-Length = Annotated[int, typer.Option(help="Longest piece of a text, in tokens.")]
+Length = Annotated[int, typer.Option(help="Maximum length of a sequence, in tokens; longer texts are split.")]
 Save = Annotated[int, typer.Option(help="Steps between checkpoints of the run; a killed run loses at most this many.")]
 Evaluate = Annotated[int, typer.Option(help="Steps between evaluations on held-out text.")]
 Patience = Annotated[int, typer.Option(help="Early stopping: evaluations without improvement; 0 disables it.")]
@@ -92,7 +92,7 @@ def train(
         Path | None, typer.Option(help="NumPy file with the domain's embedding; required with --router embedding.")
     ] = None,
     train_router: Annotated[bool, typer.Option(help="Also train the router row and bias.")] = False,
-    sharpness: Annotated[float, typer.Option(help="With --router discriminant: factor on its log-odds.")] = 1.0,
+    sharpness: Annotated[float, typer.Option(help="With --router discriminant: scale of the row that it fits.")] = 1.0,
     public_share: Annotated[
         float, typer.Option(help="Fraction of public text in the training, from 0 to below 1.")
     ] = 0.25,
@@ -142,7 +142,10 @@ def tune_router(
     arithmetic: Arithmetic = "float32",
     as_json: Json = False,
 ) -> None:
-    """Train the routers of a merged checkpoint on public texts. The result is marked as not strictly separable."""
+    """Train the routers of a merged checkpoint on public texts.
+
+    The result is marked: excluding an expert from it no longer equals never having merged the expert.
+    """
     given = dict(locals())
     with reported(as_json) as show:
         _require_one_process()

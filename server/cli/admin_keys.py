@@ -14,7 +14,7 @@ from flexgate.server.cli.target import READER, Target, administers
 _HELP: Final = (
     "Create and revoke keys of admins, auditors and owners.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
-    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+    "Exit status: 0 done; 1 refused or failed, the reason is printed; 2 invalid usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 

@@ -18,7 +18,7 @@ from flexgate.server.cli.target import Json, Target, administers
 _HELP: Final = (
     "Create, show, revise and terminate agreements.\n\n"
     "Acts on the policy database, or with --url and --key on a running server.\n\n"
-    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+    "Exit status: 0 done; 1 refused or failed, the reason is printed; 2 invalid usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
@@ -28,7 +28,7 @@ AgreementFile = Annotated[Path, typer.Argument(help="JSON file with the agreemen
 
 @administers(app, "list", roles="admin, auditor or owner")
 def list_(target: Target, as_json: AsJson = False) -> None:
-    """List agreements that were not terminated, oldest first, also those whose time has not come or is over."""
+    """List agreements, oldest first, future and expired ones included. Terminated ones are left out."""
     found = target.agreements()
     if as_json:
         print_json(found)

@@ -25,16 +25,16 @@ _HELP: Final = (
     "Verify, export and trim the audit log.\n\n"
     "Keep heads on another machine (`flexgate audit head >> heads.jsonl`, from time to time): with them, "
     "`verify` also detects a log that was truncated or replaced as a whole.\n\n"
-    "Exit status: 0 success; 1 the log is broken or cannot be read, with one sentence; 2 wrong usage."
+    "Exit status: 0 success; 1 the log is broken or cannot be read, the reason is printed; 2 invalid usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
 
 @administers(app, roles=READER)
 def head(target: Target) -> None:
-    """Print the newest entry of each part of the audit log, as lines of JSON to keep on another machine.
+    """Print number and hash of the newest entry of each part of the audit log, to keep on another machine.
 
-    The parts are the changes and the denied requests; each has a hash chain of its own.
+    The parts are the changes and the denied requests; each has a hash chain of its own, and gives a line of JSON.
     """
     for found in target.audit_heads():
         if found.sequence or found.log != REQUESTS:

@@ -15,7 +15,7 @@ from flexgate.server.cli.store import failing
 
 _HELP: Final = (
     "Correct what is owed to an owner; open, decide and list disputes. Nothing that was added is changed.\n\n"
-    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+    "Exit status: 0 done; 1 refused or failed, the reason is printed; 2 invalid usage."
 )
 _COLUMNS: Final = ("id", "kind", "owner", "receipt", "amount", "state", "reason")
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
@@ -32,7 +32,7 @@ class Kind(enum.StrEnum):
 Key = Annotated[
     str, typer.Option(envvar="FLEXGATE_KEY", help="API key of an admin, an auditor or an owner.", show_envvar=True)
 ]
-Owner = Annotated[str | None, typer.Option(help="The owner; an owner's own key needs none.")]
+Owner = Annotated[str | None, typer.Option(help="Id of the owner; not needed with an owner's own key.")]
 
 
 @app.command()

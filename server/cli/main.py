@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from flexgate.server.engine.frontend.leaving import leaving
 
 SUBCOMMANDS: Final = {
-    "serve": ("flexgate.server.cli.serve", "Serve a FlexOlmo checkpoint directory, or the demo with --demo."),
+    "serve": ("flexgate.server.cli.serve", "Serve the FlexOlmo checkpoint in a folder, or the demo with --demo."),
     "experts": (
         "flexgate.experts.cli.main",
         "Make, check and merge expert packages; add and revoke experts of a running server.",
@@ -29,7 +29,10 @@ SUBCOMMANDS: Final = {
     "agreements": ("flexgate.server.cli.agreements", "Create, show, revise and terminate agreements."),
     "sets": ("flexgate.server.cli.sets", "Create, change and delete named sets of experts."),
     "corrections": ("flexgate.server.cli.corrections", "Correct what is owed; open, decide and list disputes."),
-    "statements": ("flexgate.server.cli.statements", "Show what an owner's experts did in a period, and what is owed."),
+    "statements": (
+        "flexgate.server.cli.statements",
+        "Show how an owner's experts were used in a period, and what is owed.",
+    ),
     "policy": ("flexgate.server.cli.policy", "Manage the policy as a file, explain it, and simulate changes."),
     "receipts": ("flexgate.server.cli.receipts", "Show and verify receipts; rotate the key that signs them."),
     "audit": ("flexgate.server.cli.audit", "Verify, export and trim the audit log."),
@@ -68,7 +71,6 @@ app = typer.Typer(
     name="flexgate",
     no_args_is_help=True,
     add_completion=False,
-    help="Serve merged mixture-of-experts models with a gate per request.",
 )
 
 
@@ -84,7 +86,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Serve merged mixture-of-experts models with a gate per request."""
+    """Serve merged mixture-of-experts models, and decide for each request which experts it may use."""
 
 
 def main() -> None:

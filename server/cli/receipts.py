@@ -37,11 +37,11 @@ from flexgate.server.ledger.receipts.verify_statement import (
 
 _HELP: Final = (
     "Show receipts, verify them from files alone, and rotate the key that signs them.\n\n"
-    "Exit status: 0 success; 1 a receipt is not valid, or cannot be read, with one sentence; 2 wrong usage."
+    "Exit status: 0 success; 1 a receipt is not valid, or cannot be read, the reason is printed; 2 invalid usage."
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
-Url = Annotated[str, typer.Option(help="The running server.", envvar="FLEXGATE_URL")]
+Url = Annotated[str, typer.Option(help="URL of the running server.", envvar="FLEXGATE_URL")]
 Key = Annotated[
     str, typer.Option(help="API key of the tenant, owner, auditor or administrator that asks.", envvar="FLEXGATE_KEY")
 ]
@@ -88,7 +88,7 @@ def chain(
 
 @app.command()
 def head(url: Url, key: Key) -> None:
-    """Print the newest batch as a line of JSON, to keep on another machine; 'verify --heads' compares it."""
+    """Print number and hash of the newest batch as a line of JSON, to keep on another machine for 'verify --heads'."""
     with failing(), Api(url, key) as api:
         for batch in api.ask("GET", "/v1/receipt_batches", params={"newest": True})["data"]:
             newest = batch["header"]
@@ -107,11 +107,11 @@ def verify(
         ),
     ],
     jwks: Annotated[Path, typer.Option(help="File with the server's public keys; 'keys' prints them.")],
-    heads: Annotated[Path | None, typer.Option(help="File with heads that were kept elsewhere.")] = None,
-    prompt: Annotated[Path | None, typer.Option(help="The request's body, byte for byte, of one receipt.")] = None,
-    answer: Annotated[Path | None, typer.Option(help="The response's body, byte for byte, of one receipt.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="File with earlier output of 'head', kept elsewhere.")] = None,
+    prompt: Annotated[Path | None, typer.Option(help="Body of the request of one receipt, byte for byte.")] = None,
+    answer: Annotated[Path | None, typer.Option(help="Body of the response of one receipt, byte for byte.")] = None,
 ) -> None:
-    """Check receipts, statements and chains, and that they fit together; no server is asked."""
+    """Verify receipts, statements and chains, and that they agree with each other. Works offline, from files alone."""
     with failing():
         with _about(jwks):
             public = verifying.parse_keys(jwks.read_bytes())
@@ -135,18 +135,18 @@ def verify(
 def rotate_key(
     demo: place_option("demo", "Act on the demo's state directory.") = None,  # type: ignore[valid-type]
     state_dir: place_option("state_dir", "Act on this state directory.") = None,  # type: ignore[valid-type]
-    database_url: place_option("database_url", "Act on the state of the server of this database.") = None,  # type: ignore[valid-type]
+    database_url: place_option("database_url", "Act on the state of the server that uses this database.") = None,  # type: ignore[valid-type]
     receipt_key: Annotated[
-        Path | None, typer.Option(help="As 'flexgate serve' has it.", envvar="FLEXGATE_RECEIPT_KEY")
+        Path | None, typer.Option(help="The --receipt-key of 'flexgate serve'.", envvar="FLEXGATE_RECEIPT_KEY")
     ] = None,
     receipt_signer: Annotated[
-        str | None, typer.Option(help="As 'flexgate serve' has it.", envvar="FLEXGATE_RECEIPT_SIGNER")
+        str | None, typer.Option(help="The --receipt-signer of 'flexgate serve'.", envvar="FLEXGATE_RECEIPT_SIGNER")
     ] = None,
 ) -> None:
     """Sign receipts with another key from now on, and print its id; a running server follows.
 
-    A key file that is in use is replaced by a new one, and kept beside it as NAME.retired-ID. Where the file or the
-    signer has another key already, that one is taken. Receipts that were signed before stay verifiable.
+    A key file that is in use is renamed to NAME.retired-ID, and a new key takes its place. If the file or the signer
+    has a new key already, that one is used. Receipts that were signed before stay verifiable.
     """
     from flexgate.server.lifecycle.receipts import rotate
 

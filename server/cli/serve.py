@@ -26,9 +26,9 @@ INTERRUPTED: Final = 130
 
 
 def serve(**values: Any) -> None:
-    """Serve a FlexOlmo checkpoint directory, or the demo with --demo.
+    """Serve the FlexOlmo checkpoint in a folder, or the demo with --demo.
 
-    Every option can also be set by the variable that is named with it. The option has precedence.
+    Every option can also be set by the environment variable that is named with it. The option has precedence.
     """
     try:
         settings = load_settings(**given(values))
@@ -76,7 +76,7 @@ def demo_model() -> Path:
     path = Path(flexgate.experts.demo.__file__).with_name("checkpoint")
     if not path.is_dir():
         raise SettingsError(
-            f"the demo model is not installed: {path} is missing. Name a model directory instead of --demo"
+            f"the demo model is not installed: {path} is missing. Name a model's folder instead of --demo"
         )
     return path
 
@@ -87,7 +87,7 @@ def refuse_shadowed_kernels() -> None:
     for entry in sys.path:
         if Path(entry or ".").resolve() == ours:
             raise SettingsError(
-                f"the folder {ours / 'kernels'} shadows the Python package 'kernels': start from another directory, "
+                f"the folder {ours / 'kernels'} shadows the Python package 'kernels': start from another folder, "
                 "or set PYTHONSAFEPATH=1"
             )
 

@@ -1,4 +1,4 @@
-"""`flexgate statements`: what an owner's experts did on a running server, and what is owed for it."""
+"""`flexgate statements`: how an owner's experts were used on a running server, and what is owed for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flexgate.server.cli.receipts import canonical
 from flexgate.server.cli.store import failing
 
 _HELP: Final = (
-    "Show what an owner's experts did in a day or month, in UTC, what is owed for it, and the receipts that say so.\n\n"
-    "Exit status: 0 done; 1 refused or failed, with one sentence; 2 wrong usage."
+    "Show how an owner's experts were used in a day or month (UTC), what is owed for it, and the receipts of it.\n\n"
+    "Exit status: 0 done; 1 refused or failed, the reason is printed; 2 invalid usage."
 )
 _COLUMNS: Final = ("agreement", "expert", "requests", "tokens", "share-weighted tokens", "amount")
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
@@ -37,7 +37,7 @@ Key = Annotated[
     str, typer.Option(envvar="FLEXGATE_KEY", help="API key of the owner, an admin or an auditor.", show_envvar=True)
 ]
 Operator = Annotated[str, typer.Option(envvar="FLEXGATE_KEY", help="API key of an admin or auditor.", show_envvar=True)]
-Owner = Annotated[str | None, typer.Option(help="The owner; an owner's own key needs none.")]
+Owner = Annotated[str | None, typer.Option(help="Id of the owner; not needed with an owner's own key.")]
 _PAGE: Final = 200
 
 

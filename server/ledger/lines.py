@@ -44,7 +44,7 @@ def _mend(file: BinaryIO, size: int) -> bytes:
     tail = file.read(size - start)
     found = tail.rfind(b"\n")
     if found < 0 and start:
-        raise OSError(errno.EINVAL, "it is no file of lines")
+        raise OSError(errno.EINVAL, "it is not a file of lines")
     torn = tail[found + 1 :]
     if not torn:
         return b""

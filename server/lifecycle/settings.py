@@ -36,7 +36,10 @@ class StoreSettings(BaseSettings):
     )
     state_dir: Annotated[
         Path | None,
-        Field(description="Directory of the policy database and added experts; by default ~/.local/state/flexgate."),
+        Field(
+            description="State directory, with policy database, ledger, receipts and added experts; by default "
+            "~/.local/state/flexgate."
+        ),
     ] = None
     database_url: Annotated[
         str | None,
@@ -52,7 +55,7 @@ class StoreSettings(BaseSettings):
         with suppress(ValueError):
             if isinstance(items := json.loads(value), list):
                 return items
-        raise ValueError(f'{value[:80]!r} is no JSON list, such as ["a", "b"]')
+        raise ValueError(f'{value[:80]!r} is not a JSON list, such as ["a", "b"]')
 
     @field_validator("database_url")
     @classmethod
@@ -87,7 +90,7 @@ class StoreSettings(BaseSettings):
 class Settings(StoreSettings):
     """One server. Options given to the command win over variables."""
 
-    model: Annotated[Path | None, Field(description="Directory of a FlexOlmo checkpoint.")] = None
+    model: Annotated[Path | None, Field(description="Folder of a FlexOlmo checkpoint.")] = None
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
     admin_port: Annotated[
@@ -104,7 +107,7 @@ class Settings(StoreSettings):
     ] = False
     served_model_name: Annotated[
         tuple[str, ...],
-        Field(description="Model name accepted in requests; by default the directory's name."),
+        Field(description="Model name accepted in requests; by default the folder's name."),
     ] = ()
     chat_template: Annotated[
         Path | None, Field(description="Jinja file that replaces the checkpoint's chat template.")
@@ -130,7 +133,7 @@ class Settings(StoreSettings):
         int | None,
         Field(
             ge=1,
-            description="Slots that packages added with one owner's key may take; by default half of the free ones.",
+            description="Most slots that packages added with an owner's key may fill; default half of the free ones.",
         ),
     ] = None
     max_package_bytes: Annotated[
@@ -142,7 +145,13 @@ class Settings(StoreSettings):
     max_model_len: Annotated[
         int | None, Field(ge=1, description="Largest number of tokens of a request; by default the model's limit.")
     ] = None
-    max_num_seqs: Annotated[int, Field(ge=1, description="Largest number of requests in one batch.")] = 64
+    max_num_seqs: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Largest number of sequences in one batch. A request takes one for each choice of each prompt.",
+        ),
+    ] = 64
     kv_cache_memory_bytes: Annotated[
         int | None, Field(ge=1, description="Size of the KV cache, in bytes; by default 1 GiB on CPU.")
     ] = None
@@ -165,7 +174,7 @@ class Settings(StoreSettings):
         int, Field(ge=1, description="Prompts of one project that may wait for the engine; further ones get 429.")
     ] = 1024
     queue_seconds: Annotated[
-        float, Field(gt=0, description="Longest time that a prompt waits for the engine; after that it gets 503.")
+        float, Field(gt=0, description="Seconds that a prompt may wait for the engine; after that it gets 503.")
     ] = 300.0
     max_body_bytes: Annotated[int, Field(ge=1024, description="Largest request body, in bytes.")] = 1 << 20
     max_n: Annotated[int, Field(ge=1, description="Maximum number of choices per prompt.")] = 8
@@ -174,7 +183,7 @@ class Settings(StoreSettings):
     max_grammar_bytes: Annotated[int, Field(ge=1, description="Largest schema, pattern or grammar, in bytes.")] = (
         16 * 1024
     )
-    body_seconds: Annotated[float, Field(gt=0, description="Longest time for a request body to arrive.")] = 30.0
+    body_seconds: Annotated[float, Field(gt=0, description="Seconds in which a request's body must arrive.")] = 30.0
     revoked_keys: Annotated[
         Literal["end", "finish"],
         Field(description="When a key is revoked or expires: end its running requests, or let them finish."),
@@ -221,29 +230,35 @@ class Settings(StoreSettings):
     heads_file: Annotated[
         Path | None,
         Field(
-            description="File to which the newest heads of the audit log and of the receipts are appended; best on "
-            "another machine's disk."
+            description="File to which the numbers and hashes of the newest audit entries and receipts are appended "
+            "(their heads); best on another machine's disk."
         ),
     ] = None
-    heads_seconds: Annotated[float, Field(gt=0, description="Interval of appending heads to --heads-file.")] = 3600.0
+    heads_seconds: Annotated[float, Field(gt=0, description="Seconds between two additions to --heads-file.")] = 3600.0
     usage_days: Annotated[
         int,
         Field(ge=32, description="Days to keep usage of requests, for statements, disputes and sums."),
     ] = 400
     keep_alive_seconds: Annotated[
         int,
-        Field(ge=1, description="Idle timeout of connections. Set the proxy's timeout for upstream connections lower."),
+        Field(
+            ge=1,
+            description="Idle timeout of connections, in seconds. Set a proxy's timeout for connections to it lower.",
+        ),
     ] = 75
     cors_origin: Annotated[
         tuple[str, ...],
         Field(description="Web origin whose pages may call the tenants' routes; '*' allows all."),
     ] = ()
-    drain_seconds: Annotated[int, Field(ge=0, description="Time that running requests get to finish at shutdown.")] = 30
+    drain_seconds: Annotated[
+        int, Field(ge=0, description="Seconds that running requests have to finish at shutdown.")
+    ] = 30
     policy_poll_seconds: Annotated[
-        float, Field(gt=0, description="Interval of polling the policy database for changes.")
+        float, Field(gt=0, description="Seconds between two polls of the policy database for changes.")
     ] = 0.25
     policy_lease_seconds: Annotated[
-        float, Field(gt=0, description="Refuse all requests if the policy database has not answered for this long.")
+        float,
+        Field(gt=0, description="Refuse all requests once the policy database has not answered for so many seconds."),
     ] = 2.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="Lowest level that is logged.")
@@ -284,7 +299,7 @@ class Settings(StoreSettings):
     @classmethod
     def _a_token(cls, path: Path | None) -> Path | None:
         if path is not None and not path.is_file():
-            raise ValueError(f"'{path}' is no file")
+            raise ValueError(f"'{path}' is not a file")
         return path
 
     @field_validator("experts_dir")
@@ -292,7 +307,7 @@ class Settings(StoreSettings):
     def _a_folder(cls, path: Path | None) -> Path | None:
         if path is None or path.is_dir():
             return path
-        raise ValueError(f"'{path}' is no folder")
+        raise ValueError(f"'{path}' is not a folder")
 
     @field_validator("cors_origin")
     @classmethod
@@ -307,7 +322,7 @@ class Settings(StoreSettings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not self.demo and self.model is None:
-            raise ValueError("no model is given: name a model directory, or start with --demo")
+            raise ValueError("no model is given: name a model's folder, or start with --demo")
         if self.demo and self.model is not None:
             raise ValueError(
                 "--demo and MODEL name two models: leave one of them out, or unset FLEXGATE_DEMO or FLEXGATE_MODEL"

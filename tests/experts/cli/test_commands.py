@@ -86,7 +86,7 @@ def test_text_output_is_readable_and_steers_no_terminal(pair: Path) -> None:
 def test_errors_are_one_sentence_and_status_one(pair: Path) -> None:
     run("extract", pair / "pair", "1", pair / "law", "--statement", pair / "law.json")
     trusted = ("--trusted-keys", pair / "keys")
-    assert "no folder of trusted keys" in refusal("verify", pair / "law", *trusted)
+    assert "is not a folder of trusted keys" in refusal("verify", pair / "law", *trusted)
     run("keygen", "acme", "--into", pair / "keys")
     assert "is not signed" in refusal("verify", pair / "law", *trusted)
     assert "exists already; nothing is overwritten" in refusal("keygen", "acme", "--into", pair / "keys")

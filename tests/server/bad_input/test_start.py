@@ -50,7 +50,7 @@ WRONG = {
         "cannot make the state directory '{tmp}/file/x' (Not a directory); "
         "give --state-dir a folder that can be written",
     ),
-    "packages": (["--experts-dir={tmp}/none"], "--experts-dir: '{tmp}/none' is no folder"),
+    "packages": (["--experts-dir={tmp}/none"], "--experts-dir: '{tmp}/none' is not a folder"),
     "keys": (["--trusted-keys={tmp}/none"], "{tmp}/none is not a folder of trusted keys (one OWNER.pem per owner)"),
     "length": (
         ["--max-model-len=99999"],

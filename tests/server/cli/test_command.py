@@ -59,15 +59,28 @@ def test_no_command_offers_a_completion_that_does_not_work() -> None:
             assert "completion" not in help_of(*words), words
 
 
-def test_every_argument_and_option_has_help() -> None:
+def every_command() -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, (module, _) in SUBCOMMANDS.items():
         app = typer.main.get_command(importlib.import_module(module).app)
         for words in commands(app, (name,)):
-            command = app
+            command: Any = app
             for word in words[1:]:
-                command = command.commands[word]  # type: ignore[attr-defined]
-            assert command.help, words
-            assert [p.name for p in command.params if not getattr(p, "help", None)] == [], words
+                command = command.commands[word]
+            yield words, command
+
+
+def test_every_argument_and_option_has_help() -> None:
+    for words, command in every_command():
+        assert command.help, words
+        assert [p.name for p in command.params if not getattr(p, "help", None)] == [], words
+
+
+def test_help_has_one_word_for_one_thing() -> None:
+    """What holds files is a folder, but for the state directory; what a server sends is a response."""
+    for words, command in every_command():
+        text = " ".join([command.help, *(parameter.help for parameter in command.params if parameter.name != "help")])
+        assert not re.search(r"(?<!tate )director(y|ies)", text), words
+        assert words[0] == "experts" or not re.search(r"\banswers?\b", text), words
 
 
 def test_help_of_serve_names_default_choices_and_variable_of_every_setting() -> None:

@@ -72,7 +72,7 @@ def test_a_file_that_has_no_lines_is_left_as_it_is(file: Path, monkeypatch: pyte
     monkeypatch.setattr(lines, "LONGEST_LINE", 100)
     image = bytes(range(128, 256)) * 2
     file.write_bytes(image)
-    with pytest.raises(OSError, match="no file of lines"):
+    with pytest.raises(OSError, match="is not a file of lines"):
         append_lines(file, [NEW])
     assert file.read_bytes() == image
     file.write_bytes(json.dumps({"long": "x" * 50}).encode() + b"\n")

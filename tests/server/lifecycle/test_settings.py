@@ -46,7 +46,7 @@ def test_variables_set_and_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "name a model directory, or start with --demo"),
+        ({}, "name a model's folder, or start with --demo"),
         ({"model": MODEL, "demo": True}, "--demo and MODEL name two models"),
         ({"demo": True, "host": "0.0.0.0"}, "--demo listens on loopback only, not on 0.0.0.0"),
         ({"demo": True, "host": "0.0.0.0", "allow_remote": True}, "loopback only"),
@@ -72,11 +72,11 @@ def test_what_does_not_fit_together_is_one_sentence(given: dict[str, Any], messa
     ("variable", "value", "message"),
     [
         ("PORT", "abc", "FLEXGATE_PORT must be an integer"),
-        ("SERVED_MODEL_NAME", "a", 'FLEXGATE_SERVED_MODEL_NAME: \'a\' is no JSON list, such as ["a", "b"]'),
+        ("SERVED_MODEL_NAME", "a", 'FLEXGATE_SERVED_MODEL_NAME: \'a\' is not a JSON list, such as ["a", "b"]'),
         ("SERVED_MODEL_NAME", "[1]", "FLEXGATE_SERVED_MODEL_NAME must be a string"),
-        ("CORS_ORIGIN", '"https://a"', "FLEXGATE_CORS_ORIGIN: '\"https://a\"' is no JSON list"),
-        ("CORS_ORIGIN", "5", "FLEXGATE_CORS_ORIGIN: '5' is no JSON list"),
-        ("EXPERTS_DIR", "/no/such", "FLEXGATE_EXPERTS_DIR: '/no/such' is no folder"),
+        ("CORS_ORIGIN", '"https://a"', "FLEXGATE_CORS_ORIGIN: '\"https://a\"' is not a JSON list"),
+        ("CORS_ORIGIN", "5", "FLEXGATE_CORS_ORIGIN: '5' is not a JSON list"),
+        ("EXPERTS_DIR", "/no/such", "FLEXGATE_EXPERTS_DIR: '/no/such' is not a folder"),
     ],
 )
 def test_what_is_wrong_with_a_variable_is_one_sentence_that_names_it(
