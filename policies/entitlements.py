@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from flexgate.policies import reasons
 from flexgate.policies.compiled.agreements import (
     ANCHOR,
     AssigneeAgreements,
+    ByStart,
     CompiledAgreement,
     Row,
     by_start,
@@ -69,7 +70,7 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
             agreements = limited[id_]
             first = agreements[0]
             if len(agreements) == 1 and first.whatever and first.starts <= now < first.ends and id_ not in always:
-                until, counted[id_] = first.ends, first
+                until, counted[id_] = first.ends, first  # as `_judge` would find, in the most frequent case
             else:
                 until, reason, agreement = _judge(snapshot.experts[id_], preferred.get(id_), agreements, context, now)
                 if agreement is not None:
@@ -97,7 +98,7 @@ def _together(
 ) -> tuple[frozenset[ExpertId], Mapping[ExpertId, CompiledAgreement], Row]:
     """What several assignees are always permitted, under which agreements, and their limited agreements, by start."""
     preferred: dict[ExpertId, CompiledAgreement] = {}
-    limited: dict[ExpertId, tuple[CompiledAgreement, ...]] = {}
+    limited: dict[ExpertId, ByStart] = {}
     for of_one in found:
         for expert, agreement in of_one.preferred.items():
             preferred[expert] = min(preferred.get(expert, agreement), agreement, key=precedence_of)
@@ -120,36 +121,32 @@ def _time_slot(found: list[AssigneeAgreements], now: float) -> tuple[float, floa
 
 
 def _judge(
-    expert: Expert,
-    unlimited: CompiledAgreement | None,
-    agreements: tuple[CompiledAgreement, ...],
-    context: Context,
-    now: float,
+    expert: Expert, unlimited: CompiledAgreement | None, limited: ByStart, context: Context, now: float
 ) -> tuple[float, Reason | None, CompiledAgreement | None]:
-    """Until when the agreements permit the expert, or why they do not, and which its use counts under.
+    """Until when the agreements permit the expert, or why they do not, and which its use counts under."""
+    permissions = [one for one in limited if one.permits and now < one.ends and context.covered_by(one)]
+    prohibitions = [one for one in limited if not one.permits and now < one.ends and context.touched_by(one)]
+    prohibiting = [one for one in prohibitions if one.starts <= now]
+    if prohibiting:
+        return now, reasons.prohibited(expert, min(prohibiting, key=_by_id)), None
+    permitting = [one for one in permissions if one.starts <= now]
+    if unlimited is not None:
+        permitting.append(unlimited)
+    if not permitting:
+        return now, _nearest_miss(expert, [one for one in limited if one.permits], context, now), None
+    until = math.inf if unlimited is not None else _gap_after(permissions, now)
+    if prohibitions:  # by start, as all of them
+        until = min(until, prohibitions[0].starts)
+    return until, None, min(permitting, key=precedence_of)
 
-    `agreements` are the limited ones, by start, so that one pass finds how far permissions reach without a gap.
-    """
-    permitted_until = now if unlimited is None else math.inf
-    in_force = [] if unlimited is None else [unlimited]
-    banned_from = math.inf
-    bans = []
-    for agreement in agreements:
-        if agreement.permits:
-            reaches = agreement.starts <= permitted_until < agreement.ends
-            holds = agreement.starts <= now < agreement.ends
-            if (reaches or holds) and context.covered_by(agreement):
-                permitted_until = agreement.ends if reaches else permitted_until
-                in_force += [agreement] if holds else []
-        elif now < agreement.ends and context.touched_by(agreement):
-            if agreement.starts <= now:
-                bans.append(agreement)
-            banned_from = min(banned_from, agreement.starts)
-    if bans:
-        return now, reasons.prohibited(expert, min(bans, key=_by_id)), None
-    if in_force:
-        return min(permitted_until, banned_from), None, min(in_force, key=precedence_of)
-    return now, _nearest_miss(expert, [one for one in agreements if one.permits], context, now), None
+
+def _gap_after(permissions: Sequence[CompiledAgreement], now: float) -> float:
+    """The first moment from `now` on at which none of the permissions, which are by start, is in force."""
+    until = now
+    for one in permissions:
+        if one.starts <= until < one.ends:
+            until = one.ends
+    return until
 
 
 def _nearest_miss(expert: Expert, permits: list[CompiledAgreement], context: Context, now: float) -> Reason:

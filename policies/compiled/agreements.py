@@ -61,7 +61,9 @@ def precedence_of(agreement: CompiledAgreement) -> Precedence:
     return agreement.precedence
 
 
-Row = Mapping[ExpertId, tuple[CompiledAgreement, ...]]
+ByStart = tuple[CompiledAgreement, ...]
+"""In the order of `by_start`."""
+Row = Mapping[ExpertId, ByStart]
 ANCHOR: Final = frozenset({PUBLIC})
 
 
