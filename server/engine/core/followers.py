@@ -14,7 +14,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from itertools import count
 from typing import Any, Final, Protocol
@@ -191,7 +191,11 @@ class Follower:
 
 
 class Followers:
-    """All processes of an engine core, by constraint; the first one begins them, after :meth:`start`."""
+    """All processes of an engine core, by constraint; the first one begins them, after :meth:`start`.
+
+    Any thread may `follow`; the step's thread alone may `collect`. A grammar that is dropped runs `_leave` on whichever
+    thread drops it, even one that holds the lock: it waits for no lock, and leaves the rest to the next `collect`.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -347,21 +351,38 @@ class Followers:
         self._listed = tuple(self._all.values())
 
     def _unneeded(self) -> str | None:
-        """The process that is to end next, if one is: the oldest of the tenant that has most unneeded ones."""
-        idle = [name for name, follower in self._all.items() if not follower.followed]
-        alive = Counter(follower.tenant for follower in self._all.values() if follower.alive)
-        crowded = [name for name in idle if alive[self._all[name].tenant] > MAX_OF_TENANT]
-        if crowded:
-            return crowded[0]
-        wanted = sum(min(count, MAX_OF_TENANT) for count in alive.values())  # what waits at its tenant's bound is not
-        of_number = len(idle) >= MAX_KEPT or wanted > MAX_PROCESSES
-        if not idle or not (of_number or sum(self._all[name].kib for name in idle) > MAX_KEPT_KIB):
+        """The process to end next, if one is: of the idle ones, which no request follows, by the first rule that fits.
+
+        - Its tenant has more processes than may run: the oldest of these.
+        - More are kept, or want to run, than may: the oldest of the tenant that keeps most.
+        - Their grammars take more memory than is kept: the oldest of the tenant whose take most.
+        """
+        idle = {name: follower for name, follower in self._all.items() if not follower.followed}
+        if not idle:
             return None
-        held: Counter[str] = Counter()
-        for name in idle:
-            held[self._all[name].tenant] += 1 if of_number else self._all[name].kib
-        [(most, _)] = held.most_common(1)
-        return next(name for name in idle if self._all[name].tenant == most)
+        of_tenant = Counter(follower.tenant for follower in self._all.values() if follower.alive)
+        for name, follower in idle.items():
+            if of_tenant[follower.tenant] > MAX_OF_TENANT:
+                return name
+        if len(idle) >= MAX_KEPT or _wanting(of_tenant) > MAX_PROCESSES:
+            return _oldest_of_most({name: (follower.tenant, 1) for name, follower in idle.items()})
+        if sum(follower.kib for follower in idle.values()) > MAX_KEPT_KIB:
+            return _oldest_of_most({name: (follower.tenant, follower.kib) for name, follower in idle.items()})
+        return None
+
+
+def _wanting(of_tenant: Mapping[str, int]) -> int:
+    """How many processes run or want to; what a tenant has beyond its bound waits for its own to end."""
+    return sum(min(count, MAX_OF_TENANT) for count in of_tenant.values())
+
+
+def _oldest_of_most(kept: Mapping[str, tuple[str, int]]) -> str:
+    """The first process of the tenant whose processes are the largest together; `kept` has tenant and size of each."""
+    sizes: Counter[str] = Counter()
+    for tenant, size in kept.values():
+        sizes[tenant] += size
+    [(most, _)] = sizes.most_common(1)
+    return next(name for name, (tenant, _) in kept.items() if tenant == most)
 
 
 def _readable(owing: list[Follower], seconds: float) -> list[Follower]:

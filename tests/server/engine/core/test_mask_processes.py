@@ -58,6 +58,23 @@ def test_a_request_that_is_gone_is_forgotten_and_unneeded_processes_are_few(
     assert sum(one.alive and not one.followed for one in followers._all.values()) <= 2
 
 
+def test_a_request_that_is_dropped_under_the_lock_waits_for_no_lock(
+    followers: Followers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection of garbage may begin within `follow`, on the thread that holds the lock."""
+    monkeypatch.setattr(core_followers, "MAX_KEPT", 1)
+    running = [follow(followers, "ab", "t")]
+    until(followers, lambda: running[0].ready)
+    follower = running[0]._follower
+    with followers._lock:
+        running.clear()
+        gc.collect()
+        assert not follower.followed
+        assert follower.alive
+    followers.collect([], 0.0)
+    assert not follower.alive
+
+
 def test_processes_of_the_tenant_that_keeps_most_are_ended_first(
     followers: Followers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
