@@ -28,17 +28,23 @@ _BITS = np.arange(MAX_UNITS)
 
 @dataclass(slots=True)
 class _RequestGate:
-    """One live request: its gate as a bitmask and the positions already counted."""
+    """One live request: its gate as a bitmask, and up to which position it has been counted."""
 
     bitmask: int
     counted: int = 0
 
 
 class _Scheduled(NamedTuple):
-    """One request of the step: ``skip`` leading tokens were counted before.
+    """One request of the step, which computes ``tokens`` positions from ``first`` on. Each position counts once.
 
-    ``cached`` has the places in the KV cache of positions before ``first`` that were not counted yet: what another
-    request of the same gate computed.
+    Of a request that begins with positions which another one of the same gate computed, these count, too; of one that
+    goes on after a preemption, those that are computed again do not::
+
+        counted      first         end              first       counted    end
+           |  cached   |    new     |                 |   skip     |  new   |
+           +===========+============+                 +............+========+
+
+    ``cached`` has the places of these positions in the KV cache, None where there are none; ``skip`` is a number.
     """
 
     bitmask: int
@@ -159,9 +165,9 @@ class GateState(torch.nn.Module):
             return None
         step = [self._step[request_id] for request_id in self._order]
         # After the pass: requests of one step may read what another of them has just computed.
-        cached = [entry.cached for entry in step if entry.cached is not None]
-        taken = self._memory().take(self._num_tokens, places_T[: self._num_tokens], cached)
-        return PendingUsage(list(self._order), step, *taken)
+        reading = {row: entry.cached for row, entry in enumerate(step) if entry.cached is not None}
+        taken = self._memory().take(self._num_tokens, places_T[: self._num_tokens], list(reading.values()))
+        return PendingUsage(list(self._order), step, list(reading), *taken)
 
     def _memory(self) -> "_HostBuffers | _DeviceBuffers":
         """The buffers where they lie now: a module may be moved after it was made."""
@@ -178,6 +184,7 @@ class GateState(torch.nn.Module):
         self.requests[request_id] = _RequestGate(gate.bitmask)
 
     def _schedule(self, request_id: str, first: int, count: int, blocks: Sequence[list[int]] | None) -> _Scheduled:
+        """Count the positions up to ``first + count``; raises as :meth:`begin_step`."""
         gate = self.requests[request_id]
         if gate.bitmask & ~self.table.live_mask:
             raise GateError("a request that may use a closed slot was scheduled")
@@ -193,10 +200,16 @@ class GateState(torch.nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PendingUsage:
-    """A step's attribution on its way from the device, still per token."""
+    """A step's attribution on its way from the device, still per token.
+
+    Attributes:
+        step: the step's requests in the batch's order, R long.
+        reading: rows of those that read cached positions, as `cached` has what these were routed to.
+    """
 
     request_ids: list[str]
     step: list[_Scheduled]
+    reading: list[int]
     mass_TU: Int64Array
     chosen_T: Int64Array
     sum_T: Float32Array
@@ -207,22 +220,16 @@ class PendingUsage:
         """Wait for the copy and add up each request's tokens and cached positions, without those counted before."""
         if self.copied is not None:
             self.copied.synchronize()
-        usage = StepUsage(
-            self.request_ids,
-            [entry.first + entry.skip for entry in self.step],
-            [entry.tokens - entry.skip for entry in self.step],
-            [0] * len(self.step),
-            self._per_request(_used(self.mass_TU, self.chosen_T)),
-            self._overflowed(),
-        )
-        reading = (index for index, entry in enumerate(self.step) if entry.cached is not None) if self.cached else ()
-        for index, used in zip(reading, self.cached, strict=True):
-            positions = len(used[0])
-            usage.first_R[index] -= positions
-            usage.count_R[index] += positions
-            usage.cached_R[index] = positions
-            usage.used_R2U[index] += _used(*used).sum(0)
-        return usage
+        first_R = [entry.first + entry.skip for entry in self.step]
+        count_R = [entry.tokens - entry.skip for entry in self.step]
+        cached_R = [0] * len(self.step)
+        used_R2U = self._computed()
+        for row, used in zip(self.reading, self.cached, strict=True):
+            cached_R[row] = len(used[0])
+            first_R[row] -= cached_R[row]  # they lie right before those that were computed
+            count_R[row] += cached_R[row]
+            used_R2U[row] += _used(*used).sum(0)
+        return StepUsage(self.request_ids, first_R, count_R, cached_R, used_R2U, self._overflowed())
 
     def _overflowed(self) -> list[str]:
         finite_T = np.isfinite(self.sum_T)
@@ -232,7 +239,9 @@ class PendingUsage:
         bad = np.repeat(np.arange(len(tokens)), tokens)[~finite_T]
         return [self.request_ids[index] for index in np.unique(bad)]
 
-    def _per_request(self, used_T2U: Int64Array) -> Int64Array:
+    def _computed(self) -> Int64Array:
+        """What each request's computed positions used, without those counted before, [R, 2U]; an array of its own."""
+        used_T2U = _used(self.mass_TU, self.chosen_T)
         starts, start = [], 0
         for entry in self.step:
             starts.append(start)
@@ -241,7 +250,7 @@ class PendingUsage:
             start += entry.tokens
         if start == len(starts):  # one token each, as in every step that only decodes
             return used_T2U
-        sums: Int64Array = np.add.reduceat(used_T2U, starts, axis=0)
+        sums: Int64Array = np.add.reduceat(used_T2U, starts, axis=0)  # every request of a step has at least one token
         return sums
 
 
