@@ -26,6 +26,7 @@ from flexgate.server.http.errors import Invalid, Unavailable
 from flexgate.server.http.refusals import from_ledger
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.receipts.owners import sums_of_owners
+from flexgate.server.ledger.receipts.service import NoReceipt
 from flexgate.server.ledger.receipts.signing import SignerUnavailable
 from flexgate.server.ledger.receipts.statements import NotInPeriod, Statements
 from flexgate.server.ledger.statements import Period
@@ -82,6 +83,9 @@ def _translated(call: Call[Any, Any], period: Period) -> Iterator[None]:
             try:
                 yield
                 require_whole(call, period)
+            except NoReceipt:
+                require_whole(call, period)  # else an honest server would say that it has no proof
+                raise
             except LedgerError as error:
                 raise from_ledger(error, param="period", advice=advice(period)) from error
     except NotInPeriod:

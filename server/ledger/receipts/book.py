@@ -180,11 +180,11 @@ class Book:
             yield batch.first + place, batch.roots[place]
 
     def sequence_of(self, number: int) -> int:
-        """The number in the ledger of the request that a receipt is of, or where the chain ends before it."""
+        """The number in the ledger of the request that a receipt is of; where the chain ends before it, and 0 for 0."""
+        if number == 0:
+            return 0
         batch = self._first("last", number)
-        if batch is None:
-            return self.end().sequence
-        return batch.sequences[max(0, number - batch.first)]
+        return self.end().sequence if batch is None else batch.sequences[number - batch.first]
 
     def chain(self, after: int, limit: int) -> list[tuple[bytes, bytes]]:
         """Headers and signatures of batches after a number, in their order."""

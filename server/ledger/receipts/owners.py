@@ -52,7 +52,8 @@ def sums_of_owners(receipts: Receipts, period: Period, terms_of: TermsOf, *, at:
             rows = reading.rows(_PARTS, values)
             ((requests, tokens, unrouted),) = reading.rows(_REQUESTS, values)
             final = ended and newest_read(reading, period) <= end.sequence
-        leaves = _leaves(rows, terms_of, secret=book.secret + f"{period.name}:{end.last}".encode())
+        moment = "final" if final else str(end.last)  # final sums have one root, whenever they are made
+        leaves = _leaves(rows, terms_of, secret=book.secret + f"{period.name}:{moment}".encode())
         hashes = [leaf_hash(salt + rfc8785.dumps(content)) for salt, content in leaves]
         totals = {
             "amounts": _amounts([content for _, content in leaves]),

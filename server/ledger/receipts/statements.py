@@ -25,7 +25,7 @@ from flexgate.server.ledger.reading import opened as opened_ledger
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.book import Book, opened
 from flexgate.server.ledger.receipts.maker import current_key, signed
-from flexgate.server.ledger.receipts.service import NoReceipt, Reader, Receipts
+from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptPending, Receipts
 from flexgate.server.ledger.receipts.signing import thumbprint
 from flexgate.server.ledger.statements import (
     EVERY,
@@ -124,6 +124,7 @@ class Statements:
 
         Raises:
             NoReceipt: there is none of this id that the owner may see.
+            ReceiptPending: it is not made yet.
             NotInPeriod: no statement of the period counts it.
         """
         with opened_ledger(self._receipts.ledger) as connection:
@@ -132,7 +133,10 @@ class Statements:
             raise NoReceipt
         with opened(self._receipts.book) as book, reading_statements(self._receipts.ledger) as reading:
             until = book.end().sequence if last is None else book.sequence_of(last)
-            (number,) = [number for number, _ in book.numbered([recorded.sequence])] or [0]
+            found = book.find(recorded.sequence)
+            if found is None:
+                raise ReceiptPending(self._receipts.maker.waiting or "it is made within a second")
+            number = found[0].first + found[1]
             tree = _tree(book, reading, owner, period, until=until)
             index = bisect_left(tree.numbers, number)
             if index == len(tree.numbers) or tree.numbers[index] != number:

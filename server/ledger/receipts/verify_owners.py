@@ -56,6 +56,7 @@ class OwnersSums:
     head: Head
     leaves: dict[str, Sums]
     complete: bool
+    says: Json
 
     @property
     def name(self) -> str:
@@ -95,11 +96,23 @@ def verify_owners(text: bytes, keys: Keys) -> OwnersSums:
         Head(totals["server"], int(head["number"]), head["hash"]),
         {content["owner"]: _sums(content, content) for content in contents if content["kind"] == "owner"},
         len(contents) == len(hashes),
+        totals,
     )
 
 
 def verify_parts(sums: Iterable[OwnersSums], statements: Iterable[SignedStatement]) -> int:
-    """Each statement must be its owner's part in sums of the same receipts; returns how many were compared."""
+    """Sums must not contradict each other, and each statement must be its owner's part in sums of the same receipts.
+
+    Returns:
+        How many statements were compared.
+    """
+    sums = list(sums)
+    known: dict[tuple[str, str, int | None], Json] = {}
+    for one in sums:
+        moment = (one.server, one.period, one.last if one.provisional else None)
+        lasting = {name: value for name, value in one.says.items() if name not in ("at", "head", "kid", "last")}
+        if known.setdefault(moment, lasting) != lasting:
+            raise ReceiptInvalid(f"{one.server} has signed two contents of the {one.name}")
     compared = 0
     statements = list(statements)
     for one in sums:
@@ -140,6 +153,8 @@ def _sums(counts: Json, amounts: Json) -> Sums:
     found = {name: Fraction(counts[name]) for name in _USES}
     for one in amounts.get("amounts", ()):
         texts(one, "an amount", {"amount": EXACT, "currency": "[A-Z]{3}"})
+        if one["currency"] in found:
+            raise ReceiptInvalid(f"a part has two amounts in {one['currency']}")
         found[one["currency"]] = Fraction(one["amount"])
     return found
 

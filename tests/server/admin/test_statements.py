@@ -298,6 +298,16 @@ async def test_an_owner_gets_neither_receipts_nor_proofs_of_others(call: Any, re
     assert (other_day.status_code, other_day.json()["error"]["code"]) == (400, "not_in_statement")
 
 
+async def test_a_proof_of_deleted_usage_is_refused_as_that(
+    call: Any, receipted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as a receipt that there is none of, which would speak against an honest server."""
+    monkeypatch.setattr("flexgate.server.ledger.reading.Local.whole_since", lambda _: START + DAY)
+    for one in (receipt(1), receipt(9)):
+        refused = await call("sk-owner", "GET", f"{MONTH}/receipts/{one}")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "usage_deleted")
+
+
 async def test_a_statement_is_not_sent_unsigned(call: Any, receipted: Any) -> None:
     receipted.receipts.maker.signer.path.unlink()
     refused = await call("sk-owner", "GET", f"{MONTH}/signed")

@@ -89,6 +89,11 @@ def test_parts_that_do_not_sum_are_found_by_an_auditor(kit: Any) -> None:
     for message, text in wrong.items():
         with pytest.raises(ReceiptInvalid, match=message):
             verified(receipts, text)
+    euros = [{"amount": "1", "currency": "EUR"}, *whole["totals"]["amounts"]]
+    with pytest.raises(ReceiptInvalid, match="two amounts in EUR"):
+        verified(receipts, signed(amounts=euros))
+    with pytest.raises(ReceiptInvalid, match="two contents of the sums"):
+        verify_parts([verified(receipts, one) for one in (sums(receipts), signed(requests="5"))], [])
     changed = sums(receipts).replace(b'"owner":"gazette"', b'"owner":"academy"', 1)
     with pytest.raises(ReceiptInvalid, match="it was changed"):
         verified(receipts, changed)
@@ -103,3 +108,18 @@ def test_a_statement_that_is_not_its_owners_part_is_found(kit: Any) -> None:
         connection.execute("UPDATE parts SET share_ppm = 0 WHERE sequence = 2 AND expert <> 'public'")
     with pytest.raises(ReceiptInvalid, match="is not that owner's part"):
         verify_parts([verified(receipts, sums(receipts))], [before])
+
+
+def test_final_sums_are_the_same_whenever_they_are_made(kit: Any) -> None:
+    receipts = made(kit)
+    first = sums(receipts)
+    kit.record(5)
+    with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+        connection.execute(
+            "UPDATE usage SET ended_at = ended_at + 3000000000000 WHERE sequence = 5"
+        )  # of another month
+    receipts.maker.work()
+    both = [verified(receipts, one) for one in (first, sums(receipts))]
+    assert [(one.last, one.provisional) for one in both] == [(4, False), (5, False)]
+    assert both[0].says["root"] == both[1].says["root"]
+    assert verify_parts(both, [statement(receipts, "gazette")]) == 2

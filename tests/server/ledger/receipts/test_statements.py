@@ -22,7 +22,7 @@ from flexgate.server.inference.request.extension import COUNTERFACTUAL
 from flexgate.server.ledger.entries import RegisteredExpert
 from flexgate.server.ledger.receipts import merkle, verify
 from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
-from flexgate.server.ledger.receipts.service import NoReceipt, Receipts
+from flexgate.server.ledger.receipts.service import NoReceipt, ReceiptPending, Receipts
 from flexgate.server.ledger.receipts.statements import NotInPeriod, Statements
 from flexgate.server.ledger.receipts.verify_statement import parse_proof, verify_statement, verify_statements
 from flexgate.server.ledger.statements import Period
@@ -304,6 +304,8 @@ def test_a_statement_is_provisional_until_the_period_has_ended_and_all_of_it_has
     waiting = signed(receipts)
     said = json.loads(waiting)["statement"]
     assert (said["provisional"], said["receipts"], said["last"]) == (True, "2", "2")
+    with pytest.raises(ReceiptPending):
+        proof(receipts, name(3))
     receipts.maker.work()
     final, mine, last = signed(receipts), page(receipts), proof(receipts, name(1), last=2)
     assert json.loads(final)["statement"]["provisional"] is False
@@ -315,8 +317,9 @@ def test_a_statement_is_provisional_until_the_period_has_ended_and_all_of_it_has
         (final, mine[0], last),  # a proof for the provisional one
         (final, early, *mine),
     ) == [True, True, True, False, True]
-    with pytest.raises(NotInPeriod):
-        proof(receipts, name(3), last=2)
+    for number, last in ((3, 2), (1, 0)):
+        with pytest.raises(NotInPeriod):
+            proof(receipts, name(number), last=last)
 
 
 def test_a_statement_counts_its_owners_receipts_of_its_server_alone(
