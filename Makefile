@@ -1,4 +1,4 @@
-# flexgate: `make serve` and `make test` need this checkout, Python 3.11 or 3.12 and, for the first run, a network.
+# flexgate: `make serve` and `make test` need this checkout, Python 3.11 and, for the first run, a network.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -140,7 +140,7 @@ clean: ## Remove the environment and caches.
 # Everything is installed from hashed locks without dependency resolution: vLLM's own
 # requirements pull CUDA builds of torchvision that break transformers on CPU.
 $(VENV)/.runtime: locks/cpu.txt locks/torch-cpu.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "flexgate needs Python 3.11 or 3.12; run: make PYTHON=python3.11 …")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "flexgate needs Python 3.11, whose PyTorch the lock file pins; run: make PYTHON=python3.11 …")'
 	@echo "installing about 3.5 GB into $(VENV); this takes a minute or more"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m $(PIP_INSTALL) --require-hashes -r locks/cpu.txt -r locks/torch-cpu.txt

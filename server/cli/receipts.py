@@ -17,6 +17,7 @@ import rfc8785
 import typer
 
 from flexgate.experts.cli.api import Api
+from flexgate.experts.cli.remote import LOCAL, Url
 from flexgate.experts.errors import UsageInvalid
 from flexgate.policies.strict_json import no_key_twice
 from flexgate.server.cli.heads import lines_of
@@ -41,7 +42,6 @@ _HELP: Final = (
 )
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=_HELP)
 
-Url = Annotated[str, typer.Option(help="URL of the running server.", envvar="FLEXGATE_URL")]
 Key = Annotated[
     str, typer.Option(help="API key of the tenant, owner, auditor or administrator that asks.", envvar="FLEXGATE_KEY")
 ]
@@ -57,8 +57,8 @@ _RECEIPT, _CHAIN, _STATEMENT, _PROOF, _OWNERS = (
 @app.command()
 def show(
     receipt: Annotated[str, typer.Argument(help="The decision's id, which is in the response.")],
-    url: Url,
     key: Key,
+    url: Url = LOCAL,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a receipt that is not made yet.")] = 5.0,
 ) -> None:
     """Print a receipt, as far as it concerns the key's tenant or owner; 'verify' checks what is printed."""
@@ -70,7 +70,7 @@ def show(
 
 
 @app.command()
-def keys(url: Url) -> None:
+def keys(url: Url = LOCAL) -> None:
     """Print the public keys that the server's receipts are signed with, for 'verify'."""
     with failing(), Api(url, "none") as api:
         sys.stdout.write(canonical(api.ask("GET", "/.well-known/jwks.json")))
@@ -78,7 +78,9 @@ def keys(url: Url) -> None:
 
 @app.command()
 def chain(
-    url: Url, key: Key, after: Annotated[int, typer.Option(min=0, help="Print only batches after this number.")] = 0
+    key: Key,
+    url: Url = LOCAL,
+    after: Annotated[int, typer.Option(min=0, help="Print only batches after this number.")] = 0,
 ) -> None:
     """Print the signed headers of all batches as JSON Lines, for 'verify'."""
     with failing(), Api(url, key) as api:
@@ -87,7 +89,7 @@ def chain(
 
 
 @app.command()
-def head(url: Url, key: Key) -> None:
+def head(key: Key, url: Url = LOCAL) -> None:
     """Print number and hash of the newest batch as a line of JSON, to keep on another machine for 'verify --heads'."""
     with failing(), Api(url, key) as api:
         for batch in api.ask("GET", "/v1/receipt_batches", params={"newest": True})["data"]:

@@ -28,7 +28,7 @@ router: Final = OperationRouter()
 
 @router.operation("GET", _ALL, roles=READERS)
 def list_(call: Call[Nothing, ListRateLimits]) -> RateLimitPage:
-    """List a project's limits, then those of its keys. A tenant's key sees its project's."""
+    """List a project's limits, then those of its keys. A project's own key sees them, too."""
     quotas = _quotas(call, visible_project(call))
     chosen, more = page_of(list(quotas), call.query, str)
     return RateLimitPage.of([_shown(call, id_, quotas[id_]) for id_ in chosen], more=more)

@@ -1,7 +1,7 @@
 """Which ways of running the engine were tried, as data: refusals and the README's table.
 
-``tested``: the test suite runs it. ``unverified``: expected to work, never run (no GPU was
-at hand). ``refused``: it would bypass the gate's buffers, or was never tried; the
+``tested``: the test suite runs it. ``unverified``: expected to work, not run yet (it needs
+a GPU). ``refused``: it would bypass the gate's buffers, or was never tried; the
 launcher refuses to start.
 """
 
@@ -47,7 +47,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "`--moe-kernels flexgate` on CPU", "tested", "torch reference: every engine test; Triton interpreted: slow ones"
     ),
-    Capability("CUDA", "unverified", "no GPU was at hand"),
+    Capability("CUDA", "unverified", "not run on a GPU yet"),
     Capability("tied embeddings (`tie_word_embeddings`)", "tested", "slow engine test, on CPU"),
     Capability(
         "rotary embeddings of another kind than `default`", "refused", "neither the tools nor the tests compute them"
@@ -84,13 +84,13 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "prefill context parallelism",
         "refused",
-        "moves tokens around the gate's buffers",
+        "moves tokens past the buffers that hold each token's gate",
         lambda c: c.parallel_config.prefill_context_parallel_size > 1,
     ),
     Capability(
         "dual-batch overlap",
         "refused",
-        "slices the batch around the gate's buffers",
+        "slices the batch past the buffers that hold each token's gate",
         lambda c: c.parallel_config.use_ubatching,
     ),
     Capability(
@@ -110,7 +110,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "KV transfer between engines",
         "refused",
-        "its channel carries attribution; remote KV knows no gate",
+        "attribution takes the field that it uses, and a remote KV cache is not separated by gate",
         lambda c: c.kv_transfer_config is not None,
     ),
     Capability(

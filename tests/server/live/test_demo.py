@@ -266,6 +266,54 @@ def run(demo: str, demo_folder: Path, tmp_path: Path) -> Run:
     return run
 
 
+def shown_session() -> list[str]:
+    """The README's commands that ask, and its program; a test holds that the quickstart begins with the same."""
+    return re.findall(
+        r"```(?:console|python)\n(.*?)```", QUICKSTART.parents[1].joinpath("README.md").read_text(), re.DOTALL
+    )[1:3]
+
+
+def test_the_first_session_runs_as_it_is_written(run: Run) -> None:
+    """Word for word, but for the port."""
+    asks, program = shown_session()
+    answered = run("bash", "-c", re.sub(r"^\$ ", "", asks, flags=re.MULTILINE)).stdout.splitlines()
+    assert [said.strip() for said in answered] == [
+        said.strip() for said in re.findall(r'→ "(.+)"$', asks, re.MULTILINE)
+    ]
+    printed = run(sys.executable, "-c", program).stdout.splitlines()
+    assert printed[:2] == re.findall(r"^print\(.*\)  # (.*)$", program, re.MULTILINE)[:2]
+
+
+@pytest.mark.parametrize(
+    ("port", "said", "reason"),
+    [("", "The API key is not valid. Check the key, or ask an administrator for one.\n", ""), ("9", "", "curl: (7) ")],
+    ids=["wrong key", "no server"],
+)
+def test_a_question_that_gets_no_answer_prints_one_sentence(run: Run, port: str, said: str, reason: str) -> None:
+    asks = re.sub(r"^\$ ", "", shown_session()[0].partition("$ ask sk-")[0], flags=re.MULTILINE)
+    asks = asks.replace("127.0.0.1:8000", f"127.0.0.1:{port}") if port else asks
+    done = run("bash", "-c", f"{asks}\nask sk-nonsense")
+    assert done.stdout == said
+    assert done.stderr.startswith(reason)
+    assert len(done.stderr.splitlines()) == bool(reason)
+
+
+def test_a_response_says_what_the_quickstart_shows(demo: str, run: Run) -> None:
+    """But for ids, versions and the last digits of routing weights."""
+    (_, shown), (_, refused) = blocks("What a response says")
+    differ = ("decision_id", "policy_version", "weights_epoch", "cached_prompt_tokens", "gate_mass", "share_ppm")
+
+    def same(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: type(of).__name__ if name in differ else same(of) for name, of in value.items()}
+        return [same(one) for one in value] if isinstance(value, list) else value
+
+    answer = ask(demo, "sk-demo-press", README_QUESTION).json()
+    assert same(answer["flexgate"]) == same(json.loads(shown))
+    ((command, expected),) = commands(refused)
+    assert run("bash", "-c", command).stdout.splitlines() == expected
+
+
 def test_the_quickstarts_policy_section_runs_as_it_is_written(run: Run, tmp_path: Path) -> None:
     """Word for word, but for the port."""
     ran = 0
