@@ -212,16 +212,17 @@ class _Given:
     def compare(self, heads: list[verifying.Head]) -> int:
         """Verify that all of it tells one history; returns how many heads are of it."""
         batches = [one.batch for one in self.copies]
-        ends = [head for head in self._heads() if head.number]
+        ends = self._ends()
         verifying.verify_order([*self.chain, *batches])
+        verifying.verify_ends(ends, [*self.chain, *batches])
         verifying.verify_copies(self.copies)
         if self.chain:
-            verifying.verify_contained(self.chain, batches, [*heads, *ends])
+            verifying.verify_contained(self.chain, batches, [*heads, *(head for head, _ in ends if head.number)])
         return verifying.verify_heads([*self.chain, *batches], heads) if heads else 0
 
-    def _heads(self) -> list[verifying.Head]:
-        """Where the histories end that statements and sums are made of."""
-        return [*(one.head for one in self.statements), *(one.head for one in self.owners)]
+    def _ends(self) -> list[tuple[verifying.Head, int]]:
+        """Where the histories end that statements and sums are made of, with the numbers of their last receipts."""
+        return [*((one.head, one.last) for one in self.statements), *((one.head, one.last) for one in self.owners)]
 
     def counted(self) -> list[str]:
         """Verify that statements count the receipts; returns what each does, in words."""

@@ -225,6 +225,23 @@ def verify_contained(chain: Sequence[SignedBatch], batches: Iterable[SignedBatch
             )
 
 
+def verify_ends(ends: Iterable[tuple[Head, int]], batches: Iterable[SignedBatch]) -> None:
+    """Where statements and sums end, a batch must end; each with the number of the last receipt."""
+    known: dict[tuple[str, int], tuple[str, int]] = {}
+    for head, last in (*ends, *((Head(one.server, one.number, one.hash), one.last) for one in batches)):
+        if known.setdefault((head.server, head.number), (head.hash, last)) != (head.hash, last):
+            raise ReceiptInvalid(
+                f"what was given of {head.server} ends in two ways with batch {head.number}: its chain is forked, or a "
+                "statement leaves out receipts of that batch"
+            )
+    for before, after in pairwise(sorted(known)):
+        last, later = known[before][1], known[after][1]
+        if before[0] == after[0] and later <= last:
+            raise ReceiptInvalid(
+                f"batch {after[1]} of {after[0]} ends with receipt {later}, and an earlier one with receipt {last}"
+            )
+
+
 def verify_heads(batches: Iterable[SignedBatch], heads: Iterable[Head]) -> int:
     """Batches must be those of heads that were kept elsewhere; returns how many heads could be compared, at least 1."""
     known = {(batch.server, batch.number): batch.hash for batch in batches}

@@ -98,6 +98,10 @@ class SignedStatement:
         """The owner's leaf of a receipt that the statement must count; None of others."""
         if copy.batch.server != self.server or (self.provisional and copy.number > self.last):
             return None
+        return self.leaf_of(copy)
+
+    def leaf_of(self, copy: Verified) -> Json | None:
+        """The owner's leaf of a receipt of the period, of whatever server; None of others."""
         for leaf in copy.leaves:
             if (
                 leaf["kind"] == "owner"
@@ -181,6 +185,14 @@ def verify_statements(
             if _lasting(other) != _lasting(one):
                 raise ReceiptInvalid(f"{one.server} has signed two contents of the {one.name}")
     copies, proofs = list(copies), list(proofs)
+    stated = {(one.server, one.owner, one.period) for one in statements}
+    for one in statements:
+        for copy in copies:
+            if (copy.batch.server, one.owner, one.period) not in stated and one.leaf_of(copy) is not None:
+                raise ReceiptInvalid(
+                    f"'{copy.receipt}' is of {copy.batch.server}, and the {one.name} of {one.server}, which does not "
+                    "count it: give that server's statement, too; if there is none, the receipt was left out"
+                )
     return [_compare(one, copies, proofs) for one in statements]
 
 

@@ -340,6 +340,34 @@ def test_a_statement_counts_its_owners_receipts_of_its_server_alone(
             proof(receipts, absent)
 
 
+def test_a_receipt_is_counted_though_its_statement_is_of_another_server_or_moment(kit: Any) -> None:
+    receipts = kit.made(1, 2)
+    kit.record(3)
+    receipts.maker.work()
+    mine, honest, keys = page(receipts), signed(receipts), verify.parse_keys(receipts.jwks)
+    none = {"lines": [], "totals": [], "receipts": "0", "root": merkle.EMPTY.hex()}
+    elsewhere = resigned(kit, honest, server=f"srv_{'1' * 32}", **none)
+    assert "which does not count it" in python_says(receipts.jwks, (elsewhere, *mine))
+    assert python_says(receipts.jwks, (honest, elsewhere, *mine)) == ""
+    batches = [verify.verify_receipt(one, keys).batch for one in mine]
+
+    def ends(**changes: Any) -> str:
+        one = verify_statement(resigned(kit, honest, **changes), keys)
+        try:
+            verify.verify_ends([(one.head, one.last)], batches)
+        except ReceiptInvalid as error:
+            return str(error)
+        return ""
+
+    head = {"hash": "1" * 64, "number": "2"}
+    assert ends() == ""
+    assert ends(head={**head, "number": "5"}, last="9") == ""
+    early = {"provisional": True, **none}
+    assert "ends in two ways" in ends(last="0", **early)
+    assert "ends in two ways" in ends(head=head)
+    assert "and an earlier one with receipt 3" in ends(head={**head, "number": "5"}, last="2")
+
+
 def test_an_owner_without_receipts_gets_a_statement_of_none(kit: Any) -> None:
     receipts = kit.made(1)
     empty = signed(receipts, owner="stranger")
