@@ -6,7 +6,7 @@ This is more than what is served: an ownership file can be written for a model o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from flexgate.experts.errors import LayoutError
@@ -17,6 +17,27 @@ MAX_EXPERTS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """What a router does with its logits; everything else is the same for all: softmax over the allowed, then top-k.
+
+    Attributes:
+        renormalize: whether the chosen weights are divided by their sum; None where ``norm_topk_prob`` says it.
+    """
+
+    renormalize: bool | None = None
+
+    @property
+    def said(self) -> str:
+        """In words, for the documentation."""
+        said = {True: "divided by their sum", False: "as they are", None: "divided by their sum if `norm_topk_prob`"}
+        return said[self.renormalize]
+
+    def of(self, config: Mapping[str, Any]) -> Routing:
+        """As a ``config.json`` says it."""
+        return self if self.renormalize is not None else replace(self, renormalize=bool(config["norm_topk_prob"]))
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Where ``config.json`` says what has experts.
 
@@ -24,17 +45,19 @@ class Family:
         experts: the fields that may hold the number of experts of a layer; transformers reads either.
         dense_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` leave layers without experts.
         shared_expert: whether every layer also has an expert outside the router, which no gate reaches.
+        routing: what the router of a layer does.
     """
 
     experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     dense_layers: bool = False
     shared_expert: bool = False
+    routing: Routing = Routing()
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "flex_olmo": Family(),
     "olmoe": Family(),
-    "mixtral": Family(),
+    "mixtral": Family(routing=Routing(renormalize=True)),
     "qwen2_moe": Family(dense_layers=True, shared_expert=True),
     "qwen3_moe": Family(dense_layers=True),
 }

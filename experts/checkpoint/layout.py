@@ -4,14 +4,14 @@ The names are those of Hugging Face's ``flex_olmo`` layout: one tensor per exper
 per layer whose row ``n`` belongs to expert ``n``. Templates use ``{layer}`` and ``{expert}``.
 
 Shapes: E experts, H hidden, F expert intermediate, V vocabulary, Q query width (heads * head size), K key/value
-width.
+width. In models of other kinds also A head size, D intermediate of a dense FFN, S of a shared expert, 1.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +46,30 @@ EXPERT_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
 ROUTER_KEY: Final = "model.layers.{layer}.mlp.gate.weight"
 ROUTER_BIAS_KEY: Final = "model.layers.{layer}.mlp.gate.bias"
 """Optional ``[E]``: an extension of this project that transformers ignores (the paper's negative bias)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The names and shapes of one kind of checkpoint.
+
+    Attributes:
+        layer: tensors of every layer outside of its FFN.
+        expert: tensors of every expert.
+        router: ``[E, H]`` of every layer with experts.
+        bias: ``[E]`` of such a layer's router; None where it has none.
+        shared: tensors of such a layer's expert outside of the router.
+        dense: FFN of a layer without experts.
+    """
+
+    layer: Mapping[str, tuple[str, ...]]
+    expert: Mapping[str, tuple[str, ...]]
+    router: str
+    bias: str | None = None
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dense: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+FLEX_OLMO: Final = Layout(LAYER_KEYS, EXPERT_KEYS, ROUTER_KEY, ROUTER_BIAS_KEY)
 
 ROPE_THETA: Final = 500000.0
 """Hugging Face's default, where config.json names none."""
@@ -135,16 +159,30 @@ def _outside_layers(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     return {key: shape for key, shape in SHARED_KEYS.items() if key != HEAD_KEY or not architecture.tie_word_embeddings}
 
 
-def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint without router bias, with its shape."""
-    sizes = architecture.sizes
+def expected_shapes(
+    architecture: Architecture, layout: Layout = FLEX_OLMO, experts_L: Sequence[int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint without router bias, with its shape.
+
+    Args:
+        experts_L: how many experts each layer has, where that differs.
+    """
     templates: dict[str, tuple[str, ...]] = _outside_layers(architecture)
-    for layer in range(architecture.num_hidden_layers):
-        templates |= {key.format(layer=layer): shape for key, shape in LAYER_KEYS.items()}
-        templates[ROUTER_KEY.format(layer=layer)] = ("E", "H")
-        for expert in range(architecture.num_experts):
-            templates |= {key.format(layer=layer, expert=expert): shape for key, shape in EXPERT_KEYS.items()}
+    for layer, count in enumerate(experts_L or (architecture.num_experts,) * architecture.num_hidden_layers):
+        ffn = {layout.router: ("E", "H"), **layout.shared} if count else layout.dense
+        templates |= {key.format(layer=layer): shape for key, shape in {**layout.layer, **ffn}.items()}
+        for expert in range(count):
+            templates |= {key.format(layer=layer, expert=expert): shape for key, shape in layout.expert.items()}
+    sizes = architecture.sizes
     return {key: tuple(sizes[letter] for letter in shape) for key, shape in templates.items()}
+
+
+def bias_shapes(architecture: Architecture, layout: Layout = FLEX_OLMO) -> dict[str, tuple[int, ...]]:
+    """The optional router biases of a checkpoint, with their shapes."""
+    if layout.bias is None:
+        return {}
+    layers = range(architecture.num_hidden_layers)
+    return {layout.bias.format(layer=layer): (architecture.num_experts,) for layer in layers}
 
 
 def check_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flexgate.experts.checkpoint.base import BaseIdentity
+from flexgate.experts.errors import LayoutError
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.weights import WeightsTicket
 from flexgate.policies.errors import PolicyError
 from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, GatedCall
-from flexgate.server.experts.errors import ChangeConflict, EngineFailed
+from flexgate.server.experts.errors import ChangeConflict, EngineFailed, PackageRefused
 from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.versions import Merged
 from flexgate.server.policy.executors import CHANGES, REMOVALS, run_in
@@ -165,9 +166,12 @@ class SlotPool:
         self._reserved.pop(slot, None)
 
     async def base(self) -> BaseIdentity:
-        """The identity of the served base model; read once."""
+        """The identity of the served base model, read once; raises `PackageRefused` where no package can fit it."""
         if self._base is None:
-            self._base = await asyncio.to_thread(self.places.base)
+            try:
+                self._base = await asyncio.to_thread(self.places.base)
+            except LayoutError as error:
+                raise PackageRefused(f"The served model takes no expert packages: {error}.") from error
         return self._base
 
     async def fill(self, slot: int, ticket: WeightsTicket, progress: Progress) -> list[str]:

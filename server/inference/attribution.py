@@ -37,11 +37,16 @@ def attribution_object(
     uses: Iterable[Use],
     cached_prompt_tokens: int,
     counterfactual: Counterfactual | None = None,
+    *,
+    shared_expert: bool = False,
 ) -> dict[str, Any]:
     """Every listed expert's part, the largest first, then in catalogue order; excluded ones with exact zeros.
 
     With a counterfactual, each part says by how much the response is likelier with its expert; null of one that took no
     part or cannot be left out.
+
+    Args:
+        shared_expert: whether the model has one that every token passes, outside of the gate and of all shares.
 
     Raises:
         GateViolated: an expert outside the gate has mass or tokens.
@@ -57,7 +62,9 @@ def attribution_object(
         _part(snapshot, expert, by_expert.get(expert), share) for expert, share in zip(experts, shares, strict=True)
     ]
     parts.sort(key=lambda part: -part["gate_mass"])
-    content = {"method": METHOD, "cached_prompt_tokens": cached_prompt_tokens, "experts": parts}
+    content: dict[str, Any] = {"method": METHOD, "cached_prompt_tokens": cached_prompt_tokens, "experts": parts}
+    if shared_expert:
+        content["shared_expert"] = True
     if counterfactual is not None:
         for part in parts:
             part["delta_logprob"] = counterfactual.delta_logprob.get(part["id"])

@@ -280,7 +280,12 @@ def metadata(request: InferenceRequest) -> dict[str, Any]:
     commit_usage(request)
     used = request.call.attribution()
     attribution = attribution_object(
-        request.snapshot, request.decision, used.experts, used.cached_prompt_tokens, request.counterfactual
+        request.snapshot,
+        request.decision,
+        used.experts,
+        used.cached_prompt_tokens,
+        request.counterfactual,
+        shared_expert=request.services.client.shared_expert,
     )
     return response_metadata.metadata(
         request.decision,

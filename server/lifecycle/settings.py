@@ -90,7 +90,7 @@ class StoreSettings(BaseSettings):
 class Settings(StoreSettings):
     """One server. Options given to the command win over variables."""
 
-    model: Annotated[Path | None, Field(description="Folder of a FlexOlmo checkpoint.")] = None
+    model: Annotated[Path | None, Field(description="Folder of a checkpoint.")] = None
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen on.")] = 8000
     admin_port: Annotated[

@@ -12,6 +12,8 @@ import pytest
 from speed.tables import speed
 from works_with import recorded, table
 
+from flexgate.experts.checkpoint.families import FAMILIES
+from flexgate.experts.checkpoint.served import SERVED
 from flexgate.server.engine.frontend.capabilities import CAPABILITIES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -24,8 +26,24 @@ def capabilities() -> str:
     return "\n".join(["| Combination | Status | |", "|---|---|---|", *rows, ""])
 
 
+def models() -> str:
+    """The kinds of models that are served, and what no gate reaches in them."""
+    rows = [
+        f"| `{model_type}` | {kind.example} | {FAMILIES[model_type].routing.said} | "
+        f"{'shared expert of each layer' if FAMILIES[model_type].shared_expert else '—'} | "
+        f"{'yes' if kind.packages else 'no'} |"
+        for model_type, kind in SERVED.items()
+    ]
+    head = [
+        "| `model_type` | For example | Weights of the chosen experts | In every answer | Packages |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows, ""])
+
+
 DOCS = README.parent / "docs"
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "models": (DOCS / "support.md", models),
     "capabilities": (DOCS / "support.md", capabilities),
     "clients": (DOCS / "support.md", lambda: table(recorded()["clients"])),
     "speed": (DOCS / "performance.md", speed),

@@ -211,6 +211,7 @@ def services(
     client = SimpleNamespace(
         weights_epoch=3,
         errored=False,
+        shared_expert=False,
         ready=lambda: True,
         begin=lambda call: None,
         stop=lambda call, reason: setattr(call, "failed", reason),
@@ -219,7 +220,7 @@ def services(
         experts=lambda: infos,
         refs={info.id: info.ref for info in infos},
         gates={},
-        slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
+        slot_map=SlotMap(len(infos), (bytes(range(len(infos))),)),
     )
     one = SimpleNamespace
     handlers = SimpleNamespace(

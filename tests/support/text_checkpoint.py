@@ -25,14 +25,19 @@ CORPUS = ["the quick brown fox jumps over the lazy dog and reads the news"] * 20
 
 def write_checkpoint(directory: Path, *, chat_template: bool = True, seed: int = 0) -> Path:
     """Everything that `flexgate serve` asks of a model directory, in a few hundred kilobytes."""
-    tokenizer = _tokenizer()
-    if chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(directory)
+    write_tokenizer(directory, chat_template=chat_template)
     _model(seed).save_pretrained(directory)
     manifest = [{"id": id_, "owner": o, "domain": d} for id_, (o, d) in EXPERTS.items()]
     (directory / "flexgate.json").write_text(json.dumps({"experts": manifest}))
     return directory
+
+
+def write_tokenizer(directory: Path, *, chat_template: bool = True) -> None:
+    """The part of it that is no weights."""
+    tokenizer = _tokenizer()
+    if chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexgate.experts.checkpoint.configuration import ARCHITECTURES, read_architecture
-from flexgate.experts.checkpoint.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture, expected_shapes
+from flexgate.experts.checkpoint.layout import CONFIG_NAME, Architecture, bias_shapes
 from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, Ownership, Unit, parse_ownership, unnamed
 from flexgate.experts.checkpoint.reader import open_weights, read_json
+from flexgate.experts.checkpoint.served import SERVED, Described, Served, read_served
 from flexgate.experts.errors import LayoutError, OwnershipInvalid
 from flexgate.experts.io.tensorfile import TensorFile
 from flexgate.experts.package.weights import MAX_ABSOLUTE
@@ -31,6 +31,7 @@ class Checkpoint:
     ownership: Ownership
     stored_dtype: str
     files: Mapping[str, FileIdentity]  # of all that lies in the directory, from before any of it was read
+    kind: Served = SERVED["flex_olmo"]
 
     @property
     def experts(self) -> tuple[Unit, ...]:
@@ -41,7 +42,20 @@ class Checkpoint:
     def parameters_per_expert(self) -> int:
         """FFN and router parameters of one expert over all layers."""
         a = self.architecture
-        return a.num_hidden_layers * (3 * a.hidden_size * a.intermediate_size + a.hidden_size)
+        return self.moe_layers * (3 * a.hidden_size * a.intermediate_size + a.hidden_size)
+
+    @property
+    def parameters_beside_experts(self) -> int:
+        """FFN parameters that every token uses: of layers without experts, and of experts outside of the routers."""
+        a, moe_layers = self.architecture, self.moe_layers
+        sizes = a.sizes
+        wide = (a.num_hidden_layers - moe_layers) * sizes.get("D", 0) + moe_layers * sizes.get("S", 0)
+        return 3 * a.hidden_size * wide
+
+    @property
+    def moe_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(map(bool, self.ownership.unit_LE))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -52,14 +66,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             architecture, quantised, ambiguous, or has mismatched shapes or too many experts.
     """
     files = identities(path)
-    architecture = _architecture(path)
+    described = _described(path)
+    architecture = described.numbers
     if architecture.num_experts > MAX_EXPERTS:
         raise CheckpointError(
             f"{path} has {architecture.num_experts} experts in a layer; flexgate serves at most {MAX_EXPERTS}"
         )
     with _open_weights(path) as tensors:
-        stored_dtype = _check_headers(path, tensors, architecture)
-    return Checkpoint(path, architecture, _ownership(path, architecture), stored_dtype, files)
+        stored_dtype = _check_headers(path, tensors, described)
+    return Checkpoint(path, architecture, _ownership(path, described), stored_dtype, files, described.kind)
 
 
 def require_unchanged(checkpoint: Checkpoint) -> None:
@@ -114,15 +129,12 @@ def _open_weights(path: Path) -> Iterator[dict[str, TensorFile]]:
         yield tensors
 
 
-def _architecture(path: Path) -> Architecture:
+def _described(path: Path) -> Described:
     config = read_object(path / CONFIG_NAME)
     try:
-        architecture = read_architecture(config)
+        return read_served(config)
     except LayoutError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if config.get("architectures") is None:
-        raise CheckpointError(f"{path}: config.json: architectures is missing, expected {ARCHITECTURES!r}")
-    return architecture
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -135,12 +147,9 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from error
 
 
-def _check_headers(path: Path, tensors: Mapping[str, TensorFile], architecture: Architecture) -> str:
-    expected = expected_shapes(architecture)
-    optional = {
-        ROUTER_BIAS_KEY.format(layer=layer): (architecture.num_experts,)
-        for layer in range(architecture.num_hidden_layers)
-    }
+def _check_headers(path: Path, tensors: Mapping[str, TensorFile], described: Described) -> str:
+    expected = described.shapes()
+    optional = bias_shapes(described.numbers, described.kind.layout)
     for name, file in tensors.items():
         _check_shape(file.name, name, file.tensors[name].shape, expected | optional)
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -155,13 +164,18 @@ def _check_shape(file: str, name: str, shape: tuple[int, ...], expected: dict[st
         raise CheckpointError(f"{file}: {name} has shape {list(shape)}, config.json asks for {list(expected[name])}")
 
 
-def _ownership(path: Path, architecture: Architecture) -> Ownership:
-    """The units of ``flexgate.json``; without one, ``public`` and ``expert-1``, ``expert-2``, …"""
-    experts_L = (architecture.num_experts,) * architecture.num_hidden_layers
+def _ownership(path: Path, described: Described) -> Ownership:
+    """The units of ``flexgate.json``; without one, a FlexOlmo model has ``public`` and ``expert-1``, ``expert-2``, …"""
+    experts_L = described.experts_L
     manifest = path / OWNERSHIP_NAME
     try:
-        if not manifest.is_file():
+        if manifest.is_file():
+            return parse_ownership(read_object(manifest), experts_L, str(manifest))
+        if described.kind is SERVED["flex_olmo"]:
             return unnamed(experts_L)
-        return parse_ownership(read_object(manifest), experts_L, str(manifest))
     except OwnershipInvalid as error:
         raise CheckpointError(str(error)) from error
+    raise CheckpointError(
+        f"{path} has no {OWNERSHIP_NAME}: write down which unit each of its experts belongs to, "
+        "with 'flexgate experts assign'"
+    )

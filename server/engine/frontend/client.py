@@ -87,9 +87,10 @@ class GatedEngineClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timers: dict[GatedCall, asyncio.TimerHandle] = {}
         self._aborting: set[asyncio.Future[Any]] = set()
-        self._layers = int(engine.model_config.hf_config.num_hidden_layers)
+        self._layers = len(slot_map.moe_layers)
         self._ready = False
         self.publish(experts, weights_epoch)
+        self.shared_expert = False  # whether every token passes an expert outside of the gate, too
         self.kernels = ""  # what computes the experts and routes to them, as every rank reported it
         see_requests(engine, self._see)
         take_output_extras(engine, self._take)

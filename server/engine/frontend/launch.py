@@ -318,7 +318,8 @@ async def _prove(
         reports,
         world_size=planned.settings.tensor_parallel_size,
         table=planned.table,
-        layers=planned.checkpoint.architecture.num_hidden_layers,
+        layers=planned.checkpoint.moe_layers,
+        architecture=planned.checkpoint.kind.architecture,
         key=key,
         expert_parallel=planned.settings.enable_expert_parallel,
         moe_kernels=planned.settings.moe_kernels,
@@ -334,6 +335,7 @@ async def _prove(
         compiler=compiler if engine.renderer.tokenizer is not None else None,
     )
     client.kernels = describe_kernels(reports)
+    client.shared_expert = bool(planned.checkpoint.kind.layout.shared)
     await self_test(engine, client)
     require_unchanged(planned.checkpoint)
     heartbeat.beat()

@@ -75,6 +75,7 @@ def plan_slots(
     attention = 2 * a.hidden_size * (a.sizes["Q"] + a.sizes["K"])
     embeddings = 1 if a.tie_word_embeddings else 2
     other = a.num_hidden_layers * attention + embeddings * a.vocab_size * a.hidden_size
+    other += checkpoint.parameters_beside_experts
     other_bytes = other * width // ranks
     reserved = 1 if dealing > 1 else 0
     shared = a.num_experts - units  # experts that the checkpoint has in a layer beyond one of each unit
@@ -85,6 +86,9 @@ def plan_slots(
         return SlotPlan(slots, held, expert_bytes, other_bytes, kv_bytes, positions * ATTRIBUTION_BYTES * (slots + 1))
 
     taken, most = max(units, least), min(MAX_UNITS, MAX_EXPERTS - shared)
+    if not checkpoint.kind.packages:
+        _refuse_more_slots(checkpoint, max(taken, max_experts or 0))
+        most = units
     wanted = max_experts if max_experts is not None else min(taken + SPARE_SLOTS, most)
     if not taken <= wanted <= most:
         raise CheckpointError(
@@ -101,6 +105,16 @@ def plan_slots(
             f"= {human(plan.total_bytes)} do not fit into {human(available_bytes)}"
         )
     return plan
+
+
+def _refuse_more_slots(checkpoint: Checkpoint, slots: int) -> None:
+    """Refuse slots that no package could come into."""
+    units, name = len(checkpoint.experts), checkpoint.kind.fields.name
+    if slots > units:
+        raise CheckpointError(
+            f"--max-experts {slots}: the checkpoint has {units} experts, and {name} takes no packages "
+            "that other slots would be for"
+        )
 
 
 def kv_bytes_of_one_request(checkpoint: Checkpoint, tokens: int, *, dtype: str, ranks: int = 1) -> int:

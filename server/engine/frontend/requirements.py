@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_HIDDEN_MULTIPLE = 32  # of vLLM's CPU expert kernels; their intermediate size is padded
 
+BESIDE_EXPERTS = {"D": "columns of a layer without experts", "S": "columns of a shared expert"}
+
 Requirement = Callable[[Checkpoint, "EngineSettings", str], str | None]
 
 
@@ -54,6 +56,7 @@ def _ranks(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> s
     parts = {"attention heads": a.num_attention_heads, "key-value heads": a.num_key_value_heads}
     if not settings.enable_expert_parallel:
         parts["expert intermediate columns"] = a.intermediate_size
+    parts |= {name: a.sizes[letter] for letter, name in BESIDE_EXPERTS.items() if a.sizes.get(letter)}
     for name, count in parts.items():
         if count % ranks:
             return f"--tensor-parallel-size {ranks} does not divide its {count} {name}"

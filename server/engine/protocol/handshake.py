@@ -9,6 +9,7 @@ import torch
 
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.seam.engine import VLLM_VERSION, zero_blocks
+from flexgate.server.engine.seam.models import class_of
 
 NULL_BLOCK = 0  # of vLLM's KV cache: what unused entries of block tables name; no request's
 
@@ -23,8 +24,10 @@ class RankReport(TypedDict):
     rank: int
     vllm_version: str
     model: str
+    computes: str
     hook: str
     moe_layers: int
+    ungated: list[str]
     monolithic: bool
     moe_kernels: str
     computed_by: str
@@ -49,9 +52,11 @@ def report_rank(worker: Any) -> RankReport:
     return RankReport(
         rank=worker.rank,
         vllm_version=VLLM_VERSION,
-        model=f"{type(model).__module__}.{type(model).__qualname__}",
+        model=_class(model),
+        computes=_class(model.model),
         hook=hook,
         moe_layers=len(layers),
+        ungated=ungated_layers(layers, worker.vllm_config.compilation_config.static_all_moe_layers),
         monolithic=any(layer.is_monolithic for layer in layers),
         moe_kernels=_one(choices),
         computed_by=_one(programs),
@@ -63,6 +68,21 @@ def report_rank(worker: Any) -> RankReport:
         clears_blocks=clears_blocks(worker.model_runner, model.kv_caches()),
         key_digest=key_digest(model.gates.key),
     )
+
+
+def ungated_layers(layers: Sequence[Any], built: Sequence[str]) -> list[str]:
+    """Layers of experts that vLLM has built and no gate routes for.
+
+    Args:
+        layers: the gated ones.
+        built: the names of all, as vLLM keeps them.
+    """
+    gated = {layer.name for layer in layers if layer.is_routed_by_the_gate}
+    return [name for name in built if name not in gated]
+
+
+def _class(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def clears_blocks(runner: Any, caches: Sequence[torch.Tensor]) -> bool:
@@ -113,11 +133,14 @@ def verify(
     layers: int,
     key: bytes,
     moe_kernels: str,
+    architecture: str,
     expert_parallel: bool = False,
 ) -> None:
     """Compare every rank's report with what the launcher asked for.
 
     Args:
+        layers: how many have experts.
+        architecture: as ``config.json`` names it.
         expert_parallel: experts are dealt out to the ranks in turn, and each rank has a reserved one of zeros.
 
     Raises:
@@ -126,12 +149,14 @@ def verify(
     if len(reports) != world_size:
         raise HandshakeError(f"{len(reports)} of {world_size} ranks answered the handshake")
     expected = {
-        "model": "flexgate.server.engine.worker.model.GatedFlexOlmoForCausalLM",
+        "model": "flexgate.server.engine.worker.moe.GatedModel",
+        "computes": class_of(architecture),
         "moe_layers": layers,
+        "ungated": [],
         "monolithic": False,
         "moe_kernels": moe_kernels,
         "slots": table.to_config(),
-        "units": [unit_E.hex() for unit_E in table.map.unit_LE],
+        "units": [unit_E.hex() for unit_E in table.map.moe_layers],
         "zero_slot": True,
         "clears_blocks": True,
         "key_digest": key_digest(key),

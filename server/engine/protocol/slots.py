@@ -28,9 +28,9 @@ class SlotMap:
 
     Attributes:
         total: number of slots, 1..64.
-        unit_LE: of each layer the slot of each of its experts, a byte each; all layers have equally many experts.
+        unit_LE: of each layer the slot of each of its experts, a byte each; layers have equally many experts, or none.
         layer_masks: the slots that have an expert in a layer as bits, once for all layers that have the same.
-        single: the slots that have exactly one expert in every layer, as a package has.
+        single: the slots that have exactly one expert in every layer that has any, as a package has.
     """
 
     total: int
@@ -46,14 +46,15 @@ class SlotMap:
         """
         if not 1 <= self.total <= MAX_UNITS:
             raise SlotError(f"an engine has 1 to {MAX_UNITS} slots, not {self.total}")
-        widths = {len(unit_E) for unit_E in self.unit_LE}
-        if len(widths) != 1 or not 1 <= max(widths) <= MAX_EXPERTS:
+        moe = self.moe_layers
+        widths = {len(unit_E) for unit_E in moe}
+        if len(widths) != 1 or max(widths) > MAX_EXPERTS:
             raise SlotError(f"all layers have equally many experts, 1 to {MAX_EXPERTS}, not {sorted(widths)}")
-        for unit_E in self.unit_LE:
+        for unit_E in moe:
             if max(unit_E) >= self.total:
                 raise SlotError(f"a layer has an expert of slot {max(unit_E)}; this engine has {self.total}")
-        masks = (sum(1 << unit for unit in set(unit_E)) for unit_E in self.unit_LE)
-        single = (s for s in range(self.total) if all(unit_E.count(s) == 1 for unit_E in self.unit_LE))
+        masks = (sum(1 << unit for unit in set(unit_E)) for unit_E in moe)
+        single = (s for s in range(self.total) if all(unit_E.count(s) == 1 for unit_E in moe))
         object.__setattr__(self, "layer_masks", tuple(dict.fromkeys(masks)))
         object.__setattr__(self, "single", frozenset(single))
 
@@ -61,15 +62,21 @@ class SlotMap:
     def of_checkpoint(cls, unit_LE: Sequence[bytes], units: int, total: int) -> "SlotMap":
         """Unit *i* of a checkpoint has slot *i*.
 
-        Each of the free slots, from ``units`` to ``total``, has one expert in every layer, after the checkpoint's own.
+        Each of the free slots, from ``units`` to ``total``, has one expert in every layer that has experts, after the
+        checkpoint's own.
         """
         free = bytes(range(units, total))
-        return cls(total, tuple(unit_E + free for unit_E in unit_LE))
+        return cls(total, tuple(unit_E and unit_E + free for unit_E in unit_LE))
+
+    @property
+    def moe_layers(self) -> tuple[bytes, ...]:
+        """The maps of the layers that have experts."""
+        return tuple(filter(None, self.unit_LE))
 
     @property
     def experts(self) -> int:
-        """How many experts a layer has."""
-        return len(self.unit_LE[0])
+        """How many experts a layer has that has any."""
+        return len(self.moe_layers[0])
 
     def covers(self, bitmask: int) -> bool:
         """Whether the slots of ``bitmask`` have an expert in every layer, so that each layer can route."""

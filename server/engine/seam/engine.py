@@ -69,6 +69,7 @@ from vllm import ModelRegistry, envs
 from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
@@ -80,6 +81,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1 import structured_output
@@ -107,6 +109,7 @@ __all__ = [
     "VLLM_VERSION",
     "AsyncModelRunnerOutput",
     "AsyncScheduler",
+    "Attention",
     "BaseRouter",
     "BlockHash",
     "CPUUnquantizedExperts",
@@ -155,6 +158,7 @@ __all__ = [
     "engine_core_of",
     "envs",
     "evict_cached",
+    "extract_layer_index",
     "get_current_vllm_config",
     "keep_one_rank_in_the_engine_core",
     "offer_to_engine_core",

@@ -1,4 +1,4 @@
-"""FlexOlmo as a native vLLM model with a gate in every MoE block.
+"""FlexOlmo as a native vLLM model, which vLLM does not have; the gates are put into it as into vLLM's own models.
 
 Architecture: arXiv 2507.07024, section 3; OLMo-2 blocks (norms after attention and
 feed-forward, RMS norm over the whole query and key projections), a mixture of experts
@@ -7,10 +7,9 @@ as feed-forward. Checkpoint layout: Hugging Face ``flex_olmo``.
 Legend: T tokens, H hidden size.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from vllm.distributed import (
 )
 from vllm.distributed.utils import split_tensor_along_last_dim
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -32,11 +32,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
-
-from flexgate.server.engine.core.guard import seal_key_from_environment
-from flexgate.server.engine.protocol.slots import SlotTable
-from flexgate.server.engine.worker.gate_buffers import GateState
-from flexgate.server.engine.worker.moe import GatedMoE
 
 
 class FlexOlmoAttention(nn.Module):
@@ -101,15 +96,39 @@ class FlexOlmoAttention(nn.Module):
         return split(whole)[self.tp_rank].contiguous()
 
 
-class FlexOlmoLayer(nn.Module):
-    """Attention and gated experts, each normalised after, not before."""
+class FlexOlmoMoE(nn.Module):
+    """Router and experts, built by the two names that `seam.models` puts gated ones in place of."""
 
-    def __init__(self, vllm_config: VllmConfig, gates: GateState, layer: int, prefix: str) -> None:
-        """``gates`` is shared by all layers."""
+    def __init__(self, config: Any, quant_config: Any, prefix: str) -> None:
+        """``config`` is the checkpoint's FlexOlmoConfig."""
+        super().__init__()
+        self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
+        self.experts = FusedMoEFactory(
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            renormalize=config.norm_topk_prob,
+            quant_config=quant_config,
+            prefix=f"{prefix}.experts",
+        )
+
+    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Combine the chosen experts' outputs, [T, H]."""
+        routed, _ = self.gate(x_TH)
+        output: torch.Tensor = self.experts(hidden_states=x_TH, router_logits=routed)
+        return output
+
+
+class FlexOlmoLayer(nn.Module):
+    """Attention and experts, each normalised after, not before."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        """Built by vLLM on every rank."""
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.self_attn = FlexOlmoAttention(vllm_config, f"{prefix}.self_attn")
-        self.mlp = GatedMoE(config, gates, vllm_config.quant_config, layer, f"{prefix}.mlp")
+        self.mlp = FlexOlmoMoE(config, vllm_config.quant_config, f"{prefix}.mlp")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -124,18 +143,12 @@ class FlexOlmoModel(nn.Module):
     """Embeddings, blocks, final norm."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Built by vLLM; the gate buffers are this module's own."""
+        """Built by vLLM on every rank."""
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.gates = GateState(
-            SlotTable.from_config(vllm_config.additional_config),
-            vllm_config.scheduler_config.max_num_batched_tokens,
-            seal_key_from_environment(),
-        )
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            FlexOlmoLayer(vllm_config, self.gates, index, f"{prefix}.layers.{index}")
-            for index in range(config.num_hidden_layers)
+            FlexOlmoLayer(vllm_config, f"{prefix}.layers.{index}") for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -158,8 +171,8 @@ class FlexOlmoModel(nn.Module):
         return self.norm(x_TH)
 
 
-class GatedFlexOlmoForCausalLM(nn.Module):
-    """What vLLM instantiates for the architecture ``FlexOlmoForCausalLM``."""
+class FlexOlmoForCausalLM(nn.Module):
+    """Model and head."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     hf_to_vllm_mapper = WeightsMapper(
@@ -180,28 +193,6 @@ class GatedFlexOlmoForCausalLM(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
-    @property
-    def gates(self) -> GateState:
-        """The buffers that the worker's hooks fill."""
-        return self.model.gates
-
-    @staticmethod
-    def get_model_state_cls() -> type[Any]:
-        """Model Runner V2 asks for the class that prepares each step's inputs."""
-        from flexgate.server.engine.worker.worker import GatedModelState
-
-        return GatedModelState
-
-    def moe_layers(self) -> list[GatedMoE]:
-        """The gated blocks, first layer first."""
-        layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
-        return [layer.mlp for layer in layers]
-
-    def kv_caches(self) -> list[torch.Tensor]:
-        """Each layer's KV cache, as vLLM has bound it."""
-        layers = cast("list[FlexOlmoLayer]", list(self.model.layers))
-        return [layer.self_attn.attn.kv_cache for layer in layers]
-
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings, [T, H]."""
         return self.model.embed_input_ids(input_ids)
@@ -215,7 +206,6 @@ class GatedFlexOlmoForCausalLM(nn.Module):
     ) -> torch.Tensor:
         """Hidden states, [T, H]."""
         hidden: torch.Tensor = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
-        self.gates.note(hidden)
         return hidden
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -224,29 +214,6 @@ class GatedFlexOlmoForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Zero every expert, then load those of live slots; router biases are optional.
-
-        An expert of the checkpoint that was revoked is not read, and its router row is zero.
-        """
-        for layer in self.moe_layers():
-            for parameter in layer.experts.parameters():
-                parameter.data.zero_()
-        loader = AutoWeightsLoader(self)
-        table = self.gates.table
-        live_LE = [[unit in table.live for unit in unit_E] for unit_E in table.map.unit_LE]
-        wanted = ((name, tensor) for name, tensor in weights if _is_live(name, live_LE))
-        loaded: set[str] = loader.load_weights(wanted, mapper=self.hf_to_vllm_mapper)
-        for layer, live_E in zip(self.moe_layers(), live_LE, strict=True):
-            for expert, live in enumerate(live_E):
-                if not live:
-                    layer.gate.weight.data[expert].zero_()
-                    layer.gate.bias.data[expert].zero_()
-        # A bias is optional, and a layer whose experts were all revoked has nothing to load.
-        optional = (name for name, _ in self.named_parameters() if name.endswith("gate.bias") or ".experts." in name)
-        return loaded.union(optional)
-
-
-def _is_live(name: str, live_LE: Sequence[Sequence[bool]]) -> bool:
-    """Whether a checkpoint's tensor belongs to a live slot's expert, or to none."""
-    found = re.search(r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.", name)
-    return found is None or live_LE[int(found[1])][int(found[2])]
+        """Load the tensors that there are; returns the names of parameters that were loaded."""
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return loaded

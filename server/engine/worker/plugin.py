@@ -8,15 +8,15 @@ plain ``vllm serve`` on the same machine is left alone.
 import os
 
 from flexgate.server.engine.protocol.names import SEAL_KEY_VARIABLE
-
-ARCHITECTURE = "FlexOlmoForCausalLM"
+from flexgate.server.engine.seam.models import MODELS
 
 
 def register() -> None:
-    """Register the gated FlexOlmo model in place of vLLM's Transformers backend."""
+    """Register the gated model in place of vLLM's own for every architecture that is served."""
     if SEAL_KEY_VARIABLE not in os.environ:
         return
     from flexgate.server.engine.seam.engine import ModelRegistry
-    from flexgate.server.engine.worker.model import GatedFlexOlmoForCausalLM
+    from flexgate.server.engine.worker.moe import GatedModel
 
-    ModelRegistry.register_model(ARCHITECTURE, GatedFlexOlmoForCausalLM)
+    for architecture in MODELS:
+        ModelRegistry.register_model(architecture, GatedModel)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from slotkit.local import Local, package, zeros
 
+from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.policies.documents import Expert
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
@@ -169,6 +170,21 @@ async def test_an_unsigned_package_needs_a_server_that_says_so(here: Local, tmp_
     job = await here.add(package(tmp_path, anchor))
     assert job.error["code"] == "package_refused"
     assert "is not signed" in job.error["message"]
+
+
+async def test_a_model_that_there_are_no_packages_for_refuses_them_with_the_reason(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "olmoe"}')
+    object.__setattr__(here.service._pool.places, "base", lambda: base_identity(other))
+    job = await here.add(package(tmp_path, anchor))
+    assert job.error == {
+        "code": "package_refused",
+        "message": "The served model takes no expert packages: config.json names model_type 'olmoe', "
+        "expected 'flex_olmo'.",
+    }
 
 
 async def test_two_experts_arrive_at_the_same_time_in_slots_of_their_own(

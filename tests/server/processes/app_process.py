@@ -52,6 +52,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
     client: Any = SimpleNamespace(
         weights_epoch=1,
         errored=False,
+        shared_expert=False,
         ready=lambda: True,
         begin=lambda call: None,
         stop=lambda call, reason: setattr(call, "failed", reason),
@@ -60,7 +61,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
         experts=lambda: infos,
         refs={info.id: info.ref for info in infos},
         gates={},
-        slot_map=SlotMap.of_checkpoint([b""], 0, len(infos)),
+        slot_map=SlotMap(len(infos), (bytes(range(len(infos))),)),
     )
     handlers: Any = SimpleNamespace(completion=SimpleNamespace(create_completion=_complete))
     policy = PolicySource(

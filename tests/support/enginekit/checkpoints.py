@@ -1,18 +1,22 @@
-"""Random FlexOlmo checkpoints written by transformers, and surgery on them."""
+"""Random checkpoints written by transformers, FlexOlmo's and others, and surgery on them."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM
 
 from flexgate.experts.package.extract import extract_expert
 from flexgate.experts.package.manifest import Statement, Training
 from flexgate.experts.package.verify import open_package
 from flexgate.experts.package.weights import WeightsTicket
+
+ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,26 @@ def write_random(directory: Path, shape: Shape = Shape()) -> Path:
         initializer_range=0.08,
         tie_word_embeddings=shape.tied,
     )
-    model = FlexOlmoForCausalLM(config)
+    return _write(FlexOlmoForCausalLM(config), directory)
+
+
+def write_mixture(directory: Path, model_type: str, *, seed: int = 0, **options: Any) -> Path:
+    """The same for a model of another kind, whose configuration has ``options``."""
+    torch.manual_seed(seed)
+    common = {"max_position_embeddings": 512, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.08}
+    config = AutoConfig.for_model(model_type, **(common | options))
+    return _write(AutoModelForCausalLM.from_config(config, dtype=torch.float32), directory)
+
+
+def _write(model: Any, directory: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("mlp.gate.weight"):
                 parameter.normal_(std=0.5)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.2)
     model.save_pretrained(directory)
     return directory
 
@@ -96,24 +113,25 @@ def rewrite(source: Path, target: Path, keep: list[int], poison: dict[int, float
 def assign_units(checkpoint: Path, names: Sequence[str], unit_LE: Sequence[Sequence[int]]) -> Path:
     """Write which unit each expert of each layer belongs to."""
     units = [{"id": name, "owner": None if name == "public" else f"owner-{name}", "domain": name} for name in names]
-    layers = {str(layer): list(unit_E) for layer, unit_E in enumerate(unit_LE)}
+    layers = {str(layer): list(unit_E) for layer, unit_E in enumerate(unit_LE) if unit_E}
     content = {"format": "flexgate-model/2", "ownership": "owners", "units": units, "layers": layers}
     (checkpoint / "flexgate.json").write_text(json.dumps(content))
     return checkpoint
 
 
 def keep_by_layer(source: Path, target: Path, kept_L: Sequence[Sequence[int]]) -> Path:
-    """Copy a checkpoint with other experts of each layer, equally many in all of them."""
-    tensors = load_file(source / "model.safetensors")
-    out = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
-    for layer, kept in enumerate(kept_L):
-        mlp = f"model.layers.{layer}.mlp"
-        out[f"{mlp}.gate.weight"] = tensors[f"{mlp}.gate.weight"][list(kept)].clone()
-        for new, old in enumerate(kept):
-            for part in ("gate", "up", "down"):
-                out[f"{mlp}.experts.{new}.{part}_proj.weight"] = tensors[f"{mlp}.experts.{old}.{part}_proj.weight"]
+    """Copy a checkpoint with other experts of each layer, equally many in all that have any."""
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        kept = list(kept_L[int(layer[1])]) if layer else []
+        if expert and int(expert[1]) in kept:
+            out[name.replace(expert[0], f".experts.{kept.index(int(expert[1]))}.")] = tensor
+        elif not expert:
+            out[name] = tensor[kept].clone() if ROUTER.search(name) else tensor
     config = json.loads((source / "config.json").read_text())
-    config["num_experts"] = len(kept_L[0])
+    config |= {name: max(map(len, kept_L)) for name in ("num_experts", "num_local_experts") if name in config}
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config))
     save_file(out, target / "model.safetensors", {"format": "pt"})

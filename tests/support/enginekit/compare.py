@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import FlexOlmoForCausalLM
+from transformers import AutoModelForCausalLM
 
 from enginekit.scripted import Answer, Ask
 from flexgate.kernels.gated_topk import MASS_SCALE
@@ -37,15 +37,21 @@ def agree(want: Answer, got: Answer) -> bool:
     return True
 
 
-def reference(checkpoint: Path) -> FlexOlmoForCausalLM:
+def reference(checkpoint: Path) -> Any:
     """The same checkpoint in transformers."""
-    return FlexOlmoForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
-def cut_reference(checkpoint: Path, kept_L: Sequence[Sequence[int]]) -> FlexOlmoForCausalLM:
-    """The checkpoint in transformers with only some experts of each layer, which may be of different number."""
+def cut_reference(checkpoint: Path, kept_L: Sequence[Sequence[int]]) -> Any:
+    """The checkpoint in transformers with only some experts of each layer, which may be of different number.
+
+    Args:
+        kept_L: empty for a layer that has no experts.
+    """
     model = reference(checkpoint)
     for layer, kept in zip(model.model.layers, kept_L, strict=True):
+        if not kept:
+            continue
         router, experts = layer.mlp.gate, layer.mlp.experts
         router.weight = torch.nn.Parameter(router.weight[list(kept)])
         router.num_experts, router.top_k = len(kept), min(router.top_k, len(kept))
@@ -55,7 +61,7 @@ def cut_reference(checkpoint: Path, kept_L: Sequence[Sequence[int]]) -> FlexOlmo
     return model
 
 
-def biased_reference(checkpoint: Path, bias_LE: torch.Tensor) -> FlexOlmoForCausalLM:
+def biased_reference(checkpoint: Path, bias_LE: torch.Tensor) -> Any:
     """The checkpoint in transformers, which knows no router bias, with min(b, 0) added to its logits."""
     model = reference(checkpoint)
     for layer, bias_E in zip(model.model.layers, bias_LE, strict=True):
@@ -71,7 +77,7 @@ def _route(
     return logits_TE, weights_TK, ids_TK
 
 
-def assert_usage_is_transformers(model: FlexOlmoForCausalLM, ask: Ask, answer: Answer) -> None:
+def assert_usage_is_transformers(model: Any, ask: Ask, answer: Answer) -> None:
     """Compare an answer's usage with the routing that transformers computes for its tokens under its gate.
 
     Every position counts once, those read from the cache included, and the prompt once for all choices; the last token
@@ -88,9 +94,7 @@ def assert_usage_is_transformers(model: FlexOlmoForCausalLM, ask: Ask, answer: A
     assert [part / MASS_SCALE for part in answer.mass] == pytest.approx(mass_U.tolist(), rel=1e-4)
 
 
-def _routed(
-    model: FlexOlmoForCausalLM, ask: Ask, choice: Sequence[int], slots: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _routed(model: Any, ask: Ask, choice: Sequence[int], slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each position its weights, summed over layers, and whether it chose a slot in any; both [P, U]."""
     ids = torch.tensor([[*ask.prompt, *choice[:-1]]])
     mass_PU = torch.zeros(ids.shape[1], slots, dtype=torch.float64)
@@ -103,7 +107,7 @@ def _routed(
     return mass_PU, chosen_PU
 
 
-def gated_router_logits(model: FlexOlmoForCausalLM, ids: torch.Tensor, gate: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def gated_router_logits(model: Any, ids: torch.Tensor, gate: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Every layer's router logits, [P, E], with −inf for experts outside of the gate, which take no part."""
     outside = [expert for expert in range(model.config.num_experts) if expert not in gate]
     found: list[torch.Tensor] = []
@@ -123,7 +127,35 @@ def gated_router_logits(model: FlexOlmoForCausalLM, ids: torch.Tensor, gate: Seq
     return tuple(found)
 
 
-def worst_difference(model: FlexOlmoForCausalLM, prompt: tuple[int, ...], answer: Answer) -> float:
+def usage_of_routing(
+    model: Any, kept_L: Sequence[Sequence[int]], unit_LE: Sequence[Sequence[int]], units: int, tokens: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """How many positions chose each unit, and each unit's routed weight, by what transformers' routers do.
+
+    Args:
+        model: with only the experts ``kept_L``, as `cut_reference` gives it.
+        tokens: those that were read.
+    """
+    chosen_PU, mass_U = torch.zeros(len(tokens), units, dtype=torch.bool), torch.zeros(units, dtype=torch.float64)
+
+    def noted(kept: Sequence[int], unit_E: Sequence[int]) -> Any:
+        def hook(_router: Any, _given: Any, routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+            _, weights_PK, picks_PK = routed
+            units_PK = torch.tensor([unit_E[expert] for expert in kept])[picks_PK]
+            chosen_PU.scatter_(1, units_PK, True)
+            mass_U.scatter_add_(0, units_PK.flatten(), weights_PK.double().flatten())
+
+        return hook
+
+    for layer, kept, unit_E in zip(model.model.layers, kept_L, unit_LE, strict=True):
+        if kept:
+            layer.mlp.gate.register_forward_hook(noted(kept, unit_E))
+    with torch.no_grad():
+        model(torch.tensor([list(tokens)]))
+    return chosen_PU.sum(0).tolist(), mass_U.tolist()
+
+
+def worst_difference(model: Any, prompt: tuple[int, ...], answer: Answer) -> float:
     """Largest gap between the engine's log-probabilities and transformers' on the same tokens."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + answer.tokens])).logits[0]

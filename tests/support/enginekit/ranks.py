@@ -36,7 +36,7 @@ def overwrite_slots(worker: Any, slots: list[int], kind: str) -> None:
 def overwrite_embedding(worker: Any, token: int) -> None:
     """Run on every rank: make whatever reads this token overflow."""
     worker.saved = getattr(worker, "saved", [])
-    row = worker.model_runner.get_model().model.embed_tokens.weight.data[token]
+    row = worker.model_runner.get_model().model.model.embed_tokens.weight.data[token]
     worker.saved.append((row, row.clone()))
     row.fill_(1e38)
 

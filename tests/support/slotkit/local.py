@@ -172,7 +172,7 @@ def local(
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
     experts = tuple(replace(info, slot_epoch=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
-    table = SlotTable(SlotMap.of_checkpoint([b""] * LAYERS, 0, SLOTS), {info.slot: epoch for info in experts})
+    table = SlotTable(SlotMap(SLOTS, (bytes(range(SLOTS)),) * LAYERS), {info.slot: epoch for info in experts})
     slots = LocalSlots(table, [rank_writer(shard, ranks) for shard in range(ranks)])
     if "news" in without:
         for rank in slots.ranks:

@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.outputs import LogprobsTensors
 
+from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.frontend import client as client_module
 from flexgate.server.engine.frontend.calls import CURRENT_CALL, ExpertInfo, ExpertSlotRef, GatedCall
 from flexgate.server.engine.frontend.client import GatedEngineClient
@@ -69,8 +70,12 @@ def call(engine: Engine) -> Iterator[GatedCall]:
     CURRENT_CALL.reset(token)
 
 
-async def begin(engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int, **more: Any) -> "asyncio.Task[None]":
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
+async def begin(
+    engine: Engine, call: GatedCall, kind: RequestOutputKind, n: int, slot_map: SlotMap = ONE, **more: Any
+) -> "asyncio.Task[None]":
+    client = GatedEngineClient(
+        engine, key=KEY, experts=(INFO,), slot_map=slot_map, answers=lambda: True, clock=engine.clock
+    )
     engine.client = client
     client.begin(call)
     CURRENT_CALL.set(call)
@@ -101,6 +106,16 @@ async def test_what_is_generated_counts_whether_or_not_anybody_reads_it(
     assert call.tokens() == 3 + 2 * n
     engine.step(9, finish=True)
     assert call.tokens() == 3 + 3 * n
+    await reading
+
+
+@pytest.mark.asyncio
+async def test_routing_weight_is_averaged_over_layers_that_have_experts(engine: Engine, call: GatedCall) -> None:
+    map_ = SlotMap(1, (b"", b"\0", b"\0"))
+    reading = await begin(engine, call, RequestOutputKind.DELTA, 1, slot_map=map_)
+    call.count_usage("request", "request", [3, 0, [6 * MASS_SCALE, 3], [0, 0]])
+    assert [use.gate_mass for use in call.attribution().experts] == [3.0]
+    engine.step(9, finish=True)
     await reading
 
 

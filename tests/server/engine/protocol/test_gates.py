@@ -20,7 +20,7 @@ from flexgate.server.engine.protocol.slots import SlotError, SlotMap, SlotTable
 
 KEY = new_seal_key()
 SLOTS = (SlotRef(0, 1), SlotRef(3, 7))
-SIX = SlotMap.of_checkpoint([b""], 0, 6)
+SIX = SlotMap(6, (bytes(range(6)),))
 
 
 def gate(**changes: object) -> Gate:
@@ -163,6 +163,15 @@ def test_a_map_of_slots_knows_which_fit_a_package() -> None:
     assert map_.unit_LE == (b"\0\1\1\2\3\4\5", b"\0\1\1\2\2\4\5")
     assert map_.single == {0, 4, 5}
     assert [map_.covers(mask) for mask in (0b1, 0b1000, 0b1100, 0b10000)] == [True, False, True, True]
+
+
+def test_a_layer_without_experts_has_no_slot_and_needs_none() -> None:
+    map_ = SlotMap.of_checkpoint([b"", b"\0\1\1", b"", b"\1\0\1"], 2, 2)
+    assert (map_.unit_LE, map_.moe_layers) == ((b"", b"\0\1\1", b"", b"\1\0\1"), (b"\0\1\1", b"\1\0\1"))
+    assert (map_.experts, map_.single) == (3, {0})
+    assert map_.covers(0b01)
+    table = SlotTable.at_start(map_, 2)
+    assert SlotTable.from_config(json.loads(json.dumps(table.to_config()))) == table
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from flexgate.server.engine.protocol.handshake import HandshakeError, key_digest
 from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
 
 KEY = new_seal_key()
-TABLE = SlotTable.at_start(SlotMap.of_checkpoint([b""] * 3, 0, 6), 4)
+TABLE = SlotTable.at_start(SlotMap(6, (bytes(range(6)),) * 3), 4)
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -20,9 +20,11 @@ def report(**changes: Any) -> dict[str, Any]:
     good = {
         "rank": 0,
         "vllm_version": vllm.__version__,
-        "model": "flexgate.server.engine.worker.model.GatedFlexOlmoForCausalLM",
+        "model": "flexgate.server.engine.worker.moe.GatedModel",
+        "computes": "flexgate.server.engine.worker.model.FlexOlmoForCausalLM",
         "hook": "GatedCPUModelRunner",
         "moe_layers": 3,
+        "ungated": [],
         "monolithic": False,
         "moe_kernels": "vllm",
         "computed_by": "CPUUnquantizedExperts",
@@ -45,6 +47,7 @@ def check(*reports: object, world_size: int = 2, expert_parallel: bool = False) 
         layers=3,
         key=KEY,
         moe_kernels="vllm",
+        architecture="FlexOlmoForCausalLM",
         expert_parallel=expert_parallel,
     )
 
@@ -57,6 +60,8 @@ def test_ranks_that_all_gate_pass() -> None:
     "changes",
     [
         {"model": "vllm.model_executor.models.transformers.TransformersMoEForCausalLM"},
+        {"computes": "vllm.model_executor.models.olmoe.OlmoeForCausalLM"},
+        {"ungated": ["model.layers.1.mlp.experts"]},
         {"hook": "CPUModelRunner"},
         {"moe_layers": 2},
         {"monolithic": True},

@@ -15,7 +15,7 @@ from flexgate.server.engine.worker.cache_usage import Remembered
 from flexgate.server.engine.worker.gate_buffers import GateState
 
 KEY = gates.new_seal_key()
-TABLE = SlotTable(SlotMap.of_checkpoint([b""], 0, 4), {0: 1, 1: 1, 2: 1})
+TABLE = SlotTable(SlotMap(4, (bytes(range(4)),)), {0: 1, 1: 1, 2: 1})
 
 
 def new_request(name: str, slots: tuple[int, ...]) -> Any:
@@ -75,7 +75,7 @@ def step(state: GateState, *new: Any, running: tuple[str, ...] = ()) -> None:
 
 
 def test_a_rank_refuses_a_running_request_of_a_slot_that_was_closed_though_the_engine_core_scheduled_it() -> None:
-    table = SlotTable(SlotMap.of_checkpoint([b""], 0, 4), {0: 1, 1: 1, 2: 1})
+    table = SlotTable(SlotMap(4, (bytes(range(4)),)), {0: 1, 1: 1, 2: 1})
     state = GateState(table, 16, KEY)
     step(state, new_request("a", (0, 1)), new_request("b", (0, 2)))
     table.close(2)
@@ -86,7 +86,7 @@ def test_a_rank_refuses_a_running_request_of_a_slot_that_was_closed_though_the_e
 
 @pytest.mark.parametrize("reopened", [False, True])
 def test_a_rank_refuses_a_new_request_of_a_slot_that_was_closed(reopened: bool) -> None:
-    table = SlotTable(SlotMap.of_checkpoint([b""], 0, 4), {0: 1, 1: 1, 2: 1})
+    table = SlotTable(SlotMap(4, (bytes(range(4)),)), {0: 1, 1: 1, 2: 1})
     state = GateState(table, 16, KEY)
     table.close(2)
     if reopened:
