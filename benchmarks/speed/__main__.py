@@ -20,6 +20,7 @@ from speed import (
     fairness,
     ledger,
     loop,
+    mixture,
     packages,
     serving,
     startup,
@@ -33,6 +34,8 @@ from speed.record import RESULTS, Run, minutes
 BENCHMARKS = {
     "engine-eager": partial(engine_speed.run, "eager"),
     "engine-compiled": partial(engine_speed.run, "compiled"),
+    "mixture-eager": partial(mixture.run, "eager"),
+    "mixture-compiled": partial(mixture.run, "compiled"),
     "serving": serving.run,
     "startup": startup.run,
     "admission": admission.run,

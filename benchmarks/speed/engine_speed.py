@@ -50,31 +50,40 @@ def run(mode: str, asked: Run) -> None:
     journal.close()
 
 
-def measure(model: Path, start: int, cases: Sequence[Case], journal: Journal, *, eager: bool) -> None:
+def measure(
+    model: Path,
+    start: int,
+    cases: Sequence[Case],
+    journal: Journal,
+    *,
+    eager: bool,
+    contenders: Mapping[str, str] = CONTENDERS,
+) -> None:
     """Start every contender once, and let them take turns at each batch that the journal does not have yet."""
     missing = [(number, case) for number, case in enumerate(cases) if _name(start, number) not in journal]
     if not missing:
         return
-    turns_in_all = sum(rounds for _, (_, _, rounds) in missing) * len(CONTENDERS)
+    turns_in_all = sum(rounds for _, (_, _, rounds) in missing) * len(contenders)
     with ExitStack() as stack, tqdm(total=turns_in_all, desc=f"start {start + 1}") as bar:
         engines = {
-            name: stack.enter_context(engine(variant, model, eager=eager)) for name, variant in CONTENDERS.items()
+            name: stack.enter_context(engine(variant, model, eager=eager)) for name, variant in contenders.items()
         }
         for running in engines.values():
             running.wait_until_started()
         for number, (phase, batch, rounds) in missing:
             bar.set_description(f"start {start + 1}: {phase} of {batch.requests}")
-            contenders = {name: partial(running.run, batch) for name, running in engines.items()}
-            turns = take_turns(contenders, rounds, bar.update)
+            turns = take_turns({name: partial(each.run, batch) for name, each in engines.items()}, rounds, bar.update)
             journal.add(_name(start, number), {name: [astuple(timed) for timed in turns[name]] for name in turns})
 
 
-def report(journal: Journal, starts: int, cases: Sequence[Case]) -> tuple[dict[str, Any], list[tuple[str, Ratio]]]:
+def report(
+    journal: Journal, starts: int, cases: Sequence[Case], contenders: Mapping[str, str] = CONTENDERS
+) -> tuple[dict[str, Any], list[tuple[str, Ratio]]]:
     """What a result file says, and of each case the ungated engine against itself."""
     found, itself = [], []
     for number, (phase, batch, rounds) in enumerate(cases):
         kept = [journal[_name(start, number)] for start in range(starts)]
-        turns = {name: [[Timed(*timed) for timed in start[name]] for start in kept] for name in CONTENDERS}
+        turns = {name: [[Timed(*timed) for timed in start[name]] for start in kept] for name in contenders}
         ratios, busy = (_ratios(turns, clock) for clock in (phase, f"{phase}_cpu"))
         itself.append((f"{phase} of {batch.requests}", ratios[ITSELF]))
         found.append(
@@ -94,7 +103,7 @@ def report(journal: Journal, starts: int, cases: Sequence[Case]) -> tuple[dict[s
 def _ratios(turns: Turns, clock: str) -> dict[str, Ratio]:
     """Ratios of speed, which are those of time turned around."""
     times = {name: [[getattr(timed, clock) for timed in start] for start in turns[name]] for name in turns}
-    pairs = {**RATIOS, ITSELF: (AGAIN, "ungated")}
+    pairs = {name: pair for name, pair in ({**RATIOS, ITSELF: (AGAIN, "ungated")}).items() if {*pair} <= turns.keys()}
     return {name: paired(times[theirs], times[ours]) for name, (ours, theirs) in pairs.items()}
 
 

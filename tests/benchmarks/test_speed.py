@@ -17,6 +17,7 @@ from speed import (
     enforcement,
     engine_speed,
     fairness,
+    mixture,
     packages,
     quiet,
     record,
@@ -179,6 +180,15 @@ def test_the_engine_and_the_serving_benchmarks_run_and_can_be_drawn(asked: Run) 
     serving.run(asked)
     draw(asked.results)
     assert "transformers" in (asked.results / "speed.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.sliced(1, family="engines")
+def test_the_mixture_benchmark_compares_with_vllms_own_class(asked: Run) -> None:
+    mixture.run("eager", asked)
+    report = json.loads((asked.results / "mixture-eager.json").read_text())
+    assert {*report["cases"][0]["ratio"]} == {"gated/ungated", engine_speed.ITSELF}
 
 
 @pytest.mark.slow
