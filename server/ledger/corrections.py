@@ -156,7 +156,8 @@ class Corrections:
     def _opened(self) -> Iterator[sqlite3.Connection]:
         """A connection whose changes are committed at the end."""
         try:
-            with closing(sqlite3.connect(self._path, timeout=BUSY_SECONDS)) as connection:
+            place = f"{self._path.absolute().as_uri()}?mode=rw"  # never makes a file
+            with closing(sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS)) as connection:
                 connection.execute("PRAGMA synchronous = FULL")
                 with connection:
                     yield connection

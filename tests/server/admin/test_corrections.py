@@ -133,6 +133,13 @@ async def test_a_dispute_is_decided_also_after_its_usage_was_deleted(call: Any, 
     assert decided.status_code == 201, decided.text
 
 
+async def test_asking_for_corrections_makes_no_ledger_where_it_was_moved_away(call: Any, month: Any) -> None:
+    path = month.ledger.path
+    path.rename(path.with_suffix(".away"))
+    asked = [await call("sk-admin", "GET", ALL), await call("sk-admin", "POST", ALL, json=CORRECTION)]
+    assert ([one.status_code for one in asked], path.exists()) == ([503, 503], False)
+
+
 async def test_a_correction_that_cannot_be_audited_is_not_made(
     call: Any, month: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
