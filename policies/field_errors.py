@@ -23,6 +23,8 @@ PATTERNS: Final[Mapping[str, str]] = {
     r"^[A-Z]{3}$": "must be a currency code of three capital letters, such as 'EUR'",
     r"^https://\S{1,2000}$": "must be a URL that begins with 'https://', without spaces, of at most 2000 characters",
     r"^[0-9a-f]{64}$": "must be 64 characters from 0-9 and a-f",
+    r"^[A-Za-z0-9._:-]{1,80}$": "must be 1 to 80 of the characters A-Z, a-z, 0-9, '.', '_', ':' and '-'",
+    r"^[^\r\n]+$": "must be one line that is not empty",
 }
 """What each pattern of a field means; a test finds patterns that are missing here."""
 

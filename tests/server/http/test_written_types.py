@@ -128,6 +128,16 @@ WRITTEN: Final[dict[str, Any]] = {
     "AddBody": {"package": "news"},
     "CreateSet": {"id": "set:one", "experts": ["news"]},
     "ChangeSet": {"experts": ["news"]},
+    "AddCorrection": {
+        "kind": "correction",
+        "receipt_id": "dec_1",
+        "reason": "counted twice",
+        "id": "correction-1",
+        "owner_id": "wire",
+        "amount": "-1.50",
+        "currency": "EUR",
+        "dispute_id": "dispute-1",
+    },
     "UploadBody": {"files": {"manifest.json": 10}},
 }
 MODELS: Final[dict[str, type[BaseModel]]] = {
