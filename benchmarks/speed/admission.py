@@ -111,7 +111,10 @@ def _services(store: Store, source: PolicySource, usage: BudgetUsage) -> Any:
         samples=DecisionSamples(store),
         limiter=Limiter(usage),
         client=SimpleNamespace(
-            refs=refs, gates={}, weights_epoch=1, slot_map=SlotMap.of_checkpoint([b""], 0, len(refs))
+            refs=refs,
+            gates={},
+            weights_epoch=1,
+            slot_map=SlotMap.of_checkpoint([bytes(range(len(refs)))], len(refs), len(refs)),
         ),
         queue=SimpleNamespace(enter=lambda *_: None),
     )

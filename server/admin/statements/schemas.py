@@ -44,7 +44,7 @@ class ProveReceipt(OfOwner):
     last: int | None = Field(None, ge=0, le=2**62)
 
 
-class StatementPeriod(Shown):
+class ListedPeriod(Shown):
     """A month in UTC, and whether its statement is provisional since requests may still end in it."""
 
     object: Literal["statement.period"] = "statement.period"
@@ -58,7 +58,7 @@ class PeriodList(Shown):
     """Months, the newest first."""
 
     object: Literal["list"] = "list"
-    data: list[StatementPeriod]
+    data: list[ListedPeriod]
 
 
 class SignedStatement(Shown):
@@ -210,9 +210,9 @@ class Statement(Shown):
     changes: list[StatementChange]
 
 
-def shown_period(period: Period, *, is_open: bool) -> StatementPeriod:
+def shown_period(period: Period, *, is_open: bool) -> ListedPeriod:
     """A period in a list."""
-    return StatementPeriod(id=period.name, start_time=period.start, end_time=period.end, open=is_open)
+    return ListedPeriod(id=period.name, start_time=period.start, end_time=period.end, open=is_open)
 
 
 def statement_of(

@@ -231,7 +231,7 @@ def test_a_taken_port_is_one_sentence(text_checkpoint: Path, tmp_path: Path) -> 
     [
         (("--host=0.0.0.0", "--demo"), "loopback only"),
         (("/models/x", "--host=0.0.0.0"), "--allow-remote"),
-        ((), "name a model directory"),
+        ((), "name a model's folder"),
     ],
 )
 def test_a_bad_option_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

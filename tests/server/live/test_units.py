@@ -54,7 +54,7 @@ def test_a_model_that_was_assigned_is_served_by_its_units(server: LiveServer) ->
     assert answers["all"]["flexgate"]["allowed"] == ["public", "news", "math"]
     assert answers["press"]["flexgate"]["allowed"] == ["public", "news"]
     excluded = {one["expert"]: one["grade"] for one in answers["press"]["flexgate"]["excluded"]}
-    assert excluded == {"math": "shared", "code": "removed"}
+    assert excluded == {"math": "shared", "code": "unknown"}
     parts = {one["id"]: one for one in answers["press"]["flexgate"]["attribution"]["experts"]}
     assert (parts["math"]["gate_mass"], parts["math"]["tokens"], parts["math"]["grade"]) == (0.0, 0, "shared")
     assert (parts["news"]["tokens"] > 0, parts["news"]["owner"]) == (True, "gazette")
