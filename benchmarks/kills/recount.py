@@ -170,7 +170,7 @@ def _compare(name: str, about: dict[str, Any], row: Row, shares: dict[str, int],
         recorded = (mass / (SCALE * layers), part["prompt_positions"] + part["completion_positions"])
         told = expert["gate_mass"], expert["tokens"]
         if told != recorded or expert["share_ppm"] != shares.get(expert["id"], 0):
-            yield f"{name}: {expert['id']} is told {told}, {expert['share_ppm']} ppm; recorded {recorded}, {shares}"
+            yield f"{name}: {expert['id']} is shown {told}, {expert['share_ppm']} ppm; recorded {recorded}, {shares}"
 
 
 def _shares(row: Row) -> dict[str, int]:

@@ -109,7 +109,7 @@ class Ownership:
             _check_kind(unit, self.kind)
             if unit.id in self.former_units:
                 raise OwnershipInvalid(
-                    f"former_units names unit {unit.id!r}, which the checkpoint has: take it out there"
+                    f"former_units names unit {unit.id!r}, which the checkpoint has: remove it there"
                 )
         self._check_maps()
 

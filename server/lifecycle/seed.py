@@ -51,7 +51,7 @@ def prepare(
     Raises:
         DemoKeysFound: before anything is changed but the schema.
         ChangeRefused: experts were added or revoked since the weights epoch `epoch`, at which `experts` was read; or
-            every request requires one that is not among them, though nobody revoked it.
+            every request requires one that is not among them, though it was not revoked.
     """
     store.migrate()
     if demo.holds_demo_keys(store):
@@ -70,7 +70,7 @@ def _require_required(change: Change, revoked: Collection[str]) -> None:
         if expert.required and not expert.live and expert.id not in revoked:
             raise ChangeRefused(
                 f"every request requires expert {expert.id!r}, which this checkpoint does not have: serve one that has "
-                "it, or take it out of 'required_experts' with 'flexgate policy apply'"
+                "it, or remove it from 'required_experts' with 'flexgate policy apply'"
             )
 
 

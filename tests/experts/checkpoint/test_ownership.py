@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "former unit that is there": (
         {**MAPPED, "former_units": {"law": "removed"}},
-        ": former_units names unit 'law', which the checkpoint has: take it out there",
+        ": former_units names unit 'law', which the checkpoint has: remove it there",
     ),
     "former unit of no grade": (
         {**MAPPED, "former_units": {"math": "gone"}},

@@ -1,4 +1,4 @@
-"""What a scraper reads of usage: what the ledger has, under names that are bounded in number and hidden by nobody."""
+"""What a scraper reads of usage: what the ledger has, under a bounded number of names, none of them hidden ones."""
 
 from __future__ import annotations
 
