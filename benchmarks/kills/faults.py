@@ -198,6 +198,7 @@ class Trial:
                 break
             await asyncio.sleep(0.01)
         following.cancel()
+        await asyncio.gather(*here.service._pool._removing)  # of copies, in the background
 
     async def _attempt(self, here: Local, op: Op) -> str | None:
         """The code of the error, or None; waits for everything that was begun."""

@@ -130,7 +130,7 @@ async def test_no_span_has_a_word_of_a_body(client: httpx.AsyncClient, generatin
         {"prompt": CANARY},
         {"prompt": "x", "model": CANARY},
         {"prompt": "x", CANARY: 1},
-        {"prompt": "x", "temperature": CANARY, "n": CANARY, "max_tokens": CANARY},
+        *({"prompt": "x", field: CANARY} for field in ("temperature", "top_p", "top_k", "n", "stream", "max_tokens")),
         {"prompt": "x", "user": CANARY, "cache_salt": CANARY, "flexgate": {"purpose": CANARY}},
         {"prompt": "x", "n": 10**400},
     ]

@@ -91,12 +91,12 @@ WHOLE = {"finished": True, "about": response(news=(3, 250_000), public=(9, 750_0
         (
             {"about": response(news=(4, 250_000))},
             [{}],
-            ["request 1: news is told (4.0, 4), 250000 ppm; recorded (3.0, 3)"],
+            ["request 1: news is shown (4.0, 4), 250000 ppm; recorded (3.0, 3)"],
         ),
         (
             {"about": response(news=(3, 250_001))},
             [{}],
-            ["request 1: news is told (3.0, 3), 250001 ppm; recorded (3.0, 3)"],
+            ["request 1: news is shown (3.0, 3), 250001 ppm; recorded (3.0, 3)"],
         ),
         ({"about": response() | {"decision_id": "dec_b"}}, [{}], ["request 1: the response is dec_b, the row dec_a"]),
     ],
