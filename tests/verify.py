@@ -2,7 +2,7 @@
 
 The report, `build/verify/COMMIT-MACHINE.json`, names both and, for each step, how it ended, what it counted and how
 long it took. A step that passed on this commit and machine is not run again, so a run that was stopped goes on where it
-was; the planted defects go on inside their step. Exit status 1 if a step failed.
+was; planted defects and repeated engine tests go on inside their step. Exit status 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "verify"
@@ -35,9 +37,10 @@ STEPS = {
     "server-kills": f"{PYTHON} -m kills.servers --kills 50 --report {{folder}}/server-kills.json",
     "ledger-kills": f"{PYTHON} -m kills.ledger --kills 1000 --report {{folder}}/ledger-kills.json",
     "usage-kills": f"{PYTHON} -m kills.usage --kills 30 --report {{folder}}/usage-kills.json",
-    "repeat-engine-tests": "make --no-print-directory repeat-engine-tests",
+    "repeat-engine-tests": f"{PYTHON} -m pytest -p enginekit.repeat --repeat 20 -m engine {{part}}",
     "clients": "make --no-print-directory test-clients",
 }
+ENGINE_TESTS, ENGINE_MARK = "tests/server/engine/**/test_*.py", "pytest.mark.engine"
 
 
 @dataclass
@@ -101,12 +104,40 @@ def machine() -> dict[str, str | int]:
 
 
 def run(name: str, folder: Path) -> Result:
-    """Run one step with its output on the terminal and in a log."""
-    command, log = STEPS[name].format(folder=shlex.quote(str(folder))), folder / f"{name}.log"
+    """Run one step with its output on the terminal and in a log; parts that passed before are not run again."""
+    command, log = STEPS[name], folder / f"{name}.log"
+    done = folder / f"{name}.parts.jsonl"
+    known = {one["part"]: one for one in map(json.loads, done.read_text().splitlines())} if done.exists() else {}
+    log.open("a" if known else "w").close()
+    ended = []
+    for part in parts(name):
+        if part not in known:
+            known[part] = _run(part, command.format(folder=shlex.quote(str(folder)), part=shlex.quote(part)), log)
+            if known[part]["passed"]:
+                with done.open("a") as file:
+                    file.write(json.dumps(known[part]) + "\n")
+        ended.append(known[part])
+    counts = Counter[str]()
+    for one in ended:
+        counts.update({what: int(number) for number, _, what in COUNT.findall(one["last_line"])})
+    passed, seconds = all(one["passed"] for one in ended), sum(one["seconds"] for one in ended)
+    return Result(command, passed, dict(counts), round(seconds, 1), ended[-1]["last_line"], str(log))
+
+
+def parts(name: str) -> list[str]:
+    """The files of a step that runs file by file; one part without a name for any other."""
+    if "{part}" not in STEPS[name]:
+        return [""]
+    return [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(ENGINE_TESTS)) if ENGINE_MARK in path.read_text()]
+
+
+def _run(part: str, command: str, log: Path) -> dict[str, Any]:
+    """How one part of a step ended."""
     path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "tests/support")])
-    environment = os.environ | {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": path} if "-m kills" in command else {})
-    began = time.monotonic()
-    with log.open("w") as file:
+    needed = "-m kills" in command or "-p enginekit" in command
+    environment = os.environ | {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": path} if needed else {})
+    began, last = time.monotonic(), ""
+    with log.open("a") as file:
         process = subprocess.Popen(
             command, shell=True, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -115,9 +146,13 @@ def run(name: str, folder: Path) -> Result:
             sys.stdout.write(line)
             sys.stdout.flush()
             file.write(line)
-    lines = [line.strip(" =\n") for line in log.read_text().splitlines() if line.strip()] or [""]
-    counts = {what: int(number) for number, _, what in COUNT.findall(lines[-1])}
-    return Result(command, process.wait() == 0, counts, round(time.monotonic() - began, 1), lines[-1], str(log))
+            last = line.strip(" =\n") or last
+    return {
+        "part": part,
+        "passed": process.wait() == 0,
+        "seconds": time.monotonic() - began,
+        "last_line": last,
+    }
 
 
 def main(names: list[str]) -> int:

@@ -95,24 +95,27 @@ class Generation:
         return result
 
     async def _whole(self, request: InferenceRequest, result: Any) -> Response:
-        """A response that is not streamed; a long one is made and written in a thread."""
+        """A response that is not streamed; a long one is made, written and freed in a thread."""
         offload, about = self._services.offload, metadata(request)
+        counted = headers(request)  # by the limiter, which is the loop's alone
         offload.arrived(offload.arrived_bytes() + response_bytes(request, request.call.tokens()), request.tenant)
         try:
-            made = await offload.run(result.make) if isinstance(result, Later) else result
+            made = await offload.run(self._write, request, result, about, counted)
         except Exception as error:
             raise cause(request, _translate(error, request)) from error
         if isinstance(made, ErrorResponse):
             raise cause(request, vllm_errors.from_response(made))
-        counted = headers(request)  # by the limiter, which is the loop's alone
-        response = await offload.run(self._write, request, made, about, counted)
         raise_if_ended(request)  # while it was made
         request.answered = request.completed = True
-        return response
+        return made
 
-    def _write(
-        self, request: InferenceRequest, made: Any, about: dict[str, Any], counted: Mapping[str, str]
-    ) -> Response:
+    async def _write(
+        self, request: InferenceRequest, result: Any, about: dict[str, Any], counted: Mapping[str, str]
+    ) -> Response | ErrorResponse:
+        """Make a response; the engine's outputs end here, since freeing long ones takes as long as making them."""
+        made = await result.take() if isinstance(result, Later) else result
+        if isinstance(made, ErrorResponse):
+            return made
         content = {**self._endpoint.content(request, made), "flexgate": about}
         response = self._endpoint.response(content, headers=counted)
         request.answer.update(response.body)

@@ -90,3 +90,22 @@ def test_changes_that_no_commit_holds_are_refused(verify: Any) -> None:
 def test_an_unknown_step_is_refused_with_those_there_are(verify: Any) -> None:
     with pytest.raises(SystemExit, match="no step c; there are a, b"):
         verify.main(["c"])
+
+
+def test_a_step_of_many_files_goes_on_where_it_was_stopped(
+    verify: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = verify.ROOT / "tests/server/engine"
+    tests.mkdir(parents=True)
+    for name in ("test_a", "test_b", "test_c"):
+        (tests / f"{name}.py").write_text("pytestmark = pytest.mark.engine\n")
+    (tests / "test_other.py").touch()
+    commit(verify.ROOT)
+    step = f"f={{part}}; basename $f >> {tmp_path}/ran; echo 2 passed; test ! -e {tmp_path}/$(basename $f)"
+    monkeypatch.setattr(verify, "STEPS", {"repeated": step})
+    (tmp_path / "test_b.py").touch()
+    assert verify.main([]) == 1
+    (tmp_path / "test_b.py").unlink()
+    assert verify.main([]) == 0
+    assert ran(tmp_path) == ["test_a.py", "test_b.py", "test_c.py", "test_b.py"]
+    assert reports(verify)[0]["steps"]["repeated"]["counts"] == {"passed": 6}

@@ -73,7 +73,13 @@ class Later:
     """A response that is still to be made from the engine's outputs."""
 
     def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self.make = make
+        self._make: Callable[[], Coroutine[Any, Any, Any]] | None = make
+
+    def take(self) -> Coroutine[Any, Any, Any]:
+        """Make it, once. What waits for it is then alone in holding the engine's outputs."""
+        make, self._make = self._make, None
+        assert make is not None, "a response is made once"
+        return make()
 
 
 class LaterChat(OpenAIServingChat):

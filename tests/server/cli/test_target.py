@@ -19,7 +19,7 @@ from flexgate.experts.errors import ServerRefused
 from flexgate.policies.audit import DENIED, Event
 from flexgate.policies.store import Store
 from flexgate.server.cli.main import SUBCOMMANDS, app
-from flexgate.server.cli.target import ServerTarget
+from flexgate.server.cli.server_target import ServerTarget
 from flexgate.server.http.auth import KeyRevoked, authenticate
 from flexgate.server.policy.replicas import Replicas
 from flexgate.server.policy.source import PolicySource

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
-from flexgate.server.cli.target import DatabaseTarget
+from flexgate.server.cli.database_target import DatabaseTarget
 from flexgate.server.http.auth import KeyRevoked, KeyWrong, authenticate
 
 Run = Callable[..., Any]

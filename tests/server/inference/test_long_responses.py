@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +46,34 @@ async def test_a_long_answer_is_made_and_written_off_the_loop(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(("tokens", "on_loop"), [(10, True), (10_000, False)])
+async def test_what_a_long_answer_was_made_of_is_freed_off_the_loop(
+    client: httpx.AsyncClient, handler: Any, monkeypatch: pytest.MonkeyPatch, tokens: int, on_loop: bool
+) -> None:
+    from flexgate.server.engine.frontend.calls import GatedCall
+    from flexgate.server.inference.openai.adapted import Later
+
+    freed = dict[str, int]()
+
+    class Noted:
+        model_dump = dict
+
+        def __init__(self, what: str) -> None:
+            weakref.finalize(self, lambda: freed.update({what: threading.get_ident()}))
+
+    async def make(_: Any) -> Any:
+        return Noted("response")
+
+    monkeypatch.setattr(GatedCall, "tokens", lambda _: tokens)
+    handler.result = lambda: Later(partial(make, Noted("outputs")))
+    assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert {what: thread == threading.get_ident() for what, thread in freed.items()} == {
+        "outputs": on_loop,
+        "response": on_loop,
+    }
+
+
+@pytest.mark.asyncio
 async def test_an_answer_whose_right_ends_while_it_is_made_is_not_given(
     client: httpx.AsyncClient, handler: Any
 ) -> None:
@@ -78,7 +108,7 @@ async def test_only_a_responses_answer_that_is_not_streamed_is_made_later(
     monkeypatch.setattr(adapted.OpenAIServingResponses, "responses_full_generator", full)
     responses = adapted.LaterResponses.__new__(adapted.LaterResponses)
     answer: Any = await responses.responses_full_generator(SimpleNamespace(stream=stream), None, nothing())
-    assert (answer if stream else await answer.make()) == "made"
+    assert (answer if stream else await answer.take()) == "made"
 
 
 @pytest.mark.asyncio
