@@ -143,9 +143,13 @@ class Tracing:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         self._ended.clear()
-        try:
-            for traced in requests:
+        for traced in requests:
+            try:
                 self._span(traced)
+            except Exception as error:
+                self._count("failed", 1 + len(traced.steps))
+                logger.error("spans of a request could not be made", exc_info=error)
+        try:
             taken = not self._ended or self._exporter.export(tuple(self._ended)) is SpanExportResult.SUCCESS
         except Exception as error:  # nothing may end this thread
             self._reason.message, taken = repr(error), False

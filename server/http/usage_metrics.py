@@ -2,7 +2,7 @@
 
 A request is counted when its end is committed, in the ledger's thread: a counter never says more than the ledger, and
 no request waits for it. All begin at 0 with the process. Names are bounded in number, and an expert that the catalogue
-hides has none: readers of a dashboard may not be allowed to read the catalogue.
+hides when the counters are read has none: readers of a dashboard may not be allowed to read the catalogue.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Final, TypeVar
 
 from prometheus_client import REGISTRY
@@ -52,6 +52,11 @@ class _Work:
     share_ppm: int = 0
     mass: int = 0
 
+    def add(self, other: _Work) -> None:
+        """Count what another one has, too."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
 
 class UsageMetrics(Collector):
     """The counters. Safe to use from several threads."""
@@ -69,8 +74,8 @@ class UsageMetrics(Collector):
         self._catalogue = catalogue
 
     def count(self, registration: Registration, outcome: str, used: Used, parts: Sequence[Part]) -> None:
-        """Count a request that is recorded."""
-        tokens, catalogue = used.prompt_tokens + used.completion_tokens, self._catalogue()
+        """Count a request that is recorded, which may be before there is a catalogue."""
+        tokens = used.prompt_tokens + used.completion_tokens
         with self._lock:
             project = _bounded(registration.tenant, self._projects, OTHER)
             self._outcomes[project, outcome] += 1
@@ -79,7 +84,7 @@ class UsageMetrics(Collector):
             of_project.cached += used.cached_tokens
             of_project.completion += used.completion_tokens
             for part in parts:
-                name = _bounded(_named(catalogue, part.expert, part.owner), self._experts, (OTHER, OTHER))
+                name = _bounded((part.expert, part.owner or ""), self._experts, (OTHER, OTHER))
                 of_expert = self._experts.get(name) or self._experts.setdefault(name, _Work())
                 of_expert.requests += 1
                 of_expert.prompt += part.prompt_positions
@@ -93,20 +98,24 @@ class UsageMetrics(Collector):
         with self._lock:
             for expert, code, _ in rules:
                 document = catalogue.get(ExpertId(expert))
-                named = *_named(catalogue, expert, None if document is None else document.owner), code
-                self._denials[_bounded(named, self._denials, (OTHER, OTHER, OTHER))] += 1
+                named = (HIDDEN, HIDDEN) if document is None else (expert, document.owner or "")
+                self._denials[_bounded((*named, code), self._denials, (OTHER, OTHER, OTHER))] += 1
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """What was counted so far; every family, also those without a series."""
+        """What was counted so far, by names of now; every family, also those without a series."""
+        catalogue, experts, denials = self._catalogue(), dict[tuple[str, str], _Work](), Counter[tuple[str, ...]]()
         with self._lock:
-            experts = [(name, replace(of)) for name, of in self._experts.items()]
+            for name, of in self._experts.items():
+                experts.setdefault(_shown(catalogue, *name), _Work()).add(of)
+            for (expert, owner, code), number in self._denials.items():
+                denials[*_shown(catalogue, expert, owner), code] += number
             projects = [(name, replace(of)) for name, of in self._projects.items()]
-            outcomes, denials = list(self._outcomes.items()), list(self._denials.items())
+            outcomes = list(self._outcomes.items())
         yield _family(
             "flexgate_expert_requests",
             "Recorded requests in which an expert took part.",
             _EXPERT,
-            [(name, of.requests) for name, of in experts],
+            [(name, of.requests) for name, of in experts.items()],
         )
         yield _family(
             "flexgate_expert_tokens",
@@ -114,7 +123,7 @@ class UsageMetrics(Collector):
             (*_EXPERT, "kind"),
             [
                 ((*name, kind), value)
-                for name, of in experts
+                for name, of in experts.items()
                 for kind, value in (("prompt", of.prompt), ("completion", of.completion))
             ],
         )
@@ -122,13 +131,13 @@ class UsageMetrics(Collector):
             "flexgate_expert_share_weighted_tokens",
             "Tokens of requests times an expert's share of their routing weight.",
             _EXPERT,
-            [(name, of.share_ppm / PPM) for name, of in experts],
+            [(name, of.share_ppm / PPM) for name, of in experts.items()],
         )
         yield _family(
             "flexgate_expert_routing_weight",
             "Routing weight of an expert, summed over layers and positions.",
             _EXPERT,
-            [(name, of.mass / MASS_SCALE) for name, of in experts],
+            [(name, of.mass / MASS_SCALE) for name, of in experts.items()],
         )
         yield _family(
             "flexgate_project_requests",
@@ -146,7 +155,7 @@ class UsageMetrics(Collector):
             "flexgate_denials",
             "Reasons why requests were denied an expert that they named.",
             (*_EXPERT, "code"),
-            denials,
+            denials.items(),
         )
 
 
@@ -155,10 +164,12 @@ def _bounded(name: K, known: Mapping[K, object], other: K) -> K:
     return name if name in known or len(known) < MOST_NAMES else other
 
 
-def _named(catalogue: Mapping[ExpertId, Expert], expert: str, owner: str | None) -> tuple[str, str]:
+def _shown(catalogue: Mapping[ExpertId, Expert], expert: str, owner: str) -> tuple[str, str]:
     """An expert with its owner, unless the catalogue hides it or does not have it."""
+    if expert == OTHER:
+        return OTHER, OTHER
     document = catalogue.get(ExpertId(expert))
-    return (HIDDEN, HIDDEN) if document is None or document.visibility == "hidden" else (expert, owner or "")
+    return (HIDDEN, HIDDEN) if document is None or document.visibility == "hidden" else (expert, owner)
 
 
 def _family(

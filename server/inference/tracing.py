@@ -83,7 +83,9 @@ class TracedRequest(InferenceRequest):
         self.call.finish_reasons = {}
 
     def _over(self, status: int) -> None:
-        """Tell what is known of it. A fault in here costs the span, not the request."""
+        """Tell what is known of it, if its caller has a key. A fault in here costs the span, not the request."""
+        if self.context.principal is None:
+            return  # callers without a key would push out the spans of those with one
         try:
             self._tracing.add(self._traced(status))
         except Exception as error:

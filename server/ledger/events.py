@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from itertools import groupby
@@ -24,6 +23,7 @@ import httpx
 
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.lines import append_lines
+from flexgate.server.ledger.reading import is_older_copy, opened
 
 TYPE: Final = "flexgate.request.ended"
 SOURCE: Final = "/flexgate/ledger"
@@ -34,6 +34,10 @@ LONGEST_WAIT_SECONDS: Final = 60.0
 TIMEOUT_SECONDS: Final = 10.0
 REFUSED: Final = frozenset({400, 413, 422})
 """What a sink answers to an event that it will never take; everything else is tried again."""
+TAKEN_BEFORE: Final = 409
+"""What a sink may answer to an event whose id it has."""
+MOST_REFUSED: Final = 100
+"""Events that a sink may refuse one after another; then one is tried in each `LONGEST_WAIT_SECONDS`."""
 _USAGE: Final = (
     "request",
     "registered_at",
@@ -76,10 +80,19 @@ class Unreachable(Exception):
         self.wait = wait
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The last request of a ledger that a sink has: its sequence and its id."""
+
+    sent: int = 0
+    request: str | None = None
+
+
 class Sink(Protocol):
     """Where events go."""
 
     name: str
+    """Without a password: it is logged, and names the file of the place."""
 
     def send(self, events: Sequence[Event]) -> None:
         """Return once all are safe there; raises `Refused` or `Unreachable`. Blocks."""
@@ -113,17 +126,20 @@ class HttpSink:
         headers = {"content-type": "application/cloudevents-batch+json; charset=UTF-8"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
-        self.name = url
+        self._url = httpx.URL(url)
+        self.name = str(self._url.copy_with(username=None, password=None))
         self._client = httpx.Client(headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
 
     def send(self, events: Sequence[Event]) -> None:
         """Post them; raises `Refused` or `Unreachable`."""
         body = b"[" + b",".join(map(_encoded, events)) + b"]"
         try:
-            response = self._client.post(self.name, content=body)
+            response = self._client.post(self._url, content=body)
         except httpx.HTTPError as error:
             raise Unreachable(f"no answer: {type(error).__name__}") from error
-        if response.status_code in REFUSED:
+        if response.status_code == TAKEN_BEFORE and len(events) == 1:
+            return
+        if response.status_code in REFUSED or response.status_code == TAKEN_BEFORE:
             raise Refused(f"status {response.status_code}")
         if not response.is_success:
             wait = response.headers.get("retry-after", "")
@@ -148,12 +164,12 @@ class Exporter:
         """Read where it stopped.
 
         Args:
-            ledger: the file of the journal.
+            ledger: the file of the journal, which stands.
             folder: where the place in the ledger is kept, apart for each sink, and events that the sink refuses.
             count: told how many events were `sent` or `refused`.
 
         Raises:
-            LedgerError: where it stopped cannot be read.
+            LedgerError: the ledger, or where it stopped, cannot be read.
         """
         digest = sha256(sink.name.encode()).hexdigest()[:12]
         self.refused = folder / f"usage-events-{digest}.refused.jsonl"
@@ -162,7 +178,8 @@ class Exporter:
         self._sink = sink
         self._count = count
         self._stop = threading.Event()
-        self._sent = self._read_place()
+        self._refused_in_a_row = 0
+        self._at = self._fitting(self._read_place())
         self._thread = threading.Thread(target=self._run, name="flexgate-usage-events", daemon=True)
 
     def start(self) -> None:
@@ -181,7 +198,7 @@ class Exporter:
     @property
     def sent(self) -> int:
         """The sequence in the ledger up to which every event was sent, or refused for good."""
-        return self._sent
+        return self._at.sent
 
     def _run(self) -> None:
         told, wait = False, 0.0
@@ -199,7 +216,7 @@ class Exporter:
 
     def _send_next(self) -> bool:
         """Send what comes next; whether there was anything."""
-        found = read_events(self._ledger, self._sent, BATCH)
+        found = read_events(self._ledger, self._at.sent, BATCH)
         if not found:
             return False
         try:
@@ -210,59 +227,81 @@ class Exporter:
                 if self._stop.is_set():
                     return False
                 self._send_one(event)
-                self._keep_place(sequence)
+                self._keep_place(sequence, event["id"])
+                if self._refused_in_a_row >= MOST_REFUSED:
+                    raise Unreachable(
+                        f"it refused {self._refused_in_a_row} events one after another", LONGEST_WAIT_SECONDS
+                    ) from None
         else:
-            self._keep_place(found[-1][0])
+            self._keep_place(found[-1][0], found[-1][1]["id"])
+            self._refused_in_a_row = 0
         return True
 
     def _send_one(self, event: Event) -> None:
         try:
             self._sink.send([event])
+            self._refused_in_a_row = 0
             self._count("sent", 1)
         except Refused as error:
+            self._refused_in_a_row += 1
             logger.error("usage event %s was refused (%s), and is kept in %s", event["id"], error, self.refused)
             FileSink(self.refused).send([event])
             self._count("refused", 1)
 
-    def _read_place(self) -> int:
+    def _read_place(self) -> Place:
         try:
-            sent = json.loads(self._place.read_text())["sent"]
+            kept = json.loads(self._place.read_text())
+            place = Place(kept["sent"], kept.get("request"))
         except FileNotFoundError:
-            return 0
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Place()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LedgerError(
                 f"{self._place} cannot be read: {error}; move it away to send every event of the ledger again"
             ) from error
-        if type(sent) is not int or sent < 0:
+        if type(place.sent) is not int or place.sent < 0:
             raise LedgerError(f"{self._place} has no place in the ledger; move it away to send every event again")
-        return sent
+        return place
 
-    def _keep_place(self, sent: int) -> None:
+    def _fitting(self, place: Place) -> Place:
+        """The place, or the beginning of a ledger that never had the request which was sent last."""
+        if place.request is None:
+            return place
+        with opened(self._ledger) as ledger:
+            if not is_older_copy(ledger, place.sent, place.request):
+                return place
+        logger.warning(
+            "the ledger %s is not the one whose events were sent to %s up to number %d: all of its events are sent, "
+            "also those that were sent before",
+            self._ledger,
+            self._sink.name,
+            place.sent,
+        )
+        return Place()
+
+    def _keep_place(self, sent: int, request: str) -> None:
+        place = Place(sent, request)
         part = self._place.with_suffix(".part")
         with part.open("w") as file:
-            json.dump({"sink": self._sink.name, "sent": sent}, file)
+            json.dump({"sink": self._sink.name, **asdict(place)}, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(self._place)
-        self._sent = sent
+        self._at = place
 
 
 def read_events(ledger: Path, after: int, most: int) -> list[tuple[int, Event]]:
     """The next events after a sequence, with theirs; raises `LedgerError`. Blocks."""
-    try:
-        with closing(sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            requests = connection.execute(
-                f"SELECT sequence, {', '.join(_USAGE)} FROM usage WHERE sequence > ? ORDER BY sequence LIMIT ?",
-                (after, most),
-            ).fetchall()
-            last = requests[-1][0] if requests else after
-            parts = connection.execute(
-                f"SELECT sequence, {', '.join(_PARTS)}, CAST(prompt_mass AS TEXT), CAST(completion_mass AS TEXT) "
-                "FROM parts WHERE sequence > ? AND sequence <= ? ORDER BY sequence, expert",
-                (after, last),
-            ).fetchall()
-    except sqlite3.Error as error:
-        raise LedgerError(f"the ledger {ledger} cannot be read: {error}") from error
+    with opened(ledger) as connection:
+        requests = connection.execute(
+            f"SELECT sequence, {', '.join(_USAGE)} FROM usage WHERE sequence > ? ORDER BY sequence LIMIT ?",
+            (after, most),
+        ).fetchall()
+        last = requests[-1][0] if requests else after
+        parts = connection.execute(
+            f"SELECT sequence, {', '.join(_PARTS)}, CAST(prompt_mass AS TEXT), CAST(completion_mass AS TEXT) "
+            "FROM parts WHERE sequence > ? AND sequence <= ? ORDER BY sequence, expert",
+            (after, last),
+        ).fetchall()
     of = {sequence: [row[1:] for row in rows] for sequence, rows in groupby(parts, key=itemgetter(0))}
     return [(row[0], _event(row[1:], of.get(row[0], []))) for row in requests]
 

@@ -64,3 +64,10 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
             yield connection
     except sqlite3.Error as error:
         raise LedgerError(f"the ledger {path} cannot be read: {error}; check the file and its disk") from error
+
+
+def is_older_copy(ledger: sqlite3.Connection, last: int, request: str | None) -> bool:
+    """Whether a ledger never had the request that stood at a sequence: the same numbers would be used again."""
+    found = ledger.execute("SELECT request FROM usage WHERE sequence = ?", (last,)).fetchone()
+    (given,) = ledger.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'usage'").fetchone()
+    return bool(given < last or (found is not None and found != (request,)))

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
-from flexgate.server.ledger.reading import opened
+from flexgate.server.ledger.reading import is_older_copy, opened
 
 SCHEMA: Final = "flexgate_usage"
 REQUESTS_AT_ONCE: Final = 2_000
@@ -50,24 +50,29 @@ class Shared:
         Raises:
             LedgerError: the ledger or the database cannot be used, or the ledger is an older copy of itself.
         """
-        with opened(path) as ledger, self._connected(SECONDS) as shared:
-            if not self._columns:
-                self._columns = _prepare(shared, ledger)
+        with opened(path) as ledger, self._connected(SECONDS, "copying usage") as shared:
+            columns = self._columns or _prepare(shared, ledger)
             name, whole_since = ledger.execute("SELECT id, whole_since FROM ledger").fetchone()
             number, last, request = _place(shared, name)
-            _require_same(ledger, path, last, request)
-            rows = self._rows(ledger, "usage", last, REQUESTS_AT_ONCE)
+            if is_older_copy(ledger, last, request):
+                raise LedgerError(
+                    f"the ledger {path} is an older copy of itself: usage up to number {last} was copied from it, and "
+                    "the same numbers would be used again; put the newest copy back, or move it away to begin a new "
+                    "ledger"
+                )
+            rows = _rows(ledger, "usage", columns["usage"], last, REQUESTS_AT_ONCE)
             if rows:
-                newest = rows[-1][self._columns["usage"].index("sequence")]
-                request = rows[-1][self._columns["usage"].index("request")]
-                parts = self._rows(ledger, "parts", last, -1, newest)
-                self._write(shared, "usage", number, rows)
-                self._write(shared, "parts", number, parts)
+                newest = rows[-1][columns["usage"].index("sequence")]
+                request = rows[-1][columns["usage"].index("request")]
+                parts = _rows(ledger, "parts", columns["parts"], last, -1, newest)
+                _write(shared, "usage", columns["usage"], number, rows)
+                _write(shared, "parts", columns["parts"], number, parts)
                 shared.execute(
                     "UPDATE servers SET sequence = %s, request = %s WHERE number = %s", (newest, request, number)
                 )
                 last = newest
             _trim(shared, number, whole_since)
+        self._columns = columns  # they are there, now that the transaction has ended
         return last, len(rows) == REQUESTS_AT_ONCE
 
     def read(self, query: str, values: Sequence[object], *, seconds: float, most: int) -> list[tuple[Any, ...]]:
@@ -84,7 +89,7 @@ class Shared:
         return int(since) // MICROSECONDS
 
     @contextmanager
-    def _connected(self, seconds: float) -> Iterator[Postgres]:
+    def _connected(self, seconds: float, doing: str = "the sums") -> Iterator[Postgres]:
         """One transaction in which names are those of the copy."""
         try:
             with closing(self._engine.raw_connection()) as pooled:
@@ -94,28 +99,33 @@ class Shared:
                     connection.execute(SQL("SET LOCAL statement_timeout = {}").format(Literal(round(seconds * 1000))))
                     yield connection
         except psycopg.errors.QueryCanceled as error:
-            raise TooMuchAsked(f"the sums took longer than {seconds:g} seconds") from error
+            raise TooMuchAsked(f"{doing} took longer than {seconds:g} seconds") from error
         except (psycopg.Error, SQLAlchemyError) as error:
             raise LedgerError(f"the database that usage is copied to cannot be used: {error}") from error
 
-    def _rows(
-        self, ledger: sqlite3.Connection, table: str, after: int, most: int, newest: int | None = None
-    ) -> list[tuple[Any, ...]]:
-        names = ", ".join(self._columns[table])
-        return ledger.execute(
-            f"SELECT {names} FROM {table} WHERE sequence > ? AND (? IS NULL OR sequence <= ?) "
-            f"ORDER BY sequence LIMIT ?",
-            (after, newest, newest, most),
-        ).fetchall()
 
-    def _write(self, shared: Postgres, table: str, number: int, rows: Sequence[tuple[Any, ...]]) -> None:
-        columns = self._columns[table]
-        assert columns[0] == "sequence"
-        names = SQL(", ").join(map(Identifier, columns))
-        statement = SQL("COPY {} ({}) FROM STDIN").format(Identifier(table), names)
-        with shared.cursor() as cursor, cursor.copy(statement) as copy:
-            for sequence, *values in rows:
-                copy.write_row((number << PLACE | sequence, *values))
+def _rows(
+    ledger: sqlite3.Connection,
+    table: str,
+    columns: Sequence[str],
+    after: int,
+    most: int,
+    newest: int | None = None,
+) -> list[tuple[Any, ...]]:
+    return ledger.execute(
+        f"SELECT {', '.join(columns)} FROM {table} WHERE sequence > ? AND (? IS NULL OR sequence <= ?) "
+        f"ORDER BY sequence LIMIT ?",
+        (after, newest, newest, most),
+    ).fetchall()
+
+
+def _write(shared: Postgres, table: str, columns: Sequence[str], number: int, rows: Sequence[tuple[Any, ...]]) -> None:
+    assert columns[0] == "sequence"
+    names = SQL(", ").join(map(Identifier, columns))
+    statement = SQL("COPY {} ({}) FROM STDIN").format(Identifier(table), names)
+    with shared.cursor() as cursor, cursor.copy(statement) as copy:
+        for sequence, *values in rows:
+            copy.write_row((number << PLACE | sequence, *values))
 
 
 def _prepare(shared: Postgres, ledger: sqlite3.Connection) -> dict[str, list[str]]:
@@ -151,17 +161,6 @@ def _place(shared: Postgres, ledger: str) -> tuple[int, int, str | None]:
     shared.execute("INSERT INTO servers (ledger) VALUES (%s) ON CONFLICT DO NOTHING", (ledger,))
     query = "SELECT number, sequence, request FROM servers WHERE ledger = %s FOR UPDATE"
     return cast(tuple[int, int, str | None], shared.execute(query, (ledger,)).fetchone())
-
-
-def _require_same(ledger: sqlite3.Connection, path: Path, last: int, request: str | None) -> None:
-    """Raise `LedgerError` unless the ledger has, or once had, the request that was copied last."""
-    found = ledger.execute("SELECT request FROM usage WHERE sequence = ?", (last,)).fetchone()
-    (given,) = ledger.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'usage'").fetchone()
-    if given < last or (found is not None and found != (request,)):
-        raise LedgerError(
-            f"the ledger {path} is an older copy of itself: usage up to number {last} was copied from it, and the same "
-            "numbers would be used again; put the newest copy back, or move it away to begin a new ledger"
-        )
 
 
 def _trim(shared: Postgres, number: int, whole_since: int) -> None:

@@ -174,6 +174,37 @@ async def test_requests_that_a_server_left_running_count_at_the_next_start(tmp_p
     assert again.state().running == 0
 
 
+async def test_what_a_killed_server_left_counts_by_names_that_come_later(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "ledger.db", clock=lambda: 1.0)
+    one = registration("a")
+    await first.register(one).registered()
+    await first.mark(one.request, used(4, 2, 1, 1, 2))
+    first.close()
+    usage = UsageMetrics()
+    Journal(tmp_path / "ledger.db", clock=lambda: 2.0, count=usage.count).close()
+    usage.name_by(lambda: CATALOGUE)
+    found = read(usage)
+    assert found['flexgate_expert_requests_total{expert="news",owner="gazette"}'] == 1
+    assert found['flexgate_expert_requests_total{expert="public",owner=""}'] == 1
+    assert found[f'flexgate_expert_requests_total{{expert="{HIDDEN}",owner="{HIDDEN}"}}'] == 1
+
+
+async def test_an_expert_that_is_hidden_later_loses_its_name() -> None:
+    usage = UsageMetrics()
+    catalogue = dict(CATALOGUE)
+    usage.name_by(lambda: catalogue)
+    for name in "ab":
+        one = registration(name)
+        usage.count(one, COMPLETED, used(4, 2, 1, 1, 2), used(4, 2, 1, 1, 2).parts(one))
+    usage.count_denial([("news", "tenant_not_allowed", "…"), ("secret", "tenant_not_allowed", "…")])
+    assert read(usage)['flexgate_expert_requests_total{expert="news",owner="gazette"}'] == 2
+    catalogue["news"] = Expert(id="news", owner="gazette", visibility="hidden")
+    found = read(usage)
+    assert [line for line in found if "news" in line or "gazette" in line] == []
+    assert found[f'flexgate_expert_requests_total{{expert="{HIDDEN}",owner="{HIDDEN}"}}'] == 4
+    assert found[f'flexgate_denials_total{{code="tenant_not_allowed",expert="{HIDDEN}",owner="{HIDDEN}"}}'] == 2
+
+
 async def test_a_ledger_says_what_its_copies_lack_and_how_far_the_clock_is_behind(tmp_path: Path) -> None:
     at, sent = [9.0], [0]
     journal = Journal(tmp_path / "ledger.db", clock=lambda: at[0])

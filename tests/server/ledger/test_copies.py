@@ -130,6 +130,19 @@ def broken(*_: Any) -> None:
     raise psycopg.OperationalError("connection lost")
 
 
+def test_a_first_copy_that_breaks_off_is_made_by_the_same_server(
+    engine: sa.Engine, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(paths[0], range(3))
+    copy = Shared(engine)
+    with monkeypatch.context() as broken:
+        broken.setattr(shared, "_trim", lambda *_: (_ for _ in ()).throw(psycopg.OperationalError("gone")))
+        with pytest.raises(LedgerError, match="gone"):
+            copy.copy(paths[0])
+    assert copy.copy(paths[0]) == (3, False)
+    assert len(rows(engine, "SELECT request FROM usage")) == 3
+
+
 def test_an_older_copy_of_a_ledger_is_not_copied(engine: sa.Engine, paths: list[Path], tmp_path: Path) -> None:
     path = paths[0]
     record(path, range(10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -171,6 +172,91 @@ def test_what_is_never_taken_is_kept_and_holds_up_nothing(ledger: Path, consumer
     assert [event["id"] for event in kept] == ["dec_7", "dec_130"]
     assert set(consumer.ids()) == {f"dec_{number}" for number in range(REQUESTS)} - consumer.never
     assert counted == {"sent": REQUESTS - 2, "refused": 2}
+
+
+def test_an_event_that_the_sink_has_is_taken(ledger: Path, consumer: Consumer, tmp_path: Path) -> None:
+    consumer.answers = [409, 409]  # the batch, and its first event alone
+    counted = Counter[str]()
+    with exporting(ledger, consumer.url, tmp_path, count=lambda outcome, n: counted.update({outcome: n})) as exporter:
+        until(lambda: exporter.sent == REQUESTS)
+    assert counted == {"sent": REQUESTS}
+    assert set(consumer.ids()) == {f"dec_{number}" for number in range(1, REQUESTS)}
+
+
+def test_a_sink_that_refuses_everything_is_not_given_all_at_once(
+    ledger: Path, consumer: Consumer, tmp_path: Path
+) -> None:
+    consumer.never = frozenset(f"dec_{number}" for number in range(REQUESTS))
+    exporter = Exporter(ledger, HttpSink(consumer.url), tmp_path)
+    with pytest.raises(Unreachable, match="refused 100 events one after another"):
+        exporter._send_next()
+    assert exporter.sent == events.MOST_REFUSED
+    with pytest.raises(Unreachable, match="refused 101"):
+        exporter._send_next()
+    consumer.never = frozenset()
+    assert exporter._send_next()
+    assert exporter.sent == events.MOST_REFUSED + 1 + events.BATCH
+
+
+def test_a_password_of_a_sink_is_written_nowhere(ledger: Path, consumer: Consumer, tmp_path: Path) -> None:
+    sink = HttpSink(consumer.url.replace("//", "//user:hunter2@"))
+    assert sink.name == consumer.url
+    exporter = Exporter(ledger, sink, tmp_path)
+    assert exporter._send_next()
+    assert "hunter2" not in exporter._place.read_text()
+
+
+def filled(path: Path, names: range) -> None:
+    journal = Journal(path, clock=lambda: 2.0)
+
+    async def fill() -> None:
+        for number in names:
+            one = Registration(f"dec_{number}", 1, "t", "k", "/v1/completions", "m", 7, 2, ())
+            journal.register(one)
+            journal.end(one, COMPLETED, Used(5, 1, 2, [], []))
+
+    asyncio.run(fill())
+    journal.close()
+
+
+def sent_of(ledger: Path, folder: Path) -> list[str]:
+    """What a server sends that starts now."""
+    path = folder / "events.jsonl"
+    path.unlink(missing_ok=True)
+    exporter = Exporter(ledger, FileSink(path), folder)
+    while exporter._send_next():
+        pass
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_new_ledger_is_sent_from_its_beginning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = tmp_path / "ledger.db"
+    filled(ledger, range(3))
+    assert sent_of(ledger, tmp_path) == ["dec_0", "dec_1", "dec_2"]
+    for file in tmp_path.glob("ledger.db*"):
+        file.unlink()
+    filled(ledger, range(10, 12))
+    assert sent_of(ledger, tmp_path) == ["dec_10", "dec_11"]
+    assert "is not the one whose events were sent" in caplog.text
+    assert sent_of(ledger, tmp_path) == []
+
+
+def test_a_ledger_that_was_put_back_leaves_no_event_out(tmp_path: Path) -> None:
+    ledger, backup = tmp_path / "ledger.db", tmp_path / "backup.db"
+    filled(ledger, range(3))
+    shutil.copy(ledger, backup)
+    filled(ledger, range(3, 6))
+    assert len(sent_of(ledger, tmp_path)) == 6
+    shutil.copy(backup, ledger)
+    filled(ledger, range(20, 25))
+    assert sent_of(ledger, tmp_path) == [f"dec_{number}" for number in (*range(3), *range(20, 25))]
+
+
+def test_a_place_of_an_older_version_is_taken_over(ledger: Path, tmp_path: Path) -> None:
+    exporter = Exporter(ledger, FileSink(tmp_path / "events.jsonl"), tmp_path)
+    exporter._place.write_text('{"sink": "events.jsonl", "sent": 240}')
+    assert sent_of(ledger, tmp_path) == [f"dec_{number}" for number in range(240, REQUESTS)]
+    assert sent_of(ledger, tmp_path) == []
 
 
 def test_a_file_gets_a_line_for_each_event_and_begins_anew_once_it_is_moved_away(ledger: Path, tmp_path: Path) -> None:
