@@ -97,7 +97,7 @@ def judge(path: Path, transcript: Path) -> Iterator[str]:
     connection = sqlite3.connect(path)
     rows = connection.execute("SELECT request, sequence, completion_tokens, outcome FROM usage").fetchall()
     parts: dict[int, list[tuple[Any, ...]]] = {}
-    for sequence, *part in connection.execute(f"SELECT {PARTS} FROM parts"):
+    for sequence, *part in connection.execute(f"SELECT {PARTS} FROM parts ORDER BY sequence, expert"):
         parts.setdefault(sequence, []).append(tuple(part))
     (running,) = connection.execute("SELECT count(*) FROM running").fetchone()
     connection.close()

@@ -123,12 +123,18 @@ def search(engine: Engine, sought: Sought, *, limit: int, oldest: bool = False) 
 
 
 def count_denied(
-    engine: Engine, since: float, until: float, concerns: Callable[[str, float, float], bool]
+    engine: Engine,
+    since: float,
+    until: float,
+    concerns: Callable[[str, float, float], bool],
+    *,
+    each: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, str], int]:
     """How many requests were denied because of an expert, by expert and code of the reason.
 
     Of entries that are kept, that began at `since <= at < until`, and that name their reasons; each stands for requests
-    from its first to its last, and `concerns` says of an expert and these times whether it counts.
+    from its first to its last, and `concerns` says of an expert and these times whether it counts. `each` is called for
+    each entry, and ends the count with what it raises.
     """
     counts: dict[tuple[str, str], int] = {}
     with reading(engine) as connection:
@@ -136,6 +142,7 @@ def count_denied(
             audit_log.c.at, audit_log.c.detail
         )
         for row in connection.execute(query.execution_options(yield_per=1000)):
+            each()
             for expert, code, _ in row.detail.get("rules", ()):
                 if concerns(expert, row.at, max(row.at, row.detail["last"])):
                     counts[expert, code] = counts.get((expert, code), 0) + row.detail["requests"]

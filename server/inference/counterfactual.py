@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from msgspec import structs
+
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.errors import DecisionRefused
@@ -158,7 +160,7 @@ def _register(request: InferenceRequest) -> Entry:
     if request.entry is None:  # the ledger failed when it began, and what this would use is not recorded either
         raise refused(request.call)
     own = request.entry.registration
-    registration = replace(
+    registration = structs.replace(
         own,
         request=f"{own.request}_{COUNTERFACTUAL}",
         registered_at=round(request.services.clock() * MICROSECONDS),

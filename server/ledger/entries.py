@@ -7,7 +7,6 @@ they add up without rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
@@ -59,8 +58,7 @@ class Part(NamedTuple):
     duties_sha256: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
+class Registration(msgspec.Struct, frozen=True, gc=False):
     """A request that may go to the engine.
 
     Attributes:
@@ -81,8 +79,7 @@ class Registration:
     prompt_sha256: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(msgspec.Struct, frozen=True, gc=False):
     """What a request has used so far, as the engine reports it.
 
     Attributes:
@@ -103,13 +100,16 @@ class Used:
     def parts(self, registration: Registration) -> list[Part]:
         """The part of each expert of the gate that took part."""
         slots, prompt_2U, completion_2U = len(self.prompt_2U) // 2, self.prompt_2U, self.completion_2U
+        masses_and_positions = prompt_2U[:slots], prompt_2U[slots:], completion_2U[:slots], completion_2U[slots:]
+        by_slot = list(zip(*masses_and_positions, strict=True))
         experts = [one for one in registration.experts if one[0] < slots]
-        shares = share_ppm([prompt_2U[one[0]] + completion_2U[one[0]] for one in experts])
+        shares = share_ppm([by_slot[one[0]][0] + by_slot[one[0]][2] for one in experts])
         found = []
         for (slot, expert, owner, agreement, version, package, duties), share in zip(experts, shares, strict=True):
-            numbers = prompt_2U[slot], prompt_2U[slots + slot], completion_2U[slot], completion_2U[slots + slot]
+            prompt_mass, prompt_positions, mass, positions = numbers = by_slot[slot]
             if any(numbers):
-                found.append(Part(expert, owner, *numbers, agreement, version, package, share, duties))
+                counts = (prompt_mass, prompt_positions, mass, positions)
+                found.append(Part(expert, owner, *counts, agreement, version, package, share, duties))
         return found
 
     def encode(self) -> bytes:

@@ -19,8 +19,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -37,21 +36,17 @@ from flexgate.server.ledger.entries import (
     Registration,
     State,
     Used,
-    decode_registration,
-    encode_registration,
     microseconds,
 )
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
-from flexgate.server.ledger.opening import open_ledger, told
+from flexgate.server.ledger.log import log_of
+from flexgate.server.ledger.opening import BUSY_SECONDS, open_ledger, told
 from flexgate.server.ledger.retention import Retention
 from flexgate.server.ledger.schema import VERSION
+from flexgate.server.ledger.writing import Recorded, Rows
 
 NAME: Final = "ledger.db"
 RETRY_SECONDS: Final = 1.0
-INSERT_PART: Final = (
-    "INSERT INTO parts (sequence, expert, owner, prompt_mass, prompt_positions, completion_mass, completion_positions, "
-    "agreement, agreement_version, package, share_ppm, duties_sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
 ANSWER_SECONDS: Final = 5.0
 """How long a commit may take before what waits for it is refused."""
 LOOK_SECONDS: Final = 0.25
@@ -78,8 +73,7 @@ class Journal:
         self.path = path
         self._clock = clock
         self._count = count
-        self._sequence = 0  # of the newest end on disk
-        self._recorded: list[tuple[Registration, str, Used, Sequence[Part]]] = []  # by the transaction that is running
+        self._recorded: list[Recorded] = []  # by the transaction that is running
         self._connection = open_ledger(path)
         self._lock = threading.Condition()
         self._next = Batch()
@@ -87,17 +81,22 @@ class Journal:
         self._owed: list[End] = []  # those that could not be written yet: no more than were running when writes failed
         self._running: dict[str, int] = {}  # requests that were registered and have not ended, with their numbers
         self._numbers = itertools.count(1)
+        self._used: dict[str, int] = {}  # when running requests were registered or last marked, in microseconds
         self._refused: list[int] = []  # numbers of requests that were refused, and may have been written
         self._newest = 0  # of the ends, in microseconds
+        self._marked_at = 0  # the time of the marks of the commit that is running
         self._behind = False  # whether the clock is behind it
         self._failing: LedgerError | None = None
         self._closing = False
         self._file = FileIdentity(path, "the ledger")
         self._file.take()
         self._reserve = Reserve(path, "the ends of running requests")
+        self._log = log_of(path.absolute())
+        self._log_is_due = False
         self.retention = Retention(lambda: self._clock())
         self.corrections = Corrections(path, lambda: self._clock())
         with told(path):
+            self._rows = Rows(self._connection)
             self._end_running()
         self._reserve.keep()
         self._closed = threading.Event()
@@ -111,10 +110,14 @@ class Journal:
         return self._failing is not None
 
     def has_written(self, before: float) -> bool:
-        """Whether the file has all ends before a time that is over, in Unix seconds."""
+        """Whether the file has all ends before a time that is over, in Unix seconds.
+
+        A request that runs, and was last marked before that time, may end there: if the server is killed now.
+        """
         with self._lock:
             writing = [] if self._writing is None else self._writing[0].ended
-            earliest = min((at for _, _, at, _ in (*self._owed, *writing, *self._next.ended)), default=None)
+            ends = [at for _, _, at, _ in (*self._owed, *writing, *self._next.ended)]
+            earliest = min((*ends, *self._used.values()), default=None)
         return earliest is None or earliest >= microseconds(before)
 
     def state(self) -> State:
@@ -123,7 +126,7 @@ class Journal:
             writing = [] if self._writing is None else self._writing[0].ended
             unwritten = len(self._owed) + len(writing) + len(self._next.ended)
         behind = max(0, self._newest - microseconds(self._clock())) / MICROSECONDS
-        uncopied = self.retention.uncopied(self._sequence)
+        uncopied = self.retention.uncopied(self._rows.sequence)
         return State(self.failing, len(self._running), unwritten, behind, uncopied)
 
     def register(self, registration: Registration) -> Entry:
@@ -173,6 +176,7 @@ class Journal:
         while self._writer.is_alive() and not self._hangs():
             self._writer.join(LOOK_SECONDS)
         self._closed.set()
+        self._log.release()
         writing = [] if self._writing is None else self._writing[0].ended
         if left := len(self._owed) + len(writing) + len(self._next.ended):
             logger.error("the usage of %d requests could not be written to %s", left, self.path)
@@ -190,7 +194,7 @@ class Journal:
         closing = False
         while not closing:
             with self._lock:
-                if not self._next and not self._closing:
+                if not self._next and not self._closing and not self._log_is_due:
                     self._lock.wait(RETRY_SECONDS if self._failing is not None else self.retention.seconds())
                 batch, self._next = self._next, Batch()
                 self._writing = batch, time.monotonic()
@@ -201,6 +205,8 @@ class Journal:
             answer(batch.waiting, error)
             if error is None and self.retention.seconds() == 0:
                 self._trim()
+            if self._log_is_due:
+                self._empty_log()
             with self._lock:
                 self._writing = None
 
@@ -210,27 +216,32 @@ class Journal:
         if full is not None:
             batch.refuse(full)
         registered = {registration.request: next(self._numbers) for registration, _ in batch.registered}
-        numbers = ChainMap(registered, self._running)
-        ended = [end for end in batch.ended if end[0].request in numbers]
+        self._running |= registered
+        ended = [end for end in batch.ended if end[0].request in self._running]
         batch.ended, self._owed = self._owed + ended, []
-        for request in [request for request in batch.marks if request not in numbers]:
+        for request in [request for request in batch.marks if request not in self._running]:
             answer(batch.marks.pop(request)[1], LedgerError(f"the ledger has no running request {request} to mark"))
         if not batch and (full is not None or self._failing is None):
             return full
         try:
             self._file.require()
             with self._transaction():
-                self._insert(batch, numbers)
+                self._insert(batch)
             self._file.require()
         except Exception as error:
             self._owed = [end for end in batch.ended if end[0].request not in registered]
+            for request in registered:
+                del self._running[request]
             self._refused += registered.values()  # whether or not the disk has them
             return self._error(error)
         self._reserve.keep()
         self._refused = []
-        self._running.update(registered)
-        for registration, _, _, _ in batch.ended:
-            self._running.pop(registration.request, None)
+        with self._lock:
+            self._used |= {one.request: one.registered_at for one, _ in batch.registered}
+            self._used |= dict.fromkeys(batch.marks, self._marked_at)
+            for registration, _, _, _ in batch.ended:
+                self._running.pop(registration.request, None)
+                self._used.pop(registration.request, None)
         self._count_recorded()
         return full
 
@@ -246,6 +257,14 @@ class Journal:
         except sqlite3.Error as error:
             logger.error("usage that is too old is not deleted: %s", error)
             self.retention.later()
+
+    def _empty_log(self) -> None:
+        self._log_is_due = False
+        try:
+            self._log.empty(self._connection)
+            self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
+        except sqlite3.Error as error:
+            logger.error("the log of %s is not emptied, and statements wait: %s", self.path, error)
 
     def _full(self) -> LedgerError | None:
         """Why nothing but ends is written, if the disk has room for no more."""
@@ -274,9 +293,13 @@ class Journal:
         self._behind = behind > 0
 
     def _watch(self) -> None:
-        """Refuse what waits for a commit that takes too long; ends wait on."""
+        """Refuse what waits for a commit that takes too long; ends wait on. Have a long log emptied."""
         while not self._closed.wait(LOOK_SECONDS):
+            due = self._log.is_due()
             with self._lock:
+                if due:
+                    self._log_is_due = True
+                    self._lock.notify()
                 if self._writing is None or not self._hangs():
                     continue
                 error = self._error(f"a commit has taken more than {ANSWER_SECONDS:g} seconds")
@@ -300,57 +323,36 @@ class Journal:
                 self._connection.execute("ROLLBACK")
             raise
 
-    def _insert(self, batch: Batch, numbers: Mapping[str, int]) -> None:
-        """Write a batch; what ends in it needs no rows of running requests.
-
-        Args:
-            numbers: of the requests that run, those that it registers among them.
-        """
-        write = self._connection.executemany
+    def _insert(self, batch: Batch) -> None:
+        """Write a batch; what ends in it needs no rows of running requests."""
+        rows, running = self._rows, self._running
         if not batch:  # whether the disk takes anything again
             self._connection.execute(f"PRAGMA user_version = {VERSION}")
-        for end in batch.ended:
-            self._insert_usage(*end)
+        if self._failing is not None:  # the disk may have what it refused
+            rows.reload()
+        self._recorded = rows.insert(batch.ended)
         ended = {registration.request for registration, _, _, _ in batch.ended}
-        begun = [one for one, _ in batch.registered if one.request not in ended]
-        rows = [(numbers[one.request], one.request, encode_registration(one)) for one in begun]
-        write("INSERT INTO running VALUES (?, ?, ?)", rows)
-        marks = [(numbers[id_], mark) for id_, (mark, _) in batch.marks.items() if id_ not in ended]
-        write("INSERT OR REPLACE INTO marks VALUES (?, ?)", marks)
-        over = [(number,) for number in (*(numbers[id_] for id_ in ended if id_ in numbers), *self._refused)]
-        for table in ("running", "marks"):
-            write(f"DELETE FROM {table} WHERE number = ?", over)
-
-    def _insert_usage(self, registration: Registration, outcome: str, at: int, used: Used) -> None:
-        """Once for each request: one that was written before the disk said that it was not stays as it is."""
-        a = registration
-        tokens = used.prompt_tokens, used.cached_tokens, used.completion_tokens
-        row = (a.request, a.registered_at, at, outcome, a.tenant, a.key_id, a.endpoint, a.model)
-        row_id = self._connection.execute(
-            "INSERT INTO usage (request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, "
-            "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, "
-            "answer_sha256) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (request) DO NOTHING RETURNING sequence",
-            (*row, a.policy_version, a.weights_epoch, *tokens, a.prompt_sha256, used.answer_sha256),
-        ).fetchone()
-        if row_id is not None:
-            parts, (self._sequence,) = used.parts(a), row_id
-            self._connection.executemany(INSERT_PART, [(self._sequence, *part) for part in parts])
-            self._recorded.append((a, outcome, used, parts))
+        rows.begin((running[one.request], one) for one, _ in batch.registered if one.request not in ended)
+        at = self._marked_at = microseconds(self._clock())
+        rows.mark((running[id_], mark, at) for id_, (mark, _) in batch.marks.items() if id_ not in ended)
+        rows.drop([*(running[request] for request in ended if request in running), *self._refused])
 
     def _end_running(self) -> None:
-        """End the requests that were running when the file was last open, with their last marks."""
-        query = "SELECT registration, mark FROM running LEFT JOIN marks USING (number) ORDER BY request"
-        found = self._connection.execute(query).fetchall()
-        newest, last = self._connection.execute("SELECT max(ended_at), max(sequence) FROM usage").fetchone()
-        now, self._newest, self._sequence = microseconds(self._clock()), newest or 0, last or 0
-        self._note_clock(now)
+        """End the requests that were running when the file was last open, with their last marks, when these were made.
+
+        None ends earlier than what ended before the file was closed.
+        """
+        ((newest,),) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchall()
+        self._newest = newest or 0
+        self._note_clock(microseconds(self._clock()))
+        found = self._rows.running()
+        ended = []
+        for registration, used, at in found:
+            self._newest = max(self._newest, at)
+            ended.append((registration, INTERRUPTED, self._newest, used))
         with self._transaction():
-            for text, mark in found:
-                registration = decode_registration(text)
-                self._newest = max(now, self._newest, registration.registered_at)
-                self._insert_usage(registration, INTERRUPTED, self._newest, Used.decode(mark))
-            for table in ("running", "marks"):
-                self._connection.execute(f"DELETE FROM {table}")
+            self._recorded = self._rows.insert(ended)
+            self._rows.drop_all()
         self._count_recorded()
         if found:
             logger.warning("%d requests were running when the server ended; their last marks count", len(found))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
+from flexgate.server.ledger.log import log_of
 
 INSTRUCTIONS: Final = 10_000
 """Of SQLite's machine, between two looks at the clock."""
@@ -39,8 +40,8 @@ class Local:
 
     def read(self, query: str, values: Sequence[object], *, seconds: float, most: int) -> list[tuple[Any, ...]]:
         """As `Source`."""
-        with opened(self._path) as connection:
-            deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
+        with log_of(self._path.absolute()).reading(seconds), opened(self._path) as connection:
             connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
             try:
                 return list(islice(connection.execute(query, values), most))

@@ -58,7 +58,7 @@ class Retention:
             (today - self._days * DAY, copied, copied, REQUESTS_AT_ONCE),
         ).fetchall()
         sequences = [(sequence,) for sequence, _ in old]
-        connection.executemany("DELETE FROM parts WHERE sequence = ?", sequences)
+        connection.executemany("DELETE FROM counts WHERE sequence = ?", sequences)
         connection.executemany("DELETE FROM usage WHERE sequence = ?", sequences)
         if old:
             whole = (old[-1][1] // DAY + 1) * DAY

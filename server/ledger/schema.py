@@ -131,6 +131,47 @@ def _corrections(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE INDEX corrections_owner ON corrections (owner, at)")
 
 
+def _numbers(connection: sqlite3.Connection) -> None:
+    """What experts were registered as once, and of each part numbers alone; `parts` shows them as before."""
+    names = "expert", "owner", "agreement", "agreement_version", "package", "duties_sha256"
+    counts = "prompt_mass, prompt_positions, completion_mass, completion_positions, share_ppm"
+    same = " AND ".join(f"experts.{name} IS parts.{name}" for name in names)
+    for statement in (
+        """CREATE TABLE experts (
+    number INTEGER PRIMARY KEY,
+    expert TEXT NOT NULL,
+    owner TEXT,
+    agreement TEXT,
+    agreement_version INTEGER,
+    package TEXT,
+    duties_sha256 TEXT
+)""",
+        "CREATE INDEX experts_agreement ON experts (expert, agreement, agreement_version)",
+        """CREATE TABLE counts (
+    sequence INTEGER NOT NULL REFERENCES usage,
+    number INTEGER NOT NULL REFERENCES experts,
+    prompt_mass INTEGER NOT NULL,
+    prompt_positions INTEGER NOT NULL,
+    completion_mass INTEGER NOT NULL,
+    completion_positions INTEGER NOT NULL,
+    share_ppm INTEGER NOT NULL,
+    PRIMARY KEY (sequence, number)
+) WITHOUT ROWID""",
+        f"INSERT INTO experts ({', '.join(names)}) SELECT DISTINCT {', '.join(names)} FROM parts",
+        f"INSERT INTO counts (sequence, number, {counts}) SELECT sequence, number, {counts} FROM parts "
+        f"CROSS JOIN experts ON {same} ORDER BY sequence, number",
+        "DROP TABLE parts",
+        f"CREATE VIEW parts AS SELECT sequence, {', '.join(names)}, {counts} "
+        "FROM counts CROSS JOIN experts USING (number)",  # in this order: by sequence
+    ):
+        connection.execute(statement)
+
+
+def _dated_marks(connection: sqlite3.Connection) -> None:
+    """When a mark was written, in microseconds: a request that is interrupted ends then."""
+    connection.execute("ALTER TABLE marks ADD COLUMN at INTEGER NOT NULL DEFAULT 0")
+
+
 STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _first,
     _agreements_and_shares,
@@ -139,6 +180,8 @@ STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _identity,
     _running,
     _corrections,
+    _numbers,
+    _dated_marks,
 )
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)

@@ -34,8 +34,8 @@ MOST_RECEIPTS: Final = 4_000_000
 _OWNERS: Final = "ended_at >= ? AND ended_at < ? AND owner = ? AND +usage.sequence <= ?"
 _USES: Final = uses(_OWNERS, (*UNDER, "expert", "tenant"), "max(ended_at)")
 _DAYS: Final = uses(_OWNERS, (f"ended_at / {DAY * MICROSECONDS} * {DAY}",), "count(DISTINCT usage.sequence)")
-_RANGE: Final = "SELECT min(sequence), max(sequence) FROM usage WHERE ended_at >= ? AND ended_at < ?"
-_NEWEST: Final = "SELECT sequence FROM usage WHERE ended_at < ? ORDER BY ended_at DESC LIMIT 1"
+_FIRST: Final = "SELECT sequence FROM usage WHERE ended_at >= ? ORDER BY ended_at, sequence LIMIT 1"
+_LAST: Final = "SELECT sequence FROM usage WHERE ended_at < ? ORDER BY ended_at DESC, sequence DESC LIMIT 1"
 _SEQUENCES: Final = (
     "SELECT usage.sequence FROM usage JOIN parts USING (sequence) WHERE usage.sequence BETWEEN ? AND ? "
     "AND +ended_at >= ? AND +ended_at < ? AND owner = ? ORDER BY usage.sequence"
@@ -199,9 +199,8 @@ def uses_read(reading: Reading, owner: str, period: Period, *, until: int = EVER
     """The sums of an owner's uses in a period, in requests up to a number in the ledger."""
     values = (*_times(period), owner, until)
     rows, days = reading.rows(_USES, values), reading.rows(_DAYS, values)
-    corrections = (Correction(*row) for row in reading.rows(OF_PERIOD, values[:3]))
     in_days = (Day(start, requests, Uses(*counts)) for start, *counts, requests in days)
-    return OwnerUses(rows, tuple(in_days), tuple(corrections))
+    return OwnerUses(rows, tuple(in_days), corrections_read(reading, owner, period))
 
 
 def sequences_read(
@@ -209,10 +208,11 @@ def sequences_read(
 ) -> Iterator[int]:
     """The numbers in the ledger of a period's requests in which an owner's experts took part, in their order."""
     times = _times(period)
-    ((first, last),) = reading.rows(_RANGE, times)
-    if first is None:
+    first = reading.rows(_FIRST, times[:1])  # requests are in the order of their ends
+    if not first:
         return
-    found = reading.stream(_SEQUENCES, (max(first, after + 1), min(last, until), *times, owner))
+    values = (max(first[0][0], after + 1), min(newest_read(reading, period), until), *times, owner)
+    found = reading.stream(_SEQUENCES, values)
     for number, (sequence, _) in enumerate(groupby(found, itemgetter(0))):
         if number == MOST_RECEIPTS:
             raise TooMuchAsked(f"there are more than {MOST_RECEIPTS:,} receipts")
@@ -221,10 +221,13 @@ def sequences_read(
 
 def newest_read(reading: Reading, period: Period) -> int:
     """The number in the ledger of the last request of a period, or before it; 0 for none."""
-    found = reading.rows(
-        "SELECT sequence FROM usage WHERE ended_at < ? ORDER BY ended_at DESC LIMIT 1", _times(period)[1:]
-    )
+    found = reading.rows(_LAST, _times(period)[1:])
     return found[0][0] if found else 0
+
+
+def corrections_read(reading: Reading, owner: str, period: Period) -> tuple[Correction, ...]:
+    """The corrections of what an owner is owed that were made in a period."""
+    return tuple(Correction(*row) for row in reading.rows(OF_PERIOD, (*_times(period), owner)))
 
 
 def _times(period: Period) -> tuple[int, int]:

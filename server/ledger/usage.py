@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, Self
 
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
+from flexgate.server.ledger.log import log_of
 from flexgate.server.ledger.reading import INSTRUCTIONS, Source
 
 Group = Literal["project_id", "api_key_id", "model", "expert_id", "owner_id"]
@@ -127,16 +128,19 @@ class Reading:
         self._most = MOST_SUMS if most is None else most
 
     def __enter__(self) -> Self:
-        with self._failing():
-            self._connection = sqlite3.connect(
-                f"{self._path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
-            )
         deadline = time.monotonic() + self._seconds
+        path = self._path.absolute()
+        with ExitStack() as opened:
+            opened.enter_context(log_of(path).reading(self._seconds))
+            with self._failing():
+                connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+            self._connection = opened.enter_context(closing(connection))
+            self._opened = opened.pop_all()
         self._connection.set_progress_handler(lambda: time.monotonic() > deadline, INSTRUCTIONS)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
+        self._opened.close()
 
     def rows(self, query: str, values: Sequence[object]) -> list[Any]:
         """The rows of a query that sums."""

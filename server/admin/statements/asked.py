@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -9,10 +10,12 @@ from flexgate.policies.documents import Role
 from flexgate.server.admin.operation import Call
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.refusals import not_found
+from flexgate.server.ledger.errors import TooMuchAsked
 from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.statements import Period
 
 INVALID: Final = "invalid_value"
+MOST_SECONDS: Final = 30.0
 ROLES: Final = (Role.ADMIN, Role.AUDITOR, Role.OWNER)
 
 
@@ -36,6 +39,18 @@ def period_of(call: Call[Any, Any]) -> Period:
     if call.now < period.start:
         raise Invalid(f"The period '{period.name}' has not begun.", param="period", code=INVALID)
     return period
+
+
+class Deadline:
+    """How long the denials of a statement may be counted."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + MOST_SECONDS
+
+    def require(self) -> None:
+        """Raise `TooMuchAsked` where it is over."""
+        if time.monotonic() > self._end:
+            raise TooMuchAsked(f"counting denied requests took longer than {MOST_SECONDS:g} seconds")
 
 
 def is_open(call: Call[Any, Any], period: Period) -> bool:

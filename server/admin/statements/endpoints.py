@@ -12,6 +12,7 @@ from flexgate.server.admin.router import OperationRouter
 from flexgate.server.admin.statements.asked import (
     INVALID,
     ROLES,
+    Deadline,
     advice,
     is_open,
     owner_of,
@@ -75,6 +76,7 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
     if not (ownership.times or account.lines) and call.principal.owner_id is None:
         raise Invalid(f"No expert of this server has the owner '{owner}'.", param="owner_id", code=INVALID)
     try:
+        denials = count_denied(store.engine, period.start, period.end, ownership.had, each=Deadline().require)
         changes = changes_of(store, owner, ownership, period, account)
     except LedgerError as error:
         raise from_ledger(error, param="period", advice=advice(period)) from error
@@ -85,6 +87,6 @@ def _made(call: Call[Any, Any], owner: str, period: Period) -> Statement:
         now=call.now,
         is_open=open_,
         name_of=read_pseudonyms(store.engine, owner).of,
-        denials=count_denied(store.engine, period.start, period.end, ownership.had),
+        denials=denials,
         changes=changes,
     )

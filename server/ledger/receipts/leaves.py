@@ -12,8 +12,9 @@ the order of their names, so that their JSON is canonical (RFC 8785). What many 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -28,17 +29,25 @@ USAGE: Final = (
     "sequence, request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, policy_version, "
     "weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256"
 )
-PARTS: Final = (
-    "sequence, owner, expert, package, agreement, agreement_version, share_ppm, prompt_mass, prompt_positions, "
-    "completion_mass, completion_positions"
-)
+COUNTS: Final = "completion_mass, completion_positions, prompt_mass, prompt_positions, share_ppm"
+"""Of an expert in a request; in the order of their names, as JSON has them."""
+
+
+class Names(NamedTuple):
+    """What an expert was registered as."""
+
+    owner: str | None
+    expert: str
+    package: str | None
+    agreement: str | None
+    agreement_version: int | None
 
 
 class Recorded(NamedTuple):
-    """A request as the ledger has it: the columns `USAGE`, and of each part `PARTS`, by owner and expert."""
+    """A request as the ledger has it: the columns `USAGE`, and of each expert its names and the columns `COUNTS`."""
 
     usage: Sequence[Any]
-    parts: Sequence[Sequence[Any]]
+    parts: Sequence[tuple[Names, Sequence[int]]]
 
     @property
     def sequence(self) -> int:
@@ -63,7 +72,7 @@ class Recorded(NamedTuple):
     @property
     def owners(self) -> list[str]:
         """The owners of experts that took part."""
-        return sorted({part[1] for part in self.parts} - {None})
+        return sorted({names.owner for names, _ in self.parts if names.owner is not None})
 
 
 Content = tuple[str, str | None, bytes]
@@ -92,12 +101,14 @@ def grow(
         secret: 32 bytes that salts and openings are made from, of this server alone.
         pseudonym: an owner's name for a tenant, by owner and tenant.
     """
-    receipt, owned = recorded.request, list(_owned(recorded, pseudonym))
-    size = len(owned) // FOURS * FOURS + FOURS  # with the request's own leaf
-    stream = hashlib.shake_256(secret + receipt.encode()).digest(SALT_BYTES * (size + 1))
+    form = _form(tuple([names for names, _ in recorded.parts]))
+    size = len(form.owners) // FOURS * FOURS + FOURS  # with the request's own leaf
+    stream = hashlib.shake_256(secret + recorded.request.encode()).digest(SALT_BYTES * (size + 1))
     opening, *salts = [stream[start : start + SALT_BYTES] for start in range(0, len(stream), SALT_BYTES)]
-    contents: list[Content] = [("request", None, _of_request(recorded, policy_digest, opening)), *owned]
-    contents += [("none", None, f'{{"kind":"none","receipt":{_text(receipt)}}}'.encode())] * (size - len(contents))
+    shares, none, *owned = (form.text % _values(recorded, form, pseudonym)).encode().split(b"\n")
+    contents: list[Content] = [("request", None, _of_request(recorded, shares, policy_digest, opening))]
+    contents += [("owner", owner, content) for (owner, _), content in zip(form.owners, owned, strict=True)]
+    contents += [("none", None, none)] * (size - len(contents))
     leaves = sorted(zip(salts, contents, strict=True))
     return Leaves(leaves, [leaf_hash(salt + content) for salt, (_, _, content) in leaves], opening)
 
@@ -107,43 +118,75 @@ def commitment(opening: bytes, sha256: str | None) -> str | None:
     return None if sha256 is None else hashlib.sha256(opening + bytes.fromhex(sha256)).hexdigest()
 
 
-def _of_request(recorded: Recorded, policy_digest: str | None, opening: bytes) -> bytes:
+def _of_request(recorded: Recorded, shares: bytes, policy_digest: str | None, opening: bytes) -> bytes:
     _, receipt, registered_at, ended_at, outcome, tenant, key, endpoint, model, version, epoch, *rest = recorded.usage
     prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256 = rest
-    shares = [_share(part[2], part[1]) % part[6] for part in recorded.parts]
-    return (
+    before = (
         f'{{"answer_digest":{_text(commitment(opening, answer_sha256))},"cached_tokens":"{cached_tokens:d}",'
         f'"completion_tokens":"{completion_tokens:d}","ended_at":"{ended_at:d}","endpoint":{_word(endpoint)},'
-        f'"experts":[{",".join(shares)}],"key":{_word(key)},"kind":"request","model":{_word(model)},'
+        '"experts":['
+    )
+    behind = (
+        f'],"key":{_word(key)},"kind":"request","model":{_word(model)},'
         f'"opening_digest":"{hashlib.sha256(opening).hexdigest()}","outcome":{_word(outcome)},'
         f'"policy_digest":{_word(policy_digest)},"policy_version":"{version:d}",'
         f'"prompt_digest":{_text(commitment(opening, prompt_sha256))},"prompt_tokens":"{prompt_tokens:d}",'
         f'"receipt":{_text(receipt)},"registered_at":"{registered_at:d}","tenant":{_word(tenant)},'
         f'"weights_epoch":"{epoch:d}"}}'
-    ).encode()
+    )
+    return b"".join((before.encode(), shares, behind.encode()))
 
 
-def _owned(recorded: Recorded, pseudonym: Callable[[str, str], str]) -> Iterator[Content]:
-    """The leaf of each owner; parts are by owner."""
-    _, receipt, _, ended_at, outcome, tenant, *_, prompt_tokens, _, completion_tokens, _, _ = recorded.usage
-    before = f'{{"completion_tokens":"{completion_tokens:d}","ended_at":"{ended_at:d}","experts":['
-    between = f'],"kind":"owner","outcome":{_word(outcome)},"owner":'
-    behind = f',"prompt_tokens":"{prompt_tokens:d}","receipt":{_text(receipt)},"tenant":'
-    experts: list[str] = []
-    for number, part in enumerate(recorded.parts, start=1):
-        owner = part[1]
-        experts.append(_part(*part[2:6]) % _numbers(part))
-        if number == len(recorded.parts) or recorded.parts[number][1] != owner:
-            if owner is not None:
-                named = f"{_word(owner)}{behind}{_word(pseudonym(owner, tenant))}}}"
-                yield "owner", owner, f"{before}{','.join(experts)}{between}{named}".encode()
-            experts = []
+class _Form(NamedTuple):
+    """What requests have in common in which the same experts took part, under the same agreements.
+
+    Attributes:
+        order: places of the parts, by owner and expert.
+        owners: each once, with the places of its parts.
+        text: for `%`, what the other leaves say, a line each, as canonical JSON has no line breaks: the shares in the
+            request's leaf, the leaf of nothing, and the leaf of each owner.
+    """
+
+    order: Sequence[int]
+    owners: Sequence[tuple[str, Sequence[int]]]
+    text: str
 
 
-def _numbers(part: Sequence[Any]) -> tuple[int, ...]:
-    """The numbers of an expert's part, in the order of their names."""
-    _, _, _, _, _, _, share, prompt_mass, prompt_positions, mass, positions = part
-    return mass, positions, prompt_mass, prompt_positions, share
+@lru_cache(maxsize=512)
+def _form(experts: Sequence[Names]) -> _Form:
+    """The form of parts with these names."""
+    order = sorted(range(len(experts)), key=lambda place: _by_owner(experts[place]))
+    lines = [",".join(_share(experts[place].expert, experts[place].owner) for place in order)]
+    lines.append('{"kind":"none","receipt":%s}')
+    owners = []
+    for owner, group in groupby(order, key=lambda place: experts[place].owner):
+        if owner is not None:
+            places = list(group)
+            owners.append((owner, places))
+            lines.append(_of_owner(owner, [experts[place] for place in places]))
+    return _Form(order, owners, "\n".join(lines))
+
+
+def _by_owner(names: Names) -> tuple[bool, str, str]:
+    """Sorts experts without owners first, then by owner and expert."""
+    return names.owner is not None, names.owner or "", names.expert
+
+
+def _of_owner(owner: str, experts: Sequence[Names]) -> str:
+    return (
+        f'{{"completion_tokens":"%d","ended_at":"%d","experts":[{",".join(map(_part, experts))}],"kind":"owner",'
+        f'"outcome":%s,"owner":{_literal(owner)},"prompt_tokens":"%d","receipt":%s,"tenant":%s}}'
+    )
+
+
+@lru_cache(maxsize=4096)
+def _part(names: Names) -> str:
+    version = None if names.agreement_version is None else str(names.agreement_version)
+    return (
+        f'{{"agreement":{_literal(names.agreement)},"agreement_version":{_literal(version)},"completion_mass":"%d",'
+        f'"completion_positions":"%d","expert":{_literal(names.expert)},"package":{_literal(names.package)},'
+        '"prompt_mass":"%d","prompt_positions":"%d","share_ppm":%d}'
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -151,14 +194,20 @@ def _share(expert: str, owner: str | None) -> str:
     return f'{{"expert":{_literal(expert)},"owner":{_literal(owner)},"share_ppm":%d}}'
 
 
-@lru_cache(maxsize=4096)
-def _part(expert: str, package: str | None, agreement: str | None, version: int | None) -> str:
-    agreed = _literal(None if version is None else str(version))
-    return (
-        f'{{"agreement":{_literal(agreement)},"agreement_version":{agreed},"completion_mass":"%d",'
-        f'"completion_positions":"%d","expert":{_literal(expert)},"package":{_literal(package)},'
-        f'"prompt_mass":"%d","prompt_positions":"%d","share_ppm":%d}}'
-    )
+def _values(recorded: Recorded, form: _Form, pseudonym: Callable[[str, str], str]) -> tuple[Any, ...]:
+    """What the text of a form leaves open, in its order."""
+    _, receipt, _, ended_at, outcome, tenant, *_, prompt_tokens, _, completion_tokens, _, _ = recorded.usage
+    parts, receipt = recorded.parts, _text(receipt)
+    before, behind = (completion_tokens, ended_at), (_word(outcome), prompt_tokens, receipt)
+    values: list[Any] = [parts[place][1][-1] for place in form.order]
+    values.append(receipt)
+    for owner, places in form.owners:
+        values += before
+        for place in places:
+            values += parts[place][1]
+        values += behind
+        values.append(_word(pseudonym(owner, tenant)))
+    return tuple(values)
 
 
 def _text(value: str | None) -> str:
@@ -171,5 +220,5 @@ _word = lru_cache(maxsize=4096)(_text)
 
 
 def _literal(value: str | None) -> str:
-    """The same within a format."""
+    """The same in what is written with `%`."""
     return _text(value).replace("%", "%%")

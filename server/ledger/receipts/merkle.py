@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 LEAF: Final = b"\x00"
 NODE: Final = b"\x01"
 HASH_BYTES: Final = 32
+PIECE: Final = 10_000
+"""Hashes between two rests."""
 EMPTY: Final = hashlib.sha256().digest()
 """The root over no leaves."""
 
@@ -27,18 +29,25 @@ def _node(both: bytes) -> bytes:
     return hashlib.sha256(NODE + both).digest()
 
 
-def levels(hashes: Iterable[bytes]) -> list[bytes]:
+def levels(hashes: Iterable[bytes], *, rest: Callable[[], None] = lambda: None) -> list[bytes]:
     """The tree over leaves' hashes, from these to the root; a subtree without a right one moves up.
 
     Each level is the hashes of its nodes one behind the other, so that a tree over a million leaves takes 64 MB.
+
+    Args:
+        rest: called after each `PIECE` nodes.
     """
     packed = bytearray()
     for hash_ in hashes:
         packed += hash_
     found = [bytes(packed)]
     while len(below := found[-1]) > HASH_BYTES:
-        pairs = [_node(below[at : at + 2 * HASH_BYTES]) for at in range(0, len(below) - HASH_BYTES, 2 * HASH_BYTES)]
-        found.append(b"".join(pairs) + below[2 * HASH_BYTES * len(pairs) :])
+        places, above = range(0, len(below) - HASH_BYTES, 2 * HASH_BYTES), bytearray()
+        for first in range(0, len(places), PIECE):
+            above += b"".join([_node(below[at : at + 2 * HASH_BYTES]) for at in places[first : first + PIECE]])
+            if len(places) >= PIECE:
+                rest()
+        found.append(bytes(above) + below[2 * HASH_BYTES * len(places) :])
     return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
 
 from flexgate.server.ledger.entries import Registration, decode_registration
-from flexgate.server.ledger.receipts.leaves import PARTS, USAGE, Recorded
+from flexgate.server.ledger.receipts.leaves import COUNTS, USAGE, Names, Recorded
 
 
 def read_after(connection: sqlite3.Connection, sequence: int, limit: int) -> list[Recorded]:
@@ -38,9 +38,16 @@ def newest(connection: sqlite3.Connection) -> int:
     return 0 if row is None else int(row[0])
 
 
-def _parts(connection: sqlite3.Connection, first: int, last: int) -> dict[int, list[tuple[Any, ...]]]:
-    query = f"SELECT {PARTS} FROM parts WHERE sequence BETWEEN ? AND ? ORDER BY sequence, owner, expert"
-    found: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for part in connection.execute(query, (first, last)).fetchall():
-        found[part[0]].append(part)
+def _parts(connection: sqlite3.Connection, first: int, last: int) -> dict[int, list[tuple[Names, Sequence[int]]]]:
+    query = f"SELECT sequence, number, {COUNTS} FROM counts WHERE sequence BETWEEN ? AND ?"
+    counted = connection.execute(query, (first, last)).fetchall()
+    names = {number: _names(connection, number) for number in {row[1] for row in counted}}
+    found: dict[int, list[tuple[Names, Sequence[int]]]] = defaultdict(list)
+    for sequence, number, *counts in counted:
+        found[sequence].append((names[number], counts))
     return found
+
+
+def _names(connection: sqlite3.Connection, number: int) -> Names:
+    query = f"SELECT {', '.join(Names._fields)} FROM experts WHERE number = ?"
+    return Names(*connection.execute(query, (number,)).fetchone())

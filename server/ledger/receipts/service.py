@@ -16,8 +16,11 @@ from flexgate.server.ledger.receipts.book import Batch, Book, opened
 from flexgate.server.ledger.receipts.leaves import Leaves, Recorded, grow
 from flexgate.server.ledger.receipts.maker import Maker
 from flexgate.server.ledger.receipts.signing import Signer
+from flexgate.server.ledger.receipts.trees import MOST_TREES, Recent, Tree
 
 Json = dict[str, Any]
+MOST_STATEMENTS: Final = 16
+"""Signed ones that are kept, of at most 16 MiB each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Receipts:
         self.ledger = ledger
         self.book = book
         self._pseudonym = pseudonym
+        self.trees = Recent[Tree](MOST_TREES)
+        self.statements = Recent[Json](MOST_STATEMENTS)
 
     @property
     def jwks(self) -> bytes:

@@ -7,9 +7,9 @@ receipt can show with a path that a statement counts it, and with all its receip
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -23,22 +23,22 @@ from flexgate.server.ledger.entries import MICROSECONDS, microseconds
 from flexgate.server.ledger.errors import TooMuchAsked
 from flexgate.server.ledger.reading import opened as opened_ledger
 from flexgate.server.ledger.receipts import merkle, rows
-from flexgate.server.ledger.receipts.book import Book, opened
+from flexgate.server.ledger.receipts.book import Book, End, opened
 from flexgate.server.ledger.receipts.maker import current_key, signed
 from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptPending, Receipts
 from flexgate.server.ledger.receipts.signing import thumbprint
+from flexgate.server.ledger.receipts.trees import Tree, grow_tree
 from flexgate.server.ledger.statements import (
-    EVERY,
     Account,
     Line,
     Period,
+    corrections_read,
     newest_read,
     reading_statements,
     sequences_read,
     uses_read,
 )
 from flexgate.server.ledger.terms import Terms, Version
-from flexgate.server.ledger.usage import Reading
 
 FORMAT: Final = "flexgate-statement/1"
 PROOF: Final = "flexgate-statement-proof/1"
@@ -51,16 +51,19 @@ class NotInPeriod(Exception):
     """A receipt's request did not end in the period, or its receipt came later than was asked for."""
 
 
-class Tree(NamedTuple):
-    """An owner's receipts of a period: their numbers, which ascend, and the tree over their roots."""
+class _MadeOf(NamedTuple):
+    """What a statement is made of, besides terms, which are never changed: two of the same say the same.
 
-    numbers: array[int]
-    levels: list[bytes]
+    Attributes:
+        until: the number in the ledger of the last request that it may count.
+        final: whether it counts all of the period.
+    """
 
-    @property
-    def root(self) -> str:
-        """As it is signed."""
-        return merkle.root_of(self.levels).hex()
+    owner: str
+    period: Period
+    until: int
+    final: bool
+    corrections: tuple[Correction, ...]
 
 
 class Statements:
@@ -75,7 +78,7 @@ class Statements:
         self._receipts = receipts
 
     def sign(self, owner: str, period: Period, terms_of: TermsOf, *, at: float, ended: bool) -> Json:
-        """What receipts that are made by now say of an owner in a period.
+        """What receipts that are made by now say of an owner in a period; it is signed once for all that ask for it.
 
         Args:
             terms_of: gives agreements, or raises `LedgerError`.
@@ -89,32 +92,42 @@ class Statements:
         with opened(receipts.book) as book:
             public, end = current_key(book, receipts.maker.signer), book.end()
             with reading_statements(receipts.ledger) as reading:
-                found = uses_read(reading, owner, period, until=end.sequence)
-                tree = _tree(book, reading, owner, period, until=end.sequence)
-                final = ended and newest_read(reading, period) <= end.sequence
-            account = found.account(terms_of(found.counted_under))
-            statement = {
-                "at": str(microseconds(at)),
-                "corrections": list(map(_correction, account.corrections)),
-                "end": str(period.end * MICROSECONDS),
-                "format": FORMAT,
-                "head": {"hash": end.hash, "number": str(end.number)},
-                "kid": thumbprint(public),
-                "last": str(end.last),
-                "lines": [_line(line) for line in account.lines],
-                "owner": owner,
-                "period": period.name,
-                "provisional": not final,
-                "receipts": str(len(tree.numbers)),
-                "root": tree.root,
-                "server": book.server,
-                "start": str(period.start * MICROSECONDS),
-                "totals": _totals(account),
-            }
+                newest, corrections = newest_read(reading, period), corrections_read(reading, owner, period)
+            made_of = _MadeOf(owner, period, min(newest, end.sequence), ended and newest <= end.sequence, corrections)
+
+            def make() -> Json:
+                return self._sign(made_of, terms_of, book, end, public, at=at)
+
+            return receipts.statements.of((made_of, public), make)
+
+    def _sign(self, of: _MadeOf, terms_of: TermsOf, book: Book, end: End, public: bytes, *, at: float) -> Json:
+        with reading_statements(self._receipts.ledger) as reading:
+            found = uses_read(reading, of.owner, of.period, until=of.until)
+        tree = self._tree(book, of.owner, of.period, of.until)
+        account = replace(found, corrections=of.corrections).account(terms_of(found.counted_under))
+        statement = {
+            "at": str(microseconds(at)),
+            "corrections": list(map(_correction, account.corrections)),
+            "end": str(of.period.end * MICROSECONDS),
+            "format": FORMAT,
+            "head": {"hash": end.hash, "number": str(end.number)},
+            "kid": thumbprint(public),
+            "last": str(end.last),
+            "lines": [_line(line) for line in account.lines],
+            "owner": of.owner,
+            "period": of.period.name,
+            "provisional": not of.final,
+            "receipts": str(len(tree.numbers)),
+            "root": tree.root,
+            "server": book.server,
+            "start": str(of.period.start * MICROSECONDS),
+            "totals": _totals(account),
+        }
         message = rfc8785.dumps(statement)
         if len(message) > MOST_BYTES:
             raise TooMuchAsked(f"the statement has more than {MOST_BYTES >> 20} MiB")
-        return {"signature": signed(receipts.maker.signer, public, message).hex(), "statement": statement}
+        signature = signed(self._receipts.maker.signer, public, message)
+        return {"signature": signature.hex(), "statement": statement}
 
     def prove(self, owner: str, period: Period, receipt: str, *, last: int | None) -> Json:
         """The path that shows that a statement counts a receipt.
@@ -131,13 +144,15 @@ class Statements:
             recorded = rows.read_one(connection, receipt)
         if recorded is None or owner not in recorded.owners:
             raise NoReceipt
-        with opened(self._receipts.book) as book, reading_statements(self._receipts.ledger) as reading:
+        with reading_statements(self._receipts.ledger) as reading:
+            newest = newest_read(reading, period)
+        with opened(self._receipts.book) as book:
             until = book.end().sequence if last is None else book.sequence_of(last)
             found = book.find(recorded.sequence)
             if found is None:
                 raise ReceiptPending(self._receipts.maker.waiting or "it is made within a second")
             number = found[0].first + found[1]
-            tree = _tree(book, reading, owner, period, until=until)
+            tree = self._tree(book, owner, period, min(until, newest))
             index = bisect_left(tree.numbers, number)
             if index == len(tree.numbers) or tree.numbers[index] != number:
                 raise NotInPeriod
@@ -154,6 +169,13 @@ class Statements:
                 "server": book.server,
             }
 
+    def _tree(self, book: Book, owner: str, period: Period, until: int) -> Tree:
+        """Over the owner's receipts; kept, as who proves one is likely to prove others."""
+        ledger = self._receipts.ledger
+        return self._receipts.trees.of(
+            (owner, period.name, until), lambda: grow_tree(ledger, book, owner, period, until=until)
+        )
+
     def page(self, owner: str, period: Period, *, after: int, limit: int) -> list[Json]:
         """The owner's copies of its receipts of a period, after the receipt of a number, in their order."""
         with opened(self._receipts.book) as book:
@@ -162,17 +184,6 @@ class Statements:
                 found = sequences_read(reading, owner, period, after=past, until=book.end().sequence)
                 sequences = list(islice(found, limit))
         return self._receipts.show_all(sequences, Reader(owner=owner))
-
-
-def _tree(book: Book, reading: Reading, owner: str, period: Period, *, until: int = EVERY) -> Tree:
-    numbers = array("q")
-
-    def leaves() -> Iterator[bytes]:
-        for number, root in book.numbered(sequences_read(reading, owner, period, until=until)):
-            numbers.append(number)
-            yield merkle.leaf_hash(root)
-
-    return Tree(numbers, merkle.levels(leaves()))
 
 
 def _line(line: Line) -> Json:

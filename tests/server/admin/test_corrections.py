@@ -125,7 +125,7 @@ async def test_an_id_is_free_whatever_other_rows_have_it(call: Any, month: Any) 
 async def test_a_dispute_is_decided_also_after_its_usage_was_deleted(call: Any, month: Any) -> None:
     opened = (await call("sk-owner", "POST", ALL, json=DISPUTE)).json()
     with closing(sqlite3.connect(month.ledger.path)) as connection, connection:
-        connection.execute("DELETE FROM parts")
+        connection.execute("DELETE FROM counts")
         connection.execute("DELETE FROM usage")
     assert (await call("sk-admin", "POST", ALL, json=CORRECTION)).status_code == 400
     rejection = {**DISPUTE, "kind": "rejection", "owner_id": "gazette", "dispute_id": opened["id"]}

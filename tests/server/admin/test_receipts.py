@@ -125,7 +125,7 @@ async def test_a_request_without_a_receipt_is_told_to_its_tenant_and_why_to_the_
 
 async def test_a_record_that_was_changed_is_told(call: Any, services: Any, made: list[str]) -> None:
     connection = sqlite3.connect(services.ledger.path, isolation_level=None)
-    connection.execute("UPDATE parts SET completion_mass = 1")
+    connection.execute("UPDATE counts SET completion_mass = 1")
     connection.close()
     response = await call("sk-owner", "GET", f"/v1/receipts/{made[0]}")
     assert (response.status_code, response.json()["error"]["code"]) == (500, "receipt_damaged")

@@ -20,8 +20,9 @@ from flexgate.policies.documents import Expert, Tenant
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import Store
 from flexgate.policies.store.agreements import create_agreement, revise_agreement, terminate_agreement
+from flexgate.server.admin.statements import asked
 from flexgate.server.cli.main import app
-from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
+from flexgate.server.ledger.entries import COMPLETED, MICROSECONDS, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.ledger.receipts import verify
 from flexgate.server.ledger.receipts.verify_owners import verify_owners
@@ -40,8 +41,8 @@ PAID = [
 ]
 
 
-def registration(name: str, tenant: str = "t") -> Registration:
-    return Registration(name, 1, tenant, "k", "/v1/x", "tiny", 1, 1, (NEWS, MATH))
+def registration(name: str, tenant: str = "t", *, at: float = 0.0) -> Registration:
+    return Registration(name, round(at * MICROSECONDS), tenant, "k", "/v1/x", "tiny", 1, 1, (NEWS, MATH))
 
 
 @pytest_asyncio.fixture
@@ -56,7 +57,7 @@ async def recorded(ledger: Journal, real_store: Store, services: Any) -> Journal
         entry = ledger.register(registration(f"dec_{number}", tenant))
         entry.end(COMPLETED, Used(10, 4, 2, [30, math, 10, math], [0] * 4))
         await entry.registered()
-    await ledger.register(registration("last")).registered()
+    await ledger.register(registration("last", at=START + 90.0 * DAY)).registered()
     terminate_agreement(real_store, "a-news", actor="test", at=START + 3.0 * DAY)
     rules = [["news", "prohibited", "agreement/b@1"], ["math", "no_agreement", "default_deny"]]
     for requests in (2, 5):
@@ -98,6 +99,15 @@ async def test_tenants_are_pseudonyms_and_no_other_owner_is_named(call: Any, rec
     assert {one["tenant"] for one in others.json()["tenants"]}.isdisjoint(tenants)
 
 
+async def test_denials_are_counted_in_bounded_time(
+    call: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "MOST_SECONDS", -1.0)
+    refused = await call("sk-owner", "GET", MONTH)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "query_too_large"), refused.text
+    assert "Counting denied requests took longer than" in refused.json()["error"]["message"]
+
+
 async def test_rights_that_were_given_and_taken_away_are_listed_with_their_times(call: Any, recorded: Journal) -> None:
     changes = (await call("sk-owner", "GET", MONTH)).json()["changes"]
     given, taken = START + 5.0, START + 3.0 * DAY
@@ -117,7 +127,7 @@ async def test_a_period_that_has_ended_is_not_open_and_has_its_own_requests_alon
 async def test_a_period_is_open_until_its_ends_are_on_disk(
     call: Any, recorded: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late = recorded.register(registration("late"))
+    late = recorded.register(registration("late", at=recorded._clock()))
     await late.registered()
 
     def refused(*_: object) -> None:
@@ -258,7 +268,7 @@ async def receipted(recorded: Journal, services: Any, real_store: Store) -> Any:
         name = f"dec_{number:032x}"
         made = Registration(name, 1, "t", "k", "/v1/x", "tiny", 1, 1, experts)
         recorded.register(made).end(COMPLETED, Used(10, 4, 2, [30, 10, 10, 10], [0] * 4))
-    await recorded.register(registration("end")).registered()
+    await recorded.register(registration("end", at=START + 90.0 * DAY)).registered()
     await asyncio.to_thread(services.receipts.maker.work)
     assert services.receipts.maker.waiting is None
     return services

@@ -158,7 +158,7 @@ async def test_a_receipt_left_out_of_its_batch_is_found_by_its_holder(
     """The holder of a receipt of batch 2 detects a chain that the server has signed anew without it."""
     with opened(services.receipts.book, read_only=False) as book:
         book._connection.execute("DELETE FROM batches WHERE number > 1")
-    services.ledger._connection.execute("DELETE FROM parts WHERE sequence = 2")
+    services.ledger._connection.execute("DELETE FROM counts WHERE sequence = 2")
     services.ledger._connection.execute("DELETE FROM usage WHERE sequence = 2")
     await asyncio.to_thread(services.receipts.maker.work)
     forged = tmp_path / "forged.jsonl"

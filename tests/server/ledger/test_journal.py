@@ -89,8 +89,8 @@ async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Jo
         "duties_sha256",
     )
     assert rows(path, "parts") == [
-        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263, None, None), strict=True)),
         dict(zip(names, (1, "public", "commons", 30, 10, 4, 4, None, None, 894_737, None, None), strict=True)),
+        dict(zip(names, (1, "news", "gazette", 0, 0, 4, 4, "a-news", 4, 105_263, None, None), strict=True)),
     ]
     assert rows(path, "running") == []
 
@@ -114,9 +114,37 @@ async def test_what_was_running_ends_at_the_next_start_with_its_last_mark(path: 
     Journal(path, clock=lambda: 3.0).close()
     found = {row["request"]: row for row in rows(path)}
     assert {row["outcome"] for row in found.values()} == {INTERRUPTED}
-    assert {row["ended_at"] for row in found.values()} == {2_000_000}
+    assert {row["ended_at"] for row in found.values()} == {5, 1_000_000}
     assert [found[name]["completion_tokens"] for name in ("dec_marked", "dec_unmarked")] == [5, 0]
     assert [row["completion_mass"] for row in rows(path, "parts")] == [5, 5]
+
+
+async def test_an_interrupted_request_ends_when_it_was_last_marked_whenever_the_server_starts_again(path: Path) -> None:
+    at = [1.0]
+    first = Journal(path, clock=lambda: at[0])
+    marked, unmarked = first.register(registration("marked")), first.register(registration("unmarked"))
+    await asyncio.gather(marked.registered(), unmarked.registered())
+    for at[0], tokens in ((2.0, 1), (3.0, 2)):
+        await marked.cover(10 + tokens, lambda tokens=tokens: used(10, tokens))
+    first.close()
+    Journal(path, clock=lambda: 90.0).close()
+    assert {row["request"]: row["ended_at"] for row in rows(path)} == {"dec_unmarked": 5, "dec_marked": 3_000_000}
+    assert [row["request"] for row in rows(path)] == ["dec_unmarked", "dec_marked"]  # in the order of their ends
+
+
+async def test_a_time_is_over_once_no_running_request_could_end_in_it(path: Path) -> None:
+    at = [1.0]
+    journal = Journal(path, clock=lambda: at[0])
+    entry = journal.register(registration("a"))
+    await entry.cover(11, lambda: used(10, 1))
+    at[0] = 5.0
+    assert (journal.has_written(1.0), journal.has_written(4.0)) == (True, False)
+    await entry.cover(12, lambda: used(10, 2))
+    assert (journal.has_written(4.0), journal.has_written(6.0)) == (True, False)
+    entry.end(COMPLETED, used(10, 2))
+    await journal.register(registration("b")).registered()
+    assert journal.has_written(1e-6)
+    journal.close()
 
 
 async def test_tokens_that_a_mark_covers_wait_for_none(journal: Journal) -> None:
@@ -222,6 +250,52 @@ async def test_a_request_that_was_refused_leaves_no_row_though_the_disk_had_writ
         await asyncio.sleep(0.01)
     await journal.register(registration("b")).registered()
     assert [row["request"] for row in rows(path, "running")] == ["dec_b"]
+
+
+async def test_an_end_that_the_disk_had_written_though_it_failed_is_kept_once(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [journal.register(registration(name)) for name in ("a", "b")]
+    await asyncio.gather(*(entry.registered() for entry in entries))
+    looks, require = [None, "the disk has gone"], journal._file.require
+
+    def fail_once_it_is_written() -> None:
+        if looks and (reason := looks.pop(0)):
+            raise LedgerError(reason)
+        require()
+
+    monkeypatch.setattr(journal._file, "require", fail_once_it_is_written)
+    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    for entry, tokens in zip(entries, (4, 5), strict=True):
+        entry.end(COMPLETED, used(10, tokens))
+        async with asyncio.timeout(5):
+            while looks or journal._owed or journal.failing:
+                await asyncio.sleep(0.001)
+    await journal.register(registration("c")).registered()
+    assert [(row["request"], row["completion_tokens"]) for row in rows(path)] == [("dec_a", 4), ("dec_b", 5)]
+    assert [row["request"] for row in rows(path, "running")] == ["dec_c"]
+
+
+async def test_experts_that_a_failed_commit_has_numbered_are_numbered_again(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = journal.register(registration("a"))
+    await entry.registered()
+    insert, failing = journal._insert, [True]
+
+    def fail_once_it_is_written(batch: Any) -> None:
+        insert(batch)
+        if failing:
+            failing.pop()
+            raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(journal, "_insert", fail_once_it_is_written)
+    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    entry.end(COMPLETED, used(10, 4))
+    async with asyncio.timeout(5):
+        while not rows(path):
+            await asyncio.sleep(0.01)
+    assert [part["expert"] for part in rows(path, "parts")] == ["public", "news"]
 
 
 async def test_a_mark_of_a_request_that_does_not_run_is_refused(journal: Journal) -> None:
@@ -340,7 +414,7 @@ def refused_by_the_disk(*_: Any) -> None:
 
 
 def fields(one: Registration) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in Registration.__dataclass_fields__}
+    return {name: getattr(one, name) for name in Registration.__struct_fields__}
 
 
 def full(journal: Journal) -> None:

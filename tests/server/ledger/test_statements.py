@@ -207,7 +207,7 @@ def test_all_sums_of_a_reading_are_of_one_moment(tmp_path: Path) -> None:
     with Reading(path) as reading, closing(sqlite3.connect(path)) as other:
         before = reading.rows("SELECT count(*) FROM usage", ())
         with other:
-            other.execute("DELETE FROM parts")
+            other.execute("DELETE FROM counts")
             other.execute("DELETE FROM usage")
         assert reading.rows("SELECT count(*) FROM usage", ()) == before == [(5,)]
 

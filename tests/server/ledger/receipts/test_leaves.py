@@ -18,7 +18,7 @@ from flexgate.server.ledger.entries import RegisteredExpert, Registration, encod
 from flexgate.server.ledger.receipts import rows as ledger_rows
 from flexgate.server.ledger.receipts import verify
 from flexgate.server.ledger.receipts.batches import Header
-from flexgate.server.ledger.receipts.leaves import Recorded, grow
+from flexgate.server.ledger.receipts.leaves import Names, Recorded, grow
 from flexgate.server.ledger.receipts.merkle import leaf_hash
 from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptPending
 
@@ -33,7 +33,7 @@ def test_leaves_are_canonical_json(
     tenant: str, model: str, outcome: str, tokens: int, mass: int, parts: list[tuple[str, str, int]]
 ) -> None:
     usage = (1, "dec_1", 2, 3, outcome, tenant, "key", "/v1", model, 7, 3, tokens, tokens, tokens, "0" * 64, None)
-    rows = [(1, owner, expert, None, owner, version, 5, mass, 1, 2, 3) for owner, expert, version in sorted(parts)]
+    rows = [(Names(owner, expert, None, owner, version), (mass, 1, 2, 3, 5)) for owner, expert, version in parts]
     grown = grow(Recorded(usage, rows), secret=bytes(32), policy_digest=None, pseudonym=lambda o, t: f"{o}/{t}")
     for _, (_, _, content) in grown.leaves:
         assert content == rfc8785.dumps(json.loads(content))

@@ -219,9 +219,9 @@ def test_two_makers_sign_nothing_twice(kit: Any, monkeypatch: pytest.MonkeyPatch
         ("usage", "completion_tokens = completion_tokens + 1"),
         ("usage", "tenant = 'proj_b'"),
         ("usage", "prompt_sha256 = NULL"),
-        ("parts", "completion_mass = completion_mass + 1 WHERE expert = 'math'"),
-        ("parts", "agreement_version = 9 WHERE expert = 'news'"),
-        ("parts", "owner = 'academy' WHERE expert = 'sports'"),
+        ("counts", "completion_mass = completion_mass + 1 WHERE number = 2"),
+        ("experts", "agreement_version = 9 WHERE expert = 'news'"),
+        ("experts", "owner = 'academy' WHERE expert = 'sports'"),
     ],
 )
 def test_a_row_that_was_changed_since_is_told_and_not_shown(kit: Any, text: Text, table: str, change: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 
 import pytest
 
+from flexgate.server.ledger.receipts import merkle
 from flexgate.server.ledger.receipts.merkle import leaf_hash, levels, node_hash, path, root, root_from
 
 # Roots of RFC 6962's reference implementation over its eight example leaves.
@@ -47,3 +48,12 @@ def test_no_node_passes_for_a_leaf() -> None:
     assert leaf_hash(left + right) != node_hash(left, right)
     assert root([leaf_hash(left + right)]) != root([left, right])
     assert leaf_hash(b"a") != hashlib.sha256(b"a").digest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 9, 30, 33])
+def test_a_tree_that_is_made_in_pieces_is_the_same(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes, rests = [leaf_hash(bytes([number])) for number in range(size)], list[bool]()
+    whole = levels(hashes)
+    monkeypatch.setattr(merkle, "PIECE", 4)
+    assert levels(hashes, rest=lambda: rests.append(True)) == whole
+    assert len(rests) >= size // 8

@@ -103,9 +103,11 @@ def test_a_statement_that_is_not_its_owners_part_is_found(kit: Any) -> None:
     receipts = made(kit)
     before = statement(receipts, "gazette")
     with closing(sqlite3.connect(kit.ledger)) as connection, connection:
-        connection.execute("DELETE FROM parts WHERE sequence = 2 AND expert = 'news'")
-        connection.execute("UPDATE parts SET share_ppm = 1000000 WHERE sequence = 2 AND expert = 'public'")
-        connection.execute("UPDATE parts SET share_ppm = 0 WHERE sequence = 2 AND expert <> 'public'")
+        numbers = dict(connection.execute("SELECT expert, number FROM experts"))
+        connection.execute("DELETE FROM counts WHERE sequence = 2 AND number = ?", (numbers["news"],))
+        connection.execute(
+            "UPDATE counts SET share_ppm = 1000000 * (number = ?) WHERE sequence = 2", (numbers["public"],)
+        )
     with pytest.raises(ReceiptInvalid, match="is not that owner's part"):
         verify_parts([verified(receipts, sums(receipts))], [before])
 
