@@ -62,8 +62,8 @@ server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts
 ledger-kills: $(VENV)/.dev ## Kill the process that writes a ledger 1,000 times; fail if a token was delivered and not recorded.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json
 
-usage-kills: $(VENV)/.dev ## Kill a server or its engine 30 times under load; fail if a count of its clients and its engine finds other usage.
-	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.usage --kills 30 --report docs/results/usage-kills.json
+usage-kills: $(VENV)/.dev ## Kill a server or its engine 30 times under load; fail if a recount finds other usage (ARGS="--kept FOLDER --minutes N" for a piece).
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.usage --kills 30 --report docs/results/usage-kills.json $(ARGS)
 
 demo-model: $(VENV)/.dev ## Retrain the demo model from nothing.
 	$(BIN)/python -m flexgate.experts.demo

@@ -20,15 +20,27 @@ def command(
     kills: int,
     run: Callable[[int, int], list[Verdict]],
     figures: Callable[[list[Verdict]], dict[str, Any]],
+    *,
+    resume: Callable[[int, int, Path, float], list[Verdict]] | None = None,
 ) -> None:
-    """Run ``python -m kills.NAME``; exit status 1 when a verdict is bad."""
+    """Run ``python -m kills.NAME``; exit status 1 when a verdict is bad.
+
+    Args:
+        resume: goes on in a folder with what an earlier run has left there, for some seconds; it may kill less often.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m kills.{name}", description=description)
     parser.add_argument("--kills", type=int, default=kills)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path)
+    if resume is not None:
+        parser.add_argument("--kept", type=Path, help="a folder to go on in with what an earlier run has left there")
+        parser.add_argument("--minutes", type=float, default=1e6, help="begin no kill later; with --kept, run again")
     arguments = parser.parse_args()
     began = time.monotonic()
-    verdicts = run(arguments.kills, arguments.seed)
+    if resume is not None and arguments.kept is not None:
+        verdicts = resume(arguments.kills, arguments.seed, arguments.kept, 60 * arguments.minutes)
+    else:
+        verdicts = run(arguments.kills, arguments.seed)
     report = {
         "command": f"python -m kills.{name} --kills {arguments.kills} --seed {arguments.seed}",
         "device": platform.machine(),

@@ -1,6 +1,7 @@
 """Kill a serving server or its engine under load, start it again, and count again what its ledger says.
 
-``python -m kills.usage --kills 30 --report docs/results/usage-kills.json``
+``python -m kills.usage --kills 30 --report docs/results/usage-kills.json``; with ``--kept FOLDER --minutes 4`` a piece
+of it, which the next run goes on with.
 
 Clients stream, ask for whole responses and for several choices, leave in the middle, and make mistakes; each notes what
 it got. The engine counts what it takes and generates (``counting/sitecustomize.py``). After the last kill and a last
@@ -11,6 +12,7 @@ shares as the masses say.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
@@ -18,6 +20,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -54,16 +59,42 @@ def number_of(tokens: list[int]) -> int | None:
 
 
 class World:
-    """A checkpoint, one server's state directory, and what its clients got."""
+    """A checkpoint, one server's state directory, and what its clients got, in a folder that may be gone on with."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root = root
+        self.seed = seed
         self.rng = random.Random(seed)
         self.asked: list[Asked] = []
+        self.verdicts: list[Verdict] = []
         self.keys: list[tuple[str, str]] = []
         self.lock = threading.Lock()
-        self.model = write_checkpoint(root / "model")
-        (root / "state").mkdir()
+        self._kept, self._underway = root / "trials.jsonl", root / "underway"
+        self.model = root / "model"
+        if self._underway.exists():
+            raise SystemExit(f"a run was ended in the midst of a kill, and its clients' notes are lost: delete {root}")
+        if not self._kept.exists():
+            write_checkpoint(self.model)
+            (root / "state").mkdir()
+            return
+        for line in self._kept.read_text().splitlines():
+            found = json.loads(line)
+            self.keys = [(id_, value) for id_, value in found["keys"]]
+            self.asked += [Asked(**one) for one in found["asked"]]
+            self.verdicts.append(found["verdict"])
+
+    @contextmanager
+    def trial(self) -> Iterator[dict[str, Any]]:
+        """One kill; what it finds is kept with what clients asked meanwhile."""
+        self._underway.touch()
+        self.rng.seed(f"{self.seed} {len(self.verdicts)}")
+        before, verdict = len(self.asked), dict[str, Any]()
+        yield verdict
+        self.verdicts.append(verdict)
+        asked = [asdict(one) for one in self.asked[before:]]
+        with self._kept.open("a") as file:
+            file.write(json.dumps({"verdict": verdict, "keys": self.keys, "asked": asked}) + "\n")
+        self._underway.unlink()
 
     def start(self) -> Any:
         """The server, ready, on what the last one left; its engine counts."""
@@ -184,42 +215,53 @@ def _stream(http: httpx.Client, asked: Asked, body: dict[str, Any], leave_after:
             asked.about = said.get("flexgate", asked.about)
 
 
-def trial(world: World, server: Any, requests: int) -> tuple[dict[str, Any], Any]:
+def trial(world: World, server: Any, requests: int) -> Any:
     """Load, one kill in the midst of it, and the next start."""
-    victim = world.rng.choice(("server", "server", "engine"))
-    clients = Clients(world, server.url, requests)
-    clients.wait(world.rng.randrange(requests // 4))
-    time.sleep(world.rng.random() * 0.05)
-    wrong = kill(server, victim)
-    clients.join()
-    return {"victim": victim, "wrong": wrong}, world.start()
+    with world.trial() as verdict:
+        victim = world.rng.choice(("server", "server", "engine"))
+        clients = Clients(world, server.url, requests)
+        clients.wait(world.rng.randrange(requests // 4))
+        time.sleep(world.rng.random() * 0.05)
+        verdict |= {"victim": victim, "wrong": kill(server, victim)}
+        clients.join()
+    return world.start()
 
 
 def run(kills: int, seed: int, requests: int = REQUESTS) -> list[Verdict]:
     """As many kills, one after the other, on one state directory; the last verdict is the recount's."""
-    verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        world = World(folder, seed)
-        server = world.start()
-        try:
-            for _ in track(range(kills), "kills", disable=not sys.stderr.isatty()):
-                verdict, server = trial(world, server, requests)
-                verdicts.append(verdict)
-        finally:
-            if server.process.poll() is None:
-                live.stop(server)
-        rows = rows_of(world.ledger)
-        engine = counted(folder / "counted", number_of)
-        wrong = list(judge(world.asked, engine, rows, layers=LAYERS))
-        told = {
-            "requests": len(world.asked),
-            "delivered": sum(one.delivered for one in world.asked),
-            "recorded": sum(row.completion for row in rows),
-            "generated": sum(one.generated for one in engine.values()),
-            "outcomes": dict(Counter(row.outcome for row in rows)),
-        }
-        return [*verdicts, {"recount": told, "wrong": wrong[:20]}]
+        return _run(World(Path(directory), seed), kills, requests, until=math.inf)
+
+
+def resume(kills: int, seed: int, kept: Path, seconds: float) -> list[Verdict]:
+    """As many kills in all, those of earlier runs in the folder among them; after some seconds, no other one begins."""
+    until = time.monotonic() + seconds
+    kept.mkdir(parents=True, exist_ok=True)
+    return _run(World(kept, seed), kills, REQUESTS, until=until)
+
+
+def _run(world: World, kills: int, requests: int, *, until: float) -> list[Verdict]:
+    left = range(len(world.verdicts), kills)
+    server = world.start()
+    try:
+        for _ in track(left, "kills", disable=not sys.stderr.isatty()):
+            server = trial(world, server, requests)
+            if time.monotonic() > until:
+                break
+    finally:
+        if server.process.poll() is None:
+            live.stop(server)
+    rows = rows_of(world.ledger)
+    engine = counted(world.root / "counted", number_of)
+    wrong = list(judge(world.asked, engine, rows, layers=LAYERS))
+    told = {
+        "requests": len(world.asked),
+        "delivered": sum(one.delivered for one in world.asked),
+        "recorded": sum(row.completion for row in rows),
+        "generated": sum(one.generated for one in engine.values()),
+        "outcomes": dict(Counter(row.outcome for row in rows)),
+    }
+    return [*world.verdicts, {"recount": told, "wrong": wrong[:20]}]
 
 
 def figures(verdicts: list[Verdict]) -> dict[str, Any]:
@@ -233,4 +275,4 @@ def figures(verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("usage", __doc__, 30, run, figures)
+    command("usage", __doc__, 30, run, figures, resume=resume)

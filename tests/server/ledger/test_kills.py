@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import ledger, recount
+from kills import ledger, recount, usage
 
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
@@ -113,3 +113,23 @@ def test_the_recount_sees_ends_that_go_back() -> None:
     rows = [recount.Row(**{**ROW, **NUMBERS, "ended": at}) for at in (12.0, 11.5)]
     engine = {1: recount.Counted(prompts=1, generated=5)}
     assert "ends go back in time" in list(recount.judge([recount.Asked(**ASKED)], engine, rows, layers=1))
+
+
+def test_kills_of_servers_go_on_with_what_an_earlier_run_has_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "write_checkpoint", lambda place: place.mkdir())
+    first = usage.World(tmp_path, seed=1)
+    first.keys = [("key_1", "secret")]
+    for number in range(2):
+        with first.trial() as verdict:
+            asked = first.begin("key_1")
+            asked.delivered, asked.about = 3, {"decision_id": f"dec_{number}"}
+            verdict |= {"victim": "engine", "wrong": []}
+    again = usage.World(tmp_path, seed=1)
+    assert (again.asked, again.verdicts, again.keys) == (first.asked, first.verdicts, first.keys)
+    assert again.begin("key_1").number == 2
+    with pytest.raises(ZeroDivisionError), again.trial():
+        raise ZeroDivisionError
+    with pytest.raises(SystemExit, match="in the midst of a kill"):
+        usage.World(tmp_path, seed=1)
