@@ -10,6 +10,7 @@ ExpertsError
 │   ├── SignatureInvalid   unsigned, signed by nobody trusted, or changed after signing
 │   ├── BaseMismatch       trained against another base model; names the first difference
 │   ├── WeightsInvalid     wrong tensors, NaN, or values out of bounds
+│   ├── SizeInvalid        a rank or width that no expert of the model has
 │   └── DigestMismatch     bytes other than the manifest names
 ├── KeyInvalid             a key file that is none
 ├── TextsInvalid           documents that nothing can be trained on
@@ -64,6 +65,10 @@ class BaseMismatch(PackageError):
 
 class WeightsInvalid(PackageError):
     """``expert.safetensors`` holds other tensors than it should, NaN, or values out of bounds."""
+
+
+class SizeInvalid(PackageError):
+    """A rank or a width that no expert of this architecture has, or both."""
 
 
 class DigestMismatch(PackageError):

@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
+from torch import Tensor
+
 from flexgate.experts.checkpoint.layout import (
     Architecture,
     bias_keys,
@@ -29,7 +31,7 @@ from flexgate.experts.checkpoint.reader import CheckpointReader
 from flexgate.experts.errors import LayoutError
 from flexgate.experts.io.hashing import Digests
 from flexgate.experts.io.progress import Progress, silent
-from flexgate.experts.io.tensorfile import DTYPES
+from flexgate.experts.io.tensorfile import DTYPES, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,14 @@ class SharedDigests:
             for name in biases:
                 del digests[name]
         return BaseIdentity(BaseArchitecture.of(architecture), self._checkpoint.dtype, digests)
+
+
+def read_shared(checkpoint: CheckpointReader, key: str, base: BaseIdentity) -> Tensor:
+    """A whole shared tensor, which must be the one of the base's digest; raises ``LayoutError``."""
+    tensor = checkpoint.read(key)
+    if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != base.tensors.get(key):
+        raise LayoutError(f"{checkpoint.directory}: shared tensor {key} is not the one that the base's digest names")
+    return tensor
 
 
 def base_digest(architecture: BaseArchitecture, dtype: str, tensors: Mapping[str, str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,10 @@ from flexgate.experts.cli.support import (
     read_statement,
     reported,
 )
+from flexgate.experts.errors import UsageInvalid
+
+if TYPE_CHECKING:
+    from flexgate.experts.package.verify import VerifiedPackage
 
 PackageArgument = Annotated[Path, typer.Argument(help="Folder of a package.")]
 
@@ -65,6 +70,7 @@ def verify(
                 "signed by": checked.signer or "signature not checked (--unsigned)",
                 "base": checked.manifest.base.digest,
                 "base checked": base is not None,
+                "size": str(checked.manifest.size),
                 "tensors": len(checked.weights.digests),
                 "bytes": checked.weights.nbytes,
             }
@@ -77,19 +83,42 @@ def extract(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     statement: Annotated[Path | None, typer.Option(help="JSON file: id, owner, domain, training, licence.")] = None,
     key: KeyOption = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Keep only the best difference of this rank to the public expert.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Keep only this many neurons, the largest.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy one expert out of a merged checkpoint, as a package. An interrupted run resumes when started again."""
+    """Copy one expert out of a merged checkpoint, as a package. An interrupted run resumes when started again.
+
+    With --rank or --width the package is smaller, and the relative error of its weights is printed.
+    """
     with reported(as_json) as show, progress_bar("extract") as progress:
         from flexgate.experts.package.extract import extract_anchor, extract_expert
+        from flexgate.experts.package.size import FULL, ExpertSize
 
+        size = ExpertSize(rank, width)
         if expert in ("public", "0"):
+            if size != FULL:
+                raise UsageInvalid("--rank and --width are for an owner's expert: 'public' is the anchor")
             extract_anchor(model, target, progress=progress)
             show({"anchor": str(target)})
             return
         written = None if statement is None else read_statement(statement)
-        manifest = extract_expert(model, expert, target, statement=written, key=key, progress=progress)
-        show({"package": str(target), "id": manifest.id, "bytes": manifest.weights.bytes, "base": manifest.base.digest})
+        errors: dict[str, Any] = {}
+        manifest = extract_expert(
+            model, expert, target, statement=written, key=key, size=size, on_errors=errors.update, progress=progress
+        )
+        show(
+            {
+                "package": str(target),
+                "id": manifest.id,
+                "size": str(manifest.size),
+                "bytes": manifest.weights.bytes,
+                "base": manifest.base.digest,
+                **({"relative error": errors} if errors else {}),
+            }
+        )
 
 
 def merge(
@@ -111,7 +140,26 @@ def merge(
         opened = [open_one(package, base) for package in packages]
         with progress_bar("merge") as progress:
             combine(anchor, opened, into, top_k=top_k, progress=progress)
-        show({"model": str(into), "experts": ["public", *(package.manifest.id for package in opened)]})
+        names = ["public", *(package.manifest.id for package in opened)]
+        show({"model": str(into), "experts": names, **_widened(opened)})
+
+
+def _widened(packages: Sequence[VerifiedPackage]) -> dict[str, Any]:
+    """What a merge has made larger, and by how much."""
+    from flexgate.experts.package.size import FULL
+    from flexgate.experts.package.weights import package_bytes
+
+    smaller = [package for package in packages if package.manifest.size != FULL]
+    rows = [
+        {
+            "id": package.manifest.id,
+            "size": str(package.manifest.size),
+            "bytes": package.weights.nbytes,
+            "bytes in the model": package_bytes(package.ticket.architecture, package.ticket.dtype),
+        }
+        for package in smaller
+    ]
+    return {"written as full experts": rows} if rows else {}
 
 
 def sign(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
 from flexgate.experts.checkpoint.base import BaseArchitecture, BaseIdentity
-from flexgate.experts.errors import LayoutError, ManifestInvalid
+from flexgate.experts.errors import LayoutError, ManifestInvalid, SizeInvalid
 from flexgate.experts.io.tensorfile import parse_json
 from flexgate.experts.package.files import MANIFEST_NAME
+from flexgate.experts.package.size import FULL, ExpertSize
 from flexgate.policies.agreements import (
     Document,
     Duty,
@@ -29,7 +30,9 @@ from flexgate.policies.field_errors import first_field_error, path_of
 from flexgate.policies.ids import PUBLIC, ExpertId, ExpertIdField, OwnerIdField
 
 MAX_MANIFEST: Final = 1 << 20
-FORMAT: Final = "flexgate-expert/1"
+Format = Literal["flexgate-expert/1", "flexgate-expert/2"]
+FORMATS: Final[tuple[Format, Format]] = ("flexgate-expert/1", "flexgate-expert/2")
+"""Of full experts, and of those that say their rank or width."""
 
 
 D = TypeVar("D", bound=Document)
@@ -170,9 +173,27 @@ class Weights(Document):
 class Manifest(Statement):
     """The whole of ``manifest.json``."""
 
-    format: Literal["flexgate-expert/1"] = "flexgate-expert/1"
+    format: Format = "flexgate-expert/1"
+    rank: int | None = None
+    width: int | None = None
     base: Base
     weights: Weights
+
+    @property
+    def size(self) -> ExpertSize:
+        """How much of an expert the package holds."""
+        return ExpertSize(self.rank, self.width)
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if self.format != (expected := FORMATS[self.size != FULL]):
+            said = "without rank and width" if self.size == FULL else f"of {self.size}"
+            raise ValueError(f"'format' is {self.format!r}, and that of a package {said} is {expected!r}")
+        try:
+            self.size.check(BaseArchitecture(**self.base.architecture.model_dump()))
+        except SizeInvalid as error:
+            raise ValueError(str(error)) from None
+        return self
 
     def to_json(self) -> bytes:
         """The bytes that are written and signed."""

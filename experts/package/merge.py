@@ -1,7 +1,8 @@
 """Merging: a public anchor and verified packages become one checkpoint, by concatenation, without joint training.
 
-Nothing is computed: every byte of the result is a byte of a part (FlexOlmo, section 3.3), so experts that are extracted
-again are the packages they were, and the order of the packages only permutes indices.
+Of full experts nothing is computed: every byte of the result is a byte of a part (FlexOlmo, section 3.3), so experts
+that are extracted again are the packages they were, and the order of the packages only permutes indices. A checkpoint
+has experts of one width, so narrow experts and those of a rank are written in it (see ``materialise``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from flexgate.experts.io.tensorfile import DTYPES
 from flexgate.experts.package.extract import anchor_pieces
 from flexgate.experts.package.files import MANIFEST_NAME, SIGNATURE_NAME
 from flexgate.experts.package.manifest import parse_manifest
+from flexgate.experts.package.materialise import ffn_pieces
 from flexgate.experts.package.provenance import FOLDER, MODEL_MANIFEST, Record, expert_entries, model_manifest
 from flexgate.experts.package.verify import VerifiedPackage
-from flexgate.experts.package.weights import BIAS_KEY, FFN_KEYS, ROW_KEY
+from flexgate.experts.package.weights import BIAS_KEY, ROW_KEY
 
 
 def combine(
@@ -40,7 +42,7 @@ def combine(
     """Write the merged checkpoint ``target``: index 0 is the anchor's expert, then ``packages`` in their order.
 
     Raises:
-        LayoutError: ``anchor`` is no checkpoint.
+        LayoutError: ``anchor`` is no checkpoint, or changed while it was read.
         MergeError: packages of another base (the message names the tensor), two of one id, or an impossible ``top_k``.
         OutputRefused: ``target`` exists or cannot be written.
     """
@@ -103,12 +105,10 @@ def _pieces(
         key: replace(piece, chunks=partial(shared.chunks, key)) for key, piece in anchor_pieces(checkpoint).items()
     }
     for index, package in enumerate(packages, start=1):
-        file = package.weights.file()
+        base = package.manifest.base.identity()
         for layer in range(package.weights.layers):
-            for key, name in zip(EXPERT_KEYS, FFN_KEYS, strict=True):
-                info = file.tensors[name.format(layer=layer)]
-                chunks = partial(file.chunks, name.format(layer=layer))
-                pieces[key.format(layer=layer, expert=index)] = Piece(info.dtype, info.shape, chunks)
+            keys = [key.format(layer=layer, expert=index) for key in EXPERT_KEYS]
+            pieces |= zip(keys, ffn_pieces(package.weights, base, checkpoint, layer), strict=True)
     biased = ROUTER_BIAS_KEY.format(layer=0) in checkpoint or any(package.weights.biased for package in packages)
     for layer in range(checkpoint.architecture.num_hidden_layers):
         size = (1 + len(packages), checkpoint.architecture.hidden_size)

@@ -35,8 +35,13 @@ class Record:
 
 
 def model_manifest(records: Sequence[Record], base_digest: str | None, public: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``flexgate.json``: the anchor's entry, then ``records`` in the order of their indices."""
+    """The content of ``flexgate.json``: the anchor's entry, then ``records`` in the order of their indices.
+
+    What excludes the anchor leaves it in experts of a rank, which are sums with it: its grade is then ``shared``.
+    """
     routers = {record.manifest.training.router for record in records}
+    if any(record.manifest.rank is not None for record in records):
+        public = {**public, "grade": "shared"}
     return {
         "format": FORMATS["experts"],
         **({} if base_digest is None else {"base_digest": base_digest}),
@@ -133,4 +138,5 @@ def _entry(index: int, record: Record) -> dict[str, Any]:
         "router": manifest.training.router,
         "manifest_sha256": sha256(record.text),
     }
-    return entry
+    sizes = {"rank": manifest.rank, "width": manifest.width}
+    return entry | {name: size for name, size in sizes.items() if size is not None}

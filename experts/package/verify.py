@@ -111,11 +111,11 @@ def _check_base(manifest: Manifest, base: BaseIdentity | None, copy: Path) -> We
     own = manifest.base.identity()
     if base is not None and (difference := base.difference(own)):
         raise BaseMismatch(f"expert {manifest.id!r} was made for another base model: {difference}")
-    return WeightsTicket(copy, manifest.weights.digest, own.architecture, own.dtype)
+    return WeightsTicket(copy, manifest.weights.digest, own.architecture, own.dtype, manifest.size)
 
 
 def _check_size(manifest: Manifest, ticket: WeightsTicket) -> None:
-    least = package_bytes(ticket.architecture, ticket.dtype)
+    least = package_bytes(ticket.architecture, ticket.dtype, ticket.size)
     if not least <= manifest.weights.bytes <= least + 2 * MAX_HEADER:
         raise PackageUnreadable(
             f"{WEIGHTS_NAME} has {manifest.weights.bytes} bytes by the manifest; this architecture takes about {least}"

@@ -5,7 +5,7 @@ through ``CheckedWeights``, which exists for files that passed ``check_weights``
 within bounds, of the stated digest. Processes that did not check a package themselves get a ``WeightsTicket`` and check
 again (``open_weights``). Nothing here knows policies or manifests, so it may be loaded inside an inference engine.
 
-Shapes: H hidden, F expert intermediate.
+Shapes: H hidden, F expert intermediate, R rank, I and O input and output of a projection.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexgate.experts.checkpoint.base import BaseArchitecture
 from flexgate.experts.errors import DigestMismatch, PackageUnreadable, TensorFileError, WeightsInvalid
@@ -26,13 +27,8 @@ from flexgate.experts.io.hashing import Digests
 from flexgate.experts.io.progress import Progress, silent
 from flexgate.experts.io.tensorfile import DTYPES, TensorFile, TensorInfo, file_digest
 from flexgate.experts.package.files import WEIGHTS_NAME
+from flexgate.experts.package.size import FULL, ExpertSize
 
-FFN_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
-    "layers.{layer}.gate_proj.weight": ("F", "H"),
-    "layers.{layer}.up_proj.weight": ("F", "H"),
-    "layers.{layer}.down_proj.weight": ("H", "F"),
-}
-"""The expert's FFN; the order is that of ``layout.EXPERT_KEYS``."""
 ROW_KEY: Final = "layers.{layer}.router.weight"
 BIAS_KEY: Final = "layers.{layer}.router.bias"
 """Optional, in all layers or none, at most zero (the paper's negative bias); all zero is written as absent."""
@@ -53,6 +49,45 @@ class ExpertLayer:
     router_bias: Tensor | None
     """Shape ``[1]``."""
 
+    @property
+    def ffn(self) -> tuple[Tensor, ...]:
+        """The FFN in the order of ``ExpertSize.ffn_shapes``."""
+        return self.gate_proj_FH, self.up_proj_FH, self.down_proj_HF
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What is added to one projection of the public expert, ``B A``, in the stored dtype."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+
+    def product(self) -> Tensor:
+        """``[O, I]`` in float32."""
+        return self.b_OR.float() @ self.a_RI.float()
+
+
+@dataclass(frozen=True)
+class LowRankLayer:
+    """One layer of an expert of low rank, which is nothing without the public expert."""
+
+    gate_proj: Factors
+    up_proj: Factors
+    down_proj: Factors
+    router_row_H: Tensor
+    router_bias: Tensor | None
+    """Shape ``[1]``."""
+
+    @property
+    def factors(self) -> tuple[Factors, Factors, Factors]:
+        """In the order of ``layout.EXPERT_KEYS``."""
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    @property
+    def ffn(self) -> tuple[Tensor, ...]:
+        """The factors in the order of ``ExpertSize.ffn_shapes``."""
+        return tuple(part for one in self.factors for part in (one.a_RI, one.b_OR))
+
 
 @dataclass(frozen=True)
 class WeightsTicket:
@@ -62,6 +97,7 @@ class WeightsTicket:
     digest: str
     architecture: BaseArchitecture
     dtype: str
+    size: ExpertSize = FULL
 
 
 _CHECKED: Final = object()
@@ -94,10 +130,33 @@ class CheckedWeights:
         return sum(info.end - info.begin for info in self._file.tensors.values())
 
     def layer(self, number: int) -> ExpertLayer:
-        """Read one layer from the file that was checked."""
-        gate, up, down = (self._file.read(key.format(layer=number)) for key in FFN_KEYS)
+        """Read one layer from the file that was checked, in the width of the model: a narrow FFN ends in zeros.
+
+        Raises:
+            WeightsInvalid: the expert is of low rank, so that the file alone does not have its FFN.
+        """
+        if self.ticket.size.rank is not None:
+            raise WeightsInvalid(f"an expert of {self.ticket.size} has no FFN without the public one: merge it first")
+        gate, up, down = self._ffn(number)
+        missing = self.ticket.architecture.intermediate_size - len(gate)
+        gate, up = (pad(part_FH, (0, 0, 0, missing)) for part_FH in (gate, up))
+        return ExpertLayer(gate, up, pad(down, (0, missing)), *self._router(number))
+
+    def low_rank_layer(self, number: int) -> LowRankLayer:
+        """Read one layer's factors from the file that was checked; raises ``WeightsInvalid`` where it has none."""
+        if self.ticket.size.rank is None:
+            raise WeightsInvalid(f"an expert of size {self.ticket.size} has no factors")
+        parts = self._ffn(number)
+        gate, up, down = (Factors(*pair) for pair in zip(parts[::2], parts[1::2], strict=True))
+        return LowRankLayer(gate, up, down, *self._router(number))
+
+    def _ffn(self, number: int) -> list[Tensor]:
+        shapes = self.ticket.size.ffn_shapes(self.ticket.architecture)
+        return [self._file.read(key.format(layer=number)) for key in shapes]
+
+    def _router(self, number: int) -> tuple[Tensor, Tensor | None]:
         bias = self._file.read(BIAS_KEY.format(layer=number)) if self.biased else None
-        return ExpertLayer(gate, up, down, self._file.read(ROW_KEY.format(layer=number)), bias)
+        return self._file.read(ROW_KEY.format(layer=number)), bias
 
     def file(self) -> TensorFile:
         """The open file, to stream from."""
@@ -114,22 +173,23 @@ class CheckedWeights:
         self.close()
 
 
-def package_shapes(architecture: BaseArchitecture, *, biased: bool) -> dict[str, tuple[int, ...]]:
+def package_shapes(
+    architecture: BaseArchitecture, *, biased: bool, size: ExpertSize = FULL
+) -> dict[str, tuple[int, ...]]:
     """Every tensor of a package with its shape, layer by layer."""
-    sizes = {"H": architecture.hidden_size, "F": architecture.intermediate_size}
+    ffn = size.ffn_shapes(architecture)
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(architecture.num_hidden_layers):
-        for key, letters in FFN_KEYS.items():
-            shapes[key.format(layer=layer)] = tuple(sizes[letter] for letter in letters)
+        shapes |= {key.format(layer=layer): shape for key, shape in ffn.items()}
         shapes[ROW_KEY.format(layer=layer)] = (architecture.hidden_size,)
         if biased:
             shapes[BIAS_KEY.format(layer=layer)] = (1,)
     return shapes
 
 
-def package_bytes(architecture: BaseArchitecture, dtype: str) -> int:
+def package_bytes(architecture: BaseArchitecture, dtype: str, size: ExpertSize = FULL) -> int:
     """Bytes of the tensors of a package without bias."""
-    shapes = package_shapes(architecture, biased=False).values()
+    shapes = package_shapes(architecture, biased=False, size=size).values()
     return sum(math.prod(shape) for shape in shapes) * DTYPES[dtype].itemsize
 
 
@@ -160,6 +220,8 @@ def check_weights(descriptor: int, ticket: WeightsTicket, progress: Progress = s
     try:
         _check_names(file, ticket)
         digests = _check_values(file, ticket.digest, progress)
+        if ticket.size.rank is not None:
+            _check_products(file, ticket)
         return CheckedWeights(_CHECKED, file, ticket, digests)
     except BaseException:
         file.close()
@@ -168,7 +230,7 @@ def check_weights(descriptor: int, ticket: WeightsTicket, progress: Progress = s
 
 def _check_names(file: TensorFile, ticket: WeightsTicket) -> None:
     biased = BIAS_KEY.format(layer=0) in file.tensors
-    expected = package_shapes(ticket.architecture, biased=biased)
+    expected = package_shapes(ticket.architecture, biased=biased, size=ticket.size)
     if odd := sorted(file.tensors.keys() ^ expected.keys()):
         verb = "lacks" if odd[0] in expected else "has an unknown tensor"
         raise WeightsInvalid(f"{WEIGHTS_NAME} {verb} {odd[0]!r}")
@@ -197,6 +259,17 @@ def _check_values(file: TensorFile, expected: str, progress: Progress) -> dict[s
     if (whole := file_digest(file.header, digests)) != expected:
         raise DigestMismatch(f"{WEIGHTS_NAME} has digest {whole}, the manifest names {expected}")
     return digests
+
+
+def _check_products(file: TensorFile, ticket: WeightsTicket) -> None:
+    """Bound what is added to the public expert as a stored FFN is bounded, by norms: no product is computed."""
+    keys = list(ticket.size.ffn_shapes(ticket.architecture))
+    for layer in range(ticket.architecture.num_hidden_layers):
+        for down, up in zip(keys[::2], keys[1::2], strict=True):
+            a_RI, b_OR = (file.read(key.format(layer=layer)).float() for key in (down, up))
+            largest = float(b_OR.norm(dim=1).max() * a_RI.norm(dim=0).max())
+            rms = float(b_OR.norm() * a_RI.norm()) / math.sqrt(len(b_OR) * a_RI.shape[1])
+            _check_bounds(f"the product of {up.format(layer=layer)} and {down.format(layer=layer)}", largest, rms)
 
 
 def _magnitudes(chunk: memoryview, info: TensorInfo, name: str, largest: float) -> tuple[float, float]:

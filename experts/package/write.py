@@ -12,38 +12,49 @@ from flexgate.experts.io.output import sync, write_new
 from flexgate.experts.io.stream import Job, Piece, Written, one_chunk
 from flexgate.experts.io.tensorfile import tensor_bytes
 from flexgate.experts.package.files import MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME
-from flexgate.experts.package.manifest import Base, Manifest, Statement, Weights
+from flexgate.experts.package.manifest import FORMATS, Base, Manifest, Statement, Weights
 from flexgate.experts.package.signature import read_private_key
-from flexgate.experts.package.weights import BIAS_KEY, FFN_KEYS, ROW_KEY, ExpertLayer
+from flexgate.experts.package.size import FULL, ExpertSize
+from flexgate.experts.package.weights import BIAS_KEY, ROW_KEY, ExpertLayer, LowRankLayer
 
 
 def write_package(
-    target: Path, statement: Statement, base: BaseIdentity, layers: Iterable[ExpertLayer], *, key: Path | None
+    target: Path,
+    statement: Statement,
+    base: BaseIdentity,
+    layers: Iterable[ExpertLayer | LowRankLayer],
+    *,
+    key: Path | None,
+    size: ExpertSize = FULL,
 ) -> Manifest:
     """Write the package ``target`` from tensors in the base's dtype; ``key`` is the owner's private key, None leaves it
     unsigned.
 
     Raises:
+        SizeInvalid: no expert of this base has this size.
         OutputRefused: ``target`` exists or cannot be written.
         KeyInvalid: ``key`` is none.
     """
+    size.check(base.architecture)
     if key is not None:
         read_private_key(key)
     pieces: dict[str, Piece] = {}
     for number, layer in enumerate(layers):
-        pieces |= _layer_pieces(layer, number, base.dtype)
+        pieces |= _layer_pieces(layer, number, base, size)
     with Job(target, uuid4().hex) as job:
         written = job.write_file(WEIGHTS_NAME, pieces, digests=True)
-        manifest = complete(statement, base, written)
+        manifest = complete(statement, base, written, size)
         write_manifest(job, manifest.to_json(), key)
         job.finish()
     return manifest
 
 
-def complete(statement: Statement, base: BaseIdentity, written: Written) -> Manifest:
+def complete(statement: Statement, base: BaseIdentity, written: Written, size: ExpertSize = FULL) -> Manifest:
     """A manifest for weights that are written."""
     weights = Weights(digest=written.digest, bytes=written.size, tensors=dict(written.tensors))
-    return Manifest(**dict(statement), base=Base.of(base), weights=weights)
+    form = FORMATS[size != FULL]
+    said = dict(statement)
+    return Manifest(**said, format=form, rank=size.rank, width=size.width, base=Base.of(base), weights=weights)
 
 
 def write_manifest(job: Job, text: bytes, key: Path | None) -> None:
@@ -64,13 +75,15 @@ def sign_package(directory: Path, key: Path) -> None:
     sync(directory)
 
 
-def _layer_pieces(layer: ExpertLayer, number: int, dtype: str) -> Mapping[str, Piece]:
+def _layer_pieces(
+    layer: ExpertLayer | LowRankLayer, number: int, base: BaseIdentity, size: ExpertSize
+) -> Mapping[str, Piece]:
     tensors = {
-        **dict(zip(FFN_KEYS, (layer.gate_proj_FH, layer.up_proj_FH, layer.down_proj_HF), strict=True)),
+        **dict(zip(size.ffn_shapes(base.architecture), layer.ffn, strict=True)),
         ROW_KEY: layer.router_row_H,
         **({} if layer.router_bias is None else {BIAS_KEY: layer.router_bias}),
     }
     return {
-        key.format(layer=number): Piece(dtype, tuple(tensor.shape), one_chunk(tensor_bytes(tensor)))
+        key.format(layer=number): Piece(base.dtype, tuple(tensor.shape), one_chunk(tensor_bytes(tensor)))
         for key, tensor in tensors.items()
     }

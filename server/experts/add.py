@@ -77,6 +77,7 @@ class Loader:
             since = await asyncio.to_thread(self._pool.repository.epoch)
             with await self._take_in(job, source) as package:
                 await asyncio.to_thread(self._check_owner, package.manifest, owner)
+                _check_size(package.manifest)
                 job.expert, job.version = package.manifest.id, package.manifest.version
                 return await self._load(job, package, since, owner)
         except Exception:
@@ -307,3 +308,12 @@ class Loader:
                 code="expert_router_not_own",
             )
         self._pool.repository.require_owner(manifest)
+
+
+def _check_size(manifest: Manifest) -> None:
+    """Refuse an expert of a rank; a narrow one is loaded into the slot of a full one, and zeros beside it."""
+    if manifest.rank is not None:
+        raise PackageRefused(
+            f"Expert '{manifest.id}' is of rank {manifest.rank}, and a running server takes experts of whole FFNs "
+            "only. Merge it with 'flexgate experts merge', which adds it to the public expert, and serve that model."
+        )

@@ -113,7 +113,7 @@ class ExpertService:
                 continue
             identity = manifest.base.identity()
             path = pool.places.private / entry.package / WEIGHTS_NAME
-            ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype)
+            ticket = WeightsTicket(path, entry.weights_digest, identity.architecture, identity.dtype, manifest.size)
             await pool.fill(entry.slot, ticket, lambda *_: None)
             await pool.slots.open(entry.slot, entry.slot_epoch)
             info = ExpertInfo(

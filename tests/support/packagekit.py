@@ -18,7 +18,8 @@ from flexgate.experts.checkpoint.layout import (
 )
 from flexgate.experts.io.tensorfile import DTYPES
 from flexgate.experts.package.manifest import Manifest, Statement, Training
-from flexgate.experts.package.weights import BIAS_KEY, FFN_KEYS, ROW_KEY, ExpertLayer, package_shapes
+from flexgate.experts.package.size import FACTOR_KEYS, FULL, PROJECTIONS, WHOLE_KEY, ExpertSize
+from flexgate.experts.package.weights import BIAS_KEY, ROW_KEY, ExpertLayer, Factors, LowRankLayer, package_shapes
 from flexgate.experts.package.write import write_package
 
 ONE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
@@ -85,21 +86,25 @@ def make_package(
     biased: bool = False,
     version: int = 1,
     router: Router = "own",
+    size: ExpertSize = FULL,
 ) -> tuple[Manifest, Tensors]:
     """A package of random tensors for the base model of ``anchor``."""
     base = base_identity(anchor)
-    tensors = random_tensors(package_shapes(base.architecture, biased=biased), seed, DTYPES[base.dtype])
-    manifest = write_package(target, statement(expert, owner, version, router), base, layers_of(tensors), key=key)
-    return manifest, tensors
+    tensors = random_tensors(package_shapes(base.architecture, biased=biased, size=size), seed, DTYPES[base.dtype])
+    said = statement(expert, owner, version, router)
+    return write_package(target, said, base, layers_of(tensors), key=key, size=size), tensors
 
 
-def layers_of(tensors: Tensors) -> list[ExpertLayer]:
+def layers_of(tensors: Tensors) -> list[ExpertLayer | LowRankLayer]:
     """A package's tensors by layer."""
     count = 1 + max(int(name.split(".")[1]) for name in tensors)
-    return [
-        ExpertLayer(
-            *(tensors[key.format(layer=layer)] for key in (*FFN_KEYS, ROW_KEY)),
-            router_bias=tensors.get(BIAS_KEY.format(layer=layer)),
-        )
-        for layer in range(count)
-    ]
+    return [_layer_of(tensors, layer) for layer in range(count)]
+
+
+def _layer_of(tensors: Tensors, layer: int) -> ExpertLayer | LowRankLayer:
+    row, bias = tensors[ROW_KEY.format(layer=layer)], tensors.get(BIAS_KEY.format(layer=layer))
+    whole = [tensors.get((WHOLE_KEY % name).format(layer=layer)) for name in PROJECTIONS]
+    if whole[0] is not None:
+        return ExpertLayer(*whole, row, bias)
+    pairs = [[tensors[(key % name).format(layer=layer)] for key in FACTOR_KEYS] for name in PROJECTIONS]
+    return LowRankLayer(*(Factors(*pair) for pair in pairs), row, bias)

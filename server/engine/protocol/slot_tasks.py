@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from flexgate.experts.checkpoint.base import BaseArchitecture
+from flexgate.experts.package.size import ExpertSize
 from flexgate.experts.package.weights import WeightsTicket
 
 
@@ -32,5 +33,5 @@ def to_wire(ticket: WeightsTicket) -> dict[str, Any]:
 
 def from_wire(values: dict[str, Any]) -> WeightsTicket:
     """Read back :func:`to_wire`."""
-    architecture = BaseArchitecture(**values["architecture"])
-    return WeightsTicket(**{**values, "path": Path(values["path"]), "architecture": architecture})
+    architecture, size = BaseArchitecture(**values["architecture"]), ExpertSize(**values["size"])
+    return WeightsTicket(**{**values, "path": Path(values["path"]), "architecture": architecture, "size": size})

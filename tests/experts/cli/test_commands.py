@@ -73,6 +73,45 @@ def test_from_keys_to_a_merged_model_and_back(pair: Path) -> None:
     assert shown["verified"] is False
 
 
+def test_smaller_experts_say_what_they_lose_and_what_they_take_where_they_are_merged(pair: Path) -> None:
+    said = ("--statement", pair / "law.json")
+    run("extract", pair / "pair", "public", pair / "anchor")
+    low = run("extract", pair / "pair", "1", pair / "low", *said, "--rank", "2")
+    (pair / "law.json").write_text(json.dumps({**STATEMENT, "id": "code"}))
+    narrow = run("extract", pair / "pair", "1", pair / "narrow", *said, "--width", "4")
+    assert (low["size"], narrow["size"]) == ("rank 2", "width 4")
+    for made in (low, narrow):
+        errors = made["relative error"]
+        assert isinstance(errors, dict)
+        assert [*errors] == ["gate_proj", "up_proj", "down_proj", "all", "layers"]
+        assert all(0.1 < errors[name] < 1 for name in ("gate_proj", "up_proj", "down_proj", "all"))
+        assert len(errors["layers"]) == ONE.num_hidden_layers
+    verified = run("verify", pair / "low", "--base", pair / "anchor", "--unsigned")
+    assert verified["size"] == "rank 2"
+    assert run("inspect", pair / "narrow")["width"] == 4
+    merged = run("merge", pair / "anchor", pair / "low", pair / "narrow", "--into", pair / "merged", "--unsigned")
+    whole = 4 * ONE.num_hidden_layers * ONE.hidden_size * (3 * ONE.intermediate_size + 1)
+    assert merged["written as full experts"] == [
+        {"id": "law", "size": "rank 2", "bytes": verified["bytes"], "bytes in the model": whole},
+        {"id": "code", "size": "width 4", "bytes": 4 * 2 * 16 * (3 * 4 + 1), "bytes in the model": whole},
+    ]
+
+
+def test_sizes_that_cannot_be_are_refused_before_anything_is_written(pair: Path) -> None:
+    said = ("--statement", pair / "law.json")
+    for words, message in (
+        (("--rank", "0"), "rank is 0; the projections are 12 x 16, so it must be 1 to 12"),
+        (("--rank", "13"), "rank is 13;"),
+        (("--width", "12"), "width is 12; it must be 1 to 11"),
+        (("--rank", "2", "--width", "3"), "a rank or a width, not both"),
+    ):
+        assert message in refusal("extract", pair / "pair", "1", pair / "x", *said, *words)
+        assert not (pair / "x").exists()
+    result = RUNNER.invoke(app, ["extract", str(pair / "pair"), "public", str(pair / "x"), "--rank", "2"])
+    assert result.exit_code == 2
+    assert "'public' is the anchor" in result.stderr
+
+
 def test_text_output_is_readable_and_steers_no_terminal(pair: Path) -> None:
     (pair / "pair/flexgate.json").write_text(
         json.dumps({"experts": [{"id": "public"}, {"id": "law", "owner": "a\x1b[2Jb", "domain": "d"}]})

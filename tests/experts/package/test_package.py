@@ -282,7 +282,7 @@ def test_a_negative_bias_is_read_with_its_layer(stock: Path, opened: Open, tmp_p
     [
         (lambda m: m.update(surprise=1), "'surprise' is not a known field"),
         (lambda m: m.pop("training"), "'training' is required"),
-        (lambda m: m.update(format="flexgate-expert/2"), "'format' must be 'flexgate-expert/1'"),
+        (lambda m: m.update(format="flexgate-expert/3"), "'format' must be 'flexgate-expert/1' or 'flexgate-expert/2'"),
         (lambda m: m.update(id="public"), "'public' is the anchor"),
         (lambda m: m.update(id="../news"), "is not an expert id"),
         (lambda m: m.update(domain="news\x1b[2J"), "control characters"),

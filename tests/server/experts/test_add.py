@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from slotkit.local import Local, package, zeros
+from packagekit import statement
+from slotkit.local import LAYERS, Local, local, package, zeros
 
 from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.package.signature import TrustedKeys
+from flexgate.experts.package.size import ExpertSize
+from flexgate.experts.package.verify import open_package
+from flexgate.experts.package.write import write_package
 from flexgate.policies.documents import Expert
+from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
 from flexgate.server.experts.repository import Added
 from flexgate.server.experts.uploads import FREE_BYTES
@@ -91,6 +96,40 @@ async def test_a_copy_that_the_disk_has_no_room_for_is_refused_before_it_is_writ
     free += 1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 60, 0, free))  # type: ignore[attr-defined]
     assert (await here.add(source)).state == "succeeded"
+
+
+async def test_a_narrow_expert_is_loaded_as_the_full_one_that_a_merge_makes_of_it(
+    here: Local, store: Store, tmp_path: Path, anchor: Path
+) -> None:
+    """The same bits lie in a full slot: the narrow FFN, and zeros beside it; after a restart, too."""
+    narrow = package(tmp_path, anchor, "math", size=ExpertSize(width=5))
+    base = base_identity(anchor)
+    with open_package(narrow, base=base, trusted_keys=None, into=tmp_path / "copy") as opened:
+        layers = [opened.layer(number) for number in range(LAYERS)]
+    write_package(tmp_path / "full", statement("code"), base, layers, key=None)
+    added = await here.add(narrow)
+    full = await here.add(tmp_path / "full")
+    assert (added.state, full.state) == ("succeeded", "succeeded")
+    assert added.result["digests"] == full.result["digests"]
+    again = local(store, anchor, tmp_path, epoch=3)
+    await again.service.restore(lambda *_: None)
+    assert again.slots.digests(added.result["slot"]) == added.result["digests"]
+
+
+async def test_an_expert_of_a_rank_is_refused_in_a_sentence_and_nothing_is_left(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    job = await here.add(package(tmp_path, anchor, size=ExpertSize(rank=3)))
+    assert (job.state, job.error) == (
+        "failed",
+        {
+            "code": "package_refused",
+            "message": "Expert 'math' is of rank 3, and a running server takes experts of whole FFNs only. Merge it "
+            "with 'flexgate experts merge', which adds it to the public expert, and serve that model.",
+        },
+    )
+    assert "math" not in here.store.snapshot().experts
+    assert not list((tmp_path / "experts").iterdir())
 
 
 async def test_a_newer_version_replaces_the_former_whose_slot_is_zeroed(
