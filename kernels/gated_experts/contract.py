@@ -1,7 +1,11 @@
 """What `gated_experts` takes, on every device; no check looks at a value.
 
-Shape suffixes: T tokens, E expert slots, K chosen experts, H hidden, F expert intermediate, G = 2F.
+Shape suffixes: T tokens, E slots of full experts, K chosen experts, H hidden, F expert intermediate, G = 2F. Of slots
+of one smaller size also S slots, W their width, V = 2W; R rank, Q = 2R.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +15,59 @@ from flexgate.kernels.errors import KernelArgumentError
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_arguments(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> None:
+@dataclass(frozen=True, slots=True)
+class NarrowExperts:
+    """Slots of experts with fewer neurons, in the layout of full ones."""
+
+    w13_SVH: Tensor
+    """W gate rows, then W up rows."""
+    w2_SHW: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the fields."""
+        return self.w13_SVH, self.w2_SHW
+
+    def shapes(self, hidden: int, intermediate: int) -> tuple[tuple[int, ...], ...]:  # noqa: ARG002
+        """What the tensors must have, given the first sizes of their own."""
+        slots, width = len(self.w2_SHW), self.w2_SHW.shape[-1]
+        return (slots, 2 * width, hidden), (slots, hidden, width)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankExperts:
+    """Slots of experts that are the public one, slot 0 of the full ones, plus a product of factors per projection."""
+
+    a13_SQH: Tensor
+    """R gate rows, then R up rows."""
+    b13_SGR: Tensor
+    """F gate rows, to be multiplied with the gate rows of A; then F up rows, with the up rows."""
+    a2_SRF: Tensor
+    b2_SHR: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the fields."""
+        return self.a13_SQH, self.b13_SGR, self.a2_SRF, self.b2_SHR
+
+    def shapes(self, hidden: int, intermediate: int) -> tuple[tuple[int, ...], ...]:
+        """What the tensors must have, given the first sizes of their own."""
+        slots, rank = len(self.b2_SHR), self.b2_SHR.shape[-1]
+        return (
+            (slots, 2 * rank, hidden),
+            (slots, 2 * intermediate, rank),
+            (slots, rank, intermediate),
+            (slots, hidden, rank),
+        )
+
+
+Smaller = Sequence[NarrowExperts | LowRankExperts]
+"""Slots of smaller sizes. Their ids follow those of full experts, in this order."""
+
+
+def check_arguments(
+    x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: Tensor, ids_TK: Tensor, smaller: Smaller = ()
+) -> None:
     """Raise KernelArgumentError unless shapes, dtypes and layout fit together."""
     if x_TH.dim() != 2 or x_TH.dtype not in _DTYPES:
         raise _wrong("x_TH", x_TH, "bfloat16, float16 or float32 [T, H]")
@@ -28,6 +84,23 @@ def check_arguments(x_TH: Tensor, w13_EGH: Tensor, w2_EHF: Tensor, weights_TK: T
     # The experts are far too large to be copied in silence.
     if not (w13_EGH.is_contiguous() and w2_EHF.is_contiguous()):
         raise KernelArgumentError("w13_EGH and w2_EHF must be contiguous")
+    for group in smaller:
+        _check_smaller(group, x_TH, intermediate)
+    if slots == 0 and any(isinstance(group, LowRankExperts) for group in smaller):
+        raise KernelArgumentError("w13_EGH must have slot 0, the public expert that experts of a rank are added to")
+
+
+def _check_smaller(group: NarrowExperts | LowRankExperts, x_TH: Tensor, intermediate: int) -> None:
+    names = group.__dataclass_fields__
+    last = group.tensors[-1]
+    if last.dim() != 3:
+        raise _wrong([*names][-1], last, f"{x_TH.dtype} of 3 dimensions")
+    shapes = group.shapes(x_TH.shape[1], intermediate)
+    for name, tensor, shape in zip(names, group.tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype is not x_TH.dtype or 0 in shape:
+            raise _wrong(name, tensor, f"{x_TH.dtype} {list(shape)}, none of them 0")
+        if not tensor.is_contiguous():
+            raise KernelArgumentError(f"{name} must be contiguous")
 
 
 def _wrong(name: str, tensor: Tensor, expected: str) -> KernelArgumentError:

@@ -19,7 +19,10 @@ NAMES = ("x_TH", "w13_EGH", "w2_EHF", "weights_TK", "ids_TK")
 
 def test_public_names() -> None:
     assert package.__all__ == [
+        "LowRankExperts",
+        "NarrowExperts",
         "RoutingPlan",
+        "Smaller",
         "gated_experts",
         "gated_experts_implementation",
         "gated_experts_reference",
