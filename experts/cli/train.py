@@ -99,6 +99,9 @@ def train(
     layer: Annotated[
         list[int] | None, typer.Option(help="Train only the FFN of this layer; may be repeated. Default: all layers.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Train only a difference of this rank to the public FFN. Default: a full FFN.")
+    ] = None,
     length: Length = 512,
     steps: Steps = 400,
     peak: Peak = 9e-4,
@@ -120,10 +123,11 @@ def train(
 
         plan = _plan(given)
         start = RouterOptions(router, embedding, train_router, sharpness)
-        options = ExpertOptions(plan, start, length, tuple(layer) if layer else None, public_share)
+        options = ExpertOptions(plan, start, length, tuple(layer) if layer else None, public_share, rank)
         written = world.agreed(lambda: read_statement(statement))
         manifest, outcome = train_expert(anchor, texts, public, target, written, options, key=key, world=world)
-        show({"package": str(target), "id": manifest.id, **vars(outcome), "base": manifest.base.digest})
+        made = {"package": str(target), "id": manifest.id, "size": str(manifest.size)}
+        show({**made, **vars(outcome), "base": manifest.base.digest})
 
 
 def tune_router(

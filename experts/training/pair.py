@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from flexgate.experts.errors import TrainingRefused
-from flexgate.experts.package.weights import ExpertLayer
+from flexgate.experts.package.weights import ExpertLayer, LowRankLayer
 from flexgate.experts.training.batches import Batch
+from flexgate.experts.training.low_rank import LowRankFFN
 from flexgate.experts.training.model import FlexOlmo, Router
 from flexgate.experts.training.objective import pair_from_anchor
 from flexgate.experts.training.parallel import shard, whole
@@ -127,16 +128,21 @@ def z_loss(pair: FlexOlmo, batch: Batch) -> Tensor:
     return torch.stack([(squares_N * real_N).sum() / batch.whole.tokens_BT.numel() for squares_N in squares_LN]).mean()
 
 
-def expert_layers(pair: FlexOlmo, dtype: torch.dtype) -> Iterator[ExpertLayer]:
+def expert_layers(pair: FlexOlmo, dtype: torch.dtype) -> Iterator[ExpertLayer | LowRankLayer]:
     """The owner's part, in the base model's dtype; a bias that is zero in every layer is left out."""
     rows = [_row(block.mlp.gate) for block in pair.model.blocks]
     biases = [torch.tensor([row.bias]).to(dtype) for row in rows]
     biased = any(bias.item() != 0.0 for bias in biases)
     for block, row, bias in zip(pair.model.blocks, rows, biases, strict=True):
-        ffn = block.mlp.ffns[1]
+        ffn, kept_bias = block.mlp.ffns[1], bias if biased else None
+        if isinstance(ffn, LowRankFFN):
+            gate_factors, up_factors, down_factors = ffn.factors(dtype)
+            row_H = row.weight_H.detach().to(dtype)
+            yield LowRankLayer(gate_factors, up_factors, down_factors, row_H, kept_bias)
+            continue
         tensors = (ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight, row.weight_H)
         gate, up, down, row_H = (whole(tensor.detach()).to(dtype).cpu() for tensor in tensors)
-        yield ExpertLayer(gate, up, down, row_H, bias if biased else None)
+        yield ExpertLayer(gate, up, down, row_H, kept_bias)
 
 
 def _row(router: Router | PairRouter) -> Row:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from flexgate.experts.checkpoint.base import BaseIdentity, base_identity
+from flexgate.experts.checkpoint.base import BaseArchitecture, BaseIdentity, base_identity
 from flexgate.experts.checkpoint.layout import CONFIG_NAME, ROUTER_BIAS_KEY, Architecture
 from flexgate.experts.checkpoint.reader import CheckpointReader, read_checkpoint, read_json
 from flexgate.experts.errors import TrainingRefused
@@ -27,10 +27,12 @@ from flexgate.experts.io.output import require_absent
 from flexgate.experts.io.tensorfile import DTYPES
 from flexgate.experts.package.manifest import Figure, Manifest, Statement
 from flexgate.experts.package.signature import read_private_key
+from flexgate.experts.package.size import ExpertSize
 from flexgate.experts.package.write import write_package
 from flexgate.experts.training.batches import Batch, Example, batches
 from flexgate.experts.training.encoding import Encoder, split
 from flexgate.experts.training.loop import Outcome, Plan, Run
+from flexgate.experts.training.low_rank import use_factors
 from flexgate.experts.training.model import FlexOlmo
 from flexgate.experts.training.objective import language_loss
 from flexgate.experts.training.pair import (
@@ -67,13 +69,22 @@ class RouterOptions:
 
 @dataclass(frozen=True)
 class ExpertOptions:
-    """``layers`` of None trains the FFN of every layer; ``public_share`` is public text's part of the training."""
+    """``layers`` of None trains the FFN of every layer; ``public_share`` is public text's part of the training.
+
+    With a ``rank``, the FFN is the public one plus factors of this rank, which alone train.
+    """
 
     plan: Plan = field(default=Plan())
     router: RouterOptions = field(default=RouterOptions())
     length: int = 512
     layers: tuple[int, ...] | None = None
     public_share: float = 0.25
+    rank: int | None = None
+
+    @property
+    def size(self) -> ExpertSize:
+        """How much of an expert is trained."""
+        return ExpertSize(rank=self.rank)
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ def train_expert(
     Raises:
         TextsInvalid: texts or tokenizer that nothing can be trained with.
         TrainingRefused: options that do not fit.
+        SizeInvalid: no expert of this model has this rank.
         LayoutError: ``anchor`` is no checkpoint with one expert.
         OutputRefused: ``target`` exists or cannot be written.
     """
@@ -116,7 +128,7 @@ def train_expert(
     def prepare() -> tuple[FlexOlmo, BaseIdentity, Texts]:
         require_absent(target)
         model = load_anchor(anchor, world.mesh)
-        _check(options, model.architecture, public)
+        _check(options, model.architecture, public, world)
         if key is not None:
             read_private_key(key)
         base = base_identity(anchor)
@@ -127,13 +139,15 @@ def train_expert(
     model, base, texts = world.agreed(prepare)
     rows = world.agreed(lambda: _rows(options, model, texts))
     pair = make_pair(model, rows) if world.mesh is None else make_sharded_pair(model, rows, world.mesh)
+    if options.rank is not None:
+        use_factors(pair, options.rank, options.plan.seed)
     work = target.with_name(f".{target.name}.training")
     examples = _mixed(texts, options)
     run = _run(pair, options, work, statement.id, texts.pad_id, world)
     outcome = run.run(examples, texts.held_out, f"{base.digest} {options} {digest(examples)}")
     measured = _measured(statement, options, texts, outcome)
     layers = [layer for layer in expert_layers(pair, DTYPES[base.dtype]) if world.first]
-    manifest = world.once(lambda: write_package(target, measured, base, layers, key=key))
+    manifest = world.once(lambda: write_package(target, measured, base, layers, key=key, size=options.size))
     if world.first:
         shutil.rmtree(work, ignore_errors=True)
     return manifest, outcome
@@ -179,8 +193,11 @@ def digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr(examples).encode()).hexdigest()
 
 
-def _check(options: ExpertOptions, architecture: Architecture, public: Path | None) -> None:
+def _check(options: ExpertOptions, architecture: Architecture, public: Path | None, world: World) -> None:
     router, layers = options.router, options.layers
+    options.size.check(BaseArchitecture.of(architecture))
+    if options.rank is not None and world.mesh is not None:
+        raise TrainingRefused("a rank is trained in one process: start the command without torchrun")
     if router.start == "discriminant" and public is None:
         raise TrainingRefused(
             "a discriminant tells own from public text: give public texts, or start from 'mean-hidden'"
@@ -268,6 +285,7 @@ def _measured(statement: Statement, options: ExpertOptions, texts: Texts, outcom
         "router_trained": "with the expert" if router.train else "no",
         "public_share": f"{options.public_share:g}",
         "layers": "all" if options.layers is None else " ".join(map(str, options.layers)),
+        **({} if options.rank is None else {"rank": str(options.rank)}),
     }
     training = statement.training.model_copy(
         update={

@@ -27,7 +27,9 @@ SEED = Path(sys.argv[1])
 """A good package: what inputs are mutations of."""
 MEMORY = 256
 MANIFEST = parse_manifest((SEED / "manifest.json").read_bytes())
-TICKET = WeightsTicket(Path(), MANIFEST.weights.digest, MANIFEST.base.identity().architecture, MANIFEST.base.dtype)
+TICKET = WeightsTicket(
+    Path(), MANIFEST.weights.digest, MANIFEST.base.identity().architecture, MANIFEST.base.dtype, MANIFEST.size
+)
 
 
 def in_memory(data: bytes) -> int:

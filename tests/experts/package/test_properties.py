@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packagekit import bit_equal, statement, write_model
+from packagekit import bit_equal, make_package, statement, write_model
 
 from flexgate.experts.checkpoint.base import BaseIdentity, base_identity
 from flexgate.experts.checkpoint.layout import Architecture
@@ -22,6 +22,7 @@ from flexgate.experts.errors import MergeError, PackageError
 from flexgate.experts.package.extract import extract_anchor, extract_expert
 from flexgate.experts.package.merge import combine
 from flexgate.experts.package.signature import TrustedKeys
+from flexgate.experts.package.size import FULL, ExpertSize
 from flexgate.experts.package.verify import VerifiedPackage, open_package
 
 
@@ -116,13 +117,15 @@ def _equal(one: Path, other: Path, order: list[int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [FULL, ExpertSize(rank=3)], ids=str)
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sig", "expert.safetensors"])
 def test_one_flipped_bit_anywhere_in_a_package_is_refused(
-    name: str, stock: Path, base: BaseIdentity, tmp_path: Path
+    name: str, size: ExpertSize, stock: Path, base: BaseIdentity, tmp_path: Path
 ) -> None:
     """Every byte of signature and header, and a sample of the rest, one random bit each."""
     trusted = TrustedKeys.from_directory(stock / "keys")
-    package = Path(shutil.copytree(stock / "news", tmp_path / "news"))
+    package = tmp_path / "news"
+    make_package(package, stock / "anchor", key=stock / "keys/acme.key", size=size)
     whole = (package / name).read_bytes()
     random = Random(name)
     header = 8 + int.from_bytes(whole[:8], "little") if name == "expert.safetensors" else len(whole)
