@@ -137,7 +137,7 @@ def apply_filter(
         )
     _check_layers(snapshot.empty_layers, kept)
     if tenant.min_grade is not None:
-        _check_grades(snapshot, tenant, tenant.min_grade, kept)
+        _check_grades(snapshot, entitled.hidden, tenant.min_grade, kept)
     return Decision(
         decision_id=request.decision_id,
         tenant_id=tenant.id,
@@ -225,7 +225,9 @@ def _check_layers(empty: Mapping[ExpertId, frozenset[int]], kept: Mapping[Expert
         raise LayerWithoutExpert(reasons.LAYER_WITHOUT_EXPERT)
 
 
-def _check_grades(snapshot: Snapshot, tenant: TenantRules, least: Grade, kept: Mapping[ExpertId, float]) -> None:
+def _check_grades(
+    snapshot: Snapshot, hidden: frozenset[ExpertId], least: Grade, kept: Mapping[ExpertId, float]
+) -> None:
     """What is excluded is excluded as completely as the tenant demands, or nothing is answered.
 
     Hidden experts count too, and are not named.
@@ -233,7 +235,6 @@ def _check_grades(snapshot: Snapshot, tenant: TenantRules, least: Grade, kept: M
     poor = [id_ for id_, expert in snapshot.experts.items() if id_ not in kept and is_below(expert.grade, least)]
     if not poor:
         return
-    hidden = snapshot.hidden_from(tenant)
     listed = [f"'{id_}' (grade '{snapshot.experts[id_].grade}')" for id_ in poor if id_ not in hidden]
     raise GradeTooLow(reasons.grade_too_low(listed, least))
 

@@ -37,13 +37,14 @@ class Entitlements(NamedTuple):
     `refused` has one reason for each listed expert that is not allowed. Both are in catalogue
     order; an expert hidden from the tenant is in neither. `agreements` has, in any order, the agreement that each
     allowed expert's use counts under, where it needs one, and what others would count under. `required` is what must
-    take part, allowed or not.
+    take part, allowed or not; `hidden` are those that do not exist for the tenant.
     """
 
     lost_at: Mapping[ExpertId, float]
     agreements: Mapping[ExpertId, CompiledAgreement]
     refused: Mapping[ExpertId, Reason]
     required: Required
+    hidden: frozenset[ExpertId]
     since: float
     until: float
 
@@ -55,7 +56,7 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     found = [of_one for name in tenant.assignees if (of_one := snapshot.agreements.get(name))]
     one = found[0] if len(found) == 1 else None
     always, preferred, limited = _together(found) if one is None else (one.always, one.preferred, one.limited)
-    hidden, deny_list = snapshot.hidden_from(tenant), tenant.deny_list
+    (hidden, shown), deny_list = snapshot.concealed(tenant, now), tenant.deny_list
     required = required_of(snapshot.required, found, context, now)
     named = tenant.named - required.experts if deny_list else tenant.named | required.experts
     forever = math.inf
@@ -88,9 +89,12 @@ def entitlements(snapshot: Snapshot, tenant: TenantRules, context: Context, now:
     for id_, requirement in required.by_agreement.items():
         if id_ in lost_at and id_ not in snapshot.required and (id_ in tenant.named) == deny_list:
             lost_at[id_] = min(lost_at[id_], requirement.until)
+    for id_, hidden_again in shown.items():
+        if id_ in lost_at and id_ not in snapshot.required:
+            lost_at[id_] = min(lost_at[id_], hidden_again)
     since, until = _time_slot(found, now)
     counts_under = {**preferred, **counted} if counted else preferred
-    return Entitlements(lost_at, counts_under, refused, required, since, until)
+    return Entitlements(lost_at, counts_under, refused, required, hidden, since, until)
 
 
 def _together(

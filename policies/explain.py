@@ -44,7 +44,7 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
     tenant = find_tenant(snapshot, tenant_id)
     context = declared_context(tenant, request.purpose, request.region)
     entitled = entitlements(snapshot, tenant, context, now)
-    hidden = snapshot.hidden_from(tenant)
+    hidden = snapshot.hidden_from(tenant, now)
     return tuple(
         Explanation(
             expert,

@@ -23,6 +23,7 @@ from flexgate.policies.reasons import Standard, standard
 _Id = TypeVar("_Id", bound=str)
 _Document = TypeVar("_Document", bound=Document)
 
+_NEVER: Mapping[ExpertId, float] = MappingProxyType({})
 Listing = tuple[ExpertId, bool, Standard]
 
 
@@ -98,13 +99,22 @@ class Snapshot:
             revocation_epochs=MappingProxyType(dict(revocation_epochs)),
         )
 
-    def hidden_from(self, tenant: TenantRules) -> frozenset[ExpertId]:
-        """The experts that do not exist for a tenant; one that may be required of it, at whatever time, is no such."""
+    def hidden_from(self, tenant: TenantRules, now: float) -> frozenset[ExpertId]:
+        """The experts that do not exist for a tenant; one that is required of it, or will be, is no such."""
+        return self.concealed(tenant, now)[0]
+
+    def concealed(self, tenant: TenantRules, now: float) -> tuple[frozenset[ExpertId], Mapping[ExpertId, float]]:
+        """What is hidden from a tenant, and what else would be, if agreements did not require it until then."""
         hidden = (self.hidden - tenant.listed) | tenant.unlisted if self.hidden else tenant.unlisted
         if not hidden:
-            return hidden
+            return hidden, _NEVER
         found = (of_one.required for name in tenant.assignees if (of_one := self.agreements.get(name)))
-        return hidden.difference(self.required, *found)
+        shown: dict[ExpertId, float] = {}
+        for required in found:
+            for id_ in hidden & required.keys():
+                shown[id_] = max(shown.get(id_, now), *(one.ends for one in required[id_]))
+        needed = {id_: until for id_, until in shown.items() if now < until}
+        return hidden.difference(self.required, needed), needed
 
 
 def _by_id(kind: str, pairs: Iterable[tuple[_Id, _Document]]) -> dict[_Id, _Document]:

@@ -10,6 +10,9 @@ import typer
 from tqdm import tqdm
 
 from flexgate.experts.cli.support import Json, print_table, reported
+from flexgate.policies.ids import PUBLIC
+
+NOTHING_TO_CREATE = "No set is needed: 'public' alone is best, and always used."
 
 
 def find_set(
@@ -28,9 +31,10 @@ def find_set(
     that lowers the loss most. The set that is proposed has the least loss on
     the other half. The public unit and required ones are always in it.
 
-    Prints every set that was best of its size. To use the proposal, create a
-    set with 'flexgate sets create', and name it in 'flexgate.experts.only' or
-    in a tenant's default experts. What a set permits is still up to agreements.
+    Prints every set that was best of its size, and the command that creates
+    the proposed one: 'public' is in none, because it is always used. Name the
+    set in 'flexgate.experts.only' or in a tenant's default experts. What a set
+    permits is still up to agreements.
     """
     with reported(as_json) as show:
         from flexgate.experts.evaluation import find_set as finding
@@ -53,3 +57,6 @@ def find_set(
             for step in steps
         ]
         print_table(("units", "loss", "held-out loss", ""), rows, empty="")
+        members = [unit for unit in proposed.units if unit != PUBLIC]
+        command = f"flexgate sets create set:NAME {' '.join(members)}"
+        typer.echo(f"\n{command if members else NOTHING_TO_CREATE}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -79,7 +80,7 @@ def find_set(
 
 def best(steps: Sequence[Step]) -> Step:
     """The set of the least loss on the examples that none was chosen by; of equal ones the smallest."""
-    return min(steps, key=lambda step: step.held_out_nats)
+    return min(steps, key=lambda step: _finite(step.held_out_nats))
 
 
 def gated_units(model: FlexOlmo, ownership: Ownership, units: frozenset[int]) -> Predict:
@@ -104,6 +105,7 @@ def _forward(ownership: Ownership, losses: Callable[[frozenset[int]], tuple[floa
     units = ownership.units
     first = present = frozenset(number for number, unit in enumerate(units) if number == 0 or unit.required)
     steps: list[Step] = []
+    losses = cache(losses)  # the set that is chosen was measured with the others of its size
     while True:
         if not _empty_layers(ownership, present):
             nats, held_out = losses(present)
@@ -122,7 +124,12 @@ def _rank(
 ) -> tuple[int, float]:
     """Sets that leave fewer layers without an expert come first, and among those that leave none the likeliest."""
     empty = _empty_layers(ownership, units)
-    return (empty, math.inf) if empty else (0, losses(units)[0])
+    return (empty, math.inf) if empty else (0, _finite(losses(units)[0]))
+
+
+def _finite(nats: float) -> float:
+    """A loss to compare by: one that is no number is the worst."""
+    return nats if math.isfinite(nats) else math.inf
 
 
 def _empty_layers(ownership: Ownership, units: frozenset[int]) -> int:

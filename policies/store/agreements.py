@@ -16,7 +16,7 @@ from flexgate.policies.documents import Expert, ExpertSet
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import reading
-from flexgate.policies.store.documents import checked, from_json, read_all
+from flexgate.policies.store.documents import checked, from_json, read_all, read_one
 from flexgate.policies.store.prices import check_price
 from flexgate.policies.store.revisions import read_between, read_object
 from flexgate.policies.store.store import Store
@@ -42,10 +42,11 @@ def list_agreements(store: Store, *, owner_id: str | None = None) -> list[Agreem
 
 def get_agreement(store: Store, agreement_id: str, *, owner_id: str | None = None) -> Agreement:
     """One agreement; raises `ObjectUnknown`."""
-    for agreement in list_agreements(store, owner_id=owner_id):
-        if agreement.id == agreement_id:
-            return agreement
-    raise _unknown(agreement_id)
+    with reading(store.engine) as connection:
+        agreement = read_one(connection, Agreement, agreement_id)
+    if agreement is None or owner_id not in (None, agreement.owner):
+        raise _unknown(agreement_id)
+    return agreement
 
 
 def read_versions(store: Store, names: Collection[tuple[str, int]]) -> dict[tuple[str, int], Agreement]:

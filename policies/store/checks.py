@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select
 
 from flexgate.policies.agreements import Agreement, Document, require_executed
 from flexgate.policies.documents import Expert, ExpertSet, Tenant, require_title
 from flexgate.policies.errors import ChangeRefused, InvalidName
 from flexgate.policies.ids import PUBLIC
+from flexgate.policies.store import schema
 from flexgate.policies.store.documents import PolicyDocument, read_all, read_one
 from flexgate.policies.store.revisions import agreement_versions
 from flexgate.policies.vocabulary import parse_currency, parse_license_expression, parse_region
 
+MOST_REQUIREMENTS: Final = 64
+"""Agreements that require something of one assignee: each decision about it that is not kept reads them."""
+MOST_SETS: Final = 2_000
 _MOST_NAMED: Final = 20
 
 
@@ -29,9 +33,12 @@ def check_put(
         _check_agreement(connection, document)
         if not restored:
             _check_loaded(connection, document, before)
+            _check_requirements(connection, document, before)
     elif isinstance(document, Expert):
         _check_expert(connection, document, before, restored=restored)
     elif isinstance(document, ExpertSet):
+        if before is None and not restored:
+            _check_sets(connection)
         for expert in sorted(document.experts):
             _owner(connection, f"set {document.id!r}", expert)
     else:
@@ -123,6 +130,29 @@ def _check_loaded(connection: Connection, agreement: Agreement, before: PolicyDo
     if agreement.effect == "require" and not (isinstance(before, Agreement) and _is_within(agreement, before)):
         for reference in sorted(agreement.experts):
             check_required(connection, agreement, _members(connection, f"agreement {agreement.id!r}", reference))
+
+
+def _check_requirements(connection: Connection, agreement: Agreement, before: PolicyDocument | None) -> None:
+    """Refuse one requirement too many: a decision reads all that are about a project."""
+    if agreement.effect != "require":
+        return
+    if isinstance(before, Agreement) and (before.effect, before.assignee) == ("require", agreement.assignee):
+        return
+    document = schema.agreements.c.document
+    wanted = {"effect": "require", "assignee": agreement.assignee}
+    where = [document[name].as_string() == value for name, value in wanted.items()]
+    number = connection.execute(select(func.count()).select_from(schema.agreements).where(*where)).scalar_one()
+    if number >= MOST_REQUIREMENTS:
+        raise ChangeRefused(
+            f"{MOST_REQUIREMENTS} agreements require something of {agreement.assignee!r} already: "
+            "name several experts, or a set, in one of them"
+        )
+
+
+def _check_sets(connection: Connection) -> None:
+    number = connection.execute(select(func.count()).select_from(schema.expert_sets)).scalar_one()
+    if number >= MOST_SETS:
+        raise ChangeRefused(f"there are {MOST_SETS} sets already: delete one")
 
 
 def check_required(connection: Connection, agreement: Agreement, begun: Iterable[str]) -> None:

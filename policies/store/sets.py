@@ -8,7 +8,7 @@ from flexgate.policies.documents import ExpertSet
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.database import reading
-from flexgate.policies.store.documents import checked, read_all
+from flexgate.policies.store.documents import checked, read_all, read_one
 from flexgate.policies.store.store import Store
 
 
@@ -20,10 +20,11 @@ def list_sets(store: Store) -> list[ExpertSet]:
 
 def get_set(store: Store, set_id: str) -> ExpertSet:
     """One set; raises `ObjectUnknown`."""
-    for found in list_sets(store):
-        if found.id == set_id:
-            return found
-    raise _unknown(set_id)
+    with reading(store.engine) as connection:
+        found = read_one(connection, ExpertSet, set_id)
+    if found is None:
+        raise _unknown(set_id)
+    return found
 
 
 def create_set(store: Store, set_id: str, experts: Iterable[str], *, actor: str, at: float) -> ExpertSet:

@@ -43,6 +43,7 @@ class Store:
     def snapshot(self) -> Snapshot:
         """Read the whole policy in one transaction; raises `StoreDamaged` if it is inconsistent."""
         with reading(self.engine) as connection:
+            refuse_newer(connection)
             return read_snapshot(connection)
 
     def confirm(self, known: Snapshot | None) -> Snapshot:

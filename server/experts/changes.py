@@ -19,6 +19,7 @@ from flexgate.server.admin.operation import Call, Nothing, Unread
 from flexgate.server.admin.router import OperationRouter
 from flexgate.server.experts.errors import ChangeConflict, ExpertError, NotLoaded, NotStored
 from flexgate.server.experts.jobs import MOST_WATCHED, Job
+from flexgate.server.experts.revoke import MOST_UNSERVED
 from flexgate.server.experts.schemas import (
     AddBody,
     ExpertJob,
@@ -39,11 +40,9 @@ from flexgate.server.http.long_requests import while_identified
 from flexgate.server.http.refusals import UNKNOWN_EXPERT
 from flexgate.server.http.responses import ACCEPTED, CREATED
 from flexgate.server.inference.openai.sse import DONE
-from flexgate.server.policy.executors import REMOVALS, UPLOADS, run_in
+from flexgate.server.policy.executors import CHANGES, REMOVALS, UPLOADS, run_in
 
 MOST_JOBS = 4
-MOST_UNSERVED: Final = 100
-"""Projects that a revocation names."""
 _READ_ALL: Final = (Role.ADMIN, Role.AUDITOR)
 
 
@@ -111,7 +110,7 @@ async def revoke(call: Call[Nothing, RevokeQuery]) -> ExpertRevocation:
         )
     except ExpertError as error:
         raise _answer(error) from error
-    unserved = await asyncio.to_thread(_unserved, call)
+    unserved = await run_in(CHANGES, _unserved, call)
     return ExpertRevocation(**done, unserved_projects=unserved)
 
 

@@ -54,7 +54,7 @@ def _for_tenant(call: _Read, tenant_id: TenantId) -> Iterator[ExpertForTenant]:
     snapshot = call.snapshot
     tenant = find_tenant(snapshot, tenant_id)
     entitled = entitlements(snapshot, tenant, declared_context(tenant, None, None), call.now)
-    hidden = snapshot.hidden_from(tenant)
+    hidden = snapshot.hidden_from(tenant, call.now)
     for id_, expert in snapshot.experts.items():
         if id_ in hidden:
             continue

@@ -141,6 +141,7 @@ def _put(change: Change, manifest: Manifest) -> None:
             visibility="listed" if known is None else known.visibility,
             required=known is not None and known.required,
             grade=_grade(manifest, known),
+            empty_layers=frozenset(),  # a package has an expert in every layer
         )
     )
 

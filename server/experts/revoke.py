@@ -22,6 +22,9 @@ from flexgate.server.policy.executors import CHANGES, run_in
 DELIVERY_SECONDS: Final = 2.0
 """How long it waits for clients that read slowly; what is on the wire then is out of its hands."""
 DRAIN_POLL_SECONDS: Final = 0.05
+MOST_UNSERVED: Final = 100
+"""Projects that are named when an expert is revoked that their requests must use."""
+ANOTHER_PROCESS: Final = "another process"
 
 Record = Callable[[str, str, dict[str, Any]], None]
 """Writes (actor, action, detail) to the audit log. Blocks."""
@@ -56,12 +59,16 @@ class Revoker:
         *,
         confirm: Callable[[], object],
         record: Record,
+        needing: Callable[[str], Sequence[str]],
         clock: Callable[[], float],
     ) -> None:
-        """`confirm` refreshes the policy snapshot. Blocks."""
+        """`confirm` refreshes the policy snapshot; `needing` names the projects whose requests must use an expert. Both
+        block.
+        """
         self._pool = pool
         self._confirm = confirm
         self._record = record
+        self._needing = needing
         self._clock = clock
         self._doubtful: set[ExpertSlotRef] = set()  # may have been revoked in the store
 
@@ -96,7 +103,7 @@ class Revoker:
         revoked = await run_in(CHANGES, pool.repository.revocation_epochs)
         if revoked.get(info.id, 0) > info.slot_epoch and pool.find(info.id) == info:
             epoch = await run_in(CHANGES, pool.repository.epoch)
-            await self._unload(info, self._stop(info), epoch, actor="another process", began=began)
+            await self._unload(info, self._stop(info), epoch, actor=ANOTHER_PROCESS, began=began)
 
     async def drained(self, info: ExpertInfo, seconds: float) -> None:
         """Wait until no request uses an expert, at most `seconds`."""
@@ -174,9 +181,23 @@ class Revoker:
         """Once the engine has nothing of the expert: confirm the policy, keep the record, have its copy removed."""
         await self._tidy(self._pool.forget_copies(), run_in(CHANGES, self._confirm))
         record = {"object": "expert.revocation", **asdict(done), "effective_at": self._clock()}
-        await self._tidy(run_in(CHANGES, self._record, actor, "weights.cleared", record))
+        cleared = run_in(CHANGES, self._record, actor, "weights.cleared", record)
+        await self._tidy(cleared, run_in(CHANGES, self._note_unserved, done, actor))
         logger.info("expert %s is revoked from slot %d", done.expert, done.slot)
         return record
+
+    def _note_unserved(self, done: Revocation, actor: str) -> None:
+        """Say who is not served any more, whoever revoked the expert; what another process revoked, it notes itself."""
+        if not (projects := self._needing(done.expert)):
+            return
+        named = list(projects[:MOST_UNSERVED])
+        logger.warning(
+            "expert %s is revoked, and %d projects whose requests must use it are not served: %s",
+            *(done.expert, len(projects), ", ".join(named)),
+        )
+        if actor != ANOTHER_PROCESS:
+            detail = {"id": done.expert, "weights_epoch": done.weights_epoch, "total": len(projects), "projects": named}
+            self._record(actor, "expert.unserved", detail)
 
     async def _tidy(self, *steps: Awaitable[object]) -> None:
         """Run the steps after a completed revocation; their failures are only logged."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -45,15 +45,16 @@ class ExpertService:
         confirm: Callable[[], object],
         record: Record,
         clock: Callable[[], float],
+        needing: Callable[[str], Sequence[str]] = lambda _expert: (),
     ) -> None:
-        """`confirm` refreshes the policy snapshot; `record` writes to the audit log. Both block. `clock` (Unix seconds)
-        stamps every change.
+        """`confirm` refreshes the policy snapshot; `record` writes to the audit log; `needing` names the projects whose
+        requests must use an expert. All block. `clock` (Unix seconds) stamps every change.
         """
         self.jobs = Jobs(clock)
         self._pool = pool
         self._clock = clock
         self._loader = Loader(pool, canary=canary, confirm=confirm, clock=clock)
-        self._revoker = Revoker(pool, confirm=confirm, record=record, clock=clock)
+        self._revoker = Revoker(pool, confirm=confirm, record=record, needing=needing, clock=clock)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unstored: dict[str, str] = {}  # who revoked what the store could not be told
         self._store_again_at = 0.0

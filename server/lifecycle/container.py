@@ -15,6 +15,7 @@ from typing import Any, Final
 from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.policies.audit import Event
+from flexgate.policies.explain import needing as projects_needing
 from flexgate.policies.store.change_notifications import ChangeNotifications
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.store import Store
@@ -155,4 +156,7 @@ def _expert_service(
     async def canary(public: ExpertSlotRef, added: ExpertSlotRef) -> None:
         await try_added(engine.client, engine.slots, public, added, seconds=CANARY_SECONDS)
 
-    return ExpertService(pool, canary=canary, confirm=policy.confirm, record=record, clock=clock)
+    def needing(expert: str) -> tuple[str, ...]:
+        return () if policy.stored is None else projects_needing(policy.stored, expert, clock())
+
+    return ExpertService(pool, canary=canary, confirm=policy.confirm, record=record, clock=clock, needing=needing)

@@ -16,7 +16,6 @@ from flexgate.policies.documents import Expert, Grade, Role
 from flexgate.policies.errors import ChangeRefused
 from flexgate.policies.store import demo
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
-from flexgate.policies.store.change import Change
 from flexgate.policies.store.store import Store
 from flexgate.server.experts.restore import Loaded
 
@@ -38,6 +37,7 @@ def prepare_demo(
     """Migrate and seed the demo's store."""
     store.migrate()
     demo.seed(store, _manifest(experts, ownership), epoch=epoch, at=at, held=_held(ownership))
+    _require_required(store.snapshot().experts.values(), store.weights().revoked)
 
 
 def prepare(
@@ -61,12 +61,12 @@ def prepare(
     revoked = store.weights().revoked
     with store.change(actor=_ACTOR, note="start", at=at) as change:
         put_catalogue(change, _manifest(experts, ownership), epoch=epoch, held=_held(ownership))
-        _require_required(change, revoked)
+        _require_required(change.all(Expert), revoked)
 
 
-def _require_required(change: Change, revoked: Collection[str]) -> None:
+def _require_required(experts: Iterable[Expert], revoked: Collection[str]) -> None:
     """Refuse a start that could answer nothing; what was revoked can be added while the server runs."""
-    for expert in change.all(Expert):
+    for expert in experts:
         if expert.required and not expert.live and expert.id not in revoked:
             raise ChangeRefused(
                 f"every request requires expert {expert.id!r}, which this checkpoint does not have: serve one that has "

@@ -56,11 +56,12 @@ def required(world, tenant, purpose, region, now):
     return found
 
 
-def hidden(expert, tenant, world):
+def hidden(expert, tenant, world, now):
     sets = world["sets"]
     if expert["required"]:
         return False
-    if any(t["effect"] == "require" and applies(t, tenant, expert, sets) for t in world["agreements"]):
+    needing = [t for t in world["agreements"] if t["effect"] == "require" and now < t["ends"]]
+    if any(applies(t, tenant, expert, sets) for t in needing):
         return False
     if expert["id"] in expand(tenant["hidden"], sets):
         return True
@@ -86,7 +87,7 @@ def entitled(world, tenant, purpose, region, now):
         anchor = expert["id"] == "public"
         unowned = expert["owner"] is None
         licensed = anchor or ((unowned or (permits and not forbids)) and listed)
-        if licensed and expert["live"] and not hidden(expert, tenant, world):
+        if licensed and expert["live"] and not hidden(expert, tenant, world, now):
             gate.add(expert["id"])
     return gate
 
@@ -101,7 +102,7 @@ def decide(world, tenant_id, request, now):
     for field, declared in (("purposes", request["purpose"]), ("regions", request["region"])):
         if declared is not None and declared not in tenant[field]:
             return "ContextRefused"
-    listed = {e["id"] for e in world["experts"] if not hidden(e, tenant, world)}
+    listed = {e["id"] for e in world["experts"] if not hidden(e, tenant, world, now)}
     for name in [*(request["only"] or []), *request["ignore"]]:
         if not expand([name], world["sets"]) & listed:
             return "UnknownExpert"

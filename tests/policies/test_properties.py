@@ -307,7 +307,7 @@ def _without(world, gone):
 def test_hidden_experts_cannot_be_told_from_absent_ones(case, outcome, oracle, seed):
     world, who, request, now, _ = case(seed)
     tenant = world["tenants"][0]
-    gone = {e["id"] for e in world["experts"] if oracle.hidden(e, tenant, world)}
+    gone = {e["id"] for e in world["experts"] if oracle.hidden(e, tenant, world, now)}
     one = outcome(world, who, request, now)
     assert one == outcome(_without(world, gone), who, request, now)
     nonsense = {

@@ -6,7 +6,7 @@ import pytest
 
 from flexgate.policies.cache import DecisionCache
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.errors import ExpertRequired, RequiredExpertMissing
+from flexgate.policies.errors import ExpertDenied, ExpertRequired, RequiredExpertMissing, UnknownExpert
 from flexgate.policies.explain import explain
 
 SAFE = {"id": "safe", "owner": "lab"}
@@ -106,6 +106,29 @@ def test_nothing_is_answered_without_it(ask, expert, permit, why, only):
 @pytest.mark.parametrize("visibility", ["listed", "hidden"])
 def test_it_cannot_be_hidden_for_answers_name_it(ask, tenant, visibility):
     assert "safe" in ask({**SAFE, "visibility": visibility}, tenant=tenant).allowed
+
+
+@pytest.mark.parametrize("hidden", [{"hidden": ["safe"]}, {"hidden": ["set:all"]}], ids=str)
+def test_a_requirement_that_has_ended_shows_no_hidden_expert(world, iso, hidden):
+    def refused(now, terms):
+        snapshot = world.build(
+            [*world.all_permitted(), world.agreement("r", owner="lab", experts=["safe"], effect="require", **terms)],
+            [world.tenant(**hidden)],
+            [*world.experts, SAFE],
+            sets=SETS,
+        )
+        try:
+            world.ask(snapshot, only=("safe",), now=now)
+        except UnknownExpert:
+            return True
+        except (RequiredExpertMissing, ExpertDenied):
+            return False
+        raise AssertionError("nothing permits it")
+
+    ended = {"not_after": iso(2000)}
+    assert not refused(1999, ended)
+    assert refused(2000, ended)
+    assert not refused(1999, {"not_before": iso(2000)})
 
 
 def test_the_decision_ends_when_its_permission_does(ask):

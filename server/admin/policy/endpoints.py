@@ -58,7 +58,7 @@ def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
         raise ContextRefused(str(error), param=(error.param or "").removeprefix("flexgate.")) from None
     hidden = None
     if call.principal.tenant_id is None:
-        concealed = call.snapshot.hidden_from(call.snapshot.tenants[TenantId(project_id)])
+        concealed = call.snapshot.hidden_from(call.snapshot.tenants[TenantId(project_id)], call.now)
         hidden = [str(expert) for expert in call.snapshot.experts if expert in concealed]
     return PolicyExplanation(
         project_id=project_id,

@@ -108,7 +108,7 @@ def show_permissions(call: Call[Nothing, Nothing]) -> PermissionsObject:
     tenant = visible_project(call)
     ids = list(tenant.expert_ids)
     if call.principal.tenant_id is not None:
-        ids = listed(ids, call.snapshot, call.snapshot.tenants[tenant.id])
+        ids = listed(ids, call.snapshot, call.snapshot.tenants[tenant.id], call.now)
     return permissions_object(tenant.mode, ids)
 
 
@@ -137,6 +137,6 @@ def _permit(
 def _shown(call: Call[Any, Any], tenant: Tenant) -> ProjectObject:
     times = projects.project_times(call.store, [tenant.id])[tenant.id]
     if call.principal.tenant_id is not None and tenant.default_experts is not None:
-        default_experts = listed(tenant.default_experts, call.snapshot, call.snapshot.tenants[tenant.id])
+        default_experts = listed(tenant.default_experts, call.snapshot, call.snapshot.tenants[tenant.id], call.now)
         tenant = tenant.model_copy(update={"default_experts": frozenset(default_experts)})
     return project_object(tenant, times, operator=call.principal.role in OPERATORS)

@@ -145,10 +145,10 @@ def permissions_object(mode: Mode, expert_ids: Iterable[str]) -> PermissionsObje
     return PermissionsObject(mode=mode, expert_ids=sorted(expert_ids))
 
 
-def listed(references: Iterable[str], snapshot: Snapshot, rules: TenantRules) -> list[str]:
+def listed(references: Iterable[str], snapshot: Snapshot, rules: TenantRules, now: float) -> list[str]:
     """The references that stand for at least one expert that is not hidden from the tenant."""
     shown = []
-    hidden = snapshot.hidden_from(rules)
+    hidden = snapshot.hidden_from(rules, now)
     for reference in references:
         members = snapshot.sets.get(SetId(reference), frozenset({reference}))
         if members - hidden:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,28 @@ def test_what_the_task_does_not_need_is_not_proposed() -> None:
     worse = finding.Step(("public", "a", "b"), 1.9, 2.6)
     assert finding.best([*steps, worse]) is steps[1]
     assert finding.best([*steps, finding.Step(("public", "a", "b"), 1.9, 2.5)]) is steps[1]
+
+
+def test_a_unit_without_finite_weights_hides_no_other() -> None:
+    """It comes first, and a comparison with NaN is never true."""
+    ownership = Ownership(UNITS, (bytes((0, 1, 2)), bytes((0, 1, 2))))
+    measured: list[frozenset[int]] = []
+
+    def losses(present: frozenset[int]) -> tuple[float, float]:
+        measured.append(present)
+        nats = math.nan if 1 in present else 3.0 - len(present)
+        return nats, nats
+
+    steps = finding._forward(ownership, losses, 2)
+    assert [step.units for step in steps] == [("public",), ("public", "b"), ("public", "a", "b")]
+    assert finding.best(steps) is steps[1]
+    assert finding.best(steps[::-1]) is steps[1]
+    assert len(measured) == len({*measured}), "a set was measured twice"
+
+
+def test_the_proposal_is_a_command_that_creates_the_set(examples: dict[str, Path]) -> None:
+    outcome = CliRunner().invoke(app, ["find-set", str(DEMO), str(examples["news"]), "--most", "1", "--length", "64"])
+    assert outcome.output.splitlines()[-1] == "flexgate sets create set:NAME news"
 
 
 def test_a_unit_is_gated_in_every_layer_where_its_experts_are() -> None:

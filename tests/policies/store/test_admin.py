@@ -13,7 +13,7 @@ from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Role
 from flexgate.policies.errors import ChangeRefused, ObjectUnknown
-from flexgate.policies.store import accounts, agreements, projects, schema, sets
+from flexgate.policies.store import accounts, agreements, checks, projects, schema, sets
 from flexgate.policies.store.database import writing
 from flexgate.server.http.auth import KeyRevoked, KeyWrong, WrongRole, authenticate, require_tenant
 
@@ -215,6 +215,24 @@ def test_an_owner_makes_so_many_agreements_and_may_revise_and_terminate_them(sto
 
 
 MUST = NEWS.model_copy(update={"id": "must", "effect": "require"})
+
+
+def test_so_many_agreements_require_something_of_one_assignee(store, monkeypatch):
+    monkeypatch.setattr(checks, "MOST_REQUIREMENTS", 2)
+    fields = {"owner": "wire", "experts": ["news"], "effect": "require"}
+    first, _ = (agreements.create_agreement(store, fields | {"assignee": "group:a"}, **ADMIN) for _ in range(2))
+    sentence = r"^2 agreements require something of 'group:a' already: name several experts, or a set, in one of them$"
+    elsewhere = agreements.create_agreement(store, fields | {"assignee": "group:b"}, **ADMIN)
+    permits = agreements.create_agreement(store, fields | {"assignee": "group:a", "effect": "permit"}, **ADMIN)
+    with pytest.raises(ChangeRefused, match=sentence):
+        agreements.create_agreement(store, fields | {"assignee": "group:a"}, **ADMIN)
+    for other in (elsewhere, permits):
+        with pytest.raises(ChangeRefused, match=sentence):
+            agreements.revise_agreement(store, other.id, fields | {"assignee": "group:a"}, **ADMIN)
+    until = fields | {"assignee": "group:a", "not_after": "2030-01-01T00:00:00Z"}
+    assert agreements.revise_agreement(store, first.id, until, **ADMIN).version == 2
+    agreements.terminate_agreement(store, first.id, **ADMIN)
+    agreements.create_agreement(store, fields | {"assignee": "group:a"}, **ADMIN)
 
 
 def test_an_owner_neither_requires_an_expert_nor_ends_what_an_administrator_requires(store):

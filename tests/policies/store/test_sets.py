@@ -6,7 +6,7 @@ import pytest
 
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.errors import ChangeRefused
-from flexgate.policies.store import agreements, gitops, history, sets
+from flexgate.policies.store import agreements, checks, gitops, history, sets
 
 ADMIN = {"actor": "admin", "at": 2.0}
 MUST = Agreement(id="must", owner="forge", experts=frozenset({"set:s"}), assignee="everyone", effect="require")
@@ -77,3 +77,10 @@ def test_a_rollback_of_a_set_gives_its_agreements_a_new_version(named):
     history.roll_back(named, before, confirm=named.version(), **ADMIN)
     assert _required(named) == {"code"}
     assert agreements.get_agreement(named, "must").version == 3
+
+
+def test_there_are_so_many_sets_and_each_can_be_changed(named, monkeypatch):
+    monkeypatch.setattr(checks, "MOST_SETS", len(sets.list_sets(named)))
+    with pytest.raises(ChangeRefused, match=r"^there are [0-9]+ sets already: delete one$"):
+        sets.create_set(named, "set:one-more", ["legal"], **ADMIN)
+    sets.change_set(named, "set:s", ["legal"], **ADMIN)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from slotkit.local import Local, package, zeros
 
+from flexgate.policies.documents import Expert, Tenant
 from flexgate.policies.errors import StoreUnavailable
+from flexgate.policies.ids import TenantId
 from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
 from flexgate.server.engine.protocol.endings import EXPERT_REVOKED
 from flexgate.server.experts.errors import ChangeConflict, NotLoaded, NotStored
@@ -143,3 +145,28 @@ async def test_a_record_that_cannot_be_audited_is_answered_all_the_same(
     here.service._revoker._confirm = fail
     record = await here.service.revoke("math", actor="key_admin")
     assert record["digests"] == zeros(here)
+
+
+async def test_who_is_not_served_any_more_is_logged_and_audited_whoever_revoked(
+    here: Local, tmp_path: Path, anchor: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await here.add(package(tmp_path, anchor))
+    await here.add(package(tmp_path, anchor, expert="code"))
+    with here.store.change(actor="admin", note="require", at=1.0) as change:
+        expert = change.get(Expert, "math")
+        assert expert is not None
+        change.put(expert.model_copy(update={"required": True}))
+        for id_ in ("t", "u"):
+            change.put(Tenant(id=TenantId(id_), name=id_))
+    await here.service.revoke("code", actor="key_owner")
+    assert "expert.unserved" not in [action for _, action, _ in here.recorded]
+    record = await here.service.revoke("math", actor="key_owner")
+    (noted,) = [(actor, detail) for actor, action, detail in here.recorded if action == "expert.unserved"]
+    weights_epoch = record["weights_epoch"]
+    assert noted == (
+        "key_owner",
+        {"id": "math", "weights_epoch": weights_epoch, "total": 2, "projects": ["t", "u"]},
+    )
+    sentence = "expert math is revoked, and 2 projects whose requests must use it are not served: t, u"
+    assert sentence in caplog.messages
+    assert "projects" not in record

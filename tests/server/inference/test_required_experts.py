@@ -19,6 +19,14 @@ ENDPOINTS = {
 }
 
 
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"stream": True},
+    {"flexgate": {"experts": {"only": ["news"]}}},
+    {"flexgate": {"explain": "counterfactual"}},
+    {"flexgate": {"min_policy_version": 1}},
+]
+COMPLETIONS: list[dict[str, Any]] = [{"n": 2}, {"prompt": ["x", "y"]}, {"echo": True}, {"n": 2, "stream": True}]
 REQUIREMENT = {"id": "r", "owner": "academy", "experts": ["math"], "assignee": "tenant:t", "effect": "require"}
 WHO = {"server": "every request to this server uses", "agreement": "agreement 'r' (version 1) requires"}
 
@@ -83,7 +91,7 @@ async def test_nothing_is_answered_without_it(
     client: httpx.AsyncClient, publish: Any, handler: Any, path: str, how: dict[str, bool], why: str
 ) -> None:
     publish(**how)
-    for more in ({}, {"stream": True}, {"flexgate": {"experts": {"only": ["news"]}}}):
+    for more in (*FORMS, *(COMPLETIONS if path == "/v1/completions" else ())):
         response = await client.post(path, json={**ENDPOINTS[path], **more})
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (503, "required_expert_missing")

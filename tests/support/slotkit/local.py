@@ -19,6 +19,7 @@ from packagekit import ONE, make_package
 from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.package.weights import WeightsTicket
 from flexgate.policies.audit import Event
+from flexgate.policies.explain import needing
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.core.scheduler import EXPERT_REVOKED
@@ -195,7 +196,11 @@ def local(
 
     confirm: Callable[[], object] = lambda: None  # noqa: E731
     pool = SlotPool(client, slots, WeightsRepository(store), places, merged, per_owner=per_owner)
-    service = ExpertService(pool, canary=canary, confirm=confirm, record=record, clock=time.time)
+
+    def needing_it(expert: str) -> tuple[str, ...]:
+        return needing(store.snapshot(), expert, 1.0)
+
+    service = ExpertService(pool, canary=canary, confirm=confirm, record=record, clock=time.time, needing=needing_it)
     made.append(Local(service, client, slots, store, recorded))
     return made[0]
 
