@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
+from functools import cache
 from operator import itemgetter
 from typing import Final
 
@@ -29,10 +30,6 @@ _USAGE: Final = (
     "INSERT INTO usage (sequence, request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, "
     "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request) DO NOTHING"
-)
-_COUNTS: Final = (
-    "INSERT INTO counts (sequence, number, prompt_mass, prompt_positions, completion_mass, completion_positions, "
-    "share_ppm) VALUES "
 )
 _NAMES: Final = ("expert", "owner", "agreement", "agreement_version", "package", "duties_sha256")
 _FIND_EXPERT: Final = f"SELECT number FROM experts WHERE {' AND '.join(f'{name} IS ?' for name in _NAMES)}"
@@ -72,7 +69,7 @@ class Rows:
                 numbers, values = self._numbers(registration.experts), list[int]()
                 for part in parts:
                     values += (sequence, numbers[part.expert], *part[2:6], part.share_ppm)
-                self._connection.execute(_COUNTS + ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(parts)), values)
+                self._connection.execute(_counts(len(parts)), values)
         self.sequence += len(ended)
         return recorded
 
@@ -122,6 +119,13 @@ class Rows:
         number: int
         (number,) = found or self._connection.execute(_INSERT_EXPERT, names).fetchone()
         return number
+
+
+@cache
+def _counts(parts: int) -> str:
+    """The statement for so many parts."""
+    columns = "sequence, number, prompt_mass, prompt_positions, completion_mass, completion_positions, share_ppm"
+    return f"INSERT INTO counts ({columns}) VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?)'] * parts)}"
 
 
 def _usage(numbered: tuple[int, End]) -> Sequence[object]:
