@@ -218,8 +218,7 @@ async def identify(
     context.principal = authenticate(snapshot, header, services.clock(), context.roles)
     require_role(context.principal, *roles)
     context.count()
-    if (known := request.scope.get(KNOWN)) is not None:
-        known()
+    request.scope[KNOWN] = True
     return context.principal, snapshot
 
 

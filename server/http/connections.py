@@ -33,7 +33,7 @@ MOST_IDLE: Final = 4096
 MOST_PIPELINED: Final = 16
 """Requests of one connection that wait until an earlier one has its response; a client that sends more is cut off."""
 KNOWN: Final = "flexgate.known"
-"""The scope's key of what is to be called once the caller is known, and its requests are counted."""
+"""The scope's key of a request whose caller is known, and whose requests are counted."""
 EVENT_STREAM: Final = "flexgate.event_stream"
 """The scope's key of a response whose body is server-sent events."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -73,7 +73,8 @@ class Idle:
         while len(self._connections) > self._most:
             oldest = next(iter(self._connections))
             del self._connections[oldest]
-            oldest.transport.abort()
+            if not oldest.is_counted():
+                oldest.transport.abort()
 
     def discard(self, connection: BoundedProtocol) -> None:
         """Count a connection as idle no more, if it was."""
@@ -94,7 +95,6 @@ class BoundedProtocol(HttpToolsProtocol):
     _idle: Idle
     _pending = 0  # bytes since the last head, or the last part of a body
     _got_on = False
-    _known = False  # whether the request whose response is under way is counted for its caller
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first head."""
@@ -164,14 +164,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_waiting()
         if not self._cycles and not self.flow.write_paused:
             self._idle.discard(self)
-        self.scope[KNOWN] = self._know  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
         self._cycles.append(self.cycle)
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the client to read the responses before it."""
         self._cycles.popleft()
-        self._known = False
         super().on_response_complete()
         if self._is_idle() or self.flow.write_paused:
             self._idle.add(self)
@@ -179,8 +177,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Count a connection as idle whose client does not read the response, unless its caller's are counted."""
         super().pause_writing()
-        if not self._known:
+        if not self.is_counted():
             self._idle.add(self)
+
+    def is_counted(self) -> bool:
+        """Whether the request whose response is under way is counted for its caller."""
+        return bool(self._cycles) and KNOWN in self._cycles[0].scope
 
     def on_body(self, body: bytes) -> None:
         """A part of a body came."""
@@ -194,10 +196,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._unread = self.loop.call_later(UNREAD_SECONDS, self._look, now)
-
-    def _know(self) -> None:
-        self._known = True
-        self._idle.discard(self)
 
     def _is_idle(self) -> bool:
         return not self._cycles
