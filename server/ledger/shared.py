@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
+from flexgate.server.ledger.log import log_of
 from flexgate.server.ledger.reading import is_older_copy, opened
 
 SCHEMA: Final = "flexgate_usage"
@@ -50,7 +51,8 @@ class Shared:
         Raises:
             LedgerError: the ledger or the database cannot be used, or the ledger is an older copy of itself.
         """
-        with opened(path) as ledger, self._connected(SECONDS, "copying usage") as shared:
+        long = log_of(path.absolute()).reading(SECONDS)  # it is open for as long as the database takes
+        with long, opened(path) as ledger, self._connected(SECONDS, "copying usage") as shared:
             columns = self._columns or _prepare(shared, ledger)
             name, whole_since = ledger.execute("SELECT id, whole_since FROM ledger").fetchone()
             number, last, request = _place(shared, name)

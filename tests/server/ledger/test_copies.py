@@ -23,6 +23,7 @@ from flexgate.server.ledger.copies import Copies
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.log import log_of
 from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.shared import PLACE, Shared
 from flexgate.server.ledger.usage import Group, Sought, sums
@@ -141,6 +142,20 @@ def test_a_first_copy_that_breaks_off_is_made_by_the_same_server(
             copy.copy(paths[0])
     assert copy.copy(paths[0]) == (3, False)
     assert len(rows(engine, "SELECT request FROM usage")) == 3
+
+
+def test_nothing_is_copied_while_the_ledgers_log_is_emptied(
+    engine: sa.Engine, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy reads the ledger for as long as the database takes, again and again: it would keep the log from that."""
+    record(paths[0], range(3))
+    log = log_of(paths[0])
+    monkeypatch.setattr(log, "_held_since", 1.0)
+    monkeypatch.setattr(shared, "SECONDS", 0.01)
+    with pytest.raises(LedgerError, match="is being emptied"):
+        Shared(engine).copy(paths[0])
+    monkeypatch.undo()
+    assert Shared(engine).copy(paths[0]) == (3, False)
 
 
 def test_an_older_copy_of_a_ledger_is_not_copied(engine: sa.Engine, paths: list[Path], tmp_path: Path) -> None:
