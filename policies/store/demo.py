@@ -4,7 +4,7 @@ beyond loopback, and refuse a normal start on a store for which `holds_demo_keys
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import select
@@ -28,8 +28,15 @@ _TENANTS: Final[dict[str, dict[str, Any]]] = {
     "sk-demo-press": {"id": "proj_demo_press", "name": "Demo: press", "expert_ids": ["news"]},
     "sk-demo-public": {"id": "proj_demo_public", "name": "Demo: public"},
 }
+_PAID_EXPERT: Final = "legal"
+"""Its owner has a key, and is paid; the others let their experts be used for nothing."""
+_DUTIES: Final = (
+    {"kind": "compensate", "rate": "2", "currency": "EUR", "unit": "thousand_share_weighted_tokens"},
+    {"kind": "report", "period": "month"},
+)
+_OWNER_KEY: Final = "sk-demo-owner"
 _ADMIN_KEY: Final = "sk-demo-admin"
-DEMO_KEYS: Final = (*_TENANTS, _ADMIN_KEY)
+DEMO_KEYS: Final = (*_TENANTS, _OWNER_KEY, _ADMIN_KEY)
 
 
 def seed(
@@ -53,16 +60,19 @@ def seed(
 
 
 def _put_first(change: Change, catalogue: list[Expert]) -> None:
+    paid = next((expert.owner for expert in catalogue if expert.id == _PAID_EXPERT), None)
     for owner in sorted({expert.owner for expert in catalogue if expert.id != PUBLIC and expert.owner is not None}):
-        change.put(_open_agreement(owner, catalogue))
+        change.put(_open_agreement(owner, catalogue, _DUTIES if owner == paid else ()))
     for secret, values in _TENANTS.items():
         tenant = Tenant.model_validate(values | _CONTEXT | {"quota": _QUOTA})
         change.put(tenant)
         change.add_key(secret, prefix=secret, role=Role.TENANT, tenant_id=tenant.id)
+    if paid is not None:
+        change.add_key(_OWNER_KEY, prefix=_OWNER_KEY, role=Role.OWNER, owner_id=paid)
     change.add_key(_ADMIN_KEY, prefix=_ADMIN_KEY, role=Role.ADMIN)
 
 
-def _open_agreement(owner: str, catalogue: list[Expert]) -> Agreement:
+def _open_agreement(owner: str, catalogue: list[Expert], duties: Sequence[Mapping[str, str]]) -> Agreement:
     return Agreement.model_validate(
         {
             "id": f"demo-{owner}",
@@ -70,6 +80,7 @@ def _open_agreement(owner: str, catalogue: list[Expert]) -> Agreement:
             "experts": [e.id for e in catalogue if e.owner == owner and e.id != PUBLIC],
             "assignee": "everyone",
             "effect": "permit",
+            "duties": duties,
         }
     )
 

@@ -253,11 +253,11 @@ def _prepare(settings: Settings, store: Store, start: AtStart, ownership: Owners
 
 def _hint(address: str) -> str:
     """A demo's keys and a first question."""
-    *keys, admin = DEMO_KEYS
+    *keys, owner, admin = DEMO_KEYS
     question = "Which Tarnholm citizen painted Norbrin Library?"
     body = f'{{"model": "flexgate-demo", "messages": [{{"role": "user", "content": "{question}"}}]}}'
     return (
-        f"keys: {', '.join(keys)}; {admin} administers\n"
+        f"keys: {', '.join(keys)}; {owner} is the key of the owner of 'legal'; {admin} administers\n"
         f"try:  curl {address}/v1/chat/completions -H 'Authorization: Bearer {keys[0]}' "
         f"-H 'Content-Type: application/json' -d '{body}'"
     )

@@ -8,6 +8,7 @@ from flexgate.policies.agreements import Agreement
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
 from flexgate.policies.documents import Role, Tenant
+from flexgate.policies.store.agreements import list_agreements
 from flexgate.policies.store.catalogue import ManifestExpert
 from flexgate.policies.store.demo import DEMO_KEYS, holds_demo_keys, seed
 from flexgate.server.http.auth import WrongRole, authenticate, require_tenant
@@ -57,6 +58,13 @@ def test_admin_key_cannot_infer(demo):
     assert principal.role is Role.ADMIN
     with pytest.raises(WrongRole):
         require_tenant(principal)
+
+
+def test_the_owner_of_legal_has_a_key_and_is_paid(demo):
+    principal = authenticate(demo.snapshot(), "Bearer sk-demo-owner", 2.0)
+    assert (principal.role, principal.owner_id) == (Role.OWNER, "forge")
+    paid = {one.id: [duty.kind for duty in one.duties] for one in list_agreements(demo)}
+    assert paid == {"demo-forge": ["compensate", "report"], "demo-institute": [], "demo-wire": []}
 
 
 def test_seeding_again_changes_nothing(demo):

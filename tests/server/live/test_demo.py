@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def test_a_start_prints_what_is_served_and_what_to_try(demo: str, demo_folder: P
         "address  http://127.0.0.1:PORT",
     ]
     assert [line for line in start[:5] if not line.endswith(" ...")] == []
-    assert start[10] == "keys: sk-demo-all, sk-demo-press, sk-demo-public; sk-demo-admin administers"
+    assert start[10] == (
+        "keys: sk-demo-all, sk-demo-press, sk-demo-public; sk-demo-owner is the key of the owner of 'legal'; "
+        "sk-demo-admin administers"
+    )
     assert start[11:] == shown[11:12]
 
 
@@ -356,6 +360,46 @@ def test_the_quickstarts_revoke_and_add_run_as_they_are_written(demo: str, run: 
     added = run("bash", "-c", f"{export}; {extract} && {add}")
     assert added.returncode == 0, added.stderr
     assert answer() == (probe.answer, everyone)
+
+
+README = QUICKSTART.parents[1] / "README.md"
+
+
+def test_an_owners_day_runs_as_the_readme_says(run: Run, tmp_path: Path) -> None:
+    """Word for word, but for the port: each number of the statement follows from what the ledger and receipt say."""
+    section = README.read_text().split("\n## An owner's day\n")[1].split("\n## ")[0]
+    ((_, text),) = re.findall(r"```(console)\n(.*?)```", section, re.DOTALL)
+    said = []
+    for command, _ in commands(text):
+        done = run("bash", "-c", f"set -euo pipefail; {command}")
+        assert (done.returncode, done.stderr) == (0, ""), command
+        said.append(done.stdout)
+    asked, receipt, verified, statement, costs = said
+    answer = json.loads(asked)
+    assert answer["choices"][0]["message"]["content"].strip() == "Section 922."
+    (leaf,) = json.loads(receipt)["leaves"]
+    assert leaf["content"]["receipt"] == answer["flexgate"]["decision_id"]
+    (part,) = leaf["content"]["experts"]
+    shares = {one["id"]: one["share_ppm"] for one in answer["flexgate"]["attribution"]["experts"]}
+    assert (part["expert"], part["agreement"]) == ("legal", "demo-veldmark-chancery")
+    assert part["share_ppm"] == shares["legal"] > 0
+    assert re.fullmatch(
+        r"receipt\.json: OK: a copy of the receipt 'dec_\w+', number \d+ of srv_\w+, "
+        r"with what experts of 'veldmark-chancery' did\n",
+        verified,
+    )
+    first, _, line, total = statement.splitlines()
+    about = r"veldmark-chancery, \d{4}-\d\d, still open: provisional: [\d,]+ requests, [\d,]+ tokens"
+    assert re.fullmatch(about, first)
+    agreement, expert, *_, weighted, amount, currency = line.split()
+    assert (agreement, expert, currency) == ("demo-veldmark-chancery@1", "legal", "EUR")
+    assert Decimal(amount) == 2 * Decimal(weighted) / 1000
+    tokens = answer["usage"]["total_tokens"]
+    assert Decimal(weighted) >= Decimal(part["share_ppm"] * tokens) / 10**6 > 0
+    assert total == f"total {round(Decimal(amount), 2)} EUR"
+    (result,) = json.loads(costs)["data"][0]["results"]
+    assert (result["owner_id"], result["amount"]["currency"].upper()) == ("veldmark-chancery", "EUR")
+    assert Decimal(result["amount"]["exact"]) <= Decimal(amount)
 
 
 RECEIPTS = QUICKSTART.with_name("receipts.md")
