@@ -296,6 +296,7 @@ def metadata(request: InferenceRequest) -> dict[str, Any]:
         explain=request.extension.explain,
         attribution=attribution,
         credits=credits_of(request.decision, used.experts),
+        max_tokens=request.call.cut_to,
     )
 
 

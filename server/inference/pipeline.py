@@ -13,6 +13,7 @@ before its step, so that none can be left out. What follows is in `flexgate.serv
 from __future__ import annotations
 
 import hashlib
+import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ from flexgate.server.inference.limits.limiter import (
     Reservation,
     limit_cost,
     scopes_of,
+    stated_length,
     stated_tokens,
 )
 from flexgate.server.inference.openai.foreign import LeanResponse
@@ -293,7 +295,7 @@ class InferenceRequest(TenantRequest):
             self.experts,
             self.decision.valid_until,
             self.client_salt,
-            reserve=self._reserve_all if self.passes or self.price is not None else self.reservation.raise_to,
+            reserve=self._reserve_tokens,
             queue=partial(services.queue.enter, self.tenant),
             confirmed=services.policy.fresh,
             keep_answers=bool(self.passes),
@@ -301,11 +303,21 @@ class InferenceRequest(TenantRequest):
         )
         self.right = Right(self.call, self.principal, self.tenant, self.query, self.snapshot.policy_version)
 
-    def _reserve_all(self, tokens: int) -> None:
-        """Reserve the tokens of the response and of all passes, and what they cost at most."""
-        tokens = tokens * (1 + len(self.passes)) + len(self.passes)
-        cost = {} if self.price is None else {COST: self.price.most(tokens, entries=2 if self.passes else 1)}
+    def _reserve_tokens(self, *, least: int, most: int) -> int:
+        """Reserve the tokens of the response and of all passes, and what they cost at most.
+
+        A request that states no length gets no more than what is left of budgets.
+        """
+        passes, entries = len(self.passes), 2 if self.passes else 1
+        if stated_length(self.body) is None:
+            left = self.reservation.left(TOKENS)
+            if self.price is not None:
+                left = min(left, self.price.tokens(self.reservation.left(COST), entries=entries))
+            most = most if left == math.inf else max(least, min(most, int((left - passes) // (1 + passes))))
+        tokens = most * (1 + passes) + passes
+        cost = {} if self.price is None else {COST: self.price.most(tokens, entries=entries)}
         self.reservation.raise_to(tokens=tokens, **cost)
+        return most
 
 
 def honoured_body(raw: Body, table: Table, check: Callable[[Body, Limits], None], limits: Limits) -> Body:

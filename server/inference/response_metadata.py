@@ -29,14 +29,20 @@ def metadata(
     explain: str,
     attribution: dict[str, Any] | None,
     credits: list[dict[str, Any]],
+    max_tokens: int | None,
 ) -> dict[str, Any]:
-    """What a response says about its gate. `explain` of 'none' leaves the reasons out, and never the credits."""
+    """What a response says about its gate. `explain` of 'none' leaves the reasons out, and never the credits.
+
+    `max_tokens` is the length that a budget cut the response to, if it did.
+    """
     content: dict[str, Any] = {
         "decision_id": decision.decision_id,
         "policy_version": decision.policy_version,
         "weights_epoch": weights_epoch,
         "allowed": list(decision.allowed),
     }
+    if max_tokens is not None:
+        content["max_tokens"] = max_tokens
     if credits:
         content["credits"] = credits
     if explain != "none":

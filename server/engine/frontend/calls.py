@@ -97,9 +97,12 @@ class Ticket(Protocol):
 
 
 class Reserve(Protocol):
-    """Reserves so many tokens for a call in all; raises to refuse."""
+    """Reserves tokens for a call in all: `most`, or as many from `least` on as it may have.
 
-    def __call__(self, *, tokens: int) -> None: ...
+    Returns how many; raises to refuse.
+    """
+
+    def __call__(self, *, least: int, most: int) -> int: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +119,9 @@ class GatedCall:
         queue: told the choices of a prompt and its tokens; raises to refuse. Without one the call does not wait.
         record: writes down what the call has used before any of it goes on to its client; whether it could.
         confirmed: whether what was decided before the call waited still holds.
-        reserve: told how many tokens the call can use in all, before the engine gets its prompts; raises to refuse.
+        reserve: told how many tokens the call can use in all, before the engine gets its prompts; what is reserved
+            beyond the prompts is the most that is generated.
+        cut_to: the most that each choice of the last prompt was reserved; None where that is all that it can use.
         keep_answers: whether the tokens of prompts and answers are kept in `answers`.
         finish_reasons: why each choice of each engine request finished; None where nothing asks for it.
         prompt_only: the answer is the prompt itself; the one token that vLLM generates all the same is dropped.
@@ -135,6 +140,7 @@ class GatedCall:
     queue: Callable[[int, int], Ticket] | None = None
     record: Callable[[], Awaitable[bool]] | None = None
     confirmed: Callable[[], bool] | None = None
+    cut_to: int | None = None
     _most_tokens: int = 0
     prompt_only: bool = False
     keep_answers: bool = False

@@ -219,6 +219,8 @@ class GatedEngineClient:
         LoRA adapters, priorities, data-parallel ranks, sessions, traces and cache hints
         that a handler may pass are dropped.
 
+        `sampling_params` get the length that was reserved, where that is less: responses say it.
+
         Raises:
             GateError: no call is current in this context.
             Exception: what the call's `reserve` and `queue` raise.
@@ -227,9 +229,7 @@ class GatedEngineClient:
         if call is None:
             raise GateError("a handler asked for tokens outside of a gated call")
         prompt_tokens = len(prompt["prompt_token_ids"])
-        call._most_tokens += prompt_tokens + sampling_params.n * (sampling_params.max_tokens or 0)
-        if call.reserve is not None:
-            call.reserve(tokens=call._most_tokens)
+        _reserve(call, prompt_tokens, sampling_params)
         ticket = None if call.queue is None else call.queue(sampling_params.n, prompt_tokens)
         if ticket is not None:
             call._tickets.append(ticket)
@@ -333,6 +333,19 @@ class GatedEngineClient:
             call.failed = call.failed or expired or output.stop_reason
         if output.stop_reason == CONSTRAINT_SLOW and constraint is not None:
             self._constrainer.avoid(call.tenant, constraint)
+
+
+def _reserve(call: GatedCall, prompt_tokens: int, params: SamplingParams) -> None:
+    """Reserve what a prompt and its choices can use; each is cut to its part of what is reserved."""
+    before = call._most_tokens + prompt_tokens
+    call._most_tokens = before + params.n * (params.max_tokens or 0)
+    if call.reserve is None:
+        return
+    least = before + params.n * min(max(params.min_tokens, 1), params.max_tokens or 0)
+    reserved = call.reserve(least=least, most=call._most_tokens)
+    if reserved < call._most_tokens:
+        params.max_tokens = call.cut_to = (reserved - before) // params.n
+        call._most_tokens = before + params.n * params.max_tokens
 
 
 def _finished(output: RequestOutput) -> dict[tuple[str, int], str]:

@@ -42,6 +42,12 @@ class Price:
         """What so many tokens cost at most, in billionths; each entry of the ledger counts as a request."""
         return _billionths(self.per_request * entries + self.per_token * tokens)
 
+    def tokens(self, billionths: float, *, entries: int = 1) -> float:
+        """The most tokens that cost no more than that, as `most` has it."""
+        if self.per_token == 0 or billionths == math.inf:
+            return math.inf
+        return (Fraction(billionths) / BILLION - self.per_request * entries) // self.per_token
+
 
 def price_of(decision: Decision, scopes: Iterable[LimitScope]) -> Price | None:
     """What budgets of money have to bear; None where the request costs nothing.

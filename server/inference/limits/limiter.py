@@ -3,7 +3,7 @@
 A request reserves what it may use at most, and commits at its end what it really used. A project's limits and its
 key's both hold; nothing is counted of a request that one of them refuses.
 
-    reserve(scopes, amounts) ──> Reservation ── raise_to(tokens=…) ──> commit(amounts)
+    reserve(scopes, amounts) ──> Reservation ── left(…) ── raise_to(tokens=…) ──> commit(amounts)
 
 Budgets of a day or month are of tokens, of requests, or of money: what is owed to owners by agreements.
 
@@ -52,13 +52,14 @@ class LimitScope:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One kind of limit. `shown` limits appear in the `x-ratelimit-*` headers."""
+    """One kind of limit. `shown` limits appear in the `x-ratelimit-*` headers; a `budget` gives nothing back soon."""
 
     field: str
     unit: str
     counter: Callable[[str], Counter]
     refuse: Callable[[Refused], ApiError]
     shown: bool = True
+    budget: bool = False
 
 
 def default_rules(usage: BudgetUsage, wall_clock: Callable[[], float]) -> tuple[Rule, ...]:
@@ -71,10 +72,18 @@ def default_rules(usage: BudgetUsage, wall_clock: Callable[[], float]) -> tuple[
             lambda scope: PeriodBudget(usage, scope + suffix, kind, wall_clock),
             partial(refusals.over_period, unit, kind),
             shown=False,
+            budget=True,
         )
 
     return (
-        Rule("total_tokens", TOKENS, lambda scope: Budget(usage, scope), refusals.over_budget, shown=False),
+        Rule(
+            "total_tokens",
+            TOKENS,
+            lambda scope: Budget(usage, scope),
+            refusals.over_budget,
+            shown=False,
+            budget=True,
+        ),
         *(each(TOKENS, kind) for kind in PERIODS),
         *(each(REQUESTS, kind, "/n") for kind in PERIODS),
         *(each(COST, kind) for kind in PERIODS),
@@ -131,6 +140,12 @@ class Reservation:
     def headers(self) -> dict[str, str]:
         """The `x-ratelimit-*` headers: how the limits stand now, with what this request has reserved or used."""
         return refusals.headers(_standings(self._shown, self._clock()))
+
+    def left(self, unit: str) -> float:
+        """How much of a unit the request may reserve in all, by budgets alone: other limits have room again soon."""
+        now = self._clock()
+        lines = (line for line in self._lines if line.rule.budget and line.rule.unit == unit)
+        return min((line.limit - line.counter.used(now) + line.amount for line in lines), default=math.inf)
 
     def raise_to(self, **amounts: int) -> None:
         """Reserve so much of each unit in all, where less is reserved; raises `ApiError` (429)."""
@@ -204,13 +219,17 @@ def limit_cost(scopes: Iterable[LimitScope]) -> bool:
     return any(scope.quota.cost_per_day is not None or scope.quota.cost_per_month is not None for scope in scopes)
 
 
+def stated_length(body: Mapping[str, Any]) -> int | None:
+    """New tokens of a choice that a request asks for at most; None where it says nothing."""
+    return next((body[name] for name in _STATED if body.get(name) is not None), None)
+
+
 def stated_tokens(body: Mapping[str, Any]) -> int:
     """New tokens that a request says it asks for at most; 0 where it says nothing.
 
     What it can use is known once its prompts are tokens: `Reservation.raise_to` reserves that.
     """
-    stated = next((body[name] for name in _STATED if body.get(name) is not None), 0)
-    return int(stated * body.get("n", 1) * len(body.get("prompt", (None,))))
+    return int((stated_length(body) or 0) * body.get("n", 1) * len(body.get("prompt", (None,))))
 
 
 @contextmanager

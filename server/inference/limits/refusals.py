@@ -95,7 +95,8 @@ def too_many_tokenizing(limit: int) -> ApiError:
 def over_budget(refused: Refused) -> ApiError:
     message = (
         f"{refused.kind} would exceed its budget of {refused.limit} tokens: {refused.used} are used or reserved, and "
-        f"this request needs {refused.amount}. Lower 'max_tokens', or ask an administrator to raise the budget."
+        f"this request needs {refused.amount}. Send less, or a lower 'max_tokens', or ask an administrator to raise "
+        "the budget."
     )
     return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
 
@@ -109,7 +110,7 @@ def over_period(unit: str, kind: str, refused: Refused) -> ApiError:
     else:
         limit, used = f"{refused.limit} {unit}", f"{refused.used} are used or reserved"
         needed = f"needs {refused.amount}"
-    lower = "Ask" if unit == "requests" else "Lower 'max_tokens', or ask"
+    lower = "Ask" if unit == "requests" else "Send less, or a lower 'max_tokens', or ask"
     message = (
         f"{refused.kind} would exceed its budget of {limit} per {kind}: {used}, and this request {needed}. {again}"
         f"{lower} an administrator to raise the budget."

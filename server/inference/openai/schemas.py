@@ -80,13 +80,15 @@ class Credit(Shown):
 class GateReport(Shown):
     """The gate of a response: which experts could take part, which could not and why, and which did.
 
-    `credits` is there where an agreement demands a credit.
+    `credits` is there where an agreement demands a credit, and `max_tokens` where the request states no length and
+    less than it could use was left of a budget: the most tokens that each choice could have.
     """
 
     decision_id: str
     policy_version: int
     weights_epoch: int
     allowed: list[str]
+    max_tokens: Annotated[int | None, Field(exclude_if=is_none)] = None
     credits: Annotated[list[Credit] | None, Field(exclude_if=is_none)] = None
     excluded: Annotated[list[Reason] | None, Field(exclude_if=is_none)] = None
     attribution: Annotated[Attribution | None, Field(exclude_if=is_none)] = None

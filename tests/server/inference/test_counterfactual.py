@@ -204,7 +204,7 @@ async def test_passes_count_against_the_limits(
         call = CURRENT_CALL.get()
         assert call is not None
         assert call.reserve is not None
-        call.reserve(tokens=30)  # ninety with two passes, and eighty-three are left
+        call.reserve(least=30, most=30)  # ninety with two passes, and eighty-three are left
         return respond()
 
     handler.result = reserved

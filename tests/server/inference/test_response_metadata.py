@@ -80,7 +80,7 @@ def test_an_answer_that_used_another_expert_is_withheld(snapshot: Snapshot, deci
 
 
 def test_the_object_explains_the_gate(decision: Decision) -> None:
-    answer = metadata(decision, weights_epoch=3, explain="reasons", attribution={"a": 1}, credits=[])
+    answer = metadata(decision, weights_epoch=3, explain="reasons", attribution={"a": 1}, credits=[], max_tokens=None)
     assert answer["allowed"] == ["public", "news"]
     assert [(r["expert"], r["code"]) for r in answer["excluded"]] == [("math", "not_in_allow_list")]
     assert (answer["policy_version"], answer["weights_epoch"]) == (7, 3)
@@ -89,7 +89,7 @@ def test_the_object_explains_the_gate(decision: Decision) -> None:
 
 
 def test_explain_none_leaves_the_reasons_out(decision: Decision) -> None:
-    answer = metadata(decision, weights_epoch=3, explain="none", attribution=None, credits=[])
+    answer = metadata(decision, weights_epoch=3, explain="none", attribution=None, credits=[], max_tokens=None)
     assert answer.keys() == {"decision_id", "policy_version", "weights_epoch", "allowed"}
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -175,6 +176,36 @@ def test_limits_count_what_the_engine_used(server: Any, project: str, admin: Any
         assert 1000 - remaining == used
     else:
         assert 0 < 1000 - remaining - usage < 60
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_six_requests_at_once_that_state_no_length_use_what_is_left_of_a_budget(
+    server: Any, project: str, admin: Any, path: str
+) -> None:
+    """One is cut to it; the others find nothing left."""
+    key = admin.projects.service_accounts.create(project, name="robot").api_key.value
+    admin.projects.rate_limits.update_rate_limit(
+        "rl-project", project_id=project, extra_body={"max_tokens_per_1_day": 60}, extra_query=NOW
+    )
+    asked = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True},
+        "/v1/responses": {"input": "hello", "ignore_eos": True},
+    }[path]
+    with (
+        httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as http,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        answers = list(pool.map(lambda _: http.post(path, json=asked), range(6)))
+    assert sorted(one.status_code for one in answers) == [200] + [429] * 5
+    assert {one.json()["error"]["code"] for one in answers if one.status_code == 429} == {"insufficient_quota"}
+    (served,) = (one.json() for one in answers if one.status_code == 200)
+    usage = served["usage"]
+    assert usage["total_tokens"] == 60
+    assert served["flexgate"]["max_tokens"] == usage.get("completion_tokens", usage.get("output_tokens"))
+    if path == "/v1/responses":
+        assert (served["status"], served["incomplete_details"]["reason"]) == ("incomplete", "max_output_tokens")
+    else:
+        assert served["choices"][0]["finish_reason"] == "length"
 
 
 def test_limits_count_up_to_a_stop_string(server: Any, project: str, admin: Any) -> None:

@@ -121,18 +121,41 @@ async def test_routing_weight_is_averaged_over_layers_that_have_experts(engine: 
 
 def test_all_that_a_call_can_use_is_reserved_before_the_engine_has_a_prompt(engine: Engine, call: GatedCall) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
-    reserved: list[int] = []
-    call.reserve = lambda *, tokens: reserved.append(tokens)
+    reserved: list[tuple[int, int]] = []
+
+    def reserve(*, least: int, most: int) -> int:
+        reserved.append((least, most))
+        return most
+
+    call.reserve = reserve
     for prompt in ([1, 2, 3], [4, 5]):
         client.generate({"prompt_token_ids": prompt}, SamplingParams(n=2, max_tokens=9), "request")
-    assert reserved == [3 + 18, 3 + 18 + 2 + 18]
+    assert reserved == [(3 + 2, 3 + 18), (3 + 18 + 2 + 2, 3 + 18 + 2 + 18)]
+    assert call.cut_to is None
+
+
+def test_a_request_that_may_reserve_less_generates_no_more_than_that(engine: Engine, call: GatedCall) -> None:
+    client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
+    reserved: list[tuple[int, int]] = []
+
+    def reserve(*, least: int, most: int) -> int:
+        reserved.append((least, most))
+        return 3 + 15
+
+    call.reserve = reserve
+    params = SamplingParams(n=2, max_tokens=9, min_tokens=4)
+    client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
+    assert reserved == [(3 + 8, 3 + 18)]
+    assert (params.max_tokens, call.cut_to) == (7, 7)
+    client.generate({"prompt_token_ids": [1]}, SamplingParams(max_tokens=2), "request")
+    assert reserved[1:] == [(3 + 14 + 1 + 1, 3 + 14 + 1 + 2)]
 
 
 def test_a_refused_reservation_refuses_the_request(engine: Engine, call: GatedCall) -> None:
     client = GatedEngineClient(engine, key=KEY, experts=(), slot_map=ONE, answers=lambda: True, clock=engine.clock)
 
-    def refuse(*, tokens: int) -> None:
-        raise OverflowError(tokens)
+    def refuse(*, least: int, most: int) -> int:
+        raise OverflowError(least, most)
 
     call.reserve = refuse
     with pytest.raises(OverflowError):

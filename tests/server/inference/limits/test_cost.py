@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
 from collections.abc import Sequence
 from fractions import Fraction
@@ -112,6 +113,21 @@ def test_no_request_costs_more_than_what_is_reserved_for_it_or_less_than_what_is
     assert 0 <= cost - exactly * BILLION < 1
 
 
+@given(DUTIES, st.integers(0, 10**13), st.integers(1, 2))
+def test_as_many_tokens_fit_into_a_budget_as_are_reserved_of_it(
+    duties: list[tuple[str, str]], billionths: int, entries: int
+) -> None:
+    price = price_of(decision([agreement("e0", duties)]), [scope(cost_per_day=EUR)])
+    if price is None:
+        return
+    tokens = price.tokens(billionths, entries=entries)
+    if tokens == math.inf:
+        assert price.per_token == 0
+    else:
+        assert tokens < 0 or price.most(int(tokens), entries=entries) <= billionths
+        assert price.most(int(tokens) + 1, entries=entries) > billionths
+
+
 def test_without_paid_agreements_there_is_no_price() -> None:
     free = agreement("e1", [("0", "request")])
     assert price_of(decision([None, free]), [scope(cost_per_day=EUR)]) is None
@@ -147,8 +163,8 @@ def test_a_budget_of_money_is_exact_and_says_what_a_request_may_cost(real_store:
     assert (caught.value.status, caught.value.code) == (429, "insufficient_quota")
     assert str(caught.value) == (
         "This project would exceed its budget of 0.3 EUR per day: 0.3 EUR is used or reserved, and this request may "
-        "cost 0.000000001 EUR. A new day begins, in UTC, in 1m0s. Lower 'max_tokens', or ask an administrator to raise "
-        "the budget."
+        "cost 0.000000001 EUR. A new day begins, in UTC, in 1m0s. Send less, or a lower 'max_tokens', or ask an "
+        "administrator to raise the budget."
     )
     limiter.reserve([t], {REQUESTS: 1, TOKENS: 9})  # one that costs nothing
     usage.refresh()
@@ -277,38 +293,49 @@ def snapshot(snapshot: Snapshot, world: Any) -> Snapshot:
 
 
 class Waiting(Generating):
-    """Reserves as the client does, and generates once it is told to."""
+    """Reserves 1,000 tokens as the client does, or what it gets, and generates all of them once it is told to."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__(3)
-        self.most = most
+    def __init__(self) -> None:
+        super().__init__(0)
         self.go = asyncio.Event()
-        self.running = 0
+        self.granted: list[int] = []
 
     async def _output(self, call: Any, tokens: int) -> None:
-        call.reserve(tokens=self.most)
-        self.running += 1
+        granted = call.reserve(least=6, most=1_000)
+        self.granted.append(granted)
         await self.go.wait()
-        await super()._output(call, tokens)
+        await super()._output(call, granted - 5)
 
 
 @pytest.mark.asyncio
-async def test_six_requests_at_once_that_state_no_length_do_not_overspend(
-    client: httpx.AsyncClient, services: Any, limit: Any, real_store: Store
+@pytest.mark.parametrize(
+    ("stated", "granted", "may_cost"),
+    [({}, [1_000, 1_000, 400], "0.004009"), ({"max_tokens": 995}, [1_000, 1_000], "0.0055")],
+    ids=["no length", "stated"],
+)
+async def test_six_requests_at_once_do_not_overspend(
+    client: httpx.AsyncClient,
+    services: Any,
+    limit: Any,
+    real_store: Store,
+    stated: dict[str, int],
+    granted: list[int],
+    may_cost: str,
 ) -> None:
-    """Each may cost 0.0055 EUR; one of 1,000 tokens that all are news's."""
-    limit(cost_per_day=Cost.model_validate({"amount": "0.012", "currency": "EUR"}))
-    handler = Waiting(1_000)
+    """Each may cost 0.0055 EUR, one of 1,000 tokens that all are news's; what is left serves a third one in part."""
+    limit(cost_per_day=Cost.model_validate({"amount": "0.0156", "currency": "EUR"}))
+    handler = Waiting()
     services.handlers.completion = SimpleNamespace(create_completion=handler)
-    asked = [asyncio.create_task(client.post(PATH, json={"prompt": "x"})) for _ in range(6)]
-    while sum(one.done() for one in asked) < 4:
+    asked = [asyncio.create_task(client.post(PATH, json={"prompt": "x", **stated})) for _ in range(6)]
+    while len(handler.granted) + sum(one.done() for one in asked) < 6:
         await asyncio.sleep(0.001)
     handler.go.set()
     answers = [await one for one in asked]
-    assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 4
+    assert handler.granted == granted
+    assert sorted(answer.status_code for answer in answers) == [200] * len(granted) + [429] * (6 - len(granted))
     refused = next(answer for answer in answers if answer.status_code == 429).json()["error"]
     assert refused["code"] == "insufficient_quota"
-    assert "may cost 0.0055 EUR" in refused["message"]
+    assert f"may cost {may_cost} EUR" in refused["message"]
     services.ledger.close()
     with sqlite3.connect(services.ledger.path) as connection:
         rows = connection.execute(
@@ -319,8 +346,8 @@ async def test_six_requests_at_once_that_state_no_length_do_not_overspend(
     services.budget_usage.refresh()
     ((name, used),) = budgets.read_use(real_store.engine).items()
     assert name.startswith("t/EUR@")
-    assert len(rows) == 2
-    assert 0 <= used - worth * BILLION < 2
+    assert len(rows) == len(granted)
+    assert 0 <= used - worth * BILLION < len(granted)
 
 
 @pytest.mark.asyncio
