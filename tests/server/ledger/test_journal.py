@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,24 @@ async def test_a_time_is_over_once_no_running_request_could_end_in_it(path: Path
     await journal.register(registration("b")).registered()
     assert journal.has_written(1e-6)
     journal.close()
+
+
+async def test_a_time_is_not_over_while_an_end_in_it_is_written(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, go_on = journal._insert, threading.Event()
+
+    def wait(batch: Any) -> None:
+        go_on.wait(20)
+        insert(batch)
+
+    monkeypatch.setattr(journal, "_insert", wait)
+    entry = journal.register(registration("a"))
+    entry.end(COMPLETED, used(10, 1))  # at 9.5
+    assert (journal.has_written(9.0), journal.has_written(10.0)) == (True, False)
+    go_on.set()
+    await entry.registered()
+    assert journal.has_written(10.0)
 
 
 async def test_tokens_that_a_mark_covers_wait_for_none(journal: Journal) -> None:
