@@ -59,8 +59,8 @@ expert-kills: $(VENV)/.dev ## Kill the process that adds and revokes experts 1,0
 server-kills: $(VENV)/.dev ## Kill a server or its engine 50 times while experts change; fail if a restart serves anything but the last state.
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.servers --kills 50 --report docs/results/server-kills.json
 
-ledger-kills: $(VENV)/.dev ## Kill the process that writes a ledger 1,000 times; fail if a token was delivered and not recorded.
-	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json
+ledger-kills: $(VENV)/.dev ## Kill the process that writes a ledger 1,000 times; fail if a token was delivered and not recorded (ARGS as below).
+	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json $(ARGS)
 
 usage-kills: $(VENV)/.dev ## Kill a server or its engine 30 times under load; fail if a recount finds other usage (ARGS="--kept FOLDER --minutes N" for a piece).
 	PYTHONPATH=$(MEASURE) $(BIN)/python -m kills.usage --kills 30 --report docs/results/usage-kills.json $(ARGS)

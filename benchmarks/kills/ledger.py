@@ -1,6 +1,7 @@
 """Kill the process that writes a ledger at random times, and count again what its clients got.
 
-``python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json``
+``python -m kills.ledger --kills 1000 --report docs/results/ledger-kills.json``; with ``--kept FOLDER --minutes 4`` a
+piece of it, which the next run goes on with.
 
 The killed process runs the real journal under streams that generate, cover and deliver tokens; what it generates and
 delivers goes into a file, line by line, which a kill does not take back. All processes write to one ledger, one after
@@ -11,6 +12,8 @@ that delivered ≤ recorded ≤ generated, that it is recorded once, and that it
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 import random
 import signal
@@ -20,10 +23,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+from rich.progress import Progress
 
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
 from flexgate.server.ledger.journal import Journal
@@ -124,20 +128,29 @@ def judge(path: Path, transcript: Path) -> Iterator[str]:
 def run(kills: int, seed: int) -> list[Verdict]:
     """Kill ``kills`` writers of one ledger."""
     with tempfile.TemporaryDirectory() as directory:
-        path, transcript = Path(directory) / "ledger.db", Path(directory) / "transcript"
-        killed = 0
-        for number in track(range(10 * kills), "kills", total=kills, disable=not sys.stderr.isatty()):
-            killed += trial(path, transcript, seed * 1_000_003 + number)
-            if killed >= kills:
-                break
-        asyncio.run(_recover(path))
-        wrong = list(judge(path, transcript))
-        if killed < kills:
-            wrong.append(f"{killed} of {kills} writers could be killed; the others ended by themselves")
-        connection = sqlite3.connect(path)
+        return resume(kills, seed, Path(directory), math.inf)
+
+
+def resume(kills: int, seed: int, kept: Path, seconds: float) -> list[Verdict]:
+    """So many kills in all, those of earlier runs in the folder among them; after some seconds, no other follows."""
+    kept.mkdir(parents=True, exist_ok=True)
+    path, transcript, count = kept / "ledger.db", kept / "transcript", kept / "kills.json"
+    tried, killed = json.loads(count.read_text()) if count.exists() else (0, 0)
+    until = time.monotonic() + seconds
+    with Progress(disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("kills", total=kills, completed=killed)
+        while killed < kills and tried < 10 * kills and time.monotonic() < until:
+            killed += trial(path, transcript, seed * 1_000_003 + tried)
+            tried += 1
+            count.write_text(json.dumps([tried, killed]))
+            progress.update(task, completed=killed)
+    asyncio.run(_recover(path))
+    wrong = list(judge(path, transcript))
+    if killed < kills and tried == 10 * kills:
+        wrong.append(f"{killed} of {kills} writers could be killed; the others ended by themselves")
+    with closing(sqlite3.connect(path)) as connection:
         outcomes = dict(connection.execute("SELECT outcome, count(*) FROM usage GROUP BY outcome"))
-        connection.close()
-        return [{"kills": killed, "requests": outcomes, "wrong": wrong[:20]}]
+    return [{"kills": killed, "requests": outcomes, "wrong": wrong[:20]}]
 
 
 async def _recover(path: Path) -> None:
@@ -151,4 +164,4 @@ def figures(verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("ledger", __doc__, 1000, run, figures)
+    command("ledger", __doc__, 1000, run, figures, resume=resume)
