@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from flexgate.policies.store.database import reading, writing
 from flexgate.policies.store.schema import token_use, use_batches
 
 FORGOTTEN_AFTER_S: Final = 7 * 86400.0
 _IN: Final = "@"
+_PERIODS: Final = ("____-__", "____-__-__")
+"""Names of months and days, as SQL's LIKE has them."""
 
 
 def in_period(scope: str, period: str) -> str:
@@ -31,29 +34,30 @@ def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) ->
 
     A batch that was written before changes nothing: where it is unknown whether it was, write the same one again.
     """
-    table = token_use
-    with writing(engine) as connection:
-        if not _is_next(connection, batch, at):
-            return
-        for scope, tokens in sorted(used.items()):
-            more = update(table).where(table.c.limit_scope == scope).values(tokens=table.c.tokens + tokens)
-            if connection.execute(more).rowcount == 0:
-                _forget_earlier(connection, scope)
-                connection.execute(insert(table).values(limit_scope=scope, tokens=tokens))
+    rows = [{"limit_scope": scope, "tokens": tokens} for scope, tokens in sorted(used.items())]  # locked in one order
+    make = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert
+    adding = make(token_use)
+    tokens = token_use.c.tokens + adding.excluded.tokens
+    with writing(engine, alone=False) as connection:
+        if rows and _is_next(connection, batch, at):
+            connection.execute(
+                adding.on_conflict_do_update(index_elements=["limit_scope"], set_={"tokens": tokens}), rows
+            )
 
 
-def _forget_earlier(connection: Connection, scope: str) -> None:
-    """Remove periods of a scope before the one before this, which a clock that is behind may still be in.
+def forget(engine: Engine, at: float) -> None:
+    """Remove what counts no more, `at` Unix seconds: processes of long ago, and all periods before the last two.
 
-    Names of a scope's periods are equally long and sort by time.
+    A clock that is behind may still be in the last but one, or is right where another is ahead.
     """
-    owner, found, _ = scope.partition(_IN)
-    if found:
-        name = token_use.c.limit_scope
-        same = name.startswith(owner + _IN, autoescape=True), func.length(name) == len(scope)
-        last = connection.scalar(select(func.max(name)).where(*same, name < scope))
-        if last is not None:
-            connection.execute(delete(token_use).where(*same, name < last))
+    name = token_use.c.limit_scope
+    with writing(engine) as connection:
+        connection.execute(delete(use_batches).where(use_batches.c.at < at - FORGOTTEN_AFTER_S))
+        for form in _PERIODS:
+            is_one, period = name.like(f"%{_IN}{form}"), func.substr(name, func.length(name) - (len(form) - 1))
+            last = connection.scalar(select(func.max(period)).where(is_one)) or ""
+            before = connection.scalar(select(func.max(period)).where(is_one, period < last)) or ""
+            connection.execute(delete(token_use).where(is_one, period < before))
 
 
 def read_use(engine: Engine) -> dict[str, int]:
@@ -67,7 +71,6 @@ def _is_next(connection: Connection, batch: Batch, at: float) -> bool:
     table = use_batches
     last = connection.scalar(select(table.c.batch).where(table.c.writer == batch.writer))
     if last is None:
-        connection.execute(delete(table).where(table.c.at < at - FORGOTTEN_AFTER_S))
         connection.execute(insert(table).values(writer=batch.writer, batch=batch.number, at=at))
     elif last < batch.number:
         connection.execute(update(table).where(table.c.writer == batch.writer).values(batch=batch.number, at=at))

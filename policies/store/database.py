@@ -121,10 +121,11 @@ def _keep_reserve(engine: Engine) -> None:
 
 
 @contextmanager
-def writing(engine: Engine, *, urgent: bool = False) -> Iterator[Connection]:
+def writing(engine: Engine, *, urgent: bool = False, alone: bool = True) -> Iterator[Connection]:
     """A connection inside one transaction, alone among writers; commits if nothing is raised.
 
     What is `urgent` may use the disk space that is kept for taking rights away; else raises `StoreFull` without room.
+    What changes no policy need not be `alone` on PostgreSQL, so that a revocation never waits for it.
     """
     if not urgent:
         require_room(engine)
@@ -133,7 +134,8 @@ def writing(engine: Engine, *, urgent: bool = False) -> Iterator[Connection]:
         with connection.begin():
             if engine.dialect.name == "postgresql":
                 connection.execute(text(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}"))
-                connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITE_LOCK})"))
+                if alone:
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({_WRITE_LOCK})"))
             yield connection
         _require_kept(engine)
     _keep_reserve(engine)

@@ -38,6 +38,7 @@ class BudgetUsage:
         self._writing: dict[str, int] = {}
         self._unwritten: dict[str, int] = {}
         self._requested = False
+        self._forgot = -1  # the day, as a number, on which what counts no more was last removed
 
     def committed(self, scope: str) -> int | None:
         """Tokens used so far; None before the store was read for the first time."""
@@ -64,6 +65,7 @@ class BudgetUsage:
             stored = budgets.read_use(self._store.engine)
             with self._lock:
                 self._stored, self._requested = stored, False
+            self._forget()
 
     async def run(self) -> None:
         """Refresh for ever, whenever there is something to write or usage was requested."""
@@ -83,6 +85,13 @@ class BudgetUsage:
         except StoreError:
             lost = sum(self._unwritten.values()) + sum(self._writing.values())
             logger.error("%d used tokens could not be written", lost)
+
+    def _forget(self) -> None:
+        """Remove what counts no more, once a day."""
+        now = self._clock()
+        if (day := int(now // 86_400)) != self._forgot:
+            budgets.forget(self._store.engine, now)
+            self._forgot = day
 
     def _write(self) -> None:
         """Write a batch and count it as stored at once, so that a failed read does not write it again."""
