@@ -1,15 +1,19 @@
-"""Tokens that projects and keys have used, summed over all processes and restarts."""
+"""What projects and keys have used of budgets, summed over all processes and restarts, and what runs has reserved.
+
+What a server that was killed had reserved counts until it starts again, and then what it used, or for a week.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from flexgate.policies.store.database import reading, writing
-from flexgate.policies.store.schema import token_use, use_batches
+from flexgate.policies.store.schema import budget_reservations, token_use, use_batches
 
 FORGOTTEN_AFTER_S: Final = 7 * 86400.0
 _IN: Final = "@"
@@ -29,30 +33,70 @@ class Batch(NamedTuple):
     number: int
 
 
-def add_use(engine: Engine, used: Mapping[str, int], batch: Batch, at: float) -> None:
-    """Add tokens to each limit scope (a project's or key's id), all of them or none, `at` Unix seconds.
+class Reservations(NamedTuple):
+    """What a server has reserved now, in those limit scopes in which it is not what it was."""
 
-    A batch that was written before changes nothing: where it is unknown whether it was, write the same one again.
+    server: str
+    amounts: Mapping[str, int]
+
+
+class Use(NamedTuple):
+    """What is used by limit scope, what others have reserved, and in which scopes the database has own reservations."""
+
+    used: dict[str, int]
+    elsewhere: Mapping[str, int]
+    own: frozenset[str]
+
+
+NOTHING_RESERVED: Final = Reservations("", {})
+
+
+def add_use(
+    engine: Engine, used: Mapping[str, int], batch: Batch, at: float, reserved: Reservations = NOTHING_RESERVED
+) -> None:
+    """Add tokens to each limit scope (a project's or key's id), and note what is reserved, `at` Unix seconds.
+
+    All of it is written or nothing. A batch that was written before changes nothing: where it is unknown whether it
+    was, write the same one again.
     """
-    rows = [{"limit_scope": scope, "tokens": tokens} for scope, tokens in sorted(used.items())]  # locked in one order
-    make = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert
-    adding = make(token_use)
-    tokens = token_use.c.tokens + adding.excluded.tokens
     with writing(engine, alone=False) as connection:
-        if rows and _is_next(connection, batch, at):
-            connection.execute(
-                adding.on_conflict_do_update(index_elements=["limit_scope"], set_={"tokens": tokens}), rows
-            )
+        if _is_next(connection, batch, at):
+            _add(connection, used)
+            _reserve(connection, reserved, at)
+
+
+def _add(connection: Connection, used: Mapping[str, int]) -> None:
+    make = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert
+    adding = make(token_use)
+    more = {"tokens": token_use.c.tokens + adding.excluded.tokens}
+    rows = [{"limit_scope": scope, "tokens": tokens} for scope, tokens in sorted(used.items())]  # locked in one order
+    if rows:
+        connection.execute(adding.on_conflict_do_update(index_elements=["limit_scope"], set_=more), rows)
+
+
+def _reserve(connection: Connection, reserved: Reservations, at: float) -> None:
+    table, server = budget_reservations, reserved.server
+    own = delete(table).where(table.c.limit_scope == bindparam("scope"), table.c.server == server)
+    if reserved.amounts:
+        connection.execute(own, [{"scope": scope} for scope in reserved.amounts])
+    rows = [
+        {"limit_scope": scope, "server": server, "amount": amount, "at": at}
+        for scope, amount in reserved.amounts.items()
+        if amount
+    ]
+    if rows:
+        connection.execute(insert(table), rows)
 
 
 def forget(engine: Engine, at: float) -> None:
-    """Remove what counts no more, `at` Unix seconds: processes of long ago, and all periods before the last two.
+    """Remove what counts no more, `at` Unix seconds: what is of a week ago, and all periods before the last two.
 
     A clock that is behind may still be in the last but one, or is right where another is ahead.
     """
     name = token_use.c.limit_scope
     with writing(engine) as connection:
-        connection.execute(delete(use_batches).where(use_batches.c.at < at - FORGOTTEN_AFTER_S))
+        for table in (use_batches, budget_reservations):
+            connection.execute(delete(table).where(table.c.at < at - FORGOTTEN_AFTER_S))
         for form in _PERIODS:
             is_one, period = name.like(f"%{_IN}{form}"), func.substr(name, func.length(name) - (len(form) - 1))
             last = connection.scalar(select(func.max(period)).where(is_one)) or ""
@@ -60,10 +104,18 @@ def forget(engine: Engine, at: float) -> None:
             connection.execute(delete(token_use).where(is_one, period < before))
 
 
-def read_use(engine: Engine) -> dict[str, int]:
-    """Tokens used so far, by limit scope."""
+def read_use(engine: Engine, server: str = "") -> Use:
+    """What is used and reserved, as `server` sees it."""
+    elsewhere: Counter[str] = Counter()
+    own = set()
     with reading(engine) as connection:
-        return {row.limit_scope: row.tokens for row in connection.execute(select(token_use))}
+        used = {row.limit_scope: row.tokens for row in connection.execute(select(token_use))}
+        for row in connection.execute(select(budget_reservations)):
+            if row.server == server:
+                own.add(row.limit_scope)
+            else:
+                elsewhere[row.limit_scope] += row.amount
+    return Use(used, elsewhere, frozenset(own))
 
 
 def _is_next(connection: Connection, batch: Batch, at: float) -> bool:

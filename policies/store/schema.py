@@ -117,6 +117,15 @@ token_use: Final = Table(
     Column("tokens", _Version, nullable=False),
 )
 
+budget_reservations: Final = Table(
+    "budget_reservations",
+    metadata,
+    Column("limit_scope", String(80), primary_key=True),
+    Column("server", String(80), primary_key=True),
+    Column("amount", _Version, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
 use_batches: Final = Table(
     "use_batches",
     metadata,

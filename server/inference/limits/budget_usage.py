@@ -1,6 +1,6 @@
-"""Budget usage: the tokens that projects and keys with a budget have used, here and in the store.
+"""Budget usage: what projects and keys with a budget have used and reserved, here and on other servers.
 
-Requests are checked against both in memory. Another process's use is known after its next write and
+Requests are checked against it in memory. What another server uses or reserves is known after its next write and
 our next reading, about two seconds later at most.
 """
 
@@ -12,11 +12,11 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from flexgate.policies.errors import StoreError
 from flexgate.policies.store import budgets
-from flexgate.policies.store.budgets import Batch
+from flexgate.policies.store.budgets import Batch, Reservations, Use
 from flexgate.policies.store.store import Store
 
 EVERY_S: Final = 1.0
@@ -24,55 +24,94 @@ EVERY_S: Final = 1.0
 logger = logging.getLogger(__name__)
 
 
+class _Changes(NamedTuple):
+    """What a batch writes: what was used, to be added, and what is reserved now."""
+
+    used: dict[str, int]
+    reserved: dict[str, int]
+
+
 class BudgetUsage:
     """`run` writes and reads again and again. Safe to use from several threads."""
 
-    def __init__(self, store: Store, *, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives Unix seconds."""
+    def __init__(self, store: Store, *, server: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        """`server` has the same id after a restart; `clock` gives Unix seconds."""
         self._store = store
+        self._server = server or secrets.token_hex(16)
         self._clock = clock
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._batch = Batch(secrets.token_hex(16), 0)
-        self._stored: dict[str, int] | None = None
-        self._writing: dict[str, int] = {}
+        self._stored: Use | None = None
+        self._writing = _Changes({}, {})
         self._unwritten: dict[str, int] = {}
-        self._requested = False
+        self._reserved: dict[str, int] = {}
+        self._changed: set[str] = set()  # scopes in which the store does not have what is reserved now
         self._forgot = -1  # the day, as a number, on which what counts no more was last removed
 
     def committed(self, scope: str) -> int | None:
         """Tokens used so far; None before the store was read for the first time."""
         with self._lock:
-            self._requested = True
             if self._stored is None:
                 return None
-            return sum(part.get(scope, 0) for part in (self._stored, self._writing, self._unwritten))
+            return sum(part.get(scope, 0) for part in (self._stored.used, self._writing.used, self._unwritten))
+
+    def reserved(self, scope: str) -> int:
+        """Tokens that are reserved now, here and elsewhere."""
+        with self._lock:
+            elsewhere = 0 if self._stored is None else self._stored.elsewhere.get(scope, 0)
+            return elsewhere + self._reserved.get(scope, 0)
+
+    def reserve(self, scope: str, tokens: int) -> None:
+        """Note what a request may use."""
+        with self._lock:
+            self._change(scope, tokens)
+
+    def commit(self, scope: str, tokens: int, reserved_in: str, reserved: int) -> None:
+        """Note what a request used instead of what it had reserved."""
+        with self._lock:
+            self._change(reserved_in, -reserved)
+            self._add(scope, tokens)
 
     def add(self, scope: str, tokens: int) -> None:
-        """Note what a request used."""
+        """Note what was used without a reservation."""
         with self._lock:
+            self._add(scope, tokens)
+
+    def _add(self, scope: str, tokens: int) -> None:
+        if tokens:
             self._unwritten[scope] = self._unwritten.get(scope, 0) + tokens
 
+    def _change(self, scope: str, by: int) -> None:
+        if by:
+            self._reserved[scope] = self._reserved.get(scope, 0) + by
+            self._changed.add(scope)
+
     def refresh(self) -> None:
-        """Write this process's usage, and read the total of all processes; raises `StoreError`. Blocks."""
+        """Write what this process used and reserved, and read the total of all; raises `StoreError`. Blocks."""
         with self._refreshing:
-            if self._writing:
-                self._write()  # the batch that failed before, as it was: it may have been written all the same
-            with self._lock:
-                self._writing, self._unwritten = self._unwritten, {}
-                self._batch = self._batch._replace(number=self._batch.number + 1)
+            self._write()  # the batch that failed before, as it was: it may have been written all the same
+            self._next_batch()
             self._write()
-            stored = budgets.read_use(self._store.engine)
+            stored = budgets.read_use(self._store.engine, self._server)
             with self._lock:
-                self._stored, self._requested = stored, False
+                if self._stored is None:
+                    self._changed |= stored.own  # of before a restart
+                self._stored = stored
             self._forget()
 
+    def _next_batch(self) -> None:
+        with self._lock:
+            reserved = {scope: self._reserved.get(scope, 0) for scope in self._changed}
+            for scope in [scope for scope, tokens in reserved.items() if not tokens]:
+                self._reserved.pop(scope, None)
+            self._writing, self._unwritten, self._changed = _Changes(self._unwritten, reserved), {}, set()
+            self._batch = self._batch._replace(number=self._batch.number + 1)
+
     async def run(self) -> None:
-        """Refresh for ever, whenever there is something to write or usage was requested."""
+        """Refresh for ever: a server that was idle must know what others used meanwhile."""
         while True:
             await asyncio.sleep(EVERY_S)
-            if not (self._requested or self._unwritten or self._writing):
-                continue
             try:
                 await asyncio.to_thread(self.refresh)
             except StoreError as error:
@@ -83,7 +122,7 @@ class BudgetUsage:
         try:
             self.refresh()
         except StoreError:
-            lost = sum(self._unwritten.values()) + sum(self._writing.values())
+            lost = sum(self._unwritten.values()) + sum(self._writing.used.values())
             logger.error("%d used tokens could not be written", lost)
 
     def _forget(self) -> None:
@@ -95,10 +134,11 @@ class BudgetUsage:
 
     def _write(self) -> None:
         """Write a batch and count it as stored at once, so that a failed read does not write it again."""
-        if self._writing:
-            budgets.add_use(self._store.engine, self._writing, self._batch, self._clock())
+        used, reserved = self._writing
+        if used or reserved:
+            budgets.add_use(self._store.engine, used, self._batch, self._clock(), Reservations(self._server, reserved))
         with self._lock:
             if self._stored is not None:
-                for scope, tokens in self._writing.items():
-                    self._stored[scope] = self._stored.get(scope, 0) + tokens
-            self._writing = {}
+                for scope, tokens in used.items():
+                    self._stored.used[scope] = self._stored.used.get(scope, 0) + tokens
+            self._writing = _Changes({}, {})

@@ -145,15 +145,15 @@ class InFlight:
 
 
 class Budget:
-    """A total for good: what the store knows to be used, and what running requests have reserved."""
+    """A total for good: what the store knows to be used, and what running requests have reserved on any server."""
 
-    __slots__ = ("_reserved", "_usage", "scope")
+    __slots__ = ("_reserved_in", "_usage", "scope")
 
-    def __init__(self, usage: BudgetUsage, scope: str) -> None:
-        """`scope` is what usage is counted under."""
+    def __init__(self, usage: BudgetUsage, scope: str, reserved_in: str | None = None) -> None:
+        """`scope` is what usage is counted under, and reservations where not `reserved_in`."""
         self._usage = usage
         self.scope = scope
-        self._reserved = 0
+        self._reserved_in = reserved_in or scope
 
     def used(self, now: float) -> int:  # noqa: ARG002 - the protocol's
         """What is used or reserved; raises `Unavailable` before the store was read."""
@@ -162,7 +162,7 @@ class Budget:
             raise Unavailable(
                 "The used tokens have not been read from the database yet. Try again.", code="budget_unknown"
             )
-        return committed + self._reserved
+        return committed + self._usage.reserved(self._reserved_in)
 
     def wait(self, limit: int, amount: int, now: float) -> float:
         """0, or infinite: time gives nothing back."""
@@ -174,14 +174,12 @@ class Budget:
 
     def reserve(self, amount: int, now: float) -> int:  # noqa: ARG002 - the protocol's
         """Keep `amount` of what is left."""
-        self._reserved += amount
+        self._usage.reserve(self._reserved_in, amount)
         return amount
 
     def commit(self, part: int, used: int, now: float) -> None:  # noqa: ARG002 - the protocol's
         """Take what was used for good, and give the rest back."""
-        self._reserved -= part
-        if used:
-            self._usage.add(self.scope, used)
+        self._usage.commit(self.scope, used, self._reserved_in, part)
 
 
 class PeriodBudget:
@@ -194,7 +192,7 @@ class PeriodBudget:
 
     def __init__(self, usage: BudgetUsage, scope: str, kind: PeriodKind, clock: Callable[[], float]) -> None:
         """`clock` gives Unix seconds."""
-        self._budget = Budget(usage, scope)
+        self._budget = Budget(usage, scope, in_period(scope, kind))
         self._scope = scope
         self._kind: PeriodKind = kind
         self._clock = clock

@@ -14,7 +14,7 @@ def test_a_batch_that_is_written_again_adds_nothing(store):
         for _ in range(times):
             add_use(store.engine, {"t": 10, "k": 1}, Batch("here", number), 1.0)
     add_use(store.engine, {"t": 5}, Batch("there", 1), 1.0)
-    assert read_use(store.engine) == {"t": 25, "k": 2}
+    assert read_use(store.engine).used == {"t": 25, "k": 2}
 
 
 def test_processes_that_wrote_long_ago_are_forgotten(store):
@@ -23,7 +23,7 @@ def test_processes_that_wrote_long_ago_are_forgotten(store):
     forget(store.engine, 2.0 + FORGOTTEN_AFTER_S)
     with store.engine.connect() as connection:
         assert connection.execute(sa.select(schema.use_batches.c.writer)).scalars().all() == ["new"]
-    assert read_use(store.engine) == {"t": 2}
+    assert read_use(store.engine).used == {"t": 2}
 
 
 def test_the_present_period_of_a_scope_and_the_one_before_are_kept(store):
@@ -39,7 +39,7 @@ def test_the_present_period_of_a_scope_and_the_one_before_are_kept(store):
         add_use(store.engine, used, Batch("here", number), 1.0)
         forget(store.engine, 1.0)
     kept = {"t": 1, "t@2026-10": 1, "t@2026-10-31": 1, "t@2026-11-01": 2, "t@2026-11": 1, "t_2@2026-10-31": 1}
-    assert read_use(store.engine) == kept
+    assert read_use(store.engine).used == kept
 
 
 @pytest.mark.parametrize(("other", "id_"), [("T", "t"), ("a", "b")])
@@ -47,7 +47,7 @@ def test_a_new_period_takes_nothing_from_a_scope_whose_id_differs_in_case_only(s
     add_use(store.engine, {f"{other}@2026-11-02": 5, f"{id_}@2026-11-01": 1}, Batch("here", 1), 1.0)
     add_use(store.engine, {f"{id_}@2026-11-02": 1}, Batch("here", 2), 1.0)
     forget(store.engine, 1.0)
-    assert read_use(store.engine) == {f"{other}@2026-11-02": 5, f"{id_}@2026-11-01": 1, f"{id_}@2026-11-02": 1}
+    assert read_use(store.engine).used == {f"{other}@2026-11-02": 5, f"{id_}@2026-11-01": 1, f"{id_}@2026-11-02": 1}
 
 
 def test_periods_of_scopes_that_are_used_no_more_are_forgotten(store):
@@ -55,7 +55,7 @@ def test_periods_of_scopes_that_are_used_no_more_are_forgotten(store):
     for day in (1, 2):
         add_use(store.engine, {f"t@2026-1{day}-01": 1, f"t@2026-1{day}": 1}, Batch("here", 1 + day), 1.0)
         forget(store.engine, 1.0)
-    assert read_use(store.engine).keys() == {"gone", "t@2026-11-01", "t@2026-12-01", "t@2026-11", "t@2026-12"}
+    assert read_use(store.engine).used.keys() == {"gone", "t@2026-11-01", "t@2026-12-01", "t@2026-11", "t@2026-12"}
 
 
 def test_what_500_scopes_used_is_written_at_once_and_revocations_do_not_wait_for_it(store):
@@ -65,4 +65,4 @@ def test_what_500_scopes_used_is_written_at_once_and_revocations_do_not_wait_for
         add_use(store.engine, {f"t{scope}@2026-11-0{number}": 1 for scope in range(500)}, Batch("here", number), 1.0)
     assert len(statements) <= 2 * 4
     assert not any("advisory" in sql for sql in statements)
-    assert len(read_use(store.engine)) == 1000
+    assert len(read_use(store.engine).used) == 1000

@@ -48,7 +48,7 @@ def test_what_an_earlier_store_calls_otherwise_keeps_its_meaning(url):
         command.upgrade(_config(connection), "0008")
         _fill(connection)
     store.migrate()
-    assert read_use(store.engine) == {"acme": 42}
+    assert read_use(store.engine).used == {"acme": 42}
     assert [(sample.ignore, times) for sample, times, _ in read_samples(store.engine)] == [(("news",), 3)]
     assert store.snapshot().tenants["acme"].default_experts == frozenset()
     [change] = diff(store, 0, 1)

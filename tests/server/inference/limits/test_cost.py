@@ -168,7 +168,7 @@ def test_a_budget_of_money_is_exact_and_says_what_a_request_may_cost(real_store:
     )
     limiter.reserve([t], {REQUESTS: 1, TOKENS: 9})  # one that costs nothing
     usage.refresh()
-    assert budgets.read_use(real_store.engine) == {"t/EUR@2026-10-31": 3 * BILLION // 10}
+    assert budgets.read_use(real_store.engine).used == {"t/EUR@2026-10-31": 3 * BILLION // 10}
     clock.now += 60
     limiter.reserve([t], {REQUESTS: 1, COST: BILLION // 10})
 
@@ -190,7 +190,7 @@ def test_requests_of_a_day_or_month_are_limited_in_utc(real_store: Store, clock:
     )
     usage.refresh()
     period = "2026-10-31" if kind == "day" else "2026-10"
-    assert budgets.read_use(real_store.engine) == {f"t/n@{period}": 2, f"t@{period}": 14}
+    assert budgets.read_use(real_store.engine).used == {f"t/n@{period}": 2, f"t@{period}": 14}
     clock.now += 60
     limiter.reserve([t], {REQUESTS: 1, TOKENS: 9})
 
@@ -200,12 +200,20 @@ class Used:
 
     def __init__(self) -> None:
         self.by_scope: dict[str, int] = {}
+        self.running: dict[str, int] = {}
 
     def committed(self, scope: str) -> int:
         return self.by_scope.get(scope, 0)
 
-    def add(self, scope: str, tokens: int) -> None:
+    def reserved(self, scope: str) -> int:
+        return self.running.get(scope, 0)
+
+    def reserve(self, scope: str, tokens: int) -> None:
+        self.running[scope] = self.running.get(scope, 0) + tokens
+
+    def commit(self, scope: str, tokens: int, reserved_in: str, reserved: int) -> None:
         self.by_scope[scope] = self.by_scope.get(scope, 0) + tokens
+        self.reserve(reserved_in, -reserved)
 
 
 STEPS = st.lists(
@@ -344,7 +352,7 @@ async def test_six_requests_at_once_do_not_overspend(
         ).fetchall()
     worth = sum(Fraction("0.004") + Fraction("1.5") * Fraction(weighted, 10**12) for (weighted,) in rows)
     services.budget_usage.refresh()
-    ((name, used),) = budgets.read_use(real_store.engine).items()
+    ((name, used),) = budgets.read_use(real_store.engine).used.items()
     assert name.startswith("t/EUR@")
     assert len(rows) == len(granted)
     assert 0 <= used - worth * BILLION < len(granted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from flexgate.policies.documents import Quota
 from flexgate.policies.errors import StoreReplaced, StoreUnavailable
 from flexgate.policies.store import Store, budgets, database
 from flexgate.server.http.errors import ApiError
+from flexgate.server.inference.limits import budget_usage
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.counters import Counter, SlidingWindow
 from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope, Reservation, Rule
@@ -153,7 +155,7 @@ def test_a_budget_is_for_good(limiter: Limiter, usage: BudgetUsage, clock: Clock
     running.commit({TOKENS: 70})
     clock.now += 3600
     usage.refresh()
-    assert budgets.read_use(real_store.engine) == {"t": 70}
+    assert budgets.read_use(real_store.engine).used == {"t": 70}
     reserve(limiter, t, tokens=30).commit({TOKENS: 30})
     assert refused(limiter, t).code == "insufficient_quota"
     reserve(limiter, scope(total_tokens=101), tokens=1).commit({TOKENS: 1})
@@ -178,7 +180,7 @@ def test_a_budget_of_a_day_or_month_begins_anew_with_the_next_in_utc(
     assert refused(limiter, t, tokens=71).code == "insufficient_quota"
     usage.refresh()
     name = "t@2026-11-01" if field == "tokens_per_day" else "t@2026-11"
-    assert budgets.read_use(real_store.engine)[name] == 30
+    assert budgets.read_use(real_store.engine).used[name] == 30
 
 
 def test_what_runs_while_a_day_ends_counts_in_the_next(limiter: Limiter, clock: Clock) -> None:
@@ -215,6 +217,78 @@ def test_budgets_are_shared_by_processes_and_survive_restarts(real_store: Store)
     assert here.committed("t") == 42
 
 
+@pytest.mark.parametrize("field", ["total_tokens", "tokens_per_day", "tokens_per_month"])
+def test_what_runs_on_one_server_is_reserved_on_all(real_store: Store, clock: Clock, field: str) -> None:
+    here, there = BudgetUsage(real_store, clock=clock), BudgetUsage(real_store, clock=clock)
+    one, other = (Limiter(usage, clock=clock, wall_clock=clock) for usage in (here, there))
+    here.refresh()
+    there.refresh()
+    t = scope(**{field: 100})
+    running = reserve(one, t, tokens=100)
+    here.refresh()
+    there.refresh()
+    assert "100 are used or reserved" in str(refused(other, t, tokens=100))
+    running.commit({TOKENS: 30})
+    here.refresh()
+    there.refresh()
+    assert refused(other, t, tokens=71).code == "insufficient_quota"
+    reserve(other, t, tokens=70)
+    assert budgets.read_use(real_store.engine).elsewhere.total() == 0
+
+
+def test_what_a_killed_server_had_reserved_counts_until_it_starts_again(real_store: Store) -> None:
+    killed, other = BudgetUsage(real_store, server="a"), BudgetUsage(real_store, server="b")
+    killed.refresh()
+    killed.reserve("t", 60)
+    killed.refresh()
+    other.refresh()
+    assert other.reserved("t") == 60
+    again = BudgetUsage(real_store, server="a")
+    again.refresh()
+    assert again.reserved("t") == 0
+    again.reserve("t", 1)
+    again.add("t", 20)
+    again.refresh()
+    other.refresh()
+    assert (other.committed("t"), other.reserved("t")) == (20, 1)
+
+
+def test_a_reservation_that_was_not_written_is_written_later(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    other = BudgetUsage(real_store)
+
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    usage.reserve("t", 5)
+    monkeypatch.setattr(budgets, "add_use", broken)
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    usage.reserve("t", 2)
+    usage.commit("t", 1, "t", 5)
+    monkeypatch.undo()
+    usage.refresh()
+    other.refresh()
+    assert (other.committed("t"), other.reserved("t"), usage.reserved("t")) == (1, 2, 2)
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_was_idle_knows_what_others_used_meanwhile(
+    real_store: Store, limiter: Limiter, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(budget_usage, "EVERY_S", 0.001)
+    other = BudgetUsage(real_store)
+    refreshing = asyncio.create_task(usage.run())
+    other.add("t", 100)
+    other.refresh()
+    async with asyncio.timeout(10):
+        while not usage._stored or usage._stored.used.get("t") != 100:  # without asking for any
+            await asyncio.sleep(0.001)
+    refreshing.cancel()
+    assert refused(limiter, scope(total_tokens=100), tokens=50).status == 429
+
+
 def test_used_tokens_are_not_lost_while_the_store_is_away(usage: BudgetUsage, monkeypatch: Any) -> None:
     def broken(*_: object) -> None:
         raise StoreUnavailable("away")
@@ -245,7 +319,7 @@ def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
     monkeypatch.undo()
     usage.refresh()
     assert usage.committed("t") == 15
-    assert budgets.read_use(real_store.engine) == {"t": 15}
+    assert budgets.read_use(real_store.engine).used == {"t": 15}
 
 
 def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_written(
@@ -264,13 +338,13 @@ def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_w
         usage.add("t", 1)
         assert usage.committed("t") in (11, 12, 13)
     monkeypatch.undo()
-    assert budgets.read_use(real_store.engine) == {"t": 10}
+    assert budgets.read_use(real_store.engine).used == {"t": 10}
     usage.refresh()
     assert usage.committed("t") == 13
-    assert budgets.read_use(real_store.engine) == {"t": 13}
+    assert budgets.read_use(real_store.engine).used == {"t": 13}
     usage.add("t", 5)
     usage.close()
-    assert budgets.read_use(real_store.engine) == {"t": 18}
+    assert budgets.read_use(real_store.engine).used == {"t": 18}
 
 
 def test_a_budget_that_is_not_known_is_not_spent(real_store: Store) -> None:
