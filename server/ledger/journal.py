@@ -97,7 +97,8 @@ class Journal:
         self.corrections = Corrections(path, lambda: self._clock())
         with told(path):
             self._rows = Rows(self._connection)
-            self._end_running()
+            (self.id,) = self._connection.execute("SELECT id FROM ledger").fetchone()
+            self.interrupted = self._end_running()
         self._reserve.keep()
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_all, name="flexgate-ledger", daemon=True)
@@ -337,7 +338,7 @@ class Journal:
         rows.mark((running[id_], mark, at) for id_, (mark, _) in batch.marks.items() if id_ not in ended)
         rows.drop([*(running[request] for request in ended if request in running), *self._refused])
 
-    def _end_running(self) -> None:
+    def _end_running(self) -> list[End]:
         """End the requests that were running when the file was last open, with their last marks, when these were made.
 
         None ends earlier than what ended before the file was closed.
@@ -345,17 +346,17 @@ class Journal:
         ((newest,),) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchall()
         self._newest = newest or 0
         self._note_clock(microseconds(self._clock()))
-        found = self._rows.running()
         ended = []
-        for registration, used, at in found:
+        for registration, used, at in self._rows.running():
             self._newest = max(self._newest, at)
             ended.append((registration, INTERRUPTED, self._newest, used))
         with self._transaction():
             self._recorded = self._rows.insert(ended)
             self._rows.drop_all()
         self._count_recorded()
-        if found:
-            logger.warning("%d requests were running when the server ended; their last marks count", len(found))
+        if ended:
+            logger.warning("%d requests were running when the server ended; their last marks count", len(ended))
+        return ended
 
 
 class Entry:

@@ -11,7 +11,7 @@ import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +27,7 @@ from flexgate.server.engine.frontend.launch import EngineSettings, launch, plan
 from flexgate.server.engine.protocol.clock import Clock
 from flexgate.server.experts.restore import AtStart, at_start
 from flexgate.server.experts.versions import merged_versions, with_packages
+from flexgate.server.inference.limits.interrupted import count_interrupted
 from flexgate.server.ledger.journal import NAME, Journal
 from flexgate.server.lifecycle import seed
 from flexgate.server.lifecycle.console import Started
@@ -66,6 +67,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         _ledger(settings, clock) as ledger,
         _events(settings, ledger),
         _tracing(settings) as tracing,
+        ExitStack() as after_engine,
     ):
         ledger.retention.until(lambda: receipts.maker.sequence)
         _migrate(store, settings.database())
@@ -79,6 +81,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         )
         planned = plan(engine_settings)
         _prepare(settings, store, before, checkpoint.ownership, at=clock())
+        count_interrupted(store, ledger, clock)
         with _interruptible():
             launching = launch(engine_settings, stage, clock=clock)
             engine = await launching.__aenter__()
@@ -101,6 +104,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                     clock,
                     tracing,
                 )
+                after_engine.callback(services.budget_usage.close)  # once no request has anything left to commit
                 engine.client.publish(with_packages(model, engine.client.experts()), engine.client.weights_epoch)
                 require_unchanged(checkpoint)
                 await services.experts.restore(stage)

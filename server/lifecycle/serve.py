@@ -73,7 +73,6 @@ async def run(settings: Settings, services: Services, sock: socket.socket, admin
         await asyncio.gather(*tasks, return_exceptions=True)
         services.denials.close()
         services.samples.close()
-        services.budget_usage.close()
         services.policy.deregister()
     if services.client.errored:
         raise EngineDied("the engine has died; the lines before this one name the cause")

@@ -88,7 +88,7 @@ class Services:
         if (copies := self.copies) is not None:
             self.ledger.retention.until(lambda: copies.sequence, "database")
         self.ledger.retention.keep(self.usage_days)
-        self.budget_usage = BudgetUsage(self.store, clock=self.clock)
+        self.budget_usage = BudgetUsage(self.store, server=self.ledger.id, clock=self.clock)
         self.limiter = Limiter(self.budget_usage, wall_clock=self.clock)
         self.running = RunningRequests(
             self.client, clock=self.clock, policy=self.policy, revoked_keys=self.revoked_keys

@@ -98,7 +98,6 @@ class BudgetUsage:
                 if self._stored is None:
                     self._changed |= stored.own  # of before a restart
                 self._stored = stored
-            self._forget()
 
     def _next_batch(self) -> None:
         with self._lock:
@@ -114,6 +113,7 @@ class BudgetUsage:
             await asyncio.sleep(EVERY_S)
             try:
                 await asyncio.to_thread(self.refresh)
+                await asyncio.to_thread(self._forget)
             except StoreError as error:
                 logger.error("used tokens cannot be written: %s", type(error).__name__)
 
@@ -126,11 +126,12 @@ class BudgetUsage:
             logger.error("%d used tokens could not be written", lost)
 
     def _forget(self) -> None:
-        """Remove what counts no more, once a day."""
+        """Remove what counts no more, once a day; what fails is tried again on the next."""
         now = self._clock()
-        if (day := int(now // 86_400)) != self._forgot:
+        day, before = int(now // 86_400), self._forgot
+        self._forgot = day
+        if day != before:
             budgets.forget(self._store.engine, now)
-            self._forgot = day
 
     def _write(self) -> None:
         """Write a batch and count it as stored at once, so that a failed read does not write it again."""

@@ -188,6 +188,14 @@ class Limiter:
         reservation.raise_to(**amounts)
         return reservation
 
+    def count(self, scopes: Iterable[LimitScope], amounts: Amounts, costs: Amounts) -> None:
+        """Count what was used without a reservation, in budgets alone; `costs` are by currency, in billionths."""
+        now = self._clock()
+        for line in self._lines(scopes):
+            used = costs.get(line.currency, 0) if line.currency else amounts[line.rule.unit]
+            if isinstance(line.counter, Budget | PeriodBudget):
+                line.counter.commit(line.counter.reserve(0, now), used, now)
+
     def _lines(self, scopes: Iterable[LimitScope]) -> Iterator[_Line]:
         for scope in scopes:
             if scope.quota is UNLIMITED:
