@@ -114,7 +114,7 @@ class _Line:
         fits = self.amount + more <= self.limit  # some time, where nothing else is reserved
         wait = self.counter.wait(self.limit, max(more, 1), now) if fits else math.inf
         if wait:
-            used = self.counter.used(now)
+            used = self.counter.used(now) - self.amount
             raise self.rule.refuse(Refused(self.scope.kind, self.limit, used, self.amount + more, wait, self.currency))
 
     def reserve(self, amount: int, now: float) -> None:

@@ -20,7 +20,7 @@ class Standing(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A refused reservation: `amount` does not fit beside `used` for another `wait_s` seconds.
+    """A refused reservation: `amount` does not fit beside what others have `used` or reserved for `wait_s` seconds.
 
     With a currency, all three are in billionths of it.
     """
@@ -31,6 +31,11 @@ class Refused(NamedTuple):
     amount: int
     wait_s: float
     currency: str = ""
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no request would fit, however small."""
+        return self.used >= self.limit
 
 
 def headers(standings: Iterable[Standing]) -> dict[str, str]:
@@ -60,6 +65,13 @@ def too_many_requests(refused: Refused) -> ApiError:
 
 
 def too_many_tokens(refused: Refused) -> ApiError:
+    if refused.nothing_left and refused.amount <= refused.limit:
+        again = "Ask" if refused.wait_s == math.inf else f"Try again in {duration(refused.wait_s)}, or ask"
+        message = (
+            f"{refused.kind} has reached its limit of {refused.limit} tokens per minute. {again} an administrator to "
+            "raise the limit."
+        )
+        return _limited(message, "tokens", refused.wait_s)
     message = (
         f"{refused.kind} would exceed its limit of {refused.limit} tokens per minute: this request needs "
         f"{refused.amount}. "
@@ -93,29 +105,36 @@ def too_many_tokenizing(limit: int) -> ApiError:
 
 
 def over_budget(refused: Refused) -> ApiError:
-    message = (
-        f"{refused.kind} would exceed its budget of {refused.limit} tokens: {refused.used} are used or reserved, and "
-        f"this request needs {refused.amount}. Send less, or a lower 'max_tokens', or ask an administrator to raise "
-        "the budget."
-    )
-    return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
+    return _over(refused, f"{refused.limit} tokens")
 
 
 def over_period(unit: str, kind: str, refused: Refused) -> ApiError:
     again = f"A new {kind} begins, in UTC, in {duration(refused.wait_s)}. " if refused.wait_s < math.inf else ""
-    if refused.currency:
-        limit = f"{_money(refused.limit)} {refused.currency}"
-        used = f"{_money(refused.used)} {refused.currency} is used or reserved"
-        needed = f"may cost {_money(refused.amount)} {refused.currency}"
+    limit = f"{_money(refused.limit)} {refused.currency}" if refused.currency else f"{refused.limit} {unit}"
+    return _over(refused, f"{limit} per {kind}", again, can_be_lower=unit != "requests")
+
+
+def _over(refused: Refused, budget: str, again: str = "", *, can_be_lower: bool = True) -> ApiError:
+    """A budget's refusal; what nothing is left of has no room for less, either."""
+    if refused.nothing_left:
+        message = (
+            f"{refused.kind} has nothing left of its budget of {budget}: all of it is used, or reserved by running "
+            f"requests. {again}Ask an administrator to raise the budget."
+        )
     else:
-        limit, used = f"{refused.limit} {unit}", f"{refused.used} are used or reserved"
-        needed = f"needs {refused.amount}"
-    lower = "Ask" if unit == "requests" else "Send less, or a lower 'max_tokens', or ask"
-    message = (
-        f"{refused.kind} would exceed its budget of {limit} per {kind}: {used}, and this request {needed}. {again}"
-        f"{lower} an administrator to raise the budget."
-    )
+        lower = "Send less, or a lower 'max_tokens', or ask" if can_be_lower else "Ask"
+        message = (
+            f"{refused.kind} would exceed its budget of {budget}: {_used(refused)}. "
+            f"{again}{lower} an administrator to raise the budget."
+        )
     return TooMany(message, code="insufficient_quota", type_="insufficient_quota")
+
+
+def _used(refused: Refused) -> str:
+    if refused.currency:
+        used, amount = (f"{_money(number)} {refused.currency}" for number in (refused.used, refused.amount))
+        return f"{used} is used or reserved, and this request may cost {amount}"
+    return f"{refused.used} are used or reserved, and this request needs {refused.amount}"
 
 
 def _money(billionths: int) -> str:

@@ -162,9 +162,8 @@ def test_a_budget_of_money_is_exact_and_says_what_a_request_may_cost(real_store:
         limiter.reserve([t], {REQUESTS: 1, TOKENS: 9, COST: 1})
     assert (caught.value.status, caught.value.code) == (429, "insufficient_quota")
     assert str(caught.value) == (
-        "This project would exceed its budget of 0.3 EUR per day: 0.3 EUR is used or reserved, and this request may "
-        "cost 0.000000001 EUR. A new day begins, in UTC, in 1m0s. Send less, or a lower 'max_tokens', or ask an "
-        "administrator to raise the budget."
+        "This project has nothing left of its budget of 0.3 EUR per day: all of it is used, or reserved by running "
+        "requests. A new day begins, in UTC, in 1m0s. Ask an administrator to raise the budget."
     )
     limiter.reserve([t], {REQUESTS: 1, TOKENS: 9})  # one that costs nothing
     usage.refresh()
@@ -185,8 +184,8 @@ def test_requests_of_a_day_or_month_are_limited_in_utc(real_store: Store, clock:
     with pytest.raises(ApiError) as caught:
         limiter.reserve([t], {REQUESTS: 1, TOKENS: 9})
     assert str(caught.value) == (
-        f"This project would exceed its budget of 2 requests per {kind}: 2 are used or reserved, and this request "
-        f"needs 1. A new {kind} begins, in UTC, in 1m0s. Ask an administrator to raise the budget."
+        f"This project has nothing left of its budget of 2 requests per {kind}: all of it is used, or reserved by "
+        f"running requests. A new {kind} begins, in UTC, in 1m0s. Ask an administrator to raise the budget."
     )
     usage.refresh()
     period = "2026-10-31" if kind == "day" else "2026-10"
@@ -364,6 +363,8 @@ async def test_a_free_request_is_served_once_a_budget_of_money_is_used_up(
 ) -> None:
     limit(cost_per_month=Cost.model_validate({"amount": "0", "currency": "EUR"}))
     generating(Generating(1))
-    assert (await client.post(PATH, json={"prompt": "x"})).status_code == 429
+    refused = await client.post(PATH, json={"prompt": "x"})
+    assert refused.status_code == 429
+    assert "has nothing left of its budget of 0 EUR per month" in refused.json()["error"]["message"]
     free = {"prompt": "x", "flexgate": {"experts": {"only": []}}}
     assert (await client.post(PATH, json=free)).status_code == 200

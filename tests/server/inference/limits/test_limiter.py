@@ -161,6 +161,22 @@ def test_a_budget_is_for_good(limiter: Limiter, usage: BudgetUsage, clock: Clock
     reserve(limiter, scope(total_tokens=101), tokens=1).commit({TOKENS: 1})
 
 
+@pytest.mark.parametrize("field", ["total_tokens", "tokens_per_day", "tokens_per_month", "tokens_per_minute"])
+def test_where_nothing_is_left_no_one_is_asked_to_lower_what_they_did_not_state(limiter: Limiter, field: str) -> None:
+    t = scope(**{field: 100})
+    reserve(limiter, t, tokens=100)
+    message = str(refused(limiter, t))
+    assert "to raise the" in message
+    assert not [word for word in ("needs 0", "max_tokens", "smaller") if word in message]
+
+
+@pytest.mark.parametrize("field", ["total_tokens", "tokens_per_day"])
+def test_what_a_request_itself_has_reserved_is_not_what_others_use(limiter: Limiter, field: str) -> None:
+    running = reserve(limiter, scope(**{field: 100}), tokens=100)
+    with pytest.raises(ApiError, match=r"0 are used or reserved, and this request needs 101\. Send less, or a lower 'max_tokens'"):
+        running.raise_to(tokens=101)
+
+
 LAST_MINUTE = 1_793_491_200.0 - 60  # of October 2026, in UTC
 
 
@@ -201,7 +217,7 @@ def test_a_shorter_period_and_the_budget_for_good_hold_together(limiter: Limiter
     clock.now += 86_400
     assert "per month" in str(refused(limiter, t, tokens=60))
     reserve(limiter, t, tokens=50).commit({TOKENS: 50})
-    assert "tokens per month: 150 are used" in str(refused(limiter, t, tokens=1))
+    assert "nothing left of its budget of 150 tokens per month" in str(refused(limiter, t, tokens=1))
 
 
 def test_budgets_are_shared_by_processes_and_survive_restarts(real_store: Store) -> None:
@@ -227,7 +243,7 @@ def test_what_runs_on_one_server_is_reserved_on_all(real_store: Store, clock: Cl
     running = reserve(one, t, tokens=100)
     here.refresh()
     there.refresh()
-    assert "100 are used or reserved" in str(refused(other, t, tokens=100))
+    assert "has nothing left of its budget of 100 tokens" in str(refused(other, t))
     running.commit({TOKENS: 30})
     here.refresh()
     there.refresh()
