@@ -66,10 +66,11 @@ def price_of(decision: Decision, scopes: Iterable[LimitScope]) -> Price | None:
         paid = _paid(agreement)
         for kind, currency in sorted(budgets):
             if paid and paid[0].currency != currency:
+                leave = f"Leave it out ('flexgate': {{'experts': {{'ignore': ['{expert}']}}}}), or ask"
+                advice = "Ask" if expert in decision.required else leave
                 raise Forbidden(
-                    f"{kind}'s budget is in {currency}, and the expert '{expert}' is paid in {paid[0].currency}. Leave "
-                    f"it out ('flexgate': {{'experts': {{'ignore': ['{expert}']}}}}), or ask an administrator for a "
-                    f"budget in {paid[0].currency}.",
+                    f"{kind}'s budget is in {currency}, and the expert '{expert}' is paid in {paid[0].currency}. "
+                    f"{advice} an administrator for a budget in {paid[0].currency}.",
                     code="budget_currency",
                 )
         requests += sum(amount(duty, _ONE_REQUEST) for duty in paid)
@@ -96,7 +97,8 @@ def cost_of(decision: Decision, entries: Iterable[tuple[Sequence[Part], int]]) -
 
 
 def _paid(agreement: CompiledAgreement | None) -> list[Compensate]:
-    return [] if agreement is None else [duty for duty in agreement.duties if isinstance(duty, Compensate)]
+    duties = () if agreement is None else agreement.duties
+    return [duty for duty in duties if isinstance(duty, Compensate) and duty.rate]
 
 
 def _billionths(value: Fraction) -> int:

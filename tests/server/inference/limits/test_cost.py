@@ -60,7 +60,7 @@ def agreement(expert: str, duties: Sequence[tuple[str, str]], currency: str = "E
     )
 
 
-def decision(agreements: Sequence[CompiledAgreement | None]) -> Decision:
+def decision(agreements: Sequence[CompiledAgreement | None], *required: str) -> Decision:
     experts = allow([ExpertId(f"e{number}") for number in range(len(agreements))])
     return Decision(
         decision_id="dec_1",
@@ -68,7 +68,7 @@ def decision(agreements: Sequence[CompiledAgreement | None]) -> Decision:
         policy_version=1,
         allowed=experts,
         agreements=tuple(agreements),
-        required=frozenset(),
+        required=frozenset(map(ExpertId, required)),
         excluded=(),
         valid_until=9e9,
         purpose=None,
@@ -142,6 +142,20 @@ def test_a_budget_in_another_currency_than_an_expert_is_paid_in_refuses_it_by_na
         "This project's budget is in EUR, and the expert 'e1' is paid in USD. Leave it out ('flexgate': {'experts': "
         "{'ignore': ['e1']}}), or ask an administrator for a budget in USD."
     )
+
+
+def test_no_one_is_asked_to_leave_out_an_expert_that_is_required() -> None:
+    decided = decision([agreement("e0", [("1", "request")], "USD")], "e0")
+    with pytest.raises(ApiError) as caught:
+        price_of(decided, [scope(cost_per_month=EUR)])
+    assert str(caught.value) == (
+        "This project's budget is in EUR, and the expert 'e0' is paid in USD. Ask an administrator for a budget in USD."
+    )
+
+
+def test_what_is_free_in_another_currency_is_free() -> None:
+    free = agreement("e0", [("0", "request")], "USD")
+    assert price_of(decision([free]), [scope(cost_per_day=EUR)]) is None
 
 
 def test_a_quota_has_one_currency() -> None:
