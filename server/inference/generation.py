@@ -266,7 +266,12 @@ def finish(request: InferenceRequest) -> None:
 
 def commit_usage(request: InferenceRequest) -> None:
     """Commit what the call used, before its client reads the end and sends its next request."""
-    on_loop(lambda: request.reservation.commit(used_amounts(request)))
+    on_loop(lambda: _commit(request))
+
+
+def _commit(request: InferenceRequest) -> None:
+    amounts = used_amounts(request)
+    request.reservation.commit(amounts, served=amounts[TOKENS] > 0)
 
 
 def used_amounts(request: InferenceRequest) -> Amounts:

@@ -1,7 +1,8 @@
 """Requests and tokens per minute, requests at once, and budgets: checked in memory, per process.
 
 A request reserves what it may use at most, and commits at its end what it really used. A project's limits and its
-key's both hold; nothing is counted of a request that one of them refuses.
+key's both hold. A request that one of them refuses counts as a request of the minute if that came to light once its
+prompts were tokens, and in no budget.
 
     reserve(scopes, amounts) ──> Reservation ── left(…) ── raise_to(tokens=…) ──> commit(amounts)
 
@@ -157,12 +158,17 @@ class Reservation:
         for line in lines:
             line.reserve(amounts[line.rule.unit], now)
 
-    def commit(self, amounts: Amounts) -> None:
-        """Count what was used and release the rest, once; a unit that is not named was used as reserved."""
+    def commit(self, amounts: Amounts, *, served: bool = True) -> None:
+        """Count what was used and release the rest, once; a unit that is not named was used as reserved.
+
+        Args:
+            served: whether anything was computed for the request; else it is none in budgets of requests.
+        """
         lines, self._lines = self._lines, []
         now = self._clock()
         for line in lines:
-            line.counter.commit(line.part, amounts.get(line.rule.unit, line.amount), now)
+            counts = served or not (line.rule.budget and line.rule.unit == REQUESTS)
+            line.counter.commit(line.part, amounts.get(line.rule.unit, line.amount) if counts else 0, now)
 
 
 class Limiter:
@@ -193,7 +199,7 @@ class Limiter:
         now = self._clock()
         for line in self._lines(scopes):
             used = costs.get(line.currency, 0) if line.currency else amounts[line.rule.unit]
-            if isinstance(line.counter, Budget | PeriodBudget):
+            if line.rule.budget:
                 line.counter.commit(line.counter.reserve(0, now), used, now)
 
     def _lines(self, scopes: Iterable[LimitScope]) -> Iterator[_Line]:

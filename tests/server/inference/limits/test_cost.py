@@ -24,6 +24,7 @@ from flexgate.policies.documents import BILLION, Cost, Quota
 from flexgate.policies.ids import ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 from flexgate.policies.store import Store, budgets
+from flexgate.server.engine.frontend.calls import CURRENT_CALL
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.cost import cost_of, price_of
@@ -328,6 +329,16 @@ class Waiting(Generating):
         await super()._output(call, granted - 5)
 
 
+class Reserving(Generating):
+    """Reserves for 1,000 tokens, as the client does before the engine has them."""
+
+    async def __call__(self, *arguments: Any) -> Any:
+        call = CURRENT_CALL.get()
+        assert call is not None
+        call.reserve(tokens=1_000)
+        return await super().__call__(*arguments)
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("stated", "granted", "may_cost"),
@@ -369,6 +380,21 @@ async def test_six_requests_at_once_do_not_overspend(
     assert name.startswith("t/EUR@")
     assert len(rows) == len(granted)
     assert 0 <= used - worth * BILLION < len(granted)
+
+
+@pytest.mark.asyncio
+async def test_what_is_refused_is_no_request_of_the_day(client: httpx.AsyncClient, generating: Any, limit: Any) -> None:
+    cost = Cost.model_validate({"amount": "0.001", "currency": "EUR"})
+    limit(requests_per_day=2, cost_per_day=cost, requests_per_minute=100)
+    generating(Reserving(1))
+    for _ in range(3):
+        refused = await client.post(PATH, json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "insufficient_quota")
+        assert "0.001 EUR" in refused.json()["error"]["message"]
+    free = {"prompt": "x", "flexgate": {"experts": {"only": []}}}
+    served = [await client.post(PATH, json=free) for _ in range(3)]
+    assert [response.status_code for response in served] == [200, 200, 429]
+    assert served[1].headers["x-ratelimit-remaining-requests"] == "95"
 
 
 @pytest.mark.asyncio
