@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 from flexgate.policies.compiled.compiler import TenantRules
@@ -36,6 +37,8 @@ TOKENS: Final = "tokens"
 COST: Final = "cost"
 """In billionths of the budget's currency."""
 PERIODS: Final[tuple[PeriodKind, ...]] = ("month", "day")
+KEPT_COUNTERS: Final = 1_024
+"""Of limits and scopes; beyond, those of which nothing is in use are forgotten."""
 _STATED: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 Amounts = Mapping[str, int]
@@ -216,10 +219,20 @@ class Limiter:
 
     def _counter(self, scope: str, rule: Rule) -> Counter:
         key = (scope, rule.field)
-        counter = self._counters.get(key)
+        counter = self._counters.pop(key, None)
         if counter is None:
-            counter = self._counters[key] = rule.counter(scope)
+            self._forget_idle()
+            counter = rule.counter(scope)
+        self._counters[key] = counter  # behind all others: none is forgotten while its request reserves
         return counter
+
+    def _forget_idle(self) -> None:
+        """Look at the two counters that were not used for longest, and forget those of which nothing is in use."""
+        now = self._clock()
+        for key in list(islice(self._counters, 2 if len(self._counters) >= KEPT_COUNTERS else 0)):
+            counter = self._counters.pop(key)
+            if counter.reset(now):
+                self._counters[key] = counter
 
 
 def scopes_of(tenant: TenantRules, key_id: str) -> tuple[LimitScope, LimitScope]:

@@ -15,7 +15,15 @@ from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits import budget_usage
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.counters import Counter, SlidingWindow
-from flexgate.server.inference.limits.limiter import REQUESTS, TOKENS, Limiter, LimitScope, Reservation, Rule
+from flexgate.server.inference.limits.limiter import (
+    KEPT_COUNTERS,
+    REQUESTS,
+    TOKENS,
+    Limiter,
+    LimitScope,
+    Reservation,
+    Rule,
+)
 from flexgate.server.inference.limits.refusals import duration, too_many_tokens
 
 
@@ -404,6 +412,17 @@ def test_requests_at_once_that_state_no_length_do_not_overdraw_the_tokens_of_a_m
         except ApiError:
             continue
     assert admitted == 2
+
+
+def test_limits_of_keys_that_are_used_no_more_are_forgotten(limiter: Limiter, clock: Clock) -> None:
+    busy = reserve(limiter, scope("busy", requests_per_minute=9, concurrent_requests=1))
+    for number in range(3 * KEPT_COUNTERS):
+        reserve(limiter, scope(f"k{number}", requests_per_minute=9))
+        clock.now += 1
+    assert len(limiter._counters) <= KEPT_COUNTERS + 60
+    assert refused(limiter, scope("busy", concurrent_requests=1)).status == 429
+    busy.commit({})
+    reserve(limiter, scope("busy", concurrent_requests=1))
 
 
 class Leased:
