@@ -81,7 +81,7 @@ class Journal:
         self._owed: list[End] = []  # those that could not be written yet: no more than were running when writes failed
         self._running: dict[str, int] = {}  # requests that were registered and have not ended, with their numbers
         self._numbers = itertools.count(1)
-        self._used: dict[str, int] = {}  # when running requests were registered or last marked, in microseconds
+        self._used: dict[str, int] = {}  # when each of them was registered or last marked, in microseconds
         self._refused: list[int] = []  # numbers of requests that were refused, and may have been written
         self._newest = 0  # of the ends, in microseconds
         self._marked_at = 0  # the time of the marks of the commit that is running
@@ -116,9 +116,9 @@ class Journal:
         A request that runs, and was last marked before that time, may end there: if the server is killed now.
         """
         with self._lock:
-            writing = [] if self._writing is None else self._writing[0].ended
-            ends = [at for _, _, at, _ in (*self._owed, *writing, *self._next.ended)]
-            earliest = min((*ends, *self._used.values()), default=None)
+            batches = [self._next] if self._writing is None else [self._next, self._writing[0]]
+            begun = [one.registered_at for batch in batches for one, _ in batch.registered]
+            earliest = min((*begun, *self._used.values()), default=None)
         return earliest is None or earliest >= microseconds(before)
 
     def state(self) -> State:
