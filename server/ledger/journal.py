@@ -40,7 +40,7 @@ from flexgate.server.ledger.entries import (
 )
 from flexgate.server.ledger.errors import LedgerClosed, LedgerError
 from flexgate.server.ledger.log import log_of
-from flexgate.server.ledger.opening import BUSY_SECONDS, open_ledger, told
+from flexgate.server.ledger.opening import open_ledger, told
 from flexgate.server.ledger.retention import Retention
 from flexgate.server.ledger.schema import VERSION
 from flexgate.server.ledger.writing import Recorded, Rows
@@ -261,11 +261,7 @@ class Journal:
 
     def _empty_log(self) -> None:
         self._log_is_due = False
-        try:
-            self._log.empty(self._connection)
-            self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
-        except sqlite3.Error as error:
-            logger.error("the log of %s is not emptied, and statements wait: %s", self.path, error)
+        self._log.empty(self._connection)
 
     def _full(self) -> LedgerError | None:
         """Why nothing but ends is written, if the disk has room for no more."""
@@ -296,17 +292,16 @@ class Journal:
     def _watch(self) -> None:
         """Refuse what waits for a commit that takes too long; ends wait on. Have a long log emptied."""
         while not self._closed.wait(LOOK_SECONDS):
-            due = self._log.is_due()
             with self._lock:
-                if due:
+                if self._writing is not None and self._hangs():
+                    error = self._error(f"a commit has taken more than {ANSWER_SECONDS:g} seconds")
+                    self._note(error)
+                    self._next.refuse(error)
+                    answer(self._writing[0].waiting, error)
+            if self._log.is_due():
+                with self._lock:
                     self._log_is_due = True
                     self._lock.notify()
-                if self._writing is None or not self._hangs():
-                    continue
-                error = self._error(f"a commit has taken more than {ANSWER_SECONDS:g} seconds")
-                self._note(error)
-                self._next.refuse(error)
-                answer(self._writing[0].waiting, error)
 
     def _hangs(self) -> bool:
         writing = self._writing
@@ -334,7 +329,7 @@ class Journal:
         self._recorded = rows.insert(batch.ended)
         ended = {registration.request for registration, _, _, _ in batch.ended}
         rows.begin((running[one.request], one) for one, _ in batch.registered if one.request not in ended)
-        at = self._marked_at = microseconds(self._clock())
+        at = self._marked_at = max(self._marked_at, self._newest, microseconds(self._clock()))
         rows.mark((running[id_], mark, at) for id_, (mark, _) in batch.marks.items() if id_ not in ended)
         rows.drop([*(running[request] for request in ended if request in running), *self._refused])
 

@@ -51,9 +51,10 @@ class Log:
 
     def is_due(self) -> bool:
         """Whether it should be emptied now: it is long, and no reading is open. None begins until it was."""
+        size = self.size()
         with self._changed:
             if self._held_since is None:
-                if self.size() <= MOST_BYTES or time.monotonic() < self._next:
+                if size <= MOST_BYTES or time.monotonic() < self._next:
                     return False
                 self._held_since = time.monotonic()
             return not self._open
@@ -64,13 +65,12 @@ class Log:
             since = self._held_since
         if since is None:  # it was emptied already
             return
-        connection.execute("PRAGMA busy_timeout = 0")  # commits wait for this
-        (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy and time.monotonic() - since < HOLD_SECONDS:
+        why = _emptied(connection)
+        if why is not None and time.monotonic() - since < HOLD_SECONDS:
             return
-        if busy:
+        if why is not None:
             self._next = time.monotonic() + HOLD_SECONDS
-            logger.error("the log %s has %d bytes: another process reads the ledger; end it", self._file, self.size())
+            logger.error("the log %s has %d bytes and is not emptied: %s", self._file, self.size(), why)
         self.release()
 
     def release(self) -> None:
@@ -80,11 +80,24 @@ class Log:
             self._changed.notify_all()
 
     def size(self) -> int:
-        """Its bytes; 0 where there is none."""
+        """Its bytes; 0 where there is none, or where its disk does not say."""
         try:
             return self._file.stat().st_size
-        except FileNotFoundError:
+        except OSError:
             return 0
+
+
+def _emptied(connection: sqlite3.Connection) -> str | None:
+    """Copy the log into the database at once, without a wait for others; what kept it from that."""
+    ((wait,),) = connection.execute("PRAGMA busy_timeout").fetchall()
+    connection.execute("PRAGMA busy_timeout = 0")  # commits wait for this
+    try:
+        (busy, *_) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except sqlite3.Error as error:
+        return f"{error}; free space or check its disk"
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {wait}")
+    return "another process reads the ledger; end it" if busy else None
 
 
 @cache

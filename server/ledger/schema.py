@@ -6,6 +6,7 @@ A new file takes every step, an older one those that it has not taken, all in on
 from __future__ import annotations
 
 import sqlite3
+import time
 import uuid
 from collections.abc import Callable
 from itertools import groupby
@@ -13,6 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
+from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.shares import share_ppm
 
@@ -168,8 +170,12 @@ def _numbers(connection: sqlite3.Connection) -> None:
 
 
 def _dated_marks(connection: sqlite3.Connection) -> None:
-    """When a mark was written, in microseconds: a request that is interrupted ends then."""
+    """When a mark was written, in microseconds: a request that is interrupted ends then.
+
+    Those that stand end now, as they did before: their months may have been closed over them.
+    """
     connection.execute("ALTER TABLE marks ADD COLUMN at INTEGER NOT NULL DEFAULT 0")
+    connection.execute("UPDATE marks SET at = ?", (round(time.time() * MICROSECONDS),))
 
 
 STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (

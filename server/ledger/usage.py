@@ -128,10 +128,10 @@ class Reading:
         self._most = MOST_SUMS if most is None else most
 
     def __enter__(self) -> Self:
-        deadline = time.monotonic() + self._seconds
         path = self._path.absolute()
         with ExitStack() as opened:
             opened.enter_context(log_of(path).reading(self._seconds))
+            deadline = time.monotonic() + self._seconds
             with self._failing():
                 connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
             self._connection = opened.enter_context(closing(connection))

@@ -7,20 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from flexgate.server.ledger.reading import opened as opened_ledger
-from flexgate.server.ledger.receipts import merkle, rows
+from flexgate.server.ledger.receipts import merkle, rows, trees
 from flexgate.server.ledger.receipts.batches import FORMAT, parsed
 from flexgate.server.ledger.receipts.book import Batch, Book, opened
 from flexgate.server.ledger.receipts.leaves import Leaves, Recorded, grow
 from flexgate.server.ledger.receipts.maker import Maker
 from flexgate.server.ledger.receipts.signing import Signer
-from flexgate.server.ledger.receipts.trees import MOST_TREES, Recent, Tree
+from flexgate.server.ledger.receipts.trees import Recent, Tree
 
 Json = dict[str, Any]
-MOST_STATEMENTS: Final = 16
-"""Signed ones that are kept, of at most 16 MiB each."""
+MOST_BYTES: Final = 64 << 20
+"""Of all signed statements that are kept, of at most 16 MiB each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,13 @@ class Reader:
         return self.is_operator or (kind == "owner" and owner == self.owner)
 
 
+class Signed(NamedTuple):
+    """Canonical JSON, and its signature."""
+
+    message: bytes
+    signature: bytes
+
+
 class NoReceipt(Exception):
     """There is none of this id that the reader may see."""
 
@@ -66,8 +73,8 @@ class Receipts:
         self.ledger = ledger
         self.book = book
         self._pseudonym = pseudonym
-        self.trees = Recent[Tree](MOST_TREES)
-        self.statements = Recent[Json](MOST_STATEMENTS)
+        self.trees = Recent[Tree](trees.MOST_BYTES, lambda tree: trees.RECEIPT_BYTES * len(tree.numbers))
+        self.statements = Recent[Signed](MOST_BYTES, lambda signed: len(signed.message))
 
     @property
     def jwks(self) -> bytes:

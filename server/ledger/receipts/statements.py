@@ -7,6 +7,7 @@ receipt can show with a path that a statement counts it, and with all its receip
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from flexgate.server.ledger.reading import opened as opened_ledger
 from flexgate.server.ledger.receipts import merkle, rows
 from flexgate.server.ledger.receipts.book import Book, End, opened
 from flexgate.server.ledger.receipts.maker import current_key, signed
-from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptPending, Receipts
+from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptPending, Receipts, Signed
 from flexgate.server.ledger.receipts.signing import thumbprint
 from flexgate.server.ledger.receipts.trees import Tree, grow_tree
 from flexgate.server.ledger.statements import (
@@ -95,12 +96,13 @@ class Statements:
                 newest, corrections = newest_read(reading, period), corrections_read(reading, owner, period)
             made_of = _MadeOf(owner, period, min(newest, end.sequence), ended and newest <= end.sequence, corrections)
 
-            def make() -> Json:
+            def make() -> Signed:
                 return self._sign(made_of, terms_of, book, end, public, at=at)
 
-            return receipts.statements.of((made_of, public), make)
+            message, signature = receipts.statements.of((made_of, public), make)
+        return {"signature": signature.hex(), "statement": json.loads(message)}
 
-    def _sign(self, of: _MadeOf, terms_of: TermsOf, book: Book, end: End, public: bytes, *, at: float) -> Json:
+    def _sign(self, of: _MadeOf, terms_of: TermsOf, book: Book, end: End, public: bytes, *, at: float) -> Signed:
         with reading_statements(self._receipts.ledger) as reading:
             found = uses_read(reading, of.owner, of.period, until=of.until)
         tree = self._tree(book, of.owner, of.period, of.until)
@@ -126,8 +128,7 @@ class Statements:
         message = rfc8785.dumps(statement)
         if len(message) > MOST_BYTES:
             raise TooMuchAsked(f"the statement has more than {MOST_BYTES >> 20} MiB")
-        signature = signed(self._receipts.maker.signer, public, message)
-        return {"signature": signature.hex(), "statement": statement}
+        return Signed(message, signed(self._receipts.maker.signer, public, message))
 
     def prove(self, owner: str, period: Period, receipt: str, *, last: int | None) -> Json:
         """The path that shows that a statement counts a receipt.

@@ -14,8 +14,10 @@ from flexgate.server.ledger.receipts.book import Book
 from flexgate.server.ledger.statements import Period, reading_statements, sequences_read
 
 Made = TypeVar("Made")
-MOST_TREES: Final = 2
-"""That are kept; one over a million receipts takes 72 MB."""
+RECEIPT_BYTES: Final = 72
+"""What a tree takes for each receipt."""
+MOST_BYTES: Final = 288_000_000
+"""Of all trees that are kept: one over four million receipts."""
 REST_SECONDS: Final = 0.001
 """After each piece of a tree, so that the event loop gets on beside it."""
 
@@ -33,21 +35,38 @@ class Tree(NamedTuple):
 
 
 class Recent(Generic[Made]):
-    """The newest few of what was made, by what it is made of. From any thread; one makes at a time."""
+    """What was made of late, by what it is made of. From any thread; who asks for what is being made waits for it."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, size: Callable[[Made], int]) -> None:
+        """Keep nothing yet, and later no more than `most` bytes of it; `size` says what one takes."""
         self._most = most
+        self._size = size
         self._lock = threading.Lock()
         self._made: dict[Hashable, Made] = {}
+        self._making: dict[Hashable, threading.Lock] = {}
 
     def of(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What was made of `key`, or what `make` makes of it; what that raises is raised, and nothing is kept."""
         with self._lock:
-            made = self._made.pop(key) if key in self._made else make()
-            self._made[key] = made
-            while len(self._made) > self._most:
-                del self._made[next(iter(self._made))]
-            return made
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            try:
+                with self._lock:
+                    if key in self._made:
+                        self._made[key] = self._made.pop(key)  # the newest now
+                        return self._made[key]
+                made = make()
+                with self._lock:
+                    self._keep(key, made)
+                return made
+            finally:
+                with self._lock:
+                    self._making.pop(key, None)
+
+    def _keep(self, key: Hashable, made: Made) -> None:
+        self._made[key] = made
+        while sum(map(self._size, self._made.values())) > self._most:
+            del self._made[next(iter(self._made))]
 
 
 def grow_tree(ledger: Path, book: Book, owner: str, period: Period, *, until: int) -> Tree:

@@ -166,6 +166,36 @@ async def test_a_time_is_not_over_while_a_request_of_it_is_written(
     assert journal.has_written(10.0)
 
 
+async def test_a_time_is_not_over_while_a_request_that_began_in_it_is_registered(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, go_on = journal._insert, threading.Event()
+
+    def wait(batch: Any) -> None:
+        go_on.wait(20)
+        insert(batch)
+
+    monkeypatch.setattr(journal, "_insert", wait)
+    entry = journal.register(registration("a"))  # 5 microseconds after the beginning
+    assert (journal.has_written(5e-6), journal.has_written(1.0)) == (True, False)
+    go_on.set()
+    await entry.registered()
+    assert not journal.has_written(1.0)
+
+
+async def test_marks_go_back_in_time_with_no_clock(path: Path) -> None:
+    at = [50.0]
+    first = Journal(path, clock=lambda: at[0])
+    entry = first.register(registration("a"))
+    await entry.cover(11, lambda: used(10, 1))
+    at[0] = 40.0
+    await entry.cover(12, lambda: used(10, 2))
+    assert first.has_written(50.0)
+    first.close()
+    Journal(path, clock=lambda: 90.0).close()
+    assert [row["ended_at"] for row in rows(path)] == [50_000_000]
+
+
 async def test_tokens_that_a_mark_covers_wait_for_none(journal: Journal) -> None:
     entry, asked = journal.register(registration("a")), []
 

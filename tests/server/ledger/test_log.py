@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from flexgate.server.ledger import log
 from flexgate.server.ledger.entries import COMPLETED, Registration, Used
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.journal import Journal
+from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.usage import Reading
 
 pytestmark = pytest.mark.asyncio
@@ -111,3 +113,38 @@ async def test_a_reading_that_cannot_begin_in_time_is_refused(
             pass
     with Reading(journal.path, seconds=20) as third:
         assert third.rows("SELECT count(*) FROM usage", ()) == [(0,)]
+
+
+async def test_what_was_summed_is_whole_also_while_the_log_waits_to_be_emptied(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Reading(journal.path):
+        monkeypatch.setattr(log, "MOST_BYTES", -1)
+        async with asyncio.timeout(10):
+            while log.log_of(journal.path)._held_since is None:
+                await asyncio.sleep(0.01)
+        assert Local(journal.path).whole_since() == 0
+
+
+async def test_a_log_that_a_full_disk_keeps_from_being_emptied_holds_readings_no_longer_than_stated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "MOST_BYTES", -1)
+
+    class FullDisk(sqlite3.Connection):
+        def execute(self, sql: str, *given: Any) -> sqlite3.Cursor:
+            if "checkpoint" in sql:
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(sql, *given)
+
+    held = log.Log(tmp_path / "ledger.db")
+    with closing(sqlite3.connect(tmp_path / "ledger.db", factory=FullDisk)) as connection:
+        connection.execute("PRAGMA busy_timeout = 4321")
+        assert held.is_due()
+        held.empty(connection)
+        assert held._held_since is not None
+        monkeypatch.setattr(log, "HOLD_SECONDS", 0.0)
+        held.empty(connection)
+        assert connection.execute("PRAGMA busy_timeout").fetchone() == (4321,)
+    with held.reading(0.0):
+        assert "is not emptied: disk I/O error" in caplog.text

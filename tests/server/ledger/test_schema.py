@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,13 @@ def test_a_request_of_version_2_keeps_its_agreement_and_has_no_digests(tmp_path:
     found = "SELECT agreement, agreement_version, package FROM parts WHERE expert = 'news' ORDER BY sequence"
     assert read(path, found) == [("a-news", 4, None)] * 2
     assert read(path, "SELECT DISTINCT prompt_sha256, answer_sha256 FROM usage") == [(None, None)]
+
+
+def test_what_an_older_version_has_marked_ends_when_it_is_opened(tmp_path: Path) -> None:
+    """As it did there, where a month may have been closed over a running request."""
+    path, before = tmp_path / "old.db", time.time()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((VERSIONS / "8.sql").read_text())
+    opened(path)
+    ((ended,),) = read(path, "SELECT ended_at FROM usage WHERE outcome = 'interrupted'")
+    assert before <= ended / 1e6 <= time.time()

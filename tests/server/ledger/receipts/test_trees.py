@@ -66,7 +66,7 @@ def test_one_tree_proves_every_receipt_until_there_are_new_ones(
 
 
 def test_those_who_ask_for_the_same_at_once_share_it() -> None:
-    recent, made, barrier = trees.Recent[object](2), list[int](), threading.Barrier(8)
+    recent, made, barrier = trees.Recent[object](2, lambda _: 1), list[int](), threading.Barrier(8)
 
     def ask() -> None:
         barrier.wait(10)
@@ -81,13 +81,40 @@ def test_those_who_ask_for_the_same_at_once_share_it() -> None:
 
 
 def test_no_more_is_kept_than_was_said_and_no_error() -> None:
-    recent = trees.Recent[int](2)
+    recent = trees.Recent[int](2, lambda _: 1)
     assert [recent.of(key, lambda key=key: key * 10) for key in (1, 2, 1, 3)] == [10, 20, 10, 30]
     assert recent.of(1, lambda: 0) == 10
     assert recent.of(2, lambda: 21) == 21
     with pytest.raises(ZeroDivisionError):
         recent.of(5, lambda: 1 // 0)
     assert recent.of(5, lambda: 50) == 50
+
+
+def test_what_is_larger_than_all_that_is_kept_is_made_each_time() -> None:
+    recent = trees.Recent[int](10, lambda size: size)
+    assert [recent.of(key, lambda size=size: size) for key, size in ((1, 4), (2, 4), (3, 11), (4, 4))] == [4, 4, 11, 4]
+    assert [recent.of(key, lambda: 0) for key in (3, 4)] == [0, 4]
+
+
+def test_who_makes_slowly_holds_up_no_one_who_asks_for_something_else() -> None:
+    recent, began, go_on = trees.Recent[str](2, lambda _: 1), threading.Event(), threading.Event()
+    recent.of("kept", lambda: "kept")
+
+    def make() -> str:
+        began.set()
+        go_on.wait(20)
+        return "slow"
+
+    slow = threading.Thread(target=recent.of, args=("slow", make))
+    slow.start()
+    assert began.wait(10)
+    others = threading.Thread(target=lambda: [recent.of("kept", lambda: "again"), recent.of("new", lambda: "new")])
+    others.start()
+    others.join(10)
+    held_up = others.is_alive()
+    go_on.set()
+    slow.join(10)
+    assert not held_up
 
 
 def test_a_tree_rests_after_each_piece(kit: Any, name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
