@@ -79,6 +79,11 @@ class LowRankLayer:
     """Shape ``[1]``."""
 
     @property
+    def rank(self) -> int:
+        """Of every projection."""
+        return len(self.gate_proj.a_RI)
+
+    @property
     def factors(self) -> tuple[Factors, Factors, Factors]:
         """In the order of ``layout.EXPERT_KEYS``."""
         return self.gate_proj, self.up_proj, self.down_proj

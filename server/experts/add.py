@@ -77,7 +77,6 @@ class Loader:
             since = await asyncio.to_thread(self._pool.repository.epoch)
             with await self._take_in(job, source) as package:
                 await asyncio.to_thread(self._check_owner, package.manifest, owner)
-                _check_size(package.manifest)
                 job.expert, job.version = package.manifest.id, package.manifest.version
                 return await self._load(job, package, since, owner)
         except Exception:
@@ -124,7 +123,7 @@ class Loader:
         kept = await asyncio.to_thread(pool.repository.slots_of_others, manifest.id)
         if owner is not None:
             pool.require_share(manifest.id, owner)
-        slot = pool.take_slot(kept, manifest.owner)
+        slot = pool.take_slot(kept, manifest.owner, manifest.rank)
         try:
             digests = await self._fill(job, package, slot)
             tried = await self._try(job, manifest.id, slot)
@@ -218,6 +217,7 @@ class Loader:
             manifest.weights.digest,
             manifest.base.digest,
             self._pool.merged.get(manifest.id),
+            manifest.rank,
         )
         try:
             await asyncio.to_thread(repository.add, manifest, added, actor=job.actor, at=self._clock())
@@ -308,12 +308,3 @@ class Loader:
                 code="expert_router_not_own",
             )
         self._pool.repository.require_owner(manifest)
-
-
-def _check_size(manifest: Manifest) -> None:
-    """Refuse an expert of a rank; a narrow one is loaded into the slot of a full one, and zeros beside it."""
-    if manifest.rank is not None:
-        raise PackageRefused(
-            f"Expert '{manifest.id}' is of rank {manifest.rank}, and a running server takes experts of whole FFNs "
-            "only. Merge it with 'flexgate experts merge', which adds it to the public expert, and serve that model."
-        )

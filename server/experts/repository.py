@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from flexgate.experts.package.manifest import Manifest
 from flexgate.policies.documents import Expert, Grade, weakest
-from flexgate.policies.ids import ExpertId
+from flexgate.policies.ids import PUBLIC, ExpertId
 from flexgate.policies.store.change import Change
 from flexgate.policies.store.documents import damaged
 from flexgate.policies.store.store import Store
@@ -37,6 +37,8 @@ class Added:
     weights_digest: str
     base_digest: str
     merged: int | None = None
+    rank: int | None = None
+    """Of the expert; None for one with an FFN of its own."""
 
 
 class _Detail(BaseModel):
@@ -46,6 +48,7 @@ class _Detail(BaseModel):
     weights_digest: str
     base_digest: str
     merged_version: int | None = UNRECORDED
+    rank: int | None = None
 
 
 class WeightsRepository:
@@ -94,6 +97,7 @@ class WeightsRepository:
                 "weights_digest": added.weights_digest,
                 "base_digest": added.base_digest,
                 "merged_version": added.merged,
+                **({} if added.rank is None else {"rank": added.rank}),
             }
             epoch = change.add_weights(added.expert, slot=added.slot, package=added.package, detail=detail)
             if epoch != added.slot_epoch:
@@ -125,10 +129,14 @@ def _added(change: WeightsChange) -> Added:
         detail.weights_digest,
         detail.base_digest,
         detail.merged_version,
+        detail.rank,
     )
 
 
 def _put(change: Change, manifest: Manifest) -> None:
+    public = change.get(Expert, PUBLIC)
+    if manifest.rank is not None and public is not None:
+        change.put(public.model_copy(update={"grade": weakest(public.grade, "shared")}))
     known = change.get(Expert, manifest.id)
     if known is not None:
         _require_owner(known, manifest)

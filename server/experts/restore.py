@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from flexgate.policies.documents import Grade
@@ -25,6 +25,7 @@ class AtStart:
         least_slots: slots that added experts need.
         epoch: the newest weights epoch.
         resident: what will be served, in slot order.
+        ranks: slot and rank of each expert of a rank that is added again.
         set_aside: packages that were added and are not loaded, since the checkpoint holds a newer version; a
             sentence each.
     """
@@ -34,6 +35,7 @@ class AtStart:
     epoch: int
     resident: tuple[Loaded, ...]
     set_aside: tuple[str, ...]
+    ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtStart:
@@ -52,7 +54,8 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
     catalogue = store.snapshot().experts if added else {}
     known = {str(id_): expert for id_, expert in catalogue.items()}
     resident = (*kept, *(known[change.expert] for change in added if change.expert in known))
-    least = 1 + max((change.slot for change in added), default=-1)
+    least = 1 + max((change.slot for change in added if change.rank is None), default=-1)
+    ranks = {change.expert: (change.slot, change.rank) for change in added if change.rank is not None}
     set_aside = tuple(
         f"added package {package.expert} version {package.version}: the checkpoint's version "
         f"{merged[package.expert]} is newer and is served"
@@ -60,7 +63,21 @@ def at_start(store: Store, checkpoint: Sequence[Loaded], merged: Merged) -> AtSt
     )
     for sentence in set_aside:
         logger.warning("set aside: %s", sentence)
-    return AtStart(frozenset(without), least, state.epoch, resident, set_aside)
+    return AtStart(frozenset(without), least, state.epoch, resident, set_aside, ranks)
+
+
+def require_ranks(before: AtStart, rank_of: Callable[[int], int | None]) -> None:
+    """Refuse a start whose slots have no room for what was added to them; raises `PackageRefused`.
+
+    Args:
+        rank_of: the rank that a slot has room for, None for a full one or none.
+    """
+    for expert, (slot, rank) in before.ranks.items():
+        if (rank_of(slot) or 0) < rank:
+            raise PackageRefused(
+                f"added expert '{expert}' of rank {rank} has slot {slot}, which has no room for it now: start with the "
+                f"former checkpoint and --slots, or with those revoke '{expert}' first"
+            )
 
 
 def _require_own_slots(added: Sequence[Added], checkpoint: Sequence[Loaded], without: Collection[str]) -> None:

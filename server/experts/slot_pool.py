@@ -33,8 +33,7 @@ class EngineClient(Protocol):
 
     weights_epoch: int
 
-    @property
-    def package_slots(self) -> frozenset[int]: ...
+    def slots_for(self, rank: int | None) -> tuple[int, ...]: ...
     def experts(self) -> tuple[ExpertInfo, ...]: ...
     def publish(self, experts: tuple[ExpertInfo, ...], weights_epoch: int) -> None: ...
     def in_use(self, ref: ExpertSlotRef) -> bool: ...
@@ -111,20 +110,32 @@ class SlotPool:
         """All loaded experts but one."""
         return tuple(info for info in self.client.experts() if info.id != expert)
 
-    def take_slot(self, kept: Collection[int], owner: str) -> int:
-        """Reserve the lowest slot that is clean and free for a package of `owner`; raises `ChangeConflict`.
+    def take_slot(self, kept: Collection[int], owner: str, rank: int | None = None) -> int:
+        """Reserve the best slot that is clean and free for a package of `owner`.
 
         Args:
             kept: slots that are not given away; see `WeightsRepository.slots_of_others`.
+            rank: of the package's expert; None for one with an FFN of its own.
+
+        Raises:
+            PackageRefused: no slot has room for the rank.
+            ChangeConflict: all that have are taken.
         """
-        taken = {info.slot for info in self.client.experts()} | self._dirty | set(kept)
-        free = sorted(self.client.package_slots - taken)
+        fitting = self.client.slots_for(rank)
+        if rank is not None and not fitting:
+            raise PackageRefused(
+                f"No slot has room for an expert of rank {rank}. Start the server with --slots r{rank}=1 and "
+                "--moe-kernels flexgate, or merge the package with 'flexgate experts merge' and serve that model."
+            )
+        loaded = {info.slot for info in self.client.experts()}
+        free = [slot for slot in fitting if slot not in loaded | self._dirty | set(kept)]
         if not free:
-            idle = len(set(kept).difference(self._dirty, (info.slot for info in self.client.experts())))
+            idle = len(set(kept).intersection(fitting).difference(self._dirty, loaded))
             left_out = f", {idle} of them by packages that were not loaded at the start" if idle else ""
+            kind = "expert slots" if rank is None else f"slots with room for rank {rank}"
+            more = "a larger --max-experts" if rank is None else "more of them (--slots)"
             raise ChangeConflict(
-                f"All {len(self.client.package_slots)} expert slots are taken{left_out}. Revoke an expert, "
-                "or start the server with a larger --max-experts.",
+                f"All {len(fitting)} {kind} are taken{left_out}. Revoke an expert, or start the server with {more}.",
                 code="slots_full",
             )
         self.mark_dirty(free[0])

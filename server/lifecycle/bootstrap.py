@@ -25,7 +25,7 @@ from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.checkpoint import require_unchanged
 from flexgate.server.engine.frontend.launch import EngineSettings, launch, plan
 from flexgate.server.engine.protocol.clock import Clock
-from flexgate.server.experts.restore import AtStart, at_start
+from flexgate.server.experts.restore import AtStart, at_start, require_ranks
 from flexgate.server.experts.versions import merged_versions, with_packages
 from flexgate.server.inference.limits.interrupted import count_interrupted
 from flexgate.server.ledger.journal import NAME, Journal
@@ -80,6 +80,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
             engine_settings, revoked=before.without, least_slots=before.least_slots, weights_epoch=before.epoch
         )
         planned = plan(engine_settings)
+        require_ranks(before, planned.table.map.rank_of)
         _prepare(settings, store, before, checkpoint.ownership, at=clock())
         count_interrupted(store, ledger, clock)
         with _interruptible():
@@ -251,7 +252,8 @@ def _interruptible() -> Iterator[None]:
 
 def _prepare(settings: Settings, store: Store, start: AtStart, ownership: Ownership, *, at: float) -> None:
     prepare = seed.prepare_demo if settings.demo else seed.prepare
-    prepare(store, start.resident, epoch=start.epoch, at=at, ownership=ownership)
+    public_kept = bool(start.ranks)
+    prepare(store, start.resident, epoch=start.epoch, at=at, ownership=ownership, public_kept=public_kept)
     store.snapshot()  # a policy that cannot be read stops the start here, not once the engine is up
 
 
@@ -275,6 +277,8 @@ def _engine_settings(settings: Settings, model: Path) -> EngineSettings:
     return EngineSettings(
         model=model,
         max_experts=settings.max_experts,
+        free_slots=settings.slot_kinds.full,
+        ranks=settings.slot_kinds.ranks,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

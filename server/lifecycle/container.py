@@ -146,7 +146,8 @@ def _expert_service(
         base=lambda: base_identity(model),
         trusted_keys=keys,
     )
-    free = len(engine.client.package_slots - {info.slot for info in engine.client.experts()})
+    slots = {slot for rank in (None, 1) for slot in engine.client.slots_for(rank)}
+    free = len(slots - {info.slot for info in engine.client.experts()})
     per_owner = settings.max_experts_per_owner or max(1, free // 2)
     pool = SlotPool(engine.client, engine.slots, WeightsRepository(store), places, merged, per_owner=per_owner)
 

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from flexgate.experts.checkpoint.ownership import Ownership
-from flexgate.policies.documents import Expert, Grade, Role
+from flexgate.policies.documents import Expert, Grade, Role, weakest
 from flexgate.policies.errors import ChangeRefused
+from flexgate.policies.ids import PUBLIC
 from flexgate.policies.store import demo
 from flexgate.policies.store.catalogue import ManifestExpert, put_catalogue
 from flexgate.policies.store.store import Store
@@ -32,21 +33,34 @@ class ManifestRefused(Exception):
 
 
 def prepare_demo(
-    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, ownership: Ownership | None = None
+    store: Store,
+    experts: Iterable[Loaded],
+    *,
+    epoch: int,
+    at: float,
+    ownership: Ownership | None = None,
+    public_kept: bool = False,
 ) -> None:
     """Migrate and seed the demo's store."""
     store.migrate()
-    demo.seed(store, _manifest(experts, ownership), epoch=epoch, at=at, held=_held(ownership))
+    demo.seed(store, _manifest(experts, ownership, public_kept), epoch=epoch, at=at, held=_held(ownership))
     _require_required(store.snapshot().experts.values(), store.weights().revoked)
 
 
 def prepare(
-    store: Store, experts: Iterable[Loaded], *, epoch: int, at: float, ownership: Ownership | None = None
+    store: Store,
+    experts: Iterable[Loaded],
+    *,
+    epoch: int,
+    at: float,
+    ownership: Ownership | None = None,
+    public_kept: bool = False,
 ) -> None:
     """Migrate, and add unknown experts without any agreement.
 
     Args:
         ownership: whose the checkpoint's experts are, also of those that are not served; None holds nothing else.
+        public_kept: an added expert of a rank contains the public one, whose exclusion leaves that in place.
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.
@@ -60,7 +74,7 @@ def prepare(
         )
     revoked = store.weights().revoked
     with store.change(actor=_ACTOR, note="start", at=at) as change:
-        put_catalogue(change, _manifest(experts, ownership), epoch=epoch, held=_held(ownership))
+        put_catalogue(change, _manifest(experts, ownership, public_kept), epoch=epoch, held=_held(ownership))
         _require_required(change.all(Expert), revoked)
 
 
@@ -92,11 +106,15 @@ def owner_id(name: str) -> str:
     return id_
 
 
-def _manifest(experts: Iterable[Loaded], ownership: Ownership | None) -> list[ManifestExpert]:
+def _manifest(experts: Iterable[Loaded], ownership: Ownership | None, public_kept: bool) -> list[ManifestExpert]:
     names: dict[str, str] = {}
     empty = {} if ownership is None else ownership.empty_layers
+
+    def grade(expert: Loaded) -> Grade:
+        return weakest(expert.grade, "shared") if public_kept and expert.id == PUBLIC else expert.grade
+
     return [
-        ManifestExpert(e.id, _one_id(e.owner, names), e.domain, e.required, e.grade, empty.get(e.id, frozenset()))
+        ManifestExpert(e.id, _one_id(e.owner, names), e.domain, e.required, grade(e), empty.get(e.id, frozenset()))
         for e in experts
     ]
 

@@ -15,6 +15,7 @@ from flexgate.policies.field_errors import first_field_error
 from flexgate.server.inference.request.limits import Limits
 from flexgate.server.ledger.errors import LedgerFailure
 from flexgate.server.lifecycle.addresses import folder_of, is_loopback, is_origin, is_web, require_database
+from flexgate.server.lifecycle.slot_kinds import SlotKinds, parse_slot_kinds
 
 DEMO_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -118,6 +119,13 @@ class Settings(StoreSettings):
     max_experts: Annotated[
         int | None,
         Field(ge=1, description="Number of expert slots; by default the checkpoint's experts plus two, if they fit."),
+    ] = None
+    slots: Annotated[
+        str | None,
+        Field(
+            description="Free expert slots by kind, such as full=2,r64=8: two full ones, and eight for experts of a "
+            "rank up to 64. Replaces --max-experts; ranks need --moe-kernels flexgate."
+        ),
     ] = None
     experts_dir: Annotated[Path | None, Field(description="Folder of expert packages that can be added by name.")] = (
         None
@@ -318,6 +326,18 @@ class Settings(StoreSettings):
                     f"{origin[:80]!r} is not an origin: give a scheme and a host, such as 'https://app.example.com'"
                 )
         return origins
+
+    @property
+    def slot_kinds(self) -> SlotKinds:
+        """What `slots` asks for."""
+        return SlotKinds() if self.slots is None else parse_slot_kinds(self.slots)
+
+    @model_validator(mode="after")
+    def _slots_fit(self) -> Self:
+        if self.slots is not None and self.max_experts is not None:
+            raise ValueError("--slots and --max-experts both say how many slots there are: leave one of them out")
+        _ = self.slot_kinds
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

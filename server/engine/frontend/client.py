@@ -136,10 +136,9 @@ class GatedEngineClient:
         self.weights_epoch = weights_epoch
         self.gates: dict[tuple[str, ...], tuple[ExpertSlotRef, ...]] = {}  # last, so that it never holds older ones
 
-    @property
-    def package_slots(self) -> frozenset[int]:
-        """The slots that a package fits into, taken ones included."""
-        return self.slot_map.single
+    def slots_for(self, rank: int | None) -> tuple[int, ...]:
+        """As `SlotMap.slots_for`."""
+        return self.slot_map.slots_for(rank)
 
     def begin(self, call: GatedCall) -> None:
         """Register a call; :meth:`end` must follow."""

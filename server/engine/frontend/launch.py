@@ -54,6 +54,8 @@ class EngineSettings:
         enforce_eager: no torch.compile and no CUDA graphs.
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
+        free_slots: full slots beside those of the checkpoint's units, in place of ``max_experts``.
+        ranks: of slots for experts of a rank, which come after all others.
         check_weights: read every tensor once and refuse NaN, infinity and magnitudes over a package's bound.
         revoked: units of the checkpoint that must not be loaded: revoked, or replaced by packages.
         least_slots: slots that experts added earlier take, whatever the default would be.
@@ -72,6 +74,8 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
     moe_kernels: str = "vllm"
+    free_slots: int | None = None
+    ranks: tuple[int, ...] = ()
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     check_weights: bool = True
@@ -95,7 +99,9 @@ class LaunchPlan:
         """Which slot holds which expert at start."""
         experts = self.checkpoint.experts
         without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.revoked]
-        map_ = SlotMap.of_checkpoint(self.checkpoint.ownership.unit_LE, len(experts), self.slots.slots)
+        map_ = SlotMap.of_checkpoint(
+            self.checkpoint.ownership.unit_LE, len(experts), self.slots.slots, self.settings.ranks
+        )
         return SlotTable.at_start(map_, len(experts), without, slot_epoch=self.settings.weights_epoch)
 
 
@@ -129,13 +135,20 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         dtype=dtype,
         kv_bytes=settings.kv_cache_memory_bytes or _default_kv_bytes(checkpoint, settings, dtype),
         available_bytes=_available_bytes(settings),
-        max_experts=settings.max_experts,
+        max_experts=_max_experts(settings, checkpoint),
         least=settings.least_slots,
+        low_ranks=settings.ranks,
         ranks=settings.tensor_parallel_size,
         expert_parallel=settings.enable_expert_parallel,
         prefix_caching=settings.enable_prefix_caching,
     )
     return LaunchPlan(settings, checkpoint, slots, dtype)
+
+
+def _max_experts(settings: EngineSettings, checkpoint: Checkpoint) -> int | None:
+    if settings.free_slots is None:
+        return settings.max_experts
+    return max(settings.least_slots, len(checkpoint.experts) + settings.free_slots)
 
 
 def refuse_missing_kernels(moe_kernels: str) -> None:

@@ -20,6 +20,8 @@ class SlotPlan:
 
     Attributes:
         slots: number of slots: those of the checkpoint's units, and free ones of one expert a layer.
+        ranks: of the slots of experts of a rank, which come in addition.
+        low_rank_bytes: all of those.
         held: experts of a layer that one rank holds; with expert parallelism its share and one of zeros.
         expert_bytes: one expert over all layers, as far as one rank holds it.
         other_bytes: everything that is not an expert (attention, embeddings, norms, head).
@@ -33,11 +35,14 @@ class SlotPlan:
     other_bytes: int
     kv_bytes: int
     attribution_bytes: int
+    low_rank_bytes: int = 0
+    ranks: tuple[int, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Weights, slots and KV cache together."""
-        return self.held * self.expert_bytes + self.other_bytes + self.kv_bytes + self.attribution_bytes
+        experts = self.held * self.expert_bytes + self.low_rank_bytes
+        return experts + self.other_bytes + self.kv_bytes + self.attribution_bytes
 
 
 def plan_slots(
@@ -48,6 +53,7 @@ def plan_slots(
     available_bytes: int,
     max_experts: int | None = None,
     least: int = 0,
+    low_ranks: tuple[int, ...] = (),
     ranks: int = 1,
     expert_parallel: bool = False,
     prefix_caching: bool = True,
@@ -59,6 +65,7 @@ def plan_slots(
         max_experts: slots asked for; by default the checkpoint's units + 2, or as many
             of those as fit.
         least: slots that are taken in any case, by experts added after the checkpoint.
+        low_ranks: the ranks of further slots, for experts of a rank.
         available_bytes: of one rank.
         ranks: tensor-parallel ranks that share every expert.
         expert_parallel: ranks hold whole experts, dealt out in turn, and one of zeros each.
@@ -81,11 +88,15 @@ def plan_slots(
     shared = a.num_experts - units  # experts that the checkpoint has in a layer beyond one of each unit
     positions = kv_bytes // _kv_bytes_of_one_token(checkpoint, dtype, ranks) if prefix_caching else 0
 
+    of_rank_1 = 3 * a.num_hidden_layers * (a.hidden_size + a.intermediate_size) * width
+    low_rank_bytes = sum(low_ranks) * of_rank_1
+
     def with_slots(slots: int) -> SlotPlan:
         held = -(-(slots + shared) // dealing) + reserved
-        return SlotPlan(slots, held, expert_bytes, other_bytes, kv_bytes, positions * ATTRIBUTION_BYTES * (slots + 1))
+        attribution_bytes = positions * ATTRIBUTION_BYTES * (slots + len(low_ranks) + 1)
+        return SlotPlan(slots, held, expert_bytes, other_bytes, kv_bytes, attribution_bytes, low_rank_bytes, low_ranks)
 
-    taken, most = max(units, least), min(MAX_UNITS, MAX_EXPERTS - shared)
+    taken, most = max(units, least), min(MAX_UNITS, MAX_EXPERTS - shared) - len(low_ranks)
     if not checkpoint.kind.packages:
         _refuse_more_slots(checkpoint, max(taken, max_experts or 0))
         most = units
@@ -101,7 +112,8 @@ def plan_slots(
     if plan.total_bytes > available_bytes:
         raise CheckpointError(
             f"{plan.held} experts of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
-            f"+ {human(kv_bytes)} of KV cache + {human(plan.attribution_bytes)} of its attribution "
+            + (f"+ {human(low_rank_bytes)} of slots of a rank " if low_ranks else "")
+            + f"+ {human(kv_bytes)} of KV cache + {human(plan.attribution_bytes)} of its attribution "
             f"= {human(plan.total_bytes)} do not fit into {human(available_bytes)}"
         )
     return plan

@@ -30,7 +30,7 @@ def require_servable(checkpoint: Checkpoint, settings: "EngineSettings", dtype: 
     Raises:
         CheckpointError: naming what does not fit and what would.
     """
-    for requirement in (*EVERYWHERE, *(ON_CPU if on_cpu else ())):
+    for requirement in (*EVERYWHERE, *(ON_CPU if on_cpu else ON_CUDA)):
         if problem := requirement(checkpoint, settings, dtype):
             raise CheckpointError(f"{checkpoint.path} cannot be served: {problem}")
 
@@ -104,5 +104,26 @@ def _kv_cache(checkpoint: Checkpoint, settings: "EngineSettings", dtype: str) ->
     return None
 
 
-EVERYWHERE: tuple[Requirement, ...] = (_grouped_heads, _picks, _ranks, _length, _batch)
+def _low_ranks(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
+    if not settings.ranks:
+        return None
+    a = checkpoint.architecture
+    most = min(a.hidden_size, a.intermediate_size)
+    if not checkpoint.kind.packages:
+        return f"{checkpoint.kind.fields.name} takes no packages that slots of a rank would be for"
+    if wrong := [rank for rank in settings.ranks if not 1 <= rank <= most]:
+        return f"--slots asks for rank {wrong[0]}, and its experts have ranks of 1 to {most}"
+    if settings.moe_kernels != "flexgate":
+        return "slots of a rank need --moe-kernels flexgate: vLLM's kernels compute full experts only"
+    if settings.tensor_parallel_size > 1:
+        return "slots of a rank are computed on one rank: leave --tensor-parallel-size at 1"
+    return None
+
+
+def _no_low_ranks(_checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
+    return "slots of a rank are computed on CPU only" if settings.ranks else None
+
+
+EVERYWHERE: tuple[Requirement, ...] = (_grouped_heads, _picks, _ranks, _length, _batch, _low_ranks)
+ON_CUDA: tuple[Requirement, ...] = (_no_low_ranks,)
 ON_CPU: tuple[Requirement, ...] = (_head_size, _hidden_size, _kv_cache)

@@ -8,12 +8,13 @@ kept ends the start, and the handshake compares what every rank really holds wit
 Legend: E experts of this rank, T tokens, H hidden, F expert intermediate, G = 2F.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexgate.kernels.gated_experts import gated_experts, gated_experts_implementation
+from flexgate.kernels.gated_experts import LowRankExperts, Smaller, gated_experts, gated_experts_implementation
 from flexgate.server.engine.protocol.names import MOE_KERNELS_KEY
 from flexgate.server.engine.seam.engine import (
     CPUUnquantizedExperts,
@@ -28,7 +29,7 @@ from flexgate.server.engine.seam.engine import (
     cpu_prepack_moe_weight,
     get_current_vllm_config,
 )
-from flexgate.server.engine.worker.slot_arrays import Pack, plain
+from flexgate.server.engine.worker.slot_arrays import Pack, low_rank_experts, plain
 
 
 class UnknownLayoutError(RuntimeError):
@@ -36,7 +37,18 @@ class UnknownLayoutError(RuntimeError):
 
 
 class FlexgateExperts(FusedMoEExpertsModular):
-    """flexgate's operator as vLLM's modular experts: plan, products and combine in one call."""
+    """flexgate's operator as vLLM's modular experts: plan, products and combine in one call.
+
+    Attributes:
+        smaller: experts of a rank, whose ids follow those of vLLM's arrays.
+    """
+
+    smaller: Smaller = ()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Take over the factors that the layer holds; the argument is vLLM's."""
+        super().process_weights_after_loading(layer)
+        self.smaller = layer.smaller
 
     @staticmethod
     def activation_format() -> FusedMoEActivationFormat:
@@ -82,7 +94,8 @@ class FlexgateExperts(FusedMoEExpertsModular):
         **_: Any,
     ) -> None:
         """Write the layer's output; the argument names are vLLM's. Ids are this rank's own, see ``RoutedTopK``."""
-        gated_experts(hidden_states, w1, w2, topk_weights.float(), topk_ids.to(torch.int32), out_TH=output)
+        weights_TK, ids_TK = topk_weights.float(), topk_ids.to(torch.int32)
+        gated_experts(hidden_states, w1, w2, weights_TK, ids_TK, smaller=self.smaller, out_TH=output)
 
 
 class FlexgateMethod(UnquantizedFusedMoEMethod):
@@ -103,7 +116,17 @@ class FlexgateMethod(UnquantizedFusedMoEMethod):
 
 
 class FlexgateRoutedExperts(RoutedExperts):
-    """vLLM's holder of expert weights, with our method."""
+    """vLLM's holder of expert weights, with our method.
+
+    Attributes:
+        smaller: experts of a rank, all zero until a package is loaded.
+    """
+
+    smaller: Sequence[LowRankExperts] = ()
+
+    def keep_factors(self, ranks: Sequence[int]) -> None:
+        """Make room for an expert of each of ``ranks``, after vLLM's own."""
+        self.smaller = low_rank_experts(ranks, self.w2_weight)
 
     def _get_quant_method(self, prefix: str, quant_config: Any, moe_config: Any) -> FlexgateMethod:
         if quant_config is not None:

@@ -74,6 +74,17 @@ class GatedLayer:
         """How one expert lies in this layer's arrays."""
         return pack_of(self.experts.routed_experts)
 
+    @property
+    def factors(self) -> list[tuple[torch.Tensor, ...]]:
+        """The factors of each expert of a rank, in the order of the experts; see `LowRankExperts`."""
+        groups = getattr(self.experts.routed_experts, "smaller", ())
+        return [one for group in groups for one in zip(*group.tensors, strict=True)]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of the experts that this layer has room for after the full ones."""
+        return [down_HR.shape[1] for *_, down_HR in self.factors]
+
     def slot_arrays(self) -> SlotArrays:
         """This rank's part of every expert, to write slots into; raises `UnknownLayoutError`."""
         held = self.experts.routed_experts
@@ -86,6 +97,7 @@ class GatedLayer:
             unit_E=bytes(self.unit_E.tolist()),
             local=held._map_global_expert_id_to_local_expert_id,
             pack=self.pack,
+            factors=self.factors,
             shards=parallel.tp_size,
             shard=parallel.tp_rank,
         )

@@ -203,16 +203,20 @@ class LayerBuilder:
             raise UntriedLayerError(
                 f"{prefix}: flexgate has not been tried with {untried or 'experts without a router'}"
             )
+        ranks = self._gates.table.map.ranks
+        full = gate.num_experts - len(ranks)
         router = RoutedTopK(self._top_k, gate.num_experts + self._reserved)
         experts = FusedMoEFactory(
             **{name: value for name, value in asked.items() if name in PASSED_ON},
             prefix=prefix,
-            num_experts=gate.num_experts + self._reserved,
+            num_experts=full + self._reserved,
             top_k=self._top_k,
             router=router,
             num_expert_group=max(2, self._ranks),  # vLLM deals out experts of a grouped model only
             routed_experts_cls=chosen_routed_experts(),
         )
+        if ranks:
+            experts.routed_experts.keep_factors(ranks)
         if self._reserved:
             local_of_E = experts.routed_experts.expert_map.long()
             zero_slot = int(local_of_E[gate.num_experts :].max())

@@ -3,8 +3,10 @@
 Nothing here knows vLLM, so that the same code runs in a worker and in a fault test. What a
 kernel wants an expert to look like is the ``pack`` of its arrays; everything else is copying.
 
-Legend: E experts of the layer, L experts that this rank holds, H hidden, F expert intermediate of the whole
-expert, P the same of this rank's shard with the kernel's padding, G = 2P.
+Experts of a rank come last. They hold factors, padded with zeros to the rank that there is room for.
+
+Legend: E experts of the layer, L experts that this process holds, H hidden, F expert intermediate of the whole
+expert, P the same of this process's shard with the kernel's padding, G = 2P; R rank of a slot, Q = 2R.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flexgate.experts.package.weights import ExpertLayer
+from flexgate.experts.package.weights import ExpertLayer, LowRankLayer
+from flexgate.kernels.gated_experts import LowRankExperts
 
 
 class ReadBackError(RuntimeError):
@@ -36,6 +41,22 @@ def plain(w13_GH: Tensor, w2_HP: Tensor) -> tuple[Tensor, Tensor]:
     return w13_GH, w2_HP
 
 
+def low_rank_experts(ranks: Sequence[int], w2_EHF: Tensor) -> tuple[LowRankExperts, ...]:
+    """Zeros for experts of ``ranks``, as of a layer with these full ones; neighbours of one rank share arrays."""
+    _, hidden, intermediate = w2_EHF.shape
+    groups = []
+    for rank, run in groupby(ranks):
+        slots = len(list(run))
+        shapes = (
+            (slots, 2 * rank, hidden),
+            (slots, 2 * intermediate, rank),
+            (slots, rank, intermediate),
+            (slots, hidden, rank),
+        )
+        groups.append(LowRankExperts(*(w2_EHF.new_zeros(shape) for shape in shapes)))
+    return tuple(groups)
+
+
 @dataclass(frozen=True, slots=True)
 class SlotArrays:
     """One layer's experts on one rank, and the slot that each belongs to.
@@ -47,6 +68,7 @@ class SlotArrays:
         local: expert → index into the packed arrays, or -1 where another rank holds the expert.
         shards, shard: into how many parts an expert's intermediate size is cut, and which is here.
         pack: the kernel's layout.
+        factors: of each of the last experts, which have a rank: [Q, H], [G, R], [R, F] and [H, R].
     """
 
     unit_E: bytes
@@ -56,6 +78,7 @@ class SlotArrays:
     w2_LHP: Tensor
     local: Callable[[int], int]
     pack: Pack = plain
+    factors: Sequence[tuple[Tensor, ...]] = ()
     shards: int = 1
     shard: int = 0
 
@@ -66,13 +89,24 @@ class SlotArrays:
             raise SlotShapeError(f"slot {slot} has {len(experts)} experts in a layer; a package has one")
         return experts[0]
 
-    def write(self, slot: int, expert: ExpertLayer) -> None:
+    def require_size(self, slot: int, rank: int | None) -> None:
+        """Refuse an expert of a rank (None: a full one) that ``slot`` has no room for; raises `SlotShapeError`."""
+        factors = self._factors(self.only_expert(slot))
+        room = None if factors is None else factors[-1].shape[1]
+        if (rank is None) != (room is None):
+            held, given = ("full" if value is None else f"of rank {value}" for value in (room, rank))
+            raise SlotShapeError(f"slot {slot} is {held}; the expert is {given}")
+        if rank is not None and room is not None and rank > room:
+            raise SlotShapeError(f"slot {slot} has room for rank {room}; the expert is of rank {rank}")
+
+    def write(self, slot: int, expert: ExpertLayer | LowRankLayer) -> None:
         """Copy ``expert`` into ``slot`` and read it back.
 
         Raises:
-            SlotShapeError: the slot has not one expert in this layer; nothing was written.
+            SlotShapeError: the slot has not one expert of this size in this layer; nothing was written.
             ReadBackError: the slot does not hold what was written, bit for bit.
         """
+        self.require_size(slot, expert.rank if isinstance(expert, LowRankLayer) else None)
         index = self.only_expert(slot)
         for part, value in zip(self._parts(index), self._resident(index, expert), strict=True):
             part.copy_(value)
@@ -104,17 +138,28 @@ class SlotArrays:
         parts = []
         for expert in experts:
             parts += [self.router_EH[expert], self.bias_E[expert : expert + 1]]
-            index = self.local(expert)
-            if index >= 0:
+            factors = self._factors(expert)
+            if factors is not None:
+                parts += factors
+            elif (index := self.local(expert)) >= 0:
                 parts += [self.w13_LGH[index], self.w2_LHP[index]]
         return parts
 
-    def _resident(self, index: int, expert: ExpertLayer) -> Sequence[Tensor]:
+    def _factors(self, expert: int) -> tuple[Tensor, ...] | None:
+        """Where an expert of a rank lies; None for a full one."""
+        place = expert - (len(self.unit_E) - len(self.factors))
+        return self.factors[place] if place >= 0 else None
+
+    def _resident(self, index: int, expert: ExpertLayer | LowRankLayer) -> Sequence[Tensor]:
         """``expert`` as :meth:`_parts` should hold it; the bias can only lower a logit."""
         bias = self.bias_E.new_zeros(1)
         if expert.router_bias is not None:
             bias.copy_(expert.router_bias.clamp(max=0))
         shared = [expert.router_row_H.to(self.router_EH), bias]
+        factors = self._factors(index)
+        if factors is not None and isinstance(expert, LowRankLayer):
+            return [*shared, *(value.to(factors[0]) for value in _padded(expert, factors[-1].shape[1]))]
+        assert isinstance(expert, ExpertLayer)
         if self.local(index) < 0:
             return shared
         w13_GH, w2_HP = torch.zeros_like(self.w13_LGH[0]), torch.zeros_like(self.w2_LHP[0])
@@ -125,6 +170,14 @@ class SlotArrays:
         shard = expert.down_proj_HF.chunk(self.shards, 1)[self.shard]
         w2_HP[:, : shard.shape[1]].copy_(shard)
         return [*shared, *self.pack(w13_GH, w2_HP)]
+
+
+def _padded(expert: LowRankLayer, rank: int) -> tuple[Tensor, ...]:
+    """The factors as a slot of ``rank`` holds them; a product with zeros adds nothing."""
+    missing = rank - expert.rank
+    a = [pad(one.a_RI, (0, 0, 0, missing)) for one in expert.factors]
+    b = [pad(one.b_OR, (0, missing)) for one in expert.factors]
+    return torch.cat(a[:2]), torch.cat(b[:2]), a[2], b[2]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

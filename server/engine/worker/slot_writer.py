@@ -89,10 +89,12 @@ class SlotWriter:
         with open_weights(ticket) as weights:
             if weights.layers != len(self.layers):
                 raise SlotWriteError(f"the expert has {weights.layers} layers, the model {len(self.layers)}")
+            rank = ticket.size.rank
             for layer in self.layers:
-                layer.only_expert(report["slot"])  # before the first is written
+                layer.require_size(report["slot"], rank)  # before the first is written
             for number, layer in enumerate(self.layers):
-                layer.write(report["slot"], weights.layer(number))
+                expert = weights.layer(number) if rank is None else weights.low_rank_layer(number)
+                layer.write(report["slot"], expert)
                 report["done"] += 1
 
     def _clear(self, report: TaskReport) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from packagekit import statement
-from slotkit.local import LAYERS, Local, local, package, zeros
+from slotkit.local import CHECKPOINT, LAYERS, MAP, MERGED, Local, local, package, zeros
 
 from flexgate.experts.checkpoint.base import base_identity
+from flexgate.experts.checkpoint.ownership import Ownership, Unit
 from flexgate.experts.package.signature import TrustedKeys
 from flexgate.experts.package.size import ExpertSize
 from flexgate.experts.package.verify import open_package
@@ -18,8 +19,12 @@ from flexgate.experts.package.write import write_package
 from flexgate.policies.documents import Expert
 from flexgate.policies.store.store import Store
 from flexgate.server.engine.frontend.canary import CanaryError, CanaryNotScheduled
+from flexgate.server.engine.protocol.slots import SlotMap
+from flexgate.server.experts.errors import PackageRefused
 from flexgate.server.experts.repository import Added
+from flexgate.server.experts.restore import at_start, require_ranks
 from flexgate.server.experts.uploads import FREE_BYTES
+from flexgate.server.lifecycle.seed import prepare
 
 pytestmark = pytest.mark.asyncio
 
@@ -116,20 +121,93 @@ async def test_a_narrow_expert_is_loaded_as_the_full_one_that_a_merge_makes_of_i
     assert again.slots.digests(added.result["slot"]) == added.result["digests"]
 
 
-async def test_an_expert_of_a_rank_is_refused_in_a_sentence_and_nothing_is_left(
+async def test_an_expert_of_a_rank_takes_the_smallest_slot_that_has_room_and_comes_back(
+    here: Local, store: Store, tmp_path: Path, anchor: Path
+) -> None:
+    small = await here.add(package(tmp_path, anchor, "small", size=ExpertSize(rank=1)))
+    large = await here.add(package(tmp_path, anchor, "large", size=ExpertSize(rank=3)))
+    full = await here.add(package(tmp_path, anchor, "full"))
+    assert [job.result["slot"] for job in (small, large, full)] == [6, 5, 2]
+    assert here.client.published[-1] == ("public", "news", "full", "large", "small")
+    before = at_start(store, CHECKPOINT, MERGED)
+    assert (before.least_slots, before.ranks) == (3, {"small": (6, 1), "large": (5, 3)})
+    require_ranks(before, MAP.rank_of)
+    again = local(store, anchor, tmp_path, epoch=4)
+    await again.service.restore(lambda *_: None)
+    for job in (small, large, full):
+        assert again.slots.digests(job.result["slot"]) == job.result["digests"]
+    await here.service.revoke("large", actor="key_admin")
+    assert not any(bool(part.any()) for rank in here.slots.ranks for layer in rank.layers for part in layer._parts(5))
+
+
+async def test_while_an_expert_of_a_rank_is_served_the_public_one_is_graded_shared(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
-    job = await here.add(package(tmp_path, anchor, size=ExpertSize(rank=3)))
+    """Excluding the public expert leaves it in what is added to it; the expert's own exclusion is whole."""
+    with here.store.change(actor="start", at=9.0) as change:
+        public = change.get(Expert, "public")
+        assert public is not None
+        change.put(public.model_copy(update={"grade": "removed"}))
+    await here.add(package(tmp_path, anchor))
+    assert here.store.snapshot().experts["public"].grade == "removed"  # type: ignore[index]
+    await here.add(package(tmp_path, anchor, "low", size=ExpertSize(rank=3)))
+    experts = here.store.snapshot().experts
+    assert (experts["public"].grade, experts["low"].grade) == ("shared", "removed")  # type: ignore[index]
+
+
+async def test_a_start_grades_the_public_expert_by_what_contains_it(
+    here: Local, store: Store, tmp_path: Path, anchor: Path
+) -> None:
+    units = (Unit("public", None, "", grade="removed"), Unit("news", "gazette", "news", grade="removed"))
+    ownership = Ownership(units, (b"\0\1",))
+    await here.add(package(tmp_path, anchor, "low", size=ExpertSize(rank=3)))
+    before = at_start(store, units, MERGED)
+    for kept, grade in ((True, "shared"), (False, "removed")):
+        prepare(store, units, epoch=before.epoch, at=9.0, ownership=ownership, public_kept=kept)
+        assert store.snapshot().experts["public"].grade == grade  # type: ignore[index]
+
+
+async def test_slots_that_lost_their_room_stop_the_start_in_a_sentence(
+    here: Local, store: Store, tmp_path: Path, anchor: Path
+) -> None:
+    await here.add(package(tmp_path, anchor, "low", size=ExpertSize(rank=3)))
+    before = at_start(store, CHECKPOINT, MERGED)
+    for kinds in ((), (2, 2), (2,)):
+        map_ = SlotMap.of_checkpoint((b"\0\1",), 2, 5, kinds)
+        with pytest.raises(
+            PackageRefused, match="'low' of rank 3 has slot 5, which has no room for it now: start with"
+        ):
+            require_ranks(before, map_.rank_of)
+
+
+@pytest.mark.parametrize("rank", [5, 12])
+async def test_a_rank_that_no_slot_has_room_for_is_refused_in_a_sentence_and_nothing_is_left(
+    here: Local, tmp_path: Path, anchor: Path, rank: int
+) -> None:
+    job = await here.add(package(tmp_path, anchor, size=ExpertSize(rank=rank)))
     assert (job.state, job.error) == (
         "failed",
         {
             "code": "package_refused",
-            "message": "Expert 'math' is of rank 3, and a running server takes experts of whole FFNs only. Merge it "
-            "with 'flexgate experts merge', which adds it to the public expert, and serve that model.",
+            "message": f"No slot has room for an expert of rank {rank}. Start the server with --slots r{rank}=1 and "
+            "--moe-kernels flexgate, or merge the package with 'flexgate experts merge' and serve that model.",
         },
     )
     assert "math" not in here.store.snapshot().experts
     assert not list((tmp_path / "experts").iterdir())
+
+
+async def test_experts_of_a_rank_never_take_full_slots_and_say_which_are_taken(
+    here: Local, tmp_path: Path, anchor: Path
+) -> None:
+    for name in ("one", "two"):
+        assert (await here.add(package(tmp_path, anchor, name, size=ExpertSize(rank=2)))).state == "succeeded"
+    job = await here.add(package(tmp_path, anchor, "three", size=ExpertSize(rank=1)))
+    assert (job.error["code"], job.error["message"]) == (
+        "slots_full",
+        "All 2 slots with room for rank 1 are taken. Revoke an expert, or start the server with more of them "
+        "(--slots).",
+    )
 
 
 async def test_a_newer_version_replaces_the_former_whose_slot_is_zeroed(

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +29,18 @@ def test_the_demo_names_its_keys_and_a_request_that_can_be_typed() -> None:
     assert f"Authorization: Bearer {DEMO_KEYS[0]}" in options
 
 
-def shown(terminal: bool, *, model: Path = Path("/models/olmo"), owner: str | None = "gazette", **more: Any) -> str:
+PLAN = SlotPlan(7, 7, expert_bytes=787_500, other_bytes=0, kv_bytes=1 << 30, attribution_bytes=33_600_000)
+
+
+def shown(
+    terminal: bool,
+    *,
+    model: Path = Path("/models/olmo"),
+    owner: str | None = "gazette",
+    slots: SlotPlan = PLAN,
+    **more: Any,
+) -> str:
     """What a start prints, on a terminal or elsewhere, 80 columns wide."""
-    slots = SlotPlan(7, 7, expert_bytes=787_500, other_bytes=0, kv_bytes=1 << 30, attribution_bytes=33_600_000)
     checkpoint = SimpleNamespace(path=model, architecture=SimpleNamespace(num_hidden_layers=4))
     experts = [SimpleNamespace(id=f"expert-{number}", owner=owner) for number in range(9)]
     client = SimpleNamespace(experts=lambda: experts, kernels="vllm")
@@ -46,6 +56,12 @@ def shown(terminal: bool, *, model: Path = Path("/models/olmo"), owner: str | No
     file: Any = console.file
     text: str = file.getvalue()
     return text
+
+
+def test_slots_of_a_rank_are_shown_with_what_they_take() -> None:
+    lines = shown(False, slots=replace(PLAN, low_rank_bytes=70_000, ranks=(64, 8, 64))).splitlines()
+    memory = "7 of 787.5 kB = 5.5 MB and 1 of rank 8, 2 of rank 64 = 70.0 kB, KV cache 1.1 GB, "
+    assert f"slots    10, on each rank {memory}its attribution 33.6 MB, in all 1.1 GB" in lines
 
 
 def test_where_there_is_no_terminal_every_line_is_whole() -> None:

@@ -56,6 +56,8 @@ def test_variables_set_and_options_win(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": MODEL, "port": 70000}, "--port must be at most 65535"),
         ({"model": MODEL, "dtype": "float16"}, "--dtype must be 'auto', 'bfloat16' or 'float32'"),
         ({"model": MODEL, "moe_kernels": "auto"}, "--moe-kernels must be 'flexgate' or 'vllm'"),
+        ({"model": MODEL, "slots": "r8=1", "max_experts": 4}, "--slots and --max-experts both say how many slots"),
+        ({"model": MODEL, "slots": "r0=1"}, "'r0=1' is not a kind and a number, as in full=2,r64=8"),
         ({"model": MODEL, "max_logprobs": 21}, "--max-logprobs must be at most 20"),
         ({"model": MODEL, "chat_template": "/no/such.jinja"}, "--chat-template: /no/such.jinja is not a file"),
         ({"model": MODEL, "chat_template": "{% if %}" * 99}, "--chat-template: {% if %}{% if %}"),

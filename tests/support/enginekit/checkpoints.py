@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, FlexOlmoConfig, FlexO
 
 from flexgate.experts.package.extract import extract_expert
 from flexgate.experts.package.manifest import Statement, Training
+from flexgate.experts.package.size import FULL, ExpertSize
 from flexgate.experts.package.verify import open_package
 from flexgate.experts.package.weights import WeightsTicket
 
@@ -149,9 +150,9 @@ def add_router_bias(source: Path, target: Path, bias_LE: torch.Tensor) -> Path:
     return target
 
 
-def expert_ticket(checkpoint: Path, index: int, directory: Path) -> WeightsTicket:
-    """Expert ``index`` of a checkpoint as a package, taken in and ready to be loaded."""
+def expert_ticket(checkpoint: Path, index: int, directory: Path, size: ExpertSize = FULL) -> WeightsTicket:
+    """Expert ``index`` of a checkpoint as a package of a size, taken in and ready to be loaded."""
     statement = Statement(id="added", owner="acme", domain="random", training=Training(data="random", router="own"))
-    extract_expert(checkpoint, str(index), directory / "package", statement=statement)
+    extract_expert(checkpoint, str(index), directory / "package", statement=statement, size=size)
     with open_package(directory / "package", base=None, trusted_keys=None, into=directory / "copy") as package:
         return package.ticket

@@ -67,12 +67,7 @@ def restore_slots(worker: Any) -> None:
 
 def _parts(worker: Any, slots: list[int], *, weights_only: bool) -> Iterator[Any]:
     for layer in worker.model_runner.get_model().moe_layers():
-        experts = layer.experts.routed_experts
+        arrays = layer.slot_arrays()
         for expert in [expert for expert, unit in enumerate(layer.unit_E.tolist()) if unit in slots]:
-            if not weights_only:
-                yield layer.gate.weight.data[expert]
-                yield layer.gate.bias.data[expert : expert + 1]
-            local = experts.expert_map_manager.map_global_to_local(expert)
-            if local >= 0:
-                yield experts.w13_weight.data[local]
-                yield experts.w2_weight.data[local]
+            router_row, bias, *weights = arrays._parts(expert)
+            yield from weights if weights_only else (router_row, bias, *weights)

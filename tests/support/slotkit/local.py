@@ -27,14 +27,16 @@ from flexgate.server.engine.frontend.calls import ExpertInfo, ExpertSlotRef, Gat
 from flexgate.server.engine.frontend.slot_control import Closed, SlotTaskFailed
 from flexgate.server.engine.protocol.slot_tasks import from_wire, to_wire
 from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
-from flexgate.server.engine.worker.slot_arrays import SlotArrays
+from flexgate.server.engine.worker.slot_arrays import SlotArrays, low_rank_experts
 from flexgate.server.engine.worker.slot_writer import SlotWriter
 from flexgate.server.experts.repository import WeightsRepository
 from flexgate.server.experts.service import ExpertService
 from flexgate.server.experts.slot_pool import Places, Progress, SlotPool
 
 SLOTS = 5
+RANKS = (4, 2)  # of two more slots
 LAYERS = ONE.num_hidden_layers
+MAP = SlotMap.of_checkpoint((b"\0\1",) * LAYERS, 2, SLOTS, RANKS)
 PUBLIC = ExpertInfo("public", "public", "", 0, 1, True)
 NEWS = ExpertInfo("news", "gazette", "news", 1, 1, True)
 CHECKPOINT = (ManifestExpert("public", "public", ""), ManifestExpert("news", "gazette", "news"))
@@ -46,10 +48,14 @@ def rank_writer(shard: int, shards: int) -> SlotWriter:
     hidden, inner = ONE.hidden_size, ONE.intermediate_size // shards
     layers = []
     for _ in range(LAYERS):
-        arrays = [torch.zeros(SLOTS, *shape) for shape in ((hidden,), (), (2 * inner, hidden), (hidden, inner))]
+        routers = [torch.zeros(MAP.total, *shape) for shape in ((hidden,), ())]
+        arrays = [*routers, *(torch.zeros(SLOTS, *shape) for shape in ((2 * inner, hidden), (hidden, inner)))]
         for array in arrays:
             array[:2] = 1.0
-        layers.append(SlotArrays(bytes(range(SLOTS)), *arrays, local=lambda slot: slot, shards=shards, shard=shard))
+        groups = low_rank_experts(RANKS, torch.zeros(1, hidden, ONE.intermediate_size))
+        factors = [one for group in groups for one in zip(*group.tensors, strict=True)]
+        (unit_E,) = {*MAP.unit_LE}
+        layers.append(SlotArrays(unit_E, *arrays, local=lambda slot: slot, factors=factors, shards=shards, shard=shard))
     return SlotWriter(layers)
 
 
@@ -116,7 +122,7 @@ class LocalClient:
     """What `GatedEngineClient` is to the service."""
 
     def __init__(self, experts: tuple[ExpertInfo, ...], epoch: int = 1) -> None:
-        self.package_slots = frozenset(range(SLOTS))
+        self.slots_for = MAP.slots_for
         self.published: list[tuple[str, ...]] = []
         self.publish(experts, epoch)
         self.open: list[GatedCall] = []
@@ -173,7 +179,7 @@ def local(
 ) -> Local:
     """A served model of `public` and `news`, and three free slots."""
     experts = tuple(replace(info, slot_epoch=epoch) for info in (PUBLIC, NEWS) if info.id not in without)
-    table = SlotTable(SlotMap(SLOTS, (bytes(range(SLOTS)),) * LAYERS), {info.slot: epoch for info in experts})
+    table = SlotTable(MAP, {info.slot: epoch for info in experts})
     slots = LocalSlots(table, [rank_writer(shard, ranks) for shard in range(ranks)])
     if "news" in without:
         for rank in slots.ranks:

@@ -165,6 +165,31 @@ def test_a_map_of_slots_knows_which_fit_a_package() -> None:
     assert [map_.covers(mask) for mask in (0b1, 0b1000, 0b1100, 0b10000)] == [True, False, True, True]
 
 
+def test_slots_of_a_rank_come_last_and_take_no_full_package() -> None:
+    map_ = SlotMap.of_checkpoint([b"\0\1\1\2", b"", b"\2\1\1\0"], 3, 4, (8, 64, 8))
+    assert map_.moe_layers == (b"\0\1\1\2\3\4\5\6", b"\2\1\1\0\3\4\5\6")
+    assert [map_.rank_of(slot) for slot in range(8)] == [None] * 4 + [8, 64, 8, None]
+    assert map_.slots_for(None) == (0, 2, 3)
+    assert [map_.slots_for(rank) for rank in (1, 8, 9, 64, 65)] == [(4, 6, 5), (4, 6, 5), (5,), (5,), ()]
+    table = SlotTable.at_start(map_, 3)
+    assert SlotTable.from_config(json.loads(json.dumps(table.to_config()))) == table
+
+
+@pytest.mark.parametrize(
+    ("unit_E", "ranks", "said"),
+    [
+        (b"\0\1", (0,), "ranks of 1 or more"),
+        (b"\0\1", (8, 8), "come after full ones"),
+        (b"\1\0", (8,), "after those of all full slots"),
+        (b"\1\0\1", (8,), "one expert in every layer"),
+        (b"\0\0", (8,), "one expert in every layer"),
+    ],
+)
+def test_slots_of_a_rank_that_cannot_be_are_refused(unit_E: bytes, ranks: tuple[int, ...], said: str) -> None:
+    with pytest.raises(SlotError, match=said):
+        SlotMap(2, (unit_E,), ranks)
+
+
 def test_a_layer_without_experts_has_no_slot_and_needs_none() -> None:
     map_ = SlotMap.of_checkpoint([b"", b"\0\1\1", b"", b"\1\0\1"], 2, 2)
     assert (map_.unit_LE, map_.moe_layers) == ((b"", b"\0\1\1", b"", b"\1\0\1"), (b"\0\1\1", b"\1\0\1"))
