@@ -2,7 +2,7 @@
 
 Of full experts nothing is computed: every byte of the result is a byte of a part (FlexOlmo, section 3.3), so experts
 that are extracted again are the packages they were, and the order of the packages only permutes indices. A checkpoint
-has experts of one width, so narrow experts and those of a rank are written in it (see ``materialise``).
+has experts of one width, so narrow experts and low-rank ones are written in it (see ``materialise``).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Record:
 def model_manifest(records: Sequence[Record], base_digest: str | None, public: dict[str, Any]) -> dict[str, Any]:
     """The content of ``flexgate.json``: the anchor's entry, then ``records`` in the order of their indices.
 
-    What excludes the anchor leaves it in experts of a rank, which are sums with it: its grade is then ``shared``.
+    What excludes the anchor leaves it in low-rank experts, which are sums with it: its grade is then ``shared``.
     """
     routers = {record.manifest.training.router for record in records}
     if any(record.manifest.rank is not None for record in records):

@@ -87,7 +87,7 @@ def check_arguments(
     for group in smaller:
         _check_smaller(group, x_TH, intermediate)
     if slots == 0 and any(isinstance(group, LowRankExperts) for group in smaller):
-        raise KernelArgumentError("w13_EGH must have slot 0, the public expert that experts of a rank are added to")
+        raise KernelArgumentError("w13_EGH must have slot 0, the public expert that low-rank experts are added to")
 
 
 def _check_smaller(group: NarrowExperts | LowRankExperts, x_TH: Tensor, intermediate: int) -> None:

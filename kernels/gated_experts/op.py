@@ -55,7 +55,7 @@ def gated_experts(
         _OPERATOR(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK, out_TH)
         return out_TH
     if x_TH.device.type == "cuda":
-        raise KernelUnavailableError("experts of a rank or a width are computed on CPU alone")
+        raise KernelUnavailableError("low-rank experts or a width are computed on CPU alone")
     parts = [tensor for group in smaller for tensor in group.tensors]
     counts = [len(group.tensors) for group in smaller]
     _OPERATOR_OF_SIZES(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK, parts, counts, out_TH)

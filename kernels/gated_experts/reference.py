@@ -28,13 +28,13 @@ def gated_experts_reference(
         out[t]  = round( Σ_e weights(t, e) · down_e(h(t, e)) )  fp32, a left fold in slot order from 0
 
     where gate_e, up_e and down_e multiply with w13[e, :F], w13[e, F:] and w2[e]; for a narrow expert with its own
-    matrices likewise; and for an expert of a rank, with factors A and B of each projection,
+    matrices likewise; and for a low-rank expert, with factors A and B of each projection,
 
         gate_e(x) = gate_0(x) + B · (A · x)                     products and sum in fp32, nothing rounded between
 
     x_TH, w13_EGH, w2_EHF and all of `smaller`: one floating dtype; weights_TK fp32; ids_TK int32. Returns out_TH in the
     dtype of x. A token without a real pick gets zeros. A slot that no real pick names is not read, except slot 0
-    where one names an expert of a rank.
+    where one names a low-rank expert.
     """
     check_arguments(x_TH, w13_EGH, w2_EHF, weights_TK, ids_TK, smaller)
     out_TH = torch.zeros_like(x_TH, dtype=torch.float32)

@@ -25,7 +25,7 @@ class AtStart:
         least_slots: slots that added experts need.
         epoch: the newest weights epoch.
         resident: what will be served, in slot order.
-        ranks: slot and rank of each expert of a rank that is added again.
+        ranks: slot and rank of each low-rank expert that is added again.
         set_aside: packages that were added and are not loaded, since the checkpoint holds a newer version; a
             sentence each.
     """

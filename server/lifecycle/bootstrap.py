@@ -278,7 +278,7 @@ def _engine_settings(settings: Settings, model: Path) -> EngineSettings:
         model=model,
         max_experts=settings.max_experts,
         free_slots=settings.slot_kinds.full,
-        ranks=settings.slot_kinds.ranks,
+        low_ranks=settings.slot_kinds.ranks,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

@@ -107,8 +107,8 @@ def summary(started: Started) -> list[tuple[str, str]]:
     planned, client = started.plan, started.client
     slots, a = planned.slots, planned.checkpoint.architecture
     held = f"{slots.held} of {human(slots.expert_bytes)} = {human(slots.held * slots.expert_bytes)}"
-    if slots.ranks:
-        rooms = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(slots.ranks).items()))
+    if slots.low_ranks:
+        rooms = ", ".join(f"{count} of rank {rank}" for rank, count in sorted(Counter(slots.low_ranks).items()))
         held += f" and {rooms} = {human(slots.low_rank_bytes)}"
     cache = f"KV cache {human(slots.kv_bytes)}, its attribution {human(slots.attribution_bytes)}"
     memory = f"on each rank {held}, {cache}, in all {human(slots.total_bytes)}"
@@ -116,7 +116,7 @@ def summary(started: Started) -> list[tuple[str, str]]:
         ("model", f"{shortened(planned.checkpoint.path)} ({a.num_hidden_layers} layers, {planned.dtype})"),
         ("experts", ", ".join(f"{e.id} ({e.owner or 'no owner'})" for e in client.experts())),
         *(("set aside", sentence) for sentence in started.set_aside),
-        ("slots", f"{slots.slots + len(slots.ranks)}, {memory}"),
+        ("slots", f"{slots.slots + len(slots.low_ranks)}, {memory}"),
         ("kernels", client.kernels),
         ("address", started.address),
         *([] if started.admin_address is None else [("administration", started.admin_address)]),

@@ -60,7 +60,7 @@ def prepare(
 
     Args:
         ownership: whose the checkpoint's experts are, also of those that are not served; None holds nothing else.
-        public_kept: an added expert of a rank contains the public one, whose exclusion leaves that in place.
+        public_kept: an added low-rank expert contains the public one, whose exclusion leaves that in place.
 
     Raises:
         DemoKeysFound: before anything is changed but the schema.

@@ -17,7 +17,7 @@ class SlotKinds:
 
     Attributes:
         full: full slots beside the checkpoint's experts; None where `--slots` is not given.
-        ranks: of each slot for an expert of a rank, in the order in which they were named.
+        ranks: of each slot for a low-rank expert, in the order in which they were named.
     """
 
     full: int | None = None

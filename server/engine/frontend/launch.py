@@ -55,7 +55,7 @@ class EngineSettings:
         enable_expert_parallel: deal whole experts out to the tensor-parallel ranks.
         moe_kernels: ``vllm`` or ``flexgate``; what computes the experts.
         free_slots: full slots beside those of the checkpoint's units, in place of ``max_experts``.
-        ranks: of slots for experts of a rank, which come after all others.
+        low_ranks: of slots for low-rank experts, which come after all others.
         check_weights: read every tensor once and refuse NaN, infinity and magnitudes over a package's bound.
         revoked: units of the checkpoint that must not be loaded: revoked, or replaced by packages.
         least_slots: slots that experts added earlier take, whatever the default would be.
@@ -75,7 +75,7 @@ class EngineSettings:
     enable_expert_parallel: bool = False
     moe_kernels: str = "vllm"
     free_slots: int | None = None
-    ranks: tuple[int, ...] = ()
+    low_ranks: tuple[int, ...] = ()
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     check_weights: bool = True
@@ -100,7 +100,7 @@ class LaunchPlan:
         experts = self.checkpoint.experts
         without = [slot for slot, expert in enumerate(experts) if expert.id in self.settings.revoked]
         map_ = SlotMap.of_checkpoint(
-            self.checkpoint.ownership.unit_LE, len(experts), self.slots.slots, self.settings.ranks
+            self.checkpoint.ownership.unit_LE, len(experts), self.slots.slots, self.settings.low_ranks
         )
         return SlotTable.at_start(map_, len(experts), without, slot_epoch=self.settings.weights_epoch)
 
@@ -137,7 +137,7 @@ def plan(settings: EngineSettings) -> LaunchPlan:
         available_bytes=_available_bytes(settings),
         max_experts=_max_experts(settings, checkpoint),
         least=settings.least_slots,
-        low_ranks=settings.ranks,
+        low_ranks=settings.low_ranks,
         ranks=settings.tensor_parallel_size,
         expert_parallel=settings.enable_expert_parallel,
         prefix_caching=settings.enable_prefix_caching,

@@ -20,7 +20,7 @@ class SlotPlan:
 
     Attributes:
         slots: number of slots: those of the checkpoint's units, and free ones of one expert a layer.
-        ranks: of the slots of experts of a rank, which come in addition.
+        low_ranks: of the low-rank slots, which come in addition.
         low_rank_bytes: all of those.
         held: experts of a layer that one rank holds; with expert parallelism its share and one of zeros.
         expert_bytes: one expert over all layers, as far as one rank holds it.
@@ -36,7 +36,7 @@ class SlotPlan:
     kv_bytes: int
     attribution_bytes: int
     low_rank_bytes: int = 0
-    ranks: tuple[int, ...] = ()
+    low_ranks: tuple[int, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -65,7 +65,7 @@ def plan_slots(
         max_experts: slots asked for; by default the checkpoint's units + 2, or as many
             of those as fit.
         least: slots that are taken in any case, by experts added after the checkpoint.
-        low_ranks: the ranks of further slots, for experts of a rank.
+        low_ranks: the ranks of further slots, for low-rank experts.
         available_bytes: of one rank.
         ranks: tensor-parallel ranks that share every expert.
         expert_parallel: ranks hold whole experts, dealt out in turn, and one of zeros each.
@@ -112,7 +112,7 @@ def plan_slots(
     if plan.total_bytes > available_bytes:
         raise CheckpointError(
             f"{plan.held} experts of {human(expert_bytes)} + {human(other_bytes)} of shared weights "
-            + (f"+ {human(low_rank_bytes)} of slots of a rank " if low_ranks else "")
+            + (f"+ {human(low_rank_bytes)} of low-rank slots " if low_ranks else "")
             + f"+ {human(kv_bytes)} of KV cache + {human(plan.attribution_bytes)} of its attribution "
             f"= {human(plan.total_bytes)} do not fit into {human(available_bytes)}"
         )

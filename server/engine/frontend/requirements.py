@@ -105,23 +105,23 @@ def _kv_cache(checkpoint: Checkpoint, settings: "EngineSettings", dtype: str) ->
 
 
 def _low_ranks(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
-    if not settings.ranks:
+    if not settings.low_ranks:
         return None
     a = checkpoint.architecture
     most = min(a.hidden_size, a.intermediate_size)
     if not checkpoint.kind.packages:
-        return f"{checkpoint.kind.fields.name} takes no packages that slots of a rank would be for"
-    if wrong := [rank for rank in settings.ranks if not 1 <= rank <= most]:
+        return f"{checkpoint.kind.fields.name} takes no packages that low-rank slots would be for"
+    if wrong := [rank for rank in settings.low_ranks if not 1 <= rank <= most]:
         return f"--slots asks for rank {wrong[0]}, and its experts have ranks of 1 to {most}"
     if settings.moe_kernels != "flexgate":
-        return "slots of a rank need --moe-kernels flexgate: vLLM's kernels compute full experts only"
+        return "low-rank slots need --moe-kernels flexgate: vLLM's kernels compute full experts only"
     if settings.tensor_parallel_size > 1:
-        return "slots of a rank are computed on one rank: leave --tensor-parallel-size at 1"
+        return "low-rank slots are computed on one rank: leave --tensor-parallel-size at 1"
     return None
 
 
 def _no_low_ranks(_checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
-    return "slots of a rank are computed on CPU only" if settings.ranks else None
+    return "low-rank slots are computed on CPU only" if settings.low_ranks else None
 
 
 EVERYWHERE: tuple[Requirement, ...] = (_grouped_heads, _picks, _ranks, _length, _batch, _low_ranks)

@@ -34,7 +34,7 @@ class RankReport(TypedDict):
     routed_by: str
     slots: dict[str, Any]
     units: list[str]
-    ranks: list[int]
+    low_ranks: list[int]
     experts_here: list[int]
     zero_slot: bool
     clears_blocks: bool
@@ -64,7 +64,7 @@ def report_rank(worker: Any) -> RankReport:
         routed_by=_one([layer.routed_by for layer in layers]),
         slots=model.gates.table.to_config(),
         units=[bytes(layer.unit_E.tolist()).hex() for layer in layers],
-        ranks=_same([layer.ranks for layer in layers]),
+        low_ranks=_same([layer.low_ranks for layer in layers]),
         experts_here=_same([layer.experts_here() for layer in layers]),
         zero_slot=all(layer.zero_slot_holds_zeros() for layer in layers),
         clears_blocks=clears_blocks(worker.model_runner, model.kv_caches()),
@@ -159,7 +159,7 @@ def verify(
         "moe_kernels": moe_kernels,
         "slots": table.to_config(),
         "units": [unit_E.hex() for unit_E in table.map.moe_layers],
-        "ranks": list(table.map.ranks),
+        "low_ranks": list(table.map.low_ranks),
         "zero_slot": True,
         "clears_blocks": True,
         "key_digest": key_digest(key),

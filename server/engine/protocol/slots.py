@@ -29,15 +29,15 @@ class SlotMap:
     Attributes:
         total: number of slots, 1..64.
         unit_LE: of each layer the slot of each of its experts, a byte each; layers have equally many experts, or none.
-        ranks: the ranks of the last slots, each of which has the expert of the same place from the end in every layer
-            that has experts; the slots and experts before are full.
+        low_ranks: the ranks of the last slots, each of which has the expert of the same place from the end in every
+            layer that has experts; the slots and experts before are full.
         layer_masks: the slots that have an expert in a layer as bits, once for all layers that have the same.
         single: the full slots that have exactly one expert in every layer that has any, as a package has.
     """
 
     total: int
     unit_LE: tuple[bytes, ...]
-    ranks: tuple[int, ...] = ()
+    low_ranks: tuple[int, ...] = ()
     layer_masks: tuple[int, ...] = field(init=False, repr=False, compare=False)
     single: frozenset[int] = field(init=False, repr=False, compare=False)
 
@@ -45,7 +45,7 @@ class SlotMap:
         """Derive the masks.
 
         Raises:
-            SlotError: too many slots or experts, a layer names a slot that is not there, or a slot of a rank has other
+            SlotError: too many slots or experts, a layer names a slot that is not there, or a low-rank slot has other
                 experts than its own.
         """
         if not 1 <= self.total <= MAX_UNITS:
@@ -59,27 +59,29 @@ class SlotMap:
                 raise SlotError(f"a layer has an expert of slot {max(unit_E)}; this engine has {self.total}")
         self._check_ranks()
         masks = (sum(1 << unit for unit in set(unit_E)) for unit_E in moe)
-        single = (s for s in range(self.total - len(self.ranks)) if all(unit_E.count(s) == 1 for unit_E in moe))
+        single = (s for s in range(self.total - len(self.low_ranks)) if all(unit_E.count(s) == 1 for unit_E in moe))
         object.__setattr__(self, "layer_masks", tuple(dict.fromkeys(masks)))
         object.__setattr__(self, "single", frozenset(single))
 
     def _check_ranks(self) -> None:
-        if any(rank < 1 for rank in self.ranks) or len(self.ranks) >= self.total:
-            raise SlotError(f"slots of a rank come after full ones and have ranks of 1 or more, not {self.ranks}")
-        last = bytes(range(self.total - len(self.ranks), self.total))
+        if any(rank < 1 for rank in self.low_ranks) or len(self.low_ranks) >= self.total:
+            raise SlotError(f"low-rank slots come after full ones and have ranks of 1 or more, not {self.low_ranks}")
+        last = bytes(range(self.total - len(self.low_ranks), self.total))
         for unit_E in self.moe_layers:
             if unit_E[len(unit_E) - len(last) :] != last or any(unit_E.count(slot) != 1 for slot in last):
-                raise SlotError("each slot of a rank has one expert in every layer, after those of all full slots")
+                raise SlotError("each low-rank slot has one expert in every layer, after those of all full slots")
 
     @classmethod
-    def of_checkpoint(cls, unit_LE: Sequence[bytes], units: int, total: int, ranks: tuple[int, ...] = ()) -> "SlotMap":
+    def of_checkpoint(
+        cls, unit_LE: Sequence[bytes], units: int, total: int, low_ranks: tuple[int, ...] = ()
+    ) -> "SlotMap":
         """Unit *i* of a checkpoint has slot *i*.
 
         Each of the free slots, from ``units`` to ``total``, has one expert in every layer that has experts, after the
-        checkpoint's own; a slot of each of ``ranks`` comes after those.
+        checkpoint's own; a slot of each of ``low_ranks`` comes after those.
         """
-        free = bytes(range(units, total + len(ranks)))
-        return cls(total + len(ranks), tuple(unit_E and unit_E + free for unit_E in unit_LE), ranks)
+        free = bytes(range(units, total + len(low_ranks)))
+        return cls(total + len(low_ranks), tuple(unit_E and unit_E + free for unit_E in unit_LE), low_ranks)
 
     def slots_for(self, rank: int | None) -> tuple[int, ...]:
         """The slots that a package fits into, taken ones included, the best first.
@@ -89,13 +91,15 @@ class SlotMap:
         """
         if rank is None:
             return tuple(sorted(self.single))
-        room = {slot: room for slot, room in enumerate(self.ranks, self.total - len(self.ranks)) if room >= rank}
+        room = {
+            slot: room for slot, room in enumerate(self.low_ranks, self.total - len(self.low_ranks)) if room >= rank
+        }
         return tuple(sorted(room, key=lambda slot: (room[slot], slot)))
 
     def rank_of(self, slot: int) -> int | None:
         """The rank that a slot has room for; None for a full one."""
-        place = slot - (self.total - len(self.ranks))
-        return self.ranks[place] if 0 <= place < len(self.ranks) else None
+        place = slot - (self.total - len(self.low_ranks))
+        return self.low_ranks[place] if 0 <= place < len(self.low_ranks) else None
 
     @property
     def moe_layers(self) -> tuple[bytes, ...]:
@@ -146,8 +150,8 @@ class SlotTable:
     def to_config(self) -> dict[str, Any]:
         """Plain data for vLLM's ``additional_config`` (JSON, no integer keys)."""
         layers = [unit_E.hex() for unit_E in self.map.unit_LE]
-        live, ranks = sorted(self.live.items()), list(self.map.ranks)
-        return {CONFIG_KEY: {"total": self.total, "live": live, "layers": layers, "ranks": ranks}}
+        live, low_ranks = sorted(self.live.items()), list(self.map.low_ranks)
+        return {CONFIG_KEY: {"total": self.total, "live": live, "layers": layers, "low_ranks": low_ranks}}
 
     @classmethod
     def from_config(cls, additional_config: object) -> "SlotTable":
@@ -159,8 +163,8 @@ class SlotTable:
         if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
             raise ValueError("vLLM was started without flexgate's slot table; use `flexgate serve`")
         data = additional_config[CONFIG_KEY]
-        layers, ranks = (bytes.fromhex(unit_E) for unit_E in data["layers"]), map(int, data["ranks"])
-        map_ = SlotMap(int(data["total"]), tuple(layers), tuple(ranks))
+        layers, low_ranks = (bytes.fromhex(unit_E) for unit_E in data["layers"]), map(int, data["low_ranks"])
+        map_ = SlotMap(int(data["total"]), tuple(layers), tuple(low_ranks))
         return cls(map_, {int(s): int(g) for s, g in data["live"]})
 
     def validate(self, gate: Gate) -> None:

@@ -40,7 +40,7 @@ class FlexgateExperts(FusedMoEExpertsModular):
     """flexgate's operator as vLLM's modular experts: plan, products and combine in one call.
 
     Attributes:
-        smaller: experts of a rank, whose ids follow those of vLLM's arrays.
+        smaller: low-rank experts, whose ids follow those of vLLM's arrays.
     """
 
     smaller: Smaller = ()
@@ -119,7 +119,7 @@ class FlexgateRoutedExperts(RoutedExperts):
     """vLLM's holder of expert weights, with our method.
 
     Attributes:
-        smaller: experts of a rank, all zero until a package is loaded.
+        smaller: low-rank experts, all zero until a package is loaded.
     """
 
     smaller: Sequence[LowRankExperts] = ()

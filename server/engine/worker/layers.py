@@ -76,12 +76,12 @@ class GatedLayer:
 
     @property
     def factors(self) -> list[tuple[torch.Tensor, ...]]:
-        """The factors of each expert of a rank, in the order of the experts; see `LowRankExperts`."""
+        """The factors of each low-rank expert, in the order of the experts; see `LowRankExperts`."""
         groups = getattr(self.experts.routed_experts, "smaller", ())
         return [one for group in groups for one in zip(*group.tensors, strict=True)]
 
     @property
-    def ranks(self) -> list[int]:
+    def low_ranks(self) -> list[int]:
         """The ranks of the experts that this layer has room for after the full ones."""
         return [down_HR.shape[1] for *_, down_HR in self.factors]
 

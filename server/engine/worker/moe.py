@@ -203,7 +203,7 @@ class LayerBuilder:
             raise UntriedLayerError(
                 f"{prefix}: flexgate has not been tried with {untried or 'experts without a router'}"
             )
-        ranks = self._gates.table.map.ranks
+        ranks = self._gates.table.map.low_ranks
         full = gate.num_experts - len(ranks)
         router = RoutedTopK(self._top_k, gate.num_experts + self._reserved)
         experts = FusedMoEFactory(

@@ -3,7 +3,7 @@
 Nothing here knows vLLM, so that the same code runs in a worker and in a fault test. What a
 kernel wants an expert to look like is the ``pack`` of its arrays; everything else is copying.
 
-Experts of a rank come last. They hold factors, padded with zeros to the rank that there is room for.
+Low-rank experts come last. They hold factors, padded with zeros to the rank that there is room for.
 
 Legend: E experts of the layer, L experts that this process holds, H hidden, F expert intermediate of the whole
 expert, P the same of this process's shard with the kernel's padding, G = 2P; R rank of a slot, Q = 2R.
@@ -90,7 +90,7 @@ class SlotArrays:
         return experts[0]
 
     def require_size(self, slot: int, rank: int | None) -> None:
-        """Refuse an expert of a rank (None: a full one) that ``slot`` has no room for; raises `SlotShapeError`."""
+        """Refuse a low-rank expert (None: a full one) that ``slot`` has no room for; raises `SlotShapeError`."""
         factors = self._factors(self.only_expert(slot))
         room = None if factors is None else factors[-1].shape[1]
         if (rank is None) != (room is None):
@@ -146,7 +146,7 @@ class SlotArrays:
         return parts
 
     def _factors(self, expert: int) -> tuple[Tensor, ...] | None:
-        """Where an expert of a rank lies; None for a full one."""
+        """Where a low-rank expert lies; None for a full one."""
         place = expert - (len(self.unit_E) - len(self.factors))
         return self.factors[place] if place >= 0 else None
 

@@ -1,4 +1,4 @@
-"""Experts of a rank and narrow ones: made smaller by a measured loss, merged in full width, restored or refused."""
+"""Low-rank experts and narrow ones: made smaller by a measured loss, merged in full width, restored or refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def ffn(model: Path, expert: int, layer: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_merged_expert_of_a_rank_is_the_public_one_plus_the_product_rounded_once(
+def test_a_merged_low_rank_expert_is_the_public_one_plus_the_product_rounded_once(
     dtype: str, tmp_path: Path, merge: Merge
 ) -> None:
     write_model(tmp_path / "anchor", dtype=dtype)
@@ -132,7 +132,7 @@ def test_factors_are_not_restored_from_a_merge_and_the_refusal_names_the_rank(
     assert extract_expert(model, "news", tmp_path / "whole", statement=statement("news")).size == ExpertSize()
 
 
-def test_a_checkpoint_says_sizes_and_that_the_anchor_stays_in_experts_of_a_rank(
+def test_a_checkpoint_says_sizes_and_that_the_anchor_stays_in_low_rank_experts(
     stock: Path, tmp_path: Path, merge: Merge
 ) -> None:
     make_package(tmp_path / "low", stock / "anchor", expert="low", size=RANK)
@@ -249,7 +249,7 @@ def test_factors_that_are_small_alone_and_large_together_are_refused(
             unsigned(tmp_path / str(value), stock / "anchor")
 
 
-def test_a_package_of_a_rank_has_factors_and_no_ffn_of_its_own(stock: Path, tmp_path: Path, unsigned: Open) -> None:
+def test_a_low_rank_package_has_factors_and_no_ffn_of_its_own(stock: Path, tmp_path: Path, unsigned: Open) -> None:
     make_package(tmp_path / "news", stock / "anchor", size=RANK)
     opened = unsigned(tmp_path / "news", stock / "anchor")
     with pytest.raises(WeightsInvalid, match="an expert of rank 3 has no FFN without the public one"):

@@ -224,7 +224,7 @@ def test_a_neighbour_full_of_nan_changes_nothing(mixed: Any) -> None:
 
 
 def test_a_low_rank_expert_contains_the_public_one_and_no_other(mixed: Any) -> None:
-    """Excluding the public expert does not remove it from experts of a rank: they are graded for that."""
+    """Excluding the public expert does not remove it from low-rank experts: they are graded for that."""
     layer = mixed(gate=1 << (SLOTS - 1), top_k=1)
     clean = layer.output()
     assert not torch.equal(layer.poisoned([0], 0.5).output(), clean)

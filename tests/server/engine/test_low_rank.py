@@ -1,4 +1,4 @@
-"""Experts of a rank in slots of their own, beside full ones: added, mixed in a batch, excluded, revoked, refused."""
+"""Low-rank experts in slots of their own, beside full ones: added, mixed in a batch, excluded, revoked, refused."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 FREE, LOW, ALSO_LOW, SMALL = 2, 3, 4, 5  # slots: full, rank 6, rank 6, rank 2
 RANK = 6
 GATES = [(0, *rest) for size in range(4) for rest in combinations((1, FREE, LOW), size)]
-SETTINGS = {"moe_kernels": "flexgate", "ranks": (RANK, RANK, 2)}
+SETTINGS = {"moe_kernels": "flexgate", "low_ranks": (RANK, RANK, 2)}
 
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedEngine]:
-    """Public and one more full expert of the checkpoint, a free full slot, and three slots of a rank."""
+    """Public and one more full expert of the checkpoint, a free full slot, and three low-rank slots."""
     reduced = rewrite(checkpoint, tmp_path_factory.mktemp("reduced"), [0, 1])
     with scripted_engine(EngineScript(reduced, max_experts=3, settings=SETTINGS)) as running:
         yield running
@@ -114,7 +114,7 @@ def test_a_mixed_batch_equals_solo_runs(loaded: ScriptedEngine) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nan", "-1e30", "random"])
-def test_what_an_excluded_slot_of_a_rank_holds_changes_no_bit(loaded: ScriptedEngine, kind: str) -> None:
+def test_what_an_excluded_low_rank_slot_holds_changes_no_bit(loaded: ScriptedEngine, kind: str) -> None:
     script = crowd([gate for gate in GATES if LOW not in gate] * 2)
     before = loaded.run(script)
     loaded.overwrite([LOW, ALSO_LOW, SMALL], kind)
@@ -127,7 +127,7 @@ def test_what_an_excluded_slot_of_a_rank_holds_changes_no_bit(loaded: ScriptedEn
 
 
 @pytest.mark.parametrize("kind", ["nan", "random"])
-def test_what_excluded_full_slots_hold_changes_no_bit_of_an_expert_of_a_rank(loaded: ScriptedEngine, kind: str) -> None:
+def test_what_excluded_full_slots_hold_changes_no_bit_of_a_low_rank_expert(loaded: ScriptedEngine, kind: str) -> None:
     script = crowd([(0, LOW)] * 6)
     before = loaded.run(script)
     loaded.overwrite([1, FREE, ALSO_LOW, SMALL], kind)
@@ -139,7 +139,7 @@ def test_what_excluded_full_slots_hold_changes_no_bit_of_an_expert_of_a_rank(loa
     assert all(same_bits(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_excluding_an_expert_of_a_rank_equals_an_engine_without_such_slots(
+def test_excluding_a_low_rank_expert_equals_an_engine_without_such_slots(
     loaded: ScriptedEngine, checkpoint: Path, tmp_path: Path
 ) -> None:
     script = crowd([gate for gate in GATES if LOW not in gate] * 2)
@@ -150,7 +150,7 @@ def test_excluding_an_expert_of_a_rank_equals_an_engine_without_such_slots(
     assert all(same_bits(one, other) for one, other in zip(excluded, removed, strict=True))
 
 
-def test_the_place_of_an_expert_of_a_rank_changes_no_bit(loaded: ScriptedEngine, low: WeightsTicket) -> None:
+def test_the_place_of_a_low_rank_expert_changes_no_bit(loaded: ScriptedEngine, low: WeightsTicket) -> None:
     script = crowd([(0, 1, LOW), (0, LOW)] * 3)
     first = loaded.run(script)
     loaded.change(*add(ALSO_LOW, low, 103))
@@ -172,7 +172,7 @@ def test_a_smaller_rank_answers_alike_in_a_slot_of_a_larger_one(engine: Scripted
     assert all(agree(one, other) for one, other in zip(larger, exact, strict=True))
 
 
-def test_requests_that_do_not_use_an_expert_of_a_rank_see_no_bit_of_its_coming_and_going(
+def test_requests_that_do_not_use_a_low_rank_expert_see_no_bit_of_its_coming_and_going(
     engine: ScriptedEngine, low: WeightsTicket
 ) -> None:
     script = crowd([(0,), (0, 1), (0, 1), (0,)] * 2, tokens=12)
@@ -184,7 +184,7 @@ def test_requests_that_do_not_use_an_expert_of_a_rank_see_no_bit_of_its_coming_a
     assert all(same_bits(one, other) for one, other in zip(quiet, busy, strict=True))
 
 
-def test_a_revoked_expert_of_a_rank_ends_its_users_and_leaves_zeros(engine: ScriptedEngine, low: WeightsTicket) -> None:
+def test_a_revoked_low_rank_expert_ends_its_users_and_leaves_zeros(engine: ScriptedEngine, low: WeightsTicket) -> None:
     empty = engine.call("digests")[0]
     assert empty[LOW] == empty[ALSO_LOW] != empty[SMALL]
     script = [Ask((5, 6, 7), gate, max_tokens=20) for gate in ((0,), (0, LOW))]
@@ -211,11 +211,11 @@ def test_what_a_slot_has_no_room_for_is_refused_and_not_written(
 
 def test_every_process_says_which_ranks_it_has_room_for(engine: ScriptedEngine) -> None:
     (report,) = engine.call("handshake")
-    assert report["ranks"] == [RANK, RANK, 2]
+    assert report["low_ranks"] == [RANK, RANK, 2]
     assert report["experts_here"] == list(range(6))
 
 
-def test_an_added_expert_of_a_rank_is_attributed_to_its_own_slot(loaded: ScriptedEngine) -> None:
+def test_an_added_low_rank_expert_is_attributed_to_its_own_slot(loaded: ScriptedEngine) -> None:
     """What is routed to it counts for its owner alone, although the public expert is in it."""
     (answer,) = loaded.run(crowd([(0, LOW)]))
     public, own = answer.mass[0], answer.mass[LOW]

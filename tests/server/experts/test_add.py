@@ -121,7 +121,7 @@ async def test_a_narrow_expert_is_loaded_as_the_full_one_that_a_merge_makes_of_i
     assert again.slots.digests(added.result["slot"]) == added.result["digests"]
 
 
-async def test_an_expert_of_a_rank_takes_the_smallest_slot_that_has_room_and_comes_back(
+async def test_a_low_rank_expert_takes_the_smallest_slot_that_has_room_and_comes_back(
     here: Local, store: Store, tmp_path: Path, anchor: Path
 ) -> None:
     small = await here.add(package(tmp_path, anchor, "small", size=ExpertSize(rank=1)))
@@ -140,7 +140,7 @@ async def test_an_expert_of_a_rank_takes_the_smallest_slot_that_has_room_and_com
     assert not any(bool(part.any()) for rank in here.slots.ranks for layer in rank.layers for part in layer._parts(5))
 
 
-async def test_while_an_expert_of_a_rank_is_served_the_public_one_is_graded_shared(
+async def test_while_a_low_rank_expert_is_served_the_public_one_is_graded_shared(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     """Excluding the public expert leaves it in what is added to it; the expert's own exclusion is whole."""
@@ -197,7 +197,7 @@ async def test_a_rank_that_no_slot_has_room_for_is_refused_in_a_sentence_and_not
     assert not list((tmp_path / "experts").iterdir())
 
 
-async def test_experts_of_a_rank_never_take_full_slots_and_say_which_are_taken(
+async def test_low_rank_experts_never_take_full_slots_and_say_which_are_taken(
     here: Local, tmp_path: Path, anchor: Path
 ) -> None:
     for name in ("one", "two"):

@@ -58,8 +58,8 @@ def shown(
     return text
 
 
-def test_slots_of_a_rank_are_shown_with_what_they_take() -> None:
-    lines = shown(False, slots=replace(PLAN, low_rank_bytes=70_000, ranks=(64, 8, 64))).splitlines()
+def test_low_rank_slots_are_shown_with_what_they_take() -> None:
+    lines = shown(False, slots=replace(PLAN, low_rank_bytes=70_000, low_ranks=(64, 8, 64))).splitlines()
     memory = "7 of 787.5 kB = 5.5 MB and 1 of rank 8, 2 of rank 64 = 70.0 kB, KV cache 1.1 GB, "
     assert f"slots    10, on each rank {memory}its attribution 33.6 MB, in all 1.1 GB" in lines
 

@@ -1,4 +1,4 @@
-"""An expert of a rank in a running server: added to a slot of its own, answering, graded, started again, revoked."""
+"""A low-rank expert in a running server: added to a slot of its own, answering, graded, started again, revoked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def grades(server: Any) -> dict[str, str]:
         return {expert["id"]: expert["grade"] for expert in http.get("/v1/experts").json()["data"]}
 
 
-def test_an_expert_of_a_rank_is_added_answers_comes_back_and_goes(text_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_low_rank_expert_is_added_answers_comes_back_and_goes(text_checkpoint: Path, tmp_path: Path) -> None:
     permit = {"id": "a-low", "owner": "acme", "experts": ["low"], "assignee": "everyone", "effect": "permit"}
     server = live.start(text_checkpoint, tmp_path, *SLOTS)
     try:

@@ -51,12 +51,12 @@ def test_free_slots_give_way_to_the_kv_cache(fitting: int, slots: int) -> None:
     assert fitting == 4 or planned(room - 1).slots == slots - 1
 
 
-def test_the_memory_of_slots_of_a_rank_is_that_of_the_arrays_that_are_made() -> None:
+def test_the_memory_of_low_rank_slots_is_that_of_the_arrays_that_are_made() -> None:
     plan = planned(1 << 30, low_ranks=(8, 8, 3))
     groups = low_rank_experts((8, 8, 3), torch.zeros(1, 64, 128, dtype=torch.bfloat16))
     assert plan.low_rank_bytes == 2 * sum(tensor.nbytes for group in groups for tensor in group.tensors)
     assert [len(group.a2_SRF) for group in groups] == [2, 1]
-    assert (plan.slots, plan.ranks) == (6, (8, 8, 3))
+    assert (plan.slots, plan.low_ranks) == (6, (8, 8, 3))
     assert plan.total_bytes == 6 * SLOT + plan.low_rank_bytes + OTHER + KV + attribution(9)
 
 
@@ -68,12 +68,10 @@ def test_a_slot_of_rank_64_is_under_three_percent_of_a_full_one() -> None:
     assert plan.low_rank_bytes / plan.expert_bytes < 0.03
 
 
-def test_slots_of_a_rank_take_bits_of_gates_and_are_named_where_memory_is_short() -> None:
+def test_low_rank_slots_take_bits_of_gates_and_are_named_where_memory_is_short() -> None:
     with pytest.raises(CheckpointError, match="serves at most 60"):
         planned(1 << 30, max_experts=61, low_ranks=(8,) * 4)
-    with pytest.raises(
-        CheckpointError, match=r"of shared weights \+ 73.7 kB of slots of a rank \+ 51.2 kB of KV cache"
-    ):
+    with pytest.raises(CheckpointError, match=r"of shared weights \+ 73.7 kB of low-rank slots \+ 51.2 kB of KV cache"):
         planned(OTHER + KV, low_ranks=(8,) * 4)
 
 

@@ -57,19 +57,19 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"max_model_len": 513}, "--max-model-len 513 is more than the model's 512 positions"),
     "batch": ({"max_num_seqs": 2049}, "--max-num-seqs 2049 is more than a step's 2048 tokens"),
     "kernels of a rank": (
-        {"ranks": (8,)},
-        "slots of a rank need --moe-kernels flexgate: vLLM's kernels compute full experts only",
+        {"low_ranks": (8,)},
+        "low-rank slots need --moe-kernels flexgate: vLLM's kernels compute full experts only",
     ),
     "processes of a rank": (
         {
-            "ranks": (8,),
+            "low_ranks": (8,),
             "moe_kernels": "flexgate",
             "tensor_parallel_size": 2,
             "enable_expert_parallel": True,
         },
-        "slots of a rank are computed on one rank: leave --tensor-parallel-size at 1",
+        "low-rank slots are computed on one rank: leave --tensor-parallel-size at 1",
     ),
-    "rank": ({"ranks": (8, 98)}, "--slots asks for rank 98, and its experts have ranks of 1 to 97"),
+    "rank": ({"low_ranks": (8, 98)}, "--slots asks for rank 98, and its experts have ranks of 1 to 97"),
     "kv cache": (
         {"kv_cache_memory_bytes": 983039},
         "a request of 512 tokens needs 983040 bytes of KV cache, --kv-cache-memory-bytes 983039 is less; "

@@ -165,7 +165,7 @@ def test_a_map_of_slots_knows_which_fit_a_package() -> None:
     assert [map_.covers(mask) for mask in (0b1, 0b1000, 0b1100, 0b10000)] == [True, False, True, True]
 
 
-def test_slots_of_a_rank_come_last_and_take_no_full_package() -> None:
+def test_low_rank_slots_come_last_and_take_no_full_package() -> None:
     map_ = SlotMap.of_checkpoint([b"\0\1\1\2", b"", b"\2\1\1\0"], 3, 4, (8, 64, 8))
     assert map_.moe_layers == (b"\0\1\1\2\3\4\5\6", b"\2\1\1\0\3\4\5\6")
     assert [map_.rank_of(slot) for slot in range(8)] == [None] * 4 + [8, 64, 8, None]
@@ -185,7 +185,7 @@ def test_slots_of_a_rank_come_last_and_take_no_full_package() -> None:
         (b"\0\0", (8,), "one expert in every layer"),
     ],
 )
-def test_slots_of_a_rank_that_cannot_be_are_refused(unit_E: bytes, ranks: tuple[int, ...], said: str) -> None:
+def test_low_rank_slots_that_cannot_be_are_refused(unit_E: bytes, ranks: tuple[int, ...], said: str) -> None:
     with pytest.raises(SlotError, match=said):
         SlotMap(2, (unit_E,), ranks)
 
