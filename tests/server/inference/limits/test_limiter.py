@@ -270,11 +270,11 @@ def test_what_a_killed_server_had_reserved_counts_until_it_starts_again(real_sto
     again = BudgetUsage(real_store, server="a")
     again.refresh()
     assert again.reserved("t") == 0
-    again.reserve("t", 1)
+    again.reserve("u", 1)
     again.add("t", 20)
     again.refresh()
     other.refresh()
-    assert (other.committed("t"), other.reserved("t")) == (20, 1)
+    assert (other.committed("t"), other.reserved("t"), other.reserved("u")) == (20, 0, 1)
 
 
 def test_a_reservation_that_was_not_written_is_written_later(
