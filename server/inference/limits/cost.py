@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final
+from typing import Final, NamedTuple
 
 from flexgate.policies.agreements import Compensate
 from flexgate.policies.compiled.agreements import CompiledAgreement
@@ -21,6 +21,8 @@ from flexgate.server.inference.limits.limiter import LimitScope
 from flexgate.server.ledger.amounts import Uses, amount, owed
 from flexgate.server.ledger.entries import Part
 
+MOST_KNOWN: Final = 1_024
+"""Sets of agreements whose price is kept."""
 _ONE_REQUEST: Final = Uses(1, 0, 0)
 _ONE_TOKEN: Final = Uses(0, 1, 0)
 _ONE_WHOLE_TOKEN: Final = Uses(0, 0, 1_000_000)
@@ -49,6 +51,16 @@ class Price:
         return (Fraction(billionths) / BILLION - self.per_request * entries) // self.per_token
 
 
+class _Asked(NamedTuple):
+    """A price, and the currencies that it is in, each with the number of the first expert that is paid in it."""
+
+    price: Price | None
+    currencies: tuple[tuple[int, str], ...]
+
+
+_known: Final[dict[tuple[str, ...], _Asked]] = {}
+
+
 def price_of(decision: Decision, scopes: Iterable[LimitScope]) -> Price | None:
     """What budgets of money have to bear; None where the request costs nothing.
 
@@ -61,23 +73,43 @@ def price_of(decision: Decision, scopes: Iterable[LimitScope]) -> Price | None:
         for cost in (scope.quota.cost_per_day, scope.quota.cost_per_month)
         if cost is not None
     }
-    requests, tokens, shares = Fraction(), Fraction(), Fraction()
-    for expert, agreement in zip(decision.allowed, decision.agreements, strict=True):
-        paid = _paid(agreement)
+    asked = _asked_by(decision.agreements)
+    for number, paid_in in asked.currencies:
         for kind, currency in sorted(budgets):
-            if paid and paid[0].currency != currency:
+            if paid_in != currency:
+                expert = decision.allowed[number]
                 leave = f"Leave it out ('flexgate': {{'experts': {{'ignore': ['{expert}']}}}}), or ask"
                 advice = "Ask" if expert in decision.required else leave
                 raise Forbidden(
-                    f"{kind}'s budget is in {currency}, and the expert '{expert}' is paid in {paid[0].currency}. "
-                    f"{advice} an administrator for a budget in {paid[0].currency}.",
+                    f"{kind}'s budget is in {currency}, and the expert '{expert}' is paid in {paid_in}. "
+                    f"{advice} an administrator for a budget in {paid_in}.",
                     code="budget_currency",
                 )
+    return asked.price
+
+
+def _asked_by(agreements: Sequence[CompiledAgreement | None]) -> _Asked:
+    """What agreements ask for together; most requests have those of an earlier one."""
+    key = tuple("" if one is None else one.duties_sha256 for one in agreements)
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        found = _known[key] = _add_up([_paid(one) for one in agreements])
+    return found
+
+
+def _add_up(duties: Sequence[Sequence[Compensate]]) -> _Asked:
+    requests, tokens, shares = Fraction(), Fraction(), Fraction()
+    currencies: dict[str, int] = {}
+    for number, paid in enumerate(duties):
+        if paid:
+            currencies.setdefault(paid[0].currency, number)
         requests += sum(amount(duty, _ONE_REQUEST) for duty in paid)
         tokens += sum(amount(duty, _ONE_TOKEN) for duty in paid)
         shares = max(shares, sum((amount(duty, _ONE_WHOLE_TOKEN) for duty in paid), Fraction()))
     price = Price(requests, tokens + shares)
-    return price if price.most(1) else None
+    return _Asked(price if price.most(1) else None, tuple((number, name) for name, number in currencies.items()))
 
 
 def cost_of(decision: Decision, entries: Iterable[tuple[Sequence[Part], int]]) -> int:
