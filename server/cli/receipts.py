@@ -49,7 +49,7 @@ PENDING: Final = "receipt_pending"
 LOOK_SECONDS: Final = 0.1
 _PAGE: Final = 1000
 _RECEIPT, _CHAIN, _STATEMENT, _PROOF, _OWNERS = (
-    f'{{"{name}":'.encode() for name in ("batch", "header", "signature", "format", "hashes")
+    f'{{"{name}":'.encode() for name in ("batch", "header", "signature", "format", "owners")
 )
 """How files begin, in canonical form."""
 
@@ -233,7 +233,8 @@ class _Given:
 
 
 def _said(leaf: dict[str, Any]) -> str:
-    return "the request" if leaf["kind"] == "request" else f"what experts of '{leaf.get('owner')}' did"
+    said = {"request": "the request", "hidden": "what its tenant does not see"}
+    return said.get(leaf["kind"]) or f"what experts of '{leaf.get('owner')}' did"
 
 
 def _heads(path: Path) -> list[verifying.Head]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from flexgate.policies.ids import OwnerIdField
-from flexgate.server.admin.receipts.schemas import Receipt, ReceiptLeaf
+from flexgate.server.admin.receipts.schemas import Receipt
 from flexgate.server.http.schemas import Shown
 from flexgate.server.http.validation import Closed
 from flexgate.server.ledger.amounts import Uses, exact, written
@@ -69,12 +69,10 @@ class SignedStatement(Shown):
 
 
 class OwnersSums(Shown):
-    """`signature` is of the canonical form of `totals`, whose parts are the leaves; docs/receipts.md describes both."""
+    """`signature` is of the canonical form of `owners`, whose members docs/receipts.md describes."""
 
-    hashes: list[str]
-    leaves: list[ReceiptLeaf]
+    owners: dict[str, Any]
     signature: str
-    totals: dict[str, Any]
 
 
 class StatementReceiptPage(Shown):

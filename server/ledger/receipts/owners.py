@@ -1,13 +1,11 @@
 """What all owners' experts did in a period, as one signed sum of their parts, for auditors.
 
-The parts are salted leaves under one root, beside the sums that they must have, and beside what the requests
-themselves used. Sums stand in the signed totals alone, not in the nodes of a tree: a path would tell an owner what its
-neighbour is owed. `docs/receipts.md` is the format. Members are written in the order of their names.
+The parts stand beside the sums that they must have, and beside what the requests themselves used. No owner sees them:
+with few owners, the sums less its own part are its neighbour's. `docs/receipts.md` is the format.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from fractions import Fraction
 from typing import Any, Final
@@ -18,10 +16,7 @@ from flexgate.server.ledger.amounts import NO_USES, Uses, exact, owed
 from flexgate.server.ledger.costs import UNDER, uses
 from flexgate.server.ledger.entries import MICROSECONDS, microseconds
 from flexgate.server.ledger.receipts.book import opened
-from flexgate.server.ledger.receipts.leaves import FOURS, SALT_BYTES
 from flexgate.server.ledger.receipts.maker import current_key, signed
-from flexgate.server.ledger.receipts.merkle import leaf_hash
-from flexgate.server.ledger.receipts.merkle import root as root_over
 from flexgate.server.ledger.receipts.service import Receipts
 from flexgate.server.ledger.receipts.signing import thumbprint
 from flexgate.server.ledger.receipts.statements import TermsOf
@@ -52,34 +47,30 @@ def sums_of_owners(receipts: Receipts, period: Period, terms_of: TermsOf, *, at:
             rows = reading.rows(_PARTS, values)
             ((requests, tokens, unrouted),) = reading.rows(_REQUESTS, values)
             final = ended and newest_read(reading, period) <= end.sequence
-        moment = "final" if final else str(end.last)  # final sums have one root, whenever they are made
-        leaves = _leaves(rows, terms_of, secret=book.secret + f"{period.name}:{moment}".encode())
-        hashes = [leaf_hash(salt + rfc8785.dumps(content)) for salt, content in leaves]
-        totals = {
-            "amounts": _amounts([content for _, content in leaves]),
+        parts = _parts(rows, terms_of)
+        sums = {
+            "amounts": _amounts(parts),
             "at": str(microseconds(at)),
             "end": str(values[1]),
             "format": FORMAT,
             "head": {"hash": end.hash, "number": str(end.number)},
             "kid": thumbprint(public),
             "last": str(end.last),
+            "parts": parts,
             "period": period.name,
             "provisional": not final,
             "requests": str(requests),
-            "root": root_over(hashes).hex(),
             "server": book.server,
             "start": str(values[0]),
             "tokens": str(tokens),
             "unrouted_tokens": str(unrouted),
             "uses": _counts(sum((Uses(*row[4:7]) for row in rows), NO_USES)),
         }
-    signature = signed(receipts.maker.signer, public, rfc8785.dumps(totals))
-    shown = [{"content": content, "index": index, "salt": salt.hex()} for index, (salt, content) in enumerate(leaves)]
-    return {"hashes": [one.hex() for one in hashes], "leaves": shown, "signature": signature.hex(), "totals": totals}
+    return {"owners": sums, "signature": signed(receipts.maker.signer, public, rfc8785.dumps(sums)).hex()}
 
 
-def _leaves(rows: list[tuple[Any, ...]], terms_of: TermsOf, *, secret: bytes) -> list[tuple[bytes, Json]]:
-    """A leaf of each owner and of the experts without one, filled up to a multiple of four, in the order of salts."""
+def _parts(rows: list[tuple[Any, ...]], terms_of: TermsOf) -> list[Json]:
+    """The part of each owner, and of the experts without one."""
     terms = terms_of({Terms((row[1], row[2]), row[3]) for row in rows if row[1] is not None})
     sums: dict[str | None, Uses] = defaultdict(lambda: NO_USES)
     amounts: dict[str | None, dict[str, Fraction]] = defaultdict(dict)
@@ -88,24 +79,19 @@ def _leaves(rows: list[tuple[Any, ...]], terms_of: TermsOf, *, secret: bytes) ->
         paid = None if agreement is None else owed(terms[agreement, version].duties, Uses(*counts))
         if paid is not None:
             amounts[owner][paid[1]] = amounts[owner].get(paid[1], Fraction()) + paid[0]
-    contents: list[Json] = [
+    return [
         {
             "amounts": [{"amount": exact(value), "currency": name} for name, value in sorted(amounts[owner].items())],
-            "kind": "common" if owner is None else "owner",
-            **({} if owner is None else {"owner": owner}),
-            **_counts(of_one),
+            "owner": owner,
+            **_counts(sums[owner]),
         }
-        for owner, of_one in sums.items()
+        for owner in sorted(sums, key=lambda name: (name is not None, name or ""))
     ]
-    contents += [{"kind": "none"}] * (-len(contents) % FOURS or (0 if contents else FOURS))
-    stream = hashlib.shake_256(secret).digest(SALT_BYTES * len(contents))
-    salts = [stream[start : start + SALT_BYTES] for start in range(0, len(stream), SALT_BYTES)]
-    return sorted(zip(salts, contents, strict=True), key=lambda one: one[0])
 
 
-def _amounts(contents: list[Json]) -> list[Json]:
+def _amounts(parts: list[Json]) -> list[Json]:
     sums: dict[str, Fraction] = {}
-    for one in (one for content in contents for one in content.get("amounts", ())):
+    for one in (one for part in parts for one in part["amounts"]):
         sums[one["currency"]] = sums.get(one["currency"], Fraction()) + Fraction(one["amount"])
     return [{"amount": exact(value), "currency": currency} for currency, value in sorted(sums.items())]
 

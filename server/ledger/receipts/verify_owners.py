@@ -10,24 +10,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
 
-import rfc8785
-
 from flexgate.server.ledger.receipts.canonical import (
     HASH,
     NUMBER,
     Json,
     ReceiptInvalid,
-    hashes_of,
-    list_of,
     members,
     parse,
     texts,
 )
-from flexgate.server.ledger.receipts.merkle import leaf_hash, root
 from flexgate.server.ledger.receipts.verify import KEY_ID, MILLION, SERVER, Head, Keys, verify_signature
-from flexgate.server.ledger.receipts.verify_statement import EXACT, SignedStatement
+from flexgate.server.ledger.receipts.verify_statement import EXACT, MOST_BYTES, SignedStatement
 
-_TOTALS: Final = {
+_SUMS: Final = {
     "at": NUMBER,
     "end": NUMBER,
     "format": "flexgate-owners/1",
@@ -35,7 +30,6 @@ _TOTALS: Final = {
     "last": NUMBER,
     "period": r"[^\n]+",
     "requests": NUMBER,
-    "root": HASH,
     "server": SERVER,
     "start": NUMBER,
     "tokens": NUMBER,
@@ -47,56 +41,46 @@ Sums = dict[str, Fraction]
 
 @dataclass(frozen=True, slots=True)
 class OwnersSums:
-    """Sums whose signature is valid; `leaves` are those that are shown, by owner."""
+    """Sums whose signature is valid, and which their parts have; `parts` are by owner."""
 
     server: str
     period: str
     last: int
     provisional: bool
     head: Head
-    leaves: dict[str, Sums]
-    complete: bool
+    parts: dict[str | None, Sums]
     says: Json
 
     @property
     def name(self) -> str:
         """What it is, in words."""
-        shown = "all owners" if self.complete else ", ".join(f"'{owner}'" for owner in self.leaves)
-        return f"{'provisional ' * self.provisional}sums of '{self.period}', with the parts of {shown}"
+        return f"{'provisional ' * self.provisional}sums of '{self.period}', with the parts of all owners"
 
 
 def verify_owners(text: bytes, keys: Keys) -> OwnersSums:
-    """The sums of a period: the leaves must be those that are signed, and all together have the signed sums."""
-    value = members(parse(text), "the file", "hashes", "leaves", "signature", "totals")
-    totals = value["totals"]
-    if not isinstance(totals, dict):
-        raise ReceiptInvalid("'totals' must be an object")
-    texts(totals, "the totals", _TOTALS, only=False)
-    verify_signature(totals, value["signature"], keys)
-    head = texts(totals.get("head"), "'head'", {"hash": HASH, "number": NUMBER})
-    hashes = hashes_of(value["hashes"])
-    if root(hashes).hex() != totals["root"]:
-        raise ReceiptInvalid("its leaves are not those that were signed")
-    contents = _contents(list_of(value["leaves"], "'leaves'"), hashes)
-    sums = _sums(texts(totals.get("uses"), "'uses'", _USES), totals)
-    routed = int(totals["tokens"]) - int(totals["unrouted_tokens"])
+    """The sums of a period, which all parts together must have."""
+    value = members(parse(text, most=MOST_BYTES), "the file", "owners", "signature")
+    said = value["owners"]
+    if not isinstance(said, dict):
+        raise ReceiptInvalid("'owners' must be an object")
+    texts(said, "the sums", _SUMS, only=False)
+    verify_signature(said, value["signature"], keys)
+    head = texts(said.get("head"), "'head'", {"hash": HASH, "number": NUMBER})
+    sums = _sums(texts(said.get("uses"), "'uses'", _USES), said)
+    routed = int(said["tokens"]) - int(said["unrouted_tokens"])
     if sums["share_weighted_ppm"] != routed * MILLION:
         raise ReceiptInvalid(f"owners' shares sum to {sums['share_weighted_ppm']} millionths of {routed} tokens")
-    parts = [_sums(content, content) for content in contents if content["kind"] != "none"]
-    if len(contents) == len(hashes) and _added(parts) != _added([sums]):
+    parts = _parts(said.get("parts"))
+    if _added(parts.values()) != _added([sums]):
         raise ReceiptInvalid("the parts of all owners do not have the sums that were signed")
-    owners = [content["owner"] for content in contents if content["kind"] == "owner"]
-    if len(set(owners)) != len(owners):
-        raise ReceiptInvalid("an owner has two parts")
     return OwnersSums(
-        totals["server"],
-        totals["period"],
-        int(totals["last"]),
-        totals.get("provisional") is not False,
-        Head(totals["server"], int(head["number"]), head["hash"]),
-        {content["owner"]: _sums(content, content) for content in contents if content["kind"] == "owner"},
-        len(contents) == len(hashes),
-        totals,
+        said["server"],
+        said["period"],
+        int(said["last"]),
+        said.get("provisional") is not False,
+        Head(said["server"], int(head["number"]), head["hash"]),
+        parts,
+        said,
     )
 
 
@@ -120,8 +104,8 @@ def verify_parts(sums: Iterable[OwnersSums], statements: Iterable[SignedStatemen
             same = (one.server, one.period) == (statement.server, statement.period)
             if not same or not (one.last == statement.last or not (one.provisional or statement.provisional)):
                 continue
-            part = one.leaves.get(statement.owner)
-            if part is None and not (one.complete and statement.lines):
+            part = one.parts.get(statement.owner)
+            if part is None and not statement.lines:
                 continue
             if part != _of_statement(statement):
                 raise ReceiptInvalid(f"the {statement.name} is not that owner's part of the sums of all owners")
@@ -129,21 +113,14 @@ def verify_parts(sums: Iterable[OwnersSums], statements: Iterable[SignedStatemen
     return compared
 
 
-def _contents(leaves: list[Any], hashes: list[bytes]) -> list[Json]:
-    found, before = [], -1
-    for entry in leaves:
-        leaf = members(entry, "a leaf", "content", "index", "salt")
-        content, index = leaf["content"], leaf["index"]
-        salt = bytes.fromhex(texts(leaf, "a leaf", {"salt": HASH}, only=False)["salt"])
-        if type(index) is not int or not before < index < len(hashes) or not isinstance(content, dict):
-            raise ReceiptInvalid("the places of its leaves are wrong")
-        if leaf_hash(salt + rfc8785.dumps(content)) != hashes[index]:
-            raise ReceiptInvalid("a leaf is not the one that was signed in its place: it was changed")
-        kind = texts(content, "a leaf", {"kind": "owner|common|none"}, only=False)["kind"]
-        if kind == "owner":
-            texts(content, "an owner's leaf", {"owner": r"[^\n]+"}, only=False)
-        found.append(content)
-        before = index
+def _parts(parts: Any) -> dict[str | None, Sums]:
+    """The part of each owner, and of None the one of experts without an owner."""
+    found: dict[str | None, Sums] = {}
+    for one in _objects(parts, "'parts'"):
+        owner = one.get("owner")
+        if not (owner is None or isinstance(owner, str)) or owner in found:
+            raise ReceiptInvalid("an owner has two parts, or no name")
+        found[owner] = _sums(one, one)
     return found
 
 
@@ -151,12 +128,18 @@ def _sums(counts: Json, amounts: Json) -> Sums:
     """Counts, and amounts by their currencies."""
     texts(counts, "a part", _USES, only=False)
     found = {name: Fraction(counts[name]) for name in _USES}
-    for one in amounts.get("amounts", ()):
+    for one in _objects(amounts.get("amounts"), "'amounts'"):
         texts(one, "an amount", {"amount": EXACT, "currency": "[A-Z]{3}"})
         if one["currency"] in found:
             raise ReceiptInvalid(f"a part has two amounts in {one['currency']}")
         found[one["currency"]] = Fraction(one["amount"])
     return found
+
+
+def _objects(value: Any, what: str) -> list[Json]:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ReceiptInvalid(f"{what} must be a list of objects")
+    return value
 
 
 def _added(parts: Iterable[Sums]) -> Sums:

@@ -61,9 +61,9 @@ def verified(receipts: Receipts, text: bytes) -> OwnersSums:
 def test_all_parts_sum_to_what_all_requests_used_and_are_what_statements_say(kit: Any) -> None:
     receipts = made(kit)
     found = verified(receipts, sums(receipts))
-    assert (set(found.leaves), found.complete, found.provisional) == ({"gazette", "academy"}, True, False)
-    assert {owner: part["EUR"] * 10 for owner, part in found.leaves.items()} == {"gazette": 12, "academy": 9}
-    said = json.loads(sums(receipts))["totals"]
+    assert (list(found.parts), found.provisional) == ([None, "academy", "gazette"], False)
+    assert {owner: part["EUR"] * 10 for owner, part in found.parts.items() if owner} == {"gazette": 12, "academy": 9}
+    said = json.loads(sums(receipts))["owners"]
     assert (said["requests"], said["tokens"], said["unrouted_tokens"]) == ("4", "52", "13")
     assert int(said["uses"]["share_weighted_ppm"]) == (52 - 13) * 1_000_000
     assert verify_parts([found], [statement(receipts, owner) for owner in ("gazette", "academy")]) == 2
@@ -72,30 +72,34 @@ def test_all_parts_sum_to_what_all_requests_used_and_are_what_statements_say(kit
 def test_parts_that_do_not_sum_are_found_by_an_auditor(kit: Any) -> None:
     """Whatever is signed: a part that was left out, or is more than the requests used."""
     receipts = made(kit)
-    whole = json.loads(sums(receipts))
+    whole = json.loads(sums(receipts))["owners"]
 
     def signed(**changes: Any) -> bytes:
-        totals = {**whole["totals"], **changes}
-        return rfc8785.dumps({**whole, "signature": kit.key.sign(rfc8785.dumps(totals)).hex(), "totals": totals})
+        said = {**whole, **changes}
+        return rfc8785.dumps({"owners": said, "signature": kit.key.sign(rfc8785.dumps(said)).hex()})
 
-    uses = whole["totals"]["uses"]
+    uses, parts = whole["uses"], whole["parts"]
     wrong = {
         "owners' shares sum to": signed(tokens="53"),
         "do not have the sums": signed(uses={**uses, "tokens": "1"}),
-        "its leaves are not those": signed(root="0" * 64),
         "'uses'": signed(uses={}),
+        "do not have the sums that": signed(amounts=[{"amount": "1", "currency": "EUR"}]),
+        "do not have the sums that were": signed(parts=parts[:-1]),
+        "an owner has two parts, or": signed(parts=[*parts, parts[-1]]),
+        "an owner has two parts, or no name": signed(parts=[{**parts[0], "owner": ["x"]}, *parts[1:]]),
+        "'parts' must be a list": signed(parts=None),
+        "'amounts' must be a list": signed(parts=[{**parts[0], "amounts": None}, *parts[1:]]),
     }
-    wrong["do not have the sums that"] = signed(amounts=[{"amount": "1", "currency": "EUR"}])
     for message, text in wrong.items():
         with pytest.raises(ReceiptInvalid, match=message):
             verified(receipts, text)
-    euros = [{"amount": "1", "currency": "EUR"}, *whole["totals"]["amounts"]]
+    euros = [{"amount": "1", "currency": "EUR"}, *whole["amounts"]]
     with pytest.raises(ReceiptInvalid, match="two amounts in EUR"):
         verified(receipts, signed(amounts=euros))
     with pytest.raises(ReceiptInvalid, match="two contents of the sums"):
         verify_parts([verified(receipts, one) for one in (sums(receipts), signed(requests="5"))], [])
     changed = sums(receipts).replace(b'"owner":"gazette"', b'"owner":"academy"', 1)
-    with pytest.raises(ReceiptInvalid, match="it was changed"):
+    with pytest.raises(ReceiptInvalid, match="its signature is wrong"):
         verified(receipts, changed)
 
 
@@ -123,5 +127,5 @@ def test_final_sums_are_the_same_whenever_they_are_made(kit: Any) -> None:
     receipts.maker.work()
     both = [verified(receipts, one) for one in (first, sums(receipts))]
     assert [(one.last, one.provisional) for one in both] == [(4, False), (5, False)]
-    assert both[0].says["root"] == both[1].says["root"]
+    assert both[0].parts == both[1].parts
     assert verify_parts(both, [statement(receipts, "gazette")]) == 2
