@@ -12,6 +12,7 @@ import typer
 from flexgate.experts.cli.api import Api
 from flexgate.experts.cli.remote import LOCAL, Url
 from flexgate.experts.cli.support import print_table
+from flexgate.server.cli.money import cost_of
 from flexgate.server.cli.receipts import canonical
 from flexgate.server.cli.store import failing
 
@@ -63,7 +64,7 @@ def list_(key: Key, url: Url = LOCAL) -> None:
     """List the months that there are statements of; those of a month that is still open are provisional."""
     with failing(), Api(url, key) as api:
         months = api.ask("GET", "/v1/statements")["data"]
-        rows = [(month["id"], "open, provisional" if month["open"] else "closed") for month in months]
+        rows = [(month["id"], "open, provisional" if month["open"] else "over") for month in months]
         print_table(("month", "state"), rows, empty="no uses")
 
 
@@ -117,6 +118,22 @@ def prove(
         sys.stdout.write(canonical(api.ask("GET", path, params=query)))
 
 
+@app.command()
+def close(
+    period: Annotated[str, typer.Argument(help="A month that is over, such as 2026-11.")],
+    key: Annotated[str, typer.Option(envvar="FLEXGATE_KEY", help="API key of an admin.", show_envvar=True)],
+    owner: Annotated[str, typer.Option(help="Id of the owner.")],
+    minimum: Annotated[
+        list[str] | None, typer.Option(metavar="COST", help="The least that is paid, such as '50 EUR'; repeatable.")
+    ] = None,
+    url: Url = LOCAL,
+) -> None:
+    """Close an owner's month, once and for good: print what is due, and what is carried over to the next month."""
+    body = {"owner_id": owner, "minimums": [cost_of(one) for one in minimum or ()]}
+    with failing(), Api(url, key) as api:
+        _print_payouts(api.ask("POST", f"{_path(period)}/closing", json=body))
+
+
 def _path(period: str) -> str:
     return f"/v1/statements/{quote(period, safe='')}"
 
@@ -134,6 +151,19 @@ def _print(statement: dict[str, Any]) -> None:
         typer.echo(f"correction {one['correction_id']}: {one['amount']} {one['currency']}, {one['reason']}")
     for total in statement["totals"]:
         typer.echo(f"total {total['amount']} {total['currency']}")
+    if statement["closing"] is not None:
+        _print_payouts(statement["closing"])
+
+
+def _print_payouts(closing: dict[str, Any]) -> None:
+    for one in closing["payouts"]:
+        currency = one["currency"]
+        typer.echo(
+            f"due {one['due']} {currency}: {one['carried']} carried over and {one['total']} of {closing['id']}, less "
+            f"{one['carried_on']} carried on; the least that is paid is {one['minimum']} {currency}"
+        )
+    if not closing["payouts"]:
+        typer.echo(f"nothing is due for {closing['id']}")
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:

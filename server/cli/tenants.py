@@ -10,6 +10,7 @@ import typer
 
 from flexgate.experts.cli.support import print_table
 from flexgate.policies.errors import ChangeRefused
+from flexgate.server.cli.money import cost_of
 from flexgate.server.cli.store import AsJson, print_json
 from flexgate.server.cli.target import READER, Json, Target, administers
 
@@ -167,7 +168,7 @@ def set_limits(
         "total_tokens": total_tokens,
     }
     chosen = {
-        name: None if value in (-1, REMOVED) else _cost(value) if isinstance(value, str) else value
+        name: None if value in (-1, REMOVED) else cost_of(value) if isinstance(value, str) else value
         for name, value in given.items()
         if value is not None
     }
@@ -180,13 +181,6 @@ def set_limits(
 def archive(target: Target, project: Project) -> None:
     """Archive a tenant permanently and revoke its keys."""
     target.archive(project)
-
-
-def _cost(text: str) -> Json:
-    amount, _, currency = text.partition(" ")
-    if not amount or not currency.strip():
-        raise typer.BadParameter(f"{text!r} is no amount of money: write it with its currency, such as '100 EUR'")
-    return {"amount": amount, "currency": currency.strip()}
 
 
 def _written(limit: Json | int | None) -> str:

@@ -34,6 +34,8 @@ _STATE: Final = (
 )
 _COLUMNS: Final = "number, id, kind, owner, request, at, actor, reason, amount, currency, dispute"
 _INSERT: Final = f"INSERT INTO corrections ({_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number"
+_CLOSED: Final = "SELECT coalesce(max(until), 0) FROM closings WHERE owner = ?"
+"""The end of the last month that was closed, which a correction never comes before, whatever the clock says."""
 OF_PERIOD: Final = (
     f"SELECT {_COLUMNS}, NULL FROM corrections WHERE kind = 'correction' AND at >= ? AND at < ? AND owner = ? "
     "ORDER BY number"
@@ -104,16 +106,19 @@ class Correction(NamedTuple):
 
 
 class Corrections:
-    """The corrections of a ledger. Methods block; raises `LedgerError` where its file cannot be read or written."""
+    """The corrections of a ledger. Methods block; raises `LedgerError` where its file cannot be read or written.
+
+    `lock` is held from the dating of a row until it is on disk.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         self._path = path
         self._clock = clock
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def settled(self) -> None:
         """Return once all corrections are on disk that were dated before this was called."""
-        with self._lock:
+        with self.lock:
             pass
 
     def add(self, made: Made, *, actor: str, audit: Callable[[Correction], None]) -> Correction:
@@ -126,8 +131,8 @@ class Corrections:
             CorrectionRefused: it is not valid, or does not fit the rows that there are.
         """
         made.require_valid()
-        with self._lock:
-            with self._opened() as connection:
+        with self.lock:
+            with self.opened() as connection:
                 known = _find(connection, made.owner, made.kind, made.id)
                 if known is not None:
                     if known.made != made:
@@ -135,11 +140,12 @@ class Corrections:
                     return known
                 _require_fitting(connection, made)
                 (newest,) = connection.execute("SELECT coalesce(max(at), 0) FROM corrections").fetchone()
-            at = max(newest, microseconds(self._clock()))
+                (closed,) = connection.execute(_CLOSED, (made.owner,)).fetchone()
+            at = max(newest, closed, microseconds(self._clock()))
             state: State | None = "open" if made.kind == "dispute" else None
             row = Correction(0, *made[:4], at, actor, *made[4:], state)
             audit(row)
-            with self._opened() as connection:
+            with self.opened() as connection:
                 (number,) = connection.execute(_INSERT, row[1:11]).fetchone()
             return row._replace(number=number)
 
@@ -149,11 +155,11 @@ class Corrections:
             f"SELECT {_COLUMNS}, {_STATE} FROM corrections WHERE number > ? AND (? IS NULL OR owner = ?) "
             "ORDER BY number LIMIT ?"
         )
-        with self._opened() as connection:
+        with self.opened() as connection:
             return [Correction(*row) for row in connection.execute(query, (after, owner, owner, limit))]
 
     @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
+    def opened(self) -> Iterator[sqlite3.Connection]:
         """A connection whose changes are committed at the end."""
         try:
             place = f"{self._path.absolute().as_uri()}?mode=rw"  # never makes a file

@@ -178,6 +178,14 @@ def _dated_marks(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE marks SET at = ?", (round(time.time() * MICROSECONDS),))
 
 
+def _closings(connection: sqlite3.Connection) -> None:
+    """Closed months, in their order; `until` is when a month ended, in microseconds."""
+    connection.execute(
+        "CREATE TABLE closings (owner TEXT NOT NULL, period TEXT NOT NULL, at INTEGER NOT NULL, actor TEXT NOT NULL, "
+        "payouts TEXT NOT NULL, until INTEGER NOT NULL, PRIMARY KEY (owner, until)) WITHOUT ROWID"
+    )
+
+
 STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _first,
     _agreements_and_shares,
@@ -188,6 +196,7 @@ STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _corrections,
     _numbers,
     _dated_marks,
+    _closings,
 )
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)

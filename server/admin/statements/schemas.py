@@ -6,13 +6,15 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from flexgate.policies.documents import Cost
 from flexgate.policies.ids import OwnerIdField
 from flexgate.server.admin.receipts.schemas import Receipt
 from flexgate.server.http.schemas import Shown
 from flexgate.server.http.validation import Closed
 from flexgate.server.ledger.amounts import Uses, exact, written
+from flexgate.server.ledger.closings import Closing
 from flexgate.server.ledger.corrections import Correction
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.shares import PPM
@@ -52,6 +54,25 @@ class ListedPeriod(Shown):
     start_time: int
     end_time: int
     open: bool
+
+
+class CloseMonth(Closed):
+    """The owner, and the least that is paid in a currency; in others, any amount is."""
+
+    owner_id: OwnerIdField
+    minimums: Annotated[list[Cost], Field(max_length=100, default_factory=list)]
+
+    @field_validator("minimums")
+    @classmethod
+    def _once(cls, minimums: list[Cost]) -> list[Cost]:
+        if len({one.currency for one in minimums}) != len(minimums):
+            raise ValueError("a currency is there twice: give one minimum of each")
+        return minimums
+
+    @property
+    def by_currency(self) -> dict[str, Fraction]:
+        """The minimum of each currency."""
+        return {one.currency: Fraction(one.amount) for one in self.minimums}
 
 
 class PeriodList(Shown):
@@ -144,6 +165,31 @@ class StatementCorrection(Shown):
     currency: str
 
 
+class StatementPayout(Shown):
+    """What is due of one currency of a closed month.
+
+    `carried` is from earlier months, `due` the sum of it and the month's `total` where that is at least `minimum`;
+    `carried_on` is the rest, which the next month begins with.
+    """
+
+    currency: str
+    carried: str
+    total: str
+    minimum: str
+    due: str
+    carried_on: str
+
+
+class ClosedMonth(Shown):
+    """A month that was closed, once and for good."""
+
+    object: Literal["statement.closing"] = "statement.closing"
+    id: Annotated[str, Field(description="The month: '2026-11'.")]
+    owner_id: str
+    closed_at: float
+    payouts: list[StatementPayout]
+
+
 class StatementTenant(Used):
     """What one project used, under the owner's name for it."""
 
@@ -202,6 +248,7 @@ class Statement(Shown):
     totals: list[StatementTotal]
     lines: list[StatementLine]
     corrections: list[StatementCorrection]
+    closing: Annotated[ClosedMonth | None, Field(description="What is due; null of what is not a closed month.")]
     tenants: list[StatementTenant]
     days: list[StatementDay]
     denials: list[StatementDenials]
@@ -223,6 +270,7 @@ def statement_of(
     name_of: Callable[[str], str],
     denials: dict[tuple[str, str], int],
     changes: list[StatementChange],
+    closing: Closing | None,
 ) -> Statement:
     """A statement made at `now`.
 
@@ -245,6 +293,7 @@ def statement_of(
         totals=[StatementTotal(currency=c, amount=written(value, c)) for c, value in account.totals.items()],
         lines=[_line(line) for line in account.lines],
         corrections=[_correction(one) for one in account.corrections],
+        closing=None if closing is None else closed_month(closing),
         tenants=sorted(
             (StatementTenant(tenant=name_of(tenant), **_used(of_one)) for tenant, of_one in account.tenants.items()),
             key=lambda one: one.tenant,
@@ -257,6 +306,16 @@ def statement_of(
             for (expert, code), requests in sorted(denials.items())
         ],
         changes=changes,
+    )
+
+
+def closed_month(closing: Closing) -> ClosedMonth:
+    """A closed month."""
+    return ClosedMonth(
+        id=closing.period,
+        owner_id=closing.owner,
+        closed_at=closing.at / MICROSECONDS,
+        payouts=[StatementPayout(**one._asdict()) for one in closing.payouts],
     )
 
 

@@ -147,6 +147,8 @@ def cases(ids: dict[str, str]) -> list[Case]:
         (admin, "GET", "/v1/corrections", None),
         ("sk-owner", "GET", "/v1/statements", None),
         ("sk-owner", "GET", "/v1/statements/1970-01/signed", None),
+        (admin, "POST", "/v1/statements/1970-01/closing", {"owner_id": "gazette"}),
+        (admin, "GET", "/v1/statements/1970-01?owner_id=gazette", None),
         (admin, "GET", "/v1/statements/1970-01/owners", None),
         ("sk-owner", "GET", "/v1/statements/1970-01/receipts", None),
         (admin, "GET", f"/v1/statements/1970-01/receipts/{ids['receipt']}?owner_id=gazette", None),

@@ -128,6 +128,7 @@ WRITTEN: Final[dict[str, Any]] = {
     "AddBody": {"package": "news"},
     "CreateSet": {"id": "set:one", "experts": ["news"]},
     "ChangeSet": {"experts": ["news"]},
+    "CloseMonth": {"owner_id": "wire", "minimums": [{"amount": "50", "currency": "EUR"}]},
     "AddCorrection": {
         "kind": "correction",
         "receipt_id": "dec_1",
