@@ -1,13 +1,16 @@
-// Verifies signed statements of flexgate (docs/receipts.md) against receipts, with verify-receipt.mjs and Web Crypto alone.
+// Verifies signed statements of flexgate (docs/receipts.md) against receipts, with the files beside it and Web Crypto alone.
 //   node verify-statement.mjs --jwks jwks.json statement.json receipts.jsonl      (or receipt.json proof.json …)
-import { HASH, ID, NUMBER, RECEIPT, SERVER, check, hashes, hex, isObject, leafHash, listOf, members, must, nodeHash, parse,
-  parseKeys, canonical, requireSigned, rootFrom, sha256, texts, unhex, verifyCopies, verifyReceipt } from "./verify-receipt.mjs";
+import { leafOf, verifyHistory } from "./verify-history.mjs";
+import { HASH, ID, NUMBER, RECEIPT, SERVER, check, hashes, hex, isObject, listOf, members, must, nodeHash, parse, parseKeys,
+  canonical, requireSigned, rootFrom, sha256, texts, verifyCopies, verifyReceipt } from "./verify-receipt.mjs";
 const NAME = /^[^\n]+$/, EXACT = /^(0|[1-9][0-9]{0,30})(\.[0-9]{1,21})?$/, CURRENCY = /^[A-Z]{3}$/;
 const PLACES = { owner: NAME, period: NAME, receipts: NUMBER, root: HASH, server: SERVER };
 const STATEMENT = { at: NUMBER, end: NUMBER, format: /^flexgate-statement\/1$/, kid: ID, last: NUMBER, start: NUMBER, ...PLACES };
 const PROOF = { format: /^flexgate-statement-proof\/1$/, index: NUMBER, number: NUMBER, receipt: RECEIPT, ...PLACES };
 const TOTAL = { amount: /^-?(0|[1-9][0-9]{0,30})(\.[0-9]{1,21})?$/, currency: CURRENCY };
 const CORRECTION = { ...TOTAL, at: NUMBER, id: NAME, reason: NAME, receipt: RECEIPT };
+const DIGITS = new Map([[0, "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"], [3, "BHD IQD JOD KWD LYD OMR TND"],
+  [4, "CLF UYW"]].flatMap(([digits, names]) => names.split(" ").map((name) => [name, digits])));
 const COUNTS = ["requests", "share_weighted_ppm", "tokens"];
 const PER = { request: ["requests", 0n], thousand_tokens: ["tokens", 3n], million_tokens: ["tokens", 6n],
   thousand_share_weighted_tokens: ["share_weighted_ppm", 9n], million_share_weighted_tokens: ["share_weighted_ppm", 12n] };
@@ -65,7 +68,8 @@ export async function verifyStatement(bytes, keys) {
   }
   for (const total of listOf(statement.totals, "'totals'", isObject, 0)) {
     const { amount, currency } = texts(members(total, "a total", Object.keys(TOTAL)), "a total", TOTAL);
-    const fits = scaled(amount) === rounded(sums.get(currency) ?? 0n, (amount.split(".")[1] ?? "").length);
+    const digits = (amount.split(".")[1] ?? "").length, fits = scaled(amount) === rounded(sums.get(currency) ?? 0n, digits);
+    check(digits >= (DIGITS.get(currency) ?? 2), `its total in ${currency} has too few digits`);
     check(!totals.has(currency) && fits, `its total in ${currency} is not the sum of its lines`);
     totals.add(currency);
   }
@@ -75,13 +79,6 @@ export async function verifyStatement(bytes, keys) {
 /** A proof that a receipt is among those of a statement; it says nothing by itself. */
 export const parseProof = (bytes, proof = members(parse(bytes), "the proof", ["path", ...Object.keys(PROOF)])) =>
   ({ ...texts(proof, "the proof", PROOF), path: hashes(proof.path) });
-/** The owner's leaf of a receipt that a statement must count; undefined of others. */
-function leafOf({ start, end, last, owner, provisional, server }, copy) {
-  const isIn = (at) => at >= BigInt(start) && at < BigInt(end);
-  if (copy.batch.server !== server || (provisional && BigInt(copy.number) > BigInt(last))) return undefined;
-  const isOwn = (leaf) => leaf.kind === "owner" && leaf.owner === owner && isIn(number(leaf, "ended_at"));
-  return [...copy.leaves.values()].find(isOwn);
-}
 async function rootOf(level) {
   if (level.length < 2) return hex(level[0] ?? (await sha256(new Uint8Array())));
   const pairs = Array.from({ length: level.length >> 1 }, (_, at) => nodeHash(level[2 * at], level[2 * at + 1]));
@@ -119,14 +116,6 @@ export async function verifyCounted(statement, copies, proofs) {
   }
   return `it counts the ${given} receipts that were given, of ${size}; its figures were not made again: ${missing} are missing`;
 }
-/** No two final statements of an owner and a period may say different things. */
-export function verifyAlone(statements) {
-  const finals = new Map();
-  for (const { says: { at, head, kid, last, ...lasting } } of statements.filter((one) => !one.provisional)) {
-    const name = canonical([lasting.server, lasting.owner, lasting.period]), text = canonical(lasting);
-    check(finals.set(name, finals.get(name) ?? text).get(name) === text, `two contents of the statement ${name} are signed`);
-  }
-}
 /** Verifies what lines of files say together; returns a sentence for each statement. */
 export async function verifyTogether(lines, keys) {
   const statements = [], copies = [], proofs = [], bytes = (line) => new TextEncoder().encode(line);
@@ -136,7 +125,7 @@ export async function verifyTogether(lines, keys) {
     else copies.push(await verifyReceipt(bytes(line), keys));
   }
   verifyCopies(copies);
-  verifyAlone(statements);
+  await verifyHistory(statements, copies);
   return Promise.all(statements.map(async (one) => `${one.period} for ${one.owner}: ${await verifyCounted(one, copies, proofs)}`));
 }
 if (globalThis.process?.argv[1]?.endsWith("verify-statement.mjs")) {

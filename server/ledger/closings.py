@@ -111,6 +111,7 @@ class Closings:
             ClosingRefused: it was closed otherwise, or it is not the month after the last one that was closed.
         """
         with self._corrections.lock:
+            self._corrections.require_room()
             with self._corrections.opened() as connection:
                 known = _find(connection, owner, period)
                 newest = _newest(connection, owner)

@@ -9,6 +9,7 @@ A correction belongs to the period in which it is made. A dispute is open until 
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 import threading
@@ -17,15 +18,20 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from flexgate.policies.errors import InvalidName
+from flexgate.policies.errors import InvalidName, StoreFull, StoreReplaced
+from flexgate.policies.store.identity import FileIdentity
+from flexgate.policies.store.reserve import Reserve
 from flexgate.policies.vocabulary import parse_currency
-from flexgate.server.ledger.entries import microseconds
+from flexgate.server.ledger.entries import MICROSECONDS, microseconds
 from flexgate.server.ledger.errors import LedgerError
 
 Kind = Literal["correction", "dispute", "rejection"]
 State = Literal["open", "accepted", "rejected"]
 MOST_OPEN: Final = 1_000
 BUSY_SECONDS: Final = 5.0
+SETTLED_SECONDS: Final = 1.0
+NOTICED_SECONDS: Final = 60
+"""From where on it is logged that the clock is behind."""
 _AMOUNT: Final = re.compile(r"-?(0|[1-9][0-9]{0,11})(\.[0-9]{1,9})?", re.ASCII)
 _STATE: Final = (
     "CASE WHEN kind <> 'dispute' THEN NULL ELSE coalesce((SELECT CASE decided.kind WHEN 'rejection' THEN 'rejected' "
@@ -40,6 +46,9 @@ OF_PERIOD: Final = (
     f"SELECT {_COLUMNS}, NULL FROM corrections WHERE kind = 'correction' AND at >= ? AND at < ? AND owner = ? "
     "ORDER BY number"
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 class CorrectionRefused(Exception):
@@ -111,15 +120,20 @@ class Corrections:
     `lock` is held from the dating of a row until it is on disk.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float], file: FileIdentity, reserve: Reserve) -> None:
+        """`file` is what `path` has to name, `reserve` the room on its disk that is kept for other rows."""
         self._path = path
         self._clock = clock
+        self._file = file
+        self._reserve = reserve
         self.lock = threading.Lock()
 
-    def settled(self) -> None:
-        """Return once all corrections are on disk that were dated before this was called."""
-        with self.lock:
-            pass
+    def settled(self) -> bool:
+        """Whether all corrections are on disk that were dated before this was called; waits for a moment."""
+        if not self.lock.acquire(timeout=SETTLED_SECONDS):
+            return False
+        self.lock.release()
+        return True
 
     def add(self, made: Made, *, actor: str, audit: Callable[[Correction], None]) -> Correction:
         """Add a row, once for its owner, kind and id: the same again is the row that there is.
@@ -132,6 +146,7 @@ class Corrections:
         """
         made.require_valid()
         with self.lock:
+            self.require_room()
             with self.opened() as connection:
                 known = _find(connection, made.owner, made.kind, made.id)
                 if known is not None:
@@ -141,7 +156,11 @@ class Corrections:
                 _require_fitting(connection, made)
                 (newest,) = connection.execute("SELECT coalesce(max(at), 0) FROM corrections").fetchone()
                 (closed,) = connection.execute(_CLOSED, (made.owner,)).fetchone()
-            at = max(newest, closed, microseconds(self._clock()))
+            now = microseconds(self._clock())
+            at = max(newest, closed, now)
+            if at - now > NOTICED_SECONDS * MICROSECONDS:
+                behind = (at - now) // MICROSECONDS
+                logger.error("the clock is %d seconds behind the newest correction: %s gets that time", behind, made.id)
             state: State | None = "open" if made.kind == "dispute" else None
             row = Correction(0, *made[:4], at, actor, *made[4:], state)
             audit(row)
@@ -158,16 +177,25 @@ class Corrections:
         with self.opened() as connection:
             return [Correction(*row) for row in connection.execute(query, (after, owner, owner, limit))]
 
+    def require_room(self) -> None:
+        """Raise `LedgerError` where the disk has room for ends of requests alone."""
+        try:
+            self._reserve.require_room()
+        except StoreFull as error:
+            raise LedgerError(f"corrections cannot be written to {self._path}: {error}") from error
+
     @contextmanager
     def opened(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are committed at the end."""
+        """A connection whose changes are committed at the end, to the file that the ledger uses."""
         try:
+            self._file.require()
             place = f"{self._path.absolute().as_uri()}?mode=rw"  # never makes a file
             with closing(sqlite3.connect(place, uri=True, timeout=BUSY_SECONDS)) as connection:
                 connection.execute("PRAGMA synchronous = FULL")
                 with connection:
                     yield connection
-        except sqlite3.Error as error:
+            self._file.require()
+        except (sqlite3.Error, StoreReplaced) as error:
             raise LedgerError(
                 f"the corrections in {self._path} cannot be read or written: {error}; check the file and its disk"
             ) from error

@@ -95,7 +95,7 @@ class Journal:
         self._log = log_of(path.absolute())
         self._log_is_due = False
         self.retention = Retention(lambda: self._clock())
-        self.corrections = Corrections(path, lambda: self._clock())
+        self.corrections = Corrections(path, lambda: self._clock(), self._file, self._reserve)
         self.closings = Closings(self.corrections, lambda: self._clock())
         with told(path):
             self._rows = Rows(self._connection)

@@ -55,8 +55,8 @@ class Deadline:
 
 def is_open(call: Call[Any, Any], period: Period) -> bool:
     """Whether more may come into a period; to be asked before the ledger is read."""
-    call.services.ledger.corrections.settled()
-    return call.now < period.end or not call.services.ledger.has_written(period.end)
+    ledger = call.services.ledger
+    return call.now < period.end or not ledger.corrections.settled() or not ledger.has_written(period.end)
 
 
 def require_whole(call: Call[Any, Any], period: Period) -> None:

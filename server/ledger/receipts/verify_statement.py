@@ -64,6 +64,16 @@ _PER: Final = {
     "million_share_weighted_tokens": ("share_weighted_ppm", 10**12),
 }
 """Of each unit, what it counts, and how many are one."""
+_DIGITS: Final = {
+    currency: digits
+    for digits, currencies in (
+        (0, "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"),
+        (3, "BHD IQD JOD KWD LYD OMR TND"),
+        (4, "CLF UYW"),
+    )
+    for currency in currencies.split()
+}
+"""After the point, of currencies that have not two; ISO 4217."""
 Place = tuple[str | None, str | None, str]
 """Agreement, version and expert of a line."""
 Counts = tuple[int, ...]
@@ -301,7 +311,10 @@ def _totals(totals: Any, amounts: list[tuple[str, Fraction]]) -> tuple[tuple[str
     for total in _objects(totals, "'totals'"):
         texts(total, "a total", _TOTAL)
         currency, amount = total["currency"], total["amount"]
-        scale = 10 ** len(amount.partition(".")[2])
+        digits = len(amount.partition(".")[2])
+        if digits < _DIGITS.get(currency, 2):
+            raise ReceiptInvalid(f"its total in {currency} has too few digits: {amount}")
+        scale = 10**digits
         if currency in found or Fraction(amount) * scale != round(sums.get(currency, Fraction()) * scale):
             raise ReceiptInvalid(f"its total in {currency} is not the sum of its lines")
         found[currency] = amount

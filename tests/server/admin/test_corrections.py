@@ -133,6 +133,50 @@ async def test_a_dispute_is_decided_also_after_its_usage_was_deleted(call: Any, 
     assert decided.status_code == 201, decided.text
 
 
+async def test_no_correction_is_written_into_another_file_than_the_ledgers(call: Any, month: Any) -> None:
+    path = month.ledger.path
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("VACUUM INTO ?", (str(path.with_suffix(".copy")),))
+    path.with_suffix(".copy").rename(path)
+    asked = [await call("sk-admin", "GET", ALL), await call("sk-admin", "POST", ALL, json=CORRECTION)]
+    assert [one.status_code for one in asked] == [503, 503]
+    assert "was replaced or deleted" in asked[1].json()["error"]["message"]
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM corrections").fetchone() == (0,)
+
+
+async def test_a_disk_that_is_nearly_full_takes_ends_and_no_corrections(
+    call: Any, month: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexgate.policies.store.reserve.RESERVED_BYTES", 1 << 62)
+    refused = await call("sk-admin", "POST", ALL, json=CORRECTION)
+    assert refused.status_code == 503
+    assert "free some space" in refused.json()["error"]["message"]
+    monkeypatch.undo()
+    assert (await call("sk-admin", "GET", ALL)).json()["data"] == []
+
+
+async def test_a_period_is_open_while_a_correction_is_being_written_and_nothing_waits_for_it(
+    call: Any, month: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexgate.server.ledger.corrections.SETTLED_SECONDS", 0.01)
+    with month.ledger.corrections.lock:
+        async with asyncio.timeout(5):
+            shown = await statement(call, "2026-11")
+    assert (shown["open"], (await statement(call, "2026-11"))["open"]) == (True, False)
+
+
+async def test_a_correction_that_is_dated_ahead_of_the_clock_is_logged(
+    call: Any, month: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    await call("sk-admin", "POST", ALL, json=CORRECTION)
+    assert "behind the newest correction" not in caplog.text
+    month.clock, month.ledger._clock = [lambda: START + 3_600.0] * 2
+    added = await call("sk-admin", "POST", ALL, json={**CORRECTION, "id": "credit-9"})
+    assert added.status_code == 201
+    assert f"the clock is {31 * DAY - 3_600} seconds behind the newest correction: credit-9" in caplog.text
+
+
 async def test_asking_for_corrections_makes_no_ledger_where_it_was_moved_away(call: Any, month: Any) -> None:
     path = month.ledger.path
     path.rename(path.with_suffix(".away"))

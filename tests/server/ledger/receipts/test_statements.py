@@ -94,6 +94,7 @@ def python_says(jwks: bytes, bundle: tuple[bytes, ...]) -> str:
             else:
                 copies.append(verify.verify_receipt(text, keys))
         verify.verify_copies(copies)
+        verify.verify_ends([(one.head, one.last) for one in statements], [one.batch for one in copies])
         verify_statements(statements, copies, proofs)
     except ReceiptInvalid as error:
         return str(error)
@@ -202,10 +203,10 @@ def test_a_receipt_that_is_added_is_found_by_who_has_all(kit: Any) -> None:
 def test_figures_that_are_not_those_of_the_receipts_are_found(kit: Any) -> None:
     receipts = kit.made(1, 2, 3)
     mine, honest = page(receipts), signed(receipts)
-    lines = json.loads(honest)["statement"]["lines"]
-    news, sports = lines
+    whole = json.loads(honest)["statement"]
+    news, sports = whole["lines"]
     none = {**sports, "compensate": [], "amount": None, "currency": None}
-    euros = json.loads(honest)["statement"]["totals"][:1]
+    euros = whole["totals"][:1]
     fewer = {**sports, "requests": "2"}  # of no rate
     alone = [
         {"lines": [{**news, "amount": "0.1"}, sports]},
@@ -217,6 +218,7 @@ def test_figures_that_are_not_those_of_the_receipts_are_found(kit: Any) -> None:
         {"lines": [{**news, "expert": None}, sports]},
         {"lines": "none"},
         {"totals": euros},
+        {"totals": [{**euros[0], "amount": str(round(float(euros[0]["amount"])))}, *whole["totals"][1:]]},
         {"totals": [*euros, {"amount": "1", "currency": "JPY"}]},
         {"totals": [*euros, *euros]},
         {"corrections": None},
@@ -349,28 +351,23 @@ def test_a_receipt_is_counted_though_its_statement_is_of_another_server_or_momen
     receipts = kit.made(1, 2)
     kit.record(3)
     receipts.maker.work()
-    mine, honest, keys = page(receipts), signed(receipts), verify.parse_keys(receipts.jwks)
+    mine, honest = page(receipts), signed(receipts)
     none = {"lines": [], "totals": [], "receipts": "0", "root": merkle.EMPTY.hex()}
     elsewhere = resigned(kit, honest, server=f"srv_{'1' * 32}", **none)
     assert "which does not count it" in python_says(receipts.jwks, (elsewhere, *mine))
-    assert python_says(receipts.jwks, (honest, elsewhere, *mine)) == ""
-    batches = [verify.verify_receipt(one, keys).batch for one in mine]
-
-    def ends(**changes: Any) -> str:
-        one = verify_statement(resigned(kit, honest, **changes), keys)
-        try:
-            verify.verify_ends([(one.head, one.last)], batches)
-        except ReceiptInvalid as error:
-            return str(error)
-        return ""
-
-    head = {"hash": "1" * 64, "number": "2"}
-    assert ends() == ""
-    assert ends(head={**head, "number": "5"}, last="9") == ""
-    early = {"provisional": True, **none}
-    assert "ends in two ways" in ends(last="0", **early)
-    assert "ends in two ways" in ends(head=head)
-    assert "and an earlier one with receipt 3" in ends(head={**head, "number": "5"}, last="2")
+    assert both(receipts.jwks, (elsewhere, *mine), (honest, elsewhere, *mine), (elsewhere,)) == [False, True, True]
+    head, early = {"hash": "1" * 64, "number": "2"}, {"provisional": True, **none}
+    wrong = {
+        "ends in two ways": {"last": "0", **early},
+        "ends in two ways with batch 2": {"head": head},
+        "and an earlier one with receipt 3": {"head": {**head, "number": "5"}, "last": "2"},
+    }
+    bundles = [(resigned(kit, honest, **changes), *mine) for changes in wrong.values()]
+    later = resigned(kit, honest, head={**head, "number": "5"}, last="9")
+    assert both(receipts.jwks, (later, *mine), *bundles) == [True, *(False for _ in bundles)]
+    for message, bundle in zip(wrong, bundles, strict=True):
+        assert message in python_says(receipts.jwks, bundle)
+    assert both(receipts.jwks, (honest, resigned(kit, honest, head=head))) == [False]
 
 
 def test_an_owner_without_receipts_gets_a_statement_of_none(kit: Any) -> None:
@@ -404,6 +401,13 @@ def test_pages_of_receipts_follow_one_another(kit: Any) -> None:
 
 
 def test_the_other_verifier_is_short_and_needs_nothing_but_the_first() -> None:
-    source = (Path(__file__).parents[4] / "docs/examples/verify-statement.mjs").read_text()
-    assert len(source.splitlines()) <= 150
-    assert re.findall(r'from "(.*?)"|import\("(.*?)"\)', source) == [("./verify-receipt.mjs", ""), ("", "node:fs")]
+    examples = Path(__file__).parents[4] / "docs" / "examples"
+    found = {}
+    for name in ("verify-statement.mjs", "verify-history.mjs"):
+        source = (examples / name).read_text()
+        assert len(source.splitlines()) <= 150
+        found[name] = re.findall(r'(?:from |import\()"(.*?)"', source)
+    assert found == {
+        "verify-statement.mjs": ["./verify-history.mjs", "./verify-receipt.mjs", "node:fs"],
+        "verify-history.mjs": ["./verify-receipt.mjs"],
+    }
