@@ -80,10 +80,9 @@ def payouts_of(
 class Closings:
     """The closed months of a ledger. Methods block; raises `LedgerError` where its file cannot be read or written."""
 
-    def __init__(self, corrections: Corrections, clock: Callable[[], float]) -> None:
+    def __init__(self, corrections: Corrections) -> None:
         """`corrections` are in the same file: none is dated into a month that is being closed."""
         self._corrections = corrections
-        self._clock = clock
 
     def find(self, owner: str, period: Period) -> Closing | None:
         """A closed month; None of one that is not closed."""
@@ -97,6 +96,7 @@ class Closings:
         totals: Mapping[str, Fraction],
         minimums: Mapping[str, Fraction],
         *,
+        at: float,
         actor: str,
         audit: Callable[[Closing], None],
     ) -> Closing:
@@ -105,6 +105,7 @@ class Closings:
         Args:
             totals: those of its final statement, by currency.
             minimums: the least that is paid, by currency; of others, anything is.
+            at: Unix seconds.
             audit: records it before it is added; what it raises prevents that.
 
         Raises:
@@ -124,7 +125,7 @@ class Closings:
                     )
                 return known
             _require_next(period, newest)
-            row = Closing(owner, period.name, microseconds(self._clock()), actor, payouts)
+            row = Closing(owner, period.name, microseconds(at), actor, payouts)
             audit(row)
             with self._corrections.opened() as connection:
                 connection.execute(

@@ -28,7 +28,6 @@ from flexgate.policies.errors import StoreFull
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.reserve import Reserve
 from flexgate.server.ledger.batch import Batch, End, answer
-from flexgate.server.ledger.closings import Closings
 from flexgate.server.ledger.corrections import Corrections
 from flexgate.server.ledger.entries import (
     INTERRUPTED,
@@ -96,7 +95,6 @@ class Journal:
         self._log_is_due = False
         self.retention = Retention(lambda: self._clock())
         self.corrections = Corrections(path, lambda: self._clock(), self._file, self._reserve)
-        self.closings = Closings(self.corrections, lambda: self._clock())
         with told(path):
             self._rows = Rows(self._connection)
             (self.id,) = self._connection.execute("SELECT id FROM ledger").fetchone()

@@ -36,7 +36,7 @@ from flexgate.server.admin.statements.schemas import (
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.refusals import from_ledger
 from flexgate.server.http.responses import CREATED
-from flexgate.server.ledger.closings import Closing, ClosingRefused
+from flexgate.server.ledger.closings import Closing, ClosingRefused, Closings
 from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.statements import Account, Period, first_end, owner_uses
@@ -89,8 +89,14 @@ def close(call: Call[CloseMonth, Nothing]) -> ClosedMonth:
         call.store.record([Event(at=call.now, actor=call.principal.key_id, action="statement.closed", detail=detail)])
 
     try:
-        closed = call.services.ledger.closings.close(
-            body.owner_id, period, account.totals, body.by_currency, actor=call.principal.key_id, audit=audit
+        closed = Closings(call.services.ledger.corrections).close(
+            body.owner_id,
+            period,
+            account.totals,
+            body.by_currency,
+            at=call.now,
+            actor=call.principal.key_id,
+            audit=audit,
         )
     except ClosingRefused as error:
         text = str(error)
@@ -116,7 +122,7 @@ def _require_known(call: Call[Any, Any], owner: str, account: Account, ownership
 
 def _closing(call: Call[Any, Any], owner: str, period: Period) -> Closing | None:
     try:
-        return call.services.ledger.closings.find(owner, period)
+        return Closings(call.services.ledger.corrections).find(owner, period)
     except LedgerError as error:
         raise from_ledger(error, param="period") from error
 
