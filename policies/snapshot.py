@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 from flexgate.policies.agreements import Agreement, Document
 from flexgate.policies.compiled.agreements import AssigneeAgreements
 from flexgate.policies.compiled.compiler import Compiler, TenantRules, keys_by_digest
-from flexgate.policies.documents import Expert, ExpertSet, KeyRecord, Tenant
+from flexgate.policies.documents import Expert, ExpertSet, Grade, KeyRecord, Tenant
 from flexgate.policies.errors import SnapshotInvalid
 from flexgate.policies.ids import PUBLIC, ExpertId, SetId, TenantId
 from flexgate.policies.reasons import Standard, standard
@@ -36,7 +36,7 @@ class Snapshot:
     what a decision asks of each; `hidden` are those that only some tenants see, `required`
     those that no request leaves out, `public` among them; `empty_layers` has the layers that an expert has nothing in,
     of those that have such. `revocation_epochs` is the weights epoch of each
-    expert's last revocation: what was loaded before it must not be served.
+    expert's last revocation: what was loaded before it must not be served. `grades` has each expert's grade.
     """
 
     policy_version: int
@@ -49,6 +49,7 @@ class Snapshot:
     revocation_epochs: MappingProxyType[str, int] = field(default_factory=lambda: MappingProxyType({}))
     catalogue: tuple[Listing, ...] = field(init=False, repr=False, compare=False)
     hidden: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
+    grades: tuple[tuple[ExpertId, Grade], ...] = field(init=False, repr=False, compare=False)
     required: frozenset[ExpertId] = field(init=False, repr=False, compare=False)
     empty_layers: Mapping[ExpertId, frozenset[int]] = field(init=False, repr=False, compare=False)
 
@@ -57,6 +58,8 @@ class Snapshot:
             raise SnapshotInvalid("the catalogue needs a listed expert 'public'")
         catalogue = tuple((expert.id, expert.live, standard(expert)) for expert in self.experts.values())
         object.__setattr__(self, "catalogue", catalogue)
+        grades = tuple((expert.id, expert.grade) for expert in self.experts.values())
+        object.__setattr__(self, "grades", grades)
         hidden = frozenset(expert.id for expert in self.experts.values() if expert.visibility == "hidden")
         object.__setattr__(self, "hidden", hidden)
         required = frozenset(expert.id for expert in self.experts.values() if expert.required)

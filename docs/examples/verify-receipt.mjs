@@ -6,8 +6,8 @@ export const ID = /^[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048]$/, FORMAT = /^flexgate-r
 const HEADER = { at: NUMBER, first: POSITIVE, format: BATCH, kid: ID, last: POSITIVE, number: POSITIVE, previous: HASH,
   root: HASH, server: SERVER };
 const JWK = { alg: /^EdDSA$/, crv: /^Ed25519$/, kid: ID, kty: /^OKP$/, use: /^sig$/, x: ID };
-const FACTS = ["completion_tokens", "ended_at", "outcome", "prompt_tokens"];
-const utf8 = (text) => new TextEncoder().encode(text);
+const LEFT_OUT = { expert: /^[^\n]+$/, grade: /^(removed|router|shared|unknown)$/ };
+const FACTS = ["completion_tokens", "ended_at", "outcome", "prompt_tokens"], utf8 = (text) => new TextEncoder().encode(text);
 export const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 export const unhex = (text) => Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
 const unbase64 = (text) => Uint8Array.from(atob(text.replace(/-/g, "+").replace(/_/g, "/")), (c) => c.charCodeAt(0));
@@ -18,9 +18,8 @@ export const check = (holds, message) => { if (!holds) throw new Error(message);
 export const must = (value, holds, message) => (check(holds, message), value);
 /** JSON by RFC 8785, of whole numbers only; nested no deeper than `depth`. */
 export function canonical(value, depth = 8) {
-  const isText = typeof value !== "string" || !/\p{Surrogate}/u.test(value);
-  const isWhole = typeof value !== "number" || Number.isSafeInteger(value);
-  check(depth >= 0 && isText && isWhole, "it is nested too deeply, or has what readers read differently");
+  const isFine = typeof value === "string" ? !/\p{Surrogate}/u.test(value) : typeof value !== "number" || Number.isSafeInteger(value);
+  check(depth >= 0 && isFine, "it is nested too deeply, or has what readers read differently");
   if (value === null || typeof value !== "object") return JSON.stringify(value);
   if (Array.isArray(value)) return `[${value.map((one) => canonical(one, depth - 1)).join(",")}]`;
   return `{${Object.keys(value).sort().map((k) => `${canonical(k, 0)}:${canonical(value[k], depth - 1)}`).join(",")}}`;
@@ -88,7 +87,7 @@ export async function verifyReceipt(bytes, keys) {
     const { content, index, salt } = members(entry, "a leaf", ["content", "index", "salt"]);
     const isNext = Number.isInteger(index) && index > ([...leaves.keys()].at(-1) ?? -1) && index < known.length;
     check(isNext && isObject(content), "the places of its leaves are wrong");
-    texts(content, "a leaf", { kind: /^(request|owner|none)$/, receipt: RECEIPT });
+    texts(content, "a leaf", { kind: /^(request|owner|hidden|none)$/, receipt: RECEIPT });
     const hash = await leafHash(join(unhex(texts(entry, "a leaf", { salt: HASH }).salt), utf8(canonical(content))));
     check(hex(hash) === hex(known[index]), "a leaf is not the one that its receipt has in its place");
     leaves.set(index, content);
@@ -116,18 +115,22 @@ export function verifyCopies(found) {
 }
 /** Of one receipt: one request, and of each owner one leaf that says what the request says; all, if it is complete. */
 function requireConsistent(leaves, complete) {
-  const [requests, owners] = ["request", "owner"].map((kind) => leaves.filter((leaf) => leaf.kind === kind));
+  const [requests, owners, hidden] = ["request", "owner", "hidden"].map((kind) => leaves.filter((leaf) => leaf.kind === kind));
   for (const { experts, kind } of [...requests, ...owners]) {
-    const share = ({ share_ppm: ppm }) => (Number.isInteger(ppm) && ppm >= 0 ? ppm : NaN);
-    const total = listOf(experts, "'experts'", isObject, 0).reduce((sum, expert) => sum + share(expert), 0);
+    const add = (sum, { share_ppm: ppm }) => sum + (Number.isInteger(ppm) && ppm >= 0 ? ppm : NaN);
+    const total = listOf(experts, "'experts'", isObject, 0).reduce(add, 0);
     check(total === 1e6 || (kind === "owner" ? total < 1e6 : total === 0), `its shares sum to ${total} millionths`);
   }
+  const excluded = (leaf) => listOf("excluded" in leaf ? leaf.excluded : [], "'excluded'", isObject, 0);
+  const out = [...requests, ...hidden].flatMap(excluded).map((one) => texts(one, "what was left out", LEFT_OUT).expert);
+  const used = new Set([...requests, ...owners].flatMap((leaf) => leaf.experts.map((one) => one.expert)));
+  check(new Set(out).size === out.length && !out.some((one) => used.has(one)), "an expert was left out twice, or took part");
   const rows = (experts) => experts.map((one) => canonical([one.expert ?? null, one.share_ppm])).sort();
   const says = (leaf, experts) => canonical([FACTS.map((fact) => leaf[fact] ?? null), rows(experts)]);
   const owner = ({ owner: name }) => must(name, typeof name === "string", "an owner has no name");
   const said = new Map(owners.map((leaf) => [owner(leaf), says(leaf, leaf.experts)]));
-  check(requests.length <= 1 && requests.length >= complete && said.size === owners.length, "it lacks a leaf, or has two");
-  for (const request of requests) {
+  const isSingle = requests.length <= 1 && hidden.length <= 1 && said.size === owners.length && requests.length >= complete;
+  for (const request of must(requests, isSingle, "it lacks a leaf, or has two")) {
     const owned = request.experts.filter((expert) => (expert.owner ?? null) !== null);
     const names = new Set(owned.map(owner)), of = (name) => says(request, owned.filter((expert) => expert.owner === name));
     const fits = [...said].every(([name, text]) => names.has(name) && of(name) === text);
@@ -135,16 +138,13 @@ function requireConsistent(leaves, complete) {
   }
 }
 if (globalThis.process?.argv[1]?.endsWith("verify-receipt.mjs")) {
-  const { readFileSync } = await import("node:fs");
-  const [option, jwks, ...files] = process.argv.slice(2);
+  const { readFileSync } = await import("node:fs"), [option, jwks, ...files] = process.argv.slice(2);
   if (option !== "--jwks" || !files.length) throw new Error("usage: node verify-receipt.mjs --jwks JWKS RECEIPT …");
   const keys = await parseKeys(readFileSync(jwks)), found = [];
   const wrong = (error) => must(`not valid: ${error.message}`, (process.exitCode = 1));
   const said = ({ receipt, number, leaves, size }) => `OK: ${leaves.size === size ? "the whole" : "a copy of"} receipt `
     + `${receipt}, number ${number}: ${[...leaves.values()].map((leaf) => leaf.owner ?? leaf.kind).join(", ")}`;
-  for (const file of files) {
-    const verified = verifyReceipt(readFileSync(file), keys).then((one) => (found.push(one), said(one)));
-    console.log(`${file}: ${await verified.catch(wrong)}`);
-  }
+  for (const file of files)
+    console.log(`${file}: ${await verifyReceipt(readFileSync(file), keys).then((one) => said(one, found.push(one))).catch(wrong)}`);
   try { verifyCopies(found); } catch (error) { console.log(`together: ${wrong(error)}`); }
 }

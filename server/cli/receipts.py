@@ -233,7 +233,8 @@ class _Given:
 
 
 def _said(leaf: dict[str, Any]) -> str:
-    return "the request" if leaf["kind"] == "request" else f"what experts of '{leaf.get('owner')}' did"
+    said = {"request": "the request", "hidden": "what its tenant does not see"}
+    return said.get(leaf["kind"]) or f"what experts of '{leaf.get('owner')}' did"
 
 
 def _heads(path: Path) -> list[verifying.Head]:

@@ -33,6 +33,7 @@ from flexgate.server.inference.pipeline import Endpoint, InferenceRequest, Infer
 from flexgate.server.inference.tracing import TracedRequest
 from flexgate.server.ledger.entries import MICROSECONDS, RegisteredExpert, Registration
 from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.exclusion import catalogue_of, marks_of
 
 BYTES_OF_A_TOKEN: Final = 8
 
@@ -231,6 +232,8 @@ def register(request: InferenceRequest) -> None:
             for ref, agreement in zip(call.experts, decision.agreements, strict=True)
         ),
         prompt_sha256=request.context.body_sha256,
+        catalogue=catalogue_of(request.snapshot.grades),
+        excluded=marks_of(experts, decision.allowed, (reason.expert for reason in decision.excluded)),
     )
     try:
         request.entry = services.ledger.register(registration)

@@ -65,6 +65,8 @@ class Registration(msgspec.Struct, frozen=True, gc=False):
         request: the id of its decision, which is in its response.
         experts: those of its gate, in the order of the catalogue, by which equal shares are rounded.
         prompt_sha256: of the request's body.
+        catalogue, excluded: every expert with its grade, and which of them the gate left out, as
+            `flexgate.server.ledger.exclusion` writes them; None where that is not known.
     """
 
     request: str
@@ -77,6 +79,8 @@ class Registration(msgspec.Struct, frozen=True, gc=False):
     weights_epoch: int
     experts: tuple[RegisteredExpert, ...]
     prompt_sha256: str | None = None
+    catalogue: str | None = None
+    excluded: str | None = None
 
 
 class Used(msgspec.Struct, frozen=True, gc=False):

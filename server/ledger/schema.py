@@ -186,6 +186,13 @@ def _closings(connection: sqlite3.Connection) -> None:
     )
 
 
+def _exclusions(connection: sqlite3.Connection) -> None:
+    """What each request's gate left out, unknown of earlier ones; a catalogue is there once."""
+    connection.execute("CREATE TABLE catalogues (number INTEGER PRIMARY KEY, experts TEXT NOT NULL UNIQUE)")
+    for column in ("catalogue INTEGER", "excluded TEXT"):
+        connection.execute(f"ALTER TABLE usage ADD COLUMN {column}")
+
+
 STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _first,
     _agreements_and_shares,
@@ -197,6 +204,7 @@ STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (
     _numbers,
     _dated_marks,
     _closings,
+    _exclusions,
 )
 """The step at index n makes version n + 1 out of version n."""
 VERSION: Final = len(STEPS)

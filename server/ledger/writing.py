@@ -28,9 +28,11 @@ MOST_KNOWN: Final = 4096
 """Sets of experts whose numbers are kept in memory."""
 _USAGE: Final = (
     "INSERT INTO usage (sequence, request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, "
-    "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (request) DO NOTHING"
+    "policy_version, weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256, "
+    "excluded, catalogue) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
+    "(SELECT number FROM catalogues WHERE experts = ?)) ON CONFLICT (request) DO NOTHING"
 )
+_CATALOGUE: Final = "INSERT INTO catalogues (experts) VALUES (?) ON CONFLICT DO NOTHING"
 _NAMES: Final = ("expert", "owner", "agreement", "agreement_version", "package", "duties_sha256")
 _FIND_EXPERT: Final = f"SELECT number FROM experts WHERE {' AND '.join(f'{name} IS ?' for name in _NAMES)}"
 _INSERT_EXPERT: Final = f"INSERT INTO experts ({', '.join(_NAMES)}) VALUES (?, ?, ?, ?, ?, ?) RETURNING number"
@@ -57,6 +59,8 @@ class Rows:
     def insert(self, ended: Sequence[End]) -> list[Recorded]:
         """Write requests, each once: a statement for all, and one for the parts of each; those that were not there."""
         numbered = list(enumerate(ended, start=self.sequence + 1))
+        catalogues = {registration.catalogue for registration, _, _, _ in ended} - {None}
+        self._connection.executemany(_CATALOGUE, [(one,) for one in catalogues])
         if self._connection.executemany(_USAGE, map(_usage, numbered)).rowcount < len(numbered):
             query = "SELECT sequence FROM usage WHERE sequence > ?"
             new = {sequence for (sequence,) in self._connection.execute(query, (self.sequence,))}
@@ -132,4 +136,5 @@ def _usage(numbered: tuple[int, End]) -> Sequence[object]:
     sequence, (a, outcome, at, used) = numbered
     names = a.request, a.registered_at, at, outcome, a.tenant, a.key_id, a.endpoint, a.model
     tokens = used.prompt_tokens, used.cached_tokens, used.completion_tokens
-    return sequence, *names, a.policy_version, a.weights_epoch, *tokens, a.prompt_sha256, used.answer_sha256
+    digests = a.prompt_sha256, used.answer_sha256
+    return sequence, *names, a.policy_version, a.weights_epoch, *tokens, *digests, a.excluded, a.catalogue

@@ -2,6 +2,7 @@
 
     request   what was used in all, for the tenant, auditors and administrators
     owner     what the experts of one owner did, for that owner, auditors and administrators
+    hidden    what the gate left out and the tenant does not see, for auditors and administrators
     none      nothing: leaves are filled up to a multiple of four, so that they tell little of how many took part
 
 The order of the leaves is that of their salts. Numbers that can pass 2⁵³ are decimal strings. Members are written in
@@ -19,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from flexgate.server.ledger.exclusion import excluded_of
 from flexgate.server.ledger.receipts.merkle import leaf_hash
 
 SALT_BYTES: Final = 32
@@ -27,7 +29,8 @@ FOURS: Final = 4
 ROOT: Final = b"\x02"
 USAGE: Final = (
     "sequence, request, registered_at, ended_at, outcome, tenant, key_id, endpoint, model, policy_version, "
-    "weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256"
+    "weights_epoch, prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256, "
+    "(SELECT experts FROM catalogues WHERE number = catalogue), excluded"
 )
 COUNTS: Final = "completion_mass, completion_positions, prompt_mass, prompt_positions, share_ppm"
 """Of an expert in a request; in the order of their names, as JSON has them."""
@@ -102,12 +105,17 @@ def grow(
         pseudonym: an owner's name for a tenant, by owner and tenant.
     """
     form = _form(tuple([names for names, _ in recorded.parts]))
-    size = len(form.owners) // FOURS * FOURS + FOURS  # with the request's own leaf
+    listed, hidden = _excluded(recorded)
+    others = len(form.owners) + (hidden is not None)  # also where nothing is hidden: their number tells nothing
+    size = others // FOURS * FOURS + FOURS  # with the request's own leaf
     stream = hashlib.shake_256(secret + recorded.request.encode()).digest(SALT_BYTES * (size + 1))
     opening, *salts = [stream[start : start + SALT_BYTES] for start in range(0, len(stream), SALT_BYTES)]
     shares, none, *owned = (form.text % _values(recorded, form, pseudonym)).encode().split(b"\n")
-    contents: list[Content] = [("request", None, _of_request(recorded, shares, policy_digest, opening))]
+    contents: list[Content] = [("request", None, _of_request(recorded, listed, shares, policy_digest, opening))]
     contents += [("owner", owner, content) for (owner, _), content in zip(form.owners, owned, strict=True)]
+    if hidden is not None:
+        text = f'{{"excluded":{hidden},"kind":"hidden","receipt":{_text(recorded.request)}}}'
+        contents.append(("hidden", None, text.encode()))
     contents += [("none", None, none)] * (size - len(contents))
     leaves = sorted(zip(salts, contents, strict=True))
     return Leaves(leaves, [leaf_hash(salt + content) for salt, (_, _, content) in leaves], opening)
@@ -118,13 +126,31 @@ def commitment(opening: bytes, sha256: str | None) -> str | None:
     return None if sha256 is None else hashlib.sha256(opening + bytes.fromhex(sha256)).hexdigest()
 
 
-def _of_request(recorded: Recorded, shares: bytes, policy_digest: str | None, opening: bytes) -> bytes:
+def _excluded(recorded: Recorded) -> tuple[str | None, str | None]:
+    """What the gate left out, as JSON: what the tenant is shown, and what is hidden from it; None of older rows."""
+    catalogue, marks = recorded.usage[-2:]
+    return (None, None) if catalogue is None else _left_out(catalogue, marks or "")
+
+
+@lru_cache(maxsize=4096)
+def _left_out(catalogue: str, marks: str) -> tuple[str, str]:
+    listed, hidden = (
+        msgspec.json.encode([{"expert": expert, "grade": grade} for expert, grade in grades]).decode()
+        for grades in excluded_of(catalogue, marks)
+    )
+    return listed, hidden
+
+
+def _of_request(
+    recorded: Recorded, listed: str | None, shares: bytes, policy_digest: str | None, opening: bytes
+) -> bytes:
     _, receipt, registered_at, ended_at, outcome, tenant, key, endpoint, model, version, epoch, *rest = recorded.usage
-    prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256 = rest
+    prompt_tokens, cached_tokens, completion_tokens, prompt_sha256, answer_sha256, _, _ = rest
+    left_out = "" if listed is None else f'"excluded":{listed},'
     before = (
         f'{{"answer_digest":{_text(commitment(opening, answer_sha256))},"cached_tokens":"{cached_tokens:d}",'
         f'"completion_tokens":"{completion_tokens:d}","ended_at":"{ended_at:d}","endpoint":{_word(endpoint)},'
-        '"experts":['
+        f'{left_out}"experts":['
     )
     behind = (
         f'],"key":{_word(key)},"kind":"request","model":{_word(model)},'
@@ -196,7 +222,7 @@ def _share(expert: str, owner: str | None) -> str:
 
 def _values(recorded: Recorded, form: _Form, pseudonym: Callable[[str, str], str]) -> tuple[Any, ...]:
     """What the text of a form leaves open, in its order."""
-    _, receipt, _, ended_at, outcome, tenant, *_, prompt_tokens, _, completion_tokens, _, _ = recorded.usage
+    _, receipt, _, ended_at, outcome, tenant, *_, prompt_tokens, _, completion_tokens, _, _, _, _ = recorded.usage
     parts, receipt = recorded.parts, _text(receipt)
     before, behind = (completion_tokens, ended_at), (_word(outcome), prompt_tokens, receipt)
     values: list[Any] = [parts[place][1][-1] for place in form.order]

@@ -55,6 +55,7 @@ _HEADER: Final = {
     "root": HASH,
     "server": SERVER,
 }
+_LEFT_OUT: Final = {"expert": r"[^\n]+", "grade": "removed|router|shared|unknown"}
 _JWK: Final = {
     "alg": "EdDSA",
     "crv": "Ed25519",
@@ -275,7 +276,7 @@ def _leaves(leaves: list[Any], hashes: list[bytes]) -> list[Json]:
         salt = bytes.fromhex(texts(leaf, "a leaf", {"salt": HASH}, only=False)["salt"])
         if type(index) is not int or not before < index < len(hashes):
             raise ReceiptInvalid("the places of its leaves are wrong")
-        if not isinstance(content, dict) or content.get("kind") not in ("request", "owner", "none"):
+        if not isinstance(content, dict) or content.get("kind") not in ("request", "owner", "hidden", "none"):
             raise ReceiptInvalid("a leaf is of no known kind")
         texts(content, "a leaf", {"receipt": RECEIPT}, only=False)
         if leaf_hash(salt + rfc8785.dumps(content)) != hashes[index]:
@@ -303,11 +304,14 @@ def _require_consistent(leaves: Iterable[Json], *, complete: bool) -> None:
     Args:
         complete: whether these are all leaves, so that neither the request nor an owner may be missing.
     """
-    leaves = [leaf for leaf in leaves if leaf["kind"] != "none"]
-    for leaf in leaves:
+    leaves = list(leaves)
+    of = {kind: [leaf for leaf in leaves if leaf["kind"] == kind] for kind in ("request", "owner", "hidden")}
+    requests, owned, hidden = of.values()
+    for leaf in (*requests, *owned):
         _require_shares(leaf)
-    requests = [leaf for leaf in leaves if leaf["kind"] == "request"]
-    owned = [leaf for leaf in leaves if leaf["kind"] == "owner"]
+    _require_left_out([*requests, *owned], [*requests, *hidden])
+    if len(hidden) > 1:
+        raise ReceiptInvalid("it has two leaves of what is hidden")
     said = {_owner(leaf): _said(leaf, leaf["experts"]) for leaf in owned}
     if len(requests) > 1 or len(said) != len(owned) or (complete and not requests):
         raise ReceiptInvalid("it must have one request, and of each owner one leaf")
@@ -329,6 +333,15 @@ def _require_shares(leaf: Json) -> None:
     total = sum(shares)
     if total > MILLION or (leaf["kind"] == "request" and total not in (0, MILLION)):
         raise ReceiptInvalid(f"its shares sum to {total} millionths")
+
+
+def _require_left_out(used: list[Json], excluding: list[Json]) -> None:
+    """What was left out must have taken no part, and has the grade of its exclusion."""
+    left_out = [one for leaf in excluding for one in _objects(leaf.get("excluded", []))]
+    names = {texts(one, "what was left out", _LEFT_OUT, only=False)["expert"] for one in left_out}
+    took_part = {json.dumps(one.get("expert")) for leaf in used for one in leaf["experts"]}
+    if len(names) != len(left_out) or not took_part.isdisjoint(map(json.dumps, names)):
+        raise ReceiptInvalid("an expert was left out twice, or took part as well")
 
 
 def _said(leaf: Json, shares: list[Json]) -> str:

@@ -21,6 +21,7 @@ from flexgate.server.http.connections import EventStream
 from flexgate.server.inference import generation
 from flexgate.server.ledger.entries import Registration
 from flexgate.server.ledger.errors import LedgerError
+from flexgate.server.ledger.exclusion import excluded_of
 from flexgate.server.ledger.journal import Journal
 
 pytestmark = pytest.mark.asyncio
@@ -70,6 +71,19 @@ async def test_a_response_is_recorded_with_what_each_expert_did(
     assert (agreement(news), agreement(public)) == (("a-news", 1, duties_sha256(())), (None, None, None))
     assert news["share_ppm"] + public["share_ppm"] == 1_000_000
     assert rows(ledger, "running") == []
+
+
+async def test_what_the_gate_left_out_is_recorded_with_its_grade_and_apart_what_the_tenant_does_not_see(
+    client: httpx.AsyncClient, generating: Any, ledger: Journal
+) -> None:
+    generating(Generating(3))
+    said = (await client.post(PATH, json={"prompt": "x"})).json()["flexgate"]
+    (row,) = await ended(ledger)
+    (catalogue,) = rows(ledger, "catalogues")
+    assert row["catalogue"] == catalogue["number"]
+    listed, hidden = excluded_of(catalogue["experts"], row["excluded"])
+    assert listed == [(one["expert"], one["grade"]) for one in said["excluded"]] == [("math", "router")]
+    assert hidden == [("secret", "unknown")]
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])

@@ -74,6 +74,8 @@ async def test_an_ended_request_is_kept_with_the_part_of_each_expert(journal: Jo
         "completion_tokens": 4,
         "prompt_sha256": None,
         "answer_sha256": None,
+        "catalogue": None,
+        "excluded": None,
     }
     names = (
         "sequence",

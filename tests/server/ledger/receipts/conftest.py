@@ -12,6 +12,7 @@ import pytest
 import rfc8785
 
 from flexgate.server.ledger.entries import COMPLETED, RegisteredExpert, Registration, Used
+from flexgate.server.ledger.exclusion import catalogue_of, marks_of
 from flexgate.server.ledger.journal import Journal
 from flexgate.server.ledger.receipts.book import Book
 from flexgate.server.ledger.receipts.maker import Maker
@@ -24,6 +25,15 @@ EXPERTS = (
     RegisteredExpert(2, "sports", "gazette", "a-sports", 1, None),
     RegisteredExpert(3, "math", "academy", "a-math", 2, "c" * 64),
 )
+GRADES = (
+    ("public", "removed"),
+    ("news", "shared"),
+    ("sports", "shared"),
+    ("math", "removed"),
+    ("poems", "router"),
+    ("vault", "unknown"),
+)
+"""Every expert; outside the gate, a tenant is shown `poems`, and the others are hidden from it."""
 REQUEST_BODY, RESPONSE_BODY = b'{"prompt":"x"}', b'{"choices":[]}'
 
 
@@ -36,15 +46,35 @@ def pseudonym(owner: str, tenant: str) -> str:
     return f"anon-{hashlib.sha256(f'{owner}:{tenant}'.encode()).hexdigest()[:20]}"
 
 
-def record(path: Path, *numbers: int, tenant: str = "proj_a", experts: Any = EXPERTS, suffix: str = "") -> None:
+def record(
+    path: Path,
+    *numbers: int,
+    tenant: str = "proj_a",
+    experts: Any = EXPERTS,
+    suffix: str = "",
+    grades: tuple[tuple[str, str], ...] = GRADES,
+) -> None:
     """Let requests begin and end in a ledger; their ids end in `suffix`."""
+    ids = [expert for expert, _ in grades]
+    marks = marks_of(ids, [one.expert for one in experts if one.expert in ids], [one for one in ids if one == "poems"])
 
     async def serve() -> None:
         journal = Journal(path, clock=lambda: 9.5)
         for number in numbers:
             body = hashlib.sha256(REQUEST_BODY).hexdigest()
             registration = Registration(
-                name(number) + suffix, 5, tenant, "key_a", "/v1/completions", "tiny", 7, 3, experts, prompt_sha256=body
+                name(number) + suffix,
+                5,
+                tenant,
+                "key_a",
+                "/v1/completions",
+                "tiny",
+                7,
+                3,
+                experts,
+                prompt_sha256=body,
+                catalogue=catalogue_of(grades),
+                excluded=marks,
             )
             entry = journal.register(registration)
             await entry.registered()
@@ -60,6 +90,7 @@ class Kit:
     """A state directory with a ledger and receipts."""
 
     request_body, response_body = REQUEST_BODY, RESPONSE_BODY
+    experts, grades = EXPERTS, GRADES
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

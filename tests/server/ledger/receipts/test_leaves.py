@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgate.server.ledger.entries import RegisteredExpert, Registration, encode_registration
+from flexgate.server.ledger.exclusion import catalogue_of
 from flexgate.server.ledger.receipts import rows as ledger_rows
 from flexgate.server.ledger.receipts import verify
 from flexgate.server.ledger.receipts.batches import Header
 from flexgate.server.ledger.receipts.leaves import Names, Recorded, grow
 from flexgate.server.ledger.receipts.merkle import leaf_hash
-from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptPending
+from flexgate.server.ledger.receipts.service import NoReceipt, Reader, ReceiptDamaged, ReceiptPending
 
 Text = Callable[..., bytes]
 OTHERS = ("academy", "math", "proj_a", "key_a", "a-math", "c" * 64)
@@ -33,6 +34,7 @@ def test_leaves_are_canonical_json(
     tenant: str, model: str, outcome: str, tokens: int, mass: int, parts: list[tuple[str, str, int]]
 ) -> None:
     usage = (1, "dec_1", 2, 3, outcome, tenant, "key", "/v1", model, 7, 3, tokens, tokens, tokens, "0" * 64, None)
+    usage += catalogue_of(((tenant, "router"), (model, "removed"), (outcome, "unknown"))), "120"
     rows = [(Names(owner, expert, None, owner, version), (mass, 1, 2, 3, 5)) for owner, expert, version in parts]
     grown = grow(Recorded(usage, rows), secret=bytes(32), policy_digest=None, pseudonym=lambda o, t: f"{o}/{t}")
     for _, (_, _, content) in grown.leaves:
@@ -72,6 +74,78 @@ def test_a_tenants_copy_names_no_expert_outside_its_gate(kit: Any, text: Text) -
     assert leaf["content"]["kind"] == "request"
     assert [share["expert"] for share in leaf["content"]["experts"]] == ["public", "news"]
     assert b"math" not in shown
+
+
+def left_out(shown: bytes) -> dict[str, dict[str, str]]:
+    """By the kind of leaf that a copy shows, what it says was left out, with the grades."""
+    leaves = [leaf["content"] for leaf in json.loads(shown)["leaves"]]
+    return {
+        leaf["kind"]: {one["expert"]: one["grade"] for one in leaf["excluded"]}
+        for leaf in leaves
+        if leaf["kind"] in ("request", "hidden")
+    }
+
+
+def test_a_receipt_has_what_was_left_out_and_names_to_each_reader_what_it_may_see(kit: Any, text: Text) -> None:
+    receipts = kit.made(1, experts=kit.experts[:2])
+    listed, hidden = {"poems": "router"}, {"sports": "shared", "math": "removed", "vault": "unknown"}
+    assert left_out(text(receipts, 1)) == {"request": listed, "hidden": hidden}
+    assert left_out(text(receipts, 1, tenant="proj_a")) == {"request": listed}
+    assert [one for one in hidden if f'"{one}"'.encode() in text(receipts, 1, tenant="proj_a")] == []
+    owners = text(receipts, 1, owner="gazette")
+    assert [one for one in (*listed, *hidden) if f'"{one}"'.encode() in owners] == []
+
+
+def test_the_number_of_leaves_does_not_tell_whether_something_is_hidden(kit: Any, text: Text) -> None:
+    """The leaves of three owners and of the request are four, and the one of what is hidden makes them eight."""
+    experts = (*kit.experts[:2], kit.experts[3], RegisteredExpert(2, "art", "museum"))
+    kit.record(1, experts=experts, grades=tuple((one.expert, "removed") for one in experts))
+    kit.record(2, experts=experts, grades=(*kit.grades, ("art", "removed")))
+    maker = kit.maker()
+    maker.work()
+    shown = [text(kit.receipts(maker), number, tenant="proj_a") for number in (1, 2)]
+    assert [len(json.loads(one)["hashes"]) for one in shown] == [8, 8]
+
+
+def test_a_request_that_was_recorded_without_what_was_left_out_has_the_receipt_of_then(kit: Any, text: Text) -> None:
+    kit.record(1)
+    with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+        connection.execute("UPDATE usage SET catalogue = NULL, excluded = NULL")
+    maker = kit.maker()
+    maker.work()
+    whole = text(kit.receipts(maker), 1)
+    leaves = {leaf["content"]["kind"]: leaf["content"] for leaf in json.loads(whole)["leaves"]}
+    assert sorted(leaves) == ["none", "owner", "request"]
+    assert "excluded" not in leaves["request"]
+    assert verify.verify_receipt(whole, verify.parse_keys(maker.jwks)).complete
+
+
+def test_a_catalogue_is_kept_once_for_all_requests_that_it_was_of(kit: Any) -> None:
+    kit.record(1, 2)
+    kit.record(3, grades=kit.grades[:4])
+    with closing(sqlite3.connect(kit.ledger)) as connection:
+        rows = connection.execute("SELECT sequence, catalogue, excluded FROM usage ORDER BY sequence").fetchall()
+        kept = connection.execute("SELECT number, experts FROM catalogues ORDER BY number").fetchall()
+    assert rows == [(1, 1, "000012"), (2, 1, "000012"), (3, 2, "0000")]
+    assert kept == [(1, catalogue_of(kit.grades)), (2, catalogue_of(kit.grades[:4]))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE usage SET excluded = '000010'",
+        "UPDATE usage SET excluded = '0000'",
+        "UPDATE usage SET excluded = NULL",
+        "UPDATE usage SET catalogue = NULL",
+        "UPDATE catalogues SET experts = replace(experts, 'unknown', 'removed')",
+    ],
+)
+def test_what_was_left_out_cannot_be_changed_afterwards(kit: Any, text: Text, change: str) -> None:
+    receipts = kit.made(1)
+    with closing(sqlite3.connect(kit.ledger)) as connection, connection:
+        connection.execute(change)
+    with pytest.raises(ReceiptDamaged):
+        text(receipts, 1)
 
 
 def test_shares_are_those_of_the_ledger_and_sum_to_a_million(kit: Any, text: Text) -> None:

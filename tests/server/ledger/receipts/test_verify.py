@@ -249,6 +249,37 @@ def test_shares_sum_to_a_million_or_nothing() -> None:
     assert checked == [True] * len(valid) + [False] * (len(invalid) + len(alone))
 
 
+def test_what_was_left_out_took_no_part_and_has_a_grade() -> None:
+    forger = Forger()
+    math, poems = {"expert": "math", "grade": "router"}, {"expert": "poems", "grade": "unknown", "more": 1}
+    hidden = {"excluded": [poems], "kind": "hidden", "receipt": ID}
+    used = {"expert": "news", "grade": "removed"}
+    valid = [
+        forger.receipt({**REQUEST, "excluded": [math]}, OWNER),
+        forger.receipt({**REQUEST, "excluded": [math, poems]}, OWNER, {**hidden, "excluded": []}),
+        forger.receipt({**REQUEST, "excluded": []}, OWNER, hidden),
+        forger.receipt(REQUEST, OWNER, {"kind": "hidden", "receipt": ID}),
+        shown(forger.receipt({**REQUEST, "excluded": [math]}, OWNER, hidden), 2),
+    ]
+    invalid = [
+        forger.receipt({**REQUEST, "excluded": [used]}, OWNER),
+        forger.receipt(REQUEST, OWNER, {**hidden, "excluded": [used]}),
+        shown(forger.receipt(REQUEST, OWNER, {**hidden, "excluded": [used]}), 1, 2),
+        forger.receipt({**REQUEST, "excluded": [math, math]}, OWNER),
+        forger.receipt({**REQUEST, "excluded": [poems]}, OWNER, hidden),
+        forger.receipt(REQUEST, OWNER, hidden, {**hidden, "excluded": [math]}),
+        *(
+            forger.receipt({**REQUEST, "excluded": wrong}, OWNER)
+            for wrong in (None, "math", [None], ["math"], [[]], [{}], [{"expert": "math"}], [{"grade": "router"}])
+        ),
+        forger.receipt({**REQUEST, "excluded": [{**math, "grade": "none"}]}, OWNER),
+        forger.receipt({**REQUEST, "excluded": [{**math, "expert": ["news"]}]}, OWNER),
+        forger.receipt({**REQUEST, "excluded": [{**math, "expert": ""}]}, OWNER),
+        forger.receipt(REQUEST, OWNER, {**hidden, "excluded": None}),
+    ]
+    assert both(forger.jwks, *valid, *invalid) == [True] * len(valid) + [False] * len(invalid)
+
+
 def test_the_first_batch_begins_a_history() -> None:
     forger, one = Forger(), "1" * 64
     first_ones = [{"previous": one}, {"first": "5", "last": "5"}, {"first": "1", "number": "2", "previous": one}]
