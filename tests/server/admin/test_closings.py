@@ -38,7 +38,7 @@ async def clock_of(services: Any, real_store: Store) -> list[float]:
     for number in (1, 2, 3):
         made = Registration(f"dec_{number:032x}", 1, "t", "k", "/v1/x", "tiny", 1, 1, (NEWS,))
         services.ledger.register(made).end(COMPLETED, Used(10, 4, 2, [30, 10], [0] * 2))
-    await services.ledger.register(Registration("end", 1, "t", "k", "/v1/x", "tiny", 1, 1, ())).registered()
+    await services.ledger.register(Registration("end", 1 << 60, "t", "k", "/v1/x", "tiny", 1, 1, ())).registered()
     while not services.ledger.has_written(DECEMBER):
         await asyncio.sleep(0.001)
     now[0] = DECEMBER + 60

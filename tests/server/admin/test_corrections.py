@@ -52,7 +52,7 @@ async def month(services: Any, real_store: Store) -> Any:
     for name, expert in ((RECEIPT, NEWS), (OTHERS, MATH)):
         entry = services.ledger.register(Registration(name, 1, "t", "k", "/v1/x", "tiny", 1, 1, (NEWS, MATH)))
         entry.end(COMPLETED, Used(10, 4, 2, [30, 0, 10, 0] if expert is NEWS else [0, 30, 0, 10], [0] * 4))
-    await services.ledger.register(Registration("end", 1, "t", "k", "/v1/x", "tiny", 1, 1, ())).registered()
+    await services.ledger.register(Registration("end", 1 << 60, "t", "k", "/v1/x", "tiny", 1, 1, ())).registered()
     await asyncio.to_thread(services.receipts.maker.work)
     now[0] = START + 31.0 * DAY
     return services
