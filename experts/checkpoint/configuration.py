@@ -58,6 +58,8 @@ NULLABLE: Final = {
     "dtype",
     "torch_dtype",
 }
+PARTIAL: Final = "partial_rotary_factor"
+"""The part of each head that is rotated; of some kinds a field of its own, or one of the rotary embedding's."""
 ROPE_KEYS: Final = frozenset({"rope_type", "type", "rope_theta"})
 
 
@@ -75,6 +77,7 @@ class Fields:
         names: what fields of ``numbers`` are called there, where that differs; more than one name for what transformers
             reads from either, none for what is not there.
         no_effect: further fields that decide nothing, by type; null is allowed.
+        needed: fields that vLLM's class reads, and that have no value, or another one, where they are not given.
     """
 
     model_type: str
@@ -85,6 +88,7 @@ class Fields:
     numbers: type[Architecture] = Architecture
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     no_effect: Mapping[str, str] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset()
 
     def called(self, number: str) -> tuple[str, ...]:
         """The names of a number in ``config.json``."""
@@ -119,6 +123,8 @@ def read_architecture(config: Mapping[str, Any], kind: Fields = FLEX_OLMO) -> Ar
         raise LayoutError(f"config.json names model_type {given.get('model_type')!r:.40}, expected {kind.model_type!r}")
     if "quantization_config" in given:
         raise LayoutError("config.json is that of a quantised model; experts are made from float32 and bfloat16")
+    if missing := sorted(kind.needed - given.keys()):
+        raise LayoutError(f"config.json has no {missing[0]}, which {kind.name} needs")
     values = _numbers(given, kind)
     architecture = kind.numbers(**values)
     heads = architecture.num_attention_heads
@@ -145,7 +151,7 @@ def _numbers(given: Mapping[str, Any], kind: Fields) -> dict[str, Any]:
         said = [name for name in kind.called(number.name) if name in given]
         name, value = (said[0], given[said[0]]) if said else (number.name, default)
         if number.name == "rope_theta":
-            value = _theta(given, kind.rope_theta)
+            value = _theta(given, kind)
         if number.type == "int" or (number.type == "int | None" and value is not None):
             _require_size(name, value)
         elif number.type != "int | None":
@@ -154,7 +160,7 @@ def _numbers(given: Mapping[str, Any], kind: Fields) -> dict[str, Any]:
     return values
 
 
-def _theta(given: Mapping[str, Any], default: float) -> Any:
+def _theta(given: Mapping[str, Any], kind: Fields) -> Any:
     """The base of the rotary embedding, from old (``rope_theta``) or new (``rope_parameters``) configurations."""
     forms = {name: given[name] for name in ("rope_parameters", "rope_scaling") if name in given}
     found = [given["rope_theta"]] if "rope_theta" in given else []
@@ -162,14 +168,15 @@ def _theta(given: Mapping[str, Any], default: float) -> Any:
         if not isinstance(form, Mapping):
             _refuse(name, form, "an object")
         kinds = [form[key] for key in ("rope_type", "type") if form.get(key) is not None]
-        if any(kind != "default" for kind in kinds) or form.keys() - ROPE_KEYS:
+        other = {key for key in form.keys() - ROPE_KEYS if key != PARTIAL or form[key] != kind.one_value.get(PARTIAL)}
+        if any(name != "default" for name in kinds) or other:
             raise LayoutError(
                 f"config.json asks for rotary embeddings {dict(form)!r:.80}, only the default kind is read"
             )
         found += [form["rope_theta"]] if form.get("rope_theta") is not None else []
     if any(theta != found[0] for theta in found):
         raise LayoutError(f"config.json gives rope_theta more than one value: {', '.join(f'{t!r:.40}' for t in found)}")
-    return found[0] if found else default
+    return found[0] if found else kind.rope_theta
 
 
 def _check_one_values(given: Mapping[str, Any], one_value: Mapping[str, Any]) -> None:

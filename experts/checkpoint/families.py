@@ -5,9 +5,9 @@ This is more than what is served: an ownership file can be written for a model o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import Collection, Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Final, Literal
 
 from flexgate.experts.errors import LayoutError
 
@@ -18,23 +18,57 @@ MAX_EXPERTS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a router does with its logits; everything else is the same for all: softmax over the allowed, then top-k.
+    """What a router does with its logits. Softmax routers choose by probabilities over the allowed experts; sigmoid
+    ones by each expert's sigmoid, corrected, within the best groups of experts.
 
     Attributes:
         renormalize: whether the chosen weights are divided by their sum; None where ``norm_topk_prob`` says it.
+        groups: into how many groups experts fall, by their place; of sigmoid routers.
+        open_groups: of how many groups a token may have experts.
+        scale: what the weights are multiplied with in the end.
     """
 
     renormalize: bool | None = None
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    open_groups: int = 1
+    scale: float = 1.0
 
     @property
     def said(self) -> str:
         """In words, for the documentation."""
         said = {True: "divided by their sum", False: "as they are", None: "divided by their sum if `norm_topk_prob`"}
-        return said[self.renormalize]
+        scale = ", times `routed_scaling_factor`" if self.scoring == "sigmoid" else ""
+        return said[self.renormalize] + scale
+
+    @property
+    def facts(self) -> list[Any]:
+        """What a rank reports of it."""
+        return list(astuple(self))
 
     def of(self, config: Mapping[str, Any]) -> Routing:
-        """As a ``config.json`` says it."""
-        return self if self.renormalize is not None else replace(self, renormalize=bool(config["norm_topk_prob"]))
+        """As a ``config.json`` says it; raises ``LayoutError`` for groups that its experts do not fall into."""
+        known = self.renormalize is not None
+        routing = self if known else replace(self, renormalize=bool(config["norm_topk_prob"]))
+        if self.scoring == "softmax":
+            return routing
+        scale = config.get("routed_scaling_factor", 1.0)
+        if not isinstance(scale, float):
+            raise LayoutError(f"config.json: routed_scaling_factor is {scale!r:.40}, expected a number with a point")
+        groups, open_groups = _groups(config)
+        return replace(routing, groups=groups, open_groups=open_groups, scale=scale)
+
+
+def _groups(config: Mapping[str, Any]) -> tuple[int, int]:
+    experts, picks = config["n_routed_experts"], config["num_experts_per_tok"]
+    groups, chosen = (_size(name, config.get(name, 1), MAX_EXPERTS) for name in ("n_group", "topk_group"))
+    if groups > 1 and (experts % groups or experts // groups < 2):
+        raise LayoutError(f"config.json: n_group is {groups}, and {experts} experts make no such groups of two or more")
+    if chosen > groups or picks > chosen * (experts // groups):
+        raise LayoutError(
+            f"config.json: topk_group is {chosen}, which of {groups} groups gives no {picks} experts per token"
+        )
+    return groups, chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +78,13 @@ class Family:
     Attributes:
         experts: the fields that may hold the number of experts of a layer; transformers reads either.
         dense_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` leave layers without experts.
-        shared_expert: whether every layer also has an expert outside the router, which no gate reaches.
+        dense_first: whether the first ``first_k_dense_replace`` layers have none.
         routing: what the router of a layer does.
     """
 
     experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     dense_layers: bool = False
-    shared_expert: bool = False
+    dense_first: bool = False
     routing: Routing = Routing()
 
 
@@ -58,8 +92,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "flex_olmo": Family(),
     "olmoe": Family(),
     "mixtral": Family(routing=Routing(renormalize=True)),
-    "qwen2_moe": Family(dense_layers=True, shared_expert=True),
+    "qwen2_moe": Family(dense_layers=True),
     "qwen3_moe": Family(dense_layers=True),
+    "glm4_moe": Family(("n_routed_experts",), dense_first=True, routing=Routing(scoring="sigmoid")),
 }
 
 
@@ -84,20 +119,29 @@ def experts_per_layer(config: Mapping[str, Any]) -> tuple[int, ...]:
         said = " and ".join(f"{name} {count}" for name, count in given.items()) or f"no {family.experts[0]}"
         raise LayoutError(f"config.json has {said}, expected one number of experts")
     experts = next(iter(given.values()))
-    step, dense = _dense_layers(config) if family.dense_layers else (1, [])
+    step, dense = _dense_layers(config) if family.dense_layers else (1, ())
+    if family.dense_first:
+        dense = range(_count("first_k_dense_replace", config.get("first_k_dense_replace", 1), layers))
     counts = tuple(0 if layer in dense or (layer + 1) % step else experts for layer in range(layers))
     if not any(counts):
-        raise LayoutError("config.json leaves no layer with experts, by decoder_sparse_step and mlp_only_layers")
+        fields = "first_k_dense_replace" if family.dense_first else "decoder_sparse_step and mlp_only_layers"
+        raise LayoutError(f"config.json leaves no layer with experts, by {fields}")
     return counts
 
 
-def _dense_layers(config: Mapping[str, Any]) -> tuple[int, list[int]]:
+def _dense_layers(config: Mapping[str, Any]) -> tuple[int, Collection[int]]:
     """Every how many layers one has experts, and the layers that have none all the same; transformers' defaults."""
     step = _size("decoder_sparse_step", config.get("decoder_sparse_step", 1), MAX_LAYERS)
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise LayoutError(f"config.json: mlp_only_layers is {dense!r:.40}, expected a list of layers")
     return step, dense
+
+
+def _count(name: str, value: Any, most: int) -> int:
+    if not (type(value) is int and 0 <= value <= most):
+        raise LayoutError(f"config.json: {name} is {value!r:.40}, expected 0 to {most}")
+    return value
 
 
 def _size(name: str, value: Any, most: int) -> int:

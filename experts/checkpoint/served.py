@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from flexgate.experts.checkpoint import configuration, layout
 from flexgate.experts.checkpoint.configuration import Fields
-from flexgate.experts.checkpoint.families import experts_per_layer
+from flexgate.experts.checkpoint.families import Routing, experts_per_layer, read_family
 from flexgate.experts.checkpoint.layout import EXPERT_KEYS, ROUTER_KEY, Architecture, Layout
 from flexgate.experts.errors import LayoutError
 
@@ -54,6 +54,7 @@ class Served:
         layout: the tensors.
         example: a published model of this kind.
         packages: whether there are expert packages for it: only then an engine has slots for more.
+        eager_alone: whether it was tried only without torch.compile, and with vLLM's kernels.
     """
 
     architecture: str
@@ -61,6 +62,7 @@ class Served:
     layout: Layout
     example: str
     packages: bool = False
+    eager_alone: bool = False
 
 
 def _layer(**more: Shapes) -> dict[str, tuple[str, ...]]:
@@ -108,12 +110,22 @@ MIXTRAL: Final = Served(
     fields=Fields(
         "mixtral",
         "a Mixtral model",
-        one_value={"architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "sliding_window": None},
+        one_value={
+            "architectures": ["MixtralForCausalLM"],
+            "hidden_act": "silu",
+            "sliding_window": None,
+            # Of the configuration of a Llama model that mergekit has made a Mixtral model's of.
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
         defaults={"max_position_embeddings": 4096 * 32, "rms_norm_eps": 1e-05, "norm_topk_prob": True},
         rope_theta=1000000.0,
         numbers=MixtureNumbers,
         names={**EXPERTS, "norm_topk_prob": (), "dense_size": (), "shared_size": ()},
-        no_effect={"router_jitter_noise": "a number with a point, such as 1.0"},  # in training alone
+        no_effect={
+            "router_jitter_noise": "a number with a point, such as 1.0",  # in training alone
+            "pretraining_tp": "a whole number that is not negative",  # likewise, of Llama
+        },
     ),
     layout=Layout(
         _layer(),
@@ -178,6 +190,49 @@ QWEN2_MOE: Final = Served(
     example="Qwen1.5-MoE-A2.7B",
 )
 
+FURTHER_LAYERS: Final = ("num_nextn_predict_layers", "num_mtp_layers")
+"""How many layers after the last predict further tokens; vLLM's class does not load them."""
+GLM4_MOE: Final = Served(
+    architecture="Glm4MoeForCausalLM",
+    fields=Fields(
+        "glm4_moe",
+        "a GLM-4-MoE model",
+        one_value={
+            "architectures": ["Glm4MoeForCausalLM"],
+            "hidden_act": "silu",
+            "attention_bias": True,
+            "use_qk_norm": False,
+            "n_shared_experts": 1,
+            "partial_rotary_factor": 0.5,
+            "tie_word_embeddings": False,
+        },
+        defaults={"max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "norm_topk_prob": True},
+        rope_theta=10000.0,
+        numbers=MixtureNumbers,
+        names={**QWEN_NAMES, "num_experts": ("n_routed_experts",), "shared_size": ("moe_intermediate_size",)},
+        no_effect={  # read by `families`
+            "first_k_dense_replace": "a whole number that is not negative",
+            **dict.fromkeys(FURTHER_LAYERS, "a whole number that is not negative"),
+            "n_group": "a whole number that is not negative",
+            "topk_group": "a whole number that is not negative",
+            "routed_scaling_factor": "a positive number with a point, such as 1.0",
+        },
+        needed=frozenset({"head_dim", "attention_bias"}),
+    ),
+    layout=Layout(
+        _layer(bias={"q_proj": ("Q",), "k_proj": ("K",), "v_proj": ("K",)}),
+        EXPERT_KEYS,
+        ROUTER_KEY,
+        shared={
+            **_below("mlp.shared_experts", _ffn("S")),
+            "model.layers.{layer}.mlp.gate.e_score_correction_bias": ("E",),
+        },
+        dense=_below("mlp", _ffn("D")),
+    ),
+    example="GLM-4.5-Air",
+    eager_alone=True,
+)
+
 SERVED: Final[Mapping[str, Served]] = {
     "flex_olmo": Served(
         architecture="FlexOlmoForCausalLM",
@@ -186,7 +241,7 @@ SERVED: Final[Mapping[str, Served]] = {
         example="FlexOlmo-7x7B-1T, BAR-5x7B",
         packages=True,
     ),
-    **{kind.fields.model_type: kind for kind in (OLMOE, MIXTRAL, QWEN3_MOE, QWEN2_MOE)},
+    **{kind.fields.model_type: kind for kind in (OLMOE, MIXTRAL, QWEN3_MOE, QWEN2_MOE, GLM4_MOE)},
 }
 """By ``model_type``."""
 
@@ -197,11 +252,15 @@ class Described:
 
     Attributes:
         experts_L: how many experts each layer has.
+        routing: what the router of each layer does.
+        further_layers: how many layers after the last may lie in the checkpoint, and are not loaded.
     """
 
     kind: Served
     numbers: Architecture
     experts_L: tuple[int, ...]
+    routing: Routing
+    further_layers: int = 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor without optional ones."""
@@ -224,4 +283,6 @@ def read_served(config: Mapping[str, Any]) -> Described:
     numbers = configuration.read_architecture(config, kind.fields)
     if config.get("architectures") is None:
         raise LayoutError(f"config.json: architectures is missing, expected {[kind.architecture]!r}")
-    return Described(kind, numbers, experts_per_layer(config))
+    routing = read_family(config).routing.of({**config, "norm_topk_prob": numbers.norm_topk_prob})
+    further = max((config.get(name) or 0 for name in FURTHER_LAYERS if name in kind.fields.no_effect), default=0)
+    return Described(kind, numbers, experts_per_layer(config), routing, further)

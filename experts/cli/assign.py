@@ -72,7 +72,7 @@ def assign(
     Without --units, a table is proposed from the mergekit_moe_config.yml
     beside the weights: save it, and fill in owners and licences.
 
-    Kinds of models: flex_olmo, olmoe, mixtral, qwen2_moe, qwen3_moe.
+    Kinds of models: flex_olmo, olmoe, mixtral, qwen2_moe, qwen3_moe, glm4_moe.
     """
     with reported(as_json) as show:
         from flexgate.experts.checkpoint.assignment import parse_assignment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol
 
 from flexgate.policies.decision import Decision
@@ -38,7 +38,7 @@ def attribution_object(
     cached_prompt_tokens: int,
     counterfactual: Counterfactual | None = None,
     *,
-    shared_expert: bool = False,
+    ungated: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """Every listed expert's part, the largest first, then in catalogue order; excluded ones with exact zeros.
 
@@ -46,7 +46,7 @@ def attribution_object(
     part or cannot be left out.
 
     Args:
-        shared_expert: whether the model has one that every token passes, outside of the gate and of all shares.
+        ungated: what every token passes in the model, outside of the gate and of all shares.
 
     Raises:
         GateViolated: an expert outside the gate has mass or tokens.
@@ -63,8 +63,7 @@ def attribution_object(
     ]
     parts.sort(key=lambda part: -part["gate_mass"])
     content: dict[str, Any] = {"method": METHOD, "cached_prompt_tokens": cached_prompt_tokens, "experts": parts}
-    if shared_expert:
-        content["shared_expert"] = True
+    content |= ungated
     if counterfactual is not None:
         for part in parts:
             part["delta_logprob"] = counterfactual.delta_logprob.get(part["id"])

@@ -296,7 +296,7 @@ def metadata(request: InferenceRequest) -> dict[str, Any]:
         used.experts,
         used.cached_prompt_tokens,
         request.counterfactual,
-        shared_expert=request.services.client.shared_expert,
+        ungated=request.services.client.ungated,
     )
     return response_metadata.metadata(
         request.decision,

@@ -13,7 +13,7 @@ from speed.tables import speed
 from works_with import recorded, table
 
 from flexgate.experts.checkpoint.families import FAMILIES
-from flexgate.experts.checkpoint.served import SERVED
+from flexgate.experts.checkpoint.served import SERVED, Served
 from flexgate.server.engine.frontend.capabilities import CAPABILITIES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -29,16 +29,20 @@ def capabilities() -> str:
 def models() -> str:
     """The kinds of models that are served, and what no gate reaches in them."""
     rows = [
-        f"| `{model_type}` | {kind.example} | {FAMILIES[model_type].routing.said} | "
-        f"{'shared expert of each layer' if FAMILIES[model_type].shared_expert else '—'} | "
+        f"| `{model_type}` | {kind.example} | {FAMILIES[model_type].routing.said} | {_ungated(kind)} | "
         f"{'yes' if kind.packages else 'no'} |"
         for model_type, kind in SERVED.items()
     ]
     head = [
-        "| `model_type` | For example | Weights of the chosen experts | In every answer | Packages |",
+        "| `model_type` | For example | Weights of the chosen experts | Outside of gates | Packages |",
         "|---|---|---|---|---|",
     ]
     return "\n".join([*head, *rows, ""])
+
+
+def _ungated(kind: Served) -> str:
+    parts = {"shared expert of each layer": kind.layout.shared, "layers without experts": kind.layout.dense}
+    return ", ".join(name for name, tensors in parts.items() if tensors) or "—"
 
 
 DOCS = README.parent / "docs"

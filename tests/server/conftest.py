@@ -211,7 +211,7 @@ def services(
     client = SimpleNamespace(
         weights_epoch=3,
         errored=False,
-        shared_expert=False,
+        ungated={},
         ready=lambda: True,
         begin=lambda call: None,
         stop=lambda call, reason: setattr(call, "failed", reason),

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from text_checkpoint import VOCABULARY, write_tokenizer
-from transformers import MistralConfig, MistralForCausalLM, MixtralConfig
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, MixtralConfig, PretrainedConfig
 
 BASE = "mistral-community/base"
 SIZES = {
@@ -23,15 +23,23 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 0,
     "initializer_range": 0.08,
-    "sliding_window": None,
 }
 PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
+def merged_config(base: PretrainedConfig, experts: int) -> MixtralConfig:
+    """As mergekit makes it of the base model's, whose every field stays."""
+    mistral = base if isinstance(base, MistralConfig) else MistralConfig(**base.to_dict())
+    config = MixtralConfig(**mistral.to_dict())
+    config.architectures, config.sliding_window = ["MixtralForCausalLM"], None
+    config.num_local_experts, config.num_experts_per_tok = experts, 2
+    return config
+
+
 def write_merged(directory: Path, fine_tunes: tuple[str, ...]) -> Path:
-    """A base model and fine-tunes of it, whose FFNs alone differ, merged with random gates."""
+    """A base model of Llama's kind and fine-tunes of it, whose FFNs alone differ, merged with random gates."""
     torch.manual_seed(0)
-    base = MistralForCausalLM(MistralConfig(**SIZES)).state_dict()
+    base = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)).state_dict()
     sources = {BASE: base} | {name: _fine_tuned(base) for name in fine_tunes}
     merged = {name: tensor for name, tensor in base.items() if ".mlp." not in name}
     for layer in range(SIZES["num_hidden_layers"]):
@@ -41,9 +49,7 @@ def write_merged(directory: Path, fine_tunes: tuple[str, ...]) -> Path:
             for dense, sparse in PROJECTIONS.items():
                 tensor = source[f"model.layers.{layer}.mlp.{dense}.weight"]
                 merged[f"{block}.experts.{expert}.{sparse}.weight"] = tensor
-    config = MixtralConfig(**SIZES, num_local_experts=len(sources), num_experts_per_tok=2)
-    config.architectures = ["MixtralForCausalLM"]
-    config.save_pretrained(directory)
+    merged_config(LlamaConfig(**SIZES), len(sources)).save_pretrained(directory)
     write_tokenizer(directory)
     weights = {name: tensor.clone() for name, tensor in merged.items()}
     save_file(weights, directory / "model.safetensors", {"format": "pt"})

@@ -1,12 +1,14 @@
 """Reading a checkpoint directory far enough to refuse a bad one before vLLM starts."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from flexgate.experts.checkpoint.families import Routing
 from flexgate.experts.checkpoint.layout import CONFIG_NAME, Architecture, bias_shapes
 from flexgate.experts.checkpoint.ownership import OWNERSHIP_NAME, Ownership, Unit, parse_ownership, unnamed
 from flexgate.experts.checkpoint.reader import open_weights, read_json
@@ -16,6 +18,9 @@ from flexgate.experts.io.tensorfile import TensorFile
 from flexgate.experts.package.weights import MAX_ABSOLUTE
 from flexgate.kernels.gated_topk import MAX_EXPERTS
 from flexgate.server.engine.frontend.identity import FileIdentity, identities
+
+LAYER: Final = re.compile(r"model\.layers\.(\d{1,6})\.")
+PLAIN: Final = Routing(renormalize=False)
 
 
 class CheckpointError(ValueError):
@@ -32,6 +37,7 @@ class Checkpoint:
     stored_dtype: str
     files: Mapping[str, FileIdentity]  # of all that lies in the directory, from before any of it was read
     kind: Served = SERVED["flex_olmo"]
+    routing: Routing = PLAIN
 
     @property
     def experts(self) -> tuple[Unit, ...]:
@@ -51,6 +57,13 @@ class Checkpoint:
         sizes = a.sizes
         wide = (a.num_hidden_layers - moe_layers) * sizes.get("D", 0) + moe_layers * sizes.get("S", 0)
         return 3 * a.hidden_size * wide
+
+    @property
+    def ungated(self) -> dict[str, Any]:
+        """What every token passes outside of all gates, as responses name it; empty where nothing is."""
+        dense = self.architecture.num_hidden_layers - self.moe_layers
+        shared = {"shared_expert": True} if self.kind.layout.shared else {}
+        return shared | ({"dense_layers": dense} if dense else {})
 
     @property
     def moe_layers(self) -> int:
@@ -74,7 +87,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     with _open_weights(path) as tensors:
         stored_dtype = _check_headers(path, tensors, described)
-    return Checkpoint(path, architecture, _ownership(path, described), stored_dtype, files, described.kind)
+    ownership = _ownership(path, described)
+    return Checkpoint(path, architecture, ownership, stored_dtype, files, described.kind, described.routing)
 
 
 def require_unchanged(checkpoint: Checkpoint) -> None:
@@ -150,7 +164,11 @@ def read_object(path: Path) -> dict[str, Any]:
 def _check_headers(path: Path, tensors: Mapping[str, TensorFile], described: Described) -> str:
     expected = described.shapes()
     optional = bias_shapes(described.numbers, described.kind.layout)
+    layers = described.numbers.num_hidden_layers
     for name, file in tensors.items():
+        layer = LAYER.match(name)
+        if layer and layers <= int(layer[1]) < layers + described.further_layers:
+            continue
         _check_shape(file.name, name, file.tensors[name].shape, expected | optional)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, the first is {missing[0]}")

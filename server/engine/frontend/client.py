@@ -65,11 +65,12 @@ class GatedEngineClient:
         clock: Callable[[], float],
         weights_epoch: int = 1,
         compiler: Compiler | None = None,
+        ungated: Mapping[str, Any] = {},
     ) -> None:
         """``engine`` is an ``AsyncLLM`` started by :func:`flexgate.server.engine.frontend.launch.launch`.
 
         ``answers`` tells whether its engine core has answered of late; ``clock`` gives Unix seconds; without
-        ``compiler``, no answer is constrained.
+        ``compiler``, no answer is constrained; ``ungated`` is what every token passes outside of the gates.
         """
         self._engine = engine
         # What vLLM's handlers read of an engine, apart from generation.
@@ -90,7 +91,7 @@ class GatedEngineClient:
         self._layers = len(slot_map.moe_layers)
         self._ready = False
         self.publish(experts, weights_epoch)
-        self.shared_expert = False  # whether every token passes an expert outside of the gate, too
+        self.ungated = dict(ungated)
         self.kernels = ""  # what computes the experts and routes to them, as every rank reported it
         see_requests(engine, self._see)
         take_output_extras(engine, self._take)

@@ -257,6 +257,10 @@ def engine_config(planned: LaunchPlan, **tuning: Any) -> Any:
     has_tokenizer = (settings.model / "tokenizer_config.json").is_file()
     arguments: dict[str, Any] = {
         "model": model,
+        # Else vLLM prefers what it takes for Mistral's files to those that were checked.
+        "config_format": "hf",
+        "load_format": "safetensors",
+        "tokenizer_mode": "hf",
         "served_model_name": settings.model.name,
         "dtype": planned.dtype,
         "skip_tokenizer_init": not has_tokenizer,
@@ -333,6 +337,7 @@ async def _prove(
         table=planned.table,
         layers=planned.checkpoint.moe_layers,
         architecture=planned.checkpoint.kind.architecture,
+        routing=[planned.checkpoint.architecture.num_experts_per_tok, *planned.checkpoint.routing.facts],
         key=key,
         expert_parallel=planned.settings.enable_expert_parallel,
         moe_kernels=planned.settings.moe_kernels,
@@ -346,9 +351,9 @@ async def _prove(
         answers=heartbeat.fresh,
         clock=clock,
         compiler=compiler if engine.renderer.tokenizer is not None else None,
+        ungated=planned.checkpoint.ungated,
     )
     client.kernels = describe_kernels(reports)
-    client.shared_expert = bool(planned.checkpoint.kind.layout.shared)
     await self_test(engine, client)
     require_unchanged(planned.checkpoint)
     heartbeat.beat()

@@ -18,6 +18,9 @@ CPU_HIDDEN_MULTIPLE = 32  # of vLLM's CPU expert kernels; their intermediate siz
 
 BESIDE_EXPERTS = {"D": "columns of a layer without experts", "S": "columns of a shared expert"}
 
+RANKS_WITH_EXPERTS = frozenset({"Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"})
+"""Whose class in vLLM takes no more ranks than there are experts, however they are split."""
+
 Requirement = Callable[[Checkpoint, "EngineSettings", str], str | None]
 
 
@@ -33,6 +36,15 @@ def require_servable(checkpoint: Checkpoint, settings: "EngineSettings", dtype: 
     for requirement in (*EVERYWHERE, *(ON_CPU if on_cpu else ON_CUDA)):
         if problem := requirement(checkpoint, settings, dtype):
             raise CheckpointError(f"{checkpoint.path} cannot be served: {problem}")
+
+
+def _tried(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
+    name = checkpoint.kind.fields.name
+    if checkpoint.kind.eager_alone and not settings.enforce_eager:
+        return f"{name} has not been tried compiled; start it with --enforce-eager"
+    if checkpoint.kind.eager_alone and settings.moe_kernels != "vllm":
+        return f"{name} has not been tried with --moe-kernels {settings.moe_kernels}; use vllm"
+    return None
 
 
 def _grouped_heads(checkpoint: Checkpoint, _settings: "EngineSettings", _dtype: str) -> str | None:
@@ -60,6 +72,13 @@ def _ranks(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> s
     for name, count in parts.items():
         if count % ranks:
             return f"--tensor-parallel-size {ranks} does not divide its {count} {name}"
+    return None
+
+
+def _experts_of_ranks(checkpoint: Checkpoint, settings: "EngineSettings", _dtype: str) -> str | None:
+    experts, ranks = checkpoint.architecture.num_experts, settings.tensor_parallel_size
+    if checkpoint.kind.architecture in RANKS_WITH_EXPERTS and ranks > experts:
+        return f"--tensor-parallel-size {ranks} is more than its {experts} experts"
     return None
 
 
@@ -124,6 +143,15 @@ def _no_low_ranks(_checkpoint: Checkpoint, settings: "EngineSettings", _dtype: s
     return "low-rank slots are computed on CPU only" if settings.low_ranks else None
 
 
-EVERYWHERE: tuple[Requirement, ...] = (_grouped_heads, _picks, _ranks, _length, _batch, _low_ranks)
+EVERYWHERE: tuple[Requirement, ...] = (
+    _tried,
+    _grouped_heads,
+    _picks,
+    _ranks,
+    _experts_of_ranks,
+    _length,
+    _batch,
+    _low_ranks,
+)
 ON_CUDA: tuple[Requirement, ...] = (_no_low_ranks,)
 ON_CPU: tuple[Requirement, ...] = (_head_size, _hidden_size, _kv_cache)

@@ -28,6 +28,7 @@ class RankReport(TypedDict):
     hook: str
     moe_layers: int
     ungated: list[str]
+    routing: list[Any]
     monolithic: bool
     moe_kernels: str
     computed_by: str
@@ -57,7 +58,8 @@ def report_rank(worker: Any) -> RankReport:
         computes=_class(model.model),
         hook=hook,
         moe_layers=len(layers),
-        ungated=ungated_layers(layers, worker.vllm_config.compilation_config.static_all_moe_layers),
+        ungated=ungated_layers(layers, worker.vllm_config.compilation_config.static_all_moe_layers, model.model),
+        routing=_same([layer.routing for layer in layers]),
         monolithic=any(layer.is_monolithic for layer in layers),
         moe_kernels=_one(choices),
         computed_by=_one(programs),
@@ -72,15 +74,16 @@ def report_rank(worker: Any) -> RankReport:
     )
 
 
-def ungated_layers(layers: Sequence[Any], built: Sequence[str]) -> list[str]:
-    """Layers of experts that vLLM has built and no gate routes for.
+def ungated_layers(layers: Sequence[Any], built: Sequence[str], model: Any) -> list[str]:
+    """Layers of experts that no gate routes for, and those that vLLM does not know.
 
     Args:
-        layers: the gated ones.
-        built: the names of all, as vLLM keeps them.
+        layers: those that have a gate.
+        built: the names of all that vLLM has built and keeps.
+        model: vLLM's, whose blocks call gates and experts.
     """
-    gated = {layer.name for layer in layers if layer.is_routed_by_the_gate}
-    return [name for name in built if name not in gated]
+    gated = {layer.name for layer in layers if layer.is_routed_by_the_gate(model)}
+    return sorted((gated ^ {*built}) | ({layer.name for layer in layers} - gated))
 
 
 def _class(instance: object) -> str:
@@ -117,7 +120,7 @@ def describe_kernels(reports: Sequence[RankReport]) -> str:
     )
 
 
-def _same(values: Sequence[list[int]]) -> list[int]:
+def _same(values: Sequence[list[Any]]) -> list[Any]:
     """The list that all layers share; none, which matches no expectation, where they differ."""
     return values[0] if all(value == values[0] for value in values) else []
 
@@ -136,6 +139,7 @@ def verify(
     key: bytes,
     moe_kernels: str,
     architecture: str,
+    routing: Sequence[Any],
     expert_parallel: bool = False,
 ) -> None:
     """Compare every rank's report with what the launcher asked for.
@@ -143,6 +147,7 @@ def verify(
     Args:
         layers: how many have experts.
         architecture: as ``config.json`` names it.
+        routing: how many experts a token gets, and what a router does with their weights; the same in all layers.
         expert_parallel: experts are dealt out to the ranks in turn, and each rank has a reserved one of zeros.
 
     Raises:
@@ -155,6 +160,7 @@ def verify(
         "computes": class_of(architecture),
         "moe_layers": layers,
         "ungated": [],
+        "routing": routing,
         "monolithic": False,
         "moe_kernels": moe_kernels,
         "slots": table.to_config(),

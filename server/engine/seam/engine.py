@@ -70,7 +70,7 @@ from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
@@ -123,6 +123,7 @@ __all__ = [
     "FusedMoEActivationFormat",
     "FusedMoEExpertsModular",
     "FusedMoEFactory",
+    "GateLinear",
     "KVCacheConfig",
     "MoEActivation",
     "ModelRegistry",

@@ -23,6 +23,7 @@ MODELS: Final[Mapping[str, str]] = {
     "MixtralForCausalLM": "vllm.model_executor.models.mixtral",
     "Qwen3MoeForCausalLM": "vllm.model_executor.models.qwen3_moe",
     "Qwen2MoeForCausalLM": "vllm.model_executor.models.qwen2_moe",
+    "Glm4MoeForCausalLM": "vllm.model_executor.models.glm4_moe",
 }
 """The module of each architecture's class. vLLM has none of its own for FlexOlmo."""
 
@@ -48,9 +49,9 @@ def build_model(architecture: str, router: Callable[..., Any], experts: Callable
 @contextmanager
 def _replaced(module: Any, names: Mapping[str, Any]) -> Iterator[None]:
     usual = {name: getattr(module, name) for name in names}
-    for name, value in names.items():
-        setattr(module, name, value)
     try:
+        for name, value in names.items():
+            setattr(module, name, value)
         yield
     finally:
         for name, value in usual.items():

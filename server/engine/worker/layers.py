@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from flexgate.server.engine.worker.kernels import held_kernels, pack_of
 from flexgate.server.engine.worker.slot_arrays import Pack, SlotArrays
 
 if TYPE_CHECKING:
-    from flexgate.server.engine.worker.moe import GatedRouter, RoutedTopK
+    from flexgate.server.engine.worker.router import GatedRouter, RoutedTopK
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,22 @@ class GatedLayer:
         return bool(self.experts.routed_experts.quant_method.is_monolithic)
 
     @property
-    def is_routed_by_the_gate(self) -> bool:
-        """Whether vLLM's runner takes its routing from our router, and its logits from the gate where it has one."""
-        return self.experts.router is self.router and self.experts.gate in (None, self.gate)
+    def routing(self) -> list[Any]:
+        """How many experts a token gets, and what the router does with their weights."""
+        return [self.gate.top_k, *self.gate.routing.facts]
+
+    def is_routed_by_the_gate(self, model: nn.Module) -> bool:
+        """Whether the model's block calls this gate and these experts, and these take their routing from the gate.
+
+        Some runners call the gate themselves; of the others, the block does, and hands them the result.
+        """
+        block = dict(model.named_modules()).get(self.name.rpartition(".")[0])
+        return (
+            self.experts.router is self.router
+            and (self.experts.gate is None or self.experts.gate is self.gate)
+            and getattr(block, "gate", None) is self.gate
+            and getattr(block, "experts", None) is self.experts
+        )
 
     def experts_here(self) -> list[int]:
         """The experts whose weights this rank holds."""
@@ -91,7 +105,7 @@ class GatedLayer:
         parallel = held.moe_config.moe_parallel_config
         return SlotArrays(
             router_EH=self.gate.weight.data,
-            bias_E=self.gate.bias.data,
+            bias_E=self.gate.offset_E.data,
             w13_LGH=held.w13_weight.data,
             w2_LHP=held.w2_weight.data,
             unit_E=bytes(self.unit_E.tolist()),
@@ -112,4 +126,4 @@ class GatedLayer:
         for expert, unit in enumerate(self.unit_E.tolist()):
             if unit not in live:
                 self.gate.weight.data[expert].zero_()
-                self.gate.bias.data[expert].zero_()
+                self.gate.offset_E.data[expert].zero_()

@@ -1,30 +1,25 @@
-"""Gates in a model's MoE layers: router logits → gate → softmax → top-k → experts.
+"""Gates in a model's MoE layers: router logits → gate → chosen experts → experts.
 
-Legend: T tokens, E experts of the layer, K chosen experts, H hidden size.
-
-:class:`GatedRouter` takes the place of the linear layer that a model routes with. What it gives is already routed:
-weights and ids, side by side in the tensor that vLLM passes along as router logits, and an excluded slot's id is never
-among them. So the gate is applied here and not in vLLM's router, which under data or expert parallelism sees tokens
-gathered from other ranks; :class:`RoutedTopK`, which takes that router's place, only unpacks.
+vLLM's class of a model is built with :class:`GatedRouter <flexgate.server.engine.worker.router.GatedRouter>` for its
+router and our own routing for its experts; what it asks of them that was not tried is refused.
 """
 
+import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from flexgate.experts.checkpoint.families import Routing, read_family
-from flexgate.kernels.gated_topk import Fill, gated_topk, gated_topk_implementation, unit_map
+from flexgate.kernels.gated_topk import Fill
 from flexgate.server.engine.core.guard import seal_key_from_environment
 from flexgate.server.engine.protocol.slots import SlotTable
 from flexgate.server.engine.seam.engine import (
     Attention,
-    BaseRouter,
     FusedMoEFactory,
-    RoutingMethodType,
+    GateLinear,
     extract_layer_index,
     get_current_vllm_config,
 )
@@ -32,10 +27,10 @@ from flexgate.server.engine.seam.models import build_model
 from flexgate.server.engine.worker.gate_buffers import GateState
 from flexgate.server.engine.worker.kernels import chosen_routed_experts
 from flexgate.server.engine.worker.layers import GatedLayer
+from flexgate.server.engine.worker.router import GatedRouter, RoutedTopK
 
-ROUTER_ROWS = 16  # router rows are padded to a multiple, so that a dot product never
-# changes its vectorisation, and so its last bit, with the number of experts
 EXPERT: Final = re.compile(r"\.layers\.(\d+)\..*\.experts\.(\d+)\.")  # a checkpoint's tensor of one expert
+LAYER: Final = re.compile(r"\.layers\.(\d+)\.")
 PASSED_ON: Final = frozenset(
     {
         "hidden_size",
@@ -54,110 +49,16 @@ OURS: Final = frozenset({"num_experts", "top_k", "renormalize"})
 """What is decided here: by the slot map, and by the configuration with the table of families."""
 
 
-ROUTER_OPTIONS: Final = frozenset({"params_dtype", "quant_config"})
+ROUTER_OPTIONS: Final = frozenset({"params_dtype", "out_dtype", "quant_config"})
 """What a model may ask of its router: rows and logits are float32 all the same, and a quantised model is not served."""
+
+
+_OTHER: Final = object()
+"""In place of a value that is not the one which is computed; no default equals it."""
 
 
 class UntriedLayerError(ValueError):
     """A model builds its MoE layer in a way that was not tried."""
-
-
-class RoutedTopK(BaseRouter):
-    """Unpacks what :class:`GatedRouter` has routed; vLLM calls it inside its MoE runner."""
-
-    def __init__(self, top_k: int, global_num_experts: int) -> None:
-        """``top_k`` picks per token."""
-        super().__init__(top_k=top_k, global_num_experts=global_num_experts)
-        self.place_E: torch.Tensor | None = None
-        self.zero_slot = 0
-
-    @property
-    def routing_method_type(self) -> RoutingMethodType:
-        """Custom: kernels that would route by themselves then refuse this layer."""
-        return RoutingMethodType.Custom
-
-    def place_locally(self, local_of_E: torch.Tensor, zero_slot: int) -> None:
-        """Map experts to this rank's; what is not here goes to the all-zero one at weight 0.
-
-        Args:
-            local_of_E: this rank's index of each expert, negative for other ranks' experts.
-            zero_slot: this rank's index of its reserved expert, which holds zeros for ever.
-        """
-        elsewhere_E = torch.where(local_of_E < 0, zero_slot, local_of_E)
-        # Index -1, the id of an unused pick, finds the last entry.
-        self.place_E = torch.cat((elsewhere_E, elsewhere_E.new_tensor([zero_slot])))
-        self.zero_slot = zero_slot
-
-    def _compute_routing(
-        self,
-        hidden_states: torch.Tensor,  # noqa: ARG002
-        router_logits: torch.Tensor,
-        indices_type: torch.dtype | None,
-        *,
-        input_ids: torch.Tensor | None = None,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights_TK, ids_TK = router_logits.split(self.top_k, dim=1)
-        ids_TK = ids_TK.to(indices_type or torch.int32)
-        if self.place_E is not None:
-            ids_TK = self.place_E[ids_TK].to(ids_TK.dtype)
-            weights_TK = torch.where(ids_TK == self.zero_slot, 0.0, weights_TK)
-        return weights_TK.contiguous(), ids_TK.contiguous()
-
-
-class GatedRouter(nn.Module):
-    """A layer's router rows, one per expert, with the gate of each token.
-
-    A plain parameter: on CPU, vLLM's own linear layers give up ``weight`` to oneDNN. What FlexOlmo calls a negative
-    bias can only lower a logit (arXiv 2507.07024, section 3.3).
-
-    Attributes:
-        unit_E: the slot that each expert belongs to, which is the bit that a gate has for it.
-    """
-
-    unit_E: torch.Tensor
-
-    def __init__(
-        self, gates: GateState, routing: Routing, layer: int, hidden_size: int, top_k: int, fill: Fill
-    ) -> None:
-        """All rows and biases start at zero; ``gates`` is shared by all layers."""
-        super().__init__()
-        self.gates = [gates]  # in a list: the model owns the module
-        self.renormalize, self.top_k, self.fill = bool(routing.renormalize), top_k, fill
-        self.register_buffer("unit_E", unit_map(gates.table.map.unit_LE[layer]), persistent=False)
-        self.num_experts = len(self.unit_E)
-        rows = -(-self.num_experts // ROUTER_ROWS) * ROUTER_ROWS
-        weight = torch.zeros(rows, hidden_size, dtype=torch.float32)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        bias = torch.zeros(self.num_experts, dtype=torch.float32)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-        self.weight.weight_loader = self._load_weight  # type: ignore[attr-defined]
-        self.bias.weight_loader = self._load_bias  # type: ignore[attr-defined]
-        self.routed_by = gated_topk_implementation(self.unit_E.device)
-
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Weights and ids, [T, 2K], and as vLLM's linear layers no bias to be added later."""
-        (gates,) = self.gates
-        logits_TE = functional.linear(x_TH.float(), self.weight)[:, : self.num_experts]
-        weights_TK, ids_TK = gated_topk(
-            logits_TE,
-            gates.gate_T[: x_TH.shape[0]],
-            unit_E=self.unit_E,
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            bias_E=self.bias,
-            mass_TU=gates.mass_TU,
-            chosen_T=gates.chosen_T,
-            fill=self.fill,
-        )
-        return torch.cat((weights_TK, ids_TK.to(weights_TK.dtype)), dim=1), None
-
-    def _load_weight(self, parameter: nn.Parameter, loaded_EH: torch.Tensor) -> None:
-        parameter.data.zero_()
-        parameter.data[: loaded_EH.shape[0]].copy_(loaded_EH)
-
-    def _load_bias(self, parameter: nn.Parameter, loaded_E: torch.Tensor) -> None:
-        parameter.data.zero_()
-        parameter.data[: loaded_E.shape[0]].copy_(loaded_E.clamp(max=0))
 
 
 class LayerBuilder:
@@ -183,7 +84,7 @@ class LayerBuilder:
         Raises:
             UntriedLayerError: the model asks for a kind of router that was not tried.
         """
-        if untried := _asked_for(asked, besides=ROUTER_OPTIONS):
+        if untried := _asked_for(asked, GateLinear, besides=ROUTER_OPTIONS):
             raise UntriedLayerError(f"{prefix}: flexgate has not been tried with {untried}")
         fill: Fill = "none" if self._reserved else "first"
         self._gate = GatedRouter(
@@ -198,10 +99,14 @@ class LayerBuilder:
             UntriedLayerError: the model asks for a kind of routing, or of experts, that was not tried.
         """
         gate, self._gate = self._gate, None
-        untried = _asked_for(asked, besides=PASSED_ON | OURS)
+        untried = _asked_for(self._unlike_routing(asked, gate), FusedMoEFactory, besides=PASSED_ON | OURS)
         if gate is None or untried:
             raise UntriedLayerError(
                 f"{prefix}: flexgate has not been tried with {untried or 'experts without a router'}"
+            )
+        if asked.get("top_k") != self._top_k:
+            raise UntriedLayerError(
+                f"{prefix}: asks for {asked.get('top_k')} experts per token, config.json for {self._top_k}"
             )
         ranks = self._gates.table.map.low_ranks
         full = gate.num_experts - len(ranks)
@@ -223,6 +128,26 @@ class LayerBuilder:
             router.place_locally(local_of_E[: gate.num_experts], zero_slot)
         self.layers.append(GatedLayer(prefix, gate, router, experts))
         return experts
+
+    def _unlike_routing(self, asked: Mapping[str, Any], gate: GatedRouter | None) -> dict[str, Any]:
+        """What a model asks of its experts that is not the routing which ours does."""
+        routing = self._routing
+        if routing.scoring == "softmax":
+            return dict(asked)
+        said = {
+            "scoring_func": routing.scoring,
+            "use_grouped_topk": True,
+            "num_expert_group": routing.groups,
+            "topk_group": routing.open_groups,
+            "routed_scaling_factor": routing.scale,
+            "apply_routed_scale_to_output": True,  # it is in the weights, and so in the output once
+            "router_logits_dtype": torch.float32,
+            "e_score_correction_bias": getattr(gate, "e_score_correction_bias", _OTHER),
+        }
+        other = [name for name, value in said.items() if not _equal(asked.get(name), value)]
+        prefix = "shared_expert_prefix"  # of a shared expert that is fused, which is refused
+        rest = {name: value for name, value in asked.items() if name not in said and name != prefix}
+        return rest | dict.fromkeys(other, _OTHER)
 
 
 class GatedModel(nn.Module):
@@ -299,18 +224,24 @@ class GatedModel(nn.Module):
         )
 
 
-def _asked_for(options: Mapping[str, Any], *, besides: Collection[str]) -> str:
-    """The names of options that say something, and are none of ``besides``."""
-    return ", ".join(sorted(name for name, value in options.items() if _says(value) and name not in besides))
+def _asked_for(options: Mapping[str, Any], made_by: Callable[..., Any], *, besides: Collection[str]) -> str:
+    """The names of options that are neither ``besides`` nor what ``made_by`` has for them by default."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(made_by).parameters.items()}
+    said = {name for name, value in options.items() if name not in defaults or not _equal(value, defaults[name])}
+    return ", ".join(sorted(said - {*besides}))
 
 
-def _says(value: Any) -> bool:
-    return not (value is None or (isinstance(value, bool | int | float) and value == 0))
+def _equal(value: Any, default: Any) -> bool:
+    return value is default or (
+        type(value) is type(default) and isinstance(value, bool | int | float | str) and value == default
+    )
 
 
 def _is_live(name: str, live_LE: Sequence[Sequence[bool]]) -> bool:
-    """Whether a checkpoint's tensor belongs to a live slot's expert, or to none."""
-    found = EXPERT.search(name)
+    """Whether a checkpoint's tensor belongs to a live slot's expert, or to none, and to a layer that is served."""
+    layer, found = LAYER.search(name), EXPERT.search(name)
+    if layer is not None and int(layer[1]) >= len(live_LE):
+        return False
     return found is None or live_LE[int(found[1])][int(found[2])]
 
 

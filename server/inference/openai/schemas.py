@@ -58,14 +58,16 @@ class Attribution(Shown):
     """Which experts took part in a response, the largest part first.
 
     Positions that were read from the prefix cache, `cached_prompt_tokens` of them, count like computed ones. A prompt
-    counts once for all its choices. `shared_expert` is there, and true, if the model has experts that no gate reaches:
-    every token passes them, no unit has them, and no share counts them.
+    counts once for all its choices. `shared_expert` is there, and true, if the model has experts that no gate reaches,
+    and `dense_layers` if it has so many layers without any: every token passes them, no unit has them, and no share
+    counts them.
     """
 
     method: str
     cached_prompt_tokens: int
     experts: list[ExpertShare]
     shared_expert: Annotated[Literal[True] | None, Field(exclude_if=is_none)] = None
+    dense_layers: Annotated[int | None, Field(exclude_if=is_none)] = None
     counterfactual: Annotated[Rescored | None, Field(exclude_if=is_none)] = None
 
 

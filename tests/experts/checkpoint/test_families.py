@@ -27,7 +27,9 @@ DENSE = [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3, 99]}, {"mlp_
 @pytest.mark.parametrize("dense", DENSE, ids=str)
 def test_a_layer_has_the_experts_that_transformers_builds(model_type: str, dense: dict[str, Any]) -> None:
     options = dense if FAMILIES[model_type].dense_layers else {}
-    name = "num_local_experts" if model_type == "mixtral" else "num_experts"
+    if FAMILIES[model_type].dense_first:
+        options = {"first_k_dense_replace": len(dense) * 2} if dense else {}
+    name = {"mixtral": "num_local_experts", "glm4_moe": "n_routed_experts"}.get(model_type, "num_experts")
     config = AutoConfig.for_model(model_type, **SIZES, **options, **{name: 6, "num_experts_per_tok": 2})
     with device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -43,7 +45,7 @@ CONFIG = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "num_experts": 8}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": (
         {"model_type": "llama"},
-        "names model_type 'llama', expected one of flex_olmo, olmoe, mixtral, qwen2_moe, qwen3_moe",
+        "names model_type 'llama', expected one of flex_olmo, olmoe, mixtral, qwen2_moe, qwen3_moe, glm4_moe",
     ),
     "no kind of model": ({"model_type": ["olmoe"]}, r"names model_type \['olmoe'\], expected one of"),
     "no layers": ({"num_hidden_layers": None}, "num_hidden_layers is None, expected 1 to 1024"),

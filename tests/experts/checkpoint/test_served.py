@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from enginekit.checkpoints import assign_units, write_mixture
+from mergekit_model import merged_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
 from flexgate.experts.checkpoint.families import FAMILIES
 from flexgate.experts.checkpoint.served import SERVED, read_served
@@ -34,7 +35,11 @@ OTHERS = sorted(SERVED.keys() - {"flex_olmo"})
 
 def sizes_of(model_type: str) -> dict[str, Any]:
     """`SIZES` as a kind's configuration calls them."""
-    experts = {"num_local_experts" if model_type == "mixtral" else "num_experts": SIZES["num_experts"]}
+    names = {"mixtral": "num_local_experts", "glm4_moe": "n_routed_experts"}
+    experts = {names.get(model_type, "num_experts"): SIZES["num_experts"]}
+    if model_type == "glm4_moe":
+        experts |= {"head_dim": 32, "attention_bias": True, "num_mtp_layers": 0, "moe_intermediate_size": 16}
+        experts |= {"first_k_dense_replace": 0}
     shared = {"shared_expert_intermediate_size": 16} if model_type == "qwen2_moe" else {}
     narrow = {"moe_intermediate_size": 16} if model_type.startswith("qwen") else {}
     return {name: size for name, size in SIZES.items() if name != "num_experts"} | experts | shared | narrow
@@ -62,6 +67,14 @@ def test_every_kind_that_is_served_has_a_router_in_the_table_of_families() -> No
         assert kind.fields.one_value["architectures"] == [kind.architecture]
 
 
+@pytest.mark.parametrize("base", [LlamaConfig, MistralConfig])
+def test_a_configuration_that_mergekit_writes_is_read(base: type[PretrainedConfig]) -> None:
+    sizes = {name: size for name, size in SIZES.items() if not name.startswith("num_experts")}
+    described = read_served(json.loads(merged_config(base(**sizes), 4).to_json_string()))
+    assert described.kind is SERVED["mixtral"]
+    assert (described.numbers.num_experts, described.numbers.num_experts_per_tok) == (4, 2)
+
+
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_a_configuration_that_transformers_writes_is_read(model_type: str) -> None:
     described = read_served(config_of(model_type))
@@ -73,7 +86,7 @@ def test_a_configuration_that_transformers_writes_is_read(model_type: str) -> No
 def test_a_whole_checkpoint_is_read(model: Path) -> None:
     checkpoint = read_checkpoint(model)
     assert checkpoint.ownership.unit_LE == tuple(map(bytes, UNIT_LE))
-    assert plan(EngineSettings(model)).table.total == 3
+    assert plan(EngineSettings(model, enforce_eager=True)).table.total == 3
 
 
 def refusal(model: Path) -> str:
@@ -97,6 +110,8 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("olmoe", {"architectures": None}, "architectures is None, expected ['OlmoeForCausalLM']"),
     ("olmoe", {"n_group": 2}, "has 'n_group', which is not a field of an OLMoE model: remove it"),
     ("mixtral", {"sliding_window": 4096}, "sliding_window is 4096, expected null"),
+    ("mixtral", {"attention_bias": True}, "attention_bias is True, expected False"),
+    ("mixtral", {"mlp_bias": True}, "mlp_bias is True, expected False"),
     ("mixtral", {"norm_topk_prob": False}, "has 'norm_topk_prob', which is not a field of a Mixtral model: remove it"),
     ("mixtral", {"num_experts": 4}, "has num_experts 4 and num_local_experts 3, expected one number of experts"),
     ("mixtral", {"num_local_experts": 513}, "num_local_experts is 513, expected 1 to 512"),
@@ -109,6 +124,21 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_moe", {"qkv_bias": False}, "qkv_bias is False, expected True"),
     ("qwen2_moe", {"head_dim": 64}, "head_dim is 64, expected 32"),
     ("qwen2_moe", {"layer_types": ["sliding_attention"]}, "expected full_attention in every layer"),
+    ("glm4_moe", {"use_qk_norm": True}, "use_qk_norm is True, expected False"),
+    ("glm4_moe", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1, expected a whole number"),
+    ("glm4_moe", {"n_shared_experts": 2}, "n_shared_experts is 2, expected 1"),
+    ("glm4_moe", {"attention_bias": None}, "attention_bias is None, expected True"),
+    ("glm4_moe", {"head_dim": None}, "config.json has no head_dim, which a GLM-4-MoE model needs"),
+    ("glm4_moe", {"partial_rotary_factor": 1.0}, "partial_rotary_factor is 1.0, expected 0.5"),
+    ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 0.25}}, "only the default kind is read"),
+    ("olmoe", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "only the default kind is read"),
+    ("glm4_moe", {"n_group": 2}, "n_group is 2, and 3 experts make no such groups of two or more"),
+    ("glm4_moe", {"n_group": 3}, "n_group is 3, and 3 experts make no such groups of two or more"),
+    ("glm4_moe", {"topk_group": 2}, "topk_group is 2, which of 1 groups gives no 2 experts per token"),
+    ("glm4_moe", {"first_k_dense_replace": 2}, "leaves no layer with experts, by first_k_dense_replace"),
+    ("glm4_moe", {"first_k_dense_replace": 3}, "first_k_dense_replace is 3, expected 0 to 2"),
+    ("glm4_moe", {"routed_scaling_factor": None}, "routed_scaling_factor is None, expected a number with a point"),
+    ("glm4_moe", {"routed_scaling_factor": 0}, "routed_scaling_factor is 0, expected a positive number with a point"),
     ("olmoe", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "only the default kind is read"),
 ]
 
@@ -145,13 +175,67 @@ def test_a_tensor_that_the_kind_does_not_have_is_refused(model: Path) -> None:
     assert refusal(model).endswith(f"holds an unknown tensor {name}")
 
 
+@pytest.mark.parametrize("model", ["glm4_moe"], indirect=True)
+def test_a_layer_that_predicts_further_tokens_may_lie_in_the_checkpoint(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    further = {"model.layers.2.eh_proj.weight": tensors["model.norm.weight"].clone()}
+    save_file({**tensors, **further}, model / "model.safetensors", {"format": "pt"})
+    assert refusal(model).endswith("holds an unknown tensor model.layers.2.eh_proj.weight")
+    change_config(model, num_nextn_predict_layers=1)
+    read_checkpoint(model)
+    save_file({**tensors, "model.layers.3.x": further.popitem()[1]}, model / "model.safetensors", {"format": "pt"})
+    assert refusal(model).endswith("holds an unknown tensor model.layers.3.x")
+
+
 def test_slots_for_packages_that_there_are_not_are_refused(model: Path) -> None:
     name = read_checkpoint(model).kind.fields.name
     with pytest.raises(CheckpointError) as refused:
-        plan(EngineSettings(model, max_experts=4))
+        plan(EngineSettings(model, max_experts=4, enforce_eager=True))
     assert str(refused.value) == (
         f"--max-experts 4: the checkpoint has 3 experts, and {name} takes no packages that other slots would be for"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "a GLM-4-MoE model has not been tried compiled; start it with --enforce-eager"),
+        (
+            {"enforce_eager": True, "moe_kernels": "flexgate"},
+            "a GLM-4-MoE model has not been tried with --moe-kernels flexgate; use vllm",
+        ),
+    ],
+)
+@pytest.mark.parametrize("model", ["glm4_moe"], indirect=True)
+def test_a_way_of_running_that_was_not_tried_is_refused(model: Path, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        plan(EngineSettings(model, **settings))
+    assert str(refused.value) == f"{model} cannot be served: {sentence}"
+
+
+def test_what_no_gate_reaches_is_named(tmp_path: Path) -> None:
+    def ungated(model_type: str, **options: Any) -> dict[str, Any]:
+        model = write_mixture(tmp_path / f"{model_type}-{len(options)}", model_type, **sizes_of(model_type), **options)
+        unit_LE = [[] if layer in options.get("mlp_only_layers", []) else row for layer, row in enumerate(UNIT_LE)]
+        return read_checkpoint(assign_units(model, ("public", "a", "b"), unit_LE)).ungated
+
+    assert ungated("glm4_moe") == {"shared_expert": True}
+    assert ungated("olmoe") == ungated("mixtral") == ungated("qwen3_moe") == {}
+    assert ungated("qwen3_moe", mlp_only_layers=[1]) == {"dense_layers": 1}
+    assert ungated("qwen2_moe") == {"shared_expert": True}
+    assert ungated("qwen2_moe", mlp_only_layers=[0]) == {"shared_expert": True, "dense_layers": 1}
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_more_ranks_than_experts_are_refused_where_vllm_refuses_them(tmp_path: Path, model_type: str) -> None:
+    sizes = sizes_of(model_type) | {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
+    path = assign_units(write_mixture(tmp_path, model_type, **sizes), ("public", "a", "b"), UNIT_LE)
+    settings = EngineSettings(path, tensor_parallel_size=4, enforce_eager=True)
+    if model_type.startswith("qwen"):
+        with pytest.raises(CheckpointError, match=r"--tensor-parallel-size 4 is more than its 3 experts$"):
+            plan(settings)
+    else:
+        plan(settings)
 
 
 def assert_planned_memory_is_that_of_the_tensors(model: Path) -> None:
@@ -160,7 +244,7 @@ def assert_planned_memory_is_that_of_the_tensors(model: Path) -> None:
     experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
     routers = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(".gate.weight"))
     others = [name for name in tensors if ".experts." not in name and not name.endswith("gate.weight")]
-    slots = plan(EngineSettings(model)).slots
+    slots = plan(EngineSettings(model, enforce_eager=True)).slots
     assert slots.held * slots.expert_bytes == 2 * (experts + routers)
     assert slots.other_bytes == 2 * sum(tensors[name].numel() for name in others if tensors[name].dim() == 2)
 

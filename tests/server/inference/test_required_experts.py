@@ -108,6 +108,38 @@ async def test_it_takes_part_in_what_names_others_alone(client: httpx.AsyncClien
     assert [slot.expert for slot in call.experts] == ["public", "news", "math"]
 
 
+NARROWER: list[dict[str, Any]] = [
+    {"only": []},
+    {"only": ["public"]},
+    {"only": ["news"]},
+    {"only": ["math"]},
+    {"ignore": ["news"]},
+    {"only": ["news"], "ignore": ["news"]},
+    {"only": ["public", "math"], "ignore": ["news"]},
+    {"only": [], "ignore": ["math"]},
+    {"ignore": ["math", "news"]},
+    {"ignore": ["public"]},
+]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("path", ENDPOINTS)
+async def test_what_is_optional_can_be_left_out_beside_it_and_it_cannot(
+    client: httpx.AsyncClient, publish: Any, handler: Any, path: str
+) -> None:
+    publish()
+    handler.result = ValueError("no engine")
+    for experts in NARROWER:
+        reached = len(handler.calls)
+        await client.post(path, json={**ENDPOINTS[path], "flexgate": {"experts": experts}})
+        excused = {"math", "public"} & {*experts.get("ignore", [])}
+        assert (len(handler.calls) > reached) == (not excused), experts
+    gates = [[ref.expert for ref in call.experts] for call in handler.calls]
+    assert all({"public", "math"} <= {*gate} for gate in gates)
+    assert ["public", "math"] in gates
+    assert ["public", "news", "math"] in gates
+
+
 @pytest.mark.asyncio
 async def test_a_revocation_names_who_is_not_served_any_more(
     make_client: Any, services: Any, publish: Any, by: str, monkeypatch: pytest.MonkeyPatch

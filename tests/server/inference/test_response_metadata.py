@@ -56,10 +56,10 @@ def test_every_listed_expert_has_a_part_and_hidden_ones_are_not_named(snapshot: 
     }
 
 
-def test_an_expert_that_no_gate_reaches_is_said_and_has_no_share(snapshot: Snapshot, decision: Decision) -> None:
-    uses = [Use("public", 1, 4)]
-    shown = attribution_object(snapshot, decision, uses, 0, shared_expert=True)
-    assert shown == attribution_object(snapshot, decision, uses, 0) | {"shared_expert": True}
+def test_what_no_gate_reaches_is_said_and_has_no_share(snapshot: Snapshot, decision: Decision) -> None:
+    uses, ungated = [Use("public", 1, 4)], {"shared_expert": True, "dense_layers": 2}
+    shown = attribution_object(snapshot, decision, uses, 0, ungated=ungated)
+    assert shown == attribution_object(snapshot, decision, uses, 0) | ungated
 
 
 def test_parts_are_in_the_order_of_their_shares(snapshot: Snapshot, decision: Decision) -> None:

@@ -49,7 +49,7 @@ def test_an_answer_names_what_took_part_and_what_no_gate_reaches(server: LiveSer
     gate = answer["flexgate"]
     parts = {part["id"]: part for part in gate["attribution"]["experts"]}
     assert gate["allowed"] == ["public", "news"]
-    assert gate["attribution"]["shared_expert"] is True
+    assert (gate["attribution"]["shared_expert"], gate["attribution"]["dense_layers"]) == (True, 1)
     assert sum(part["share_ppm"] for part in parts.values()) == 1_000_000
     assert (parts["math"]["gate_mass"], parts["math"]["tokens"]) == (0.0, 0)
     # Each of its positions gives all of its weight to what it may use, in two layers.

@@ -52,7 +52,7 @@ def _services(settings: Settings, store: Store, experts: list[str]) -> Services:
     client: Any = SimpleNamespace(
         weights_epoch=1,
         errored=False,
-        shared_expert=False,
+        ungated={},
         ready=lambda: True,
         begin=lambda call: None,
         stop=lambda call, reason: setattr(call, "failed", reason),

@@ -17,7 +17,8 @@ from flexgate.experts.package.size import FULL, ExpertSize
 from flexgate.experts.package.verify import open_package
 from flexgate.experts.package.weights import WeightsTicket
 
-ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.(weight|bias)$")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+ROUTER = re.compile(r"\.(mlp|block_sparse_moe)\.gate\.(weight|bias|e_score_correction_bias)$")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def _write(model: Any, directory: Path) -> Path:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     model.save_pretrained(directory)
     return directory
 
@@ -132,11 +136,26 @@ def keep_by_layer(source: Path, target: Path, kept_L: Sequence[Sequence[int]]) -
         elif not expert:
             out[name] = tensor[kept].clone() if ROUTER.search(name) else tensor
     config = json.loads((source / "config.json").read_text())
-    config |= {name: max(map(len, kept_L)) for name in ("num_experts", "num_local_experts") if name in config}
+    config |= {name: max(map(len, kept_L)) for name in EXPERT_COUNTS if name in config}
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config))
     save_file(out, target / "model.safetensors", {"format": "pt"})
     return target
+
+
+def add_further_layer(checkpoint: Path, unit_LE: Sequence[Sequence[int]]) -> None:
+    """Put a layer after the last, such as one that predicts further tokens: the last one's tensors, and one more."""
+    last = len(unit_LE) - 1
+    tensors = load_file(checkpoint / "model.safetensors")
+    copied = {
+        name.replace(f".layers.{last}.", f".layers.{last + 1}."): tensor + 1
+        for name, tensor in tensors.items()
+        if f".layers.{last}." in name
+    }
+    copied[f"model.layers.{last + 1}.eh_proj.weight"] = torch.ones(3)
+    save_file({**tensors, **copied}, checkpoint / "model.safetensors", {"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
 
 def add_router_bias(source: Path, target: Path, bias_LE: torch.Tensor) -> Path:

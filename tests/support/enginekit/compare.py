@@ -43,7 +43,8 @@ def reference(checkpoint: Path) -> Any:
 
 
 def cut_reference(checkpoint: Path, kept_L: Sequence[Sequence[int]]) -> Any:
-    """The checkpoint in transformers with only some experts of each layer, which may be of different number.
+    """The checkpoint in transformers with only some experts of each layer, which may be of different number. Of
+    routers whose experts fall into groups, the others stay where they are, and are not chosen.
 
     Args:
         kept_L: empty for a layer that has no experts.
@@ -53,12 +54,52 @@ def cut_reference(checkpoint: Path, kept_L: Sequence[Sequence[int]]) -> Any:
         if not kept:
             continue
         router, experts = layer.mlp.gate, layer.mlp.experts
+        if has_holes(router):
+            if len(kept) < router.num_experts:
+                router.forward = partial(_route_by_scores, router, kept)
+            continue
         router.weight = torch.nn.Parameter(router.weight[list(kept)])
         router.num_experts, router.top_k = len(kept), min(router.top_k, len(kept))
         experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[list(kept)])
         experts.down_proj = torch.nn.Parameter(experts.down_proj[list(kept)])
         experts.num_experts = len(kept)
     return model
+
+
+def has_holes(router: Any) -> bool:
+    """Whether what is excluded stays in its place: groups go by that."""
+    return hasattr(router, "e_score_correction_bias")
+
+
+def _route_by_scores(
+    router: Any, kept: Sequence[int], hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What transformers' router does, token by token, with the experts ``kept`` alone; the first pick fills up."""
+    rows = hidden_states.reshape(-1, router.hidden_dim).float()
+    logits_TE = torch.nn.functional.linear(rows, router.weight.float())
+    score_TE = logits_TE.sigmoid()
+    ids_TK = torch.zeros(len(rows), router.top_k, dtype=torch.int64)
+    weights_TK = torch.zeros(len(rows), router.top_k)
+    for token, score_E in enumerate(score_TE):
+        choice_E = (score_E + router.e_score_correction_bias).tolist()
+        picks = choose_by_scores(choice_E, kept, router.num_group, router.topk_group, router.top_k)
+        ids_TK[token] = torch.tensor(picks + picks[:1] * (router.top_k - len(picks)))
+        weights_TK[token, : len(picks)] = score_E[picks]
+    if router.norm_topk_prob:
+        weights_TK /= weights_TK.sum(dim=-1, keepdim=True) + 1e-20
+    return logits_TE, weights_TK * router.routed_scaling_factor, ids_TK
+
+
+def choose_by_scores(
+    choice_E: Sequence[float], kept: Sequence[int], groups: int, open_groups: int, top_k: int
+) -> list[int]:
+    """The best of ``kept`` by corrected scores, within the groups of the best two that are kept."""
+    size = len(choice_E) // groups
+    by_group: dict[int, list[float]] = {}
+    for expert in kept:
+        by_group.setdefault(expert // size, []).append(choice_E[expert])
+    ranked = sorted(by_group, key=lambda group: (-sum(sorted(by_group[group])[-2:]), group))[:open_groups]
+    return sorted((e for e in kept if e // size in ranked), key=lambda expert: (-choice_E[expert], expert))[:top_k]
 
 
 def biased_reference(checkpoint: Path, bias_LE: torch.Tensor) -> Any:
@@ -138,18 +179,21 @@ def usage_of_routing(
     """
     chosen_PU, mass_U = torch.zeros(len(tokens), units, dtype=torch.bool), torch.zeros(units, dtype=torch.float64)
 
-    def noted(kept: Sequence[int], unit_E: Sequence[int]) -> Any:
+    def noted(kept: Sequence[int], unit_E: Sequence[int], scale: float) -> Any:
         def hook(_router: Any, _given: Any, routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
             _, weights_PK, picks_PK = routed
             units_PK = torch.tensor([unit_E[expert] for expert in kept])[picks_PK]
             chosen_PU.scatter_(1, units_PK, True)
-            mass_U.scatter_add_(0, units_PK.flatten(), weights_PK.double().flatten())
+            mass_U.scatter_add_(0, units_PK.flatten(), weights_PK.double().flatten() / scale)
 
         return hook
 
     for layer, kept, unit_E in zip(model.model.layers, kept_L, unit_LE, strict=True):
         if kept:
-            layer.mlp.gate.register_forward_hook(noted(kept, unit_E))
+            router = layer.mlp.gate
+            present = range(len(unit_E)) if has_holes(router) else kept
+            scale = getattr(router, "routed_scaling_factor", 1.0)
+            router.register_forward_hook(noted(present, unit_E, scale))
     with torch.no_grad():
         model(torch.tensor([list(tokens)]))
     return chosen_PU.sum(0).tolist(), mass_U.tolist()

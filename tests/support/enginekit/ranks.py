@@ -69,5 +69,6 @@ def _parts(worker: Any, slots: list[int], *, weights_only: bool) -> Iterator[Any
     for layer in worker.model_runner.get_model().moe_layers():
         arrays = layer.slot_arrays()
         for expert in [expert for expert, unit in enumerate(layer.unit_E.tolist()) if unit in slots]:
-            router_row, bias, *weights = arrays._parts(expert)
+            router_row, _, *weights = arrays._parts(expert)
+            bias = layer.gate.offset_E.data[expert : expert + 1]  # what is added, whatever is cleared
             yield from weights if weights_only else (router_row, bias, *weights)

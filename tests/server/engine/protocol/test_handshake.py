@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from enginekit.launched import launched
 
+from flexgate.experts.checkpoint.families import Routing
 from flexgate.server.engine.protocol.gates import new_seal_key
 from flexgate.server.engine.protocol.handshake import HandshakeError, key_digest, verify
 from flexgate.server.engine.protocol.slots import SlotMap, SlotTable
 
 KEY = new_seal_key()
+ROUTING = [2, *Routing(renormalize=False).facts]
 TABLE = SlotTable.at_start(SlotMap(6, (bytes(range(6)),) * 3), 4)
 
 
@@ -25,6 +27,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "hook": "GatedCPUModelRunner",
         "moe_layers": 3,
         "ungated": [],
+        "routing": ROUTING,
         "monolithic": False,
         "moe_kernels": "vllm",
         "computed_by": "CPUUnquantizedExperts",
@@ -49,6 +52,7 @@ def check(*reports: object, world_size: int = 2, expert_parallel: bool = False) 
         key=KEY,
         moe_kernels="vllm",
         architecture="FlexOlmoForCausalLM",
+        routing=ROUTING,
         expert_parallel=expert_parallel,
     )
 
@@ -63,6 +67,9 @@ def test_ranks_that_all_gate_pass() -> None:
         {"model": "vllm.model_executor.models.transformers.TransformersMoEForCausalLM"},
         {"computes": "vllm.model_executor.models.olmoe.OlmoeForCausalLM"},
         {"ungated": ["model.layers.1.mlp.experts"]},
+        {"routing": [1, *ROUTING[1:]]},
+        {"routing": [2, True, *ROUTING[2:]]},
+        {"routing": []},
         {"hook": "CPUModelRunner"},
         {"moe_layers": 2},
         {"monolithic": True},
