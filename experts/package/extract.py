@@ -87,7 +87,9 @@ def extract_expert(
         with Job(target, plan) as job:
             pieces = _package_pieces(checkpoint, index, kept, reduction)
             written = job.write_file(WEIGHTS_NAME, pieces, digests=True, progress=progress)
-            manifest, text, signature = _manifest(statement, record, base, written, kept)
+            manifest, text, signature = _manifest(
+                statement, record, base, written, kept, recomputed=reduction is not None
+            )
             job.write_text(MANIFEST_NAME, text)
             if signature := private.sign(text) if private else signature:
                 job.write_text(SIGNATURE_NAME, signature)
@@ -200,11 +202,17 @@ def _record(checkpoint: CheckpointReader, index: int, statement: Statement | Non
 
 
 def _manifest(
-    statement: Statement | None, record: Record | None, base: BaseIdentity, written: Written, size: ExpertSize
+    statement: Statement | None,
+    record: Record | None,
+    base: BaseIdentity,
+    written: Written,
+    size: ExpertSize,
+    *,
+    recomputed: bool,
 ) -> tuple[Manifest, bytes, bytes | None]:
     """The manifest, its bytes, and the signature that it had where it is restored byte for byte.
 
-    What was measured of an expert says nothing of a smaller one, and is left out there.
+    What was measured of an expert says nothing of recomputed weights, and is left out there.
     """
     if record is None:
         if statement is None:
@@ -212,7 +220,7 @@ def _manifest(
         manifest = complete(statement, base, written, size)
         return manifest, manifest.to_json(), None
     mine = {name: value for name, value in record.manifest if name in Statement.model_fields}
-    if size != record.manifest.size:
+    if recomputed or size != record.manifest.size:
         del mine["evaluation"]
     manifest = complete(Statement(**mine), base, written, size)
     if manifest == record.manifest:

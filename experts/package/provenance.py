@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from flexgate.experts.checkpoint.families import experts_per_layer
 from flexgate.experts.checkpoint.layout import CONFIG_NAME
-from flexgate.experts.checkpoint.ownership import FORMATS, OWNERSHIP_NAME, parse_ownership
+from flexgate.experts.checkpoint.ownership import FORMATS, OWNERSHIP_NAME, UNKNOWN, parse_ownership
 from flexgate.experts.checkpoint.reader import read_json
 from flexgate.experts.errors import ExpertsError, LayoutError
 from flexgate.experts.package.manifest import MAX_MANIFEST, Manifest, parse_manifest, sha256
@@ -37,10 +37,10 @@ class Record:
 def model_manifest(records: Sequence[Record], base_digest: str | None, public: dict[str, Any]) -> dict[str, Any]:
     """The content of ``flexgate.json``: the anchor's entry, then ``records`` in the order of their indices.
 
-    What excludes the anchor leaves it in low-rank experts, which are sums with it: its grade is then ``shared``.
+    What excludes the anchor leaves it in low-rank experts, which are sums with it: at best, its grade is ``shared``.
     """
     routers = {record.manifest.training.router for record in records}
-    if any(record.manifest.rank is not None for record in records):
+    if any(record.manifest.rank is not None for record in records) and public.get("grade", UNKNOWN) != UNKNOWN:
         public = {**public, "grade": "shared"}
     return {
         "format": FORMATS["experts"],

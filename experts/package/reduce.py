@@ -15,6 +15,7 @@ from torch import Tensor
 from flexgate.experts.checkpoint.base import BaseIdentity, read_shared
 from flexgate.experts.checkpoint.layout import EXPERT_KEYS
 from flexgate.experts.checkpoint.reader import CheckpointReader
+from flexgate.experts.errors import LayoutError
 from flexgate.experts.io.stream import Piece
 from flexgate.experts.io.tensorfile import tensor_bytes
 from flexgate.experts.package.size import PROJECTIONS, ExpertSize
@@ -75,10 +76,16 @@ class Reduction:
             self._losses.append({**by_name, ALL: _sum(losses)})
         return (tensor_bytes(self._ffn[number]),)
 
+    def _read(self, key: str) -> Tensor:
+        tensor = self._checkpoint.read(key)
+        if not tensor.isfinite().all():
+            raise LayoutError(f"{key} has values that are not finite: a smaller expert cannot be made of it")
+        return tensor
+
     def _factored(self, layer: int, rank: int) -> tuple[list[Tensor], list[Loss]]:
         parts, losses = [], []
         for key in EXPERT_KEYS:
-            own = self._checkpoint.read(key.format(layer=layer, expert=self._index))
+            own = self._read(key.format(layer=layer, expert=self._index))
             public = read_shared(self._checkpoint, key.format(layer=layer, expert=0), self._base)
             factors, loss = factored(own.float() - public.float(), rank, own.dtype)
             parts += [factors.a_RI, factors.b_OR]
@@ -86,7 +93,7 @@ class Reduction:
         return parts, losses
 
     def _narrow(self, layer: int) -> tuple[list[Tensor], list[Loss]]:
-        gate, up, down = (self._checkpoint.read(key.format(layer=layer, expert=self._index)) for key in EXPERT_KEYS)
+        gate, up, down = (self._read(key.format(layer=layer, expert=self._index)) for key in EXPERT_KEYS)
         assert self._size.width is not None
         kept = largest_neurons(gate, up, down, self._size.width)
         narrow = [gate[kept], up[kept], down[:, kept].contiguous()]

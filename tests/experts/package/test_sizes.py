@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -142,13 +143,46 @@ def test_a_checkpoint_says_sizes_and_that_the_anchor_stays_in_low_rank_experts(
         model = merge(stock / "anchor", *(tmp_path / part for part in parts), name=name)
         said[name] = json.loads((model / "flexgate.json").read_text())
     public, low, narrow = said["all"]["experts"]
-    assert public["grade"] == "shared"
+    assert "grade" not in public, "what is unknown is no better for it"
     assert (low["rank"], "width" in low, narrow["width"], "rank" in narrow) == (3, False, 5, False)
     assert "grade" not in said["without"]["experts"][0]
     units = parse_ownership(said["all"], [3, 3], "flexgate.json").units
-    assert [unit.grade for unit in units] == ["shared", "removed", "removed"]
-    extract_anchor(tmp_path / "all", tmp_path / "anchor")
+    assert [unit.grade for unit in units] == ["unknown", "removed", "removed"]
+
+
+@pytest.mark.parametrize(("stated", "merged"), [("removed", "shared"), ("router", "shared"), ("shared", "shared")])
+def test_the_anchor_is_graded_shared_at_best_beside_a_low_rank_expert(
+    stock: Path, tmp_path: Path, merge: Merge, stated: str, merged: str
+) -> None:
+    shutil.copytree(stock / "anchor", tmp_path / "stated")
+    own = tmp_path / "stated/flexgate.json"
+    entry = {"index": 0, "id": "public", "owner": "public", "domain": "all", "grade": stated}
+    own.write_text(json.dumps({"format": "flexgate-model/1", "strictly_separable": True, "experts": [entry]}))
+    make_package(tmp_path / "low", tmp_path / "stated", expert="low", size=RANK)
+    model = merge(tmp_path / "stated", tmp_path / "low")
+    assert json.loads((model / "flexgate.json").read_text())["experts"][0]["grade"] == merged
+    extract_anchor(model, tmp_path / "anchor")
     assert "grade" not in json.loads((tmp_path / "anchor/flexgate.json").read_text())["experts"][0]
+
+
+def test_what_was_measured_of_factors_is_not_said_of_others(stock: Path, tmp_path: Path, merge: Merge) -> None:
+    make_package(tmp_path / "news", stock / "anchor", size=RANK)
+    model = merge(stock / "anchor", tmp_path / "news")
+    record = model / "provenance/news.json"
+    figure = {"name": "perplexity", "value": 3.5, "unit": "1", "on": "held-out texts"}
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"evaluation": [figure]}))
+    assert extract_expert(model, "news", tmp_path / "again", size=RANK).evaluation == ()
+
+
+@pytest.mark.parametrize("size", [RANK, WIDTH], ids=str)
+def test_no_smaller_expert_is_made_of_what_is_not_finite(tmp_path: Path, size: ExpertSize) -> None:
+    write_model(tmp_path / "model", TWO)
+    architecture, tensors = read_checkpoint(tmp_path / "model")
+    tensors["model.layers.0.mlp.experts.1.up_proj.weight"][0, 0] = torch.nan
+    write_checkpoint(tmp_path / "spoilt", architecture, tensors, dtype=torch.float32, eos_token_id=0, pad_token_id=1)
+    with pytest.raises(LayoutError, match=r"experts.1.up_proj.weight has values that are not finite"):
+        extract_expert(tmp_path / "spoilt", "expert-1", tmp_path / "small", size=size, statement=statement("news"))
+    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.parametrize("size", [RANK, WIDTH], ids=str)
