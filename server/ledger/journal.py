@@ -200,10 +200,11 @@ class Journal:
                 batch, self._next = self._next, Batch()
                 self._writing = batch, time.monotonic()
                 closing = self._closing
+            waiting = batch.waiting
             error = self._write(batch)
             with self._lock:
                 self._note(error)
-            answer(batch.waiting, error)
+            answer(waiting, error)
             if error is None and self.retention.seconds() == 0:
                 self._trim()
             if self._log_is_due:
@@ -243,6 +244,7 @@ class Journal:
             for registration, _, _, _ in batch.ended:
                 self._running.pop(registration.request, None)
                 self._used.pop(registration.request, None)
+            batch.registered = []  # they are used now, or have ended
         self._count_recorded()
         return full
 
