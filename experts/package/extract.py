@@ -109,9 +109,7 @@ def extract_anchor(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES
     with CheckpointReader(source) as checkpoint:
         one = {**checkpoint.config, "num_experts": 1, "num_experts_per_tok": 1}
         plan = json.dumps(["anchor", shard_bytes, fingerprint(checkpoint.files())])
-        public, *others = expert_entries(source, checkpoint.architecture.num_experts)
-        if any("rank" in entry for entry in others):  # what it is ``shared`` with stays behind
-            public = {name: value for name, value in public.items() if name != "grade"}
+        public, *_ = expert_entries(source, checkpoint.architecture.num_experts)
         with Job(target, plan) as job:
             pieces = anchor_pieces(checkpoint)
             write_model(job, one, pieces, beside=source, shard_bytes=shard_bytes, progress=progress)

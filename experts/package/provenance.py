@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from flexgate.experts.checkpoint.families import experts_per_layer
 from flexgate.experts.checkpoint.layout import CONFIG_NAME
-from flexgate.experts.checkpoint.ownership import FORMATS, OWNERSHIP_NAME, UNKNOWN, parse_ownership
+from flexgate.experts.checkpoint.ownership import FORMATS, OWNERSHIP_NAME, ROUTER_GRADES, UNKNOWN, parse_ownership
 from flexgate.experts.checkpoint.reader import read_json
 from flexgate.experts.errors import ExpertsError, LayoutError
 from flexgate.experts.package.manifest import MAX_MANIFEST, Manifest, parse_manifest, sha256
@@ -40,7 +40,8 @@ def model_manifest(records: Sequence[Record], base_digest: str | None, public: d
     What excludes the anchor leaves it in low-rank experts, which are sums with it: at best, its grade is ``shared``.
     """
     routers = {record.manifest.training.router for record in records}
-    if any(record.manifest.rank is not None for record in records) and public.get("grade", UNKNOWN) != UNKNOWN:
+    alone = public.get("grade", ROUTER_GRADES.get(str(public.get("router")), UNKNOWN))
+    if any(record.manifest.rank is not None for record in records) and alone != UNKNOWN:
         public = {**public, "grade": "shared"}
     return {
         "format": FORMATS["experts"],

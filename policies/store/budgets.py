@@ -124,6 +124,6 @@ def _is_next(connection: Connection, batch: Batch, at: float) -> bool:
     last = connection.scalar(select(table.c.batch).where(table.c.writer == batch.writer))
     if last is None:
         connection.execute(insert(table).values(writer=batch.writer, batch=batch.number, at=at))
-    elif last < batch.number:
-        connection.execute(update(table).where(table.c.writer == batch.writer).values(batch=batch.number, at=at))
-    return last is None or last < batch.number
+        return True
+    newer = update(table).where(table.c.writer == batch.writer, table.c.batch < batch.number)
+    return bool(connection.execute(newer.values(batch=batch.number, at=at)).rowcount)  # an earlier try may just commit

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_origin
 
 import typer
 
-from flexgate.server.lifecycle.settings import StoreSettings
+from flexgate.server.lifecycle.store_settings import StoreSettings
 
 
 def parameters(settings: type[StoreSettings], argument: str) -> list[inspect.Parameter]:

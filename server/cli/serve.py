@@ -15,7 +15,8 @@ from rich.console import Console
 from flexgate.server.cli.options import given, parameters
 from flexgate.server.http import logs
 from flexgate.server.lifecycle.console import Progress
-from flexgate.server.lifecycle.settings import Settings, SettingsError, load_settings
+from flexgate.server.lifecycle.settings import Settings, load_settings
+from flexgate.server.lifecycle.store_settings import SettingsError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)  # plain help shortens no name
 logger = logging.getLogger(__name__)

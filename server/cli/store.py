@@ -22,7 +22,7 @@ from flexgate.experts.errors import ExpertsError, UsageInvalid
 from flexgate.policies.errors import PolicyError, StoreUnavailable
 from flexgate.policies.store.migrate import check_current
 from flexgate.policies.store.store import Store
-from flexgate.server.lifecycle.settings import SettingsError, load_store_settings
+from flexgate.server.lifecycle.store_settings import SettingsError, load_store_settings
 
 FAILED: Final = 1
 DIFFERENT: Final = 3

@@ -32,7 +32,8 @@ from flexgate.server.ledger.journal import NAME, Journal
 from flexgate.server.lifecycle import seed
 from flexgate.server.lifecycle.console import Started
 from flexgate.server.lifecycle.receipts import kept_receipts
-from flexgate.server.lifecycle.settings import Settings, SettingsError
+from flexgate.server.lifecycle.settings import Settings
+from flexgate.server.lifecycle.store_settings import SettingsError
 from flexgate.server.policy.rollback_guard import RollbackGuard, require_clock
 
 if TYPE_CHECKING:

@@ -145,7 +145,7 @@ def expected_failures() -> tuple[type[Exception], ...]:
     from flexgate.server.ledger.errors import LedgerError
     from flexgate.server.ledger.receipts.book import BookError
     from flexgate.server.lifecycle.seed import DemoKeysFound, ManifestRefused
-    from flexgate.server.lifecycle.settings import SettingsError
+    from flexgate.server.lifecycle.store_settings import SettingsError
     from flexgate.server.policy.rollback_guard import ClockBehind
 
     return (

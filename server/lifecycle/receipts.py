@@ -15,7 +15,8 @@ from flexgate.server.ledger.journal import NAME as LEDGER
 from flexgate.server.ledger.receipts.book import BookError, opened
 from flexgate.server.ledger.receipts.service import NAME, Receipts, kept
 from flexgate.server.ledger.receipts.signing import KeyFile, Program, Signer, SignerUnavailable, thumbprint
-from flexgate.server.lifecycle.settings import Settings, SettingsError, StoreSettings, load_store_settings
+from flexgate.server.lifecycle.settings import Settings
+from flexgate.server.lifecycle.store_settings import SettingsError, StoreSettings, load_store_settings
 
 KEY: Final = "receipts.pem"
 

@@ -60,7 +60,7 @@ class CloseMonth(Closed):
     """The owner, and the least that is paid in a currency; in others, any amount is."""
 
     owner_id: OwnerIdField
-    minimums: Annotated[list[Cost], Field(max_length=100, default_factory=list)]
+    minimums: Annotated[list[Cost], Field(max_length=100, fail_fast=True, default_factory=list)]
 
     @field_validator("minimums")
     @classmethod

@@ -58,7 +58,7 @@ class SlidingWindow:
     the window longer than the window lasts, and exactly as long where uses are rarer than that.
     """
 
-    __slots__ = ("_buckets", "_grain", "_seconds", "_total")
+    __slots__ = ("__weakref__", "_buckets", "_grain", "_seconds", "_total")
 
     def __init__(self, seconds: float = MINUTE_S) -> None:
         self._seconds = seconds
@@ -117,7 +117,7 @@ class SlidingWindow:
 class InFlight:
     """What runs now."""
 
-    __slots__ = ("_running",)
+    __slots__ = ("__weakref__", "_running")
 
     def __init__(self) -> None:
         self._running = 0
@@ -147,7 +147,7 @@ class InFlight:
 class Budget:
     """A total for good: what the store knows to be used, and what running requests have reserved on any server."""
 
-    __slots__ = ("_reserved_in", "_usage", "scope")
+    __slots__ = ("__weakref__", "_reserved_in", "_usage", "scope")
 
     def __init__(self, usage: BudgetUsage, scope: str, reserved_in: str | None = None) -> None:
         """`scope` is what usage is counted under, and reservations where not `reserved_in`."""
@@ -188,7 +188,7 @@ class PeriodBudget:
     What runs while a period ends is reserved in the next as well, and counts where it ends.
     """
 
-    __slots__ = ("_budget", "_clock", "_kind", "_period", "_scope")
+    __slots__ = ("__weakref__", "_budget", "_clock", "_kind", "_period", "_scope")
 
     def __init__(self, usage: BudgetUsage, scope: str, kind: PeriodKind, clock: Callable[[], float]) -> None:
         """`clock` gives Unix seconds."""

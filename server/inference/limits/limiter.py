@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.documents import Cost, Quota
@@ -188,6 +189,7 @@ class Limiter:
         self._clock = clock
         self._rules = default_rules(usage, wall_clock) if rules is None else tuple(rules)
         self._counters: dict[tuple[str, str], Counter] = {}
+        self._held: WeakValueDictionary[tuple[str, str], Counter] = WeakValueDictionary()  # with those of requests
 
     def reserve(self, scopes: Iterable[LimitScope], amounts: Amounts) -> Reservation:
         """Reserve `amounts` within every scope's limits; raises `ApiError` (429)."""
@@ -222,7 +224,9 @@ class Limiter:
         counter = self._counters.pop(key, None)
         if counter is None:
             self._forget_idle()
-            counter = rule.counter(scope)
+            counter = self._held.get(key)  # forgotten, but a running request has it, and may reserve more
+        if counter is None:
+            counter = self._held[key] = rule.counter(scope)
         self._counters[key] = counter  # behind all others: none is forgotten while its request reserves
         return counter
 

@@ -150,19 +150,20 @@ def test_a_checkpoint_says_sizes_and_that_the_anchor_stays_in_low_rank_experts(
     assert [unit.grade for unit in units] == ["unknown", "removed", "removed"]
 
 
-@pytest.mark.parametrize(("stated", "merged"), [("removed", "shared"), ("router", "shared"), ("shared", "shared")])
+@pytest.mark.parametrize("stated", [{"grade": "removed"}, {"grade": "router"}, {"grade": "shared"}, {"router": "own"}])
 def test_the_anchor_is_graded_shared_at_best_beside_a_low_rank_expert(
-    stock: Path, tmp_path: Path, merge: Merge, stated: str, merged: str
+    stock: Path, tmp_path: Path, merge: Merge, stated: dict[str, str]
 ) -> None:
     shutil.copytree(stock / "anchor", tmp_path / "stated")
     own = tmp_path / "stated/flexgate.json"
-    entry = {"index": 0, "id": "public", "owner": "public", "domain": "all", "grade": stated}
+    entry = {"index": 0, "id": "public", "owner": "public", "domain": "all"} | stated
     own.write_text(json.dumps({"format": "flexgate-model/1", "strictly_separable": True, "experts": [entry]}))
     make_package(tmp_path / "low", tmp_path / "stated", expert="low", size=RANK)
     model = merge(tmp_path / "stated", tmp_path / "low")
-    assert json.loads((model / "flexgate.json").read_text())["experts"][0]["grade"] == merged
+    assert json.loads((model / "flexgate.json").read_text())["experts"][0]["grade"] == "shared"
     extract_anchor(model, tmp_path / "anchor")
-    assert "grade" not in json.loads((tmp_path / "anchor/flexgate.json").read_text())["experts"][0]
+    extracted = json.loads((tmp_path / "anchor/flexgate.json").read_text())["experts"][0]
+    assert extracted["grade"] == "shared", "no better than it was said to be"
 
 
 def test_what_was_measured_of_factors_is_not_said_of_others(stock: Path, tmp_path: Path, merge: Merge) -> None:

@@ -21,7 +21,8 @@ from flexgate.policies.store import Store
 from flexgate.policies.store.database import noting
 from flexgate.policies.store.identity import FileIdentity
 from flexgate.policies.store.projects import list_projects, update_project
-from flexgate.server.lifecycle.settings import SettingsError, load_settings
+from flexgate.server.lifecycle.settings import load_settings
+from flexgate.server.lifecycle.store_settings import SettingsError
 from flexgate.server.policy.rollback_guard import RollbackGuard
 from flexgate.server.policy.source import PolicySource
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flexgate.policies.store import Store
 from flexgate.server.cli.main import app
-from flexgate.server.lifecycle.settings import load_store_settings
+from flexgate.server.lifecycle.store_settings import load_store_settings
 
 URL = "http://127.0.0.1:9"
 A = "sqlite:////a.db"

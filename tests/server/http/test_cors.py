@@ -9,7 +9,8 @@ import pytest
 
 from flexgate.policies.documents import Role
 from flexgate.server.lifecycle.app import build_app, build_listeners
-from flexgate.server.lifecycle.settings import SettingsError, load_settings
+from flexgate.server.lifecycle.settings import load_settings
+from flexgate.server.lifecycle.store_settings import SettingsError
 
 PAGE = "https://app.example.com"
 ASKS = {

@@ -13,7 +13,8 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
-from flexgate.server.lifecycle.settings import Settings, SettingsError, StoreSettings, is_loopback, load_settings
+from flexgate.server.lifecycle.settings import Settings, is_loopback, load_settings
+from flexgate.server.lifecycle.store_settings import SettingsError, StoreSettings
 
 MODEL = Path("/models/m")
 

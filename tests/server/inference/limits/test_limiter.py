@@ -425,6 +425,15 @@ def test_limits_of_keys_that_are_used_no_more_are_forgotten(limiter: Limiter, cl
     reserve(limiter, scope("busy", concurrent_requests=1))
 
 
+def test_a_limit_in_which_nothing_is_reserved_yet_is_one_for_all_that_run(limiter: Limiter) -> None:
+    t = scope("t", tokens_per_minute=100)
+    first = reserve(limiter, t)
+    for number in range(3 * KEPT_COUNTERS):
+        reserve(limiter, scope(f"k{number}", requests_per_minute=9))
+    first.raise_to(tokens=100)
+    assert refused(limiter, t, tokens=100).status == 429
+
+
 class Leased:
     """A replica's share of one limit: it takes pieces of a common pool ahead of use."""
 

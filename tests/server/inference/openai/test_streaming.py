@@ -220,9 +220,9 @@ async def test_a_long_last_event_of_a_stream_is_written_off_the_loop_and_its_usa
 
     commit = Reservation.commit
 
-    def committed(*args: Any) -> None:
+    def committed(*args: Any, **options: Any) -> None:
         threads["committed"].add(threading.get_ident())
-        commit(*args)
+        commit(*args, **options)
 
     monkeypatch.setattr(Reservation, "commit", committed)
     handler.result = events
