@@ -187,7 +187,7 @@ class Revoker:
         return record
 
     def _note_unserved(self, done: Revocation, actor: str) -> None:
-        """Say who is not served any more, whoever revoked the expert; what another process revoked, it notes itself."""
+        """Log and audit the projects that are not served any more; another process does so for what it revoked."""
         if not (projects := self._needing(done.expert)):
             return
         named = list(projects[:MOST_UNSERVED])

@@ -315,7 +315,7 @@ def snapshot(snapshot: Snapshot, world: Any) -> Snapshot:
 
 
 class Waiting(Generating):
-    """Reserves 1,000 tokens as the client does, or what it gets, and generates all of them once it is told to."""
+    """Reserves 1,000 tokens as the client does, or what it gets, and generates all of them once the test lets it."""
 
     def __init__(self) -> None:
         super().__init__(0)
