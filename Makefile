@@ -17,6 +17,8 @@ MEASURE := benchmarks:tests/support
 # Workers of a test run; tests/support/workers.py says which tests stay together.
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# A test that waits for ever fails, and says where all its threads waited; the slowest need a fifth of that.
+SPREAD += --timeout=900 --timeout-method=signal -o faulthandler_timeout=840
 # pip compiles on one core.
 PIP_INSTALL := pip install -q --no-compile --no-deps
 COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true

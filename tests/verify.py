@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "verify"
 PYTHON = shlex.quote(sys.executable)
-PYTEST = f"{PYTHON} -m pytest -n {os.environ.get('WORKERS', '2')} --dist loadgroup --no-loadscope-reorder"
+WORKERS = os.environ.get("WORKERS", "2")
+PYTEST = f"{PYTHON} -m pytest -n {WORKERS} --dist loadgroup --no-loadscope-reorder --timeout=1800"
 COUNT = re.compile(r"(\d+)(?: of (\d+))? (passed|failed|skipped|errors?|killed|mutants killed|kills)\b")
 
 STEPS = {

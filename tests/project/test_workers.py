@@ -106,7 +106,7 @@ def run(folder: Path, files: dict[str, str]) -> "subprocess.CompletedProcess[str
     path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", *spread]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_what_runs_for_several_tests_starts_once_on_two_workers(tmp_path: Path) -> None:
