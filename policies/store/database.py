@@ -8,6 +8,7 @@ PostgreSQL server that does not answer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from flexgate.policies.strict_json import no_key_twice
 
 BUSY_TIMEOUT_MS: Final = 5_000
 ANSWER_TIMEOUT_S: Final = 2
+KEEPALIVE: Final = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A host that is gone is noticed while a connection waits, too, within 25 seconds."""
 PUT_BACK: Final = "restore a backup of the database"
 _WRITE_LOCK: Final = 0x666C6578
 _files: Final[WeakKeyDictionary[Engine, FileIdentity]] = WeakKeyDictionary()
@@ -41,6 +44,8 @@ def open_engine(url: str) -> Engine:
         )
     except (ArgumentError, ImportError, ValueError) as error:
         raise StoreUnavailable(f"the store's URL cannot be used: {error}") from error
+    if parsed.get_backend_name() == "postgresql":
+        event.listen(engine, "do_connect", _connect)
     if parsed.get_backend_name() == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
@@ -78,7 +83,13 @@ def _from_json(text: str) -> Any:
 def _connect_args(url: URL) -> dict[str, int]:
     if url.get_backend_name() != "postgresql":
         return {}
-    return {"connect_timeout": ANSWER_TIMEOUT_S, "tcp_user_timeout": ANSWER_TIMEOUT_S * 1000}
+    return {"connect_timeout": ANSWER_TIMEOUT_S, "tcp_user_timeout": ANSWER_TIMEOUT_S * 1000, **KEEPALIVE}
+
+
+def _connect(_dialect: object, _record: object, args: list[Any], arguments: dict[str, Any]) -> Any:
+    from flexgate.policies.store.postgres import Answering  # what has SQLite alone does without its driver
+
+    return Answering.connect(*args, **arguments)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -97,6 +108,17 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get("flexgate_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def unhurried(connection: Connection) -> Iterator[None]:
+    """Let statements take as long as they take: a migration of large tables."""
+    if connection.dialect.name != "postgresql":
+        yield
+        return
+    driver: Any = connection.connection.driver_connection
+    with driver.within(math.inf):
+        yield
 
 
 @contextmanager

@@ -14,14 +14,15 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, Select, column, select, table
 
 from flexgate.policies.errors import ChangeRefused, StoreFromNewerVersion
-from flexgate.policies.store.database import reading, writing
+from flexgate.policies.store.database import reading, unhurried, writing
 
 _AT: Final[Select[tuple[str]]] = select(column("version_num")).select_from(table("alembic_version"))
 
 
 def migrate(engine: Engine) -> None:
     """Create or upgrade the tables in one transaction; refuses a schema from a newer version."""
-    with writing(engine, urgent=True) as connection:  # a start on a full disk that has nothing to migrate
+    # urgent: a start on a full disk that has nothing to migrate
+    with writing(engine, urgent=True) as connection, unhurried(connection):
         config = _config(connection)
         _refuse_unknown(MigrationContext.configure(connection).get_current_heads())
         command.upgrade(config, "head")

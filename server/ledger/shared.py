@@ -18,6 +18,7 @@ from psycopg.sql import SQL, Identifier, Literal
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from flexgate.policies.store.postgres import Answering
 from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import LedgerError, TooMuchAsked
 from flexgate.server.ledger.log import log_of
@@ -29,10 +30,13 @@ PLACE: Final = 40
 """Bits of a sequence that its own ledger gives."""
 SECONDS: Final = 10.0
 """How long PostgreSQL may take for one statement."""
+COPY_SECONDS: Final = 30.0
+"""How long a whole copy may take: no reading begins, and the ledger's log is not emptied, until it has ended."""
+ANSWER_SECONDS: Final = 2.0
+"""How much longer the answer is waited for than a statement may take."""
 _LOCK: Final = 0x666C7573
 _TYPES: Final = {"INTEGER": "BIGINT", "TEXT": "TEXT", "BLOB": "BYTEA"}
 _KEYS: Final = {"usage": ("sequence",), "parts": ("sequence", "expert")}
-Postgres = psycopg.Connection[tuple[Any, ...]]
 
 
 class Shared:
@@ -52,7 +56,7 @@ class Shared:
             LedgerError: the ledger or the database cannot be used, or the ledger is an older copy of itself.
         """
         long = log_of(path.absolute()).reading(SECONDS)  # it is open for as long as the database takes
-        with long, opened(path) as ledger, self._connected(SECONDS, "copying usage") as shared:
+        with long, opened(path) as ledger, self._connected(SECONDS, "copying usage", COPY_SECONDS) as shared:
             columns = self._columns or _prepare(shared, ledger)
             name, whole_since = ledger.execute("SELECT id, whole_since FROM ledger").fetchone()
             number, last, request = _place(shared, name)
@@ -91,12 +95,12 @@ class Shared:
         return int(since) // MICROSECONDS
 
     @contextmanager
-    def _connected(self, seconds: float, doing: str = "the sums") -> Iterator[Postgres]:
-        """One transaction in which names are those of the copy."""
+    def _connected(self, seconds: float, doing: str = "the sums", most: float | None = None) -> Iterator[Answering]:
+        """One transaction in which names are those of the copy; a statement, or all in `most` seconds."""
         try:
             with closing(self._engine.raw_connection()) as pooled:
-                connection = cast(Postgres, pooled.driver_connection)
-                with connection.transaction():
+                connection = cast(Answering, pooled.driver_connection)
+                with connection.within(most or seconds + ANSWER_SECONDS), connection.transaction():
                     connection.execute(SQL("SET LOCAL search_path = {}").format(Identifier(SCHEMA)))
                     connection.execute(SQL("SET LOCAL statement_timeout = {}").format(Literal(round(seconds * 1000))))
                     yield connection
@@ -121,7 +125,7 @@ def _rows(
     ).fetchall()
 
 
-def _write(shared: Postgres, table: str, columns: Sequence[str], number: int, rows: Sequence[tuple[Any, ...]]) -> None:
+def _write(shared: Answering, table: str, columns: Sequence[str], number: int, rows: Sequence[tuple[Any, ...]]) -> None:
     assert columns[0] == "sequence"
     names = SQL(", ").join(map(Identifier, columns))
     statement = SQL("COPY {} ({}) FROM STDIN").format(Identifier(table), names)
@@ -130,7 +134,7 @@ def _write(shared: Postgres, table: str, columns: Sequence[str], number: int, ro
             copy.write_row((number << PLACE | sequence, *values))
 
 
-def _prepare(shared: Postgres, ledger: sqlite3.Connection) -> dict[str, list[str]]:
+def _prepare(shared: Answering, ledger: sqlite3.Connection) -> dict[str, list[str]]:
     """Create what is missing, also columns that an older server's ledger has not; the ledger's columns."""
     shared.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
     shared.execute(SQL("CREATE SCHEMA IF NOT EXISTS {}").format(Identifier(SCHEMA)))
@@ -158,14 +162,14 @@ def _prepare(shared: Postgres, ledger: sqlite3.Connection) -> dict[str, list[str
     return found
 
 
-def _place(shared: Postgres, ledger: str) -> tuple[int, int, str | None]:
+def _place(shared: Answering, ledger: str) -> tuple[int, int, str | None]:
     """A ledger's number, and its request that was copied last; locked until the transaction ends."""
     shared.execute("INSERT INTO servers (ledger) VALUES (%s) ON CONFLICT DO NOTHING", (ledger,))
     query = "SELECT number, sequence, request FROM servers WHERE ledger = %s FOR UPDATE"
     return cast(tuple[int, int, str | None], shared.execute(query, (ledger,)).fetchone())
 
 
-def _trim(shared: Postgres, number: int, whole_since: int) -> None:
+def _trim(shared: Answering, number: int, whole_since: int) -> None:
     """Delete what this server no longer keeps, a little at a time."""
     shared.execute("UPDATE servers SET whole_since = %s WHERE number = %s", (whole_since, number))
     if whole_since:

@@ -6,9 +6,10 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,59 @@ def test_a_database_that_is_gone_for_a_while_loses_and_doubles_nothing(
     assert rows(engine, "SELECT count(*) FROM usage") == [(5,)]
     assert copies.sequence == 5
     journal.close()
+
+
+@contextmanager
+def hanging(postgres: PostgresServer) -> Iterator[None]:
+    """The server may be paused in the block, which ends before it answers again by itself."""
+    late = threading.Timer(15, postgres.resume)
+    late.start()
+    try:
+        yield
+        assert late.is_alive()
+    finally:
+        late.cancel()
+        postgres.resume()
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_a_database_that_hangs_holds_neither_copies_nor_the_ledgers_log(
+    postgres: PostgresServer, engine: sa.Engine, paths: list[Path], monkeypatch: Any, seen_before: bool
+) -> None:
+    monkeypatch.setattr(shared, "COPY_SECONDS", 1.0)
+    monkeypatch.setattr("flexgate.policies.store.postgres.MOST_SECONDS", 1.0)
+    copies = Shared(engine)
+    record(paths[0], range(3))
+    if seen_before:
+        copies.copy(paths[0])
+        record(paths[0], range(3, 5))
+    with hanging(postgres):
+        postgres.pause()
+        with pytest.raises(LedgerError, match="cannot be used"):
+            copies.copy(paths[0])
+        with pytest.raises(LedgerError, match="cannot be used"):
+            copies.read("SELECT 1", (), seconds=0.1, most=1)
+    assert log_of(paths[0].absolute())._open == 0
+    assert copies.copy(paths[0])[0] == (5 if seen_before else 3)
+
+
+def test_what_hangs_in_the_middle_of_a_copy_is_given_up(
+    postgres: PostgresServer, engine: sa.Engine, paths: list[Path], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(shared, "COPY_SECONDS", 1.0)
+    record(paths[0], range(3))
+    copies, trim = Shared(engine), shared._trim
+
+    def hangs(*arguments: Any) -> None:
+        postgres.pause()
+        trim(*arguments)
+
+    monkeypatch.setattr(shared, "_trim", hangs)
+    with hanging(postgres), pytest.raises(LedgerError, match="does not answer"):
+        copies.copy(paths[0])
+    monkeypatch.setattr(shared, "_trim", trim)
+    assert copies.copy(paths[0])[0] == 3
+    assert rows(engine, "SELECT count(*) FROM usage") == [(3,)]
 
 
 def test_what_is_deleted_in_the_ledger_is_deleted_in_the_copy(
