@@ -9,8 +9,7 @@ import pytest
 from clocks import Clock
 
 from flexgate.policies.documents import Quota
-from flexgate.policies.errors import StoreReplaced, StoreUnavailable
-from flexgate.policies.store import Store, budgets, database
+from flexgate.policies.store import Store, budgets
 from flexgate.server.http.errors import ApiError
 from flexgate.server.inference.limits import budget_usage
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
@@ -228,19 +227,6 @@ def test_a_shorter_period_and_the_budget_for_good_hold_together(limiter: Limiter
     assert "nothing left of its budget of 150 tokens per month" in str(refused(limiter, t, tokens=1))
 
 
-def test_budgets_are_shared_by_processes_and_survive_restarts(real_store: Store) -> None:
-    here, there = BudgetUsage(real_store), BudgetUsage(real_store)
-    here.refresh()
-    here.add("t", 40)
-    here.refresh()
-    there.refresh()
-    there.add("t", 2)
-    assert there.committed("t") == 42
-    there.close()
-    here.refresh()
-    assert here.committed("t") == 42
-
-
 @pytest.mark.parametrize("field", ["total_tokens", "tokens_per_day", "tokens_per_month"])
 def test_what_runs_on_one_server_is_reserved_on_all(real_store: Store, clock: Clock, field: str) -> None:
     here, there = BudgetUsage(real_store, clock=clock), BudgetUsage(real_store, clock=clock)
@@ -260,43 +246,6 @@ def test_what_runs_on_one_server_is_reserved_on_all(real_store: Store, clock: Cl
     assert budgets.read_use(real_store.engine).elsewhere.total() == 0
 
 
-def test_what_a_killed_server_had_reserved_counts_until_it_starts_again(real_store: Store) -> None:
-    killed, other = BudgetUsage(real_store, server="a"), BudgetUsage(real_store, server="b")
-    killed.refresh()
-    killed.reserve("t", 60)
-    killed.refresh()
-    other.refresh()
-    assert other.reserved("t") == 60
-    again = BudgetUsage(real_store, server="a")
-    again.refresh()
-    assert again.reserved("t") == 0
-    again.reserve("u", 1)
-    again.add("t", 20)
-    again.refresh()
-    other.refresh()
-    assert (other.committed("t"), other.reserved("t"), other.reserved("u")) == (20, 0, 1)
-
-
-def test_a_reservation_that_was_not_written_is_written_later(
-    real_store: Store, usage: BudgetUsage, monkeypatch: Any
-) -> None:
-    other = BudgetUsage(real_store)
-
-    def broken(*_: object) -> None:
-        raise StoreUnavailable("away")
-
-    usage.reserve("t", 5)
-    monkeypatch.setattr(budgets, "add_use", broken)
-    with pytest.raises(StoreUnavailable):
-        usage.refresh()
-    usage.reserve("t", 2)
-    usage.commit("t", 1, "t", 5)
-    monkeypatch.undo()
-    usage.refresh()
-    other.refresh()
-    assert (other.committed("t"), other.reserved("t"), usage.reserved("t")) == (1, 2, 2)
-
-
 @pytest.mark.asyncio
 async def test_a_server_that_was_idle_knows_what_others_used_meanwhile(
     real_store: Store, limiter: Limiter, usage: BudgetUsage, monkeypatch: Any
@@ -311,64 +260,6 @@ async def test_a_server_that_was_idle_knows_what_others_used_meanwhile(
             await asyncio.sleep(0.001)
     refreshing.cancel()
     assert refused(limiter, scope(total_tokens=100), tokens=50).status == 429
-
-
-def test_used_tokens_are_not_lost_while_the_store_is_away(usage: BudgetUsage, monkeypatch: Any) -> None:
-    def broken(*_: object) -> None:
-        raise StoreUnavailable("away")
-
-    usage.add("t", 5)
-    monkeypatch.setattr(budgets, "add_use", broken)
-    with pytest.raises(StoreUnavailable):
-        usage.refresh()
-    usage.add("t", 2)
-    assert usage.committed("t") == 7
-    monkeypatch.undo()
-    usage.refresh()
-    assert usage.committed("t") == 7
-
-
-def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
-    real_store: Store, usage: BudgetUsage, monkeypatch: Any
-) -> None:
-    def broken(*_: object) -> None:
-        raise StoreUnavailable("away")
-
-    usage.add("t", 10)
-    monkeypatch.setattr(budgets, "read_use", broken)
-    with pytest.raises(StoreUnavailable):
-        usage.refresh()
-    usage.add("t", 5)
-    assert usage.committed("t") == 15
-    monkeypatch.undo()
-    usage.refresh()
-    assert usage.committed("t") == 15
-    assert budgets.read_use(real_store.engine).used == {"t": 15}
-
-
-def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_written(
-    real_store: Store, usage: BudgetUsage, monkeypatch: Any
-) -> None:
-    """The database's file lost its name, or the connection broke off, after the commit."""
-
-    def lost(_: object) -> None:
-        raise StoreReplaced("moved")
-
-    usage.add("t", 10)
-    monkeypatch.setattr(database, "_require_kept", lost)
-    for _ in range(3):
-        with pytest.raises(StoreReplaced):
-            usage.refresh()
-        usage.add("t", 1)
-        assert usage.committed("t") in (11, 12, 13)
-    monkeypatch.undo()
-    assert budgets.read_use(real_store.engine).used == {"t": 10}
-    usage.refresh()
-    assert usage.committed("t") == 13
-    assert budgets.read_use(real_store.engine).used == {"t": 13}
-    usage.add("t", 5)
-    usage.close()
-    assert budgets.read_use(real_store.engine).used == {"t": 18}
 
 
 def test_a_budget_that_is_not_known_is_not_spent(real_store: Store) -> None:

@@ -1,0 +1,126 @@
+"""What budgets have used, on all servers and in the store, whatever befalls either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flexgate.policies.errors import StoreReplaced, StoreUnavailable
+from flexgate.policies.store import Store, budgets, database
+from flexgate.server.inference.limits.budget_usage import BudgetUsage
+
+
+@pytest.fixture
+def usage(real_store: Store) -> BudgetUsage:
+    usage = BudgetUsage(real_store)
+    usage.refresh()
+    return usage
+
+
+def test_budgets_are_shared_by_processes_and_survive_restarts(real_store: Store) -> None:
+    here, there = BudgetUsage(real_store), BudgetUsage(real_store)
+    here.refresh()
+    here.add("t", 40)
+    here.refresh()
+    there.refresh()
+    there.add("t", 2)
+    assert there.committed("t") == 42
+    there.close()
+    here.refresh()
+    assert here.committed("t") == 42
+
+
+def test_what_a_killed_server_had_reserved_counts_until_it_starts_again(real_store: Store) -> None:
+    killed, other = BudgetUsage(real_store, server="a"), BudgetUsage(real_store, server="b")
+    killed.refresh()
+    killed.reserve("t", 60)
+    killed.refresh()
+    other.refresh()
+    assert other.reserved("t") == 60
+    again = BudgetUsage(real_store, server="a")
+    again.refresh()
+    assert again.reserved("t") == 0
+    again.reserve("u", 1)
+    again.add("t", 20)
+    again.refresh()
+    other.refresh()
+    assert (other.committed("t"), other.reserved("t"), other.reserved("u")) == (20, 0, 1)
+
+
+def test_a_reservation_that_was_not_written_is_written_later(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    other = BudgetUsage(real_store)
+
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    usage.reserve("t", 5)
+    monkeypatch.setattr(budgets, "add_use", broken)
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    usage.reserve("t", 2)
+    usage.commit("t", 1, "t", 5)
+    monkeypatch.undo()
+    usage.refresh()
+    other.refresh()
+    assert (other.committed("t"), other.reserved("t"), usage.reserved("t")) == (1, 2, 2)
+
+
+def test_used_tokens_are_not_lost_while_the_store_is_away(usage: BudgetUsage, monkeypatch: Any) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    usage.add("t", 5)
+    monkeypatch.setattr(budgets, "add_use", broken)
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    usage.add("t", 2)
+    assert usage.committed("t") == 7
+    monkeypatch.undo()
+    usage.refresh()
+    assert usage.committed("t") == 7
+
+
+def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    def broken(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    usage.add("t", 10)
+    monkeypatch.setattr(budgets, "read_use", broken)
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    usage.add("t", 5)
+    assert usage.committed("t") == 15
+    monkeypatch.undo()
+    usage.refresh()
+    assert usage.committed("t") == 15
+    assert budgets.read_use(real_store.engine).used == {"t": 15}
+
+
+def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_written(
+    real_store: Store, usage: BudgetUsage, monkeypatch: Any
+) -> None:
+    """The database's file lost its name, or the connection broke off, after the commit."""
+
+    def lost(_: object) -> None:
+        raise StoreReplaced("moved")
+
+    usage.add("t", 10)
+    monkeypatch.setattr(database, "_require_kept", lost)
+    for _ in range(3):
+        with pytest.raises(StoreReplaced):
+            usage.refresh()
+        usage.add("t", 1)
+        assert usage.committed("t") in (11, 12, 13)
+    monkeypatch.undo()
+    assert budgets.read_use(real_store.engine).used == {"t": 10}
+    usage.refresh()
+    assert usage.committed("t") == 13
+    assert budgets.read_use(real_store.engine).used == {"t": 13}
+    usage.add("t", 5)
+    usage.close()
+    assert budgets.read_use(real_store.engine).used == {"t": 18}
