@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from flexgate.experts.checkpoint.base import base_identity
 from flexgate.experts.checkpoint.layout import (
+    EXPERT_KEYS,
     Architecture,
     bias_keys,
     expected_shapes,
     write_checkpoint,
 )
+from flexgate.experts.checkpoint.reader import read_checkpoint
 from flexgate.experts.io.tensorfile import DTYPES
 from flexgate.experts.package.manifest import Manifest, Statement, Training
 from flexgate.experts.package.size import FACTOR_KEYS, FULL, PROJECTIONS, WHOLE_KEY, ExpertSize
@@ -23,6 +26,7 @@ from flexgate.experts.package.weights import BIAS_KEY, ROW_KEY, ExpertLayer, Fac
 from flexgate.experts.package.write import write_package
 
 ONE = Architecture(31, 16, 12, 2, 2, 2, num_experts=1, num_experts_per_tok=1)
+TWO = replace(ONE, num_experts=2, num_experts_per_tok=2)
 Tensors = dict[str, torch.Tensor]
 Router = Literal["own", "joint", "unknown"]
 
@@ -108,3 +112,9 @@ def _layer_of(tensors: Tensors, layer: int) -> ExpertLayer | LowRankLayer:
         return ExpertLayer(*whole, row, bias)
     pairs = [[tensors[(key % name).format(layer=layer)] for key in FACTOR_KEYS] for name in PROJECTIONS]
     return LowRankLayer(*(Factors(*pair) for pair in pairs), row, bias)
+
+
+def ffn(model: Path, expert: int, layer: int = 0) -> list[torch.Tensor]:
+    """An expert's three matrices."""
+    _, tensors = read_checkpoint(model)
+    return [tensors[key.format(layer=layer, expert=expert)] for key in EXPERT_KEYS]
