@@ -1,4 +1,4 @@
-"""What a call's requests used, put together."""
+"""What a call's requests used, put together, and the salt that its experts give it."""
 
 import math
 from typing import Any
@@ -7,6 +7,9 @@ import pytest
 
 from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.frontend.calls import ExpertSlotRef, GatedCall
+from flexgate.server.engine.protocol.gates import new_seal_key
+
+KEY = new_seal_key()
 
 
 def usage(positions: int, cached: int, prompt: tuple[int, int], completion: tuple[int, int]) -> list[Any]:
@@ -65,3 +68,28 @@ def test_a_prompt_counts_as_far_as_the_engine_has_come(call: GatedCall) -> None:
     call.count_usage("a", "0_a", usage(4, 0, (4, 1), (0, 0)))
     call.count_usage("a", "1_a", usage(10, 4, (10, 4), (2, 0)))
     assert (call.prompt_tokens(), call.prompt_positions()) == (25, 10)
+
+
+def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None) -> str:
+    """The salt under which a call goes out."""
+    return GatedCall(tenant, refs, math.inf, client_salt).gate("request", KEY).cache_salt
+
+
+def test_the_salt_names_experts_and_epochs_and_no_slot() -> None:
+    public, news = ExpertSlotRef("public", 0, 1), ExpertSlotRef("news", 1, 1)
+    assert salt(public, news) == salt(public, ExpertSlotRef("news", 5, 1))
+    others = {
+        salt(public),
+        salt(public, ExpertSlotRef("math", 1, 1)),
+        salt(public, ExpertSlotRef("news", 1, 2)),
+        salt(public, news, tenant="u"),
+        salt(public, news, client_salt="c"),
+    }
+    assert len(others | {salt(public, news)}) == 6
+
+
+def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_it_was_allowed_in() -> None:
+    now = ("public", None, "math", None)
+    former = GatedCall("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
+    assert former.name_slots(now) == ("public", "math", None, None)
+    assert GatedCall("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now

@@ -5,14 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from clocks import Clock
 from scripted_engine import Engine
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.exceptions import EngineGenerateError
-from vllm.v1.outputs import LogprobsTensors
 
 from flexgate.kernels.gated_topk import MASS_SCALE
 from flexgate.server.engine.frontend import client as client_module
@@ -22,30 +20,10 @@ from flexgate.server.engine.frontend.constraining import Constrainer
 from flexgate.server.engine.protocol.endings import CONSTRAINT_SLOW, CONSTRAINT_UNAVAILABLE
 from flexgate.server.engine.protocol.gates import GateError, new_seal_key, open_seal
 from flexgate.server.engine.protocol.slots import SlotMap
-from flexgate.server.engine.seam.frontend import PromptLogprobs
-
-
-def salt(*refs: ExpertSlotRef, tenant: str = "t", client_salt: str | None = None) -> str:
-    """The salt under which a call goes out."""
-    return GatedCall(tenant, refs, math.inf, client_salt).gate("request", KEY).cache_salt
-
 
 KEY = new_seal_key()
 INFO = ExpertInfo("public", "o", "", 0, 1, True)
 ONE = SlotMap(1, (b"\0",))
-
-
-def test_the_salt_names_experts_and_epochs_and_no_slot() -> None:
-    public, news = ExpertSlotRef("public", 0, 1), ExpertSlotRef("news", 1, 1)
-    assert salt(public, news) == salt(public, ExpertSlotRef("news", 5, 1))
-    others = {
-        salt(public),
-        salt(public, ExpertSlotRef("math", 1, 1)),
-        salt(public, ExpertSlotRef("news", 1, 2)),
-        salt(public, news, tenant="u"),
-        salt(public, news, client_salt="c"),
-    }
-    assert len(others | {salt(public, news)}) == 6
 
 
 def test_nothing_goes_out_without_a_call() -> None:
@@ -321,62 +299,6 @@ def test_slots_that_were_found_are_forgotten_once_experts_change(engine: Engine)
     client.gates["one",] = (INFO.ref,)
     client.publish((replace(INFO, slot_epoch=INFO.slot_epoch + 1),), 2)
     assert client.gates == {}
-
-
-def test_an_expert_that_changed_slots_is_attributed_from_the_slot_that_it_was_allowed_in() -> None:
-    now = ("public", None, "math", None)
-    former = GatedCall("t", (ExpertSlotRef("public", 0, 1), ExpertSlotRef("math", 1, 2)), math.inf)
-    assert former.name_slots(now) == ("public", "math", None, None)
-    assert GatedCall("t", (ExpertSlotRef("public", 0, 1),), math.inf).name_slots(now) == now
-
-
-def scored(child: str, *tokens: int, prompt: int = 0) -> EngineCoreOutput:
-    """An output with log-probabilities of the last `prompt` tokens of its prompt."""
-    if not prompt:
-        return EngineCoreOutput(child, list(tokens))
-    shape = (prompt, 2)
-    scores = LogprobsTensors(torch.ones(shape, dtype=torch.int32), torch.zeros(shape), torch.ones(prompt))
-    return EngineCoreOutput(child, list(tokens), new_prompt_logprobs_tensors=scores)
-
-
-@pytest.mark.asyncio
-async def test_no_choice_loses_the_scores_of_its_prompt_where_outputs_wait_to_be_read(engine: Engine) -> None:
-    """vLLM joins such outputs, and keeps the scores of the first: one that follows an output already read has none."""
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
-    params = SamplingParams(n=2, prompt_logprobs=1, output_kind=RequestOutputKind.DELTA, detokenize=False)
-    token = CURRENT_CALL.set(GatedCall("t", (INFO.ref,), math.inf))
-    outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
-    CURRENT_CALL.reset(token)
-    first = asyncio.ensure_future(anext(outputs))
-    while not engine.children:
-        await asyncio.sleep(0)
-    one, other = engine.children
-    engine.output_processor.process_outputs([scored(one, 5, prompt=2)])
-    scores = (await first).prompt_logprobs
-    assert isinstance(scores, PromptLogprobs)
-    assert len(scores) == 3
-    engine.output_processor.process_outputs([scored(one, 6), scored(other, 7, prompt=2)])
-    both = await anext(outputs)
-    assert [part.index for part in both.outputs] == [0, 1]
-    assert both.prompt_logprobs == scores
-    await outputs.aclose()
-
-
-@pytest.mark.asyncio
-async def test_an_answer_that_is_its_prompt_has_no_new_tokens(engine: Engine) -> None:
-    client = GatedEngineClient(engine, key=KEY, experts=(INFO,), slot_map=ONE, answers=lambda: True, clock=engine.clock)
-    call = GatedCall("t", (INFO.ref,), math.inf, prompt_only=True)
-    token = CURRENT_CALL.set(call)
-    params = SamplingParams(max_tokens=1, output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False)
-    outputs = client.generate({"prompt_token_ids": [1, 2, 3]}, params, "request")
-    CURRENT_CALL.reset(token)
-    last = asyncio.ensure_future(anext(outputs))
-    while not engine.children:
-        await asyncio.sleep(0)
-    engine.step(5, finish=True)
-    assert (await last).outputs[0].token_ids == []
-    assert call.tokens() == 3
-    await outputs.aclose()
 
 
 def test_a_client_is_ready_while_its_engine_core_answers(engine: Engine) -> None:

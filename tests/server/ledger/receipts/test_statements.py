@@ -2,117 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import random
 import re
-import shutil
 import sqlite3
-import subprocess
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rfc8785
+from statementkit import (
+    CORRECTION,
+    both,
+    page,
+    proof,
+    python_says,
+    resigned,
+    signed,
+)
 
-from flexgate.policies.agreements import Agreement
-from flexgate.server.inference.request.extension import COUNTERFACTUAL
-from flexgate.server.ledger.entries import RegisteredExpert
 from flexgate.server.ledger.receipts import merkle, verify
-from flexgate.server.ledger.receipts.canonical import ReceiptInvalid
-from flexgate.server.ledger.receipts.service import NoReceipt, ReceiptPending, Receipts
-from flexgate.server.ledger.receipts.statements import NotInPeriod, Statements
-from flexgate.server.ledger.receipts.verify_statement import parse_proof, verify_statement, verify_statements
-from flexgate.server.ledger.statements import Period
-from flexgate.server.ledger.terms import Terms, Version
-
-NODE = shutil.which("node")
-JUDGE = Path(__file__).with_name("judge-statement.mjs")
-MONTH = Period.of("1970-01")
-EUR = [
-    {"kind": "compensate", "rate": "0.1", "currency": "EUR", "unit": "request"},
-    {"kind": "compensate", "rate": "1.005", "currency": "EUR", "unit": "thousand_share_weighted_tokens"},
-]
-JPY = [{"kind": "compensate", "rate": "77.7", "currency": "JPY", "unit": "million_tokens"}]
-
-
-CORRECTION = {
-    "amount": "-0.5",
-    "at": "9500000",
-    "currency": "EUR",
-    "id": "cor_1",
-    "reason": "counted twice",
-    "receipt": f"dec_{1:032x}",
-}
-
-
-def terms_of(counted: Collection[Terms]) -> dict[Version, Agreement]:
-    """One agreement in euros, one in yen."""
-    found = {}
-    for (id_, version), _ in counted:
-        duties = EUR if id_ == "a-news" else JPY
-        fields = {"id": id_, "version": version, "owner": "gazette", "experts": ["x"], "assignee": "everyone"}
-        found[id_, version] = Agreement.model_validate({**fields, "effect": "permit", "duties": duties})
-    return found
-
-
-def statements_of(receipts: Receipts) -> Statements:
-    """As after a restart: rows that are changed in a test have left nothing behind."""
-    return Statements(Receipts(receipts.ledger, receipts.book, receipts.maker, receipts._pseudonym))
-
-
-def signed(receipts: Receipts, *, owner: str = "gazette", ended: bool = True, at: float = 9e6) -> bytes:
-    return rfc8785.dumps(statements_of(receipts).sign(owner, MONTH, terms_of, at=at, ended=ended))
-
-
-def page(receipts: Receipts, owner: str = "gazette") -> list[bytes]:
-    """All of an owner's receipts."""
-    return [rfc8785.dumps(one) for one in Statements(receipts).page(owner, MONTH, after=0, limit=100)]
-
-
-def proof(receipts: Receipts, name: str, *, last: int | None = None) -> bytes:
-    return rfc8785.dumps(statements_of(receipts).prove("gazette", MONTH, name, last=last))
-
-
-def resigned(kit: Any, text: bytes, **changes: Any) -> bytes:
-    """What a server signs that says something else."""
-    said = {**json.loads(text)["statement"], **changes}
-    return rfc8785.dumps({"signature": kit.key.sign(rfc8785.dumps(said)).hex(), "statement": said})
-
-
-def python_says(jwks: bytes, bundle: tuple[bytes, ...]) -> str:
-    statements, copies, proofs = [], [], []
-    try:
-        keys = verify.parse_keys(jwks)
-        for text in bundle:
-            if text.startswith(b'{"signature":'):
-                statements.append(verify_statement(text, keys))
-            elif text.startswith(b'{"format":'):
-                proofs.append(parse_proof(text))
-            else:
-                copies.append(verify.verify_receipt(text, keys))
-        verify.verify_copies(copies)
-        verify.verify_ends([(one.head, one.last) for one in statements], [one.batch for one in copies])
-        verify_statements(statements, copies, proofs)
-    except ReceiptInvalid as error:
-        return str(error)
-    return ""
-
-
-def both(jwks: bytes, *bundles: tuple[bytes, ...]) -> list[bool]:
-    """Which are valid, to both verifiers."""
-    assert NODE is not None, "Node 20 is needed"
-    lines = b"".join(base64.b64encode(text) + b"\n" for text in [jwks, *(b"\n".join(one) for one in bundles)])
-    done = subprocess.run([NODE, "--no-warnings", JUDGE], input=lines, capture_output=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()
-    others = done.stdout.decode().split("\n")[:-1]
-    ours = [python_says(jwks, bundle) for bundle in bundles]
-    assert len(ours) == len(others)
-    differing = [(one, other) for one, other in zip(ours, others, strict=True) if bool(one) != bool(other)]
-    assert differing == []
-    return [not wrong for wrong in ours]
+from flexgate.server.ledger.receipts.service import NoReceipt
+from flexgate.server.ledger.receipts.verify_statement import verify_statement, verify_statements
 
 
 def change(kit: Any, statement: str) -> None:
@@ -139,16 +52,6 @@ def test_a_statement_says_what_its_receipts_say(kit: Any, name: Callable[[int], 
     assert found == ["it counts the 3 receipts that were given, and no others; its figures are theirs"]
     some = (statement, mine[1], proof(receipts, name(2)))
     assert both(receipts.jwks, (statement, *mine), (statement, *mine[::-1]), some, (statement,)) == [True] * 4
-
-
-def test_a_statement_counts_the_calls_that_explain_a_decision(kit: Any, name: Callable[[int], str]) -> None:
-    kit.record(1)
-    kit.record(1, suffix=f"_{COUNTERFACTUAL}")
-    receipts = kit.made(2)
-    statement, mine, explained = signed(receipts), page(receipts), f"{name(1)}_{COUNTERFACTUAL}"
-    corrected = resigned(kit, statement, corrections=[{**CORRECTION, "amount": "0", "receipt": explained}])
-    bundles = [(statement, *mine), (statement, mine[1], proof(receipts, explained)), (corrected, *mine)]
-    assert both(receipts.jwks, *bundles) == [True] * 3
 
 
 def test_one_flipped_byte_of_a_statement_is_found(kit: Any) -> None:
@@ -302,51 +205,6 @@ def test_two_contents_of_one_final_statement_contradict_each_other(kit: Any) -> 
     assert both(receipts.jwks, (honest, later), (later, again), (later, open_)) == [False, True, True]
 
 
-def test_a_statement_is_provisional_until_the_period_has_ended_and_all_of_it_has_receipts(
-    kit: Any, name: Callable[[int], str]
-) -> None:
-    receipts = kit.made(1, 2)
-    early = signed(receipts, ended=False)
-    kit.record(3)
-    waiting = signed(receipts)
-    said = json.loads(waiting)["statement"]
-    assert (said["provisional"], said["receipts"], said["last"]) == (True, "2", "2")
-    with pytest.raises(ReceiptPending):
-        proof(receipts, name(3))
-    receipts.maker.work()
-    final, mine, last = signed(receipts), page(receipts), proof(receipts, name(1), last=2)
-    assert json.loads(final)["statement"]["provisional"] is False
-    assert both(
-        receipts.jwks,
-        (early, *mine),  # the third came later
-        (early, mine[0], last),
-        (final, *mine),
-        (final, mine[0], last),  # a proof for the provisional one
-        (final, early, *mine),
-    ) == [True, True, True, False, True]
-    for number, last in ((3, 2), (1, 0)):
-        with pytest.raises(NotInPeriod):
-            proof(receipts, name(number), last=last)
-
-
-def test_a_statement_counts_its_owners_receipts_of_its_server_alone(
-    make_kit: Callable[[str], Any], name: Callable[[int], str]
-) -> None:
-    """Receipts of requests in which no expert of the owner took part, of other owners and servers, are not counted."""
-    kit = make_kit("one")
-    kit.record(1)
-    kit.record(2, experts=(RegisteredExpert(0, "public", None), RegisteredExpert(3, "math", "academy", "a-math", 2)))
-    receipts, other = kit.made(3), make_kit("other").made(1)
-    statement, mine = signed(receipts), page(receipts)
-    assert len(mine) == 2
-    assert json.loads(statement)["statement"]["receipts"] == "2"
-    assert both(receipts.jwks, (statement, *mine, *page(receipts, "academy"))) == [True]
-    assert both(other.jwks, (statement, *page(other))) == [False]
-    for absent in (name(2), name(9)):
-        with pytest.raises(NoReceipt):
-            proof(receipts, absent)
-
-
 def test_a_receipt_is_counted_though_its_statement_is_of_another_server_or_moment(kit: Any) -> None:
     receipts = kit.made(1, 2)
     kit.record(3)
@@ -368,36 +226,6 @@ def test_a_receipt_is_counted_though_its_statement_is_of_another_server_or_momen
     for message, bundle in zip(wrong, bundles, strict=True):
         assert message in python_says(receipts.jwks, bundle)
     assert both(receipts.jwks, (honest, resigned(kit, honest, head=head))) == [False]
-
-
-def test_an_owner_without_receipts_gets_a_statement_of_none(kit: Any) -> None:
-    receipts = kit.made(1)
-    empty = signed(receipts, owner="stranger")
-    assert json.loads(empty)["statement"]["totals"] == []
-    assert both(receipts.jwks, (empty,)) == [True]
-
-
-def test_without_its_key_no_statement_is_signed(kit: Any) -> None:
-    from flexgate.server.ledger.receipts.signing import SignerUnavailable
-
-    receipts = kit.made(1)
-    kit.key.path.rename(kit.key.path.with_suffix(".away"))
-    kit.key.make()
-    with pytest.raises(SignerUnavailable, match="rotate-key"):
-        signed(receipts)
-    kit.key.path.unlink()
-    with pytest.raises(SignerUnavailable, match="restore the file"):
-        signed(receipts)
-
-
-def test_pages_of_receipts_follow_one_another(kit: Any) -> None:
-    receipts = kit.made(*range(1, 8))
-    statements = Statements(receipts)
-    found, after = [], 0
-    while page := statements.page("gazette", MONTH, after=after, limit=3):
-        found += [int(one["number"]) for one in page]
-        after = found[-1]
-    assert found == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_the_other_verifier_is_short_and_needs_nothing_but_the_first() -> None:
