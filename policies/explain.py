@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from flexgate.policies.compiled.agreements import AssigneeAgreements, CompiledAgreement
 from flexgate.policies.compiled.compiler import TenantRules
 from flexgate.policies.context import Context
-from flexgate.policies.decide import decide, declared_context, find_tenant
+from flexgate.policies.decide import apply_filter, declared_context, find_tenant
 from flexgate.policies.decision import DecisionRequest, Reason
 from flexgate.policies.documents import Grade
 from flexgate.policies.entitlements import Entitlements, entitlements
-from flexgate.policies.errors import ContextRefused, DecisionRefused, TenantArchived, UnknownTenant
+from flexgate.policies.errors import DecisionRefused
 from flexgate.policies.ids import PUBLIC, ExpertId, TenantId
 from flexgate.policies.snapshot import Snapshot
 
@@ -36,7 +36,14 @@ class Explanation:
     grade: Grade
 
 
-def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> tuple[Explanation, ...]:
+class Explained(NamedTuple):
+    """`refused` says why a request without a filter is refused, though each expert has an explanation of its own."""
+
+    experts: tuple[Explanation, ...]
+    refused: DecisionRefused | None
+
+
+def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> Explained:
     """Explain what the tenant may use before the request filter, in catalogue order.
 
     Hidden experts do not appear. Raises `UnknownTenant`, `TenantArchived` or `ContextRefused`.
@@ -44,8 +51,7 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
     tenant = find_tenant(snapshot, tenant_id)
     context = declared_context(tenant, request.purpose, request.region)
     entitled = entitlements(snapshot, tenant, context, now)
-    hidden = snapshot.hidden_from(tenant, now)
-    return tuple(
+    experts = tuple(
         Explanation(
             expert,
             _permitting(snapshot, tenant, context, expert, now) if expert in entitled.lost_at else (),
@@ -56,22 +62,13 @@ def explain(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: f
             document.grade,
         )
         for expert, document in snapshot.experts.items()
-        if expert not in hidden
+        if expert not in entitled.hidden
     )
-
-
-def refusal(snapshot: Snapshot, tenant_id: str, request: DecisionRequest, now: float) -> DecisionRefused | None:
-    """Why a request without a filter is refused, though each expert has an explanation of its own; None if it is not.
-
-    Raises `UnknownTenant`, `TenantArchived` or `ContextRefused`, which `explain` raises too.
-    """
     try:
-        decide(snapshot, tenant_id, replace(request, only=None, ignore=()), now)
-    except (UnknownTenant, TenantArchived, ContextRefused):
-        raise
+        apply_filter(snapshot, tenant, entitled, context, replace(request, only=None, ignore=()))
     except DecisionRefused as error:
-        return error
-    return None
+        return Explained(experts, error)
+    return Explained(experts, None)
 
 
 def needing(snapshot: Snapshot, expert: str, now: float) -> tuple[TenantId, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from flexgate.experts.cli.api import Api
 from flexgate.policies.decision import DecisionRequest
-from flexgate.policies.explain import explain, refusal
+from flexgate.policies.explain import explain
 from flexgate.policies.simulate import simulate, with_standard
 from flexgate.policies.store import decision_samples, gitops, history
 from flexgate.policies.store.gitops import PolicyFile
@@ -61,12 +61,11 @@ class DatabasePolicy:
 
     def explain(self, project_id: str, purpose: str | None, region: str | None) -> Json:
         request = DecisionRequest(decision_id="explain", purpose=purpose, region=region)
-        snapshot, now = self._store.snapshot(), time.time()
-        found = explain(snapshot, project_id, request, now)
-        refused = refusal_object(refusal(snapshot, project_id, request, now))
+        found = explain(self._store.snapshot(), project_id, request, time.time())
+        refused = refusal_object(found.refused)
         return {
             "refusal": None if refused is None else refused.model_dump(),
-            "experts": [explanation_object(explanation).model_dump() for explanation in found],
+            "experts": [explanation_object(explanation).model_dump() for explanation in found.experts],
         }
 
     def simulate(self, file: PolicyFile, *, prune: bool) -> Json:

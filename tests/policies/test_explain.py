@@ -7,10 +7,13 @@ import random
 
 import pytest
 
+from flexgate.policies import decide as deciding
+from flexgate.policies import explain as explaining
 from flexgate.policies.decide import decide
 from flexgate.policies.decision import DecisionRequest
+from flexgate.policies.entitlements import entitlements
 from flexgate.policies.errors import ContextRefused, DecisionRefused, LayerWithoutExpert, UnknownTenant
-from flexgate.policies.explain import explain, refusal
+from flexgate.policies.explain import explain
 from flexgate.policies.simulate import Replay, simulate
 
 REQUEST = DecisionRequest(decision_id="d")
@@ -26,7 +29,7 @@ def test_allowed_experts_name_their_agreements_and_others_their_reason(world, is
         ],
         [world.tenant(mode="deny_list", hidden=["legal"])],
     )
-    explained = {e.expert: e for e in explain(snapshot, "acme", REQUEST, 1000.0)}
+    explained = {e.expert: e for e in explain(snapshot, "acme", REQUEST, 1000.0).experts}
     assert list(explained) == ["public", "news", "math", "code"]
     assert explained["public"].permitted_by == ("anchor",)
     assert explained["news"].permitted_by == ("agreement/one@1", "agreement/two@1")
@@ -41,14 +44,25 @@ def test_why_requests_are_refused_is_explained_beside_the_experts(world):
     experts = [{**one, "empty_layers": [1] if one["id"] == "public" else [0, 1]} for one in world.experts]
     experts[2]["empty_layers"] = [0]
     snapshot = world.build(world.all_permitted(), [world.tenant(mode="deny_list", expert_ids=["math"])], experts)
-    refused = refusal(snapshot, "acme", REQUEST, 1.0)
+    refused = explain(snapshot, "acme", REQUEST, 1.0).refused
     assert type(refused) is LayerWithoutExpert
     assert str(refused).startswith("The experts of this request leave a layer of the model without any")
     whole = world.build(world.all_permitted(), [world.tenant(mode="deny_list")], experts)
-    assert refusal(whole, "acme", REQUEST, 1.0) is None
-    assert refusal(whole, "acme", DecisionRequest(decision_id="d", only=()), 1.0) is None, "a filter is not its matter"
+    assert explain(whole, "acme", REQUEST, 1.0).refused is None
+    assert explain(whole, "acme", DecisionRequest(decision_id="d", only=()), 1.0).refused is None, (
+        "a filter is not its matter"
+    )
     with pytest.raises(ContextRefused):
-        refusal(whole, "acme", DecisionRequest(decision_id="d", purpose="search"), 1.0)
+        explain(whole, "acme", DecisionRequest(decision_id="d", purpose="search"), 1.0)
+
+
+def test_entitlements_are_computed_once(world, monkeypatch):
+    """Experts and the refusal are of one moment and one context."""
+    calls = []
+    monkeypatch.setattr(explaining, "entitlements", lambda *given: calls.append(given) or entitlements(*given))
+    monkeypatch.setattr(deciding, "entitlements", explaining.entitlements)
+    explain(world.build(), "acme", REQUEST, 1.0)
+    assert len(calls) == 1
 
 
 def test_explaining_an_unknown_tenant_is_refused(world):
@@ -67,7 +81,7 @@ def test_explanations_agree_with_decisions(worlds):
             decision = decide(snapshot, "t0", REQUEST, now)
         except DecisionRefused:
             continue
-        explained = explain(snapshot, "t0", REQUEST, now)
+        explained = explain(snapshot, "t0", REQUEST, now).experts
         assert tuple(e.expert for e in explained if e.refused is None) == decision.allowed
         assert all(e.permitted_by for e in explained if e.refused is None)
         assert tuple(e.refused for e in explained if e.refused) == decision.excluded

@@ -197,7 +197,7 @@ def test_an_expert_that_a_request_does_not_want_goes_when_its_requirement_does(w
 def test_an_explanation_names_what_requires_an_expert(world):
     snapshot = _world(world, {}, {"assignee": "tenant:acme", "purposes": ["search"]}, {"assignee": "tenant:other"})
     request = DecisionRequest(decision_id="d")
-    found = {one.expert: one.required_by for one in explain(snapshot, "acme", request, world.now)}
+    found = {one.expert: one.required_by for one in explain(snapshot, "acme", request, world.now).experts}
     assert found == {
         "public": ("expert/required",),
         "safe": ("agreement/r0@1", "agreement/r1@1"),

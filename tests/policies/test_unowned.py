@@ -51,7 +51,7 @@ def test_no_agreement_requires_it(world, mode):
 
 def test_explanations_say_that_it_has_no_owner(world):
     snapshot = world.build(tenants=[world.tenant(mode="deny_list")], experts=EXPERTS)
-    explained = {e.expert: e for e in explain(snapshot, "acme", DecisionRequest(decision_id="d"), world.now)}
+    explained = {e.expert: e for e in explain(snapshot, "acme", DecisionRequest(decision_id="d"), world.now).experts}
     assert explained["code"].permitted_by == ("unowned",)
     assert explained["public"].permitted_by == ("anchor",)
 

@@ -53,7 +53,6 @@ def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
     request = DecisionRequest(decision_id="explain", purpose=call.query.purpose, region=call.query.region)
     try:
         found = explaining.explain(call.snapshot, project_id, request, call.now)
-        refused = explaining.refusal(call.snapshot, project_id, request, call.now)
     except ContextRefused as error:  # a query has no 'flexgate' around its parameters
         raise ContextRefused(str(error), param=(error.param or "").removeprefix("flexgate.")) from None
     hidden = None
@@ -63,8 +62,8 @@ def explain(call: Call[Nothing, Explain]) -> PolicyExplanation:
     return PolicyExplanation(
         project_id=project_id,
         policy_version=call.snapshot.policy_version,
-        refusal=refusal_object(refused),
-        experts=[explanation_object(explanation) for explanation in found],
+        refusal=refusal_object(found.refused),
+        experts=[explanation_object(explanation) for explanation in found.experts],
         hidden=hidden,
     )
 
