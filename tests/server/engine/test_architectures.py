@@ -1,6 +1,6 @@
 """Every kind of model that is served, gated in a running engine and compared with transformers; one engine per kind."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -113,7 +113,16 @@ RARELY = [pytest.mark.slow, pytest.mark.sliced(1, of="running", family="kinds")]
 """The other value of `norm_topk_prob`, where another test has one; CI takes one kind with it."""
 
 
-@pytest.fixture(scope="module", params=[pytest.param(kind, marks=RARELY if "-" in kind else []) for kind in KINDS])
+def some(kinds: Collection[str]) -> pytest.MarkDecorator:
+    """Run a test of these kinds alone."""
+    return pytest.mark.parametrize("running", of_kinds(kinds), indirect=True, scope="module")
+
+
+def of_kinds(kinds: Collection[str]) -> list[Any]:
+    return [pytest.param(kind, marks=RARELY if "-" in kind else []) for kind in kinds]
+
+
+@pytest.fixture(scope="module", params=of_kinds(KINDS))
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Four units, which have all slots that there are."""
     kind = KINDS[request.param]
@@ -194,12 +203,14 @@ def test_what_an_allowed_unit_holds_changes_the_answer(running: Running) -> None
 
 @pytest.mark.engine
 @pytest.mark.parametrize("excluded", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.sliced(1)])])
+@some([name for name, kind in KINDS.items() if kind.options.get("n_group", 1) == 1])
 def test_excluding_a_unit_equals_removing_its_experts_from_every_layer(
     running: Running, tmp_path: Path, excluded: int
 ) -> None:
-    """Of units whose layers all lose equally many experts, which a checkpoint needs."""
-    if running.kind.options.get("n_group", 1) > 1:
-        pytest.skip("what is excluded stays in its place, since groups go by that")
+    """Of units whose layers all lose equally many experts, which a checkpoint needs.
+
+    With several groups what is excluded leaves a hole, since groups go by place.
+    """
     assert_excluding_equals_removing(running, tmp_path, excluded)
 
 
@@ -272,9 +283,8 @@ def test_a_revoked_unit_leaves_no_bit_in_any_layer(running: Running) -> None:
 
 
 @pytest.mark.engine
+@some(["glm4_moe"])
 def test_a_layer_that_predicts_further_tokens_is_not_loaded(running: Running, tmp_path: Path) -> None:
-    if running.name != "glm4_moe":
-        pytest.skip("other kinds have none")
     whole = keep_by_layer(running.model, tmp_path, [list(range(len(unit_E))) for unit_E in running.kind.unit_LE])
     assign_units(whole, NAMES, running.kind.unit_LE)
     add_further_layer(whole, running.kind.unit_LE)
@@ -294,13 +304,26 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def tried(kind: Kind, way: str) -> bool:
+    """Other ways of a kind that was tried eager alone are refused where they can be asked for."""
+    return way.endswith("-parallel") or not SERVED[kind.model_type].eager_alone
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.sliced(2)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("running", "way"),
+    [
+        pytest.param(name, way, marks=RARELY[:1] if "-" in name else [])
+        for name, kind in KINDS.items()
+        for way in WAYS
+        if tried(kind, way)
+    ],
+    indirect=["running"],
+    scope="module",
+)
 def test_every_way_of_running_gates_alike(running: Running, way: str, tmp_path: Path) -> None:
-    if SERVED[running.kind.model_type].eager_alone and not way.endswith("-parallel"):
-        pytest.skip("was not tried, and is refused where it can be asked for")
     script = [replace(ask, at_step=0) for ask in crowd(GATES)]
     options = WAYS[way]
     if way == "compiled":  # nothing compiled before
