@@ -19,6 +19,7 @@ from flexgate.kernels.gated_topk.contract import (
     check_arguments,
     encode_fill,
 )
+from flexgate.kernels.gated_topk.reference import exponential_reference
 
 LEAST_SUM = 1e-20
 """Added to the sum that weights are divided by, as transformers does."""
@@ -45,18 +46,19 @@ def gated_scores(
 
     With A(t) the allowed experts, as in `gated_topk_reference`:
 
-        s(t, e) = sigmoid(router_logits[t, e])
+        x(t, e) = exp(−|router_logits[t, e]|)                   in fp32, see exponential.py
+        s(t, e) = 1 / (1 + x), of a negative logit x / (1 + x)  which is its sigmoid
         c(t, e) = s(t, e) + correction[e]                       for e in A(t), −inf elsewhere
         open(t) = the first open_groups groups by the sum of c over their min(2, allowed) best; none without an allowed
         ids(t)  = the first min(top_k, …) of A(t) in open(t) by (c descending, expert ascending)
-        w(t, k) = s(t, ids(t, k)), with renormalize divided by their sum, times scale
+        w(t, k) = s(t, ids(t, k)), with renormalize divided by their sum, a left fold in rank order, times scale
 
     Groups go by an expert's place: excluding an expert leaves a hole, and does not move the others to other groups.
     With one group, excluding equals removing bit for bit. What an excluded expert holds is selected away, never added.
     Unused picks, `fill`, NaN and the attribution are as in `gated_topk_reference`; the mass is of weights before scale.
 
     Args:
-        router_logits_TP: fp32, P a multiple of 16, so that no expert's sigmoid is computed by another instruction.
+        router_logits_TP: fp32; what lies beyond the experts is not read.
         correction_E: fp32.
 
     Returns weights_TK fp32 and ids_TK int32. Raises KernelArgumentError for shapes and numbers that do not fit.
@@ -70,7 +72,7 @@ def gated_scores(
     named_TE = (gate_T[:, None] >> unit_of_E.clamp(max=MAX_UNITS - 1)) & 1 != 0
     allowed_TE = named_TE & (unit_of_E < units)
 
-    score_TE = torch.sigmoid(router_logits_TP)[:, :experts]
+    score_TE = _sigmoid(router_logits_TP[:, :experts])
     key_TE = torch.where(allowed_TE, score_TE + correction_E, float("-inf"))
     if groups > 1:
         key_TE = torch.where(_is_open(key_TE, groups, open_groups), key_TE, float("-inf"))
@@ -81,12 +83,26 @@ def gated_scores(
 
     weights_TK = torch.where(real_TK, score_TE.gather(1, order_TK), 0.0)
     if renormalize:
-        weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + LEAST_SUM)
+        weights_TK = weights_TK / (_left_fold(weights_TK) + LEAST_SUM)[:, None]
     _attribute(weights_TK, unit_of_E[order_TK].clamp(max=units - 1), real_TK, mass_TU[:tokens], chosen_T[:tokens])
     unused_TK = torch.where(real_TK, order_TK, filler)
     if filler == FILL_FIRST:
         unused_TK = torch.where(real_TK, order_TK, torch.where(real_TK[:, :1], order_TK[:, :1], 0))
     return weights_TK * scale, unused_TK.int()
+
+
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    """The same bits at every place and with any number of threads: torch's own ends each thread's part with scalars."""
+    exp_TE = exponential_reference(-logits_TE.abs())
+    return torch.where(logits_TE < 0, exp_TE, 1.0) / (1.0 + exp_TE)
+
+
+def _left_fold(weights_TK: Tensor) -> Tensor:
+    """The sum of each token's weights, in rank order."""
+    sum_T = torch.zeros_like(weights_TK[:, 0])
+    for rank in range(weights_TK.shape[1]):
+        sum_T = sum_T + weights_TK[:, rank]
+    return sum_T
 
 
 def _is_open(key_TE: Tensor, groups: int, open_groups: int) -> Tensor:

@@ -9,9 +9,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, pad, silu
 
 from flexgate.kernels.gated_experts.contract import NarrowExperts, Smaller, check_arguments
+
+RANKS_AT_ONCE = 16
+"""A low-rank product is made in blocks of as many ranks, so that zeros a slot pads with change no shape and no bit."""
 
 Projection = Callable[[Tensor], Tensor]
 """A row [1, I] in fp32 → [1, O] in fp32."""
@@ -30,7 +33,10 @@ def gated_experts_reference(
     where gate_e, up_e and down_e multiply with w13[e, :F], w13[e, F:] and w2[e]; for a narrow expert with its own
     matrices likewise; and for a low-rank expert, with factors A and B of each projection,
 
-        gate_e(x) = gate_0(x) + B · (A · x)                     products and sum in fp32, nothing rounded between
+        gate_e(x) = gate_0(x) + Σ_b B_b · (A_b · x)             products and sums in fp32, nothing rounded between
+
+    b counts blocks of 16 ranks, the last filled up with zeros, added up in ascending order from 0: zeros that a slot
+    pads factors with change no bit.
 
     x_TH, w13_EGH, w2_EHF and all of `smaller`: one floating dtype; weights_TK fp32; ids_TK int32. Returns out_TH in the
     dtype of x. A token without a real pick gets zeros. A slot that no real pick names is not read, except slot 0
@@ -85,8 +91,21 @@ def _public_plus(
 
 
 def _product(a_RI: Tensor, b_OR: Tensor) -> Projection:
-    a, b = _fp32_copy(a_RI), _fp32_copy(b_OR)
-    return lambda x_1I: linear(linear(x_1I, a), b)
+    missing = -a_RI.shape[0] % RANKS_AT_ONCE
+    starts = range(0, a_RI.shape[0], RANKS_AT_ONCE)
+    a, b = pad(_fp32_copy(a_RI), (0, 0, 0, missing)), pad(_fp32_copy(b_OR), (0, missing))
+    blocks = [
+        (_fp32_copy(a[start : start + RANKS_AT_ONCE]), _fp32_copy(b[:, start : start + RANKS_AT_ONCE]))
+        for start in starts
+    ]
+
+    def product(x_1I: Tensor) -> Tensor:
+        sum_1O = x_1I.new_zeros(1, b_OR.shape[0])
+        for a_BI, b_OB in blocks:
+            sum_1O = sum_1O + linear(linear(x_1I, a_BI), b_OB)
+        return sum_1O
+
+    return product
 
 
 def _fp32_copy(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -137,6 +138,45 @@ def test_excluding_an_expert_equals_removing_it_bit_for_bit(drawn: tuple[torch.T
     assert torch.equal(hole.weights_TK, removed.weights_TK)
     assert torch.equal(hole.mass_TU, removed.mass_TU)
     assert hole.ids_TK.tolist() == [[kept[id_] for id_ in ids] for ids in removed.ids_TK.tolist()]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set how many threads torch computes with, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("experts", [7, 12, 48, 160])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 8])
+def test_a_token_gets_the_same_bits_at_every_place_and_with_any_number_of_threads(
+    threads: Callable[[int], None], experts: int, number: int
+) -> None:
+    """Of torch's sigmoid the last elements of each thread's part differ in bits."""
+    torch.manual_seed(5)
+    logits_TE, correction_E = torch.randn(999, experts) * 3, torch.randn(experts) * 0.3
+    units = [expert % UNITS for expert in range(experts)]
+    threads(number)
+    made = Routed(logits_TE, [31] * 999, correction_E, unit_of=units)
+    threads(1)
+    moved = Routed(logits_TE.roll(7, 0), [31] * 999, correction_E, unit_of=units)
+    for name in ("weights_TK", "ids_TK"):
+        assert torch.equal(getattr(made, name), getattr(moved, name).roll(-7, 0)), name
+    assert torch.equal(made.mass_TU[:-1], moved.mass_TU[:-1].roll(-7, 0))
+    for token in range(0, 999, 37):
+        alone = Routed(logits_TE[token, None], [31], correction_E, unit_of=units)
+        assert torch.equal(made.weights_TK[token, None], alone.weights_TK)
+        assert torch.equal(made.ids_TK[token, None], alone.ids_TK)
+
+
+def test_scores_are_sigmoids_rounded_once_more_at_most() -> None:
+    logits_TE = torch.linspace(-110, 110, 4001)[:, None].repeat(1, 3)
+    made = Routed(logits_TE, [31] * 4001, torch.zeros(3), renormalize=False)
+    exact_T = torch.sigmoid(logits_TE[:, 0].double())
+    normal_T = exact_T > torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(made.weights_TK[normal_T, 0].double(), exact_T[normal_T], rtol=2e-7, atol=0)
+    assert made.weights_TK[~normal_T, 0].max() <= torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("renormalize", [True, False])

@@ -101,6 +101,7 @@ def mixed() -> Callable[..., Mixed]:
         gate: int = (1 << SLOTS) - 1,
         top_k: int = 4,
         seed: int = 0,
+        rank: int = RANK,
     ) -> Mixed:
         generator = torch.Generator().manual_seed(seed)
 
@@ -126,10 +127,10 @@ def mixed() -> Callable[..., Mixed]:
             ids_TK,
             NarrowExperts(normal(NARROW, 2 * WIDTH, HIDDEN), normal(NARROW, HIDDEN, WIDTH)),
             LowRankExperts(
-                normal(LOW, 2 * RANK, HIDDEN),
-                normal(LOW, 2 * INTERMEDIATE, RANK),
-                normal(LOW, RANK, INTERMEDIATE),
-                normal(LOW, HIDDEN, RANK),
+                normal(LOW, 2 * rank, HIDDEN),
+                normal(LOW, 2 * INTERMEDIATE, rank),
+                normal(LOW, rank, INTERMEDIATE),
+                normal(LOW, HIDDEN, rank),
             ),
         )
 
@@ -231,17 +232,21 @@ def test_a_low_rank_expert_contains_the_public_one_and_no_other(mixed: Any) -> N
     assert same_bits(layer.poisoned([*range(1, SLOTS - 1)], float("nan")).output(), clean)
 
 
-def test_factors_of_a_smaller_rank_answer_alike_in_slots_of_a_larger_one(mixed: Any) -> None:
-    layer = mixed(60)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("room", [4, 16, 17, 40, 64])
+@pytest.mark.parametrize("rank", [1, 3, 16, 17])
+def test_the_rank_that_a_slot_has_room_for_changes_no_bit(mixed: Any, dtype: torch.dtype, rank: int, room: int) -> None:
+    layer = mixed(60, dtype=dtype, rank=rank)
+    more = max(0, room - rank)
     a13, b13, a2, b2 = layer.low.tensors
     pad = torch.nn.functional.pad
     padded = LowRankExperts(
-        torch.cat([pad(half, (0, 0, 0, 4)) for half in a13.chunk(2, dim=1)], dim=1),
-        pad(b13, (0, 4)),
-        pad(a2, (0, 0, 0, 4)),
-        pad(b2, (0, 4)),
+        torch.cat([pad(half, (0, 0, 0, more)) for half in a13.chunk(2, dim=1)], dim=1),
+        pad(b13, (0, more)),
+        pad(a2, (0, 0, 0, more)),
+        pad(b2, (0, more)),
     )
-    torch.testing.assert_close(replace(layer, low=padded).output(), layer.output(), atol=1e-6, rtol=0)
+    assert same_bits(replace(layer, low=padded).output(), layer.output())
 
 
 def test_fillers_add_nothing_whatever_id_they_carry(mixed: Any) -> None:
