@@ -148,6 +148,12 @@ def held_kernels(experts: RoutedExperts) -> tuple[str, str]:
     return "vllm", type(kernel).__name__
 
 
+def computed_with(experts: RoutedExperts) -> Smaller:
+    """The low-rank experts that a loaded layer's kernel is given, which need not be those that the layer keeps."""
+    kernel = experts.quant_method.moe_kernel.fused_experts
+    return kernel.smaller if isinstance(kernel, FlexgateExperts) else ()
+
+
 def pack_of(experts: RoutedExperts) -> Pack:
     """How one expert has to be laid out for the kernel that a loaded layer holds.
 

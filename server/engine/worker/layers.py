@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flexgate.server.engine.worker.kernels import held_kernels, pack_of
+from flexgate.server.engine.worker.kernels import computed_with, held_kernels, pack_of
 from flexgate.server.engine.worker.slot_arrays import Pack, SlotArrays
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ class GatedLayer:
 
     @property
     def factors(self) -> list[tuple[torch.Tensor, ...]]:
-        """The factors of each low-rank expert, in the order of the experts; see `LowRankExperts`."""
-        groups = getattr(self.experts.routed_experts, "smaller", ())
+        """The factors that the kernel computes each low-rank expert with, in their order; see `LowRankExperts`."""
+        groups = computed_with(self.experts.routed_experts)
         return [one for group in groups for one in zip(*group.tensors, strict=True)]
 
     @property
     def low_ranks(self) -> list[int]:
-        """The ranks of the experts that this layer has room for after the full ones."""
+        """The ranks of the experts that this layer computes after the full ones."""
         return [down_HR.shape[1] for *_, down_HR in self.factors]
 
     def slot_arrays(self) -> SlotArrays:

@@ -58,6 +58,22 @@ def slot_is_zero(worker: Any, slot: int) -> bool:
     return bool(parts) and not any(part.any() for part in parts)
 
 
+def compute_without_factors(worker: Any) -> None:
+    """Run on every rank: take the last layer's factors from what computes, and leave them where they are kept."""
+    _kernels(worker)[-1].fused_experts.smaller = ()
+
+
+def compute_with_factors(worker: Any) -> None:
+    """Run on every rank: undo it."""
+    experts = worker.model_runner.get_model().moe_layers()[-1].experts.routed_experts
+    _kernels(worker)[-1].fused_experts.smaller = experts.smaller
+
+
+def _kernels(worker: Any) -> list[Any]:
+    layers = worker.model_runner.get_model().moe_layers()
+    return [layer.experts.routed_experts.quant_method.moe_kernel for layer in layers]
+
+
 def restore_slots(worker: Any) -> None:
     """Run on every rank: undo every overwrite."""
     for part, original in reversed(worker.saved):

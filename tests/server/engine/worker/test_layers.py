@@ -13,9 +13,11 @@ from flexgate.server.engine.protocol.handshake import ungated_layers
 from flexgate.server.engine.protocol.slots import SlotMap
 from flexgate.server.engine.seam import models
 from flexgate.server.engine.worker import moe
+from flexgate.server.engine.worker.kernels import FlexgateExperts
 from flexgate.server.engine.worker.layers import GatedLayer
 from flexgate.server.engine.worker.moe import LayerBuilder, UntriedLayerError
 from flexgate.server.engine.worker.router import GatedRouter, NotRoutedError, RoutedTopK
+from flexgate.server.engine.worker.slot_arrays import low_rank_experts
 
 GATES: Any = SimpleNamespace(table=SimpleNamespace(map=SlotMap(2, (b"\0\1\1",))))
 PREFIX = "model.layers.0.mlp.experts"
@@ -171,6 +173,19 @@ def test_a_layer_that_is_built_without_a_gate_is_found_and_one_that_vllm_does_no
     assert ungated_layers([], NAMES, model) == NAMES
     assert ungated_layers(layers, NAMES[:1], model) == ["layers.1.experts"]
     assert ungated_layers(layers, [], model) == NAMES
+
+
+def test_ranks_are_those_of_the_factors_that_a_kernel_computes_with() -> None:
+    held = low_rank_experts([3, 3, 1], torch.zeros(2, 8, 4))
+    kernel = FlexgateExperts.__new__(FlexgateExperts)
+    method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel))
+    runner = SimpleNamespace(routed_experts=SimpleNamespace(smaller=held, quant_method=method))
+    unused: Any = None
+    layer = GatedLayer("layers.0.experts", unused, unused, runner)
+    assert layer.low_ranks == []
+    kernel.smaller = held
+    assert layer.low_ranks == [3, 3, 1]
+    assert layer.factors[2][0].data_ptr() == held[1].a13_SQH.data_ptr()
 
 
 def asked_by_glm(**changes: Any) -> str:
