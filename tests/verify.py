@@ -32,7 +32,7 @@ STEPS = {
     "lint": "make --no-print-directory lint",
     "test": f"{PYTEST} -m 'not slow'",
     "test-slow": f"{PYTEST} -m slow --ignore=tests/campaigns",
-    "defects": f"{PYTHON} tests/defects/run.py --results {{folder}}/defects.jsonl",
+    "defects": f"{PYTHON} tests/defects/run.py --workers {WORKERS} --results {{folder}}/defects.jsonl",
     "mutants": f"{PYTHON} tests/policies/mutate.py",
     "expert-kills": f"{PYTHON} -m kills.experts --kills 1000 --report {{folder}}/expert-kills.json",
     "server-kills": f"{PYTHON} -m kills.servers --kills 50 --report {{folder}}/server-kills.json",

@@ -28,6 +28,7 @@ A defect may have several `[[edit]]`. A test named without its `[parameter]` is 
     python tests/defects/run.py --list           names and sentences
     python tests/defects/run.py --slice 2/8 --seed 7       the second eighth of a shuffled list
     python tests/defects/run.py --results FILE   note each verdict; the next run goes on where this one was stopped
+    python tests/defects/run.py --workers 2      plant as many at once, each in a copy of its own
 
 The checkout is never touched. A test that cannot be collected or set up has noticed nothing: only one that runs and
 fails counts. Exit status 1 if a defect survives or cannot be planted, or a named test fails without any defect.
@@ -47,8 +48,11 @@ import sys
 import tempfile
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from rich.console import Console
 
@@ -107,6 +111,8 @@ class Copy:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self._running: subprocess.Popen[str] | None = None
+        self._closed = False
         for name in (*FOLDERS, "benchmarks", "tests", "docs/examples"):
             shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "Makefile", "Dockerfile"):
@@ -123,18 +129,37 @@ class Copy:
 
     def test(self, *tests: str, seconds: float | None = None) -> tuple[bool, str]:
         """Whether all of these tests pass, and pytest's words; what does not end in time has not failed either."""
+        if not tests:
+            return True, ""
         environment = os.environ | {"PYTHONPATH": str(self.place / "site"), "PYTHONSAFEPATH": "1", "COLUMNS": "400"}
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", *tests]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         with subprocess.Popen(command, cwd=self.place, env=environment, **pipes) as process:
+            self._running = process
             try:
+                if self._closed:
+                    raise InterruptedError("no more tests are run")
                 said, _ = process.communicate(timeout=seconds)
-            except BaseException as error:  # whatever the test has started goes with it
-                os.killpg(process.pid, signal.SIGKILL)
-                if isinstance(error, subprocess.TimeoutExpired):
-                    return False, f"no end after {seconds:.0f} s"
+            except subprocess.TimeoutExpired:
+                self._end()
+                return False, f"no end after {seconds:.0f} s"
+            except BaseException:
+                self._end()
                 raise
+            finally:
+                self._running = None
         return process.returncode == 0, said
+
+    def close(self) -> None:
+        """End the tests that run, and run no more."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        """End the process that runs, with whatever it has started."""
+        if (process := self._running) is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def survived(self, defect: Defect) -> tuple[str | None, str]:
         """Why this defect counts against the tests, or None; and how they noticed it."""
@@ -175,26 +200,31 @@ def check(defects: list[Defect]) -> int:
     return 1 if wrong or not defects else 0
 
 
-def plant(defects: list[Defect], results: Path | None) -> int:
+def plant(defects: list[Defect], results: Path | None, workers: int) -> int:
     """Run the tests of every defect with it, but for those that the results already call killed; 1 if one survives."""
     started, survivors = time.monotonic(), 0
-    with tempfile.TemporaryDirectory() as place:
-        copy = Copy(Path(place))
-        source = copy.digest()
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        copies = [Copy(place / str(number)) for number in range(workers)]
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        stack.callback(_end, pool, copies)
+        source = copies[0].digest()
         lines = results.read_text().splitlines() if results and results.exists() else []
         known = {line["defect"] for line in map(json.loads, lines) if line["source"] == source and line["killed"]}
         left = [defect for defect in defects if defect.name not in known]
         tests = sorted({test for defect in left for test in defect.tests})
         console.print(f"{len(defects) - len(left)} known to be killed; {len(tests)} tests without a defect ...")
-        passed, said = copy.test(*tests) if tests else (True, "")
-        if not passed:
-            console.print(said)
-            return 1
-        for number, defect in enumerate(left, 1):
-            before = time.monotonic()
-            found, how = copy.survived(defect)
+        for passed, said in pool.map(lambda copy, part: copy.test(*part), copies, by_file(tests, workers)):
+            if not passed:
+                console.print(said)
+                return 1
+        free = SimpleQueue[Copy]()
+        for copy in copies:
+            free.put(copy)
+        judging = [pool.submit(_judge, free, defect) for defect in left]
+        for number, judged in enumerate(as_completed(judging), 1):
+            defect, found, how, took = judged.result()
             survivors += found is not None
-            took = round(time.monotonic() - before)
             verdict = f"SURVIVED ({found})" if found else "killed"
             console.print(f"{number}/{len(left)} {took} s {verdict} {defect.name}: {defect.sentence}\n    {how}")
             if results:
@@ -209,6 +239,34 @@ def plant(defects: list[Defect], results: Path | None) -> int:
                     file.write(json.dumps(line) + "\n")
     console.print(f"{len(defects) - survivors} of {len(defects)} killed in {time.monotonic() - started:.0f} s")
     return 1 if survivors or not defects else 0
+
+
+def _end(pool: ThreadPoolExecutor, copies: list[Copy]) -> None:
+    """Let nothing begin that has not begun, and end what runs, as after an interrupt."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for copy in copies:
+        copy.close()
+
+
+def by_file(tests: list[str], count: int) -> list[list[str]]:
+    """As many parts of about one size, none of which shares a file with another; a part may be empty."""
+    files: dict[str, list[str]] = {}
+    for test in tests:
+        files.setdefault(test.partition("::")[0], []).append(test)
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for of_file in sorted(files.values(), key=len, reverse=True):
+        min(parts, key=len).extend(of_file)
+    return parts
+
+
+def _judge(free: SimpleQueue[Copy], defect: Defect) -> tuple[Defect, str | None, str, int]:
+    """Plant a defect in a copy that is free: what counts against the tests, how they noticed it, and the seconds."""
+    copy, before = free.get(), time.monotonic()
+    try:
+        found, how = copy.survived(defect)
+    finally:
+        free.put(copy)
+    return defect, found, how, round(time.monotonic() - before)
 
 
 def chosen(names: list[str], part: str, seed: int) -> list[Defect]:
@@ -237,13 +295,16 @@ def main() -> int:
     parser.add_argument("--slice", default="1/1", metavar="K/N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, metavar="FILE")
+    parser.add_argument("--workers", type=int, default=1, metavar="N")
     options = parser.parse_args()
     defects = chosen(options.names, options.slice, options.seed)
     if options.list:
         for defect in defects:
             console.print(f"{defect.name}: {defect.sentence}")
         return 0
-    return check(defects) if options.check else plant(defects, options.results)
+    if options.workers < 1:
+        parser.error(f"--workers is a number from 1, not {options.workers}")
+    return check(defects) if options.check else plant(defects, options.results, options.workers)
 
 
 if __name__ == "__main__":

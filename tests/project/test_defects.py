@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from anchors import AnchorError, Planting, replaced
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the plugins take longer than these tests
 MODULE = """
 MOST = 3
 
@@ -29,8 +32,7 @@ class Gate:
 
 def run(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(root / "tests/defects/run.py"), *options]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the plugins take longer than these tests
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
 
 
 def test_every_defect_can_be_planted_and_names_tests_that_exist() -> None:
@@ -121,25 +123,72 @@ def small_project(root: Path) -> None:
     )
 
 
-def defect(root: Path, name: str, test: str, find: str, replace: str) -> None:
-    """Write a defect of the module of `small_project`."""
+def defect(root: Path, name: str, test: str, find: str, replace: str, *, module: str = "a") -> None:
+    """Write a defect of a module of `small_project`."""
     (root / f"tests/defects/{name}.toml").write_text(
         f'sentence = "{name}"\ntests = ["tests/{test}"]\n'
-        f"[[edit]]\nat = 'flexgate.server.a'\nfind = '{find}'\nreplace = '{replace}'\n"
+        f"[[edit]]\nat = 'flexgate.server.{module}'\nfind = '{find}'\nreplace = '{replace}'\n"
     )
 
 
-def test_only_a_test_that_runs_and_fails_counts_and_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_only_a_test_that_runs_and_fails_counts_and_a_run_goes_on_where_it_was_stopped(
+    tmp_path: Path, workers: str
+) -> None:
     root, results = tmp_path / "project", tmp_path / "results"
     small_project(root)
     defect(root, "held", "test_a.py::test_holds", "tokens > most", "False")
     defect(root, "not-held", "test_a.py::test_holds_not", "tokens > most", "False")
     defect(root, "not-collected", "test_a.py::test_holds", "MOST = 3", "MOST = 1 / 0")
-    first = run(root, "--results", str(results))
+    first = run(root, "--results", str(results), "--workers", workers)
     verdicts = {line["defect"]: line["killed"] for line in map(json.loads, results.read_text().splitlines())}
     assert verdicts == {"held": True, "not-held": False, "not-collected": False}, first.stdout + first.stderr
     assert first.returncode == 1
     assert (root / "server/a.py").read_text() == MODULE
-    again = run(root, "--results", str(results), "held")
+    again = run(root, "--results", str(results), "--workers", workers, "held")
     assert "1 known to be killed; 0 tests" in again.stdout
     assert again.returncode == 0
+
+
+def test_defects_that_are_planted_at_once_are_not_in_one_copy(tmp_path: Path) -> None:
+    """Each test waits for the other's, and sees no more than its own defect."""
+    root, met = tmp_path / "project", tmp_path / "met"
+    small_project(root)
+    met.mkdir()
+    (root / "server/b.py").write_text("MOST = 3\n")
+    (root / "tests/test_b.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom flexgate.server.a import MOST as a\n"
+        f"from flexgate.server.b import MOST as b\nmet = Path({str(met)!r})\n"
+        "def test_both():\n    if (a, b) == (3, 3): return\n"
+        "    (met / f'{a}{b}').touch()\n    until = time.monotonic() + 60\n"
+        "    while len(os.listdir(met)) < 2 and time.monotonic() < until: time.sleep(0.01)\n"
+        "    assert sorted(os.listdir(met)) != ['34', '43']\n"
+    )
+    for name, module in (("one", "a"), ("other", "b")):
+        defect(root, name, "test_b.py::test_both", "MOST = 3", "MOST = 4", module=module)
+    done = run(root, "--workers", "2")
+    assert sorted(path.name for path in met.iterdir()) == ["34", "43"], done.stdout + done.stderr
+    assert "2 of 2 killed" in done.stdout
+
+
+def test_a_run_that_is_interrupted_leaves_no_test_running(tmp_path: Path) -> None:
+    root, begun = tmp_path / "project", tmp_path / "begun"
+    small_project(root)
+    (root / "tests/test_b.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom flexgate.server.a import MOST\n"
+        f"def test_waits():\n    if MOST == 3: return\n    Path({str(begun)!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(300)\n"
+    )
+    defect(root, "slow", "test_b.py::test_waits", "MOST = 3", "MOST = 4")
+    command = [sys.executable, str(root / "tests/defects/run.py"), "--workers", "2"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        until = time.monotonic() + 100
+        while not (begun.exists() and begun.read_text()):
+            assert time.monotonic() < until
+            assert process.poll() is None, process.stdout
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(begun.read_text()), 0)
