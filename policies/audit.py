@@ -47,7 +47,6 @@ class Head(NamedTuple):
     log: str = CHANGES
 
 
-START: Final = Head(0, _NOTHING_BEFORE)
 STARTS: Final = {log: Head(0, _NOTHING_BEFORE, log) for log in LOGS}
 
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgate.policies.audit import (
-    START,
+    CHANGES,
+    STARTS,
     Entry,
     Event,
     Head,
@@ -28,6 +29,7 @@ from flexgate.policies.audit import (
 )
 from flexgate.policies.errors import AuditBroken
 
+START = STARTS[CHANGES]
 NODE = shutil.which("node")
 VERIFIER = Path(__file__).parents[2] / "docs" / "examples" / "verify-audit-log.mjs"
 
