@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from enginekit.checkpoints import expert_ticket, rewrite
 from enginekit.compare import agree, same_bits
-from enginekit.ranks import compute_with_factors, compute_without_factors, slot_is_zero
+from enginekit.ranks import compute_with_factors, compute_without_factors
 from enginekit.scripted import Ask, EngineScript, ScriptedEngine, SlotChange, scripted_engine
 from safetensors.torch import load_file, save_file
 
@@ -209,48 +208,6 @@ def test_what_a_slot_has_no_room_for_is_refused_and_not_written(
         with pytest.raises(RuntimeError, match=message):
             engine.change(SlotChange(0, "fill", slot, ticket=ticket), SlotChange(0, "settle", slot))
     assert engine.call("digests") == empty
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "compiled": {"settings": {"enforce_eager": False}},
-    "bfloat16": {"settings": {"dtype": "bfloat16"}},
-    "runner V2": {"interpret_triton": True},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_running_gates_low_rank_experts_alike(
-    loaded: ScriptedEngine, checkpoint: Path, low: WeightsTicket, full: WeightsTicket, way: str, tmp_path: Path
-) -> None:
-    options = WAYS[way]
-    script = [replace(ask, at_step=0) for ask in crowd(GATES)]
-    bystanders = [ask for ask in script if LOW not in ask.gate]
-    caches = {"VLLM_CACHE_ROOT": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} if way == "compiled" else {}
-    settings = SETTINGS | options.get("settings", {})
-    reduced = rewrite(checkpoint, tmp_path / "reduced", [0, 1])
-    with scripted_engine(
-        EngineScript(reduced, max_experts=3, **{**options, "settings": settings, "environment": caches})
-    ) as other:
-        other.change(*add(FREE, full, 101), *add(LOW, low, 102), *add(ALSO_LOW, low, 103))
-        answers = other.run(script)
-        elsewhere = [tuple({LOW: ALSO_LOW}.get(slot, slot) for slot in ask.gate) for ask in script]
-        moved = other.run([replace(ask, gate=gate) for ask, gate in zip(script, elsewhere, strict=True)])
-        other.reset_cache()
-        before = other.run(bystanders)
-        other.overwrite([LOW, ALSO_LOW, SMALL], "nan")
-        other.reset_cache()
-        after = other.run(bystanders)
-        other.restore()
-        other.change(*revoke(LOW), *revoke(ALSO_LOW))
-        assert other.call("on_every_rank", slot_is_zero, LOW) == [True]
-    assert all(same_bits(*pair) for pair in zip(answers, moved, strict=True))
-    assert all(same_bits(*pair) for pair in zip(before, after, strict=True))
-    assert all(answer.mass[LOW] > 0 for ask, answer in zip(script, answers, strict=True) if LOW in ask.gate)
-    if way != "bfloat16":  # whose numbers are others
-        loaded.reset_cache()
-        for one, two in zip(loaded.run(script), answers, strict=True):
-            assert agree(one, two)
-            assert one.chosen == two.chosen
 
 
 def test_a_process_that_holds_factors_and_does_not_compute_with_them_is_found(engine: ScriptedEngine) -> None:
