@@ -15,6 +15,7 @@ from flexgate.server.admin.projects.endpoints import router as projects
 from flexgate.server.admin.quotas.endpoints import router as quotas
 from flexgate.server.admin.receipts.endpoints import router as receipts
 from flexgate.server.admin.sets.endpoints import router as sets
+from flexgate.server.admin.statements.closing import router as closings
 from flexgate.server.admin.statements.endpoints import router as statements
 from flexgate.server.admin.statements.signed import router as signed_statements
 from flexgate.server.admin.usage.endpoints import router as usage
@@ -34,6 +35,7 @@ _ROUTERS: Final = (
     corrections,
     statements,
     signed_statements,
+    closings,
     receipts,
     experts,
     expert_changes,

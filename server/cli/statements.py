@@ -126,12 +126,24 @@ def close(
     minimum: Annotated[
         list[str] | None, typer.Option(metavar="COST", help="The least that is paid, such as '50 EUR'; repeatable.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print what would be due and carried over, and close nothing.")] = False,
+    leave_out_deleted: Annotated[
+        bool, typer.Option(help="Leave out months before it whose usage was deleted before they were closed.")
+    ] = False,
     url: Url = LOCAL,
 ) -> None:
     """Close an owner's month, once and for good: print what is due, and what is carried over to the next month."""
-    body = {"owner_id": owner, "minimums": [cost_of(one) for one in minimum or ()]}
+    minimums = [cost_of(one) for one in minimum or ()]
+    body = {"owner_id": owner, "minimums": minimums, "leave_out_deleted": leave_out_deleted}
     with failing(), Api(url, key) as api:
-        _print_payouts(api.ask("POST", f"{_path(period)}/closing", json=body))
+        _print_payouts(api.ask("POST", f"{_path(period)}/closing{'/preview' * dry_run}", json=body))
+
+
+@app.command()
+def due(period: Period, key: Key, owner: Owner = None, url: Url = LOCAL) -> None:
+    """Print what is due of a closed month, and what was carried over, also after its usage was deleted."""
+    with failing(), Api(url, key) as api:
+        _print_payouts(api.ask("GET", f"{_path(period)}/closing", params=_of(owner)))
 
 
 def _path(period: str) -> str:
@@ -156,6 +168,10 @@ def _print(statement: dict[str, Any]) -> None:
 
 
 def _print_payouts(closing: dict[str, Any]) -> None:
+    if closing["closed_at"] is None:
+        typer.echo(f"{closing['id']} would be closed:")
+    if closing["left_out"]:
+        typer.echo(f"left out, since their usage had been deleted: {', '.join(closing['left_out'])}")
     for one in closing["payouts"]:
         currency = one["currency"]
         typer.echo(

@@ -25,7 +25,9 @@ _LEDGER_FAILING: Final = Gauge("flexgate_ledger_failing", "Whether the ledger ca
 _RUNNING: Final = Gauge("flexgate_ledger_running", "Requests in the ledger that have not ended.", registry=REGISTRY)
 _UNWRITTEN: Final = Gauge("flexgate_ledger_unwritten", "Ends of requests that are not on disk.", registry=REGISTRY)
 _BEHIND: Final = Gauge(
-    "flexgate_ledger_clock_behind_seconds", "How far the clock is behind the ledger's newest end.", registry=REGISTRY
+    "flexgate_ledger_clock_behind_seconds",
+    "How far the clock is behind the ledger's newest end or closed month.",
+    registry=REGISTRY,
 )
 _UNCOPIED: Final = Gauge(
     "flexgate_ledger_uncopied", "Recorded requests that a copy does not have yet.", ["copy"], registry=REGISTRY

@@ -45,13 +45,45 @@ class Payout(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """A month that was closed; `at` is microseconds of Unix time."""
+    """A month that was closed; `at` is microseconds of Unix time.
+
+    `left_out` are the months before it that were not closed, since their usage had been deleted.
+    """
 
     owner: str
     period: str
     at: int
     actor: str
     payouts: tuple[Payout, ...]
+    left_out: tuple[str, ...] = ()
+
+
+class Month(NamedTuple):
+    """What is to be closed.
+
+    Attributes:
+        minimums: the least that is paid, by currency; of others, anything is.
+        leave_out: whether months before it may be left out whose usage was deleted before they were closed.
+    """
+
+    owner: str
+    period: Period
+    minimums: Mapping[str, Fraction]
+    leave_out: bool = False
+
+
+class Summed(NamedTuple):
+    """What the ledger has of a month that is over.
+
+    Attributes:
+        totals: those of its final statement, by currency.
+        since: when the first request ended that the ledger has, in Unix seconds; None if it has none.
+        whole: the time before which usage was deleted, in Unix seconds.
+    """
+
+    totals: Mapping[str, Fraction]
+    since: int | None
+    whole: int
 
 
 def payouts_of(
@@ -89,22 +121,33 @@ class Closings:
         with self._corrections.opened() as connection:
             return _find(connection, owner, period)
 
+    def has_any(self, owner: str) -> bool:
+        """Whether a month of an owner was closed."""
+        with self._corrections.opened() as connection:
+            return _newest(connection, owner) is not None
+
+    def again(self, month: Month) -> Closing | None:
+        """The closing of a month that was closed in the same way; None of one that is not closed.
+
+        Raises:
+            ClosingRefused: it was closed with other minimums.
+        """
+        known = self.find(month.owner, month.period)
+        if known is not None:
+            _require_same(known, month)
+        return known
+
+    def plan(self, month: Month, summed: Summed, *, at: float, actor: str) -> Closing:
+        """What `close` would add; raises what it would, and changes nothing."""
+        with self._corrections.opened() as connection:
+            return _planned(connection, month, summed, at=at, actor=actor)
+
     def close(
-        self,
-        owner: str,
-        period: Period,
-        totals: Mapping[str, Fraction],
-        minimums: Mapping[str, Fraction],
-        *,
-        at: float,
-        actor: str,
-        audit: Callable[[Closing], None],
+        self, month: Month, summed: Summed, *, at: float, actor: str, audit: Callable[[Closing], None]
     ) -> Closing:
         """Close a month that is over; the same again is the closing that there is.
 
         Args:
-            totals: those of its final statement, by currency.
-            minimums: the least that is paid, by currency; of others, anything is.
             at: Unix seconds.
             audit: records it before it is added; what it raises prevents that.
 
@@ -112,39 +155,84 @@ class Closings:
             ClosingRefused: it was closed otherwise, or it is not the month after the last one that was closed.
         """
         with self._corrections.lock:
-            self._corrections.require_room()
-            with self._corrections.opened() as connection:
-                known = _find(connection, owner, period)
-                newest = _newest(connection, owner)
-                before = _newest(connection, owner, period.start) if known else newest
-            payouts = payouts_of(totals, before.payouts if before else (), minimums)
+            known = self.again(month)
             if known is not None:
-                if known.payouts != payouts:
-                    raise ClosingRefused(
-                        f"the month {period.name} was closed with other amounts: a closing is never changed"
-                    )
                 return known
-            _require_next(period, newest)
-            row = Closing(owner, period.name, microseconds(at), actor, payouts)
+            self._corrections.require_room()
+            row = self.plan(month, summed, at=at, actor=actor)
             audit(row)
             with self._corrections.opened() as connection:
                 connection.execute(
                     f"INSERT INTO closings ({_COLUMNS}, until) VALUES (?, ?, ?, ?, ?, ?)",
-                    (*row[:4], msgspec.json.encode(payouts).decode(), period.end * MICROSECONDS),
+                    (*row[:4], msgspec.json.encode(row.payouts).decode(), month.period.end * MICROSECONDS),
                 )
             return row
 
 
-def _require_next(period: Period, newest: Closing | None) -> None:
-    last = None if newest is None else Period.of(newest.period)
-    if last is not None and period.start != last.end:
-        following = Period.at("month", last.end)
-        raise ClosingRefused(f"{last.name} is the last month that was closed: close {following.name} next")
+def _planned(connection: sqlite3.Connection, month: Month, summed: Summed, *, at: float, actor: str) -> Closing:
+    newest, period = _newest(connection, month.owner), month.period
+    if newest is None:
+        _require_begun(period, summed)
+    else:
+        _require_next(newest, month, summed.whole)
+    payouts = payouts_of(summed.totals, () if newest is None else newest.payouts, month.minimums)
+    return Closing(month.owner, period.name, microseconds(at), actor, payouts, _left_out(newest, period))
+
+
+def _require_same(known: Closing, month: Month) -> None:
+    for one in known.payouts:
+        if Fraction(one.minimum) != month.minimums.get(one.currency, Fraction()):
+            raise ClosingRefused(
+                f"the month {known.period} was closed with the minimum {one.minimum} {one.currency}: a closing is "
+                "never changed"
+            )
+
+
+def _require_begun(period: Period, summed: Summed) -> None:
+    """Refuse to begin with a month before all usage: those after it would have to be closed one by one."""
+    if not summed.totals and (summed.since is None or period.end <= summed.since):
+        raise ClosingRefused(
+            f"the ledger has no usage by the end of {period.name}: begin with a month that has some, or a later one"
+        )
+
+
+def _require_next(newest: Closing, month: Month, whole: int) -> None:
+    following = _after(newest)
+    if month.period.start == following.start:
+        return
+    if month.period.start < following.start or following.start >= whole:
+        raise ClosingRefused(f"{newest.period} is the last month that was closed: close {following.name} next")
+    while following.start < whole:
+        following = Period.at("month", following.end)
+    if not month.leave_out or month.period.start != following.start:
+        raise ClosingRefused(
+            f"{newest.period} is the last month that was closed, and usage of months after it was deleted "
+            f"(--usage-days): close {following.name} next with 'leave_out_deleted', and add by corrections what is "
+            "owed for the months that are left out"
+        )
+
+
+def _after(closing: Closing) -> Period:
+    last = Period.of(closing.period)
+    assert last is not None
+    return Period.at("month", last.end)
+
+
+def _left_out(before: Closing | None, period: Period) -> tuple[str, ...]:
+    names = []
+    if before is not None:
+        one = _after(before)
+        while one.start < period.start:
+            names.append(one.name)
+            one = Period.at("month", one.end)
+    return tuple(names)
 
 
 def _find(connection: sqlite3.Connection, owner: str, period: Period) -> Closing | None:
-    newest = _newest(connection, owner, period.end)
-    return newest if newest is not None and newest.period == period.name else None
+    found = _newest(connection, owner, period.end)
+    if found is None or found.period != period.name:
+        return None
+    return found._replace(left_out=_left_out(_newest(connection, owner, period.start), period))
 
 
 def _newest(connection: sqlite3.Connection, owner: str, until: int = 2**40) -> Closing | None:

@@ -40,8 +40,6 @@ _STATE: Final = (
 )
 _COLUMNS: Final = "number, id, kind, owner, request, at, actor, reason, amount, currency, dispute"
 _INSERT: Final = f"INSERT INTO corrections ({_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number"
-_CLOSED: Final = "SELECT coalesce(max(until), 0) FROM closings WHERE owner = ?"
-"""The end of the last month that was closed, which a correction never comes before, whatever the clock says."""
 OF_PERIOD: Final = (
     f"SELECT {_COLUMNS}, NULL FROM corrections WHERE kind = 'correction' AND at >= ? AND at < ? AND owner = ? "
     "ORDER BY number"
@@ -117,7 +115,10 @@ class Correction(NamedTuple):
 class Corrections:
     """The corrections of a ledger. Methods block; raises `LedgerError` where its file cannot be read or written.
 
-    `lock` is held from the dating of a row until it is on disk.
+    Attributes:
+        lock: held from the dating of a row until it is on disk.
+        closed: the end of the last month that any owner's was closed, in microseconds. Nothing is dated before it,
+            whatever the clock says.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float], file: FileIdentity, reserve: Reserve) -> None:
@@ -127,6 +128,13 @@ class Corrections:
         self._file = file
         self._reserve = reserve
         self.lock = threading.Lock()
+        with self.opened() as connection:
+            (self.closed,) = connection.execute("SELECT coalesce(max(until), 0) FROM closings").fetchone()
+
+    def close_until(self, until: int) -> None:
+        """Date nothing before a time that is over, in microseconds."""
+        with self.lock:
+            self.closed = max(self.closed, until)
 
     def settled(self) -> bool:
         """Whether all corrections are on disk that were dated before this was called; waits for a moment."""
@@ -155,12 +163,15 @@ class Corrections:
                     return known
                 _require_fitting(connection, made)
                 (newest,) = connection.execute("SELECT coalesce(max(at), 0) FROM corrections").fetchone()
-                (closed,) = connection.execute(_CLOSED, (made.owner,)).fetchone()
             now = microseconds(self._clock())
-            at = max(newest, closed, now)
+            at = max(newest, self.closed, now)
             if at - now > NOTICED_SECONDS * MICROSECONDS:
                 behind = (at - now) // MICROSECONDS
-                logger.error("the clock is %d seconds behind the newest correction: %s gets that time", behind, made.id)
+                logger.error(
+                    "the clock is %d seconds behind the newest correction or closed month: %s gets that time",
+                    behind,
+                    made.id,
+                )
             state: State | None = "open" if made.kind == "dispute" else None
             row = Correction(0, *made[:4], at, actor, *made[4:], state)
             audit(row)

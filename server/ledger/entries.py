@@ -135,7 +135,7 @@ class State(NamedTuple):
     Attributes:
         running: requests that have not ended.
         unwritten: ends that are not on disk yet.
-        behind_seconds: how far the clock is behind the newest end.
+        behind_seconds: how far the clock is behind the newest end or closed month.
         uncopied: requests that each copy does not have yet, by its name.
     """
 

@@ -159,9 +159,11 @@ class Journal:
     def end(self, registration: Registration, outcome: str, used: Used) -> None:
         """Write down what a request used in all; tried again every second for as long as the disk refuses it.
 
-        Nothing is written of a request that was not registered. An end is never earlier than those before it.
+        Nothing is written of a request that was not registered. An end is never earlier than those before it, and never
+        in a closed month.
         """
         now = microseconds(self._clock())
+        self._newest = max(self._newest, self.corrections.closed)
         self._note_clock(now)
         at = self._newest = max(now, registration.registered_at, self._newest)
         try:
@@ -288,7 +290,7 @@ class Journal:
         """Log, once until the clock has caught up, that it is behind the newest end."""
         behind = (self._newest - now) // MICROSECONDS
         if behind > 0 and not self._behind:
-            logger.error("the clock is %d seconds behind the ledger's newest end: usage gets that one's time", behind)
+            logger.error("the clock is %d seconds behind the newest end or closed month: usage gets that time", behind)
         self._behind = behind > 0
 
     def _watch(self) -> None:
@@ -338,10 +340,10 @@ class Journal:
     def _end_running(self) -> list[End]:
         """End the requests that were running when the file was last open, with their last marks, when these were made.
 
-        None ends earlier than what ended before the file was closed.
+        None ends earlier than what ended before the file was closed, or in a closed month.
         """
         ((newest,),) = self._connection.execute("SELECT max(ended_at) FROM usage").fetchall()
-        self._newest = newest or 0
+        self._newest = max(newest or 0, self.corrections.closed)
         self._note_clock(microseconds(self._clock()))
         ended = []
         for registration, used, at in self._rows.running():

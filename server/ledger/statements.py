@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from itertools import groupby
@@ -31,6 +31,8 @@ EVERY: Final = 2**62
 """A number that no request in the ledger has."""
 MOST_RECEIPTS: Final = 4_000_000
 """Of one statement: their hashes take 256 MB while its tree is made."""
+LEAST_SECONDS: Final = 60
+"""What is not halved to be summed."""
 _OWNERS: Final = "ended_at >= ? AND ended_at < ? AND owner = ? AND +usage.sequence <= ?"
 _USES: Final = uses(_OWNERS, (*UNDER, "expert", "tenant"), "max(ended_at)")
 _DAYS: Final = uses(_OWNERS, (f"ended_at / {DAY * MICROSECONDS} * {DAY}",), "count(DISTINCT usage.sequence)")
@@ -193,6 +195,20 @@ def owner_uses(path: Path, owner: str, period: Period) -> OwnerUses:
     """
     with reading_statements(path) as reading:
         return uses_read(reading, owner, period)
+
+
+def owner_uses_in_parts(path: Path, owner: str, period: Period) -> OwnerUses:
+    """As `owner_uses`, of a period that is over: what is too much to sum at once is halved until it is not."""
+    try:
+        return owner_uses(path, owner, period)
+    except TooMuchAsked:
+        if period.end - period.start <= LEAST_SECONDS:
+            raise
+    middle = (period.start + period.end) // 2
+    halves = replace(period, end=middle), replace(period, start=middle)
+    first, second = (owner_uses_in_parts(path, owner, half) for half in halves)
+    days = *first.days, *second.days
+    return OwnerUses((*first.rows, *second.rows), days, (*first.corrections, *second.corrections))
 
 
 def uses_read(reading: Reading, owner: str, period: Period, *, until: int = EVERY) -> OwnerUses:

@@ -10,6 +10,7 @@ from flexgate.policies.documents import Role
 from flexgate.server.admin.operation import Call
 from flexgate.server.http.errors import Invalid
 from flexgate.server.http.refusals import not_found
+from flexgate.server.ledger.entries import MICROSECONDS
 from flexgate.server.ledger.errors import TooMuchAsked
 from flexgate.server.ledger.reading import Local
 from flexgate.server.ledger.statements import Period
@@ -36,9 +37,14 @@ def period_of(call: Call[Any, Any]) -> Period:
         raise Invalid(
             "The period is a day or a month, such as '2026-11-30' or '2026-11'.", param="period", code=INVALID
         )
-    if call.now < period.start:
+    if latest(call) < period.start:
         raise Invalid(f"The period '{period.name}' has not begun.", param="period", code=INVALID)
     return period
+
+
+def latest(call: Call[Any, Any]) -> float:
+    """The time, or the end of the last month that was closed where the clock was set back."""
+    return max(call.now, call.services.ledger.corrections.closed / MICROSECONDS)
 
 
 class Deadline:
@@ -56,7 +62,7 @@ class Deadline:
 def is_open(call: Call[Any, Any], period: Period) -> bool:
     """Whether more may come into a period; to be asked before the ledger is read."""
     ledger = call.services.ledger
-    return call.now < period.end or not ledger.corrections.settled() or not ledger.has_written(period.end)
+    return latest(call) < period.end or not ledger.corrections.settled() or not ledger.has_written(period.end)
 
 
 def require_whole(call: Call[Any, Any], period: Period) -> None:

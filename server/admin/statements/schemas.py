@@ -61,6 +61,9 @@ class CloseMonth(Closed):
 
     owner_id: OwnerIdField
     minimums: Annotated[list[Cost], Field(max_length=100, fail_fast=True, default_factory=list)]
+    leave_out_deleted: Annotated[
+        bool, Field(description="Leave out months before it whose usage was deleted before they were closed.")
+    ] = False
 
     @field_validator("minimums")
     @classmethod
@@ -181,13 +184,16 @@ class StatementPayout(Shown):
 
 
 class ClosedMonth(Shown):
-    """A month that was closed, once and for good."""
+    """A month that was closed, once and for good; or what would be closed."""
 
     object: Literal["statement.closing"] = "statement.closing"
     id: Annotated[str, Field(description="The month: '2026-11'.")]
     owner_id: str
-    closed_at: float
+    closed_at: Annotated[float | None, Field(description="Null of a preview, which closes nothing.")]
     payouts: list[StatementPayout]
+    left_out: Annotated[
+        list[str], Field(description="Months before it that were not closed, since their usage had been deleted.")
+    ]
 
 
 class StatementTenant(Used):
@@ -309,12 +315,13 @@ def statement_of(
     )
 
 
-def closed_month(closing: Closing) -> ClosedMonth:
-    """A closed month."""
+def closed_month(closing: Closing, *, preview: bool = False) -> ClosedMonth:
+    """A closed month, or one that would be closed."""
     return ClosedMonth(
         id=closing.period,
         owner_id=closing.owner,
-        closed_at=closing.at / MICROSECONDS,
+        closed_at=None if preview else closing.at / MICROSECONDS,
+        left_out=list(closing.left_out),
         payouts=[StatementPayout(**one._asdict()) for one in closing.payouts],
     )
 
