@@ -12,7 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import slices
 import workers
+from hypothesis import HealthCheck, settings
 from workers import pytest_configure_node, pytest_xdist_make_scheduler  # noqa: F401
+
+# How long an example takes says more of what runs beside it than of the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 collect_ignore = ["clients"]  # they have environments of their own: `make test-clients`
 

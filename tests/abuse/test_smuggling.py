@@ -209,7 +209,6 @@ NAMES = sorted({name for table, _ in BASE.values() for name in table} | set(TOP_
 
 @settings(
     max_examples=300,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(path=st.sampled_from(sorted(BASE)), extra=st.dictionaries(st.sampled_from(NAMES), JSON))

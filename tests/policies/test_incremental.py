@@ -91,7 +91,7 @@ def _edits(before, after):
     return edits
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_revising_equals_building_whole(worlds, seed):
     rng = random.Random(seed)

@@ -17,7 +17,7 @@ from flexgate.policies.errors import DecisionRefused, ExpertDenied
 
 EVERYTHING = {"purposes": None, "regions": None, "starts": float("-inf"), "ends": float("inf")}
 
-in_many_worlds = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+in_many_worlds = settings(max_examples=150, derandomize=True, database=None)
 seeds = given(seed=st.integers(0, 2**32 - 1))
 
 

@@ -139,7 +139,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.text(max_size=10), ENTRIES | JSON, max_size=4), st.integers(0, 500))
 def test_any_json_is_either_contiguous_tensors_or_an_error_of_ours(tensors: dict[str, object], size: int) -> None:
     header = json.dumps(tensors).encode()
@@ -154,7 +154,7 @@ def test_any_json_is_either_contiguous_tensors_or_an_error_of_ours(tensors: dict
     assert position == size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_a_tensor_file_or_an_error_of_ours(data: bytes) -> None:
     try:
@@ -163,7 +163,7 @@ def test_any_bytes_are_a_tensor_file_or_an_error_of_ours(data: bytes) -> None:
         return
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(st.text(max_size=10), JSON, max_size=5).map(json.dumps).map(str.encode) | st.binary(max_size=200)
 )
@@ -174,7 +174,7 @@ def test_anything_is_a_manifest_or_an_error_of_ours(data: bytes) -> None:
         return
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__" and name.isprintable()),

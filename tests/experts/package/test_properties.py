@@ -59,7 +59,7 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(models(), st.randoms(use_true_random=False))
 def test_extract_and_merge_are_inverse_and_order_permutes(
     tmp_path_factory: pytest.TempPathFactory, model: Model, random: Random

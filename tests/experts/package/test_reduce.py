@@ -27,7 +27,7 @@ def extracted(model: Path, target: Path, size: ExpertSize) -> Errors:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.tuples(st.integers(1, 7), st.integers(2, 13)),
     dtype=st.sampled_from(["float32", "bfloat16"]),

@@ -42,7 +42,7 @@ def test_exclusion_equals_removal(route: Any, random_gate: Any, slots: int, reno
         assert_exclusion_equals_removal(route, torch.randn(slots) * 4, gate, **arguments)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     logits=st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=12),
     gate=st.integers(1, 2**12 - 1),

@@ -67,7 +67,7 @@ def test_a_hole_equals_removal_whatever_the_excluded_experts_hold(route: Any, ex
             assert_exclusion_equals_removal(route, torch.randn(experts) * 3, draw_map(experts), gate, **arguments)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     experts=st.lists(st.tuples(st.floats(-200, 200, width=32), st.integers(0, 63)), min_size=1, max_size=16),
     gate=st.integers(0, 2**64 - 1),

@@ -174,7 +174,7 @@ class Model(RuleBasedStateMachine):
 
 
 def test_every_turn_that_is_given_or_not_given_follows_the_rules() -> None:
-    generated = settings(max_examples=100, stateful_step_count=60, deadline=None, phases=[Phase.generate])
+    generated = settings(max_examples=100, stateful_step_count=60, phases=[Phase.generate])
     run_state_machine_as_test(Model, settings=generated)  # unshrunk: making a failure small takes minutes
 
 

@@ -167,7 +167,7 @@ def test_who_revises_an_agreement_after_each_request_is_owed_no_more(tmp_path: P
     assert account.totals == {"EUR": Fraction(5)}
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_what_all_owners_and_the_common_experts_used_is_what_all_requests_used(
     tmp_path_factory: pytest.TempPathFactory, seed: int

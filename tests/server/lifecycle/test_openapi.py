@@ -160,7 +160,6 @@ def test_whatever_is_generated_from_it_is_answered_in_form(http: TestClient, met
 
     @settings(
         max_examples=wanted,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],
