@@ -17,6 +17,9 @@ from flexgate.policies.store.schema import budget_reservations, token_use, use_b
 
 FORGOTTEN_AFTER_S: Final = 7 * 86400.0
 _IN: Final = "@"
+_INTERRUPTED: Final = "interrupted@"
+_FORGOTTEN: Final = {use_batches: (~use_batches.c.writer.startswith(_INTERRUPTED, autoescape=True),)}
+"""A ledger's interruptions would count again if it was forgotten up to where they are counted."""
 _PERIODS: Final = ("____-__", "____-__-__")
 """Names of months and days, as SQL's LIKE has them."""
 
@@ -88,6 +91,17 @@ def _reserve(connection: Connection, reserved: Reservations, at: float) -> None:
         connection.execute(insert(table), rows)
 
 
+def interruptions_writer(ledger: str) -> str:
+    """What what a ledger has interrupted is written as: a batch has the last sequence of it that is counted."""
+    return f"{_INTERRUPTED}{ledger}"
+
+
+def last_batch(engine: Engine, writer: str) -> int | None:
+    """The batch of a writer that was written last; None where there was none, or it was forgotten."""
+    with reading(engine) as connection:
+        return connection.scalar(select(use_batches.c.batch).where(use_batches.c.writer == writer))
+
+
 def forget(engine: Engine, at: float) -> None:
     """Remove what counts no more, `at` Unix seconds: what is of a week ago, and all periods before the last two.
 
@@ -96,7 +110,7 @@ def forget(engine: Engine, at: float) -> None:
     name = token_use.c.limit_scope
     with writing(engine) as connection:
         for table in (use_batches, budget_reservations):
-            connection.execute(delete(table).where(table.c.at < at - FORGOTTEN_AFTER_S))
+            connection.execute(delete(table).where(table.c.at < at - FORGOTTEN_AFTER_S, *_FORGOTTEN.get(table, ())))
         for form in _PERIODS:
             is_one, period = name.like(f"%{_IN}{form}"), func.substr(name, func.length(name) - (len(form) - 1))
             last = connection.scalar(select(func.max(period)).where(is_one)) or ""

@@ -98,7 +98,9 @@ class Journal:
         with told(path):
             self._rows = Rows(self._connection)
             (self.id,) = self._connection.execute("SELECT id FROM ledger").fetchone()
-            self.interrupted = self._end_running()
+            self.ended_before = self._rows.sequence  # up to which nothing ended at this start
+            self._end_running()
+            self.ended_at_start = self._rows.sequence
         self._reserve.keep()
         self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_all, name="flexgate-ledger", daemon=True)
@@ -337,7 +339,7 @@ class Journal:
         rows.mark((running[id_], mark, at) for id_, (mark, _) in batch.marks.items() if id_ not in ended)
         rows.drop([*(running[request] for request in ended if request in running), *self._refused])
 
-    def _end_running(self) -> list[End]:
+    def _end_running(self) -> None:
         """End the requests that were running when the file was last open, with their last marks, when these were made.
 
         None ends earlier than what ended before the file was closed, or in a closed month.
@@ -355,7 +357,6 @@ class Journal:
         self._count_recorded()
         if ended:
             logger.warning("%d requests were running when the server ended; their last marks count", len(ended))
-        return ended
 
 
 class Entry:

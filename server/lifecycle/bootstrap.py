@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -83,7 +84,7 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
         planned = plan(engine_settings)
         require_ranks(before, planned.table.map.rank_of)
         _prepare(settings, store, before, checkpoint.ownership, at=clock())
-        count_interrupted(store, ledger, clock)
+        counted = count_interrupted(store, ledger, clock)
         with _interruptible():
             launching = launch(engine_settings, stage, clock=clock)
             engine = await launching.__aenter__()
@@ -106,6 +107,8 @@ async def serve(settings: Settings, model: Path, *, stage: Stage, ready: Ready) 
                     clock,
                     tracing,
                 )
+                if not counted:
+                    services.budget_usage.later = partial(count_interrupted, store, ledger, clock, serving=True)
                 after_engine.callback(services.budget_usage.close)  # once no request has anything left to commit
                 engine.client.publish(with_packages(model, engine.client.experts()), engine.client.weights_epoch)
                 require_unchanged(checkpoint)

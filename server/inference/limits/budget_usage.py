@@ -47,6 +47,7 @@ class BudgetUsage:
         self._unwritten: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
         self._changed: set[str] = set()  # scopes in which the store does not have what is reserved now
+        self.later: Callable[[], bool] | None = None  # what the store did not take at the start, until it does
         self._forgot = -1  # the day, as a number, on which what counts no more was last removed
 
     def committed(self, scope: str) -> int | None:
@@ -78,6 +79,11 @@ class BudgetUsage:
         with self._lock:
             self._add(scope, tokens)
 
+    def unwritten(self) -> dict[str, int]:
+        """What was used, and is in no batch yet."""
+        with self._lock:
+            return dict(self._unwritten)
+
     def _add(self, scope: str, tokens: int) -> None:
         if tokens:
             self._unwritten[scope] = self._unwritten.get(scope, 0) + tokens
@@ -93,6 +99,8 @@ class BudgetUsage:
             self._write()  # the batch that failed before, as it was: it may have been written all the same
             self._next_batch()
             self._write()
+            if self.later is not None and self.later():
+                self.later = None
             stored = budgets.read_use(self._store.engine, self._server)
             with self._lock:
                 if self._stored is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest_asyncio
 from flexgate.policies.agreements import Agreement
 from flexgate.policies.documents import BILLION, Cost, Quota, Tenant
 from flexgate.policies.errors import StoreFull
-from flexgate.policies.store import Store, budgets
+from flexgate.policies.store import Store, budgets, schema
+from flexgate.policies.store.budgets import Batch
 from flexgate.server.inference.limits.budget_usage import BudgetUsage
 from flexgate.server.inference.limits.interrupted import count_interrupted
 from flexgate.server.ledger.entries import COMPLETED, NOTHING, RegisteredExpert, Registration, Used
@@ -72,7 +75,7 @@ async def test_what_was_used_by_interrupted_requests_takes_the_place_of_what_the
 async def test_an_orderly_end_leaves_nothing_to_count(real_store: Store, tmp_path: Path) -> None:
     for _ in range(2):
         journal = Journal(tmp_path / "other.db", clock=now)
-        assert journal.interrupted == []
+        assert journal.ended_before == journal.ended_at_start
         count_interrupted(real_store, journal, now)
         entry = journal.register(registration("c"))
         await entry.registered()
@@ -84,19 +87,65 @@ async def test_an_orderly_end_leaves_nothing_to_count(real_store: Store, tmp_pat
 async def test_tokens_count_although_the_price_is_not_known(
     real_store: Store, ledger: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger.interrupted = [(registration("b", version=9), *rest) for _, *rest in ledger.interrupted]
+    with closing(sqlite3.connect(ledger.path)) as connection, connection:
+        connection.execute("UPDATE experts SET agreement_version = 9 WHERE agreement IS NOT NULL")
     count_interrupted(real_store, ledger, now)
     assert budgets.read_use(real_store.engine).used == {"t": 14, "t/n@2026-10-31": 1}
     assert "uses count under version 9 of agreement 'paid'" in caplog.text
 
 
-async def test_a_start_on_a_full_disk_goes_on_and_says_what_is_not_counted(
+async def test_a_start_that_fails_after_a_kill_loses_nothing(
+    real_store: Store, ledger: Journal, tmp_path: Path
+) -> None:
+    ledger.close()  # the ledger has ended them, and the start was refused before they were counted
+    with closing(Journal(tmp_path / "ledger.db", clock=now)) as again:
+        _told_before(real_store, again)
+        count_interrupted(real_store, again, now)
+    assert budgets.read_use(real_store.engine).used == COUNTED
+
+
+async def test_what_was_interrupted_counts_once_however_often_the_server_starts(
+    real_store: Store, ledger: Journal, tmp_path: Path
+) -> None:
+    count_interrupted(real_store, ledger, now)
+    budgets.forget(real_store.engine, NOW + 2 * budgets.FORGOTTEN_AFTER_S)
+    count_interrupted(real_store, ledger, now)
+    ledger.close()
+    with closing(Journal(tmp_path / "ledger.db", clock=now)) as again:
+        count_interrupted(real_store, again, now)
+    assert budgets.read_use(real_store.engine).used == COUNTED
+
+
+async def test_a_database_that_was_put_back_gets_what_it_has_not(real_store: Store, ledger: Journal) -> None:
+    _told_before(real_store, ledger)
+    count_interrupted(real_store, ledger, now)
+    with budgets.writing(real_store.engine) as connection:
+        for table in (schema.token_use, schema.use_batches):
+            connection.execute(table.delete())
+    _told_before(real_store, ledger)
+    count_interrupted(real_store, ledger, now)
+    assert budgets.read_use(real_store.engine).used == COUNTED
+
+
+def _told_before(store: Store, ledger: Journal) -> None:
+    """An earlier start has counted what there was, up to the request that had ended."""
+    budgets.add_use(store.engine, {}, Batch(budgets.interruptions_writer(ledger.id), 1), NOW)
+
+
+async def test_what_the_database_does_not_take_is_tried_again_and_keeps_what_runs_meanwhile(
     real_store: Store, ledger: Journal, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:
         raise StoreFull("no room")
 
-    monkeypatch.setattr(budgets, "add_use", full)
-    with caplog.at_level(logging.ERROR):
-        count_interrupted(real_store, ledger, now)
-    assert "budgets lack what 1 interrupted requests used: no room" in caplog.text
+    with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+        patched.setattr(budgets, "add_use", full)
+        assert not count_interrupted(real_store, ledger, now)
+    assert "budgets lack what interrupted requests used, until the database takes it: no room" in caplog.text
+    usage = BudgetUsage(real_store, server=ledger.id, clock=now)
+    usage.later = lambda: count_interrupted(real_store, ledger, now, serving=True)
+    usage.reserve("t", 7)
+    usage.refresh()
+    usage.refresh()
+    assert usage.later is None
+    assert budgets.read_use(real_store.engine) == (COUNTED, {"t": 7}, frozenset())
