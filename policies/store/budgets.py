@@ -1,6 +1,6 @@
 """What projects and keys have used of budgets, summed over all processes and restarts, and what runs has reserved.
 
-What a server that was killed had reserved counts until it starts again, and then what it used, or for a week.
+What a server that was killed had reserved counts until it starts again, and then what it used; at most for a lease.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from flexgate.policies.store.database import reading, writing
 from flexgate.policies.store.schema import budget_reservations, token_use, use_batches
 
 FORGOTTEN_AFTER_S: Final = 7 * 86400.0
+LEASE_S: Final = 900.0
+"""How long what a server has reserved counts after it last wrote or renewed it."""
 _IN: Final = "@"
 _INTERRUPTED: Final = "interrupted@"
 _FORGOTTEN: Final = {use_batches: (~use_batches.c.writer.startswith(_INTERRUPTED, autoescape=True),)}
@@ -44,11 +46,15 @@ class Reservations(NamedTuple):
 
 
 class Use(NamedTuple):
-    """What is used by limit scope, what others have reserved, and in which scopes the database has own reservations."""
+    """What is used by limit scope, what others have reserved, and in which scopes the database has own reservations.
+
+    `lapsed` are the other servers that have reservations and have not renewed them within the lease.
+    """
 
     used: dict[str, int]
     elsewhere: Mapping[str, int]
     own: frozenset[str]
+    lapsed: frozenset[str]
 
 
 NOTHING_RESERVED: Final = Reservations("", {})
@@ -118,18 +124,26 @@ def forget(engine: Engine, at: float) -> None:
             connection.execute(delete(token_use).where(is_one, period < before))
 
 
-def read_use(engine: Engine, server: str = "") -> Use:
-    """What is used and reserved, as `server` sees it."""
+def renew(engine: Engine, server: str, at: float) -> None:
+    """Let what a server has reserved count for another lease, from `at` Unix seconds."""
+    with writing(engine, alone=False) as connection:
+        connection.execute(update(budget_reservations).where(budget_reservations.c.server == server).values(at=at))
+
+
+def read_use(engine: Engine, server: str = "", at: float = 0.0) -> Use:
+    """What is used and reserved, as `server` sees it `at` Unix seconds."""
     elsewhere: Counter[str] = Counter()
-    own = set()
+    own, lapsed = set(), set()
     with reading(engine) as connection:
         used = {row.limit_scope: row.tokens for row in connection.execute(select(token_use))}
         for row in connection.execute(select(budget_reservations)):
             if row.server == server:
                 own.add(row.limit_scope)
+            elif row.at < at - LEASE_S:
+                lapsed.add(row.server)
             else:
                 elsewhere[row.limit_scope] += row.amount
-    return Use(used, elsewhere, frozenset(own))
+    return Use(used, elsewhere, frozenset(own), frozenset(lapsed))
 
 
 def _is_next(connection: Connection, batch: Batch, at: float) -> bool:

@@ -42,6 +42,12 @@ class Ledger(Protocol):
     def state(self) -> State: ...
 
 
+class Budgets(Protocol):
+    """The part of budget usage that metrics show."""
+
+    def lapsed(self) -> int: ...
+
+
 class Probed(Callers, Protocol):
     """The services that probes and metrics use."""
 
@@ -51,6 +57,8 @@ class Probed(Callers, Protocol):
     def queue(self) -> Queue: ...
     @property
     def ledger(self) -> Ledger: ...
+    @property
+    def budget_usage(self) -> Budgets: ...
     @property
     def ledger_failure(self) -> LedgerFailure: ...
     @property
@@ -80,6 +88,7 @@ class Operations:
         queue = self._services.queue
         metrics.queue(queue.queued, queue.projects, queue.free)
         metrics.ledger(self._services.ledger.state())
+        metrics.budget_servers_lapsed(self._services.budget_usage.lapsed())
         return Response(await run_in(METRICS, metrics.render), media_type=metrics.CONTENT_TYPE)
 
     def _is_ready(self) -> bool:

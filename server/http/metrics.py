@@ -29,6 +29,9 @@ _BEHIND: Final = Gauge(
     "How far the clock is behind the ledger's newest end or closed month.",
     registry=REGISTRY,
 )
+_LAPSED: Final = Gauge(
+    "flexgate_budget_servers_lapsed", "Other servers whose reservations of budgets count no more.", registry=REGISTRY
+)
 _UNCOPIED: Final = Gauge(
     "flexgate_ledger_uncopied", "Recorded requests that a copy does not have yet.", ["copy"], registry=REGISTRY
 )
@@ -88,6 +91,11 @@ def ledger(state: State) -> None:
     _BEHIND.set(state.behind_seconds)
     for name, requests in state.uncopied.items():
         _UNCOPIED.labels(copy=name).set(requests)
+
+
+def budget_servers_lapsed(servers: int) -> None:
+    """Note how many servers have not renewed what they reserved."""
+    _LAPSED.set(servers)
 
 
 def count_events(outcome: str, events: int) -> None:

@@ -20,6 +20,7 @@ from flexgate.policies.store.budgets import Batch, Reservations, Use
 from flexgate.policies.store.store import Store
 
 EVERY_S: Final = 1.0
+RENEWED_EVERY_S: Final = budgets.LEASE_S / 15
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class BudgetUsage:
         self._reserved: dict[str, int] = {}
         self._changed: set[str] = set()  # scopes in which the store does not have what is reserved now
         self.later: Callable[[], bool] | None = None  # what the store did not take at the start, until it does
+        self._renewed = 0.0  # when the lease of what is reserved was last renewed
+        self._lapsed: frozenset[str] = frozenset()
         self._forgot = -1  # the day, as a number, on which what counts no more was last removed
 
     def committed(self, scope: str) -> int | None:
@@ -101,11 +104,29 @@ class BudgetUsage:
             self._write()
             if self.later is not None and self.later():
                 self.later = None
-            stored = budgets.read_use(self._store.engine, self._server)
+            self._renew()
+            stored = budgets.read_use(self._store.engine, self._server, self._clock())
+            self._say_lapsed(stored.lapsed)
             with self._lock:
                 if self._stored is None:
                     self._changed |= stored.own  # of before a restart
                 self._stored = stored
+
+    def _renew(self) -> None:
+        """Let long requests' reservations count on; what a clock that was set back wrote is renewed as well."""
+        now = self._clock()
+        if abs(now - self._renewed) >= RENEWED_EVERY_S:
+            budgets.renew(self._store.engine, self._server, now)
+            self._renewed = now
+
+    def _say_lapsed(self, lapsed: frozenset[str]) -> None:
+        for server in sorted(lapsed - self._lapsed):
+            logger.warning("server %s has not renewed what it reserved of budgets: it counts no more", server)
+        self._lapsed = lapsed
+
+    def lapsed(self) -> int:
+        """How many other servers have reservations that count no more."""
+        return len(self._lapsed)
 
     def _next_batch(self) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ def test_what_a_kill_or_a_stop_cuts_off_is_in_budgets_as_in_the_ledger(text_chec
             assert interrupted > 0
             stopped.process.send_signal(signal.SIGTERM)
             assert stopped.process.wait(60) == 0
-        assert budgets.read_use(store.engine) == ({"proj_all": _billed(tmp_path)}, {}, frozenset())
+        assert budgets.read_use(store.engine) == ({"proj_all": _billed(tmp_path)}, {}, frozenset(), frozenset())
         assert _billed(tmp_path) > interrupted
 
 

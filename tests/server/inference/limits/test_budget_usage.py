@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from clocks import Clock
 
 from flexgate.policies.errors import StoreReplaced, StoreUnavailable
 from flexgate.policies.store import Store, budgets, database
-from flexgate.server.inference.limits.budget_usage import BudgetUsage
+from flexgate.server.inference.limits.budget_usage import RENEWED_EVERY_S, BudgetUsage
 
 
 @pytest.fixture
@@ -124,3 +125,39 @@ def test_used_tokens_are_counted_once_though_it_is_not_known_whether_they_were_w
     usage.add("t", 5)
     usage.close()
     assert budgets.read_use(real_store.engine).used == {"t": 18}
+
+
+def test_what_a_server_that_does_not_return_had_reserved_counts_for_a_lease(
+    real_store: Store, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone, other = (BudgetUsage(real_store, server=name, clock=clock) for name in "ab")
+    gone.reserve("t", 60)
+    gone.refresh()
+    clock.now += budgets.LEASE_S
+    other.refresh()
+    assert (other.reserved("t"), other.lapsed()) == (60, 0)
+    clock.now += 1
+    for _ in range(2):
+        other.refresh()
+    assert (other.reserved("t"), other.lapsed()) == (0, 1)
+    assert caplog.text.count("server a has not renewed what it reserved of budgets") == 1
+    gone.refresh()  # it was only away
+    other.refresh()
+    assert (other.reserved("t"), other.lapsed()) == (60, 0)
+
+
+def test_what_a_long_request_has_reserved_counts_as_long_as_its_server_renews_it(
+    real_store: Store, clock: Clock
+) -> None:
+    here, other = (BudgetUsage(real_store, server=name, clock=clock) for name in "ab")
+    here.reserve("t", 60)
+    for _ in range(40):
+        here.refresh()
+        clock.now += RENEWED_EVERY_S
+    other.refresh()
+    assert other.reserved("t") == 60
+    clock.now -= 7 * 86_400  # set back
+    here.refresh()
+    clock.now += budgets.LEASE_S
+    other.refresh()
+    assert other.reserved("t") == 60

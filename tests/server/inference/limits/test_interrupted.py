@@ -69,7 +69,7 @@ async def test_what_was_used_by_interrupted_requests_takes_the_place_of_what_the
 ) -> None:
     assert budgets.read_use(real_store.engine).elsewhere == {"t": 60}
     count_interrupted(real_store, ledger, now)
-    assert budgets.read_use(real_store.engine) == (COUNTED, {}, frozenset())
+    assert budgets.read_use(real_store.engine) == (COUNTED, {}, frozenset(), frozenset())
 
 
 async def test_an_orderly_end_leaves_nothing_to_count(real_store: Store, tmp_path: Path) -> None:
@@ -148,4 +148,4 @@ async def test_what_the_database_does_not_take_is_tried_again_and_keeps_what_run
     usage.refresh()
     usage.refresh()
     assert usage.later is None
-    assert budgets.read_use(real_store.engine) == (COUNTED, {"t": 7}, frozenset())
+    assert budgets.read_use(real_store.engine) == (COUNTED, {"t": 7}, frozenset(), frozenset())
