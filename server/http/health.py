@@ -46,6 +46,7 @@ class Budgets(Protocol):
     """The part of budget usage that metrics show."""
 
     def lapsed(self) -> int: ...
+    def unwritable(self) -> bool: ...
 
 
 class Probed(Callers, Protocol):
@@ -88,7 +89,8 @@ class Operations:
         queue = self._services.queue
         metrics.queue(queue.queued, queue.projects, queue.free)
         metrics.ledger(self._services.ledger.state())
-        metrics.budget_servers_lapsed(self._services.budget_usage.lapsed())
+        usage = self._services.budget_usage
+        metrics.budgets(usage.lapsed(), usage.unwritable())
         return Response(await run_in(METRICS, metrics.render), media_type=metrics.CONTENT_TYPE)
 
     def _is_ready(self) -> bool:

@@ -32,6 +32,11 @@ _BEHIND: Final = Gauge(
 _LAPSED: Final = Gauge(
     "flexgate_budget_servers_lapsed", "Other servers whose reservations of budgets count no more.", registry=REGISTRY
 )
+_BUDGETS_UNWRITTEN: Final = Gauge(
+    "flexgate_budgets_unwritten",
+    "Whether requests with a budget are refused, because what is used cannot be written.",
+    registry=REGISTRY,
+)
 _UNCOPIED: Final = Gauge(
     "flexgate_ledger_uncopied", "Recorded requests that a copy does not have yet.", ["copy"], registry=REGISTRY
 )
@@ -93,9 +98,10 @@ def ledger(state: State) -> None:
         _UNCOPIED.labels(copy=name).set(requests)
 
 
-def budget_servers_lapsed(servers: int) -> None:
-    """Note how many servers have not renewed what they reserved."""
-    _LAPSED.set(servers)
+def budgets(servers_lapsed: int, unwritable: bool) -> None:
+    """Note how many servers have not renewed what they reserved, and whether use cannot be written."""
+    _LAPSED.set(servers_lapsed)
+    _BUDGETS_UNWRITTEN.set(unwritable)
 
 
 def count_events(outcome: str, events: int) -> None:

@@ -21,6 +21,8 @@ from flexgate.policies.store.store import Store
 
 EVERY_S: Final = 1.0
 RENEWED_EVERY_S: Final = budgets.LEASE_S / 15
+WRITTEN_WITHIN_S: Final = 60.0
+"""After so long, use that the store does not take is not added to: others do not see it, a restart forgets it."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,17 @@ class _Changes(NamedTuple):
 class BudgetUsage:
     """`run` writes and reads again and again. Safe to use from several threads."""
 
-    def __init__(self, store: Store, *, server: str | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        server: str | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`server` has the same id after a restart; `clock` gives Unix seconds."""
+        self._monotonic = monotonic
+        self._failing_since: float | None = None
         self._store = store
         self._server = server or secrets.token_hex(16)
         self._clock = clock
@@ -99,9 +110,7 @@ class BudgetUsage:
     def refresh(self) -> None:
         """Write what this process used and reserved, and read the total of all; raises `StoreError`. Blocks."""
         with self._refreshing:
-            self._write()  # the batch that failed before, as it was: it may have been written all the same
-            self._next_batch()
-            self._write()
+            self._write_all()
             if self.later is not None and self.later():
                 self.later = None
             self._renew()
@@ -112,10 +121,28 @@ class BudgetUsage:
                     self._changed |= stored.own  # of before a restart
                 self._stored = stored
 
+    def unwritable(self) -> bool:
+        """Whether the store has not taken what was used for so long that requests with a budget are refused."""
+        since = self._failing_since
+        return since is not None and self._monotonic() - since >= WRITTEN_WITHIN_S
+
+    def _write_all(self) -> None:
+        try:
+            self._write()  # the batch that failed before, as it was: it may have been written all the same
+            self._next_batch()
+            self._write()
+        except StoreError:
+            if self._failing_since is None:
+                self._failing_since = self._monotonic()
+            raise
+        self._failing_since = None
+
     def _renew(self) -> None:
         """Let long requests' reservations count on; what a clock that was set back wrote is renewed as well."""
         now = self._clock()
-        if abs(now - self._renewed) >= RENEWED_EVERY_S:
+        with self._lock:
+            runs = any(self._reserved.values())
+        if runs and abs(now - self._renewed) >= RENEWED_EVERY_S:
             budgets.renew(self._store.engine, self._server, now)
             self._renewed = now
 

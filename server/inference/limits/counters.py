@@ -165,7 +165,11 @@ class Budget:
         return committed + self._usage.reserved(self._reserved_in)
 
     def wait(self, limit: int, amount: int, now: float) -> float:
-        """0, or infinite: time gives nothing back."""
+        """0, or infinite: time gives nothing back. Raises `Unavailable` while what is used cannot be written."""
+        if self._usage.unwritable():
+            raise Unavailable(
+                "What is used of budgets cannot be written to the database. Try again later.", code="budget_unwritten"
+            )
         return 0.0 if self.used(now) + amount <= limit else math.inf
 
     def reset(self, now: float) -> float:

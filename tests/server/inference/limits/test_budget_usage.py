@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from clocks import Clock
 
-from flexgate.policies.errors import StoreReplaced, StoreUnavailable
+from flexgate.policies.documents import Quota
+from flexgate.policies.errors import StoreFull, StoreReplaced, StoreUnavailable
 from flexgate.policies.store import Store, budgets, database
-from flexgate.server.inference.limits.budget_usage import RENEWED_EVERY_S, BudgetUsage
+from flexgate.server.http.errors import Unavailable
+from flexgate.server.inference.limits.budget_usage import RENEWED_EVERY_S, WRITTEN_WITHIN_S, BudgetUsage
+from flexgate.server.inference.limits.limiter import TOKENS, Limiter, LimitScope
 
 
 @pytest.fixture
@@ -161,3 +164,48 @@ def test_what_a_long_request_has_reserved_counts_as_long_as_its_server_renews_it
     clock.now += budgets.LEASE_S
     other.refresh()
     assert other.reserved("t") == 60
+
+
+@pytest.mark.parametrize("field", ["total_tokens", "tokens_per_day"])
+def test_budgets_that_cannot_be_written_are_spent_for_a_minute_and_no_longer(
+    real_store: Store, clock: Clock, monkeypatch: Any, field: str
+) -> None:
+    usage = BudgetUsage(real_store, clock=clock, monotonic=clock)
+    limiter = Limiter(usage, clock=clock, wall_clock=clock)
+    scopes = (LimitScope("project", "t", Quota.model_validate({field: 100})),)
+    usage.refresh()
+    with monkeypatch.context() as patched:
+        patched.setattr(budgets, "add_use", full)
+        running = limiter.reserve(scopes, {TOKENS: 10})
+        fails(usage)
+        clock.now += WRITTEN_WITHIN_S - 1
+        fails(usage)
+        limiter.reserve(scopes, {TOKENS: 10}).commit({TOKENS: 10})
+        clock.now += 1
+        with pytest.raises(Unavailable, match="cannot be written to the database") as refused:
+            limiter.reserve(scopes, {TOKENS: 10})
+        assert (refused.value.code, usage.unwritable()) == ("budget_unwritten", True)
+        running.commit({TOKENS: 10})  # what runs ends as ever
+        free = (LimitScope("project", "t", Quota.model_validate({"requests_per_minute": 1})),)
+        limiter.reserve(free, {TOKENS: 10})
+    usage.refresh()
+    assert not usage.unwritable()
+    limiter.reserve(scopes, {TOKENS: 10})
+    assert sum(budgets.read_use(real_store.engine).used.values()) == 20
+
+
+def test_a_server_on_which_nothing_runs_reads_budgets_that_it_cannot_write(real_store: Store, monkeypatch: Any) -> None:
+    monkeypatch.setattr(budgets, "add_use", full)
+    monkeypatch.setattr(budgets, "renew", full)
+    usage = BudgetUsage(real_store)
+    usage.refresh()
+    assert usage.committed("t") == 0
+
+
+def full(*_: object) -> None:
+    raise StoreFull("no room")
+
+
+def fails(usage: BudgetUsage) -> None:
+    with pytest.raises(StoreFull):
+        usage.refresh()

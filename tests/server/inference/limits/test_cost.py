@@ -212,6 +212,9 @@ class Used:
     def committed(self, scope: str) -> int:
         return self.by_scope.get(scope, 0)
 
+    def unwritable(self) -> bool:
+        return False
+
     def reserved(self, scope: str) -> int:
         return self.running.get(scope, 0)
 
