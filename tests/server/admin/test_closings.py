@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from fractions import Fraction
 from typing import Any
 
@@ -240,7 +242,9 @@ async def test_usage_comes_into_no_closed_month_after_a_restart_with_the_clock_b
     killed._connection.execute("DELETE FROM running WHERE request = 'end'")
     services.ledger = Journal(killed.path, clock=lambda: START + 120)
     try:
-        assert [one[2] for one in services.ledger.interrupted if one[0] == cut_off] == [microseconds(DECEMBER)]
+        with closing(sqlite3.connect(killed.path)) as ledger:
+            ended = ledger.execute("SELECT ended_at FROM usage WHERE request = 'dec_cut_off'").fetchall()
+        assert ended == [(microseconds(DECEMBER),)]
         await use(services, 4)
         clock_of[0] = JANUARY
         assert await requests_of(call, "2026-11") == 3
