@@ -304,6 +304,9 @@ def main() -> int:
         return 0
     if options.workers < 1:
         parser.error(f"--workers is a number from 1, not {options.workers}")
+    # SIGINT is ignored in what a script starts in the background, and `timeout` sends SIGTERM.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     return check(defects) if options.check else plant(defects, options.results, options.workers)
 
 

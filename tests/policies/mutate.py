@@ -48,6 +48,8 @@ KILLERS = [
     "test_properties.py",
     "test_incremental.py",
     "test_stored_agreements.py",
+    "test_required.py",
+    "test_agreements.py",
 ]
 COMPARISONS = {
     ast.Lt: ast.LtE,

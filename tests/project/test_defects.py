@@ -171,7 +171,8 @@ def test_defects_that_are_planted_at_once_are_not_in_one_copy(tmp_path: Path) ->
     assert "2 of 2 killed" in done.stdout
 
 
-def test_a_run_that_is_interrupted_leaves_no_test_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_leaves_no_test_running(tmp_path: Path, number: signal.Signals) -> None:
     root, begun = tmp_path / "project", tmp_path / "begun"
     small_project(root)
     (root / "tests/test_b.py").write_text(
@@ -182,13 +183,16 @@ def test_a_run_that_is_interrupted_leaves_no_test_running(tmp_path: Path) -> Non
     defect(root, "slow", "test_b.py::test_waits", "MOST = 3", "MOST = 4")
     command = [sys.executable, str(root / "tests/defects/run.py"), "--workers", "2"]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        until = time.monotonic() + 100
-        while not (begun.exists() and begun.read_text()):
-            assert time.monotonic() < until
-            assert process.poll() is None, process.stdout
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            until = time.monotonic() + 100
+            while not (begun.exists() and begun.read_text()):
+                assert time.monotonic() < until
+                assert process.poll() is None, process.stdout
+                time.sleep(0.01)
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(begun.read_text()), 0)

@@ -47,6 +47,9 @@ FILES = {
 
         @pytest.mark.parametrize("number", range(4))
         def test_nothing(number): pass
+
+        @pytest.mark.parametrize("kind", ["b"], indirect=True, scope="session")
+        def test_one_kind(engine, kind): pass
     """,
     "test_second.py": """
         import pytest
@@ -112,7 +115,7 @@ def run(folder: Path, files: dict[str, str]) -> "subprocess.CompletedProcess[str
 def test_what_runs_for_several_tests_starts_once_on_two_workers(tmp_path: Path) -> None:
     done = run(tmp_path, FILES)
     assert done.returncode == 0, done.stdout
-    assert "32 passed" in done.stdout
+    assert "33 passed" in done.stdout
     lines = (tmp_path / "started").read_text().splitlines()
     started = [line for line in lines if not line.startswith("worker")]
     assert sorted(started) == ["engine a", "engine b", "server of test_first.py", "server of test_second.py"]

@@ -82,11 +82,11 @@ def assign(items: list[pytest.Item]) -> dict[str, str]:
 def kept_running(item: Any) -> Iterator[Hashable]:
     """The instances of fixtures that this test may share with others and that have something to end."""
     definitions = {name: found[-1] for name, found in item._fixtureinfo.name2fixturedefs.items()}
-    chosen = item.callspec.indices if hasattr(item, "callspec") else {}
+    chosen = item.callspec.params if hasattr(item, "callspec") else {}  # indices count within one parametrize
     for name, definition in definitions.items():
         if definition.scope in SHARED and inspect.isgeneratorfunction(definition.func):
             needed = _closure(name, definitions)
-            choice = tuple((other, at) for other, at in chosen.items() if other in needed)
+            choice = tuple((other, repr(value)) for other, value in chosen.items() if other in needed)
             yield name, item.path if definition.scope == "module" else definition.baseid, choice
 
 

@@ -47,7 +47,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "`--moe-kernels flexgate` on CPU", "tested", "torch reference: every engine test; Triton interpreted: slow ones"
     ),
-    Capability("low-rank slots, on CPU", "tested", "slow tests of engine and server, torch reference"),
+    Capability("low-rank slots, on CPU", "tested", "slow tests, eager in float32, torch reference"),
     Capability("low-rank slots, on CUDA or on several ranks", "refused", "the torch reference of one rank alone"),
     Capability("CUDA", "unverified", "not run on a GPU yet"),
     Capability("tied embeddings (`tie_word_embeddings`)", "tested", "slow engine test, on CPU"),

@@ -121,8 +121,8 @@ def describe_kernels(reports: Sequence[RankReport]) -> str:
 
 
 def _same(values: Sequence[list[Any]]) -> list[Any]:
-    """The list that all layers share; none, which matches no expectation, where they differ."""
-    return values[0] if all(value == values[0] for value in values) else []
+    """The list that all layers share; where they differ, one that matches no expectation."""
+    return values[0] if all(value == values[0] for value in values) else ["layers differ"]
 
 
 def _one(values: Sequence[str]) -> str:
