@@ -34,7 +34,7 @@ _LAPSED: Final = Gauge(
 )
 _BUDGETS_UNWRITTEN: Final = Gauge(
     "flexgate_budgets_unwritten",
-    "Whether requests with a budget are refused, because what is used cannot be written.",
+    "Whether requests with a budget are refused, because the database did not exchange it for a minute.",
     registry=REGISTRY,
 )
 _UNCOPIED: Final = Gauge(

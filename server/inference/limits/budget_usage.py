@@ -22,7 +22,8 @@ from flexgate.policies.store.store import Store
 EVERY_S: Final = 1.0
 RENEWED_EVERY_S: Final = budgets.LEASE_S / 15
 WRITTEN_WITHIN_S: Final = 60.0
-"""After so long, use that the store does not take is not added to: others do not see it, a restart forgets it."""
+"""After so long without an exchange with the store nothing more is granted: others do not see what is used here,
+nor we what they use, and a restart forgets it."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class BudgetUsage:
     ) -> None:
         """`server` has the same id after a restart; `clock` gives Unix seconds."""
         self._monotonic = monotonic
-        self._failing_since: float | None = None
+        self._refreshed_at = monotonic()
         self._store = store
         self._server = server or secrets.token_hex(16)
         self._clock = clock
@@ -110,7 +111,9 @@ class BudgetUsage:
     def refresh(self) -> None:
         """Write what this process used and reserved, and read the total of all; raises `StoreError`. Blocks."""
         with self._refreshing:
-            self._write_all()
+            self._write()  # the batch that failed before, as it was: it may have been written all the same
+            self._next_batch()
+            self._write()
             if self.later is not None and self.later():
                 self.later = None
             self._renew()
@@ -120,22 +123,11 @@ class BudgetUsage:
                 if self._stored is None:
                     self._changed |= stored.own  # of before a restart
                 self._stored = stored
+            self._refreshed_at = self._monotonic()
 
     def unwritable(self) -> bool:
-        """Whether the store has not taken what was used for so long that requests with a budget are refused."""
-        since = self._failing_since
-        return since is not None and self._monotonic() - since >= WRITTEN_WITHIN_S
-
-    def _write_all(self) -> None:
-        try:
-            self._write()  # the batch that failed before, as it was: it may have been written all the same
-            self._next_batch()
-            self._write()
-        except StoreError:
-            if self._failing_since is None:
-                self._failing_since = self._monotonic()
-            raise
-        self._failing_since = None
+        """Whether nothing was exchanged with the store for so long that requests with a budget are refused."""
+        return self._monotonic() - self._refreshed_at >= WRITTEN_WITHIN_S
 
     def _renew(self) -> None:
         """Let long requests' reservations count on; what a clock that was set back wrote is renewed as well."""
@@ -170,7 +162,7 @@ class BudgetUsage:
             try:
                 await asyncio.to_thread(self.refresh)
                 await asyncio.to_thread(self._forget)
-            except StoreError as error:
+            except Exception as error:  # whatever it is, it must be tried again
                 logger.error("used tokens cannot be written: %s", type(error).__name__)
 
     def close(self) -> None:

@@ -168,7 +168,8 @@ class Budget:
         """0, or infinite: time gives nothing back. Raises `Unavailable` while what is used cannot be written."""
         if self._usage.unwritable():
             raise Unavailable(
-                "What is used of budgets cannot be written to the database. Try again later.", code="budget_unwritten"
+                "What is used of budgets has not been written to the database for a minute. Try again later.",
+                code="budget_unwritten",
             )
         return 0.0 if self.used(now) + amount <= limit else math.inf
 

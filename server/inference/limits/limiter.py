@@ -193,31 +193,34 @@ class Limiter:
 
     def reserve(self, scopes: Iterable[LimitScope], amounts: Amounts) -> Reservation:
         """Reserve `amounts` within every scope's limits; raises `ApiError` (429)."""
-        lines = list(self._lines(scopes))
+        lines = list(self._lines(scopes, self._counter))
         concerned = [line for line in lines if line.rule.unit in amounts]
         reservation = Reservation(concerned, lines, self._clock)
         reservation.raise_to(**amounts)
         return reservation
 
     def count(self, scopes: Iterable[LimitScope], amounts: Amounts, costs: Amounts) -> None:
-        """Count what was used without a reservation, in budgets alone; `costs` are by currency, in billionths."""
+        """Count what was used without a reservation, in budgets alone; `costs` are by currency, in billionths.
+
+        No counter is kept, or asked what is used: this also works before the store was read.
+        """
         now = self._clock()
-        for line in self._lines(scopes):
+        for line in self._lines(scopes, lambda scope, rule: rule.counter(scope)):
             used = costs.get(line.currency, 0) if line.currency else amounts[line.rule.unit]
             if line.rule.budget:
                 line.counter.commit(line.counter.reserve(0, now), used, now)
 
-    def _lines(self, scopes: Iterable[LimitScope]) -> Iterator[_Line]:
+    def _lines(self, scopes: Iterable[LimitScope], counter: Callable[[str, Rule], Counter]) -> Iterator[_Line]:
         for scope in scopes:
             if scope.quota is UNLIMITED:
                 continue
             for rule in self._rules:
                 limit = getattr(scope.quota, rule.field)
                 if isinstance(limit, Cost):
-                    counter = self._counter(f"{scope.id}/{limit.currency}", rule)
-                    yield _Line(scope, rule, limit.billionths, counter, limit.currency)
+                    of_currency = counter(f"{scope.id}/{limit.currency}", rule)
+                    yield _Line(scope, rule, limit.billionths, of_currency, limit.currency)
                 elif limit is not None:
-                    yield _Line(scope, rule, limit, self._counter(scope.id, rule))
+                    yield _Line(scope, rule, limit, counter(scope.id, rule))
 
     def _counter(self, scope: str, rule: Rule) -> Counter:
         key = (scope, rule.field)

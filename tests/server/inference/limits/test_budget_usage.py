@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -57,9 +59,6 @@ def test_a_reservation_that_was_not_written_is_written_later(
 ) -> None:
     other = BudgetUsage(real_store)
 
-    def broken(*_: object) -> None:
-        raise StoreUnavailable("away")
-
     usage.reserve("t", 5)
     monkeypatch.setattr(budgets, "add_use", broken)
     with pytest.raises(StoreUnavailable):
@@ -73,9 +72,6 @@ def test_a_reservation_that_was_not_written_is_written_later(
 
 
 def test_used_tokens_are_not_lost_while_the_store_is_away(usage: BudgetUsage, monkeypatch: Any) -> None:
-    def broken(*_: object) -> None:
-        raise StoreUnavailable("away")
-
     usage.add("t", 5)
     monkeypatch.setattr(budgets, "add_use", broken)
     with pytest.raises(StoreUnavailable):
@@ -90,9 +86,6 @@ def test_used_tokens_are_not_lost_while_the_store_is_away(usage: BudgetUsage, mo
 def test_used_tokens_are_written_once_though_they_cannot_be_read_back(
     real_store: Store, usage: BudgetUsage, monkeypatch: Any
 ) -> None:
-    def broken(*_: object) -> None:
-        raise StoreUnavailable("away")
-
     usage.add("t", 10)
     monkeypatch.setattr(budgets, "read_use", broken)
     with pytest.raises(StoreUnavailable):
@@ -182,7 +175,7 @@ def test_budgets_that_cannot_be_written_are_spent_for_a_minute_and_no_longer(
         fails(usage)
         limiter.reserve(scopes, {TOKENS: 10}).commit({TOKENS: 10})
         clock.now += 1
-        with pytest.raises(Unavailable, match="cannot be written to the database") as refused:
+        with pytest.raises(Unavailable, match="has not been written to the database for a minute") as refused:
             limiter.reserve(scopes, {TOKENS: 10})
         assert (refused.value.code, usage.unwritable()) == ("budget_unwritten", True)
         running.commit({TOKENS: 10})  # what runs ends as ever
@@ -194,12 +187,66 @@ def test_budgets_that_cannot_be_written_are_spent_for_a_minute_and_no_longer(
     assert sum(budgets.read_use(real_store.engine).used.values()) == 20
 
 
+def test_budgets_are_not_spent_for_ever_while_a_write_hangs_or_what_others_use_cannot_be_read(
+    real_store: Store, clock: Clock, monkeypatch: Any
+) -> None:
+    usage = BudgetUsage(real_store, clock=clock, monotonic=clock)
+    usage.refresh()
+    asked, answered = threading.Event(), threading.Event()
+
+    def hangs(*_: object) -> None:
+        asked.set()
+        assert answered.wait(20)
+
+    usage.add("t", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(budgets, "add_use", hangs)
+        writing = threading.Thread(target=usage.refresh)
+        writing.start()
+        assert asked.wait(20)
+        clock.now += WRITTEN_WITHIN_S
+        assert usage.unwritable()
+        answered.set()
+        writing.join()
+    assert not usage.unwritable()
+    monkeypatch.setattr(budgets, "read_use", broken)
+    clock.now += WRITTEN_WITHIN_S
+    with pytest.raises(StoreUnavailable):
+        usage.refresh()
+    assert usage.unwritable()
+
+
+@pytest.mark.asyncio
+async def test_whatever_goes_wrong_in_a_refresh_it_is_tried_again(
+    real_store: Store, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flexgate.server.inference.limits.budget_usage.EVERY_S", 0.01)
+    usage, looks = BudgetUsage(real_store), ["a bug"]
+
+    def fail_once() -> bool:
+        if looks:
+            raise ValueError(looks.pop())
+        return True
+
+    usage.later = fail_once
+    running = asyncio.create_task(usage.run())
+    async with asyncio.timeout(10):
+        while usage.committed("t") is None:
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert "used tokens cannot be written: ValueError" in caplog.text
+
+
 def test_a_server_on_which_nothing_runs_reads_budgets_that_it_cannot_write(real_store: Store, monkeypatch: Any) -> None:
     monkeypatch.setattr(budgets, "add_use", full)
     monkeypatch.setattr(budgets, "renew", full)
     usage = BudgetUsage(real_store)
     usage.refresh()
     assert usage.committed("t") == 0
+
+
+def broken(*_: object) -> None:
+    raise StoreUnavailable("away")
 
 
 def full(*_: object) -> None:

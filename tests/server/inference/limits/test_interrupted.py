@@ -104,6 +104,14 @@ async def test_a_start_that_fails_after_a_kill_loses_nothing(
     assert budgets.read_use(real_store.engine).used == COUNTED
 
 
+async def test_a_kill_of_more_projects_than_counters_are_kept_lets_the_server_start(
+    real_store: Store, ledger: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexgate.server.inference.limits.limiter.KEPT_COUNTERS", 1)
+    assert count_interrupted(real_store, ledger, now)
+    assert budgets.read_use(real_store.engine).used == COUNTED
+
+
 async def test_what_was_interrupted_counts_once_however_often_the_server_starts(
     real_store: Store, ledger: Journal, tmp_path: Path
 ) -> None:
