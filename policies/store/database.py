@@ -87,9 +87,9 @@ def _connect_args(url: URL) -> dict[str, int]:
 
 
 def _connect(_dialect: object, _record: object, args: list[Any], arguments: dict[str, Any]) -> Any:
-    from flexgate.policies.store.postgres import Answering  # what has SQLite alone does without its driver
+    from flexgate.policies.store.postgres import connect  # what has SQLite alone does without its driver
 
-    return Answering.connect(*args, **arguments)
+    return connect(*args, **arguments)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -118,6 +118,7 @@ def unhurried(connection: Connection) -> Iterator[None]:
         return
     driver: Any = connection.connection.driver_connection
     with driver.within(math.inf):
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         yield
 
 

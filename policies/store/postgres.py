@@ -16,6 +16,8 @@ from psycopg.abc import PQGen
 
 MOST_SECONDS: Final = 20.0
 """How long a statement may take, with its rows: longer than any waits for a lock."""
+SERVER_SECONDS: Final = 18.0
+"""After which a slow server ends a statement itself: none runs on with its locks once it is given up."""
 _LOOK_SECONDS: Final = 0.1
 T = TypeVar("T")
 
@@ -47,3 +49,15 @@ class Answering(psycopg.Connection[Any]):
                 raise
             self.close()  # it may answer later, to what was asked before
             raise psycopg.OperationalError("PostgreSQL does not answer: check its server and disk") from error
+
+
+def connect(*args: Any, **arguments: Any) -> Answering:
+    """A connection whose statements end; raises as psycopg's."""
+    connection = Answering.connect(*args, **arguments)
+    try:
+        connection.execute(f"SET statement_timeout = {round(SERVER_SECONDS * 1000)}")
+        connection.commit()
+    except BaseException:
+        connection.close()
+        raise
+    return connection

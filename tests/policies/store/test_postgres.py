@@ -43,8 +43,8 @@ def url(postgres: PostgresServer, migrated_database: str) -> Any:
 def test_whatever_is_done_while_postgresql_hangs_ends(
     postgres: PostgresServer, empty: Store, monkeypatch: Any, doing: str
 ) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.5)
     DOES[doing](empty.engine)
+    monkeypatch.setattr(limits, "MOST_SECONDS", 0.5)
     late = threading.Timer(15, postgres.resume)
     late.start()
     postgres.pause()
@@ -55,14 +55,17 @@ def test_whatever_is_done_while_postgresql_hangs_ends(
     finally:
         late.cancel()
         postgres.resume()
+    monkeypatch.undo()
     DOES[doing](empty.engine)
 
 
 def test_an_answer_that_comes_late_is_taken_for_no_other(empty: Store, monkeypatch: Any) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
     refused = pytest.raises(StoreUnavailable, match="PostgreSQL does not answer: check its server and disk")
     with refused, reading(empty.engine) as connection:
+        connection.execute(sa.text("SELECT 0"))
+        monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
         connection.execute(sa.text("SELECT 1, pg_sleep(0.5)"))
+    monkeypatch.undo()
     time.sleep(0.5)
     with reading(empty.engine) as connection:
         assert connection.scalar(sa.text("SELECT 2")) == 2
@@ -70,10 +73,23 @@ def test_an_answer_that_comes_late_is_taken_for_no_other(empty: Store, monkeypat
     assert empty.engine.pool.checkedin() == 1
 
 
-def test_a_migration_takes_as_long_as_it_takes(empty: Store, monkeypatch: Any) -> None:
-    monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
-    with reading(empty.engine) as connection, unhurried(connection):
+def test_a_slow_server_ends_a_statement_itself_with_its_locks(url: str, monkeypatch: Any) -> None:
+    assert limits.SERVER_SECONDS < limits.MOST_SECONDS
+    monkeypatch.setattr(limits, "SERVER_SECONDS", 0.2)
+    engine = open_engine(url)
+    with pytest.raises(StoreUnavailable, match="statement timeout"), reading(engine) as connection:
+        connection.execute(sa.text("SELECT pg_sleep(30)"))
+    engine.dispose()
+
+
+def test_a_migration_takes_as_long_as_it_takes(url: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(limits, "SERVER_SECONDS", 0.2)
+    engine = open_engine(url)
+    with reading(engine) as connection, unhurried(connection):
+        monkeypatch.setattr(limits, "MOST_SECONDS", 0.2)
         connection.execute(sa.text("SELECT pg_sleep(0.5)"))
+        monkeypatch.undo()
+    engine.dispose()
 
 
 def test_a_socket_that_accepts_and_says_nothing_is_given_up() -> None:

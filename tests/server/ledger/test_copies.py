@@ -210,19 +210,20 @@ def hanging(postgres: PostgresServer) -> Iterator[None]:
 def test_a_database_that_hangs_holds_neither_copies_nor_the_ledgers_log(
     postgres: PostgresServer, engine: sa.Engine, paths: list[Path], monkeypatch: Any, seen_before: bool
 ) -> None:
-    monkeypatch.setattr(shared, "COPY_SECONDS", 1.0)
-    monkeypatch.setattr("flexgate.policies.store.postgres.MOST_SECONDS", 1.0)
     copies = Shared(engine)
     record(paths[0], range(3))
     if seen_before:
         copies.copy(paths[0])
         record(paths[0], range(3, 5))
     with hanging(postgres):
+        monkeypatch.setattr(shared, "COPY_SECONDS", 1.0)
+        monkeypatch.setattr("flexgate.policies.store.postgres.MOST_SECONDS", 1.0)
         postgres.pause()
         with pytest.raises(LedgerError, match="cannot be used"):
             copies.copy(paths[0])
         with pytest.raises(LedgerError, match="cannot be used"):
             copies.read("SELECT 1", (), seconds=0.1, most=1)
+    monkeypatch.undo()
     assert log_of(paths[0].absolute())._open == 0
     assert copies.copy(paths[0])[0] == (5 if seen_before else 3)
 
@@ -230,9 +231,9 @@ def test_a_database_that_hangs_holds_neither_copies_nor_the_ledgers_log(
 def test_what_hangs_in_the_middle_of_a_copy_is_given_up(
     postgres: PostgresServer, engine: sa.Engine, paths: list[Path], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(shared, "COPY_SECONDS", 1.0)
     record(paths[0], range(3))
     copies, trim = Shared(engine), shared._trim
+    monkeypatch.setattr(shared, "COPY_SECONDS", 3.0)
 
     def hangs(*arguments: Any) -> None:
         postgres.pause()
@@ -241,7 +242,7 @@ def test_what_hangs_in_the_middle_of_a_copy_is_given_up(
     monkeypatch.setattr(shared, "_trim", hangs)
     with hanging(postgres), pytest.raises(LedgerError, match="does not answer"):
         copies.copy(paths[0])
-    monkeypatch.setattr(shared, "_trim", trim)
+    monkeypatch.undo()
     assert copies.copy(paths[0])[0] == 3
     assert rows(engine, "SELECT count(*) FROM usage") == [(3,)]
 
