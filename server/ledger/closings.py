@@ -7,14 +7,15 @@ that it came from.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Final, NamedTuple
 
 import msgspec
 
 from flexgate.server.ledger.amounts import exact, written
-from flexgate.server.ledger.corrections import Corrections
+from flexgate.server.ledger.corrections import OF_PERIOD, Correction, Corrections
 from flexgate.server.ledger.entries import MICROSECONDS, microseconds
 from flexgate.server.ledger.statements import Period
 
@@ -30,7 +31,7 @@ class Payout(NamedTuple):
     """One currency of a month: decimal numbers, `minimum` exact and the others rounded.
 
     Attributes:
-        carried: what earlier months carried over.
+        carried: what earlier months carried over, with corrections that were made in months that were left out.
         total: that of the month's statement.
         due: what is to be paid: the sum of both, if it is at least `minimum`.
         carried_on: the rest, which the next month begins with; negative after more was taken off than was owed.
@@ -87,10 +88,9 @@ class Summed(NamedTuple):
 
 
 def payouts_of(
-    totals: Mapping[str, Fraction], before: Iterable[Payout], minimums: Mapping[str, Fraction]
+    totals: Mapping[str, Fraction], carried: Mapping[str, Fraction], minimums: Mapping[str, Fraction]
 ) -> tuple[Payout, ...]:
     """What is due of each currency that something was owed or carried over in."""
-    carried = {one.currency: Fraction(one.carried_on) for one in before if Fraction(one.carried_on)}
     found = []
     for currency in sorted(totals.keys() | carried.keys()):
         earlier, total, minimum = (one.get(currency, Fraction()) for one in (carried, totals, minimums))
@@ -175,8 +175,24 @@ def _planned(connection: sqlite3.Connection, month: Month, summed: Summed, *, at
         _require_begun(period, summed)
     else:
         _require_next(newest, month, summed.whole)
-    payouts = payouts_of(summed.totals, () if newest is None else newest.payouts, month.minimums)
+    carried = _carried(connection, newest, period)
+    payouts = payouts_of(summed.totals, carried, month.minimums)
     return Closing(month.owner, period.name, microseconds(at), actor, payouts, _left_out(newest, period))
+
+
+def _carried(connection: sqlite3.Connection, newest: Closing | None, period: Period) -> dict[str, Fraction]:
+    """What the last closing carried on, and what was corrected after its month and before this one."""
+    if newest is None:
+        return {}
+    between = _after(newest).start * MICROSECONDS, period.start * MICROSECONDS, newest.owner
+    corrected = map(Correction._make, connection.execute(OF_PERIOD, between))
+    found = defaultdict[str, Fraction](Fraction)
+    for one in newest.payouts:
+        found[one.currency] += Fraction(one.carried_on)
+    for correction in corrected:
+        if correction.amount and correction.currency:
+            found[correction.currency] += Fraction(correction.amount)
+    return {currency: amount for currency, amount in found.items() if amount}
 
 
 def _require_same(known: Closing, month: Month) -> None:

@@ -121,7 +121,7 @@ class Journal:
             batches = [self._next] if self._writing is None else [self._next, self._writing[0]]
             begun = [one.registered_at for batch in batches for one, _ in batch.registered]
             earliest = min((*begun, *self._used.values()), default=None)
-        return earliest is None or earliest >= microseconds(before)
+        return earliest is None or max(earliest, self.corrections.closed) >= microseconds(before)
 
     def state(self) -> State:
         """How it stands now, for monitoring."""

@@ -6,7 +6,7 @@ A request belongs to the period in which it ended, in UTC.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -32,7 +32,7 @@ EVERY: Final = 2**62
 MOST_RECEIPTS: Final = 4_000_000
 """Of one statement: their hashes take 256 MB while its tree is made."""
 LEAST_SECONDS: Final = 60
-"""What is not halved to be summed."""
+"""What is not parted to be summed."""
 _OWNERS: Final = "ended_at >= ? AND ended_at < ? AND owner = ? AND +usage.sequence <= ?"
 _USES: Final = uses(_OWNERS, (*UNDER, "expert", "tenant"), "max(ended_at)")
 _DAYS: Final = uses(_OWNERS, (f"ended_at / {DAY * MICROSECONDS} * {DAY}",), "count(DISTINCT usage.sequence)")
@@ -197,18 +197,29 @@ def owner_uses(path: Path, owner: str, period: Period) -> OwnerUses:
         return uses_read(reading, owner, period)
 
 
-def owner_uses_in_parts(path: Path, owner: str, period: Period) -> OwnerUses:
-    """As `owner_uses`, of a period that is over: what is too much to sum at once is halved until it is not."""
+def owner_uses_in_parts(path: Path, owner: str, period: Period, goes_on: Callable[[], bool]) -> OwnerUses:
+    """As `owner_uses`, of a period that is over: what is too much to sum at once is summed by days, or halves of them.
+
+    Args:
+        goes_on: asked before each part; once it is not true, `TooMuchAsked` is raised.
+    """
+    if not goes_on():
+        raise TooMuchAsked("the sums took too long, or the server is stopping")
     try:
         return owner_uses(path, owner, period)
     except TooMuchAsked:
         if period.end - period.start <= LEAST_SECONDS:
             raise
-    middle = (period.start + period.end) // 2
-    halves = replace(period, end=middle), replace(period, start=middle)
-    first, second = (owner_uses_in_parts(path, owner, half) for half in halves)
-    days = *first.days, *second.days
-    return OwnerUses((*first.rows, *second.rows), days, (*first.corrections, *second.corrections))
+    step = min(DAY, (period.end - period.start) // 2)
+    parts = [
+        owner_uses_in_parts(path, owner, replace(period, start=start, end=min(start + step, period.end)), goes_on)
+        for start in range(period.start, period.end, step)
+    ]
+    return OwnerUses(
+        [row for part in parts for row in part.rows],
+        tuple(day for part in parts for day in part.days),
+        tuple(correction for part in parts for correction in part.corrections),
+    )
 
 
 def uses_read(reading: Reading, owner: str, period: Period, *, until: int = EVERY) -> OwnerUses:

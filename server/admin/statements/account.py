@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
 
 from flexgate.policies.store.ownership import Ownership
 from flexgate.server.admin.operation import Call
@@ -14,11 +17,15 @@ from flexgate.server.ledger.errors import LedgerError
 from flexgate.server.ledger.statements import Account, Period, owner_uses, owner_uses_in_parts
 from flexgate.server.ledger.terms import terms_of
 
+PARTS_SECONDS: Final = 900.0
+"""How long a sum may take that is made in parts."""
+
 
 def account_of(call: Call[Any, Any], owner: str, period: Period, *, in_parts: bool = False) -> Account:
     """What an owner's experts did in a period; `in_parts` where it is over, and may be too much to sum at once."""
+    uses = partial(owner_uses_in_parts, goes_on=_goes_on(call)) if in_parts else owner_uses
     try:
-        found = (owner_uses_in_parts if in_parts else owner_uses)(call.services.ledger.path, owner, period)
+        found = uses(call.services.ledger.path, owner, period)
         require_whole(call, period)
         return found.account(terms_of(call.store, found.counted_under))
     except LedgerError as error:
@@ -39,6 +46,11 @@ def closing_of(call: Call[Any, Any], owner: str, period: Period) -> Closing | No
         return Closings(call.services.ledger.corrections).find(owner, period)
     except LedgerError as error:
         raise from_ledger(error, param="period") from error
+
+
+def _goes_on(call: Call[Any, Any]) -> Callable[[], bool]:
+    end = time.monotonic() + PARTS_SECONDS
+    return lambda: time.monotonic() < end and not call.services.draining
 
 
 def _has_closings(call: Call[Any, Any], owner: str) -> bool:

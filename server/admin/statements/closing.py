@@ -50,6 +50,7 @@ def close(call: Call[CloseMonth, Nothing]) -> ClosedMonth:
         call.store.record([Event(at=call.now, actor=call.principal.key_id, action="statement.closed", detail=detail)])
 
     with _translated():
+        call.services.ledger.corrections.close_until(month.period.end * MICROSECONDS)
         closed = closings.again(month) or closings.close(
             month, _summed(call, month), at=call.now, actor=call.principal.key_id, audit=audit
         )
@@ -77,9 +78,8 @@ def _month(call: Call[CloseMonth, Nothing]) -> Month:
 
 
 def _summed(call: Call[CloseMonth, Nothing], month: Month) -> Summed:
-    """What the ledger has of a month; from now on nothing is dated into it, whatever the clock says."""
+    """What the ledger has of a month; for a closing, nothing is dated into it before this is called."""
     ledger, period = call.services.ledger, month.period
-    ledger.corrections.close_until(period.end * MICROSECONDS)
     if is_open(call, period):
         raise _not_over(period)
     account = account_of(call, month.owner, period, in_parts=True)

@@ -15,6 +15,7 @@ from flexgate.server.admin.statements.asked import (
     Deadline,
     advice,
     is_open,
+    latest,
     owner_of,
     period_of,
 )
@@ -44,7 +45,7 @@ def list_periods(call: Call[Nothing, Nothing]) -> PeriodList:
         first, whole = first_end(path), Local(path).whole_since()
     except LedgerError as error:
         raise from_ledger(error, param="period") from error
-    found, period = [], Period.at("month", call.now)
+    found, period = [], Period.at("month", latest(call))
     while first is not None and period.end > first and period.start >= whole:
         found.append(shown_period(period, is_open=is_open(call, period)))
         period = Period.at("month", period.start - 1)
