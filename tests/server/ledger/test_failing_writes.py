@@ -64,18 +64,24 @@ async def test_a_request_that_ends_before_its_registration_is_refused_is_never_r
     assert rows(path) == []
 
 
-async def test_a_request_that_was_refused_leaves_no_row_though_the_disk_had_written_it(
-    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks, require = [None, "the disk has gone"], journal._file.require
+def fails_once_it_is_written(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Let the file be another one after the next commit; empty once it was looked at."""
+    looks, require = list[str | None]([None, "the disk has gone"]), journal._file.require
 
-    def fail_once_it_is_written() -> None:
+    def fail_once() -> None:
         if looks and (reason := looks.pop(0)):
             raise LedgerError(reason)
         require()
 
-    monkeypatch.setattr(journal._file, "require", fail_once_it_is_written)
+    monkeypatch.setattr(journal._file, "require", fail_once)
     monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    return looks
+
+
+async def test_a_request_that_was_refused_leaves_no_row_though_the_disk_had_written_it(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails_once_it_is_written(journal, monkeypatch)
     with pytest.raises(LedgerError, match="the disk has gone"):
         await journal.register(registration("a")).registered()
     while journal.failing:
@@ -89,15 +95,7 @@ async def test_an_end_that_the_disk_had_written_though_it_failed_is_kept_once(
 ) -> None:
     entries = [journal.register(registration(name)) for name in ("a", "b")]
     await asyncio.gather(*(entry.registered() for entry in entries))
-    looks, require = [None, "the disk has gone"], journal._file.require
-
-    def fail_once_it_is_written() -> None:
-        if looks and (reason := looks.pop(0)):
-            raise LedgerError(reason)
-        require()
-
-    monkeypatch.setattr(journal._file, "require", fail_once_it_is_written)
-    monkeypatch.setattr("flexgate.server.ledger.journal.RETRY_SECONDS", 0.01)
+    looks = fails_once_it_is_written(journal, monkeypatch)
     for entry, tokens in zip(entries, (4, 5), strict=True):
         entry.end(COMPLETED, used(10, tokens))
         async with asyncio.timeout(5):
